@@ -6,6 +6,8 @@ import (
 	"fmt"
 	"math"
 	"math/bits"
+	"strconv"
+	"strings"
 )
 
 // Type is an element type. Its values are those of ONNX's
@@ -101,14 +103,11 @@ type Info struct {
 
 // String writes "name:TYPE[d0,d1]".
 func (i Info) String() string {
-	s := i.Name + ":" + i.Type.String() + "["
+	dims := make([]string, len(i.Shape))
 	for n, d := range i.Shape {
-		if n > 0 {
-			s += ","
-		}
-		s += fmt.Sprint(d)
+		dims[n] = strconv.FormatInt(d, 10)
 	}
-	return s + "]"
+	return fmt.Sprintf("%s:%s[%s]", i.Name, i.Type, strings.Join(dims, ","))
 }
 
 // Tensor is a named array of raw little-endian elements in row-major order.

@@ -1,0 +1,77 @@
+.DEFAULT_GOAL := help
+.PHONY: help build runtime test lint lint-go lint-proto lint-vuln proto proto-release fuzz demo up bench-footprint clean
+
+# Tools run from the module cache at these versions; nothing is installed.
+BUF         := go run github.com/bufbuild/buf/cmd/buf@v1.71.0
+STATICCHECK := go run honnef.co/go/tools/cmd/staticcheck@v0.8.2
+GOVULNCHECK := go run golang.org/x/vuln/cmd/govulncheck@v1.8.0
+
+GOBUILD  := go build -trimpath -ldflags='-s -w'
+FUZZTIME ?= 30s
+
+# Puts the path of the ONNX Runtime library into the environment of what follows.
+WITH_RUNTIME = DUNLIN_ORT_LIB=$$(sh agent/ort/fetch-runtime.sh) && export DUNLIN_ORT_LIB &&
+
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-17s %s\n", $$1, $$2 }' Makefile
+
+build: ## Build the three programs into bin/
+	CGO_ENABLED=0 $(GOBUILD) -o bin/ ./cmd/dunlin ./cmd/dunlin-controller
+	CGO_ENABLED=1 $(GOBUILD) -o bin/ ./cmd/dunlin-agent
+
+runtime: ## Fetch the ONNX Runtime library into .cache/ and print its path
+	@sh agent/ort/fetch-runtime.sh
+
+test: ## Set up what the tests need and run them all with the race detector
+	@sh internal/e2e/setup.sh
+	$(WITH_RUNTIME) PATH="$$PATH:/usr/sbin" go test -race -timeout 20m ./...
+
+lint: lint-go lint-proto lint-vuln ## Check the Go code, the protocol and the dependencies
+
+lint-go:
+	@out=$$(gofmt -l .); test -z "$$out" || { echo "not formatted by gofmt:"; echo "$$out"; exit 1; }
+	go vet ./...
+	$(STATICCHECK) ./...
+	@echo 'go fix -diff ./...'; out=$$(go fix -diff ./...) || true; test -z "$$out" || { echo "$$out"; exit 1; }
+
+lint-proto:
+	cd proto && $(BUF) lint
+	cd proto && $(BUF) breaking --against released.binpb
+	@tmp=$$(mktemp -d) && trap 'rm -rf "$$tmp"' EXIT && \
+	(cd proto && $(BUF) generate -o "$$tmp") && \
+	diff -r -x '*.proto' -x '*.yaml' -x '*.binpb' -x doc.go "$$tmp" proto || { echo "generated code is not current: run make proto"; exit 1; }
+
+# The database is a web site; without access to it there is nothing to check.
+lint-vuln:
+	@echo '$(GOVULNCHECK) ./...'; out=$$($(GOVULNCHECK) ./... 2>&1) || \
+	case $$out in \
+	*"fetching vulnerabilities"*) echo "$$out"; echo "not checked for known vulnerabilities: the database did not answer" ;; \
+	*) echo "$$out"; exit 1 ;; \
+	esac
+
+proto: ## Generate Go from proto/
+	cd proto && $(BUF) generate
+
+proto-release: ## Record the protocol as released: make lint refuses to break it afterwards
+	cd proto && $(BUF) build --exclude-source-info -o released.binpb
+
+fuzz: ## Run each fuzz test for FUZZTIME (default 30s)
+	@$(WITH_RUNTIME) for pkg in $$(go list ./...); do \
+		list=$$(go test -list '^Fuzz' $$pkg) || { echo "$$list"; exit 1; }; \
+		for name in $$(echo "$$list" | grep '^Fuzz'); do \
+			echo "== $$pkg $$name"; \
+			go test -run '^$$' -fuzz "^$$name\$$" -fuzztime $(FUZZTIME) $$pkg || exit 1; \
+		done; \
+	done
+
+demo: ## Show the whole path: push, deploy, classify, roll out; then clean up
+	@go run ./internal/e2e/demo
+
+up: ## The demo, left running, with its URLs
+	@go run ./internal/e2e/demo --stay
+
+bench-footprint: build ## Measure memory, start time and idle CPU of agent and controller
+	@$(WITH_RUNTIME) go run ./bench/footprint
+
+clean: ## Remove bin/ (the library in .cache/ stays)
+	rm -rf bin

@@ -1,0 +1,45 @@
+#!/bin/sh
+# Sets up what the tests need beyond Go: a C compiler and the MQTT broker
+# Mosquitto. Installs missing Debian packages when it may, else lists what to do.
+set -eu
+
+missing() {
+	command -v "$(go env CC)" >/dev/null || echo gcc libc6-dev
+	command -v mosquitto >/dev/null || [ -x /usr/sbin/mosquitto ] || echo mosquitto
+}
+
+command -v go >/dev/null || { echo "setup: Go is missing: https://go.dev/dl" >&2; exit 1; }
+
+need=$(missing | xargs)
+[ -n "$need" ] || exit 0
+
+if ! command -v apt-get >/dev/null; then
+	as=
+	why="there is no apt-get here"
+elif [ "$(id -u)" = 0 ]; then
+	as="env"
+elif sudo -n true 2>/dev/null; then
+	as="sudo -n env"
+else
+	as=
+	why="not root, and no sudo without a password"
+fi
+
+if [ -n "$as" ]; then
+	echo "setup: installing $need" >&2
+	apt="$as DEBIAN_FRONTEND=noninteractive apt-get -qq -o Dpkg::Use-Pty=0"
+	# A fresh container has no package lists yet.
+	# shellcheck disable=SC2086 # both are lists of words
+	if ! $apt install -y --no-install-recommends $need >/dev/null 2>&1; then
+		{ $apt update && $apt install -y --no-install-recommends $need; } >&2 || why="apt-get failed"
+	fi
+	need=$(missing | xargs)
+	[ -n "$need" ] || exit 0
+fi
+
+cat >&2 <<END
+setup: the tests need Debian packages that are missing: $need
+setup: not installed: ${why:-apt-get did not bring them}
+setup: install them and run this again, for example: sudo apt-get install $need
+END
+exit 1
