@@ -3,6 +3,7 @@ package link
 import (
 	"fmt"
 	"hash/fnv"
+	"slices"
 	"strconv"
 	"strings"
 )
@@ -98,10 +99,8 @@ func parse(topic, direction string, kinds []string) (device, kind string, err er
 	if want := strconv.Itoa(int(Shard(device))); parts[0] != want {
 		return "", "", fmt.Errorf("topic %q: device %s is in shard %s", topic, device, want)
 	}
-	for _, k := range kinds {
-		if k == kind {
-			return device, kind, nil
-		}
+	if slices.Contains(kinds, kind) {
+		return device, kind, nil
 	}
 	return "", "", fmt.Errorf("topic %q: unknown kind %q", topic, kind)
 }

@@ -1,0 +1,283 @@
+// Package serve answers a request by its route: a policy turns the name that
+// it asks for into a version, and the engine runs that.
+package serve
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"maps"
+	"math/rand/v2"
+	"slices"
+	"sync"
+	"sync/atomic"
+
+	"github.com/dunlin/dunlin/agent/engine"
+	"github.com/dunlin/dunlin/agent/oip"
+	"github.com/dunlin/dunlin/internal/policy"
+	"github.com/dunlin/dunlin/models/tensor"
+	dunlinv1 "github.com/dunlin/dunlin/proto/dunlin/v1"
+)
+
+// The headers of an answer.
+const (
+	HeaderVersion    = "Dunlin-Model-Version" // what answered: "digits:2"
+	HeaderGeneration = "Dunlin-Generation"    // of the routes that it was found by
+)
+
+// maxResolves bounds how often a request is resolved again because the
+// version it was sent to had just left.
+const maxResolves = 4
+
+// Engine runs versions.
+type Engine interface {
+	Infer(ctx context.Context, id engine.VersionID, in []tensor.Tensor, outputs []string) (engine.Result, error)
+	// Info describes a loaded version.
+	Info(id engine.VersionID) (engine.Info, bool)
+}
+
+// Server is an oip.Backend. It may be used concurrently: a request takes the
+// table of routes as it is, without a lock.
+type Server struct {
+	engine Engine
+	change sync.Mutex // held to replace the table
+	table  atomic.Pointer[table]
+}
+
+// table says where requests go. It never changes.
+type table struct {
+	generation string
+	routes     map[string]route
+	targets    map[string]bool  // the models that routes ask for
+	serving    map[string]int64 // version by model
+}
+
+// route is a compiled route, or the reason why it cannot be followed.
+type route struct {
+	policy  *policy.Policy
+	targets []policy.Target
+	broken  error
+}
+
+// New gives a server that knows no names yet.
+func New(e Engine) *Server {
+	s := &Server{engine: e}
+	s.table.Store(new(table))
+	return s
+}
+
+// SetServing replaces the versions that answer for their models.
+func (s *Server) SetServing(versions map[string]int64) {
+	s.replace(func(t *table) { t.serving = maps.Clone(versions) })
+}
+
+// SetRoutes replaces all routes. One that is not valid is kept as a name
+// whose requests are refused with the reason.
+func (s *Server) SetRoutes(generation string, routes []*dunlinv1.DesiredRoute) {
+	compiled := make(map[string]route, len(routes))
+	models := map[string]bool{}
+	for _, r := range routes {
+		p, err := policy.Compile(r)
+		c := route{policy: p, broken: err}
+		for _, t := range r.GetTargets() {
+			if t.GetWeight() > 0 {
+				models[t.GetModel()] = true
+				c.targets = append(c.targets, policy.Target{Model: t.GetModel(), Version: t.GetVersion()})
+			}
+		}
+		compiled[r.GetName()] = c
+	}
+	s.replace(func(t *table) { t.generation, t.routes, t.targets = generation, compiled, models })
+}
+
+func (s *Server) replace(change func(*table)) {
+	s.change.Lock()
+	defer s.change.Unlock()
+	next := *s.table.Load()
+	change(&next)
+	s.table.Store(&next)
+}
+
+// Ready says whether every route and every serving model can be answered.
+func (s *Server) Ready(context.Context) bool {
+	t := s.table.Load()
+	for name := range t.routes {
+		if s.unready(t, name) != nil {
+			return false
+		}
+	}
+	for name := range t.serving {
+		if _, err := s.loaded(t, policy.Target{Model: name}); err != nil {
+			return false
+		}
+	}
+	return true
+}
+
+// unready says why a route cannot be answered.
+func (s *Server) unready(t *table, name string) error {
+	r := t.routes[name]
+	if r.broken != nil {
+		return r.broken
+	}
+	for _, target := range r.targets {
+		if _, err := s.loaded(t, target); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// loaded gives the version that a target means now, which must be loaded.
+func (s *Server) loaded(t *table, target policy.Target) (engine.VersionID, error) {
+	id, err := t.version(target)
+	if err != nil {
+		return id, err
+	}
+	if _, ok := s.engine.Info(id); !ok {
+		return id, fmt.Errorf("%s: %w", id, engine.ErrNotLoaded)
+	}
+	return id, nil
+}
+
+var errNoVersion = errors.New("no version serves")
+
+// version gives the version that a target means.
+func (t *table) version(target policy.Target) (engine.VersionID, error) {
+	id := engine.VersionID{Model: target.Model, Version: target.Version}
+	if id.Version == 0 {
+		id.Version = t.serving[id.Model]
+	}
+	if id.Version == 0 {
+		return id, fmt.Errorf("model %s: %w", id.Model, errNoVersion)
+	}
+	return id, nil
+}
+
+// unknown is the error of a name that is neither a route's nor a model's.
+func unknown(name string) error {
+	return oip.Errorf(oip.NotFound, "unknown model %q: no route and no model on this device has this name", name)
+}
+
+// knows says whether a model of this name serves, or a route asks for it.
+func (t *table) knows(model string) bool { return t.serving[model] != 0 || t.targets[model] }
+
+// Model describes what answers to a name: a route's model, or the model
+// itself. The inputs of a route are those of its first target.
+func (s *Server) Model(_ context.Context, name string, version int64) (oip.Model, error) {
+	t := s.table.Load()
+	if version != 0 {
+		id := engine.VersionID{Model: name, Version: version}
+		info, ok := s.engine.Info(id)
+		if !ok {
+			return oip.Model{}, missing(t, id)
+		}
+		return describe(name, []int64{version}, info), nil
+	}
+	if r, ok := t.routes[name]; ok {
+		if err := s.unready(t, name); err != nil {
+			return oip.Model{Name: name, NotReady: err.Error()}, nil
+		}
+		var first engine.Info
+		var versions []int64
+		for i, target := range r.targets {
+			id, err := t.version(target)
+			if err != nil {
+				return oip.Model{}, err
+			}
+			versions = append(versions, id.Version)
+			if i == 0 {
+				first, _ = s.engine.Info(id)
+			}
+		}
+		slices.Sort(versions)
+		return describe(name, slices.Compact(versions), first), nil
+	}
+	if !t.knows(name) {
+		return oip.Model{}, unknown(name)
+	}
+	id, err := s.loaded(t, policy.Target{Model: name})
+	if err != nil {
+		return oip.Model{Name: name, NotReady: err.Error()}, nil
+	}
+	info, _ := s.engine.Info(id)
+	return describe(name, []int64{id.Version}, info), nil
+}
+
+func describe(name string, versions []int64, info engine.Info) oip.Model {
+	return oip.Model{Name: name, Versions: versions, Inputs: info.Inputs, Outputs: info.Outputs}
+}
+
+// missing is the error of a version that was asked for by its number and is
+// not loaded.
+func missing(t *table, id engine.VersionID) error {
+	switch {
+	case !t.knows(id.Model):
+		return unknown(id.Model)
+	case t.serving[id.Model] == id.Version:
+		return oip.Errorf(oip.Unavailable, "%s: %w", id, engine.ErrNotLoaded)
+	default:
+		return oip.Errorf(oip.NotFound, "model %s has no version %d on this device", id.Model, id.Version)
+	}
+}
+
+// Infer runs a request on the version that its name resolves to. Where that
+// version has just left, the request is resolved again: a switch to another
+// version fails no request.
+func (s *Server) Infer(ctx context.Context, r oip.Request) (oip.Response, error) {
+	random := rand.Uint64()
+	for try := 1; ; try++ {
+		t := s.table.Load()
+		id, err := t.resolve(r, random)
+		if err != nil {
+			return oip.Response{}, err
+		}
+		result, err := s.engine.Infer(ctx, id, r.Inputs, r.Outputs)
+		if err == nil {
+			return oip.Response{
+				Model: id.Model, Version: id.Version, Outputs: result.Outputs,
+				Header: map[string]string{HeaderVersion: id.String(), HeaderGeneration: t.generation},
+			}, nil
+		}
+		left := errors.Is(err, engine.ErrDraining) || errors.Is(err, engine.ErrNotLoaded)
+		if !left || try == maxResolves || s.table.Load() == t {
+			return oip.Response{}, classify(t, r, id, err)
+		}
+	}
+}
+
+// resolve gives the version that answers a request.
+func (t *table) resolve(r oip.Request, random uint64) (engine.VersionID, error) {
+	if r.Version != 0 {
+		return engine.VersionID{Model: r.Model, Version: r.Version}, nil
+	}
+	target := policy.Target{Model: r.Model}
+	if route, ok := t.routes[r.Model]; ok {
+		if route.broken != nil {
+			return engine.VersionID{}, oip.Errorf(oip.Unavailable, "%w", route.broken)
+		}
+		target = route.policy.Pick(random)
+	} else if !t.knows(r.Model) {
+		return engine.VersionID{}, unknown(r.Model)
+	}
+	id, err := t.version(target)
+	if err != nil {
+		return id, oip.Errorf(oip.Unavailable, "%w", err)
+	}
+	return id, nil
+}
+
+// classify gives an engine's error the code that callers get.
+func classify(t *table, r oip.Request, id engine.VersionID, err error) error {
+	switch {
+	case errors.Is(err, engine.ErrInvalidInput):
+		return oip.Errorf(oip.InvalidArgument, "%w", err)
+	case errors.Is(err, engine.ErrNotLoaded) && r.Version != 0:
+		return missing(t, id)
+	case errors.Is(err, engine.ErrNotLoaded), errors.Is(err, engine.ErrDraining),
+		errors.Is(err, engine.ErrOverloaded), errors.Is(err, engine.ErrStopped):
+		return oip.Errorf(oip.Unavailable, "%w", err)
+	default:
+		return err
+	}
+}

@@ -1,0 +1,94 @@
+package state
+
+import (
+	"context"
+	"crypto/rand"
+	"database/sql"
+	"fmt"
+	"net/url"
+)
+
+// migrations bring a file from version i to i+1. They only ever grow at the
+// end: a migration that was released is never changed.
+var migrations = []string{
+	`CREATE TABLE identity (
+		one            INTEGER PRIMARY KEY CHECK (one = 1),
+		device         TEXT NOT NULL,
+		secret         TEXT NOT NULL,
+		controller_url TEXT NOT NULL,
+		broker_url     TEXT NOT NULL,
+		registry_url   TEXT NOT NULL
+	) STRICT;
+	CREATE TABLE desired (
+		one         INTEGER PRIMARY KEY CHECK (one = 1),
+		incarnation TEXT NOT NULL,
+		number      INTEGER NOT NULL,
+		sha256      BLOB NOT NULL,
+		document    BLOB NOT NULL
+	) STRICT;
+	CREATE TABLE versions (
+		model     TEXT NOT NULL,
+		version   INTEGER NOT NULL,
+		digest    TEXT NOT NULL,
+		state     INTEGER NOT NULL,
+		reason    TEXT NOT NULL,
+		since     INTEGER NOT NULL, -- nanoseconds since 1970
+		last_good INTEGER NOT NULL,
+		PRIMARY KEY (model, version)
+	) STRICT, WITHOUT ROWID;
+	CREATE TABLE outbox (
+		sequence INTEGER PRIMARY KEY,
+		first    INTEGER NOT NULL, -- below sequence only for a gap: first to sequence were lost
+		event    BLOB NOT NULL
+	) STRICT;
+	CREATE TABLE outbox_meta (
+		one    INTEGER PRIMARY KEY CHECK (one = 1),
+		id     TEXT NOT NULL,
+		last   INTEGER NOT NULL, -- sequence given last
+		events INTEGER NOT NULL, -- rows of outbox
+		bytes  INTEGER NOT NULL  -- sum of the lengths of its events
+	) STRICT;`,
+}
+
+// cacheKiB is the size of the page cache. The tables are small and mostly
+// written: a larger one would only cost memory.
+const cacheKiB = 128
+
+func dataSource(path string) string {
+	q := url.Values{"_txlock": {"immediate"}}
+	for _, p := range []string{
+		"busy_timeout(5000)", "journal_mode(WAL)", "synchronous(FULL)",
+		fmt.Sprintf("cache_size(-%d)", cacheKiB), "wal_autocheckpoint(64)", "journal_size_limit(1048576)", "temp_store(FILE)",
+	} {
+		q.Add("_pragma", p)
+	}
+	return (&url.URL{Scheme: "file", Path: path, RawQuery: q.Encode()}).String()
+}
+
+func (s *Store) migrate(ctx context.Context) error {
+	var have int
+	if err := s.db.QueryRowContext(ctx, `PRAGMA user_version`).Scan(&have); err != nil {
+		return fmt.Errorf("read schema version: %w", err)
+	}
+	if have > len(migrations) {
+		return fmt.Errorf("has schema version %d, this program knows up to %d: start the newer dunlin-agent that wrote it", have, len(migrations))
+	}
+	for i := have; i < len(migrations); i++ {
+		err := s.tx(ctx, fmt.Sprintf("migrate to schema version %d", i+1), func(tx *sql.Tx) error {
+			if _, err := tx.ExecContext(ctx, migrations[i]); err != nil {
+				return err
+			}
+			if i == 0 {
+				if _, err := tx.ExecContext(ctx, `INSERT INTO outbox_meta VALUES (1, ?, 0, 0, 0)`, rand.Text()); err != nil {
+					return err
+				}
+			}
+			_, err := tx.ExecContext(ctx, fmt.Sprintf(`PRAGMA user_version = %d`, i+1))
+			return err
+		})
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}

@@ -1,0 +1,63 @@
+// Package broker is the controller's end of MQTT: a broker of its own inside
+// the process, or a connection to another one.
+package broker
+
+import (
+	"context"
+	"errors"
+	"fmt"
+
+	"github.com/dunlin/dunlin/internal/link"
+)
+
+// A Handler takes one message that a device sent: on one of the device's own
+// up topics, with at most link.MaxPayload bytes that are the handler's to
+// keep. It is called from many goroutines, in order for each device. While it
+// runs, the sender is not read from: a slow handler slows its devices down.
+type Handler func(topic string, payload []byte)
+
+// A Bus carries messages between the controller and its devices at QoS 0:
+// each arrives once or not at all.
+type Bus interface {
+	// Run carries messages until ctx is done, then ends every connection
+	// and returns nil. It gives handle every message on link.UpFilter, wills
+	// among them, and does not call it again after it returned. It is called
+	// once.
+	Run(ctx context.Context, handle Handler) error
+	// Publish sends a message on a down topic of a device or on
+	// link.EpochTopic. No error says only that the broker took it: a device
+	// that is away or too slow misses it. Publish may be called at any time,
+	// by many goroutines.
+	Publish(topic string, payload []byte) error
+	// Disconnect ends the session of a device whose account was removed
+	// before.
+	Disconnect(device string)
+}
+
+var (
+	_ Bus = (*Embedded)(nil)
+	_ Bus = (*External)(nil)
+)
+
+// Authenticator says whether a secret is that of a device. An unknown or
+// removed device has none.
+type Authenticator interface {
+	AuthenticateDevice(ctx context.Context, device, secret string) bool
+}
+
+// ErrNotConnected is returned by Publish while there is no connection to an
+// external broker.
+var ErrNotConnected = errors.New("not connected to the broker")
+
+// checkPublish says whether the controller may send a message.
+func checkPublish(topic string, payload []byte) error {
+	if topic != link.EpochTopic {
+		if _, _, err := link.ParseDown(topic); err != nil {
+			return err
+		}
+	}
+	if len(payload) > link.MaxPayload {
+		return fmt.Errorf("payload for topic %s has %d bytes, the limit is %d", topic, len(payload), link.MaxPayload)
+	}
+	return nil
+}

@@ -1,0 +1,444 @@
+package broker
+
+import (
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/eclipse/paho.mqtt.golang/packets"
+
+	"github.com/dunlin/dunlin/internal/link"
+)
+
+// testBroker is one implementation of Bus, running, as the contract test sees it.
+type testBroker struct {
+	bus     Bus
+	address string // where devices connect
+	inbox   inbox  // what the handler got
+	remove  func(device string)
+}
+
+// TestContract holds both implementations to the same contract.
+func TestContract(t *testing.T) {
+	t.Run("embedded", func(t *testing.T) { testContract(t, startEmbedded) })
+	t.Run("mosquitto", func(t *testing.T) { testContract(t, startMosquittoBus) })
+}
+
+func startEmbedded(t *testing.T, names ...string) *testBroker {
+	a := newAccounts(names...)
+	e, err := NewEmbedded(EmbeddedConfig{Listen: "127.0.0.1:0", Auth: a, Log: testLog(t.Output())})
+	if err != nil {
+		t.Fatal(err)
+	}
+	in := newInbox()
+	start(t, e, in.handle)
+	return &testBroker{bus: e, address: e.Addr().String(), inbox: in, remove: a.remove}
+}
+
+func startMosquittoBus(t *testing.T, names ...string) *testBroker {
+	m := newMosquitto(t, names...)
+	m.start()
+	e, connected := m.external(nil)
+	in := newInbox()
+	start(t, e, in.handle)
+	select {
+	case <-connected:
+	case <-time.After(patience):
+		t.Fatal("External has not connected")
+	}
+	return &testBroker{bus: e, address: m.address(), inbox: in, remove: func(device string) {
+		delete(m.accounts, device)
+		m.write()
+	}}
+}
+
+// mosquitto is a Mosquitto process with files of its own.
+type mosquitto struct {
+	Mosquitto
+	t        *testing.T
+	port     int
+	config   string
+	accounts map[string]string
+	process  *exec.Cmd
+	secret   string // the controller's
+}
+
+func newMosquitto(t *testing.T, names ...string) *mosquitto {
+	t.Helper()
+	dir := t.TempDir()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	port := l.Addr().(*net.TCPAddr).Port
+	l.Close()
+	m := &mosquitto{
+		Mosquitto: Mosquitto{PasswordFile: filepath.Join(dir, "passwords"), PIDFile: filepath.Join(dir, "pid")},
+		t:         t, port: port, config: filepath.Join(dir, "mosquitto.conf"),
+		accounts: map[string]string{}, secret: "the controller's",
+	}
+	for _, n := range names {
+		m.account(n, secretOf(n))
+	}
+	m.account(ControllerUser, m.secret)
+	if err := (Mosquitto{PasswordFile: m.PasswordFile}).Write(m.accounts); err != nil {
+		t.Fatal(err)
+	}
+	acl := filepath.Join(dir, "acl")
+	config := m.Config(port, acl)
+	if os.Getuid() == 0 {
+		config += "user root\n" // it could not read its files otherwise
+	}
+	for path, text := range map[string]string{acl: MosquittoACL, m.config: config} {
+		if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	t.Cleanup(m.stop)
+	return m
+}
+
+func (m *mosquitto) account(name, secret string) {
+	m.t.Helper()
+	hash, err := HashPassword(secret)
+	if err != nil {
+		m.t.Fatal(err)
+	}
+	m.accounts[name] = hash
+}
+
+func (m *mosquitto) write() {
+	m.t.Helper()
+	if err := m.Write(m.accounts); err != nil {
+		m.t.Fatal(err)
+	}
+}
+
+func (m *mosquitto) address() string { return net.JoinHostPort("127.0.0.1", strconv.Itoa(m.port)) }
+
+func (m *mosquitto) start() {
+	m.t.Helper()
+	path, err := exec.LookPath("mosquitto")
+	if err != nil {
+		path = "/usr/sbin/mosquitto"
+	}
+	if _, err := os.Stat(path); err != nil {
+		m.t.Fatal("no mosquitto: run make test, which installs it")
+	}
+	m.process = exec.Command(path, "-c", m.config)
+	m.process.Stdout, m.process.Stderr = m.t.Output(), m.t.Output()
+	m.process.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+	if err := m.process.Start(); err != nil {
+		m.t.Fatal(err)
+	}
+	eventually(m.t, "mosquitto listens", func() bool {
+		c, err := net.Dial("tcp", m.address())
+		if err == nil {
+			c.Close()
+		}
+		_, noPID := os.Stat(m.PIDFile)
+		return err == nil && noPID == nil
+	})
+}
+
+func (m *mosquitto) stop() {
+	if m.process != nil {
+		m.process.Process.Kill()
+		m.process.Wait()
+		m.process = nil
+	}
+}
+
+// external makes an External for this Mosquitto that tells of its connections.
+func (m *mosquitto) external(change func(*ExternalConfig)) (*External, chan struct{}) {
+	m.t.Helper()
+	connected := make(chan struct{}, 100)
+	cfg := ExternalConfig{
+		URL: "mqtt://" + m.address(), Username: ControllerUser, Password: m.secret,
+		Log: testLog(m.t.Output()), OnConnect: func() { connected <- struct{}{} },
+	}
+	if change != nil {
+		change(&cfg)
+	}
+	e, err := NewExternal(cfg)
+	if err != nil {
+		m.t.Fatal(err)
+	}
+	e.backoff = 20 * time.Millisecond
+	return e, connected
+}
+
+func testContract(t *testing.T, start func(t *testing.T, names ...string) *testBroker) {
+	t.Run("a device sends and receives", func(t *testing.T) {
+		b := start(t, "a", "b")
+		a := mustDial(t, b.address, credentials{device: "a"})
+		a.mustSubscribe(link.Down("a", "+"), link.EpochTopic)
+		other := mustDial(t, b.address, credentials{device: "b"})
+		other.mustSubscribe(link.Down("b", link.Desired), link.Down("b", link.Command), link.Down("b", link.Block))
+
+		for _, kind := range []string{link.Hello, link.Reported, link.Events, link.Telemetry, link.Request, link.Gone} {
+			a.publish(link.Up("a", kind), "this is "+kind)
+			b.inbox.want(t, link.Up("a", kind), "this is "+kind)
+		}
+		for _, kind := range []string{link.Desired, link.Command, link.Block} {
+			for name, c := range map[string]*client{"a": a, "b": other} {
+				mustPublish(t, b.bus, link.Down(name, kind), kind+" for "+name)
+				c.inbox.want(t, link.Down(name, kind), kind+" for "+name)
+			}
+		}
+		mustPublish(t, b.bus, link.EpochTopic, "epoch")
+		a.inbox.want(t, link.EpochTopic, "epoch")
+	})
+
+	t.Run("wrong credentials are refused", func(t *testing.T) {
+		b := start(t, "a", "b")
+		for name, cr := range map[string]credentials{
+			"wrong secret":            {device: "a", secret: "wrong"},
+			"secret of another":       {device: "a", secret: secretOf("b")},
+			"no credentials":          {device: "a", anonymous: true},
+			"user name only":          {device: "a", user: "a", secret: " "},
+			"unknown device":          {device: "c", secret: "x"},
+			"no name":                 {device: "a", user: " "},
+			"name of two devices":     {device: "a", user: "a/b"},
+			"name with a wildcard":    {device: "a", user: "+", clientID: "+"},
+			"controller with nothing": {device: ControllerUser, secret: "x"},
+		} {
+			if _, err := dial(t, b.address, cr); err == nil {
+				t.Errorf("%s: connected", name)
+			}
+		}
+	})
+
+	t.Run("another device's client id does no harm", func(t *testing.T) {
+		b := start(t, "a", "b")
+		a := mustDial(t, b.address, credentials{device: "a"})
+		a.mustSubscribe(link.Down("a", "+"))
+		if thief, err := dial(t, b.address, credentials{device: "b", clientID: "a"}); err == nil {
+			thief.publish(link.Up("a", link.Hello), "forged")
+			thief.subscribe(link.Down("a", "+"))
+		}
+		mustPublish(t, b.bus, link.Down("a", link.Desired), "still here")
+		a.inbox.want(t, link.Down("a", link.Desired), "still here")
+		a.publish(link.Up("a", link.Hello), "still here")
+		b.inbox.want(t, link.Up("a", link.Hello), "still here")
+	})
+
+	t.Run("publications outside the subtree reach nobody", func(t *testing.T) {
+		b := start(t, "a", "b")
+		a := mustDial(t, b.address, credentials{device: "a"})
+		other := mustDial(t, b.address, credentials{device: "b"})
+		other.mustSubscribe(link.Down("b", "+"), link.EpochTopic)
+		wrongShard := fmt.Sprintf("dunlin/v1/%d/a/up/hello", (link.Shard("a")+1)%link.Shards)
+		for _, topic := range []string{
+			link.Up("b", link.Hello), link.Up("b", link.Gone), link.Down("b", link.Desired), link.Down("a", link.Desired),
+			link.EpochTopic, wrongShard, link.Up("a", "unknown"), link.Up("a", link.Hello) + "/x", "dunlin/v1/a/up/hello",
+			"x", "/", "$SYS/broker/uptime", "$share/g/" + link.Up("a", link.Hello),
+		} {
+			a.publish(topic, "outside")
+		}
+		a.publish(link.Up("a", link.Hello), "inside")
+		b.inbox.want(t, link.Up("a", link.Hello), "inside")
+		mustPublish(t, b.bus, link.Down("b", link.Desired), "real")
+		other.inbox.want(t, link.Down("b", link.Desired), "real")
+	})
+
+	t.Run("subscriptions outside the subtree bring nothing", func(t *testing.T) {
+		b := start(t, "a", "b")
+		a := mustDial(t, b.address, credentials{device: "a"})
+		a.mustSubscribe(link.Down("a", "+"))
+		spy := mustDial(t, b.address, credentials{device: "b"})
+		spy.subscribe("#", "+/+/+/+/+/+", "dunlin/#", link.UpFilter, "dunlin/v1/+/+/down/+", link.Down("a", "+"),
+			link.Down("a", link.Desired), link.Up("a", "+"), link.Up("b", link.Hello), "$share/g/"+link.Down("a", "+"), "$SYS/#")
+		spy.mustSubscribe(link.Down("b", "+"))
+
+		mustPublish(t, b.bus, link.Down("a", link.Desired), "for a")
+		a.inbox.want(t, link.Down("a", link.Desired), "for a")
+		a.publish(link.Up("a", link.Hello), "from a")
+		b.inbox.want(t, link.Up("a", link.Hello), "from a")
+		mustPublish(t, b.bus, link.Down("b", link.Desired), "for b")
+		spy.inbox.want(t, link.Down("b", link.Desired), "for b")
+	})
+
+	t.Run("a will arrives when a device vanishes", func(t *testing.T) {
+		b := start(t, "a")
+		a := mustDial(t, b.address, credentials{device: "a", willTopic: link.Up("a", link.Gone), will: "gone 1"})
+		a.publish(link.Up("a", link.Hello), "1")
+		b.inbox.want(t, link.Up("a", link.Hello), "1")
+		a.vanish()
+		b.inbox.want(t, link.Up("a", link.Gone), "gone 1")
+	})
+
+	t.Run("no will after a goodbye", func(t *testing.T) {
+		b := start(t, "a")
+		nc, err := net.Dial("tcp", b.address)
+		if err != nil {
+			t.Fatal(err)
+		}
+		raw := newRawClient(t, nc)
+		raw.mustConnect(connectPacket("a", withWill(link.Up("a", link.Gone), "gone 1")))
+		raw.send(publishPacket(link.Up("a", link.Hello), "1", 0), packets.NewControlPacket(packets.Disconnect))
+		raw.wantClosed() // the broker has read it all
+		a := mustDial(t, b.address, credentials{device: "a"})
+		a.publish(link.Up("a", link.Hello), "2")
+		b.inbox.want(t, link.Up("a", link.Hello), "1")
+		b.inbox.want(t, link.Up("a", link.Hello), "2")
+	})
+
+	t.Run("a will elsewhere reaches nobody", func(t *testing.T) {
+		b := start(t, "a", "b")
+		other := mustDial(t, b.address, credentials{device: "b"})
+		other.mustSubscribe(link.Down("b", "+"))
+		for _, topic := range []string{link.Up("b", link.Gone), link.Down("b", link.Desired), "dunlin/v1/0/a/up/gone"} {
+			if a, err := dial(t, b.address, credentials{device: "a", willTopic: topic, will: "forged"}); err == nil {
+				a.subscribe(link.Down("a", "+")) // the session stands
+				a.vanish()
+			}
+		}
+		a := mustDial(t, b.address, credentials{device: "a"})
+		a.publish(link.Up("a", link.Hello), "real")
+		b.inbox.want(t, link.Up("a", link.Hello), "real")
+		mustPublish(t, b.bus, link.Down("b", link.Desired), "real")
+		other.inbox.want(t, link.Down("b", link.Desired), "real")
+	})
+
+	t.Run("the newer connection of a device stays", func(t *testing.T) {
+		b := start(t, "a")
+		will := credentials{device: "a", willTopic: link.Up("a", link.Gone), will: "gone"}
+		old := mustDial(t, b.address, will)
+		old.mustSubscribe(link.Down("a", "+"))
+		for range 10 {
+			next := mustDial(t, b.address, will)
+			next.mustSubscribe(link.Down("a", "+"))
+			old.wantCut()
+			b.inbox.want(t, link.Up("a", link.Gone), "gone")
+			mustPublish(t, b.bus, link.Down("a", link.Desired), "for the newer")
+			next.inbox.want(t, link.Down("a", link.Desired), "for the newer")
+			next.publish(link.Up("a", link.Hello), "from the newer")
+			b.inbox.want(t, link.Up("a", link.Hello), "from the newer")
+			old = next
+		}
+	})
+
+	t.Run("a session ends with its connection", func(t *testing.T) {
+		b := start(t, "a")
+		a := mustDial(t, b.address, credentials{device: "a"})
+		a.mustSubscribe(link.Down("a", "+"))
+		a.paho.Disconnect(uint(patience / time.Millisecond))
+		a = mustDial(t, b.address, credentials{device: "a"})
+		mustPublish(t, b.bus, link.Down("a", link.Desired), "missed")
+		a.mustSubscribe(link.Down("a", link.Command))
+		mustPublish(t, b.bus, link.Down("a", link.Desired), "missed too")
+		mustPublish(t, b.bus, link.Down("a", link.Command), "taken")
+		a.inbox.want(t, link.Down("a", link.Command), "taken")
+	})
+
+	t.Run("a removed device is cut off", func(t *testing.T) {
+		b := start(t, "a", "b")
+		a := mustDial(t, b.address, credentials{device: "a"})
+		other := mustDial(t, b.address, credentials{device: "b"})
+		b.remove("a")
+		b.bus.Disconnect("a")
+		b.bus.Disconnect("nobody")
+		a.wantCut()
+		if _, err := dial(t, b.address, credentials{device: "a"}); err == nil {
+			t.Error("the removed device is back")
+		}
+		other.publish(link.Up("b", link.Hello), "unharmed")
+		b.inbox.want(t, link.Up("b", link.Hello), "unharmed")
+	})
+
+	t.Run("the largest payload passes and a larger one does not", func(t *testing.T) {
+		b := start(t, "a")
+		largest := strings.Repeat("x", link.MaxPayload)
+		a := mustDial(t, b.address, credentials{device: "a"})
+		a.mustSubscribe(link.Down("a", "+"))
+		a.publish(link.Up("a", link.Telemetry), largest)
+		b.inbox.want(t, link.Up("a", link.Telemetry), largest)
+		mustPublish(t, b.bus, link.Down("a", link.Desired), largest)
+		a.inbox.want(t, link.Down("a", link.Desired), largest)
+
+		if err := b.bus.Publish(link.Down("a", link.Desired), []byte(largest+"x")); err == nil {
+			t.Error("the controller sent too large a payload")
+		}
+		for _, size := range []int{link.MaxPayload + 1, link.MaxPayload + 1024, 2 << 20} {
+			c := mustDial(t, b.address, credentials{device: "a"})
+			c.paho.Publish(link.Up("a", link.Telemetry), 0, false, strings.Repeat("y", size)).WaitTimeout(patience)
+		}
+		c := mustDial(t, b.address, credentials{device: "a"})
+		c.publish(link.Up("a", link.Hello), "alive")
+		b.inbox.want(t, link.Up("a", link.Hello), "alive")
+	})
+
+	t.Run("the controller sends on down topics only", func(t *testing.T) {
+		b := start(t, "a")
+		for _, topic := range []string{"", "x", link.Up("a", link.Hello), link.Down("a", "+"), link.Down("a", "unknown"), "dunlin/v1/0/a/down/#"} {
+			if err := b.bus.Publish(topic, nil); err == nil || errors.Is(err, ErrNotConnected) {
+				t.Errorf("publish on %q: %v", topic, err)
+			}
+		}
+	})
+
+	t.Run("many devices at once, each in order", func(t *testing.T) {
+		const messages = 50
+		names := devices(20)
+		b := start(t, names...)
+		var clients []*client
+		for _, n := range names {
+			c := mustDial(t, b.address, credentials{device: n})
+			c.mustSubscribe(link.Down(n, "+"))
+			clients = append(clients, c)
+		}
+		var all sync.WaitGroup
+		for i, c := range clients {
+			all.Go(func() {
+				for k := range messages {
+					token := c.paho.Publish(link.Up(names[i], link.Telemetry), 0, false, strconv.Itoa(k))
+					if token.WaitTimeout(patience); token.Error() != nil {
+						t.Errorf("publish: %v", token.Error())
+					}
+				}
+			})
+			all.Go(func() {
+				for k := range messages {
+					if err := b.bus.Publish(link.Down(names[i], link.Desired), []byte(strconv.Itoa(k))); err != nil {
+						t.Errorf("publish: %v", err)
+					}
+				}
+			})
+		}
+		all.Wait()
+		next := map[string]int{}
+		for range messages * len(names) {
+			select {
+			case m := <-b.inbox:
+				if want := strconv.Itoa(next[m.topic]); string(m.payload) != want {
+					t.Fatalf("%s: got %s, want %s", m.topic, m.payload, want)
+				}
+				next[m.topic]++
+			case <-time.After(patience):
+				t.Fatalf("messages are missing: %v", next)
+			}
+		}
+		for i, c := range clients {
+			for k := range messages {
+				c.inbox.want(t, link.Down(names[i], link.Desired), strconv.Itoa(k))
+			}
+		}
+	})
+}
+
+func mustPublish(t testing.TB, bus Bus, topic, payload string) {
+	t.Helper()
+	if err := bus.Publish(topic, []byte(payload)); err != nil {
+		t.Fatalf("publish on %s: %v", topic, err)
+	}
+}

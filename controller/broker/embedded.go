@@ -1,0 +1,301 @@
+package broker
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"math"
+	"net"
+	"sync"
+	"time"
+
+	mqtt "github.com/mochi-mqtt/server/v2"
+	"github.com/mochi-mqtt/server/v2/packets"
+
+	"github.com/dunlin/dunlin/internal/link"
+)
+
+// The limits of the embedded broker.
+const (
+	// defaultMaxConnections bounds the connections at one time. One beyond it
+	// is closed before anything is read from it.
+	defaultMaxConnections = 10_000
+	// connectTimeout bounds the time from the opening of a connection to the
+	// last byte of its CONNECT.
+	connectTimeout = 10 * time.Second
+	// authTimeout bounds the check of a device's credentials.
+	authTimeout = 5 * time.Second
+	// takeoverTimeout bounds the wait for a device's older connection to end.
+	// The new one is refused when its last message is still being handled.
+	takeoverTimeout = 10 * time.Second
+	// writeTimeout bounds one write to a device. One that has not taken it by
+	// then is cut off.
+	writeTimeout = time.Minute
+	// maxKeepalive, in seconds, bounds the keepalive that a device asks for;
+	// 0, for none, counts as more. A device silent for one and a half times
+	// its keepalive is cut off.
+	maxKeepalive = 300
+	// maxConnectPacket bounds the CONNECT packet, the only one that anybody
+	// may send.
+	maxConnectPacket = 4 << 10
+	// maxPacket bounds every other packet: the largest payload with its
+	// topic. A device that sends a larger one is cut off.
+	maxPacket = link.MaxPayload + 256
+	// maxWritesPending bounds the messages that wait for one device. Further
+	// ones for it are dropped, and nobody waits for it.
+	maxWritesPending = 512
+)
+
+// EmbeddedConfig configures an Embedded broker.
+type EmbeddedConfig struct {
+	// Listen is a TCP address, "127.0.0.1:1883"; port 0 takes a free one.
+	Listen string
+	// Auth knows the devices.
+	Auth Authenticator
+	Log  *slog.Logger
+	// MaxConnections is 10,000 if 0.
+	MaxConnections int
+}
+
+// Embedded is an MQTT 3.1.1 broker for the controller and its devices only,
+// in this process. A device connects with its name as user name and as client
+// id, and its secret as password. It may have a will on its own topic "gone",
+// at QoS 0 and not retained; it publishes on its own up topics and subscribes
+// to its own down topics and the epoch. Of two connections of one device the
+// newer stays. Sessions end with their connection, nothing is retained, and a
+// publication at QoS 1 or 2 is taken as one at QoS 0, without an answer.
+type Embedded struct {
+	listener net.Listener
+	server   *mqtt.Server
+	auth     Authenticator
+	log      *slog.Logger
+	max      int
+
+	mu       sync.Mutex       // guards what follows
+	conns    map[*conn]bool   // every open connection
+	sessions map[string]*conn // by device: the one connection that passed authentication
+	accepted uint64           // connections so far
+	closing  bool             // no connection and no message is taken any more
+}
+
+// NewEmbedded opens the address to listen on. Connections wait until Run.
+func NewEmbedded(cfg EmbeddedConfig) (*Embedded, error) {
+	if cfg.Auth == nil || cfg.Log == nil {
+		return nil, errors.New("the embedded broker needs Auth and Log")
+	}
+	if cfg.MaxConnections < 0 {
+		return nil, fmt.Errorf("max connections is %d, must not be negative", cfg.MaxConnections)
+	}
+	listener, err := net.Listen("tcp", cfg.Listen)
+	if err != nil {
+		return nil, fmt.Errorf("listen for MQTT: %w", err)
+	}
+	return newEmbedded(cfg, listener), nil
+}
+
+func newEmbedded(cfg EmbeddedConfig, listener net.Listener) *Embedded {
+	if cfg.MaxConnections == 0 {
+		cfg.MaxConnections = defaultMaxConnections
+	}
+	log := slog.New(newLimiter(cfg.Log.Handler()))
+	capabilities := mqtt.NewDefaultServerCapabilities()
+	capabilities.MaximumClients = int64(cfg.MaxConnections)
+	capabilities.MaximumClientWritesPending = maxWritesPending
+	capabilities.MaximumPacketSize = maxPacket
+	capabilities.MaximumQos = 0
+	capabilities.RetainAvailable = 0
+	capabilities.SharedSubAvailable = 0
+	capabilities.SubIDAvailable = 0
+	capabilities.TopicAliasMaximum = 0
+	capabilities.MinimumProtocolVersion = protocolVersion
+	// Sessions end with their connection: the hook makes each a clean one,
+	// and serve sees to it. The server's own expiry removes by client id,
+	// which could be the id of a newer connection by then: it never comes.
+	capabilities.MaximumSessionExpiryInterval = math.MaxUint32
+	return &Embedded{
+		listener: listener,
+		server: mqtt.New(&mqtt.Options{
+			Capabilities: capabilities,
+			Logger:       log,
+			InlineClient: true,
+			// The $SYS topics, which nobody may read, cost a stop of the
+			// world each time. Ten years.
+			SysTopicResendInterval: 10 * 365 * 24 * 3600,
+		}),
+		auth:     cfg.Auth,
+		log:      log,
+		max:      cfg.MaxConnections,
+		conns:    map[*conn]bool{},
+		sessions: map[string]*conn{},
+	}
+}
+
+// Addr is the address that devices connect to.
+func (e *Embedded) Addr() net.Addr { return e.listener.Addr() }
+
+// Close frees the address of a broker whose Run is never called. Run does so
+// itself.
+func (e *Embedded) Close() error {
+	if err := e.listener.Close(); err != nil && !errors.Is(err, net.ErrClosed) {
+		return fmt.Errorf("close the MQTT listener: %w", err)
+	}
+	return nil
+}
+
+// Run implements Bus.
+func (e *Embedded) Run(ctx context.Context, handle Handler) error {
+	defer e.Close()
+	h := &hook{broker: e, handle: handle, authenticate: func(device, secret string) bool {
+		ctx, cancel := context.WithTimeout(ctx, authTimeout)
+		defer cancel()
+		return e.auth.AuthenticateDevice(ctx, device, secret)
+	}}
+	if err := e.server.AddHook(h, nil); err != nil {
+		return fmt.Errorf("start the embedded broker: %w", err)
+	}
+	if err := e.server.Serve(); err != nil {
+		return fmt.Errorf("start the embedded broker: %w", err)
+	}
+	stop := context.AfterFunc(ctx, func() { e.Close() })
+	defer stop()
+
+	var serving sync.WaitGroup
+	e.accept(ctx, &serving)
+
+	// Every connection ends before the server closes: the server would wait
+	// for each to take a last packet.
+	e.mu.Lock()
+	e.closing = true
+	for c := range e.conns {
+		c.Close()
+	}
+	e.mu.Unlock()
+	serving.Wait()
+	return e.server.Close()
+}
+
+// accept serves connections until the listener is closed. Other errors, such
+// as too many open files, pass.
+func (e *Embedded) accept(ctx context.Context, serving *sync.WaitGroup) {
+	const minPause, maxPause = 5 * time.Millisecond, time.Second
+	pause := minPause
+	for {
+		nc, err := e.listener.Accept()
+		if err != nil && (ctx.Err() != nil || errors.Is(err, net.ErrClosed)) {
+			return
+		}
+		if err != nil {
+			e.log.Warn("accept an MQTT connection", "error", err)
+			select {
+			case <-time.After(pause):
+			case <-ctx.Done():
+			}
+			pause = min(2*pause, maxPause)
+			continue
+		}
+		pause = minPause
+		c := e.admit(nc)
+		if c == nil {
+			e.log.Warn("MQTT connection refused", "remote", nc.RemoteAddr(), "reason", "too many connections")
+			nc.Close()
+			continue
+		}
+		serving.Go(func() { e.serve(c) })
+	}
+}
+
+// admit enters a new connection, or returns nil when there are too many.
+func (e *Embedded) admit(nc net.Conn) *conn {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if e.closing || len(e.conns) >= e.max {
+		return nil
+	}
+	e.accepted++
+	c := &conn{Conn: nc, number: e.accepted, ended: make(chan struct{})}
+	e.conns[c] = true
+	return c
+}
+
+// serve owns a connection from its first byte to its end.
+func (e *Embedded) serve(c *conn) {
+	err := c.readConnectHeader()
+	if err == nil {
+		err = e.server.EstablishConnection("mqtt", c)
+	}
+	c.Close()
+	if err != nil && e.taking() {
+		e.log.Warn("MQTT connection ended", "remote", c.RemoteAddr(), "device", c.device, "error", err)
+	}
+	// The server forgets a client that read its last packet, but not one
+	// that was lost before. No newer one can be there before ended is closed.
+	if c.client != nil {
+		if cl, ok := e.server.Clients.Get(c.device); ok && cl == c.client {
+			e.server.Clients.Delete(c.device)
+		}
+	}
+	e.mu.Lock()
+	delete(e.conns, c)
+	if c.device != "" && e.sessions[c.device] == c {
+		delete(e.sessions, c.device)
+	}
+	e.mu.Unlock()
+	close(c.ended)
+}
+
+// claim makes c the connection of its device, after the end of an older one.
+// It says no when there is a newer one, or when the older one does not end.
+func (e *Embedded) claim(c *conn) bool {
+	deadline := time.NewTimer(takeoverTimeout)
+	defer deadline.Stop()
+	for {
+		e.mu.Lock()
+		old := e.sessions[c.device]
+		if old == nil {
+			e.sessions[c.device] = c
+		}
+		e.mu.Unlock()
+		if old == nil {
+			return true
+		}
+		if old.number > c.number {
+			return false
+		}
+		old.client.Stop(packets.ErrSessionTakenOver)
+		select {
+		case <-old.ended:
+		case <-deadline.C:
+			return false
+		}
+	}
+}
+
+// taking says whether messages are still handled.
+func (e *Embedded) taking() bool {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	return !e.closing
+}
+
+// Publish implements Bus.
+func (e *Embedded) Publish(topic string, payload []byte) error {
+	if err := checkPublish(topic, payload); err != nil {
+		return err
+	}
+	if err := e.server.Publish(topic, payload, false, 0); err != nil {
+		return fmt.Errorf("publish on %s: %w", topic, err)
+	}
+	return nil
+}
+
+// Disconnect implements Bus. The device is cut off at once; what it sent
+// before may still be with the handler.
+func (e *Embedded) Disconnect(device string) {
+	e.mu.Lock()
+	c := e.sessions[device]
+	e.mu.Unlock()
+	if c != nil {
+		c.client.Stop(packets.ErrAdministrativeAction)
+	}
+}

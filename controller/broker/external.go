@@ -1,0 +1,256 @@
+package broker
+
+import (
+	"context"
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"log/slog"
+	mathrand "math/rand/v2"
+	"net"
+	"net/url"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	paho "github.com/eclipse/paho.mqtt.golang"
+
+	"github.com/dunlin/dunlin/internal/link"
+)
+
+// The limits of a connection to an external broker.
+const (
+	// externalTimeout bounds each of opening the connection, CONNECT,
+	// SUBSCRIBE and the write of one message.
+	externalTimeout = 10 * time.Second
+	// externalKeepalive is how long the connection may be silent before it is
+	// tried with a ping.
+	externalKeepalive = 30 * time.Second
+	// externalQueue bounds the messages read ahead of the handler. When it is
+	// full nothing more is read, and the broker holds messages back or drops
+	// them.
+	externalQueue = 256
+	// A failed connection is followed by a pause of random length between 0
+	// and a bound that doubles from minBackoff to maxBackoff. The doubling
+	// begins anew after a connection that lasted maxBackoff.
+	minBackoff = time.Second
+	maxBackoff = 30 * time.Second
+	// subackRefused is the return code of a refused subscription.
+	subackRefused = 0x80
+)
+
+// ExternalConfig configures an External broker.
+type ExternalConfig struct {
+	// URL is mqtt://host:port or tcp://host:port; the port is 1883 if left
+	// out. Credentials do not belong in it.
+	URL                string
+	Username, Password string
+	// ClientID is a random one if empty, so that nobody who can connect can
+	// take over the controller's connection.
+	ClientID string
+	Log      *slog.Logger
+	// OnConnect, if set, is called whenever a connection has begun and the
+	// subscription stands. What devices sent since the connection before is
+	// lost.
+	OnConnect func()
+}
+
+// External is a connection to any MQTT 3.1.1 broker. It asks of the broker
+// that it lets a device send and receive on the device's own topics only, that
+// it keeps their wills, and that it drops the session of a device whose
+// account is taken away. Messages on topics that are no device's, and too
+// large ones, are dropped here whatever the broker let through.
+type External struct {
+	cfg     ExternalConfig
+	address string
+	backoff time.Duration           // minBackoff, less in tests
+	session atomic.Pointer[session] // nil when not connected
+}
+
+// session is one connection, for which there is one client.
+type session struct {
+	client paho.Client
+	lost   <-chan struct{}
+}
+
+type message struct {
+	topic   string
+	payload []byte
+}
+
+// NewExternal checks the configuration. It connects in Run.
+func NewExternal(cfg ExternalConfig) (*External, error) {
+	if cfg.Log == nil {
+		return nil, errors.New("the external broker needs Log")
+	}
+	u, err := url.Parse(cfg.URL)
+	if err != nil {
+		return nil, fmt.Errorf("broker URL: %w", err)
+	}
+	if u.Scheme != "mqtt" && u.Scheme != "tcp" || u.Hostname() == "" {
+		return nil, fmt.Errorf("broker URL %s is not of the form mqtt://host:port", u.Redacted())
+	}
+	if u.User != nil || u.Path != "" && u.Path != "/" || u.RawQuery != "" || u.Fragment != "" {
+		return nil, fmt.Errorf("broker URL %s has more than a host and a port; credentials go into user name and password", u.Redacted())
+	}
+	port := u.Port()
+	if port == "" {
+		port = "1883"
+	}
+	if cfg.ClientID == "" {
+		cfg.ClientID = "dunlin-controller-" + rand.Text()
+	}
+	return &External{cfg: cfg, address: net.JoinHostPort(u.Hostname(), port), backoff: minBackoff}, nil
+}
+
+// Run implements Bus. It connects, again after each loss, until ctx is done.
+func (e *External) Run(ctx context.Context, handle Handler) error {
+	queue := make(chan message, externalQueue)
+	var handler sync.WaitGroup
+	handler.Go(func() {
+		for {
+			select {
+			case m := <-queue:
+				handle(m.topic, m.payload)
+			case <-ctx.Done():
+				return
+			}
+		}
+	})
+	defer handler.Wait()
+
+	bound := e.backoff
+	for ctx.Err() == nil {
+		began := time.Now()
+		err := e.connect(ctx, queue)
+		if ctx.Err() != nil {
+			break
+		}
+		if time.Since(began) >= maxBackoff {
+			bound = e.backoff
+		}
+		pause := mathrand.N(bound)
+		e.cfg.Log.Warn("no connection to the MQTT broker", "broker", e.address, "error", err, "retry_in", pause)
+		select {
+		case <-time.After(pause):
+		case <-ctx.Done():
+		}
+		bound = min(2*bound, maxBackoff)
+	}
+	return nil
+}
+
+// connect makes one connection, with a client of its own, and returns when it
+// is lost or ctx is done.
+func (e *External) connect(ctx context.Context, queue chan<- message) error {
+	ctx, end := context.WithCancelCause(ctx)
+	defer end(nil)
+
+	// Set before Connect's token is done: the connection, and what ends the
+	// watch over its CONNECT.
+	var nc net.Conn
+	var unwatch func() bool
+	opts := paho.NewClientOptions().
+		AddBroker("tcp://" + e.address).
+		SetClientID(e.cfg.ClientID).
+		SetUsername(e.cfg.Username).
+		SetPassword(e.cfg.Password).
+		SetProtocolVersion(protocolVersion).
+		SetCleanSession(true).
+		SetAutoReconnect(false).
+		SetConnectRetry(false).
+		SetOrderMatters(true).
+		SetKeepAlive(externalKeepalive).
+		SetPingTimeout(externalTimeout).
+		SetConnectTimeout(externalTimeout).
+		SetWriteTimeout(externalTimeout).
+		SetConnectionLostHandler(func(_ paho.Client, err error) { end(err) }).
+		SetDefaultPublishHandler(func(_ paho.Client, m paho.Message) {
+			if _, _, err := link.ParseUp(m.Topic()); err != nil || len(m.Payload()) > link.MaxPayload {
+				return
+			}
+			select {
+			case queue <- message{m.Topic(), m.Payload()}:
+			case <-ctx.Done():
+			}
+		}).
+		SetCustomOpenConnectionFn(func(*url.URL, paho.ClientOptions) (net.Conn, error) {
+			d := net.Dialer{Timeout: externalTimeout}
+			c, err := d.DialContext(ctx, "tcp", e.address)
+			if err != nil {
+				return nil, err
+			}
+			// CONNECT cannot be given up otherwise.
+			nc, unwatch = c, context.AfterFunc(ctx, func() { c.Close() })
+			return c, nil
+		})
+	client := paho.NewClient(opts)
+	token := client.Connect()
+	<-token.Done()
+	if unwatch != nil {
+		unwatch()
+	}
+	if err := token.Error(); err != nil {
+		return fmt.Errorf("connect: %w", err)
+	}
+	defer func() {
+		client.Disconnect(250)
+		nc.Close()
+	}()
+
+	subscription := client.Subscribe(link.UpFilter, 0, nil).(*paho.SubscribeToken)
+	select {
+	case <-subscription.Done():
+	case <-time.After(externalTimeout):
+		return errors.New("subscribe: no answer")
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
+	if err := subscription.Error(); err != nil {
+		return fmt.Errorf("subscribe: %w", err)
+	}
+	// The error says nothing of a refusal.
+	if code, ok := subscription.Result()[link.UpFilter]; !ok || code == subackRefused {
+		return fmt.Errorf("the broker refuses user %q the subscription to %s", e.cfg.Username, link.UpFilter)
+	}
+
+	e.session.Store(&session{client: client, lost: ctx.Done()})
+	defer e.session.Store(nil)
+	e.cfg.Log.Info("connected to the MQTT broker", "broker", e.address)
+	if e.cfg.OnConnect != nil {
+		e.cfg.OnConnect()
+	}
+	<-ctx.Done()
+	return context.Cause(ctx)
+}
+
+// Publish implements Bus. It returns when the message is written, and
+// ErrNotConnected while there is no connection.
+func (e *External) Publish(topic string, payload []byte) error {
+	if err := checkPublish(topic, payload); err != nil {
+		return err
+	}
+	s := e.session.Load()
+	if s == nil {
+		return ErrNotConnected
+	}
+	token := s.client.Publish(topic, 0, false, payload)
+	select {
+	case <-token.Done():
+	case <-s.lost:
+		return ErrNotConnected
+	case <-time.After(externalTimeout):
+		return fmt.Errorf("publish on %s: not written within %v", topic, externalTimeout)
+	}
+	if err := token.Error(); errors.Is(err, paho.ErrNotConnected) {
+		return ErrNotConnected
+	} else if err != nil {
+		return fmt.Errorf("publish on %s: %w", topic, err)
+	}
+	return nil
+}
+
+// Disconnect implements Bus. MQTT 3.1.1 has no means to end the session of
+// another client: the broker does it when it learns that the account is gone
+// (see Mosquitto.Write), which comes before.
+func (e *External) Disconnect(string) {}

@@ -1,0 +1,366 @@
+// Package link is the wire between an agent and the controller: the topics,
+// and the agent's typed protobuf session over MQTT.
+package link
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/url"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	dunlinv1 "github.com/dunlin/dunlin/proto/dunlin/v1"
+	"google.golang.org/protobuf/proto"
+)
+
+const (
+	// DefaultKeepAlive is how often a silent connection is probed.
+	DefaultKeepAlive = time.Minute
+	// DefaultMaxBackoff bounds the wait before a new attempt to connect.
+	DefaultMaxBackoff = time.Minute
+	// connectTimeout bounds dialling and, separately, the broker's answers to
+	// CONNECT and SUBSCRIBE.
+	connectTimeout = 15 * time.Second
+	// writeTimeout bounds a write without progress; after it the session ends.
+	writeTimeout = 10 * time.Second
+	// goodbyeTimeout bounds the sending of Gone at an orderly stop.
+	goodbyeTimeout = time.Second
+	// sendQueue bounds the messages that wait to be written; when it is full,
+	// Send waits.
+	sendQueue = 16
+	// maxHelloWithin bounds the time over which a new controller may spread
+	// the hellos of its devices.
+	maxHelloWithin = 5 * time.Minute
+)
+
+var (
+	// ErrNotConnected is the error of sending without a session.
+	ErrNotConnected = errors.New("not connected to the broker")
+	// ErrTooLarge is the error of sending a message above MaxPayload.
+	ErrTooLarge = errors.New("message too large")
+)
+
+// Config says how an agent connects.
+type Config struct {
+	BrokerURL string // "tcp://host:port"
+	Device    string // also user name and client id
+	Secret    string
+	BootID    string // of this run of the agent
+	Log       *slog.Logger
+	// Hello gives what the agent says of itself at the start of a session;
+	// boot id and session are filled in here. It must be quick, and may be
+	// called from several goroutines.
+	Hello      func() *dunlinv1.Hello
+	KeepAlive  time.Duration // 0: DefaultKeepAlive
+	MaxBackoff time.Duration // 0: DefaultMaxBackoff
+	// Dial opens the connection; nil: TCP.
+	Dial func(ctx context.Context, network, address string) (net.Conn, error)
+}
+
+// State says how the link is.
+type State int
+
+// The states of a link.
+const (
+	Connecting  State = iota // before the first answer of the broker
+	Connected                // a session is open
+	Unreachable              // the last attempt failed, or the connection was lost
+	Refused                  // the broker refuses the device's credentials, client id, or subscriptions
+)
+
+func (s State) String() string {
+	return [...]string{"connecting", "connected", "unreachable", "refused"}[s]
+}
+
+// Link keeps a session with the broker open. Its methods may be called
+// concurrently.
+type Link struct {
+	cfg       Config
+	address   string
+	inbox     *inbox
+	connected chan struct{}
+	malformed atomic.Uint64
+
+	mu      sync.Mutex // guards what follows
+	session *session   // nil without one
+	state   State
+	cause   error
+	epoch   string // the controller's boot id that hello was said to
+}
+
+// New checks cfg; Run connects.
+func New(cfg Config) (*Link, error) {
+	u, err := url.Parse(cfg.BrokerURL)
+	if err != nil {
+		return nil, fmt.Errorf("broker URL: %w", err)
+	}
+	if u.Scheme != "tcp" || u.Port() == "" {
+		return nil, fmt.Errorf("broker URL %q is not tcp://host:port", cfg.BrokerURL)
+	}
+	if err := CheckDevice(cfg.Device); err != nil {
+		return nil, err
+	}
+	if cfg.KeepAlive == 0 {
+		cfg.KeepAlive = DefaultKeepAlive
+	}
+	if cfg.MaxBackoff == 0 {
+		cfg.MaxBackoff = DefaultMaxBackoff
+	}
+	if cfg.Dial == nil {
+		cfg.Dial = new(net.Dialer).DialContext
+	}
+	return &Link{cfg: cfg, address: u.Host, inbox: newInbox(), connected: make(chan struct{}, 1)}, nil
+}
+
+// Inbox gives the controller's messages: *dunlinv1.Desired, *dunlinv1.Block,
+// and *dunlinv1.Command with an EventAck. Epoch and HelloAgain are answered
+// here (see Connected). Of several Desired only the newest waits; when too
+// many others wait, new ones are dropped (see Dropped). The channel is never
+// closed.
+func (l *Link) Inbox() <-chan proto.Message { return l.inbox.out }
+
+// Connected receives when a session began, or when the controller asked to be
+// told everything again: it has had Hello, and what it lacks now is the
+// reported state and the events that are not acknowledged. Signals that
+// nobody took merge into one.
+func (l *Link) Connected() <-chan struct{} { return l.connected }
+
+// Session gives the id of the open session, or "".
+func (l *Link) Session() string {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.session == nil {
+		return ""
+	}
+	return l.session.id
+}
+
+// State says how the link is, and why where it is Unreachable or Refused.
+func (l *Link) State() (State, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.state, l.cause
+}
+
+// Malformed counts the messages that were dropped because they could not be
+// decoded.
+func (l *Link) Malformed() uint64 { return l.malformed.Load() }
+
+// Dropped counts the messages that were dropped because the inbox was full.
+func (l *Link) Dropped() uint64 { return l.inbox.dropped.Load() }
+
+// Send queues a message on the device's topic of that kind. It waits while
+// the queue is full, but no longer than the session lasts: a write without
+// progress ends it. Without a session the error is ErrNotConnected. A nil
+// error is no promise of delivery.
+func (l *Link) Send(kind string, m proto.Message) error {
+	payload, err := encode(kind, m)
+	if err != nil {
+		return err
+	}
+	l.mu.Lock()
+	s := l.session
+	l.mu.Unlock()
+	if s == nil || !s.enqueue(message{Up(l.cfg.Device, kind), payload}) {
+		return fmt.Errorf("send %s: %w", kind, ErrNotConnected)
+	}
+	return nil
+}
+
+func encode(kind string, m proto.Message) ([]byte, error) {
+	payload, err := proto.Marshal(m)
+	if err != nil {
+		return nil, fmt.Errorf("send %s: %w", kind, err)
+	}
+	if len(payload) > MaxPayload {
+		return nil, fmt.Errorf("send %s: %w: %d bytes, allowed are %d", kind, ErrTooLarge, len(payload), MaxPayload)
+	}
+	return payload, nil
+}
+
+// Run keeps a session open until ctx ends, then says Gone and disconnects.
+// It may be called once. Its error is always that of ctx.
+func (l *Link) Run(ctx context.Context) error {
+	var wg sync.WaitGroup
+	defer wg.Wait()
+	wg.Go(func() { l.inbox.run(ctx) })
+
+	wait := backoff{max: l.cfg.MaxBackoff}
+	for {
+		if !sleep(ctx, wait.next()) {
+			return ctx.Err()
+		}
+		s, err := l.open(ctx)
+		if err == nil {
+			l.setState(Connected, nil)
+			begin := time.Now()
+			err = l.serve(ctx, s)
+			wait.lasted(time.Since(begin))
+		}
+		if ctx.Err() != nil {
+			return ctx.Err()
+		}
+		l.setState(stateOf(err), err)
+	}
+}
+
+func sleep(ctx context.Context, d time.Duration) bool {
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case <-t.C:
+		return true
+	case <-ctx.Done():
+		return false
+	}
+}
+
+// setState notes the state, and logs it where it changed.
+func (l *Link) setState(s State, cause error) {
+	l.mu.Lock()
+	changed := l.state != s
+	l.state, l.cause = s, cause
+	l.mu.Unlock()
+	if !changed {
+		return
+	}
+	log := l.cfg.Log.With("device", l.cfg.Device, "broker", l.cfg.BrokerURL)
+	switch s {
+	case Connected:
+		log.Info("connected to the broker")
+	case Refused:
+		log.Error("the broker refuses this device; trying on", "error", cause)
+	default:
+		log.Warn("no connection to the broker; trying on", "error", cause)
+	}
+}
+
+// hello encodes Hello for a session.
+func (l *Link) hello(session string) (message, error) {
+	h := new(dunlinv1.Hello)
+	if l.cfg.Hello != nil {
+		h = proto.CloneOf(l.cfg.Hello())
+	}
+	h.BootId, h.Session = l.cfg.BootID, session
+	payload, err := encode(Hello, h)
+	return message{Up(l.cfg.Device, Hello), payload}, err
+}
+
+func (l *Link) gone(session string) message {
+	payload, err := encode(Gone, &dunlinv1.Gone{BootId: l.cfg.BootID, Session: session})
+	if err != nil {
+		panic(err) // two short strings that were checked or made here
+	}
+	return message{Up(l.cfg.Device, Gone), payload}
+}
+
+// serve says hello, lets the session be used until it ends or ctx does, and
+// takes it down. Its error says why the session ended.
+func (l *Link) serve(ctx context.Context, s *session) error {
+	defer s.close()
+	h, err := l.hello(s.id)
+	if err != nil {
+		return err
+	}
+	s.enqueue(h)
+	var wg sync.WaitGroup
+	written := make(chan struct{})
+	wg.Go(func() {
+		defer close(written)
+		s.write(l.gone(s.id))
+	})
+	wg.Go(func() { l.repeatHello(s) })
+	l.setSession(s)
+	l.signalConnected()
+
+	select {
+	case <-s.ended:
+		l.setSession(nil)
+	case <-ctx.Done():
+		l.setSession(nil)
+		close(s.leaving)
+		cut := time.AfterFunc(goodbyeTimeout, func() { s.conn.Close() })
+		<-written
+		cut.Stop()
+		s.end(ctx.Err())
+	}
+	wg.Wait()
+	return s.cause
+}
+
+func (l *Link) setSession(s *session) {
+	l.mu.Lock()
+	l.session = s
+	l.mu.Unlock()
+}
+
+func (l *Link) signalConnected() {
+	select {
+	case l.connected <- struct{}{}:
+	default: // one is waiting already
+	}
+}
+
+// repeatHello says hello again when the controller asks for it, after a
+// random part of the time that it allows.
+func (l *Link) repeatHello(s *session) {
+	var due time.Time
+	timer := time.NewTimer(0)
+	timer.Stop()
+	defer timer.Stop()
+	for {
+		select {
+		case within := <-s.helloAgain:
+			at := time.Now().Add(jitter(min(within, maxHelloWithin)))
+			if due.IsZero() || at.Before(due) {
+				due = at
+				timer.Reset(time.Until(due))
+			}
+		case <-timer.C:
+			due = time.Time{}
+			h, err := l.hello(s.id)
+			if err != nil {
+				s.end(err)
+				return
+			}
+			if s.enqueue(h) {
+				l.signalConnected()
+			}
+		case <-s.ended:
+			return
+		}
+	}
+}
+
+// receive takes in one message. It must not wait: the connection's reader
+// calls it.
+func (l *Link) receive(s *session, topic string, payload []byte) {
+	m, err := decode(l.cfg.Device, topic, payload)
+	if err != nil {
+		l.malformed.Add(1)
+		l.cfg.Log.Debug("dropped a malformed message", "device", l.cfg.Device, "topic", topic, "error", err)
+		return
+	}
+	switch m := m.(type) {
+	case *dunlinv1.Epoch:
+		l.mu.Lock()
+		again := l.epoch != m.BootId
+		l.epoch = m.BootId
+		l.mu.Unlock()
+		if again {
+			s.askHello(time.Duration(m.HelloWithinMs) * time.Millisecond)
+		}
+	case *dunlinv1.Command:
+		if m.GetHelloAgain() != nil {
+			s.askHello(0)
+			return
+		}
+		l.inbox.put(m)
+	default:
+		l.inbox.put(m)
+	}
+}

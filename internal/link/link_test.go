@@ -1,0 +1,318 @@
+package link
+
+import (
+	"context"
+	"crypto/sha256"
+	"errors"
+	"io"
+	"log/slog"
+	"net"
+	"strings"
+	"testing"
+	"time"
+
+	dunlinv1 "github.com/dunlin/dunlin/proto/dunlin/v1"
+	"google.golang.org/protobuf/proto"
+)
+
+func desired(number uint64) *dunlinv1.Desired {
+	document := []byte("document")
+	sum := sha256.Sum256(document)
+	return &dunlinv1.Desired{
+		Generation: &dunlinv1.Generation{Incarnation: "i", Number: number},
+		Sha256:     sum[:], SizeBytes: uint64(len(document)), Document: document,
+	}
+}
+
+func TestSession(t *testing.T) {
+	b := startBroker(t, "127.0.0.1:0")
+	l := start(t, b.address, nil)
+
+	within(t, l.Connected(), "signal of a new session")
+	hello := next(t, b, Hello, new(dunlinv1.Hello))
+	if hello.BootId != "boot" || hello.Session == "" || hello.Session != l.Session() || hello.Labels["site"] != "test" {
+		t.Errorf("hello = %v, session %q", hello, l.Session())
+	}
+	if err := l.Send(Reported, &dunlinv1.Reported{Session: hello.Session, Sequence: 7}); err != nil {
+		t.Fatal(err)
+	}
+	if r := next(t, b, Reported, new(dunlinv1.Reported)); r.Sequence != 7 {
+		t.Errorf("reported = %v", r)
+	}
+
+	if err := b.Publish(Down("dev", Desired), []byte("\xff\xff"), false, 0); err != nil {
+		t.Fatal(err)
+	}
+	b.send(t, Down("other", Desired), desired(9))
+	b.send(t, Down("dev", Desired), desired(3))
+	if m := within(t, l.Inbox(), "desired document"); !proto.Equal(m, desired(3)) {
+		t.Errorf("inbox gave %v", m)
+	}
+	ack := &dunlinv1.Command{Command: &dunlinv1.Command_EventAck{EventAck: &dunlinv1.EventAck{OutboxId: "o", Sequence: 4}}}
+	b.send(t, Down("dev", Command), ack)
+	if m := within(t, l.Inbox(), "command"); !proto.Equal(m, ack) {
+		t.Errorf("inbox gave %v", m)
+	}
+	if n := l.Malformed(); n != 1 {
+		t.Errorf("%d malformed messages, want 1", n)
+	}
+
+	if err := l.Send(Reported, &dunlinv1.Reported{Sequence: 8}); err != nil {
+		t.Fatal(err)
+	}
+	l.stop()
+	if r := next(t, b, Reported, new(dunlinv1.Reported)); r.Sequence != 8 {
+		t.Errorf("what was queued at the end came as %v", r)
+	}
+	if g := next(t, b, Gone, new(dunlinv1.Gone)); g.Session != hello.Session || g.BootId != "boot" {
+		t.Errorf("gone = %v", g)
+	}
+	if err := l.Send(Reported, &dunlinv1.Reported{}); !errors.Is(err, ErrNotConnected) {
+		t.Errorf("Send after the end: %v", err)
+	}
+	patient, cancel := context.WithTimeout(t.Context(), patience)
+	defer cancel()
+	if err := b.cleared(patient); err != nil {
+		t.Fatal(err)
+	}
+	select {
+	case m := <-b.received:
+		t.Errorf("after an orderly goodbye came %s", m.topic)
+	default:
+	}
+}
+
+func TestLostConnection(t *testing.T) {
+	b := startBroker(t, "127.0.0.1:0")
+	l := start(t, b.address, func(c *Config) {
+		// This broker forgets a client that comes back while it cleans up
+		// after the client's last connection.
+		c.Dial = func(ctx context.Context, network, address string) (net.Conn, error) {
+			if err := b.cleared(ctx); err != nil {
+				return nil, err
+			}
+			return new(net.Dialer).DialContext(ctx, network, address)
+		}
+	})
+	last := ""
+	for range 5 {
+		within(t, l.Connected(), "signal of a new session")
+		hello := next(t, b, Hello, new(dunlinv1.Hello))
+		if hello.Session == last {
+			t.Errorf("session %s began twice", last)
+		}
+		last = hello.Session
+		b.cut(t)
+		if g := next(t, b, Gone, new(dunlinv1.Gone)); g.Session != last || g.BootId != "boot" {
+			t.Errorf("the will of session %s is %v", last, g)
+		}
+	}
+}
+
+func TestRefusedCredentials(t *testing.T) {
+	b := startBroker(t, "127.0.0.1:0")
+	b.rules.set("another", "")
+	l := start(t, b.address, nil)
+	if err := awaitState(t, l.Link, Refused); err == nil {
+		t.Error("refused without a cause")
+	}
+	for range 3 {
+		within(t, l.attempts, "attempt to connect")
+	}
+	if n := l.log.count(slog.LevelError); n != 1 {
+		t.Errorf("%d errors were logged over several refusals, want 1", n)
+	}
+	if err := l.Send(Reported, &dunlinv1.Reported{}); !errors.Is(err, ErrNotConnected) {
+		t.Errorf("Send: %v", err)
+	}
+	if len(b.received) != 0 {
+		t.Error("the broker received a message from a refused device")
+	}
+	b.rules.set("right", "")
+	within(t, l.Connected(), "session after the secret was accepted")
+	if s, err := l.State(); s != Connected || err != nil {
+		t.Errorf("state %s, %v", s, err)
+	}
+}
+
+func TestRefusedSubscription(t *testing.T) {
+	b := startBroker(t, "127.0.0.1:0")
+	b.rules.set("right", Down("dev", Command))
+	l := start(t, b.address, nil)
+	if err := awaitState(t, l.Link, Refused); err == nil || !strings.Contains(err.Error(), Down("dev", Command)) {
+		t.Errorf("cause %v does not name the refused topic", err)
+	}
+}
+
+func TestBrokerAway(t *testing.T) {
+	b := startBroker(t, "127.0.0.1:0")
+	l := start(t, b.address, nil)
+	within(t, l.Connected(), "session")
+	b.stop()
+	if err := awaitState(t, l.Link, Unreachable); err == nil {
+		t.Error("unreachable without a cause")
+	}
+	if id := l.Session(); id != "" {
+		t.Errorf("session %s without a broker", id)
+	}
+	b = startBroker(t, b.address)
+	within(t, l.Connected(), "session with the broker that came back")
+	next(t, b, Hello, new(dunlinv1.Hello))
+	if n := l.log.count(slog.LevelWarn); n != 1 {
+		t.Errorf("%d warnings were logged for one outage", n)
+	}
+}
+
+func TestHelloAgain(t *testing.T) {
+	b := startBroker(t, "127.0.0.1:0")
+	l := start(t, b.address, nil)
+	within(t, l.Connected(), "session")
+	session := next(t, b, Hello, new(dunlinv1.Hello)).Session
+	epoch := &dunlinv1.Epoch{Incarnation: "i", BootId: "controller 1", HelloWithinMs: 20}
+	again := &dunlinv1.Command{Command: &dunlinv1.Command_HelloAgain{HelloAgain: &dunlinv1.HelloAgain{}}}
+	for _, ask := range []func(){
+		func() { b.send(t, Down("dev", Command), again) },
+		func() { b.send(t, EpochTopic, epoch) },
+		// A long spread is overtaken by a command; an epoch that is known asks
+		// for nothing.
+		func() {
+			b.send(t, EpochTopic, &dunlinv1.Epoch{Incarnation: "i", BootId: "controller 2", HelloWithinMs: 1 << 31})
+			b.send(t, EpochTopic, &dunlinv1.Epoch{Incarnation: "i", BootId: "controller 2"})
+			b.send(t, Down("dev", Desired), desired(1))
+			within(t, l.Inbox(), "message after the epochs")
+			b.send(t, Down("dev", Command), again)
+		},
+	} {
+		ask()
+		if h := next(t, b, Hello, new(dunlinv1.Hello)); h.Session != session {
+			t.Errorf("hello of session %s, want %s", h.Session, session)
+		}
+		within(t, l.Connected(), "signal to report again")
+	}
+}
+
+func TestSendTooLarge(t *testing.T) {
+	l, err := New(Config{BrokerURL: "tcp://127.0.0.1:1", Device: "dev"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	m := &dunlinv1.Block{Data: make([]byte, MaxPayload)}
+	if err := l.Send(Events, m); !errors.Is(err, ErrTooLarge) {
+		t.Errorf("Send of %d bytes: %v", proto.Size(m), err)
+	}
+}
+
+func TestNewRefuses(t *testing.T) {
+	for _, c := range []Config{
+		{BrokerURL: "127.0.0.1:1883", Device: "dev"}, {BrokerURL: "tcp://127.0.0.1", Device: "dev"},
+		{BrokerURL: "ssl://127.0.0.1:1883", Device: "dev"}, {BrokerURL: "tcp://127.0.0.1:1883", Device: "a/b"},
+	} {
+		if _, err := New(c); err == nil {
+			t.Errorf("New(%+v) gave no error", c)
+		}
+	}
+}
+
+// deadBroker accepts a session byte by byte as a broker would, and then does
+// what the test says.
+func deadBroker(t *testing.T, then func(net.Conn)) (address string) {
+	t.Helper()
+	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	accepted := make(chan struct{})
+	go func() {
+		defer close(accepted)
+		for {
+			c, err := listener.Accept()
+			if err != nil {
+				return
+			}
+			readPacket(c)
+			c.Write([]byte{0x20, 2, 0, 0}) // CONNACK
+			id := readPacket(c)            // SUBSCRIBE
+			c.Write([]byte{0x90, 6, id[0], id[1], 0, 0, 0, 0})
+			then(c)
+			c.Close()
+		}
+	}()
+	t.Cleanup(func() {
+		listener.Close()
+		within(t, accepted, "end of the broker")
+	})
+	return listener.Addr().String()
+}
+
+func readPacket(r io.Reader) []byte {
+	b := make([]byte, 1)
+	io.ReadFull(r, b)
+	length := 0
+	for shift := 0; ; shift += 7 {
+		if _, err := io.ReadFull(r, b); err != nil {
+			return make([]byte, 2)
+		}
+		length |= int(b[0]&0x7f) << shift
+		if b[0]&0x80 == 0 {
+			break
+		}
+	}
+	p := make([]byte, max(length, 2))
+	io.ReadFull(r, p)
+	return p
+}
+
+// A broker that takes nothing any more does not keep Run from ending.
+func TestStopWhileWriteStalls(t *testing.T) {
+	release := make(chan struct{})
+	address := deadBroker(t, func(net.Conn) { <-release })
+	defer close(release)
+	l := start(t, address, nil)
+	within(t, l.Connected(), "session")
+	sent := make(chan error)
+	go func() {
+		big := &dunlinv1.Block{Data: make([]byte, MaxPayload-1<<10)}
+		for { // until the buffers of connection and queue are full
+			if err := l.Send(Events, big); err != nil {
+				sent <- err
+				return
+			}
+		}
+	}()
+	for end := time.Now().Add(patience); len(l.queue()) < sendQueue; time.Sleep(time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatal("the queue did not fill")
+		}
+	}
+	begin := time.Now()
+	l.stop()
+	if d := time.Since(begin); d > 5*time.Second {
+		t.Errorf("Run took %s to end", d)
+	}
+	if err := within(t, sent, "end of Send"); !errors.Is(err, ErrNotConnected) {
+		t.Errorf("Send: %v", err)
+	}
+}
+
+func (l *Link) queue() chan message {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.session == nil {
+		return nil
+	}
+	return l.session.out
+}
+
+// A packet above the limit ends the session instead of being read.
+func TestPacketTooLong(t *testing.T) {
+	release := make(chan struct{})
+	address := deadBroker(t, func(c net.Conn) {
+		c.Write([]byte{0x30, 0xff, 0xff, 0xff, 0x7f})
+		<-release
+	})
+	defer close(release)
+	l := start(t, address, nil)
+	if err := awaitState(t, l.Link, Unreachable); err == nil || !strings.Contains(err.Error(), "allowed are") {
+		t.Errorf("cause: %v", err)
+	}
+}

@@ -1,0 +1,231 @@
+package link
+
+import (
+	"context"
+	"crypto/rand"
+	"errors"
+	"fmt"
+	mathrand "math/rand/v2"
+	"net"
+	"net/url"
+	"sync"
+	"time"
+
+	mqtt "github.com/eclipse/paho.mqtt.golang"
+	"github.com/eclipse/paho.mqtt.golang/packets"
+)
+
+type message struct {
+	topic   string
+	payload []byte
+}
+
+// session is one connection to the broker. Its client is never used again.
+type session struct {
+	id         string
+	conn       net.Conn
+	client     mqtt.Client
+	out        chan message
+	helloAgain chan time.Duration // holds one wish at most
+	leaving    chan struct{}      // closed when what is queued, and Gone, are the last to write
+
+	once  sync.Once
+	ended chan struct{} // closed when the session ended; cause says why
+	cause error
+}
+
+var errSubscription = errors.New("subscription refused")
+
+// open connects and subscribes.
+func (l *Link) open(ctx context.Context) (*session, error) {
+	dialing, cancel := context.WithTimeout(ctx, connectTimeout)
+	conn, err := l.cfg.Dial(dialing, "tcp", l.address)
+	cancel()
+	if err != nil {
+		return nil, fmt.Errorf("connect: %w", err)
+	}
+	stop := context.AfterFunc(ctx, func() { conn.Close() })
+	defer stop()
+	s := &session{
+		id: rand.Text(), conn: conn, out: make(chan message, sendQueue), helloAgain: make(chan time.Duration, 1),
+		leaving: make(chan struct{}), ended: make(chan struct{}),
+	}
+	will := l.gone(s.id)
+	device := l.cfg.Device
+	s.client = mqtt.NewClient(mqtt.NewClientOptions().AddBroker(l.cfg.BrokerURL).
+		SetClientID(device).SetUsername(device).SetPassword(l.cfg.Secret).
+		SetProtocolVersion(4).SetCleanSession(true).SetOrderMatters(true).
+		SetAutoReconnect(false).SetConnectRetry(false).
+		SetKeepAlive(l.cfg.KeepAlive).SetConnectTimeout(connectTimeout).SetWriteTimeout(writeTimeout).
+		SetBinaryWill(will.topic, will.payload, 0, false).
+		SetDefaultPublishHandler(func(_ mqtt.Client, m mqtt.Message) { l.receive(s, m.Topic(), m.Payload()) }).
+		SetConnectionLostHandler(func(_ mqtt.Client, err error) { s.end(err) }).
+		SetCustomOpenConnectionFn(func(*url.URL, mqtt.ClientOptions) (net.Conn, error) { return &boundedConn{Conn: conn}, nil }))
+	connect := s.client.Connect()
+	<-connect.Done()
+	if err := connect.Error(); err != nil {
+		conn.Close()
+		return nil, fmt.Errorf("connect: %w", err)
+	}
+	if err := s.subscribe(device); err != nil {
+		s.close()
+		return nil, fmt.Errorf("subscribe: %w", err)
+	}
+	return s, nil
+}
+
+func (s *session) subscribe(device string) error {
+	filters := map[string]byte{EpochTopic: 0}
+	for _, kind := range downKinds {
+		filters[Down(device, kind)] = 0
+	}
+	token := s.client.SubscribeMultiple(filters, nil).(*mqtt.SubscribeToken)
+	select {
+	case <-token.Done():
+	case <-s.ended:
+		return s.cause
+	case <-time.After(connectTimeout):
+		return fmt.Errorf("no answer within %s", connectTimeout)
+	}
+	if err := token.Error(); err != nil {
+		return err
+	}
+	// A refusal is in the result only.
+	for filter, code := range token.Result() {
+		if code > 2 {
+			return fmt.Errorf("%w: %s", errSubscription, filter)
+		}
+	}
+	return nil
+}
+
+// stateOf says what an error of a session makes of the link.
+func stateOf(err error) State {
+	for _, refusal := range []error{
+		errSubscription, packets.ErrorRefusedBadUsernameOrPassword, packets.ErrorRefusedNotAuthorised, packets.ErrorRefusedIDRejected,
+	} {
+		if errors.Is(err, refusal) {
+			return Refused
+		}
+	}
+	return Unreachable
+}
+
+// end marks the session as ended; the first cause counts.
+func (s *session) end(cause error) {
+	s.once.Do(func() {
+		s.cause = cause
+		close(s.ended)
+	})
+}
+
+// close takes the connection down, cleanly where it still stands.
+func (s *session) close() {
+	s.end(net.ErrClosed)
+	s.client.Disconnect(uint(goodbyeTimeout / time.Millisecond))
+}
+
+// enqueue gives m to the writer, and says whether the session took it.
+func (s *session) enqueue(m message) bool {
+	select {
+	case <-s.ended:
+		return false
+	default:
+	}
+	select {
+	case s.out <- m:
+		return true
+	case <-s.ended:
+		return false
+	}
+}
+
+// write publishes what is enqueued until the session ends, or, when it is to
+// be left, what is in the queue by then and last goodbye. It is the only one
+// to publish: a second publisher would wait for the first without regard to
+// the end of the session.
+func (s *session) write(goodbye message) {
+	for {
+		var m message
+		select {
+		case m = <-s.out:
+		case <-s.ended:
+			return
+		case <-s.leaving:
+			select {
+			case m = <-s.out:
+			default:
+				s.publish(goodbye) // if it fails, the will says the same
+				return
+			}
+		}
+		if err := s.publish(m); err != nil {
+			select { // the client tells the better cause, but a little later
+			case <-s.ended:
+			case <-time.After(goodbyeTimeout):
+				s.end(fmt.Errorf("publish %s: %w", m.topic, err))
+			}
+			return
+		}
+	}
+}
+
+// publish returns when m is written to the connection, or the session ended.
+func (s *session) publish(m message) error {
+	token := s.client.Publish(m.topic, 0, false, m.payload)
+	select {
+	case <-token.Done():
+		return token.Error()
+	case <-s.ended:
+		return s.cause
+	}
+}
+
+// askHello asks for Hello after a random part of d; of two wishes that were
+// not heard yet, the more urgent one stays. Only the connection's reader may
+// call it.
+func (s *session) askHello(d time.Duration) {
+	select {
+	case waiting := <-s.helloAgain:
+		d = min(d, waiting)
+	default:
+	}
+	s.helloAgain <- d // its only sender is here, so there is room
+}
+
+// backoff gives the waits between attempts: a random part ("full jitter") of
+// a bound that doubles with each attempt. A session that lasted longer than
+// the bound brings it back to the start.
+type backoff struct {
+	max   time.Duration
+	bound time.Duration // 0: before the first attempt
+}
+
+const (
+	firstWait   = 100 * time.Millisecond
+	baseBackoff = time.Second
+)
+
+func (b *backoff) next() time.Duration {
+	if b.bound == 0 {
+		b.bound = min(baseBackoff, b.max)
+		return jitter(min(firstWait, b.max))
+	}
+	d := jitter(b.bound)
+	b.bound = min(2*b.bound, b.max)
+	return d
+}
+
+func (b *backoff) lasted(d time.Duration) {
+	if d >= b.bound {
+		b.bound = min(baseBackoff, b.max)
+	}
+}
+
+// jitter gives a random part of d.
+func jitter(d time.Duration) time.Duration {
+	if d <= 0 {
+		return 0
+	}
+	return mathrand.N(d)
+}
