@@ -159,8 +159,8 @@ func TestBackoff(t *testing.T) {
 	if waited == 0 {
 		t.Error("no attempt waited")
 	}
-	b.lasted(30 * time.Second) // shorter than the bound: goes on from there
-	if b.bound != time.Minute {
+	b.lasted(time.Second)
+	if b.bound != briefBackoff {
 		t.Errorf("after a short session the bound is %s", b.bound)
 	}
 	b.lasted(time.Hour)

@@ -194,8 +194,8 @@ func (s *session) askHello(d time.Duration) {
 }
 
 // backoff gives the waits between attempts: a random part ("full jitter") of
-// a bound that doubles with each attempt. A session that lasted longer than
-// the bound brings it back to the start.
+// a bound that doubles with each attempt. A session brings it down to
+// briefBackoff, and one that lasted longer than the bound to the start.
 type backoff struct {
 	max   time.Duration
 	bound time.Duration // 0: before the first attempt
@@ -204,6 +204,9 @@ type backoff struct {
 const (
 	firstWait   = 100 * time.Millisecond
 	baseBackoff = time.Second
+	// briefBackoff bounds the wait after a session that did not last: the
+	// broker is there, but so may be all the other devices.
+	briefBackoff = 4 * time.Second
 )
 
 func (b *backoff) next() time.Duration {
@@ -217,6 +220,7 @@ func (b *backoff) next() time.Duration {
 }
 
 func (b *backoff) lasted(d time.Duration) {
+	b.bound = min(b.bound, briefBackoff)
 	if d >= b.bound {
 		b.bound = min(baseBackoff, b.max)
 	}

@@ -1,0 +1,322 @@
+package agent
+
+import (
+	"bytes"
+	"context"
+	"crypto/sha256"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"math/rand/v2"
+	"net"
+	"net/http"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/dunlin/dunlin/agent/state"
+	profiles "github.com/dunlin/dunlin/firmware-profiles"
+	"github.com/dunlin/dunlin/internal/link"
+	dunlinv1 "github.com/dunlin/dunlin/proto/dunlin/v1"
+	"google.golang.org/protobuf/proto"
+)
+
+// startAgent runs an agent; stop ends it and checks that it ended well.
+func startAgent(t *testing.T, cfg Config) (stop func()) {
+	t.Helper()
+	ctx, cancel := context.WithCancel(t.Context())
+	done := make(chan error, 1)
+	go func() { done <- Run(ctx, cfg) }()
+	stop = sync.OnceFunc(func() {
+		cancel()
+		if err := <-done; err != nil {
+			t.Errorf("the agent ended: %v", err)
+		}
+	})
+	t.Cleanup(stop)
+	return stop
+}
+
+// until asks again and again until there is no error.
+func until(t *testing.T, what string, try func() error) {
+	t.Helper()
+	for end := time.Now().Add(30 * time.Second); ; time.Sleep(10 * time.Millisecond) {
+		err := try()
+		if err == nil {
+			return
+		}
+		if time.Now().After(end) {
+			t.Fatalf("never %s: %v", what, err)
+		}
+	}
+}
+
+// classify sends an image without a stroke and gives the version that answered.
+func classify(url, name string) (string, error) {
+	body := `{"inputs":[{"name":"image","datatype":"FP32","shape":[1,1,8,8],"data":[` + strings.TrimSuffix(strings.Repeat("0,", 64), ",") + `]}]}`
+	resp, err := http.Post(url+"/v2/models/"+name+"/infer", "", strings.NewReader(body))
+	if err != nil {
+		return "", err
+	}
+	defer resp.Body.Close()
+	raw, err := io.ReadAll(resp.Body)
+	if err != nil {
+		return "", err
+	}
+	var answer struct {
+		Version string `json:"model_version"`
+		Outputs []any
+	}
+	if err := json.Unmarshal(raw, &answer); err != nil || resp.StatusCode != http.StatusOK || len(answer.Outputs) == 0 {
+		return "", fmt.Errorf("%s: %s", resp.Status, raw)
+	}
+	return answer.Version, nil
+}
+
+func desired(t *testing.T, number uint64, routes []*dunlinv1.DesiredRoute, versions ...*dunlinv1.DesiredVersion) *dunlinv1.Desired {
+	t.Helper()
+	raw, err := proto.Marshal(&dunlinv1.DesiredDocument{Versions: versions, Routes: routes})
+	if err != nil {
+		t.Fatal(err)
+	}
+	sum := sha256.Sum256(raw)
+	return &dunlinv1.Desired{
+		Generation: &dunlinv1.Generation{Incarnation: "one", Number: number}, Sha256: sum[:], SizeBytes: uint64(len(raw)), Document: raw,
+	}
+}
+
+func serves(model string, version int64) func(proto.Message) bool {
+	return func(m proto.Message) bool {
+		r, _ := m.(*dunlinv1.Reported)
+		return slices.ContainsFunc(r.GetVersions(), func(v *dunlinv1.VersionStatus) bool {
+			return v.Model == model && v.Version == version && v.Serving && v.State == dunlinv1.VersionState_VERSION_STATE_RESIDENT
+		})
+	}
+}
+
+const digits = "../models/examples/digits/"
+
+// The whole of a device's life: join, first version, next version without a
+// failed request, a version that it refuses, a start without a controller.
+func TestAgent(t *testing.T) {
+	c := startControl(t)
+	cfg := testConfig(t, c)
+	l, err := net.Listen("tcp", cfg.Listen)
+	if err != nil {
+		t.Fatal(err)
+	}
+	cfg.Listen = l.Addr().String() // the same for both starts
+	l.Close()
+	url := "http://" + cfg.Listen
+	stop := startAgent(t, cfg)
+	c.until("says hello", func(m proto.Message) bool {
+		h, ok := m.(*dunlinv1.Hello)
+		if ok && (h.Info.RuntimeVersion == "" || h.Info.ServingUrl != url || h.Labels["site"] != "test" || h.HaveGeneration != nil) {
+			t.Errorf("hello: %v", h)
+		}
+		return ok
+	})
+	routes := []*dunlinv1.DesiredRoute{{Name: "classify", Targets: []*dunlinv1.RouteTarget{{Model: "digits", Weight: 1}}}}
+	v1, v2 := c.push(digits+"v1.onnx", "digits", 1), c.push(digits+"v2.onnx", "digits", 2)
+	bad := c.push("ort/testdata/unknown-operator.onnx", "digits", 3)
+	c.send("edge-1", link.Desired, desired(t, 1, routes, v1))
+	c.until("serves version 1", serves("digits", 1))
+
+	ctx, cancel := context.WithCancel(t.Context())
+	var load sync.WaitGroup
+	answered := map[string]int{}
+	load.Go(func() {
+		for ctx.Err() == nil {
+			version, err := classify(url, "classify")
+			if err != nil {
+				t.Errorf("a request failed: %v", err)
+				return
+			}
+			answered[version]++
+		}
+	})
+	c.send("edge-1", link.Desired, desired(t, 2, routes, v2))
+	c.until("serves version 2", serves("digits", 2))
+	c.send("edge-1", link.Desired, desired(t, 3, routes, bad))
+	c.until("refuses version 3", func(m proto.Message) bool {
+		r, _ := m.(*dunlinv1.Reported)
+		return slices.ContainsFunc(r.GetVersions(), func(v *dunlinv1.VersionStatus) bool {
+			return v.Version == 3 && v.State == dunlinv1.VersionState_VERSION_STATE_QUARANTINED && v.Reason != "" && serves("digits", 2)(m)
+		})
+	})
+	cancel()
+	load.Wait()
+	if answered["1"] == 0 || answered["2"] == 0 || len(answered) != 2 {
+		t.Errorf("answered by %v", answered)
+	}
+	for _, path := range []string{"/healthz", "/metrics", "/v2/health/live"} {
+		resp, err := http.Get(url + path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		raw, err := io.ReadAll(resp.Body)
+		resp.Body.Close()
+		if err != nil || resp.StatusCode != http.StatusOK || path == "/metrics" && !bytes.Contains(raw, []byte(`dunlin_requests_total{model="digits",outcome="success",version="2"}`)) {
+			t.Errorf("%s: %s %v\n%s", path, resp.Status, err, raw)
+		}
+	}
+	if err := Run(t.Context(), cfg); err == nil || !strings.Contains(err.Error(), "another agent uses it") {
+		t.Errorf("a second agent on the same data: %v", err)
+	}
+	stop()
+	c.until("says good-bye", func(m proto.Message) bool { _, ok := m.(*dunlinv1.Gone); return ok })
+
+	c.stopBroker()
+	c.http.Close()
+	stop = startAgent(t, cfg)
+	until(t, "serves without a controller", func() error {
+		version, err := classify(url, "classify")
+		if err == nil && version != "2" {
+			t.Errorf("answered by version %s", version)
+		}
+		return err
+	})
+	stop()
+}
+
+// A join whose answer is lost is the same join when it is repeated.
+func TestJoinIsRepeatable(t *testing.T) {
+	c := startControl(t)
+	c.cutJoin = 2
+	cfg := testConfig(t, c)
+	store, err := state.Open(t.Context(), filepath.Join(t.TempDir(), stateFile), state.Limits{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer store.Close()
+	id, err := join(t.Context(), cfg, store, &dunlinv1.DeviceInfo{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if stored, err := store.Identity(t.Context()); err != nil || stored != id || c.joins != 3 || c.secrets["edge-1"] != id.Secret || len(id.Secret) < 43 {
+		t.Errorf("stored %v (%v) after %d joins, the controller has %v", stored, err, c.joins, c.secrets)
+	}
+	// Once joined, nothing more is needed.
+	cfg.JoinToken = ""
+	if again, err := join(t.Context(), cfg, store, &dunlinv1.DeviceInfo{}); err != nil || again != id || c.joins != 3 {
+		t.Errorf("again: %v, %v after %d joins", again, err, c.joins)
+	}
+}
+
+func TestJoinIsRefused(t *testing.T) {
+	c := startControl(t)
+	for _, token := range []string{"", "wrong"} {
+		cfg := testConfig(t, c)
+		cfg.JoinToken = token
+		if err := Run(t.Context(), cfg); err == nil || !strings.Contains(err.Error(), "join") {
+			t.Errorf("token %q: %v", token, err)
+		}
+	}
+	cfg := testConfig(t, c)
+	c.http.Close()
+	ctx, cancel := context.WithTimeout(t.Context(), 300*time.Millisecond)
+	defer cancel()
+	if err := Run(ctx, cfg); !errors.Is(err, context.DeadlineExceeded) {
+		t.Errorf("while the controller is away: %v", err)
+	}
+}
+
+// Events that are raised while the broker comes and goes, and whose
+// acknowledgements are lost at random, arrive exactly once each.
+func TestEventsArriveOnce(t *testing.T) {
+	seed := rand.Uint64()
+	t.Logf("seed %d", seed)
+	rng := rand.New(rand.NewPCG(seed, 0))
+	const events, disconnects = 100, 10
+	c := startControl(t)
+	cfg := testConfig(t, c)
+	if err := os.MkdirAll(cfg.Data, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	store, err := state.Open(t.Context(), filepath.Join(cfg.Data, stateFile), state.Limits{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer store.Close()
+	a, err := newAgent(t.Context(), cfg, profiles.Profile{}, store, "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	id, err := join(t.Context(), cfg, a.store, a.info)
+	if err != nil {
+		t.Fatal(err)
+	}
+	l, err := link.New(link.Config{BrokerURL: id.BrokerURL, Device: id.Device, Secret: id.Secret, BootID: "boot", Log: cfg.Log, MaxBackoff: 50 * time.Millisecond})
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	done := make(chan error, 1)
+	go func() { done <- newSession(l, a).run(ctx) }()
+	raised := 0
+	raise := func() {
+		for range min(events/disconnects, events-raised) {
+			raised++
+			a.event(&dunlinv1.Event{Kind: "test", Message: fmt.Sprint(raised)})
+		}
+	}
+	raise()
+	var stored []*dunlinv1.Event // by sequence, once each
+	cuts := 0
+	for len(stored) < events || cuts < disconnects {
+		select {
+		case m := <-c.up:
+			b, ok := m.(*dunlinv1.EventBatch)
+			if !ok {
+				continue
+			}
+			for _, e := range b.Events {
+				switch n := uint64(len(stored)); {
+				case e.Sequence == n+1:
+					stored = append(stored, e)
+				case e.Sequence > n+1:
+					t.Fatalf("event %d after %d", e.Sequence, n)
+				}
+			}
+			if cuts < disconnects {
+				cuts++
+				address := c.address
+				c.stopBroker()
+				raise()
+				c.startBroker(address)
+				continue // the acknowledgement is lost
+			}
+			if rng.IntN(2) == 0 {
+				c.send("edge-1", link.Command, &dunlinv1.Command{Command: &dunlinv1.Command_EventAck{EventAck: &dunlinv1.EventAck{
+					OutboxId: b.OutboxId, Sequence: b.Events[rng.IntN(len(b.Events))].Sequence,
+				}}})
+			}
+		case <-time.After(30 * time.Second):
+			t.Fatalf("only %d events arrived", len(stored))
+		}
+	}
+	for i, e := range stored {
+		if e.Message != fmt.Sprint(i+1) {
+			t.Errorf("event %d is %v", i+1, e)
+		}
+	}
+	until(t, "forgets what was acknowledged", func() error {
+		c.send("edge-1", link.Command, &dunlinv1.Command{Command: &dunlinv1.Command_EventAck{EventAck: &dunlinv1.EventAck{
+			OutboxId: a.store.OutboxID(), Sequence: events,
+		}}})
+		left, err := a.store.Pending(t.Context(), events)
+		if err == nil && len(left) > 0 {
+			err = fmt.Errorf("%d events are left", len(left))
+		}
+		return err
+	})
+	cancel()
+	if err := <-done; err != nil {
+		t.Error(err)
+	}
+}

@@ -1,0 +1,258 @@
+package agent
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net/http"
+	"net/http/httptest"
+	"os"
+	"path"
+	"path/filepath"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"connectrpc.com/connect"
+	"github.com/dunlin/dunlin/agent/worker"
+	"github.com/dunlin/dunlin/internal/link"
+	"github.com/dunlin/dunlin/models"
+	dunlinv1 "github.com/dunlin/dunlin/proto/dunlin/v1"
+	"github.com/dunlin/dunlin/proto/dunlin/v1/dunlinv1connect"
+	mochi "github.com/mochi-mqtt/server/v2"
+	"github.com/mochi-mqtt/server/v2/listeners"
+	"github.com/mochi-mqtt/server/v2/packets"
+	"github.com/opencontainers/go-digest"
+	"google.golang.org/protobuf/proto"
+)
+
+func TestMain(m *testing.M) {
+	if len(os.Args) > 1 && os.Args[1] == "worker" {
+		os.Exit(worker.Child())
+	}
+	os.Exit(m.Run())
+}
+
+// control is the little of a controller that an agent sees: it lets devices
+// join, has a broker, and a registry.
+type control struct {
+	dunlinv1connect.UnimplementedEnrollmentServiceHandler
+	t    testing.TB
+	http *httptest.Server
+	up   chan proto.Message // what devices say, but for telemetry
+
+	mu      sync.Mutex
+	broker  *mochi.Server
+	address string // of the broker
+	secrets map[string]string
+	joins   int
+	cutJoin int // how many joins get no answer
+	blobs   map[digest.Digest][]byte
+}
+
+// devices lets those in that have joined.
+type devices struct {
+	mochi.HookBase
+	control *control
+}
+
+func (d *devices) ID() string { return "devices" }
+func (d *devices) Provides(b byte) bool {
+	return b == mochi.OnConnectAuthenticate || b == mochi.OnACLCheck
+}
+func (d *devices) OnConnectAuthenticate(_ *mochi.Client, p packets.Packet) bool {
+	d.control.mu.Lock()
+	defer d.control.mu.Unlock()
+	want, ok := d.control.secrets[string(p.Connect.Username)]
+	return ok && want == string(p.Connect.Password)
+}
+func (d *devices) OnACLCheck(*mochi.Client, string, bool) bool { return true }
+
+const joinToken = "join-me"
+
+func startControl(t testing.TB) *control {
+	t.Helper()
+	c := &control{t: t, up: make(chan proto.Message, 4096), secrets: map[string]string{}, blobs: map[digest.Digest][]byte{}}
+	mux := http.NewServeMux()
+	mux.Handle(dunlinv1connect.NewEnrollmentServiceHandler(c))
+	mux.HandleFunc("/v2/", c.registry)
+	mux.HandleFunc("/healthz", func(http.ResponseWriter, *http.Request) {})
+	c.http = httptest.NewServer(mux)
+	t.Cleanup(c.http.Close)
+	c.startBroker("127.0.0.1:0")
+	t.Cleanup(c.stopBroker)
+	return c
+}
+
+func (c *control) startBroker(address string) {
+	c.t.Helper()
+	b := mochi.New(&mochi.Options{InlineClient: true, Logger: slog.New(slog.DiscardHandler)})
+	tcp := listeners.NewTCP(listeners.Config{ID: "tcp", Address: address})
+	for _, err := range []error{
+		b.AddHook(&devices{control: c}, nil), b.AddListener(tcp),
+		b.Subscribe(link.UpFilter, 1, func(_ *mochi.Client, _ packets.Subscription, p packets.Packet) { c.heard(p.TopicName, p.Payload) }),
+		b.Serve(),
+	} {
+		if err != nil {
+			c.t.Fatal(err)
+		}
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.broker, c.address = b, tcp.Address()
+}
+
+func (c *control) stopBroker() {
+	c.mu.Lock()
+	b := c.broker
+	c.broker = nil
+	c.mu.Unlock()
+	if b != nil {
+		b.Close()
+	}
+}
+
+func (c *control) heard(topic string, payload []byte) {
+	_, kind, err := link.ParseUp(topic)
+	if err != nil {
+		c.t.Error(err)
+		return
+	}
+	m := map[string]proto.Message{
+		link.Hello: &dunlinv1.Hello{}, link.Reported: &dunlinv1.Reported{}, link.Events: &dunlinv1.EventBatch{},
+		link.Gone: &dunlinv1.Gone{}, link.Request: &dunlinv1.BlockRequest{},
+	}[kind]
+	if m == nil {
+		return
+	}
+	if err := proto.Unmarshal(payload, m); err != nil {
+		c.t.Errorf("%s: %v", topic, err)
+		return
+	}
+	c.up <- m
+}
+
+func (c *control) send(device, kind string, m proto.Message) {
+	c.t.Helper()
+	payload, err := proto.Marshal(m)
+	if err != nil {
+		c.t.Fatal(err)
+	}
+	c.mu.Lock()
+	b := c.broker
+	c.mu.Unlock()
+	if b != nil {
+		_ = b.Publish(link.Down(device, kind), payload, false, 0)
+	}
+}
+
+func (c *control) Join(_ context.Context, r *connect.Request[dunlinv1.JoinRequest]) (*connect.Response[dunlinv1.JoinResponse], error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.joins++
+	if have, known := c.secrets[r.Msg.Name]; r.Msg.JoinToken != joinToken || known && have != r.Msg.Secret {
+		return nil, connect.NewError(connect.CodePermissionDenied, errors.New("the token is not known"))
+	}
+	c.secrets[r.Msg.Name] = r.Msg.Secret
+	if c.cutJoin > 0 {
+		c.cutJoin--
+		panic(http.ErrAbortHandler)
+	}
+	return connect.NewResponse(&dunlinv1.JoinResponse{
+		Device: r.Msg.Name, Shard: link.Shard(r.Msg.Name), BrokerUrl: "tcp://" + c.address, RegistryUrl: c.http.URL,
+	}), nil
+}
+
+func (c *control) registry(w http.ResponseWriter, r *http.Request) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	device, secret, _ := r.BasicAuth()
+	if want, ok := c.secrets[device]; !ok || want != secret {
+		w.WriteHeader(http.StatusUnauthorized)
+		return
+	}
+	if r.URL.Path == "/v2/" {
+		return
+	}
+	raw, ok := c.blobs[digest.Digest(path.Base(r.URL.Path))]
+	if !ok {
+		w.WriteHeader(http.StatusNotFound)
+		return
+	}
+	http.ServeContent(w, r, "", time.Time{}, bytes.NewReader(raw))
+}
+
+// push puts an ONNX file into the registry and gives its version.
+func (c *control) push(onnx, model string, version int64) *dunlinv1.DesiredVersion {
+	c.t.Helper()
+	b, err := models.Pack(c.t.Context(), onnx, models.PackOptions{})
+	if err != nil {
+		c.t.Fatal(err)
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for _, raw := range [][]byte{b.ConfigBytes, b.IndexBytes, b.ManifestBytes} {
+		c.blobs[digest.FromBytes(raw)] = raw
+	}
+	var size int64
+	for _, f := range b.Files {
+		raw, err := os.ReadFile(f.Source)
+		if err != nil {
+			c.t.Fatal(err)
+		}
+		c.blobs[f.Digest] = raw
+		size += f.Size
+	}
+	return &dunlinv1.DesiredVersion{Deployment: model, Model: model, Version: version, Digest: b.Digest.String(), SizeBytes: uint64(size)}
+}
+
+// runtimeLibrary gives the path of ONNX Runtime.
+func runtimeLibrary(t testing.TB) string {
+	t.Helper()
+	if lib := os.Getenv("DUNLIN_ORT_LIB"); lib != "" {
+		return lib
+	}
+	found, err := filepath.Glob("../.cache/onnxruntime/libonnxruntime.so.*")
+	if err != nil || len(found) == 0 {
+		t.Fatal("no ONNX Runtime library: run make runtime")
+	}
+	lib, err := filepath.Abs(found[0])
+	if err != nil {
+		t.Fatal(err)
+	}
+	return lib
+}
+
+func testConfig(t testing.TB, c *control) Config {
+	t.Helper()
+	cfg := Config{
+		Data: filepath.Join(t.TempDir(), "data"), Controller: c.http.URL, JoinToken: joinToken, Name: "edge-1",
+		Labels: map[string]string{"site": "test"}, Listen: "127.0.0.1:0", RuntimeLib: runtimeLibrary(t), Worker: []string{os.Args[0], "worker"},
+		Log: slog.New(slog.NewTextHandler(t.Output(), &slog.HandlerOptions{Level: slog.LevelDebug})),
+	}
+	if err := cfg.check(); err != nil {
+		t.Fatal(err)
+	}
+	return cfg
+}
+
+// until takes what the device says until ok.
+func (c *control) until(what string, ok func(proto.Message) bool) {
+	c.t.Helper()
+	deadline := time.After(30 * time.Second)
+	var last []string
+	for {
+		select {
+		case m := <-c.up:
+			if ok(m) {
+				return
+			}
+			last = append(last, fmt.Sprintf("%s %v", m.ProtoReflect().Descriptor().Name(), m))
+		case <-deadline:
+			c.t.Fatalf("never %s; heard:\n%s", what, strings.Join(last, "\n"))
+		}
+	}
+}

@@ -1,0 +1,297 @@
+package agent
+
+import (
+	"bufio"
+	"context"
+	"encoding/json"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"io/fs"
+	"net"
+	"net/http"
+	"net/url"
+	"os"
+	"path/filepath"
+	"runtime"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/NVIDIA/go-nvml/pkg/nvml"
+	"github.com/dunlin/dunlin/agent/device"
+	"github.com/dunlin/dunlin/agent/state"
+	"github.com/dunlin/dunlin/agent/worker"
+	profiles "github.com/dunlin/dunlin/firmware-profiles"
+	"github.com/eclipse/paho.mqtt.golang/packets"
+)
+
+// Verdict is how a check of the doctor came out.
+type Verdict string
+
+// The verdicts. Only Fail keeps the agent from its work.
+const (
+	Pass Verdict = "pass"
+	Warn Verdict = "warn"
+	Fail Verdict = "fail"
+)
+
+// Finding is the outcome of one check.
+type Finding struct {
+	Check   string  `json:"check"`
+	Verdict Verdict `json:"verdict"`
+	Detail  string  `json:"detail"`
+	Remedy  string  `json:"remedy,omitempty"`
+}
+
+const (
+	doctorTimeout = 10 * time.Second // of each check
+	maxSkew       = 30 * time.Second
+)
+
+// ErrUnhealthy is the error of a device on which a check failed.
+var ErrUnhealthy = errors.New("a check failed")
+
+// Doctor parses args as ParseConfig does, and -o table or json, examines the
+// device, and prints its findings to out. It changes nothing and may run
+// beside the agent.
+func Doctor(ctx context.Context, args []string, getenv func(string) string, out, help io.Writer) error {
+	var cfg Config
+	format := ""
+	err := parseInto(&cfg, "dunlin-agent doctor", args, getenv, help, func(fs *flag.FlagSet) {
+		fs.StringVar(&format, "o", "table", "`format` of the output: table or json")
+	})
+	if errors.Is(err, flag.ErrHelp) {
+		return nil
+	} else if err != nil {
+		return err
+	}
+	if format != "table" && format != "json" {
+		return fmt.Errorf("-o: %q is not table or json", format)
+	}
+	findings := examine(ctx, cfg)
+	if format == "json" {
+		enc := json.NewEncoder(out)
+		enc.SetIndent("", "  ")
+		err = enc.Encode(findings)
+	} else {
+		err = printFindings(out, findings)
+	}
+	if err == nil && slices.ContainsFunc(findings, func(f Finding) bool { return f.Verdict == Fail }) {
+		err = ErrUnhealthy
+	}
+	return err
+}
+
+func printFindings(w io.Writer, findings []Finding) error {
+	b := bufio.NewWriter(w)
+	for _, f := range findings {
+		fmt.Fprintf(b, "%-4s  %-10s  %s\n", f.Verdict, f.Check, f.Detail)
+		if f.Remedy != "" {
+			fmt.Fprintf(b, "%18s-> %s\n", "", f.Remedy)
+		}
+	}
+	return b.Flush()
+}
+
+func examine(ctx context.Context, cfg Config) []Finding {
+	findings := checkRuntime(ctx, cfg)
+	findings = append(findings, checkNVML(), checkDisk(cfg.Data))
+	id, err := storedIdentity(ctx, cfg.Data)
+	if err != nil {
+		findings = append(findings, Finding{"identity", Fail, err.Error(), "run the doctor as the user that the agent runs as"})
+	}
+	if id.ControllerURL == "" {
+		id.ControllerURL = cfg.Controller
+	}
+	return append(findings, checkClock(ctx, id.ControllerURL, time.Now), checkBroker(ctx, id), checkRegistry(ctx, id))
+}
+
+// storedIdentity reads who the device is, where it has an identity. It makes
+// no file.
+func storedIdentity(ctx context.Context, data string) (state.Identity, error) {
+	path := filepath.Join(data, stateFile)
+	if _, err := os.Stat(path); errors.Is(err, fs.ErrNotExist) {
+		return state.Identity{}, nil
+	}
+	s, err := state.Open(ctx, path, state.Limits{})
+	if err != nil {
+		return state.Identity{}, err
+	}
+	defer s.Close()
+	id, err := s.Identity(ctx)
+	if errors.Is(err, state.ErrNone) {
+		err = nil
+	}
+	return id, err
+}
+
+func checkRuntime(ctx context.Context, cfg Config) []Finding {
+	const remedy = "install ONNX Runtime 1.24 or newer and give its path by --runtime-lib or DUNLIN_ORT_LIB; in a checkout, `make runtime` fetches it"
+	if cfg.RuntimeLib == "" {
+		return []Finding{{"runtime", Fail, "no ONNX Runtime library is named", remedy}}
+	}
+	ctx, cancel := context.WithTimeout(ctx, doctorTimeout)
+	defer cancel()
+	found, err := worker.Probe(ctx, worker.Config{Command: cfg.Worker, RuntimeLib: cfg.RuntimeLib, Log: cfg.Log})
+	if err != nil {
+		return []Finding{{"runtime", Fail, err.Error(), remedy}}
+	}
+	findings := []Finding{{Check: "runtime", Verdict: Pass, Detail: fmt.Sprintf("ONNX Runtime %s at %s", found.Version, cfg.RuntimeLib)}}
+	providers := Finding{Check: "providers", Verdict: Pass, Detail: strings.Join(found.Providers, ", ")}
+	profile, err := profiles.Match(runtime.GOARCH)
+	if err != nil {
+		return append(findings, Finding{"providers", Warn, err.Error(), ""})
+	}
+	for _, p := range profile.Providers {
+		if !slices.Contains(found.Providers, p) {
+			providers.Verdict, providers.Detail = Warn, providers.Detail+"; "+profile.Name+" wants "+p
+			providers.Remedy = "install an ONNX Runtime that was built with it"
+		}
+	}
+	return append(findings, providers)
+}
+
+func checkNVML() Finding {
+	const remedy = "install the NVIDIA driver, if this device has an NVIDIA GPU"
+	lib := nvml.New()
+	switch ret := lib.Init(); ret {
+	case nvml.SUCCESS:
+	case nvml.ERROR_LIBRARY_NOT_FOUND:
+		return Finding{"nvml", Warn, "no NVML library: no NVIDIA telemetry", remedy}
+	default:
+		return Finding{"nvml", Warn, "NVML does not start: " + lib.ErrorString(ret), remedy}
+	}
+	defer lib.Shutdown()
+	n, ret := lib.DeviceGetCount()
+	if ret != nvml.SUCCESS {
+		return Finding{"nvml", Warn, "NVML does not count GPUs: " + lib.ErrorString(ret), remedy}
+	}
+	driver, ret := lib.SystemGetDriverVersion()
+	if ret != nvml.SUCCESS {
+		driver = "unknown"
+	}
+	return Finding{Check: "nvml", Verdict: Pass, Detail: fmt.Sprintf("%d GPUs, driver %s", n, driver)}
+}
+
+func checkDisk(data string) Finding {
+	dir := data
+	for { // the folder may not have been made yet
+		if _, err := os.Stat(dir); err == nil || dir == filepath.Dir(dir) {
+			break
+		}
+		dir = filepath.Dir(dir)
+	}
+	free, size, err := device.Disk(dir)
+	if err != nil {
+		return Finding{"disk", Fail, err.Error(), "choose another folder by --data"}
+	}
+	var reserve uint64
+	if profile, err := profiles.Match(runtime.GOARCH); err == nil {
+		reserve = uint64(profile.Storage.ReserveBytes)
+	}
+	f := Finding{Check: "disk", Verdict: Pass, Detail: fmt.Sprintf("%s: %s of %s free, %s kept in reserve", data, megabytes(free), megabytes(size), megabytes(reserve))}
+	switch {
+	case free < reserve:
+		f.Verdict, f.Remedy = Fail, "free some space, or choose another disk by --data: nothing is downloaded before"
+	case free < 2*reserve:
+		f.Verdict, f.Remedy = Warn, "free some space: only small models can be downloaded"
+	}
+	return f
+}
+
+func megabytes(n uint64) string { return fmt.Sprintf("%d MB", n/1e6) }
+
+// checkClock compares the clock with the controller's, where that answers.
+func checkClock(ctx context.Context, controller string, now func() time.Time) Finding {
+	const remedy = "set the clock, best by NTP"
+	f := Finding{Check: "clock", Verdict: Pass, Detail: now().UTC().Format(time.RFC3339)}
+	if y := now().Year(); y < 2025 || y > 2100 {
+		return Finding{"clock", Fail, f.Detail + " cannot be", remedy}
+	}
+	if controller == "" {
+		return f
+	}
+	resp, err := httpGet(ctx, strings.TrimSuffix(controller, "/")+"/healthz", "", "")
+	if err != nil {
+		return Finding{"clock", Warn, f.Detail + ", not compared with the controller's: " + err.Error(), "start the controller, or correct --controller"}
+	}
+	defer resp.Body.Close()
+	theirs, err := http.ParseTime(resp.Header.Get("Date"))
+	if err != nil {
+		return f
+	}
+	// The header counts whole seconds.
+	if skew := now().Sub(theirs).Abs() - time.Second; skew > maxSkew {
+		return Finding{"clock", Warn, fmt.Sprintf("%s, %s from the controller's", f.Detail, skew.Round(time.Second)), remedy}
+	}
+	f.Detail += ", as the controller's"
+	return f
+}
+
+func httpGet(ctx context.Context, url, user, password string) (*http.Response, error) {
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, url, nil)
+	if err != nil {
+		return nil, err
+	}
+	if user != "" {
+		req.SetBasicAuth(user, password)
+	}
+	return (&http.Client{Timeout: doctorTimeout}).Do(req)
+}
+
+// checkBroker connects to the broker as a stranger: as the device itself it
+// would end the session of an agent that runs.
+func checkBroker(ctx context.Context, id state.Identity) Finding {
+	if !joined(id) {
+		return Finding{"broker", Warn, "the device has not joined a controller", "start the agent with --controller and --join-token"}
+	}
+	const remedy = "start the controller, or see that nothing is between this device and its MQTT port"
+	u, err := url.Parse(id.BrokerURL)
+	if err != nil {
+		return Finding{"broker", Fail, err.Error(), "join again with an empty --data folder"}
+	}
+	conn, err := (&net.Dialer{Timeout: doctorTimeout}).DialContext(ctx, "tcp", u.Host)
+	if err != nil {
+		return Finding{"broker", Fail, err.Error(), remedy}
+	}
+	defer conn.Close()
+	_ = conn.SetDeadline(time.Now().Add(doctorTimeout))
+	connect := packets.NewControlPacket(packets.Connect).(*packets.ConnectPacket)
+	connect.ProtocolName, connect.ProtocolVersion, connect.CleanSession, connect.Keepalive = "MQTT", 4, true, 10
+	connect.ClientIdentifier = "doctor"
+	if err := connect.Write(conn); err != nil {
+		return Finding{"broker", Fail, fmt.Sprintf("%s does not take a CONNECT: %v", id.BrokerURL, err), remedy}
+	}
+	answer, err := packets.ReadPacket(conn)
+	if err != nil {
+		// Brokers may refuse a stranger by closing the connection.
+		return Finding{Check: "broker", Verdict: Pass, Detail: id.BrokerURL + " answers, and refuses clients without credentials"}
+	}
+	if ack, ok := answer.(*packets.ConnackPacket); !ok {
+		return Finding{"broker", Fail, id.BrokerURL + " does not speak MQTT 3.1.1", remedy}
+	} else if ack.ReturnCode == packets.Accepted {
+		return Finding{"broker", Warn, id.BrokerURL + " lets clients in without credentials", "configure the broker to refuse them"}
+	}
+	return Finding{Check: "broker", Verdict: Pass, Detail: id.BrokerURL + " answers, and refuses clients without credentials"}
+}
+
+func checkRegistry(ctx context.Context, id state.Identity) Finding {
+	if id.RegistryURL == "" {
+		return Finding{"registry", Warn, "the device has not joined a controller", "start the agent with --controller and --join-token"}
+	}
+	resp, err := httpGet(ctx, strings.TrimSuffix(id.RegistryURL, "/")+"/v2/", id.Device, id.Secret)
+	if err != nil {
+		return Finding{"registry", Fail, err.Error(), "start the controller, or see that nothing is between this device and its HTTP port"}
+	}
+	defer resp.Body.Close()
+	switch resp.StatusCode {
+	case http.StatusOK:
+		return Finding{Check: "registry", Verdict: Pass, Detail: id.RegistryURL + " answers and accepts this device"}
+	case http.StatusUnauthorized, http.StatusForbidden:
+		return Finding{"registry", Fail, id.RegistryURL + " refuses this device's credentials", "the device was removed: join again with an empty --data folder"}
+	default:
+		return Finding{"registry", Fail, fmt.Sprintf("%s/v2/ answers %s", id.RegistryURL, resp.Status), "see the controller's log"}
+	}
+}

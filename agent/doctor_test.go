@@ -1,0 +1,147 @@
+package agent
+
+import (
+	"encoding/json"
+	"errors"
+	"io"
+	"net"
+	"net/http"
+	"net/http/httptest"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/dunlin/dunlin/agent/state"
+	dunlinv1 "github.com/dunlin/dunlin/proto/dunlin/v1"
+)
+
+// diagnose runs the doctor and gives its verdicts by check.
+func diagnose(t *testing.T, args ...string) (map[string]Finding, error) {
+	t.Helper()
+	var out strings.Builder
+	err := Doctor(t.Context(), append(args, "-o", "json"), env(), &out, io.Discard)
+	var findings []Finding
+	if e := json.Unmarshal([]byte(out.String()), &findings); e != nil {
+		t.Fatalf("%v: %v: %s", err, e, &out)
+	}
+	byCheck := map[string]Finding{}
+	for _, f := range findings {
+		if f.Verdict != Pass && f.Remedy == "" {
+			t.Errorf("%v has no remedy", f)
+		}
+		byCheck[f.Check] = f
+	}
+	return byCheck, err
+}
+
+func expect(t *testing.T, findings map[string]Finding, want map[string]Verdict) {
+	t.Helper()
+	for check, verdict := range want {
+		if f := findings[check]; f.Verdict != verdict {
+			t.Errorf("%s: %v, want %s", check, f, verdict)
+		}
+	}
+}
+
+func TestDoctor(t *testing.T) {
+	data := t.TempDir()
+	lib := runtimeLibrary(t)
+	found, err := diagnose(t, "--data", filepath.Join(data, "not", "yet"), "--runtime-lib", lib)
+	if err != nil {
+		t.Error(err)
+	}
+	expect(t, found, map[string]Verdict{"runtime": Pass, "providers": Pass, "disk": Pass, "clock": Pass, "broker": Warn, "registry": Warn})
+	if f := found["runtime"]; !strings.Contains(f.Detail, "ONNX Runtime 1.") {
+		t.Errorf("runtime: %v", f)
+	}
+
+	c := startControl(t)
+	cfg := testConfig(t, c)
+	store, err := state.Open(t.Context(), filepath.Join(data, stateFile), state.Limits{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := join(t.Context(), cfg, store, &dunlinv1.DeviceInfo{}); err != nil {
+		t.Fatal(err)
+	}
+	found, err = diagnose(t, "--data", data, "--runtime-lib", lib)
+	if err != nil {
+		t.Error(err)
+	}
+	expect(t, found, map[string]Verdict{"clock": Pass, "broker": Pass, "registry": Pass})
+	if f := found["clock"]; !strings.Contains(f.Detail, "controller's") {
+		t.Errorf("clock: %v", f)
+	}
+
+	c.mu.Lock()
+	clear(c.secrets) // the device was removed
+	c.mu.Unlock()
+	found, err = diagnose(t, "--data", data, "--runtime-lib", lib)
+	if !errors.Is(err, ErrUnhealthy) {
+		t.Errorf("got %v", err)
+	}
+	expect(t, found, map[string]Verdict{"broker": Pass, "registry": Fail})
+
+	c.stopBroker()
+	c.http.Close()
+	found, err = diagnose(t, "--data", data, "--runtime-lib", filepath.Join(data, "missing.so"))
+	if !errors.Is(err, ErrUnhealthy) {
+		t.Errorf("got %v", err)
+	}
+	expect(t, found, map[string]Verdict{"runtime": Fail, "clock": Warn, "broker": Fail, "registry": Fail})
+	if err := store.Close(); err != nil {
+		t.Error(err)
+	}
+}
+
+func TestDoctorClock(t *testing.T) {
+	now := time.Date(2026, 1, 2, 3, 4, 5, 0, time.UTC)
+	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+		w.Header().Set("Date", now.Format(http.TimeFormat))
+	}))
+	defer server.Close()
+	tests := []struct {
+		at   time.Time
+		want Verdict
+	}{
+		{now, Pass}, {now.Add(30 * time.Second), Pass}, {now.Add(32 * time.Second), Warn}, {now.Add(-time.Hour), Warn},
+		{time.Unix(0, 0), Fail},
+	}
+	for _, tt := range tests {
+		if f := checkClock(t.Context(), server.URL, func() time.Time { return tt.at }); f.Verdict != tt.want {
+			t.Errorf("at %v: %v, want %s", tt.at, f, tt.want)
+		}
+	}
+}
+
+func TestDoctorKnowsWhatIsNoBroker(t *testing.T) {
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	go func() {
+		conn, err := l.Accept()
+		if err != nil {
+			return
+		}
+		defer conn.Close()
+		_, _ = conn.Read(make([]byte, 100))
+		_, _ = conn.Write([]byte{0xd0, 0}) // PINGRESP
+	}()
+	if f := checkBroker(t.Context(), state.Identity{BrokerURL: "tcp://" + l.Addr().String()}); f.Verdict != Fail {
+		t.Errorf("got %v", f)
+	}
+}
+
+func TestDoctorPrintsATable(t *testing.T) {
+	var out strings.Builder
+	err := Doctor(t.Context(), []string{"--data", t.TempDir()}, env(), &out, io.Discard)
+	if !errors.Is(err, ErrUnhealthy) || !strings.Contains(out.String(), "fail  runtime") || !strings.Contains(out.String(), "-> ") {
+		t.Errorf("%v:\n%s", err, &out)
+	}
+	if err := Doctor(t.Context(), []string{"-o", "xml"}, env(), &out, io.Discard); err == nil || errors.Is(err, ErrUnhealthy) {
+		t.Errorf("-o xml: %v", err)
+	}
+}

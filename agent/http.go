@@ -1,0 +1,66 @@
+package agent
+
+import (
+	"net/http"
+	"runtime/debug"
+	"strconv"
+	"sync"
+
+	"github.com/dunlin/dunlin/agent/engine"
+	"github.com/dunlin/dunlin/agent/oip"
+	"github.com/dunlin/dunlin/internal/telemetry"
+	"github.com/prometheus/client_golang/prometheus"
+)
+
+// Version gives the version that this program was built from.
+func Version() string {
+	info, ok := debug.ReadBuildInfo()
+	if !ok || info.Main.Version == "" {
+		return "unknown"
+	}
+	return info.Main.Version
+}
+
+// handler answers inference, and /healthz and /metrics beside it.
+func (a *agent) handler() http.Handler {
+	mux := http.NewServeMux()
+	mux.Handle("/", oip.New(oip.Config{Backend: backend{a.front, a}, Version: Version()}))
+	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, _ *http.Request) {
+		w.Header().Set("Content-Type", "text/plain; charset=utf-8")
+		_, _ = w.Write([]byte("ok\n"))
+	})
+	metrics := sync.OnceValue(func() http.Handler {
+		r := telemetry.NewMetrics()
+		r.MustRegister(engineMetrics{a.engine})
+		return telemetry.Handler(r)
+	})
+	mux.HandleFunc("GET /metrics", func(w http.ResponseWriter, r *http.Request) { metrics().ServeHTTP(w, r) })
+	return mux
+}
+
+var (
+	requestsTotal = prometheus.NewDesc("dunlin_requests_total", "Requests that a version has run.", []string{"model", "version", "outcome"}, nil)
+	runSeconds    = prometheus.NewDesc("dunlin_run_seconds_total", "Time that a version has run for.", []string{"model", "version"}, nil)
+	queued        = prometheus.NewDesc("dunlin_queue_length", "Requests that wait for a version.", []string{"model", "version"}, nil)
+)
+
+// engineMetrics collects the figures of the loaded versions.
+type engineMetrics struct{ engine *engine.Engine }
+
+// Describe implements prometheus.Collector.
+func (m engineMetrics) Describe(ch chan<- *prometheus.Desc) {
+	ch <- requestsTotal
+	ch <- runSeconds
+	ch <- queued
+}
+
+// Collect implements prometheus.Collector.
+func (m engineMetrics) Collect(ch chan<- prometheus.Metric) {
+	for _, v := range m.engine.Versions() {
+		labels := []string{v.ID.Model, strconv.FormatInt(v.ID.Version, 10)}
+		ch <- prometheus.MustNewConstMetric(requestsTotal, prometheus.CounterValue, float64(v.Succeeded), append(labels, "success")...)
+		ch <- prometheus.MustNewConstMetric(requestsTotal, prometheus.CounterValue, float64(v.Failed), append(labels, "failure")...)
+		ch <- prometheus.MustNewConstMetric(runSeconds, prometheus.CounterValue, v.RunTime.Seconds(), labels...)
+		ch <- prometheus.MustNewConstMetric(queued, prometheus.GaugeValue, float64(v.Queued), labels...)
+	}
+}

@@ -1,0 +1,292 @@
+// Package ort runs models in ONNX Runtime. It opens the runtime's shared
+// library at run time and is the only package that calls it: through the
+// binding onnxruntime_go, and through a shim where the binding cannot.
+package ort
+
+// #cgo CFLAGS: -O2 -Wall -Wextra -Werror
+// #cgo LDFLAGS: -ldl
+// #include <stdlib.h>
+// #include "shim.h"
+import "C"
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"path/filepath"
+	"runtime"
+	"strings"
+	"sync"
+	"unsafe"
+
+	binding "github.com/yalue/onnxruntime_go"
+
+	"github.com/dunlin/dunlin/models/tensor"
+)
+
+// Code is ONNX Runtime's own number for a kind of error.
+type Code int
+
+// InvalidArgument is the code of a request that does not fit the model.
+const InvalidArgument Code = 2
+
+// Error is an error that ONNX Runtime gave.
+type Error struct {
+	Code    Code
+	Message string
+}
+
+// Error gives the runtime's message.
+func (e *Error) Error() string { return e.Message }
+
+// check turns a status into an error and releases it.
+func check(s *C.OrtStatus) error {
+	if s == nil {
+		return nil
+	}
+	defer C.ort_release_status(s)
+	return &Error{Code(C.ort_status_code(s)), clean(C.GoString(C.ort_status_message(s)))}
+}
+
+// clean makes text of a message, which may quote the model's bytes.
+func clean(message string) string {
+	return strings.TrimSpace(strings.ToValidUTF8(message, "\uFFFD"))
+}
+
+// environment is the runtime of this process: there can be one only.
+var environment struct {
+	sync.Mutex
+	library string
+	err     error
+}
+
+// Init opens ONNX Runtime's shared library, version 1.24 or later. All
+// sessions share one pool of so many threads, 0 for one per core, which do
+// not spin when they have nothing to do. A process can open one library
+// only: a second Init gives the first one's error, and one of its own for
+// another library.
+func Init(library string, threads int) error {
+	environment.Lock()
+	defer environment.Unlock()
+	if environment.library == "" {
+		environment.library = library
+		environment.err = open(library, threads)
+	}
+	if environment.library != library {
+		return fmt.Errorf("open ONNX Runtime %s: this process has opened %s", library, environment.library)
+	}
+	return environment.err
+}
+
+func open(library string, threads int) error {
+	if err := checkBinding(); err != nil {
+		return fmt.Errorf("open ONNX Runtime: %w", err)
+	}
+	// The runtime has one environment, which lives as long as somebody has it:
+	// the binding gets the one that the shim has made, with its threads.
+	path := C.CString(library)
+	defer C.free(unsafe.Pointer(path))
+	if message := C.ort_init(path, C.int(threads)); message != nil {
+		defer C.free(unsafe.Pointer(message))
+		return fmt.Errorf("open ONNX Runtime: %s", C.GoString(message))
+	}
+	binding.SetSharedLibraryPath(library)
+	// Every failure comes back as an error; none needs a line in a log.
+	err := binding.InitializeEnvironment(binding.WithLogLevelFatal())
+	if err == nil {
+		err = binding.DisableTelemetry()
+	}
+	if err != nil {
+		return fmt.Errorf("open ONNX Runtime: %w", err)
+	}
+	return nil
+}
+
+// Version gives the runtime's version, "1.30.0". Init must have succeeded.
+func Version() string { return binding.GetVersion() }
+
+// Providers gives the execution providers that the library was built with.
+// Init must have succeeded.
+func Providers() ([]string, error) {
+	var names **C.char
+	var count C.int
+	if err := check(C.ort_providers(&names, &count)); err != nil {
+		return nil, err
+	}
+	defer C.ort_release_providers(names, count)
+	var all []string
+	for _, n := range unsafe.Slice(names, count) {
+		all = append(all, C.GoString(n))
+	}
+	return all, nil
+}
+
+// DieBySignal has a fault in this process, whether in ONNX Runtime or in Go,
+// kill it by its signal, so that the parent learns which one it was: Go's own
+// handlers print traces of Go code and turn every fault into exit status 2.
+func DieBySignal() error {
+	if r, err := C.ort_die_by_signal(); r != 0 {
+		return fmt.Errorf("reset signal handlers: %w", err)
+	}
+	return nil
+}
+
+// Session is a loaded model. Its methods may be called from many goroutines
+// at a time.
+type Session struct {
+	session         *binding.DynamicAdvancedSession
+	pointer         *C.OrtSession // session's own
+	inputs, outputs []tensor.Info
+	names           map[string]*C.char // of inputs and outputs
+	alarm           runtime.Cleanup
+
+	mu     sync.Mutex
+	closed bool           // guarded by mu
+	runs   sync.WaitGroup // added to under mu while not closed
+}
+
+// Open loads the .onnx file entry of the folder dir, from which its external
+// data is read too. It gives up soon after ctx is done. Init must have
+// succeeded.
+func Open(ctx context.Context, dir, entry string) (*Session, error) {
+	if !filepath.IsLocal(entry) {
+		return nil, fmt.Errorf("open model: entry %q leaves the model's folder", entry)
+	}
+	session, err := create(ctx, filepath.Join(dir, entry))
+	if err != nil {
+		return nil, fmt.Errorf("open model: %w", err)
+	}
+	s := &Session{session: session, pointer: sessionPointer(session), names: make(map[string]*C.char)}
+	s.alarm = runtime.AddCleanup(s, func(struct{}) { panic("ort: a session was never closed") }, struct{}{})
+	if s.inputs, err = s.describe(0); err == nil {
+		s.outputs, err = s.describe(1)
+	}
+	if err != nil {
+		s.Close()
+		return nil, fmt.Errorf("open model: %w", err)
+	}
+	C.ort_trim() // loading leaves much behind
+	return s, nil
+}
+
+func create(ctx context.Context, path string) (*binding.DynamicAdvancedSession, error) {
+	options, err := binding.NewSessionOptions()
+	if err != nil {
+		return nil, err
+	}
+	defer options.Destroy()
+	if err := options.SetGraphOptimizationLevel(binding.GraphOptimizationLevelEnableAll); err != nil {
+		return nil, err
+	}
+	pointer := sessionOptionsPointer(options)
+	if err := check(C.ort_share_threads(pointer)); err != nil {
+		return nil, err
+	}
+	defer whenDone(ctx, func() { check(C.ort_cancel_load(pointer)) })()
+	// The binding needs names of inputs and outputs for its own Run only.
+	session, err := binding.NewDynamicAdvancedSession(path, nil, nil, options)
+	if err == nil {
+		return session, nil
+	}
+	if ctx.Err() != nil {
+		return nil, context.Cause(ctx)
+	}
+	if reason := errors.Unwrap(err); reason != nil {
+		err = reason // what the runtime says, without the binding's "Error creating C session"
+	}
+	return nil, errors.New(clean(err.Error()))
+}
+
+// whenDone calls f once ctx is done, unless the function that it gives was
+// called before; that one returns when f does not run any more.
+func whenDone(ctx context.Context, f func()) (release func()) {
+	if ctx.Done() == nil {
+		return func() {}
+	}
+	over := make(chan struct{})
+	stop := context.AfterFunc(ctx, func() { defer close(over); f() })
+	return func() {
+		if !stop() {
+			<-over
+		}
+	}
+}
+
+// describe reads the session's inputs, or its outputs.
+func (s *Session) describe(outputs C.int) ([]tensor.Info, error) {
+	kind := "input"
+	if outputs != 0 {
+		kind = "output"
+	}
+	var count C.size_t
+	if err := check(C.ort_count(s.pointer, outputs, &count)); err != nil {
+		return nil, err
+	}
+	all := make([]tensor.Info, 0, count)
+	for i := range count {
+		var name *C.char
+		var info C.struct_ort_info
+		if err := check(C.ort_describe(s.pointer, outputs, i, &name, &info)); err != nil {
+			C.free(unsafe.Pointer(name))
+			return nil, err
+		}
+		n := C.GoString(name)
+		if s.names[n] != nil {
+			C.free(unsafe.Pointer(name)) // an input that is an output too
+		} else {
+			s.names[n] = name
+		}
+		if info.is_tensor == 0 {
+			return nil, fmt.Errorf("%s %q is not a tensor; only tensors are supported", kind, n)
+		}
+		if t := tensor.Type(info._type); !t.Known() {
+			return nil, fmt.Errorf("%s %q has unsupported element %s", kind, n, t)
+		}
+		shape, err := shapeOf(&info)
+		if err != nil {
+			return nil, fmt.Errorf("%s %q: %w", kind, n, err)
+		}
+		all = append(all, tensor.Info{Name: n, Type: tensor.Type(info._type), Shape: shape})
+	}
+	return all, nil
+}
+
+// shapeOf gives a shape that is nil for a rank that the model leaves open.
+func shapeOf(info *C.struct_ort_info) ([]int64, error) {
+	if info.rank > C.ORT_MAX_RANK {
+		return nil, fmt.Errorf("has %d dimensions, more than %d", info.rank, C.ORT_MAX_RANK)
+	}
+	if info.known == 0 {
+		return nil, nil
+	}
+	shape := make([]int64, info.rank)
+	for i := range shape {
+		shape[i] = max(int64(info.shape[i]), -1)
+	}
+	return shape, nil
+}
+
+// Inputs gives what the model takes, without its initialisers. A shape is
+// nil where the model leaves the number of dimensions open.
+func (s *Session) Inputs() []tensor.Info { return s.inputs }
+
+// Outputs gives what the model gives, its shapes as those of Inputs.
+func (s *Session) Outputs() []tensor.Info { return s.outputs }
+
+// Close waits for the runs that go on and gives the model's memory back.
+func (s *Session) Close() {
+	s.mu.Lock()
+	if s.closed {
+		s.mu.Unlock()
+		return
+	}
+	s.closed = true
+	s.mu.Unlock()
+	s.runs.Wait()
+	s.alarm.Stop()
+	s.session.Destroy()
+	for _, name := range s.names {
+		C.free(unsafe.Pointer(name))
+	}
+	C.ort_trim()
+}

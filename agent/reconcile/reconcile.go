@@ -1,0 +1,483 @@
+// Package reconcile drives a device to its desired state: it fetches and
+// verifies the bundles of the wanted versions, checks and loads them, and
+// switches the models over to them. Whatever fails, the version that served
+// before goes on serving; wherever it is killed, the next start continues.
+//
+// A version that fails verification, its check or its load is in quarantine
+// until another digest is wanted of its model, or the agent starts again: it
+// then gets one more try, behind the version that served last. Everything
+// else that fails is tried again, with growing waits.
+package reconcile
+
+import (
+	"cmp"
+	"context"
+	"crypto/sha256"
+	"errors"
+	"fmt"
+	"io/fs"
+	"log/slog"
+	"math/rand/v2"
+	"path/filepath"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/dunlin/dunlin/agent/engine"
+	"github.com/dunlin/dunlin/agent/state"
+	dunlinv1 "github.com/dunlin/dunlin/proto/dunlin/v1"
+	"github.com/opencontainers/go-digest"
+	"google.golang.org/protobuf/proto"
+)
+
+// Engine loads versions and unloads them after their last request.
+type Engine interface {
+	Load(ctx context.Context, s engine.Spec) (engine.Info, error)
+	Unload(ctx context.Context, id engine.VersionID) error
+}
+
+// Front answers requests. Both calls take effect at once for the requests
+// that come after them.
+type Front interface {
+	SetServing(versions map[string]int64) // by model
+	SetRoutes(generation string, routes []*dunlinv1.DesiredRoute)
+}
+
+// Config configures a Reconciler.
+type Config struct {
+	Dir      string          // holds the bundles
+	Registry func() Registry // asked at the begin of each download
+	Reserve  uint64          // bytes of the disk that downloads leave free
+	Stall    time.Duration   // how long a transfer may go without a byte; 30 s where 0
+	State    *state.Store
+	Engine   Engine
+	// Check tries to load a version that never served here, in a place where
+	// that can do no harm.
+	Check func(ctx context.Context, s engine.Spec) (engine.Info, error)
+	// Passing says whether an error of Check or of Engine.Load is none of the
+	// version's fault: it is tried again, and not put into quarantine.
+	Passing func(error) bool
+	Front   Front
+	// Event keeps an event for the controller; it must not wait for it.
+	Event func(*dunlinv1.Event)
+	Log   *slog.Logger
+}
+
+// Reconciler is the one owner of what a device runs. Run runs it; the other
+// methods may be called concurrently with it and never wait for it.
+type Reconciler struct {
+	cfg     Config
+	bundles *bundles
+	desires chan *dunlinv1.Desired
+	retries chan struct{}
+	lost    chan engine.VersionID
+	changed chan struct{}
+	report  atomic.Pointer[dunlinv1.Reported]
+	have    atomic.Pointer[dunlinv1.Generation]
+
+	// What follows is Run's.
+	core      *core
+	remote    *remote
+	downloads map[key]*download
+	cancels   map[key]context.CancelFunc
+	ended     chan ending
+	running   sync.WaitGroup
+	refused   [sha256.Size]byte // the last document that was refused
+	saved     map[key]state.Version
+	unsaved   bool // the state file could not be written
+}
+
+// ending is how an op of a version ended.
+type ending struct {
+	key      key
+	op       op
+	err      error
+	progress bool
+}
+
+// progressEvery is how often a report says how far downloads are.
+const progressEvery = time.Second
+
+// The wait before another try: a random part, at least half, of a bound that
+// doubles with each failure in a row.
+const (
+	firstRetry = time.Second
+	lastRetry  = time.Minute
+)
+
+// New opens the folder of bundles. Run does the rest.
+func New(cfg Config) (*Reconciler, error) {
+	b, err := openBundles(cfg.Dir)
+	if err != nil {
+		return nil, fmt.Errorf("open bundles: %w", err)
+	}
+	if cfg.Stall == 0 {
+		cfg.Stall = defaultStall
+	}
+	return &Reconciler{
+		cfg: cfg, bundles: b, core: newCore(),
+		desires: make(chan *dunlinv1.Desired, 1), retries: make(chan struct{}, 1), changed: make(chan struct{}, 1), lost: make(chan engine.VersionID, maxLost),
+		downloads: map[key]*download{}, cancels: map[key]context.CancelFunc{}, ended: make(chan ending),
+		saved: map[key]state.Version{},
+	}, nil
+}
+
+// Desire hands over a desired document, whole. Of those that wait only the
+// newest is kept.
+func (r *Reconciler) Desire(d *dunlinv1.Desired) {
+	for {
+		select {
+		case r.desires <- d:
+			return
+		default:
+		}
+		select {
+		case <-r.desires:
+		default:
+		}
+	}
+}
+
+// Retry makes what waits after a failure due at once: the network is back.
+func (r *Reconciler) Retry() { signal(r.retries) }
+
+// maxLost bounds the lost versions that wait to be looked at; the caller of
+// Lost waits when there are more.
+const maxLost = 1024
+
+// Lost says that a loaded version cannot run any more. It is unloaded, and
+// checked before it is loaded again.
+func (r *Reconciler) Lost(id engine.VersionID) { r.lost <- id }
+
+// Changed receives when Report has changed.
+func (r *Reconciler) Changed() <-chan struct{} { return r.changed }
+
+// Report gives what the device runs, without session and sequence; nil until
+// Run has read what is on disk. The caller must not change it.
+func (r *Reconciler) Report() *dunlinv1.Reported { return r.report.Load() }
+
+// Generation gives the newest generation that is stored; nil for none.
+func (r *Reconciler) Generation() *dunlinv1.Generation { return r.have.Load() }
+
+func signal(c chan struct{}) {
+	select {
+	case c <- struct{}{}:
+	default:
+	}
+}
+
+// Run works until ctx is done, and returns when all it started has ended.
+func (r *Reconciler) Run(ctx context.Context) error {
+	if err := r.restore(ctx); err != nil {
+		return fmt.Errorf("restore what the device ran: %w", err)
+	}
+	defer r.running.Wait()
+	wake := time.NewTimer(0)
+	defer wake.Stop()
+	for {
+		r.act(ctx)
+		r.publish()
+		wake.Reset(r.pause())
+		select {
+		case d := <-r.desires:
+			r.accept(ctx, d)
+		case e := <-r.ended:
+			r.finish(ctx, e)
+		case id := <-r.lost:
+			r.core.lost(id)
+		case <-r.retries:
+			r.core.retry()
+		case <-wake.C:
+		case <-ctx.Done():
+			go func() {
+				r.running.Wait()
+				close(r.ended)
+			}()
+			for range r.ended { // what was begun ends with ctx; the next start finds out how far it came
+			}
+			return nil
+		}
+	}
+}
+
+// pause gives how long Run may wait for something to happen.
+func (r *Reconciler) pause() time.Duration {
+	now := time.Now()
+	pause := time.Hour
+	if at := r.core.wake(now); !at.IsZero() {
+		pause = at.Sub(now)
+	}
+	for _, v := range r.core.versions {
+		if v.busy == fetching {
+			pause = min(pause, progressEvery)
+		}
+	}
+	if r.unsaved {
+		pause = min(pause, firstRetry)
+	}
+	return pause
+}
+
+// restore takes over what is stored and on disk, without asking anybody.
+func (r *Reconciler) restore(ctx context.Context) error {
+	now := time.Now()
+	d, err := r.cfg.State.Desired(ctx)
+	if err == nil {
+		doc := new(dunlinv1.DesiredDocument)
+		if err := proto.Unmarshal(d.Document, doc); err != nil {
+			return fmt.Errorf("stored desired document: %w", err)
+		}
+		r.core.setDesired(doc, now)
+		r.have.Store(&dunlinv1.Generation{Incarnation: d.Incarnation, Number: d.Number})
+	} else if !errors.Is(err, state.ErrNone) {
+		return err
+	}
+	rows, err := r.cfg.State.Versions(ctx)
+	if err != nil {
+		return err
+	}
+	for _, row := range rows {
+		k := key{engine.VersionID{Model: row.Model, Version: row.Version}, digest.Digest(row.Digest)}
+		if k.digest.Validate() != nil {
+			continue
+		}
+		v := r.core.add(k, row.Since)
+		v.good, v.since = row.LastGood, row.Since
+		r.saved[k] = row
+	}
+	known := map[digest.Digest]bool{}
+	for _, v := range r.core.versions {
+		known[v.digest] = true
+		b, err := r.bundles.open(v.digest)
+		switch {
+		case err == nil:
+			v.stage, v.size = stored, uint64(b.manifest.Size)
+		case errors.Is(err, fs.ErrNotExist):
+			v.good = false
+		default:
+			return err
+		}
+	}
+	whole, part, err := r.bundles.list()
+	if err != nil {
+		return err
+	}
+	for _, d := range append(whole, part...) {
+		if !known[d] {
+			if err := r.bundles.remove(d); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+// act does what is to be done now, and begins what takes time.
+func (r *Reconciler) act(ctx context.Context) {
+	for {
+		acts := r.core.next(time.Now())
+		for _, a := range acts {
+			switch a.op {
+			case serving, withdrawing:
+				r.cfg.Front.SetServing(r.serving())
+				if a.op == serving {
+					r.cfg.Log.Info("serving", "model", a.key.id.Model, "version", a.key.id.Version)
+					r.event("version.serving", dunlinv1.Severity_SEVERITY_INFO, a.key, "")
+				}
+			case routing:
+				r.cfg.Front.SetRoutes(r.generation(), r.routes())
+			case cancelling:
+				r.cancels[a.key]()
+			default:
+				r.save(ctx) // before an old version leaves, the new one must be the stored one
+				r.begin(ctx, a)
+			}
+		}
+		r.save(ctx)
+		if len(acts) == 0 {
+			return
+		}
+	}
+}
+
+func (r *Reconciler) serving() map[string]int64 {
+	versions := map[string]int64{}
+	for model, v := range r.core.serving {
+		versions[model] = v.id.Version
+	}
+	return versions
+}
+
+func (r *Reconciler) routes() []*dunlinv1.DesiredRoute {
+	routes := make([]*dunlinv1.DesiredRoute, 0, len(r.core.inForce))
+	for _, name := range sortedKeys(r.core.inForce) {
+		routes = append(routes, r.core.inForce[name])
+	}
+	return routes
+}
+
+func (r *Reconciler) generation() string {
+	g := r.have.Load()
+	return fmt.Sprintf("%s/%d", g.GetIncarnation(), g.GetNumber())
+}
+
+// begin starts an op that takes time.
+func (r *Reconciler) begin(ctx context.Context, a action) {
+	ctx, cancel := context.WithCancel(ctx)
+	r.cancels[a.key] = cancel
+	var work func() (bool, error)
+	switch a.op {
+	case fetching:
+		d := r.download(a.key)
+		work = func() (bool, error) {
+			before := d.present.Load()
+			err := r.fetch(ctx, d)
+			return d.present.Load() > before, err
+		}
+	case checking, loading:
+		work = func() (bool, error) { return false, r.load(ctx, a) }
+	case unloading:
+		work = func() (bool, error) {
+			err := r.cfg.Engine.Unload(ctx, a.key.id)
+			if errors.Is(err, engine.ErrNotLoaded) {
+				err = nil
+			}
+			return false, err
+		}
+	case removing:
+		if r.unsaved {
+			work = func() (bool, error) { return false, errors.New("the state file cannot be written") }
+			break
+		}
+		delete(r.downloads, a.key)
+		work = func() (bool, error) {
+			if a.keepFiles {
+				return false, nil
+			}
+			return false, r.bundles.remove(a.key.digest)
+		}
+	}
+	r.running.Go(func() {
+		progress, err := work()
+		r.ended <- ending{key: a.key, op: a.op, err: err, progress: progress}
+	})
+}
+
+// download gives the download of a version, which may have begun before.
+func (r *Reconciler) download(k key) *download {
+	registry := r.cfg.Registry()
+	if r.remote == nil || r.remote.Registry != registry {
+		r.remote = newRemote(registry, r.cfg.Stall)
+	}
+	d := r.downloads[k]
+	if d == nil {
+		d = &download{store: r.bundles, model: k.id.Model, digest: k.digest, reserve: r.cfg.Reserve, free: freeSpace, log: r.cfg.Log}
+		d.total.Store(int64(r.core.versions[k].size))
+		r.downloads[k] = d
+	}
+	d.remote = r.remote
+	return d
+}
+
+// fetch brings a bundle onto the disk, unless another version has it already.
+func (r *Reconciler) fetch(ctx context.Context, d *download) error {
+	if _, err := r.bundles.open(d.digest); !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	if d.remote.URL == "" {
+		return errors.New("no registry is known yet")
+	}
+	return d.run(ctx)
+}
+
+// errLost is the error of a bundle that is not on disk any more.
+var errLost = errors.New("the bundle is lost and must be fetched again")
+
+// load loads a stored version for good, or to check it.
+func (r *Reconciler) load(ctx context.Context, a action) error {
+	b, err := r.bundles.open(a.key.digest)
+	if errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("%w: %w", errLost, err)
+	} else if err != nil {
+		return err
+	}
+	spec := engine.Spec{ID: a.key.id, Dir: b.dir, Entry: b.entry}
+	if a.op == checking {
+		_, err = r.cfg.Check(ctx, spec)
+	} else {
+		_, err = r.cfg.Engine.Load(ctx, spec)
+	}
+	if err != nil {
+		err = &loadError{err: err, dir: b.dir}
+	}
+	return err
+}
+
+// loadError is an error of the runtime. It speaks of files as the bundle
+// does: where they are on this device says nothing to its readers.
+type loadError struct {
+	err error
+	dir string
+}
+
+func (e *loadError) Error() string {
+	return strings.ReplaceAll(e.err.Error(), e.dir+string(filepath.Separator), "")
+}
+
+func (e *loadError) Unwrap() error { return e.err }
+
+// finish takes in how an op ended.
+func (r *Reconciler) finish(ctx context.Context, e ending) {
+	r.cancels[e.key]()
+	delete(r.cancels, e.key)
+	v := r.core.versions[e.key]
+	log := r.cfg.Log.With("model", e.key.id.Model, "version", e.key.id.Version)
+	o := outcome{err: e.err, progress: e.progress, lost: errors.Is(e.err, errLost), noRoom: errors.Is(e.err, errNoRoom)}
+	if e.err != nil {
+		bound := min(firstRetry<<min(v.failures, 10), lastRetry)
+		if e.progress {
+			bound = firstRetry
+		}
+		o.wait = bound/2 + rand.N(bound/2)
+		o.permanent = r.permanent(e)
+	}
+	r.core.done(e.key, o, time.Now())
+	switch {
+	case e.err != nil && v.quarantine != "":
+		log.Error("version put into quarantine", "digest", e.key.digest, "reason", v.quarantine)
+		r.event("version.quarantined", dunlinv1.Severity_SEVERITY_ERROR, e.key, v.quarantine)
+	case e.err != nil && v.failure != "":
+		log.Warn("failed, trying again", "op", e.op, "error", e.err, "in", o.wait.Round(time.Millisecond))
+	case e.err == nil && e.op == fetching:
+		v.size = cmp.Or(uint64(r.downloads[e.key].total.Load()), v.size)
+		delete(r.downloads, e.key)
+		log.Info("stored", "bytes", v.size)
+		r.event("version.stored", dunlinv1.Severity_SEVERITY_INFO, e.key, "")
+	default:
+		log.Debug("done", "op", e.op, "error", e.err)
+	}
+	if v.quarantine != "" {
+		delete(r.downloads, e.key)
+	}
+	if e.op == removing && r.core.versions[e.key] == nil {
+		r.forget(ctx, e.key)
+	}
+}
+
+// permanent says whether an op that failed would fail again.
+func (r *Reconciler) permanent(e ending) bool {
+	switch e.op {
+	case fetching:
+		_, wrong := errors.AsType[*VerifyError](e.err)
+		return wrong
+	case checking, loading:
+		return !errors.Is(e.err, context.Canceled) && !errors.Is(e.err, errLost) &&
+			!errors.Is(e.err, engine.ErrDraining) && !errors.Is(e.err, engine.ErrStopped) && !r.cfg.Passing(e.err)
+	}
+	return false
+}
+
+func (r *Reconciler) event(kind string, severity dunlinv1.Severity, k key, message string) {
+	r.cfg.Event(&dunlinv1.Event{Kind: kind, Severity: severity, Model: k.id.Model, Version: k.id.Version, Message: message})
+}

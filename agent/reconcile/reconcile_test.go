@@ -1,0 +1,451 @@
+package reconcile
+
+import (
+	"bytes"
+	"context"
+	"crypto/sha256"
+	"errors"
+	"fmt"
+	"maps"
+	"math/rand/v2"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/dunlin/dunlin/agent/engine"
+	"github.com/dunlin/dunlin/agent/state"
+	dunlinv1 "github.com/dunlin/dunlin/proto/dunlin/v1"
+	"github.com/opencontainers/go-digest"
+	"go.uber.org/goleak"
+	"google.golang.org/protobuf/proto"
+)
+
+// simulated loads every file but those that begin with "not a model", and
+// answers requests as engine and front of a device do.
+type simulated struct {
+	t       testing.TB
+	mu      sync.Mutex
+	loaded  map[engine.VersionID]bool
+	serving map[string]int64
+	routes  []*dunlinv1.DesiredRoute
+	events  []*dunlinv1.Event
+	faults  []error // of the next loads
+}
+
+func newSimulated(t testing.TB) *simulated {
+	return &simulated{t: t, loaded: map[engine.VersionID]bool{}, serving: map[string]int64{}}
+}
+
+var errNotAModel = errors.New("not a model")
+
+func try(s engine.Spec) error {
+	raw, err := os.ReadFile(filepath.Join(s.Dir, s.Entry))
+	if err == nil && bytes.HasPrefix(raw, []byte("not a model")) {
+		err = fmt.Errorf("%s: %w", filepath.Join(s.Dir, s.Entry), errNotAModel)
+	}
+	return err
+}
+
+func (s *simulated) Check(_ context.Context, spec engine.Spec) (engine.Info, error) {
+	return engine.Info{}, try(spec)
+}
+
+func (s *simulated) Load(_ context.Context, spec engine.Spec) (engine.Info, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if len(s.faults) > 0 {
+		err := s.faults[0]
+		s.faults = s.faults[1:]
+		return engine.Info{}, err
+	}
+	if s.loaded[spec.ID] {
+		s.t.Errorf("%s is loaded twice", spec.ID)
+	}
+	s.loaded[spec.ID] = true
+	return engine.Info{}, try(spec)
+}
+
+func (s *simulated) Unload(_ context.Context, id engine.VersionID) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.serving[id.Model] == id.Version {
+		s.t.Errorf("%s is unloaded while it serves", id)
+	}
+	delete(s.loaded, id)
+	return nil
+}
+
+func (s *simulated) SetServing(versions map[string]int64) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for model, v := range versions {
+		if !s.loaded[engine.VersionID{Model: model, Version: v}] {
+			s.t.Errorf("%s:%d serves and is not loaded", model, v)
+		}
+	}
+	s.serving = maps.Clone(versions)
+}
+
+func (s *simulated) SetRoutes(_ string, routes []*dunlinv1.DesiredRoute) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.routes = routes
+}
+
+func (s *simulated) answers(model string) int64 {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.serving[model]
+}
+
+func (s *simulated) event(e *dunlinv1.Event) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.events = append(s.events, e)
+}
+
+func (s *simulated) kinds() string {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	var kinds []string
+	for _, e := range s.events {
+		kinds = append(kinds, e.Kind)
+	}
+	return strings.Join(kinds, " ")
+}
+
+// testDevice is a device's data folder with a Reconciler that runs on it.
+type testDevice struct {
+	*Reconciler
+	*simulated
+	t        testing.TB
+	dir      string
+	registry *testRegistry
+	stop     func()
+}
+
+func (d *testDevice) start() {
+	d.t.Helper()
+	store, err := state.Open(d.t.Context(), filepath.Join(d.dir, "state.db"), state.Limits{})
+	if err != nil {
+		d.t.Fatal(err)
+	}
+	d.simulated = newSimulated(d.t)
+	d.Reconciler, err = New(Config{
+		Dir: filepath.Join(d.dir, "bundles"), Registry: d.registry.registry, Stall: 200 * time.Millisecond, State: store,
+		Engine: d.simulated, Check: d.Check, Passing: func(err error) bool { return !errors.Is(err, errNotAModel) },
+		Front: d.simulated, Event: d.simulated.event, Log: testLog(d.t),
+	})
+	if err != nil {
+		d.t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(d.t.Context())
+	done := make(chan error, 1)
+	go func() { done <- d.Run(ctx) }()
+	d.stop = sync.OnceFunc(func() {
+		cancel()
+		if err := errors.Join(<-done, store.Close()); err != nil {
+			d.t.Error(err)
+		}
+	})
+}
+
+func startDevice(t testing.TB, reg *testRegistry) *testDevice {
+	t.Helper()
+	ignore := goleak.IgnoreCurrent()
+	t.Cleanup(func() {
+		goleak.VerifyNone(t, ignore, goleak.IgnoreAnyFunction("net/http.(*persistConn).readLoop"), goleak.IgnoreAnyFunction("net/http.(*persistConn).writeLoop"), goleak.IgnoreAnyFunction("net/http.(*conn).serve"))
+	})
+	d := &testDevice{t: t, dir: t.TempDir(), registry: reg}
+	d.start()
+	t.Cleanup(func() { d.stop() })
+	return d
+}
+
+func (d *testDevice) restart() {
+	d.stop()
+	d.start()
+}
+
+// until waits until the report satisfies ok.
+func (d *testDevice) until(what string, ok func(*dunlinv1.Reported) bool) {
+	d.t.Helper()
+	deadline := time.After(20 * time.Second)
+	for {
+		if r := d.Report(); r != nil && ok(r) {
+			return
+		}
+		select {
+		case <-d.Changed():
+		case <-deadline:
+			d.t.Fatalf("never %s: %v", what, d.Report())
+		}
+	}
+}
+
+func (d *testDevice) untilServing(model string, version int64) {
+	d.t.Helper()
+	d.until(fmt.Sprintf("serves %s:%d", model, version), func(r *dunlinv1.Reported) bool {
+		s := status(r, model, version)
+		return s != nil && s.Serving
+	})
+	if got := d.answers(model); got != version {
+		d.t.Errorf("%s is answered by version %d, reported is %d", model, got, version)
+	}
+}
+
+func status(r *dunlinv1.Reported, model string, version int64) *dunlinv1.VersionStatus {
+	for _, v := range r.Versions {
+		if v.Model == model && v.Version == version {
+			return v
+		}
+	}
+	return nil
+}
+
+func desired(number uint64, routes []*dunlinv1.DesiredRoute, versions ...*dunlinv1.DesiredVersion) *dunlinv1.Desired {
+	raw, err := proto.Marshal(&dunlinv1.DesiredDocument{Versions: versions, Routes: routes})
+	if err != nil {
+		panic(err)
+	}
+	sum := sha256.Sum256(raw)
+	return &dunlinv1.Desired{
+		Generation: &dunlinv1.Generation{Incarnation: "one", Number: number}, Sha256: sum[:], SizeBytes: uint64(len(raw)), Document: raw,
+	}
+}
+
+func (b *testBundle) want(model string, version int64) *dunlinv1.DesiredVersion {
+	return &dunlinv1.DesiredVersion{Deployment: model, Model: model, Version: version, Digest: b.digest.String(), SizeBytes: uint64(b.size)}
+}
+
+func TestServesWhatIsWanted(t *testing.T) {
+	rng := seeded(t)
+	v1, v2 := pack(t, map[string][][]byte{"m.onnx": blocks(rng, 3)}), pack(t, map[string][][]byte{"m.onnx": blocks(rng, 3)})
+	d := startDevice(t, serveBundles(t, v1, v2))
+	routes := []*dunlinv1.DesiredRoute{route("r", target("digits", 0))}
+	d.Desire(desired(1, routes, v1.want("digits", 1)))
+	d.untilServing("digits", 1)
+	d.until("has the route", func(r *dunlinv1.Reported) bool { return len(r.Routes) == 1 && r.Routes[0].Ready })
+	d.Desire(desired(2, routes, v2.want("digits", 2)))
+	d.untilServing("digits", 2)
+	d.until("removed version 1", func(r *dunlinv1.Reported) bool { return len(r.Versions) == 1 })
+	if r := d.Report(); r.Observed.Number != 2 || r.Versions[0].BytesPresent != uint64(v2.size) || r.Versions[0].State != dunlinv1.VersionState_VERSION_STATE_RESIDENT {
+		t.Errorf("report: %v", r)
+	}
+	if got := d.kinds(); got != "version.stored version.serving version.stored version.serving" {
+		t.Errorf("events: %s", got)
+	}
+	d.Desire(desired(1, nil)) // late
+	d.Desire(desired(3, nil))
+	d.until("is empty", func(r *dunlinv1.Reported) bool { return len(r.Versions) == 0 && r.Observed.Number == 3 })
+	entries, err := os.ReadDir(filepath.Join(d.dir, "bundles"))
+	if err != nil || len(entries) > 0 {
+		t.Errorf("left on disk: %v, %v", entries, err)
+	}
+	if d.answers("digits") != 0 {
+		t.Error("still serving")
+	}
+}
+
+func TestStartsWithoutNetwork(t *testing.T) {
+	rng := seeded(t)
+	v1, v2 := pack(t, map[string][][]byte{"m.onnx": blocks(rng, 3)}), pack(t, map[string][][]byte{"m.onnx": blocks(rng, 3)})
+	d := startDevice(t, serveBundles(t, v1))
+	d.Desire(desired(1, []*dunlinv1.DesiredRoute{route("r", target("digits", 0))}, v1.want("digits", 1)))
+	d.untilServing("digits", 1)
+	d.registry.Close()
+	d.restart()
+	d.untilServing("digits", 1)
+	if g := d.Generation(); g.GetNumber() != 1 || g.GetIncarnation() != "one" {
+		t.Errorf("generation %v", g)
+	}
+	if len(d.simulated.routes) != 1 {
+		t.Errorf("routes %v", d.simulated.routes)
+	}
+	// A version that cannot be fetched does not stop the old one, whatever is
+	// restarted.
+	d.Desire(desired(2, nil, v2.want("digits", 2)))
+	d.until("gives a reason", func(r *dunlinv1.Reported) bool {
+		s := status(r, "digits", 2)
+		return s != nil && strings.Contains(s.Reason, "connection refused") && strings.HasPrefix(s.Reason, "try ")
+	})
+	d.restart()
+	d.untilServing("digits", 1)
+	if g := d.Generation(); g.GetNumber() != 2 {
+		t.Errorf("generation %v", g)
+	}
+}
+
+func TestQuarantine(t *testing.T) {
+	rng := seeded(t)
+	good := pack(t, map[string][][]byte{"m.onnx": blocks(rng, 2)})
+	unloadable := pack(t, map[string][][]byte{"m.onnx": {append([]byte("not a model"), block(rng)...)}})
+	spoilt := pack(t, map[string][][]byte{"m.onnx": blocks(rng, 2)})
+	reg := serveBundles(t, good, unloadable, spoilt)
+	reg.setFault(func(dg digest.Digest, offset int64, p []byte) verdict {
+		if dg == spoilt.blobOf("m.onnx") && offset == 0 {
+			p[7] ^= 1
+		}
+		return pass
+	})
+	d := startDevice(t, reg)
+	d.Desire(desired(1, nil, good.want("digits", 1)))
+	d.untilServing("digits", 1)
+	for i, tt := range []struct {
+		bundle *testBundle
+		reason string
+	}{{unloadable, "m.onnx: not a model"}, {spoilt, "verify m.onnx at offset 0"}} {
+		version := int64(i + 2)
+		quarantined := func(r *dunlinv1.Reported) bool {
+			s := status(r, "digits", version)
+			return s != nil && s.State == dunlinv1.VersionState_VERSION_STATE_QUARANTINED && strings.HasPrefix(s.Reason, tt.reason)
+		}
+		number := 10 * uint64(version)
+		d.Desire(desired(number, nil, tt.bundle.want("digits", version)))
+		d.until("quarantines", quarantined)
+		asked := reg.servedBytes()
+		d.Desire(desired(number+1, nil, tt.bundle.want("digits", version), good.want("other", 1)))
+		d.untilServing("other", 1)
+		if !quarantined(d.Report()) || reg.servedBytes() != asked {
+			t.Errorf("the same digest was tried again: %v", d.Report())
+		}
+		if got := d.answers("digits"); got != 1 {
+			t.Errorf("digits is answered by version %d", got)
+		}
+		// A start tries once more, behind the version that serves.
+		d.restart()
+		d.untilServing("digits", 1)
+		d.until("quarantines again", quarantined)
+	}
+	d.Desire(desired(100, nil, good.want("digits", 1)))
+	d.until("is clean", func(r *dunlinv1.Reported) bool { return len(r.Versions) == 1 && r.Versions[0].Serving })
+}
+
+func TestPassingFaultsAreTriedAgain(t *testing.T) {
+	b := pack(t, map[string][][]byte{"m.onnx": blocks(seeded(t), 2)})
+	d := startDevice(t, serveBundles(t, b))
+	d.mu.Lock()
+	d.faults = []error{errors.New("no runtime yet")}
+	d.mu.Unlock()
+	d.Desire(desired(1, nil, b.want("digits", 1)))
+	d.until("gives a reason", func(r *dunlinv1.Reported) bool {
+		s := status(r, "digits", 1)
+		return s != nil && s.State == dunlinv1.VersionState_VERSION_STATE_STORED && strings.Contains(s.Reason, "no runtime yet")
+	})
+	d.Retry()
+	d.untilServing("digits", 1)
+	d.Lost(engine.VersionID{Model: "digits", Version: 1})
+	d.until("lost it", func(r *dunlinv1.Reported) bool { return !status(r, "digits", 1).Serving })
+	d.untilServing("digits", 1)
+}
+
+func TestNewerGenerationPreempts(t *testing.T) {
+	rng := seeded(t)
+	slow, b := pack(t, map[string][][]byte{"m.onnx": blocks(rng, 4)}), pack(t, map[string][][]byte{"m.onnx": blocks(rng, 2)})
+	reg := serveBundles(t, slow, b)
+	hangs := make(chan struct{}, 10)
+	reg.setFault(func(dg digest.Digest, offset int64, _ []byte) verdict {
+		if dg == slow.blobOf("m.onnx") && offset > 100<<10 {
+			hangs <- struct{}{}
+			return stalled
+		}
+		return pass
+	})
+	d := startDevice(t, reg)
+	d.Desire(desired(1, nil, slow.want("digits", 1)))
+	<-hangs
+	d.Desire(desired(2, nil, b.want("digits", 2)))
+	d.untilServing("digits", 2)
+	d.until("removed the part", func(r *dunlinv1.Reported) bool { return len(r.Versions) == 1 })
+}
+
+func TestRefusesBadDocuments(t *testing.T) {
+	b := pack(t, map[string][][]byte{"m.onnx": blocks(seeded(t), 1)})
+	d := startDevice(t, serveBundles(t, b))
+	wrong := desired(1, nil, b.want("digits", 1), b.want("digits", 2))
+	d.Desire(wrong)
+	d.Desire(wrong)
+	unequal := desired(2, nil, b.want("digits", 1))
+	unequal.Sha256 = wrong.Sha256
+	d.Desire(desired(3, nil, b.want("digits", 1)))
+	d.untilServing("digits", 1)
+	d.Desire(unequal)
+	other := desired(1, nil)
+	other.Generation.Incarnation = "two" // a new store counts from the start
+	d.Desire(other)
+	d.until("follows the new incarnation", func(r *dunlinv1.Reported) bool { return r.Observed.Incarnation == "two" && len(r.Versions) == 0 })
+}
+
+// However often it is stopped, and whatever is wanted meanwhile, in the end
+// it runs what is wanted last.
+func TestConvergesOverRestarts(t *testing.T) {
+	rng := seeded(t)
+	var bundles []*testBundle
+	shared := blocks(rng, 6)
+	for range 4 {
+		bundles = append(bundles, pack(t, map[string][][]byte{"m.onnx": append(blocks(rng, 3), shared...)}))
+	}
+	reg := serveBundles(t, bundles...)
+	faults := rand.New(rand.NewPCG(rng.Uint64(), 0))
+	reg.setFault(func(digest.Digest, int64, []byte) verdict {
+		if faults.IntN(60) == 0 {
+			return cut
+		}
+		return pass
+	})
+	d := startDevice(t, reg)
+	last := map[string]int64{}
+	for number := range uint64(25) {
+		var versions []*dunlinv1.DesiredVersion
+		clear(last)
+		for _, model := range []string{"a", "b"} {
+			if v := rng.IntN(len(bundles) + 1); v > 0 {
+				last[model] = int64(v)
+				versions = append(versions, bundles[v-1].want(model, int64(v)))
+			}
+		}
+		d.Desire(desired(number+1, nil, versions...))
+		for range rng.IntN(4) {
+			select {
+			case <-d.Changed():
+			case <-time.After(50 * time.Millisecond):
+			}
+		}
+		d.until("takes the document", func(r *dunlinv1.Reported) bool { return r.Observed.GetNumber() == number+1 })
+		if rng.IntN(2) == 0 {
+			d.restart()
+		}
+		d.Retry()
+	}
+	reg.setFault(nil)
+	d.until("runs what is wanted last", func(r *dunlinv1.Reported) bool {
+		d.Retry()
+		for _, v := range r.Versions {
+			if last[v.Model] != v.Version || !v.Serving {
+				return false
+			}
+		}
+		return len(r.Versions) == len(last)
+	})
+}
+
+func FuzzParseDesired(f *testing.F) {
+	f.Add(desired(1, []*dunlinv1.DesiredRoute{route("r", target("m", 1))}, wantVersion("m", 1, "x")).Document)
+	f.Add([]byte{0xff, 1})
+	f.Fuzz(func(t *testing.T, raw []byte) {
+		sum := sha256.Sum256(raw)
+		doc, err := parseDesired(&dunlinv1.Desired{Generation: &dunlinv1.Generation{}, Sha256: sum[:], Document: raw}, sum)
+		if err != nil {
+			return
+		}
+		c := newCore()
+		c.setDesired(doc, time.Unix(0, 0))
+		if len(c.desired) != len(doc.Versions) || len(c.routes) != len(doc.Routes) {
+			t.Errorf("%v gives %d versions and %d routes", doc, len(c.desired), len(c.routes))
+		}
+		c.next(time.Unix(0, 0))
+	})
+}

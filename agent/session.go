@@ -1,0 +1,220 @@
+package agent
+
+import (
+	"context"
+	"sync"
+	"time"
+
+	"github.com/dunlin/dunlin/internal/link"
+	dunlinv1 "github.com/dunlin/dunlin/proto/dunlin/v1"
+	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/types/known/timestamppb"
+)
+
+const (
+	// reportEvery bounds the rate of reports; changes in between go out with
+	// the next.
+	reportEvery = 250 * time.Millisecond
+	// batchEvents bounds the events of one message.
+	batchEvents = 100
+	// firstResend and lastResend bound the wait for an acknowledgement before
+	// events are sent again; it doubles with each time.
+	firstResend = 5 * time.Second
+	lastResend  = time.Minute
+	// blockWait is the wait for a block before it is asked for again.
+	blockWait      = 5 * time.Second
+	telemetryEvery = time.Minute
+)
+
+// session is the agent's part of the conversation with the controller.
+type session struct {
+	*agent
+	link   *link.Link
+	report chan struct{} // report at once
+	resend chan struct{} // what was sent went to another session
+	sample chan struct{} // send telemetry at once
+}
+
+func newSession(l *link.Link, a *agent) *session {
+	return &session{agent: a, link: l, report: make(chan struct{}, 1), resend: make(chan struct{}, 1), sample: make(chan struct{}, 1)}
+}
+
+// run talks to the controller until ctx is done.
+func (s *session) run(ctx context.Context) error {
+	var wg sync.WaitGroup
+	defer wg.Wait()
+	for _, part := range []func(context.Context){s.receive, s.reports, s.events, s.telemetry} {
+		wg.Go(func() { part(ctx) })
+	}
+	if err := s.link.Run(ctx); ctx.Err() == nil {
+		return err
+	}
+	return nil
+}
+
+func signal(c chan struct{}) {
+	select {
+	case c <- struct{}{}:
+	default:
+	}
+}
+
+// receive takes in what the controller says.
+func (s *session) receive(ctx context.Context) {
+	var document assembly
+	again := time.NewTimer(0)
+	<-again.C
+	defer again.Stop()
+	ask := func() {
+		if request := document.next(); request != nil {
+			_ = s.link.Send(link.Request, request) // asked for again where it is lost
+			again.Reset(blockWait)
+		}
+	}
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-s.link.Connected():
+			signal(s.report)
+			signal(s.resend)
+			signal(s.sample)
+			s.reconcile.Retry()
+			ask()
+		case <-again.C:
+			ask()
+		case m := <-s.link.Inbox():
+			switch m := m.(type) {
+			case *dunlinv1.Desired:
+				if m.SizeBytes <= link.MaxInlineDocument || proto.Equal(m.Generation, s.reconcile.Generation()) {
+					s.reconcile.Desire(m)
+				} else if err := document.begin(m); err != nil {
+					s.cfg.Log.Error("desired document refused", "generation", m.Generation.GetNumber(), "error", err)
+				} else {
+					ask()
+				}
+			case *dunlinv1.Block:
+				whole, err := document.add(m)
+				if err != nil {
+					s.cfg.Log.Warn("desired document given up", "error", err)
+				} else if whole != nil {
+					s.reconcile.Desire(whole)
+				}
+				ask()
+			case *dunlinv1.Command:
+				if ack := m.GetEventAck(); ack != nil {
+					if err := s.store.Ack(ctx, ack.OutboxId, ack.Sequence); err != nil && ctx.Err() == nil {
+						s.cfg.Log.Warn("acknowledgement ignored", "error", err)
+					}
+					signal(s.outbox)
+				}
+			}
+		}
+	}
+}
+
+// reports sends the reported state in each new session and after changes.
+func (s *session) reports(ctx context.Context) {
+	var last string
+	var sequence uint64
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-s.report:
+		case <-s.reconcile.Changed():
+		}
+		now := s.link.Session()
+		if report := s.reconcile.Report(); now != "" && report != nil {
+			if now != last {
+				last, sequence = now, 0
+			}
+			sequence++
+			report = proto.CloneOf(report)
+			report.Session, report.Sequence, report.At = now, sequence, timestamppb.Now()
+			if err := s.link.Send(link.Reported, report); err != nil {
+				s.cfg.Log.Debug("report not sent; the next session has it", "error", err)
+			}
+		}
+		if !sleep(ctx, reportEvery) {
+			return
+		}
+	}
+}
+
+// events sends what is in the outbox, a batch at a time, until it is
+// acknowledged.
+func (s *session) events(ctx context.Context) {
+	timer := time.NewTimer(0)
+	<-timer.C
+	defer timer.Stop()
+	var sent uint64 // last sequence that was sent and is not known to be acknowledged
+	wait := firstResend
+	for {
+		again := false
+		select {
+		case <-ctx.Done():
+			return
+		case <-s.outbox:
+		case <-s.resend:
+			again, wait = true, firstResend
+		case <-timer.C:
+			again, wait = true, min(2*wait, lastResend)
+		}
+		if s.link.Session() == "" {
+			continue // the next session begins with all of it
+		}
+		events, err := s.store.Pending(ctx, batchEvents)
+		if err != nil {
+			if ctx.Err() == nil {
+				s.cfg.Log.Error("outbox not read", "error", err)
+			}
+			timer.Reset(wait)
+			continue
+		}
+		switch {
+		case len(events) == 0:
+			sent, wait = 0, firstResend
+			timer.Stop()
+			continue
+		case sent >= events[0].Sequence && !again:
+			continue // not acknowledged yet
+		}
+		if sent < events[0].Sequence {
+			wait = firstResend
+		}
+		if err := s.link.Send(link.Events, &dunlinv1.EventBatch{OutboxId: s.store.OutboxID(), Events: events}); err != nil {
+			s.cfg.Log.Debug("events not sent; the next session has them", "error", err)
+			continue
+		}
+		sent = events[len(events)-1].Sequence
+		timer.Reset(wait)
+	}
+}
+
+// telemetry sends a sample at the begin of a session and every minute.
+func (s *session) telemetry(ctx context.Context) {
+	tick := time.NewTicker(telemetryEvery)
+	defer tick.Stop()
+	var dropped uint64
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-s.sample:
+		case <-tick.C:
+		}
+		t := s.sampler.Sample()
+		for _, v := range s.engine.Versions() {
+			t.Models = append(t.Models, &dunlinv1.ModelTelemetry{
+				Model: v.ID.Model, Version: v.ID.Version, Succeeded: v.Succeeded, Failed: v.Failed, RunNanoseconds: uint64(v.RunTime),
+			})
+		}
+		t.Dropped = dropped
+		if err := s.link.Send(link.Telemetry, t); err != nil {
+			dropped++
+		} else {
+			dropped = 0
+		}
+	}
+}

@@ -1,0 +1,92 @@
+package worker
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"runtime"
+	"time"
+
+	"github.com/dunlin/dunlin/agent/engine"
+)
+
+// CheckLimit is how long Check and Probe may take where their context does
+// not end before. It also bounds how long a new child may take to open the
+// runtime, and to load a version again.
+const CheckLimit = 2 * time.Minute
+
+// Runtime describes the runtime that the child has opened.
+type Runtime struct {
+	Version   string
+	Providers []string // that the library was built with
+}
+
+// open has the child open the runtime.
+func (p *process) open(ctx context.Context, cfg *Config) (Runtime, error) {
+	ctx, cancel := context.WithTimeout(ctx, CheckLimit)
+	defer cancel()
+	m, err := p.call(ctx, engine.VersionID{}, &message{
+		kind: kindInit, strings: []string{cfg.RuntimeLib}, number: uint64(max(cfg.Threads, 0)), limit: uint64(cfg.MaxBytes),
+	}, 0)
+	if err != nil {
+		return Runtime{}, err
+	}
+	if len(m.strings) == 0 {
+		return Runtime{}, fmt.Errorf("%w: the runtime has no version", errMalformed)
+	}
+	return Runtime{m.strings[0], m.strings[1:]}, nil
+}
+
+// load has the child load a version.
+func (p *process) load(ctx context.Context, s engine.Spec, session uint64) (engine.Info, error) {
+	m, err := p.call(ctx, s.ID, &message{kind: kindLoad, session: session, strings: []string{s.Dir, s.Entry}}, 0)
+	if err != nil {
+		return engine.Info{}, err
+	}
+	return engine.Info{Inputs: m.inputs, Outputs: m.outputs, LoadTime: time.Duration(m.number)}, nil
+}
+
+// once gives what f gives for a short-lived child of its own.
+func once[T any](ctx context.Context, cfg Config, f func(context.Context, *process, Runtime) (T, error)) (result T, err error) {
+	// A child dies with the thread that started it.
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+	ctx, cancel := context.WithTimeoutCause(ctx, CheckLimit, fmt.Errorf("not done within %v: %w", CheckLimit, context.DeadlineExceeded))
+	defer cancel()
+	cfg = cfg.withDefaults()
+	p, err := startProcess(&cfg)
+	if err != nil {
+		return result, err
+	}
+	defer p.stop()
+	// A child that hangs does not hear of the end of ctx.
+	defer context.AfterFunc(ctx, func() { p.kill("stopped") })()
+	r, err := p.open(ctx, &cfg)
+	if err == nil {
+		result, err = f(ctx, p, r)
+	}
+	if err != nil && ctx.Err() != nil {
+		err = context.Cause(ctx)
+	}
+	return result, err
+}
+
+// Check loads a version in a short-lived child and gives what it takes and
+// gives. A version that kills its loader gives a DeathError, one that hangs
+// it an error of ctx or of CheckLimit.
+func Check(ctx context.Context, cfg Config, s engine.Spec) (engine.Info, error) {
+	info, err := once(ctx, cfg, func(ctx context.Context, p *process, _ Runtime) (engine.Info, error) { return p.load(ctx, s, 1) })
+	if err != nil {
+		return engine.Info{}, fmt.Errorf("check %s: %w", s.ID, err)
+	}
+	return info, nil
+}
+
+// Probe opens the runtime in a short-lived child and describes it.
+func Probe(ctx context.Context, cfg Config) (Runtime, error) {
+	r, err := once(ctx, cfg, func(_ context.Context, _ *process, r Runtime) (Runtime, error) { return r, nil })
+	if death, died := errors.AsType[*DeathError](err); died {
+		err = fmt.Errorf("open ONNX Runtime %s: %w", cfg.RuntimeLib, death)
+	}
+	return r, err
+}

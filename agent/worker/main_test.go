@@ -1,0 +1,242 @@
+package worker
+
+import (
+	"context"
+	"encoding/binary"
+	"fmt"
+	"log/slog"
+	"math"
+	"math/rand/v2"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	"go.uber.org/goleak"
+	"golang.org/x/sys/unix"
+
+	"github.com/dunlin/dunlin/agent/engine"
+	"github.com/dunlin/dunlin/models/tensor"
+)
+
+// TestMain runs the tests, or is the child of one: os.Args[2] then says how
+// it misbehaves.
+func TestMain(m *testing.M) {
+	if len(os.Args) < 2 || os.Args[1] != "worker" && os.Args[1] != "parent" {
+		goleak.VerifyTestMain(m)
+		return
+	}
+	mode, arg := "", ""
+	if len(os.Args) > 2 {
+		mode, arg, _ = strings.Cut(os.Args[2], "=")
+	}
+	switch {
+	case os.Args[1] == "parent":
+		parent()
+	case mode == "garbage":
+		seed, _ := strconv.ParseUint(arg, 10, 64)
+		garbage(seed)
+	case mode == "kill-on-load":
+		os.Exit(runChild(func(entry string) {
+			if entry == arg {
+				syscall.Kill(os.Getpid(), syscall.SIGKILL)
+				select {}
+			}
+		}))
+	case mode == "kill-on-second-load": // arg is a file that notes the first one
+		os.Exit(runChild(func(string) {
+			if _, err := os.Stat(arg); err == nil {
+				syscall.Kill(os.Getpid(), syscall.SIGKILL)
+				select {}
+			}
+			os.WriteFile(arg, nil, 0o600)
+		}))
+	case mode == "fault-on-load":
+		os.Exit(runChild(func(string) { syscall.Kill(os.Getpid(), syscall.SIGSEGV); select {} }))
+	case mode == "hang-on-load":
+		os.Exit(runChild(func(string) { select {} }))
+	default:
+		os.Exit(Child())
+	}
+}
+
+// library finds ONNX Runtime for a test.
+func library() (string, error) {
+	if lib := os.Getenv("DUNLIN_ORT_LIB"); lib != "" {
+		return lib, nil
+	}
+	found, _ := filepath.Glob("../../.cache/onnxruntime/libonnxruntime.so.*")
+	if len(found) == 0 {
+		return "", fmt.Errorf("ONNX Runtime is not there: run make runtime")
+	}
+	return filepath.Abs(found[0])
+}
+
+func testConfig(t testing.TB, mode string) Config {
+	lib, err := library()
+	if err != nil {
+		t.Fatal(err)
+	}
+	exe, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return Config{
+		Command: []string{exe, "worker", mode}, RuntimeLib: lib, settled: time.Nanosecond,
+		Log: slog.New(slog.NewTextHandler(t.Output(), &slog.HandlerOptions{Level: slog.LevelDebug})),
+	}
+}
+
+// start runs a worker until the test ends.
+func start(t testing.TB, cfg Config) *Worker {
+	w := New(cfg)
+	ctx, cancel := context.WithCancel(context.Background())
+	var wg sync.WaitGroup
+	wg.Go(func() {
+		if err := w.Supervise(ctx); err != nil {
+			t.Error(err)
+		}
+	})
+	t.Cleanup(func() { cancel(); wg.Wait() })
+	return w
+}
+
+func spec(t testing.TB, entry string) engine.Spec {
+	dir, err := filepath.Abs("../ort/testdata")
+	if err != nil {
+		t.Fatal(err)
+	}
+	return engine.Spec{ID: engine.VersionID{Model: strings.TrimSuffix(entry, ".onnx"), Version: 1}, Dir: dir, Entry: entry}
+}
+
+func load(t testing.TB, w *Worker, entry string) (engine.VersionID, engine.Info) {
+	s := spec(t, entry)
+	info, err := w.Load(t.Context(), s)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return s.ID, info
+}
+
+// floats gives a tensor of random numbers.
+func floats(name string, seed uint64, shape ...int64) tensor.Tensor {
+	r := rand.New(rand.NewPCG(seed, 0))
+	n, _ := tensor.Elements(shape)
+	t := tensor.Tensor{Name: name, Type: tensor.Float32, Shape: shape}
+	for range n {
+		t.Data = binary.LittleEndian.AppendUint32(t.Data, math.Float32bits(r.Float32()-0.5))
+	}
+	return t
+}
+
+// until polls until ok.
+func until(t testing.TB, what string, ok func() bool) {
+	t.Helper()
+	tick := time.NewTicker(5 * time.Millisecond)
+	defer tick.Stop()
+	for end := time.Now().Add(30 * time.Second); !ok(); <-tick.C {
+		if time.Now().After(end) {
+			t.Fatalf("waited 30 s for %s", what)
+		}
+	}
+}
+
+// child gives the process of the worker's ready child.
+func child(t testing.TB, w *Worker) *process {
+	p, err := w.acquire(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	return p
+}
+
+// parent is the process that TestParentDies kills: it prints its child's
+// process number and waits.
+func parent() {
+	lib, err := library()
+	if err != nil {
+		panic(err)
+	}
+	w := New(Config{Command: []string{os.Args[0], "worker"}, RuntimeLib: lib})
+	go w.Supervise(context.Background())
+	p, err := w.acquire(context.Background())
+	if err != nil {
+		panic(err)
+	}
+	fmt.Println(p.command.Process.Pid)
+	select {}
+}
+
+// garbage is a child that answers every question with something that is
+// nearly right.
+func garbage(seed uint64) {
+	r := rand.New(rand.NewPCG(seed, 1))
+	s, err := childSocket()
+	if err != nil {
+		panic(err)
+	}
+	for {
+		m, _, err := s.receive()
+		if err != nil {
+			os.Exit(0)
+		}
+		answer := &message{kind: kindDone, seq: m.seq, strings: []string{"1"}}
+		if m.kind == kindLoad {
+			answer.inputs = []tensor.Info{{Name: "x", Type: tensor.Float32, Shape: []int64{-1, 64}}}
+			answer.outputs = []tensor.Info{{Name: "y", Type: tensor.Float32, Shape: []int64{-1, 64}}}
+		}
+		if m.kind != kindRun {
+			if err := s.send(answer, slot{}); err != nil {
+				panic(err)
+			}
+			continue
+		}
+		y := tensor.Tensor{Name: "y", Type: tensor.Float32, Shape: []int64{1}, Data: []byte{1, 2, 3, 4}}
+		switch r.IntN(12) {
+		case 0: // another question's number
+			answer.seq += 7
+		case 1: // not an answer
+			answer.kind = kindLoad
+		case 2: // no outputs
+		case 3: // an unknown output
+			y.Name = "z"
+			answer.tensors = []tensor.Tensor{y}
+		case 4: // a wrong type
+			y.Type = tensor.Int32
+			answer.tensors = []tensor.Tensor{y}
+		case 5: // too little data
+			y.Shape = []int64{2}
+			answer.tensors = []tensor.Tensor{y}
+		case 6: // a shape beyond counting
+			y.Shape = []int64{math.MaxInt64, math.MaxInt64}
+			answer.tensors = []tensor.Tensor{y}
+		case 7: // bytes
+			b := make([]byte, 1+r.IntN(100))
+			for i := range b {
+				b[i] = byte(r.Uint32())
+			}
+			s.write(b, nil)
+			continue
+		case 8: // a descriptor that is not shared memory, or cut short
+			fd, _ := unix.Open("/dev/zero", unix.O_RDWR, 0)
+			if r.IntN(2) == 0 {
+				fd, _ = unix.MemfdCreate("short", 0)
+			}
+			s.write(binary.LittleEndian.AppendUint64([]byte{attached}, 4096), unix.UnixRights(fd))
+			unix.Close(fd)
+			continue
+		case 9: // in a slot that the question does not have
+			answer.kind, answer.number = kindShared, 100
+		case 10: // zeros in the slot
+			answer = &message{kind: kindShared, seq: m.seq, number: 100, slot: m.slot}
+			clear(s.region.memory)
+		case 11: // more than the slot has
+			answer = &message{kind: kindShared, seq: m.seq, number: m.slot.room + 1, slot: m.slot}
+		}
+		s.send(answer, slot{})
+	}
+}

@@ -1,0 +1,348 @@
+package worker
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"os"
+	"os/exec"
+	"runtime"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/dunlin/dunlin/agent/engine"
+)
+
+// DeathError is the error of what was in flight when the child died.
+type DeathError struct {
+	Status string // "signal: killed", "exit status 2", or what the parent had against it
+	Reason string // the line in which it gave a reason, perhaps empty
+}
+
+// Error names the status and the reason.
+func (e *DeathError) Error() string {
+	if e.Reason == "" {
+		return "the worker process died: " + e.Status
+	}
+	return "the worker process died: " + e.Status + ": " + e.Reason
+}
+
+// process is one child and the parent's end of its socket.
+type process struct {
+	command *exec.Cmd
+	socket  *socket
+	stderr  *stderr
+	grace   time.Duration // see Config.grace
+
+	mu      sync.Mutex // guards what follows
+	seq     uint64
+	pending map[uint64]question
+	verdict string // why the parent killed it
+
+	dead     chan struct{}      // closed when the process has been waited for
+	death    *DeathError        // set before dead is closed, as is
+	inFlight []engine.VersionID // what it was working on then
+}
+
+// question is one that the child has not answered yet.
+type question struct {
+	id     engine.VersionID // zero for kindInit
+	answer chan *message    // holds one
+}
+
+// startProcess starts a child and a goroutine that reads from it; stop ends
+// both. The child dies with the calling thread: the caller has locked it
+// until then.
+func startProcess(cfg *Config) (*process, error) {
+	pair, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_SEQPACKET|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return nil, fmt.Errorf("start worker: socketpair: %w", err)
+	}
+	theirs := os.NewFile(uintptr(pair[1]), "socket")
+	defer theirs.Close()
+	shared, err := newRegion(cfg.SharedBytes)
+	if err != nil {
+		unix.Close(pair[0])
+		return nil, fmt.Errorf("start worker: %w", err)
+	}
+	ours, err := newSocket(os.NewFile(uintptr(pair[0]), "socket"), shared, uint64(cfg.MaxBytes), false)
+	if err != nil {
+		shared.close()
+		return nil, fmt.Errorf("start worker: %w", err)
+	}
+	cmd := exec.Command(cfg.Command[0], cfg.Command[1:]...)
+	cmd.Dir = "/"
+	cmd.Env = childEnvironment()
+	cmd.ExtraFiles = []*os.File{theirs, shared.file} // become socketFD and regionFD
+	cmd.SysProcAttr = &syscall.SysProcAttr{
+		Pdeathsig: syscall.SIGKILL,
+		Setpgid:   true, // an interrupt from the terminal is for the parent
+	}
+	cmd.WaitDelay = time.Second
+	p := &process{
+		command: cmd, socket: ours, grace: cfg.grace,
+		stderr:  &stderr{log: cfg.Log},
+		pending: make(map[uint64]question),
+		dead:    make(chan struct{}),
+	}
+	cmd.Stderr = p.stderr
+	if err := cmd.Start(); err != nil {
+		ours.close()
+		shared.close()
+		return nil, fmt.Errorf("start worker: %w", err)
+	}
+	shared.file.Close()
+	go p.read()
+	return p, nil
+}
+
+// childEnvironment is all that the child gets: no credentials, a C heap that
+// stays small, short traces.
+func childEnvironment() []string {
+	env := []string{
+		"MALLOC_ARENA_MAX=2",
+		"GOTRACEBACK=none",
+		"GOGC=50",
+		"GOMAXPROCS=" + strconv.Itoa(min(4, runtime.NumCPU())),
+	}
+	for _, name := range []string{"LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES", "TZ"} {
+		if v, ok := os.LookupEnv(name); ok {
+			env = append(env, name+"="+v)
+		}
+	}
+	return env
+}
+
+// read takes in answers until the child is gone or breaks the format; it
+// then makes sure that the child is dead and says so.
+func (p *process) read() {
+	for {
+		m, _, err := p.socket.receive()
+		if errors.Is(err, errMalformed) {
+			p.kill(err.Error())
+		}
+		if err != nil {
+			break
+		}
+		p.mu.Lock()
+		q, asked := p.pending[m.seq]
+		delete(p.pending, m.seq)
+		p.mu.Unlock()
+		if !asked || m.kind < kindDone {
+			p.kill(fmt.Sprintf("%v: kind %d with sequence number %d", errMalformed, m.kind, m.seq))
+			break
+		}
+		q.answer <- m
+	}
+	p.kill("")
+	p.socket.close()
+	p.socket.region.close()
+	err := p.command.Wait()
+	p.mu.Lock()
+	status := p.verdict
+	for _, q := range p.pending {
+		if !slices.Contains(p.inFlight, q.id) && q.id != (engine.VersionID{}) {
+			p.inFlight = append(p.inFlight, q.id)
+		}
+	}
+	p.mu.Unlock()
+	slices.SortFunc(p.inFlight, engine.VersionID.Compare)
+	if status == "" && p.command.ProcessState != nil {
+		status = p.command.ProcessState.String()
+	} else if status == "" {
+		status = err.Error()
+	}
+	p.death = &DeathError{Status: status, Reason: p.stderr.reason}
+	close(p.dead)
+}
+
+// kill ends the child; the reason, where there is one, is what its death is
+// put down to.
+func (p *process) kill(reason string) {
+	p.mu.Lock()
+	if p.verdict == "" {
+		p.verdict = reason
+	}
+	p.mu.Unlock()
+	p.command.Process.Kill()
+}
+
+// stop ends the child and waits for its end.
+func (p *process) stop() {
+	p.kill("stopped")
+	<-p.dead
+}
+
+func (p *process) isDead() bool {
+	select {
+	case <-p.dead:
+		return true
+	default:
+		return false
+	}
+}
+
+// call asks a question about a version and waits for its answer; room is what
+// the answer is expected to need. Once ctx is done it cancels the question,
+// which the child then answers soon: a child that does not answer within the
+// grace period is killed.
+func (p *process) call(ctx context.Context, id engine.VersionID, m *message, room uint64) (*message, error) {
+	if err := ctx.Err(); err != nil {
+		return nil, context.Cause(ctx)
+	}
+	if _, size := m.header(); max(size, room) > maxCopied {
+		m.slot = p.socket.region.take(max(size, room) + 2*alignment) // the header grows by the slot's numbers
+		defer p.socket.region.give(m.slot)
+	}
+	a, err := p.ask(ctx, id, m)
+	if err != nil || a.kind != kindShared {
+		return a, err
+	}
+	a, err = p.socket.shared(a, m.slot)
+	if err != nil {
+		p.kill(err.Error())
+		<-p.dead
+		return nil, p.death
+	}
+	return a, a.err()
+}
+
+// ask is call without what concerns the region.
+func (p *process) ask(ctx context.Context, id engine.VersionID, m *message) (*message, error) {
+	answer := make(chan *message, 1)
+	p.mu.Lock()
+	p.seq++
+	m.seq = p.seq
+	p.pending[m.seq] = question{id, answer}
+	p.mu.Unlock()
+	defer func() {
+		// After an answer it is not there; after an error of send the child
+		// has not heard of it, or is dead.
+		p.mu.Lock()
+		delete(p.pending, m.seq)
+		p.mu.Unlock()
+	}()
+	if err := p.send(m); err != nil {
+		return nil, err
+	}
+	select {
+	case a := <-answer:
+		return a, a.err()
+	case <-p.dead:
+		return p.last(answer)
+	case <-ctx.Done():
+	}
+	if err := p.send(&message{kind: kindCancel, seq: m.seq}); err != nil {
+		return nil, err
+	}
+	timer := time.NewTimer(p.grace)
+	defer timer.Stop()
+	select {
+	case a := <-answer:
+		if a.kind == kindCancelled {
+			return nil, context.Cause(ctx)
+		}
+		return a, a.err()
+	case <-timer.C:
+		p.kill(fmt.Sprintf("gave no answer for %v after a request was cancelled", p.grace))
+		<-p.dead
+	case <-p.dead:
+	}
+	return p.last(answer)
+}
+
+// last gives the answer that a child gave before it died, or its death.
+func (p *process) last(answer <-chan *message) (*message, error) {
+	select {
+	case a := <-answer:
+		return a, a.err()
+	default:
+		return nil, p.death
+	}
+}
+
+// refusal is the reason for which the runtime refused a request's inputs.
+type refusal string
+
+func (r refusal) Error() string { return string(r) }
+
+// err gives the error of an answer that is one.
+func (m *message) err() error {
+	text := strings.ToValidUTF8(strings.Join(m.strings, " "), "\uFFFD")
+	switch m.kind {
+	case kindDone, kindShared:
+		return nil
+	case kindRefused:
+		return refusal(text)
+	case kindCancelled:
+		return context.Canceled
+	default:
+		return errors.New(text)
+	}
+}
+
+// send sends a message. A socket that fails is the end of the child; with
+// any other error the message has not left, and the child is as before.
+func (p *process) send(m *message) error {
+	err := p.socket.send(m, m.slot)
+	if !errors.Is(err, errSocket) {
+		return err
+	}
+	switch {
+	case errors.Is(err, os.ErrDeadlineExceeded):
+		p.kill(fmt.Sprintf("took nothing off its socket for %v", writeLimit))
+	case errors.Is(err, unix.EPIPE), errors.Is(err, unix.ECONNRESET), errors.Is(err, net.ErrClosed):
+		p.kill("") // it is dead or about to be
+	default:
+		p.kill(err.Error())
+	}
+	<-p.dead
+	return p.death
+}
+
+// stderr passes what the child prints on to the log, line by line, and keeps
+// the last line that gives a reason for its end. One goroutine writes; the
+// reason may be read when that is done.
+type stderr struct {
+	log    *slog.Logger
+	line   []byte // that has not ended yet
+	reason string
+}
+
+// maxLine bounds a line of the child's; a longer one is cut up.
+const maxLine = 1 << 10
+
+func (s *stderr) Write(b []byte) (int, error) {
+	s.line = append(s.line, b...)
+	for len(s.line) > 0 {
+		end := bytes.IndexByte(s.line, '\n')
+		next := end + 1
+		if end < 0 || end > maxLine {
+			if len(s.line) < maxLine {
+				break
+			}
+			end, next = maxLine, maxLine
+		}
+		text := strings.ToValidUTF8(string(bytes.TrimSpace(s.line[:end])), "\uFFFD")
+		s.line = s.line[next:]
+		if text == "" {
+			continue
+		}
+		s.log.Warn("worker prints", "line", text)
+		for _, start := range []string{"panic: ", "fatal error: ", "terminate called", "worker: "} {
+			if strings.HasPrefix(text, start) {
+				s.reason = text
+			}
+		}
+	}
+	return len(b), nil
+}

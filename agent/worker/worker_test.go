@@ -1,0 +1,436 @@
+package worker
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"os"
+	"path/filepath"
+	"reflect"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/dunlin/dunlin/agent/engine"
+	"github.com/dunlin/dunlin/agent/ort"
+	"github.com/dunlin/dunlin/models/tensor"
+)
+
+var _ engine.Runtime = (*Worker)(nil)
+
+// types is every element type, in the order of the model types.onnx.
+func types(info engine.Info) (all []tensor.Type) {
+	for _, i := range info.Inputs {
+		all = append(all, i.Type)
+	}
+	return all
+}
+
+// sample gives n elements of a type.
+func sample(name string, typ tensor.Type, shape []int64) tensor.Tensor {
+	n, _ := tensor.Elements(shape)
+	t := tensor.Tensor{Name: name, Type: typ, Shape: shape, Data: []byte{}}
+	for i := range n {
+		switch {
+		case typ == tensor.String:
+			t.Data = tensor.AppendString(t.Data, []byte([]string{"", "a\x00b", "größer", "\xff\xfe", strings.Repeat("x", 300)}[i%5]))
+		case typ == tensor.Bool:
+			t.Data = append(t.Data, byte(i%2))
+		default:
+			for b := range typ.Size() {
+				t.Data = append(t.Data, byte(int(i)*31+b*7+1))
+			}
+		}
+	}
+	return t
+}
+
+// TestSameAsInProcess runs models here and in the child, with small and large
+// tensors of each type.
+func TestSameAsInProcess(t *testing.T) {
+	lib, err := library()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := ort.Init(lib, 0); err != nil {
+		t.Fatal(err)
+	}
+	w := start(t, testConfig(t, ""))
+	for _, tt := range []struct {
+		entry string
+		shape []int64
+	}{{"types.onnx", []int64{0}}, {"types.onnx", []int64{9}}, {"types.onnx", []int64{100_000}}, {"scalars.onnx", []int64{}}} {
+		id, info := load(t, w, tt.entry)
+		if len(types(info)) != 14 || info.LoadTime <= 0 {
+			t.Fatalf("%s: %+v", tt.entry, info)
+		}
+		var in []tensor.Tensor
+		for _, typ := range types(info) {
+			in = append(in, sample("in_"+typ.String(), typ, tt.shape))
+		}
+		got, err := w.Run(t.Context(), id, in, nil)
+		if err != nil {
+			t.Fatalf("%s %v: %v", tt.entry, tt.shape, err)
+		}
+		if want := inProcess(t, tt.entry, in, nil); !reflect.DeepEqual(got, want) {
+			t.Errorf("%s %v: the child's outputs differ from those in-process", tt.entry, tt.shape)
+		}
+	}
+	id, _ := load(t, w, "passthrough.onnx")
+	for _, n := range []int64{1, 1000, 100_000, 50_000} {
+		in := []tensor.Tensor{floats("x", uint64(n), n)}
+		for _, outputs := range [][]string{nil, {"y", "x"}, {"x"}} {
+			got, err := w.Run(t.Context(), id, in, outputs)
+			if want := inProcess(t, "passthrough.onnx", in, outputs); err != nil || !reflect.DeepEqual(got, want) {
+				t.Errorf("%d elements, outputs %v: the child's outputs differ from those in-process, or %v", n, outputs, err)
+			}
+		}
+	}
+	id, _ = load(t, w, "add.onnx")
+	for n := range int64(20) {
+		in := []tensor.Tensor{floats("a", uint64(n), 1<<n/8+1, 2), floats("b", 99, 2, 2)}
+		got, err := w.Run(t.Context(), id, in, []string{"product", "sum"})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if want := inProcess(t, "add.onnx", in, []string{"product", "sum"}); !reflect.DeepEqual(got, want) {
+			t.Errorf("batch of %d: the child's outputs differ from those in-process", in[0].Shape[0])
+		}
+	}
+}
+
+func inProcess(t testing.TB, entry string, in []tensor.Tensor, outputs []string) (all []tensor.Tensor) {
+	s, err := ort.Open(t.Context(), spec(t, entry).Dir, entry)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer s.Close()
+	err = s.Run(t.Context(), in, outputs, func(out []tensor.Tensor) error {
+		for _, o := range out {
+			o.Data = bytes.Clone(o.Data)
+			all = append(all, o)
+		}
+		return nil
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return all
+}
+
+func TestRefuses(t *testing.T) {
+	cfg := testConfig(t, "")
+	cfg.MaxBytes = 1 << 20
+	w := start(t, cfg)
+	for entry, want := range map[string]string{
+		"opset99.onnx": "opset", "unknown-operator.onnx": "Frobnicate", "missing.onnx": "exist", "../ort.go": "leaves",
+	} {
+		if _, err := w.Load(t.Context(), spec(t, entry)); err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("load %s: %v", entry, err)
+		}
+	}
+	add, _ := load(t, w, "add.onnx")
+	any, _ := load(t, w, "any-rank.onnx")
+	b := floats("b", 1, 2, 2)
+	for name, tt := range map[string]struct {
+		id      engine.VersionID
+		in      []tensor.Tensor
+		outputs []string
+		want    error
+	}{
+		"not loaded":       {engine.VersionID{Model: "add", Version: 2}, nil, nil, engine.ErrNotLoaded},
+		"missing input":    {add, []tensor.Tensor{b}, nil, engine.ErrInvalidInput},
+		"wrong rank":       {add, []tensor.Tensor{b, floats("a", 1, 2)}, nil, engine.ErrInvalidInput},
+		"unknown output":   {add, []tensor.Tensor{b, floats("a", 1, 1, 2)}, []string{"x"}, engine.ErrInvalidInput},
+		"no output":        {add, []tensor.Tensor{b, floats("a", 1, 1, 2)}, []string{}, engine.ErrInvalidInput},
+		"inputs too large": {any, []tensor.Tensor{floats("x", 1, 1<<18)}, nil, errTooLarge},
+	} {
+		if out, err := w.Run(t.Context(), tt.id, tt.in, tt.outputs); !errors.Is(err, tt.want) {
+			t.Errorf("%s: %v, %v", name, out, err)
+		}
+	}
+	// The outputs of this one are twice the size of its inputs.
+	if _, err := w.Run(t.Context(), add, []tensor.Tensor{b, floats("a", 1, 100_000, 2)}, nil); err == nil || !strings.Contains(err.Error(), "outputs: tensors are too large") {
+		t.Errorf("outputs too large: %v", err)
+	}
+	// None of that harmed the child.
+	if _, err := w.Run(t.Context(), add, []tensor.Tensor{b, floats("a", 1, 1, 2)}, nil); err != nil {
+		t.Error(err)
+	}
+}
+
+// TestConcurrentRuns has answers that find their requests, with a region for
+// all and with one that is too small for most.
+func TestConcurrentRuns(t *testing.T) {
+	for _, size := range []int{DefaultSharedBytes, 2 * slotUnit} {
+		t.Run(fmt.Sprint(size), func(t *testing.T) { testConcurrentRuns(t, size) })
+	}
+}
+
+func testConcurrentRuns(t *testing.T, size int) {
+	cfg := testConfig(t, "")
+	cfg.SharedBytes = size
+	w := start(t, cfg)
+	id, _ := load(t, w, "any-rank.onnx")
+	var wg sync.WaitGroup
+	for g := range 32 {
+		wg.Go(func() {
+			for n := range 20 {
+				x := floats("x", uint64(g*100+n), int64(1+(g*n*997)%20_000))
+				out, err := w.Run(t.Context(), id, []tensor.Tensor{x}, nil)
+				if err != nil {
+					t.Error(err)
+					return
+				}
+				for i := range x.Data { // a float's sign is its last byte's highest bit
+					if i%4 == 3 {
+						x.Data[i] ^= 0x80
+					}
+				}
+				if !bytes.Equal(out[0].Data, x.Data) {
+					t.Error("another request's answer")
+				}
+			}
+		})
+	}
+	wg.Wait()
+}
+
+// TestKills kills the child again and again under load.
+func TestKills(t *testing.T) {
+	const seed, kills = 7, 30
+	t.Logf("seed %d", seed)
+	r := rand.New(rand.NewPCG(seed, 0))
+	before := descriptors(t)
+	var deaths atomic.Int64
+	t.Run("load", func(t *testing.T) { // ends the worker before the descriptors are counted
+		cfg := testConfig(t, "")
+		cfg.OnDeath = func(d Death) {
+			deaths.Add(1)
+			if d.Err.Status != "signal: killed" {
+				t.Errorf("death %+v", d)
+			}
+		}
+		cfg.OnLost = func(id engine.VersionID, reason error) { t.Errorf("lost %s: %v", id, reason) }
+		w := start(t, cfg)
+		neg, _ := load(t, w, "any-rank.onnx")
+		relu, _ := load(t, w, "digits-size.onnx")
+		ctx, stop := context.WithCancel(t.Context())
+		var wg sync.WaitGroup
+		var answered [8]atomic.Int64 // pairs of requests, of each goroutine
+		for g := range answered {
+			wg.Go(func() {
+				small, large := floats("x", uint64(g), 1, 64), floats("x", uint64(g), 1, 50_000)
+				for ctx.Err() == nil {
+					_, err := w.Run(t.Context(), relu, []tensor.Tensor{small}, nil)
+					if err == nil {
+						_, err = w.Run(t.Context(), neg, []tensor.Tensor{large}, nil)
+					}
+					if err != nil {
+						t.Error(err)
+					}
+					answered[g].Add(1)
+				}
+			})
+		}
+		for range kills {
+			p := child(t, w)
+			// What was in flight at the last death must be through: it is
+			// retried once only.
+			for g := range answered {
+				seen := answered[g].Load()
+				until(t, "an answer", func() bool { return answered[g].Load() > seen })
+			}
+			wait := time.NewTimer(time.Duration(r.IntN(20)) * time.Millisecond)
+			<-wait.C
+			p.command.Process.Kill()
+			<-p.dead
+		}
+		child(t, w)
+		stop()
+		wg.Wait()
+		for _, id := range []engine.VersionID{neg, relu} {
+			if _, err := w.Run(t.Context(), id, []tensor.Tensor{floats("x", 1, 1, 64)}, nil); err != nil {
+				t.Errorf("%s after the last death: %v", id, err)
+			}
+		}
+		all := int64(0)
+		for g := range answered {
+			all += answered[g].Load()
+		}
+		t.Logf("%d pairs of requests answered", all)
+	})
+	if deaths.Load() != kills {
+		t.Errorf("%d deaths reported, not %d", deaths.Load(), kills)
+	}
+	until(t, "descriptors to be closed", func() bool { return descriptors(t) <= before })
+}
+
+func descriptors(t *testing.T) int {
+	entries, err := os.ReadDir("/proc/self/fd")
+	if err != nil {
+		t.Fatal(err)
+	}
+	return len(entries)
+}
+
+// TestLoadThatKills loads a version that kills the child: it is not loaded
+// again, and the one that was there before comes back.
+func TestLoadThatKills(t *testing.T) {
+	for mode, want := range map[string]string{"kill-on-load=chain.onnx": "signal: killed"} {
+		cfg := testConfig(t, mode)
+		deaths := make(chan Death, 10)
+		cfg.OnDeath = func(d Death) { deaths <- d }
+		w := start(t, cfg)
+		good, _ := load(t, w, "digits-size.onnx")
+		bad := spec(t, "chain.onnx")
+		_, err := w.Load(t.Context(), bad)
+		death, ok := errors.AsType[*DeathError](err)
+		if !ok || !strings.Contains(err.Error(), want) {
+			t.Fatalf("load gave %v", err)
+		}
+		if d := <-deaths; d.Err != death || !reflect.DeepEqual(d.InFlight, []engine.VersionID{bad.ID}) {
+			t.Errorf("death %+v", d)
+		}
+		if _, err := w.Run(t.Context(), good, []tensor.Tensor{floats("x", 1, 1, 64)}, nil); err != nil {
+			t.Error(err)
+		}
+		if _, err := w.Run(t.Context(), bad.ID, nil, nil); !errors.Is(err, engine.ErrNotLoaded) {
+			t.Error(err)
+		}
+		if len(deaths) != 0 {
+			t.Errorf("the child died again: %+v", <-deaths)
+		}
+	}
+}
+
+// TestReloadThatKills has a version that loads once and kills every child
+// that loads it again: it is given up, and the worker goes on.
+func TestReloadThatKills(t *testing.T) {
+	cfg := testConfig(t, "kill-on-second-load="+filepath.Join(t.TempDir(), "loaded"))
+	lost := make(chan engine.VersionID, 10)
+	var deaths atomic.Int64
+	cfg.OnDeath = func(Death) { deaths.Add(1) }
+	cfg.OnLost = func(id engine.VersionID, reason error) {
+		if _, died := errors.AsType[*DeathError](reason); !died {
+			t.Errorf("%s lost to %v", id, reason)
+		}
+		lost <- id
+	}
+	w := start(t, cfg)
+	id, _ := load(t, w, "digits-size.onnx")
+	p := child(t, w)
+	p.command.Process.Kill()
+	if got := <-lost; got != id {
+		t.Errorf("lost %s", got)
+	}
+	if child(t, w); deaths.Load() != 1+maxReloads {
+		t.Errorf("%d deaths", deaths.Load())
+	}
+	if _, err := w.Run(t.Context(), id, nil, nil); !errors.Is(err, engine.ErrNotLoaded) {
+		t.Error(err)
+	}
+}
+
+func TestUnload(t *testing.T) {
+	w := start(t, testConfig(t, ""))
+	id, info := load(t, w, "digits-size.onnx")
+	if again, err := w.Load(t.Context(), spec(t, "digits-size.onnx")); err != nil || !reflect.DeepEqual(again, info) {
+		t.Errorf("loaded again: %+v, %v", again, err)
+	}
+	if err := w.Unload(t.Context(), id); err != nil {
+		t.Fatal(err)
+	}
+	if err := w.Unload(t.Context(), id); !errors.Is(err, engine.ErrNotLoaded) {
+		t.Errorf("unloaded twice: %v", err)
+	}
+	p := child(t, w)
+	p.command.Process.Kill()
+	<-p.dead
+	load(t, w, "any-rank.onnx")
+	if _, err := w.Run(t.Context(), id, []tensor.Tensor{floats("x", 1, 1, 64)}, nil); !errors.Is(err, engine.ErrNotLoaded) {
+		t.Errorf("run after unload: %v", err)
+	}
+}
+
+// TestCancel cancels a long run; the child works on.
+func TestCancel(t *testing.T) {
+	w := start(t, testConfig(t, ""))
+	id, _ := load(t, w, "chain.onnx")
+	p := child(t, w)
+	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Millisecond)
+	defer cancel()
+	if _, err := w.Run(ctx, id, []tensor.Tensor{floats("x", 1, 1000, 1000)}, nil); !errors.Is(err, context.DeadlineExceeded) {
+		t.Error(err)
+	}
+	if _, err := w.Run(t.Context(), id, []tensor.Tensor{floats("x", 1, 2, 2)}, nil); err != nil || child(t, w) != p {
+		t.Errorf("after it: %v", err)
+	}
+}
+
+// TestHang stops the child under a run that is then cancelled: the worker
+// kills it, starts another, and answers again.
+func TestHang(t *testing.T) {
+	cfg := testConfig(t, "")
+	cfg.grace = 50 * time.Millisecond
+	deaths := make(chan Death, 10)
+	cfg.OnDeath = func(d Death) { deaths <- d }
+	w := start(t, cfg)
+	id, _ := load(t, w, "digits-size.onnx")
+	x := []tensor.Tensor{floats("x", 1, 1, 64)}
+	child(t, w).command.Process.Signal(syscall.SIGSTOP)
+	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Millisecond)
+	defer cancel()
+	if _, err := w.Run(ctx, id, x, nil); !errors.Is(err, context.DeadlineExceeded) {
+		t.Errorf("the run on the hung child: %v", err)
+	}
+	if d := <-deaths; !strings.Contains(d.Err.Error(), "gave no answer for 50ms") || !reflect.DeepEqual(d.InFlight, []engine.VersionID{id}) {
+		t.Errorf("death %+v", d)
+	}
+	if _, err := w.Run(t.Context(), id, x, nil); err != nil {
+		t.Error(err)
+	}
+}
+
+func TestNoRuntime(t *testing.T) {
+	cfg := testConfig(t, "")
+	cfg.RuntimeLib = "/nowhere/libonnxruntime.so"
+	if _, err := Probe(t.Context(), cfg); err == nil || !strings.Contains(err.Error(), cfg.RuntimeLib) {
+		t.Errorf("Probe: %v", err)
+	}
+	w := start(t, cfg)
+	if _, err := w.Load(t.Context(), spec(t, "add.onnx")); !errors.Is(err, ErrUnavailable) || !strings.Contains(err.Error(), cfg.RuntimeLib) {
+		t.Errorf("Load: %v", err)
+	}
+	cfg = testConfig(t, "")
+	cfg.Command = []string{"/nowhere/dunlin-agent"}
+	if _, err := start(t, cfg).Load(t.Context(), spec(t, "add.onnx")); !errors.Is(err, ErrUnavailable) || !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("Load: %v", err)
+	}
+}
+
+// TestStillborn has a command that is no child at all.
+func TestStillborn(t *testing.T) {
+	cfg := testConfig(t, "")
+	cfg.Command = []string{"/bin/false"}
+	if _, err := start(t, cfg).Load(t.Context(), spec(t, "add.onnx")); !errors.Is(err, ErrUnavailable) || !strings.Contains(err.Error(), "exit status 1") {
+		t.Errorf("Load: %v", err)
+	}
+}
+
+func TestStopped(t *testing.T) {
+	w := New(testConfig(t, ""))
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	if err := w.Supervise(ctx); err != nil {
+		t.Error(err)
+	}
+	if _, err := w.Load(t.Context(), spec(t, "add.onnx")); !errors.Is(err, ErrStopped) {
+		t.Error(err)
+	}
+}

@@ -1,0 +1,36 @@
+// Command dunlin-controller is the one daemon in the cloud: registry, desired
+// state, rollouts and MQTT broker.
+package main
+
+import (
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"os"
+	"os/signal"
+	"syscall"
+
+	"github.com/dunlin/dunlin/controller"
+)
+
+func main() {
+	if len(os.Args) == 2 && os.Args[1] == "version" {
+		fmt.Println(controller.Version())
+		return
+	}
+	c, err := controller.LoadConfig(os.Args[1:], os.Getenv, os.Stderr)
+	if errors.Is(err, flag.ErrHelp) {
+		return
+	}
+	if err != nil {
+		fmt.Fprintln(os.Stderr, "dunlin-controller:", err)
+		os.Exit(2)
+	}
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	defer stop()
+	if err := controller.Run(ctx, c); err != nil {
+		fmt.Fprintln(os.Stderr, "dunlin-controller:", err)
+		os.Exit(1)
+	}
+}

@@ -1,0 +1,323 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"strings"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	dunlinv1 "github.com/dunlin/dunlin/proto/dunlin/v1"
+)
+
+// getter shows one kind of thing; name narrows it down, where given.
+type getter func(ctx context.Context, ctl *client, name string) error
+
+func (c *cli) getCommand() *cobra.Command {
+	out := format("table")
+	var selector []string
+	var limit uint32
+	kinds := map[string]getter{
+		"devices": func(ctx context.Context, ctl *client, name string) error {
+			return c.getDevices(ctx, ctl, name, selector, out)
+		},
+		"models": func(ctx context.Context, ctl *client, name string) error { return c.getModels(ctx, ctl, name, out) },
+		"deployments": func(ctx context.Context, ctl *client, name string) error {
+			return c.getDeployments(ctx, ctl, name, out)
+		},
+		"routes": func(ctx context.Context, ctl *client, name string) error { return c.getRoutes(ctx, ctl, name, out) },
+		"rollouts": func(ctx context.Context, ctl *client, name string) error {
+			return c.getRollouts(ctx, ctl, name, out)
+		},
+		"events": func(ctx context.Context, ctl *client, name string) error {
+			return c.getEvents(ctx, ctl, name, limit, out)
+		},
+		"join-tokens": func(ctx context.Context, ctl *client, name string) error {
+			return c.getJoinTokens(ctx, ctl, name, out)
+		},
+	}
+	names := []string{"devices", "models", "deployments", "routes", "rollouts", "events", "join-tokens"}
+	cmd := &cobra.Command{
+		Use:   "get KIND [NAME]",
+		Short: "Show " + strings.Join(names, ", "),
+		Long: "KIND is one of " + strings.Join(names, ", ") + `.
+NAME narrows it down: to a device, model, deployment or route of that name,
+the rollouts of a deployment, the events of a device.
+
+With -o yaml, deployments and routes are written as documents for apply.`,
+		Example:   "  dunlin get devices\n  dunlin get models digits -o json",
+		ValidArgs: names,
+		Args:      cobra.RangeArgs(1, 2),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			kind := strings.ToLower(args[0])
+			get, ok := kinds[kind]
+			if !ok {
+				get, ok = kinds[kind+"s"]
+			}
+			if !ok {
+				return usagef("unknown kind %q, kinds are %s", args[0], strings.Join(names, ", "))
+			}
+			ctl, err := connectClient()
+			if err != nil {
+				return err
+			}
+			name := ""
+			if len(args) == 2 {
+				name = args[1]
+			}
+			if err := get(cmd.Context(), ctl, name); err != nil {
+				return fmt.Errorf("get %s: %w", strings.Join(args, " "), err)
+			}
+			return nil
+		},
+	}
+	cmd.Flags().VarP(&out, "output", "o", "how to write it")
+	cmd.Flags().StringArrayVarP(&selector, "selector", "l", nil, "only devices with this label, KEY=VALUE (repeat for more)")
+	cmd.Flags().Uint32Var(&limit, "limit", 0, "the most events to show, 1 to 10000 (100)")
+	return cmd
+}
+
+func notFound(what, name string) error { return fmt.Errorf("no %s is called %q", what, name) }
+
+func (c *cli) getDevices(ctx context.Context, ctl *client, name string, selector []string, f format) error {
+	labels, err := parseLabels(selector)
+	if err != nil {
+		return err
+	}
+	res, err := call(ctx, ctl.devices().ListDevices, &dunlinv1.ListDevicesRequest{Device: name, Selector: labels})
+	if err != nil {
+		return err
+	}
+	if name != "" && len(res.GetDevices()) == 0 {
+		return notFound("device", name)
+	}
+	return c.print(f, res, func() *table { return devicesTable(time.Now(), res.GetDevices()) })
+}
+
+func devicesTable(now time.Time, devices []*dunlinv1.Device) *table {
+	t := &table{header: []string{"NAME", "STATE", "SERVING", "TROUBLE", "ARCH", "RUNTIME", "LAST HEARD", "LABELS"}}
+	for _, d := range devices {
+		state := "offline"
+		if d.GetConnected() {
+			state = "online"
+		}
+		var serving, trouble []string
+		for _, v := range d.GetReported().GetVersions() {
+			ref := fmt.Sprintf("%s:%d", v.GetModel(), v.GetVersion())
+			if v.GetServing() && d.GetConnected() {
+				serving = append(serving, ref)
+			} else if v.GetServing() {
+				serving = append(serving, "("+ref+")") // when it was last heard
+			}
+			if v.GetState() == dunlinv1.VersionState_VERSION_STATE_QUARANTINED {
+				trouble = append(trouble, ref+" quarantined")
+			}
+		}
+		for _, r := range d.GetReported().GetRoutes() {
+			if !r.GetReady() {
+				trouble = append(trouble, "route "+r.GetName()+" not ready")
+			}
+		}
+		info := d.GetInfo()
+		t.add(d.GetName(), state, strings.Join(serving, ","), strings.Join(trouble, ", "), info.GetArch(), info.GetRuntimeVersion(), ago(now, d.GetLastHeardAt()), labelsText(d.GetLabels()))
+	}
+	return t
+}
+
+func (c *cli) getModels(ctx context.Context, ctl *client, name string, f format) error {
+	res, err := call(ctx, ctl.models().ListModels, &dunlinv1.ListModelsRequest{Model: name})
+	if err != nil {
+		return err
+	}
+	if name != "" && len(res.GetVersions()) == 0 {
+		return notFound("model", name)
+	}
+	return c.print(f, res, func() *table { return modelsTable(time.Now(), res.GetVersions()) })
+}
+
+func modelsTable(now time.Time, versions []*dunlinv1.ModelVersion) *table {
+	t := &table{header: []string{"MODEL", "VERSION", "SIZE", "OPSET", "INPUTS", "OUTPUTS", "CREATED", "BY", "DIGEST"}}
+	for _, v := range versions {
+		digest := v.GetDigest()
+		if i := strings.IndexByte(digest, ':') + 13; len(digest) > i {
+			digest = digest[:i]
+		}
+		t.add(v.GetModel(), fmt.Sprint(v.GetVersion()), bytesText(int64(v.GetSizeBytes())), fmt.Sprint(v.GetOpset()),
+			strings.Join(v.GetInputs(), " "), strings.Join(v.GetOutputs(), " "), ago(now, v.GetCreatedAt()), v.GetCreatedBy(), digest)
+	}
+	return t
+}
+
+func (c *cli) getDeployments(ctx context.Context, ctl *client, name string, f format) error {
+	res, err := call(ctx, ctl.objects().ListDeployments, &dunlinv1.ListDeploymentsRequest{})
+	if err != nil {
+		return err
+	}
+	if name != "" {
+		res.Deployments = only(res.GetDeployments(), name)
+		if len(res.Deployments) == 0 {
+			return notFound("deployment", name)
+		}
+	}
+	if f == "yaml" {
+		return c.printDocuments(documentsOf(res.GetDeployments()))
+	}
+	return c.print(f, res, func() *table { return deploymentsTable(time.Now(), res.GetDeployments()) })
+}
+
+func deploymentsTable(now time.Time, deployments []*dunlinv1.Deployment) *table {
+	t := &table{header: []string{"NAME", "MODEL", "DEVICES", "READY", "FAILED", "SELECTOR", "UPDATED"}}
+	for _, d := range deployments {
+		selector := labelsText(d.GetSelector())
+		if selector == "" {
+			selector = "(all)"
+		}
+		t.add(d.GetName(), fmt.Sprintf("%s:%d", d.GetModel(), d.GetVersion()), fmt.Sprint(d.GetDevices()), fmt.Sprint(d.GetReady()), fmt.Sprint(d.GetFailed()), selector, ago(now, d.GetUpdatedAt()))
+	}
+	return t
+}
+
+func (c *cli) getRoutes(ctx context.Context, ctl *client, name string, f format) error {
+	res, err := call(ctx, ctl.objects().ListRoutes, &dunlinv1.ListRoutesRequest{})
+	if err != nil {
+		return err
+	}
+	if name != "" {
+		res.Routes = only(res.GetRoutes(), name)
+		if len(res.Routes) == 0 {
+			return notFound("route", name)
+		}
+	}
+	if f == "yaml" {
+		return c.printDocuments(documentsOf(res.GetRoutes()))
+	}
+	return c.print(f, res, func() *table { return routesTable(time.Now(), res.GetRoutes()) })
+}
+
+func routesTable(now time.Time, routes []*dunlinv1.Route) *table {
+	t := &table{header: []string{"NAME", "TARGETS", "UPDATED"}}
+	for _, r := range routes {
+		var targets []string
+		for _, target := range r.GetTargets() {
+			s := target.GetModel()
+			if target.GetVersion() > 0 {
+				s += fmt.Sprintf(":%d", target.GetVersion())
+			}
+			targets = append(targets, fmt.Sprintf("%s=%d", s, target.GetWeight()))
+		}
+		t.add(r.GetName(), strings.Join(targets, ","), ago(now, r.GetUpdatedAt()))
+	}
+	return t
+}
+
+// only keeps the item of a name.
+func only[T interface{ GetName() string }](items []T, name string) []T {
+	for _, i := range items {
+		if i.GetName() == name {
+			return []T{i}
+		}
+	}
+	return nil
+}
+
+func documentsOf[T interface{ GetYaml() string }](items []T) []string {
+	var documents []string
+	for _, i := range items {
+		documents = append(documents, i.GetYaml())
+	}
+	return documents
+}
+
+func (c *cli) printDocuments(documents []string) error {
+	for i, d := range documents {
+		if i > 0 {
+			d = "---\n" + d
+		}
+		if !strings.HasSuffix(d, "\n") {
+			d += "\n"
+		}
+		if _, err := fmt.Fprint(c.out, d); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (c *cli) getRollouts(ctx context.Context, ctl *client, name string, f format) error {
+	res, err := call(ctx, ctl.rollouts().ListRollouts, &dunlinv1.ListRolloutsRequest{Deployment: name})
+	if err != nil {
+		return err
+	}
+	return c.print(f, res, func() *table { return rolloutsTable(time.Now(), res.GetRollouts()) })
+}
+
+func rolloutsTable(now time.Time, rollouts []*dunlinv1.Rollout) *table {
+	t := &table{header: []string{"ID", "DEPLOYMENT", "MODEL", "FROM", "TO", "STATE", "READY", "STARTED", "REASON"}}
+	for _, r := range rollouts {
+		t.add(r.GetId(), r.GetDeployment(), r.GetModel(), versionText(r.GetFromVersion()), versionText(r.GetToVersion()),
+			enumText(r.GetState(), "ROLLOUT_STATE_"), readyText(r), ago(now, r.GetStartedAt()), r.GetReason())
+	}
+	return t
+}
+
+func versionText(v int64) string {
+	if v == 0 {
+		return "-"
+	}
+	return fmt.Sprint(v)
+}
+
+func readyText(r *dunlinv1.Rollout) string {
+	ready := 0
+	for _, d := range r.GetDevices() {
+		if d.GetPhase() == dunlinv1.RolloutDevice_PHASE_READY {
+			ready++
+		}
+	}
+	return fmt.Sprintf("%d/%d", ready, len(r.GetDevices()))
+}
+
+func (c *cli) getEvents(ctx context.Context, ctl *client, name string, limit uint32, f format) error {
+	res, err := call(ctx, ctl.devices().ListEvents, &dunlinv1.ListEventsRequest{Device: name, Limit: limit})
+	if err != nil {
+		return err
+	}
+	return c.print(f, res, func() *table { return eventsTable(time.Now(), res.GetEvents()) })
+}
+
+func eventsTable(now time.Time, events []*dunlinv1.DeviceEvent) *table {
+	t := &table{header: []string{"WHEN", "DEVICE", "SEVERITY", "KIND", "MODEL", "MESSAGE"}}
+	for _, e := range events {
+		ev := e.GetEvent()
+		model := ev.GetModel()
+		if model != "" && ev.GetVersion() > 0 {
+			model += fmt.Sprintf(":%d", ev.GetVersion())
+		}
+		t.add(ago(now, ev.GetAt()), e.GetDevice(), enumText(ev.GetSeverity(), "SEVERITY_"), ev.GetKind(), model, ev.GetMessage())
+	}
+	return t
+}
+
+func (c *cli) getJoinTokens(ctx context.Context, ctl *client, name string, f format) error {
+	if name != "" {
+		return usagef("join tokens have no name")
+	}
+	res, err := call(ctx, ctl.enrollment().ListJoinTokens, &dunlinv1.ListJoinTokensRequest{})
+	if err != nil {
+		return err
+	}
+	return c.print(f, res, func() *table { return joinTokensTable(time.Now(), res.GetJoinTokens()) })
+}
+
+func joinTokensTable(now time.Time, tokens []*dunlinv1.JoinToken) *table {
+	t := &table{header: []string{"ID", "USES LEFT", "EXPIRES", "LABELS"}}
+	for _, j := range tokens {
+		expires := "expired"
+		if left := j.GetExpiresAt().AsTime().Sub(now); left > 0 {
+			expires = "in " + durationText(left)
+		}
+		t.add(j.GetId(), fmt.Sprint(j.GetUsesLeft()), expires, labelsText(j.GetLabels()))
+	}
+	return t
+}

@@ -1,0 +1,292 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"connectrpc.com/connect"
+	"github.com/rogpeppe/go-internal/testscript"
+	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/types/known/timestamppb"
+
+	"github.com/dunlin/dunlin/controller"
+	"github.com/dunlin/dunlin/controller/identity"
+	"github.com/dunlin/dunlin/internal/link"
+	dunlinv1 "github.com/dunlin/dunlin/proto/dunlin/v1"
+	"github.com/dunlin/dunlin/proto/dunlin/v1/dunlinv1connect"
+)
+
+// patience bounds what a script waits for.
+const patience = 30 * time.Second
+
+func TestMain(m *testing.M) {
+	testscript.Main(m, map[string]func(){"dunlin": func() { os.Exit(Main()) }})
+}
+
+// TestScripts runs testdata/*.txtar, each with a controller of its own.
+func TestScripts(t *testing.T) {
+	testscript.Run(t, testscript.Params{
+		Dir:                 "testdata",
+		RequireExplicitExec: true,
+		Setup:               setup,
+		Cmds: map[string]func(*testscript.TestScript, bool, []string){
+			"device": deviceCommand,
+			"mode":   modeCommand,
+			"exits":  exitsCommand,
+		},
+	})
+}
+
+type fleetKey struct{}
+
+// fleetOf is what belongs to one script.
+type fleetOf struct {
+	url     string
+	mu      sync.Mutex
+	devices map[string]*device
+}
+
+// startController runs a controller with its data in a folder, and gives its
+// URL and the administrator's token.
+func startController(data, listen string) (url, token string, stop func(), err error) {
+	ctx, cancel := context.WithCancel(context.Background())
+	ready := make(chan controller.Addresses, 1)
+	failed := make(chan error, 1)
+	var running sync.WaitGroup
+	running.Go(func() {
+		c := controller.DefaultConfig()
+		c.Data, c.Listen, c.MQTTListen = data, listen, "127.0.0.1:0"
+		c.Log = slog.New(slog.DiscardHandler)
+		c.OnReady = func(a controller.Addresses) { ready <- a }
+		if err := controller.Run(ctx, c); err != nil {
+			failed <- err
+		}
+	})
+	stop = func() { cancel(); running.Wait() }
+	select {
+	case a := <-ready:
+		url = a.URL
+	case err = <-failed:
+	case <-time.After(patience):
+		err = fmt.Errorf("the controller is not ready after %s", patience)
+	}
+	if err == nil {
+		var b []byte
+		b, err = os.ReadFile(filepath.Join(data, controller.AdminTokenFile))
+		token = strings.TrimSpace(string(b))
+	}
+	if err != nil {
+		stop()
+	}
+	return url, token, stop, err
+}
+
+func setup(env *testscript.Env) error {
+	data := filepath.Join(env.WorkDir, ".controller")
+	url, token, stop, err := startController(data, "127.0.0.1:0")
+	if err != nil {
+		return err
+	}
+	env.Defer(stop)
+	f := &fleetOf{url: url, devices: map[string]*device{}}
+	env.Values[fleetKey{}] = f
+	env.Defer(f.stop) // before the controller
+	digits, err := filepath.Abs(filepath.Join("..", "..", "models", "examples", "digits"))
+	if err != nil {
+		return err
+	}
+	env.Setenv("HOME", env.WorkDir)
+	env.Setenv("XDG_CONFIG_HOME", filepath.Join(env.WorkDir, ".config"))
+	env.Setenv("URL", url)
+	env.Setenv("TOKEN", token)
+	env.Setenv("TOKEN_FILE", filepath.Join(data, controller.AdminTokenFile))
+	env.Setenv("DIGITS", digits)
+	// Most scripts are of somebody who is logged in.
+	env.Setenv("DUNLIN_URL", url)
+	env.Setenv("DUNLIN_TOKEN", token)
+	return nil
+}
+
+// device is the device's end of the wire: a real session with the broker,
+// and a script in place of an agent.
+type device struct {
+	name     string
+	link     *link.Link
+	cancel   context.CancelFunc
+	running  sync.WaitGroup
+	last     *dunlinv1.Desired
+	sequence uint64
+}
+
+func (f *fleetOf) stop() {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	for _, d := range f.devices {
+		d.cancel()
+		d.running.Wait()
+	}
+	clear(f.devices)
+}
+
+// deviceCommand: device NAME join TOKEN_FILE | desires MODEL VERSION |
+// serves MODEL VERSION | refuses MODEL VERSION REASON | event KIND MESSAGE | leave
+func deviceCommand(ts *testscript.TestScript, neg bool, args []string) {
+	if neg || len(args) < 2 {
+		ts.Fatalf("usage: device NAME VERB ...")
+	}
+	f := ts.Value(fleetKey{}).(*fleetOf)
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	name, verb, args := args[0], args[1], args[2:]
+	if verb == "join" {
+		f.devices[name] = join(ts, f.url, name, strings.TrimSpace(ts.ReadFile(args[0])))
+		return
+	}
+	d := f.devices[name]
+	if d == nil {
+		ts.Fatalf("no device %s", name)
+	}
+	version := func() int64 {
+		n, err := strconv.ParseInt(args[1], 10, 64)
+		ts.Check(err)
+		return n
+	}
+	switch verb {
+	case "desires":
+		d.waitDesired(ts, args[0], version())
+	case "serves":
+		d.report(ts, &dunlinv1.VersionStatus{Model: args[0], Version: version(), State: dunlinv1.VersionState_VERSION_STATE_RESIDENT, Serving: true})
+	case "refuses":
+		d.report(ts, &dunlinv1.VersionStatus{Model: args[0], Version: version(), State: dunlinv1.VersionState_VERSION_STATE_QUARANTINED, Reason: args[2]})
+	case "event":
+		ts.Check(d.link.Send(link.Events, &dunlinv1.EventBatch{OutboxId: "o-" + name, Events: []*dunlinv1.Event{
+			{Sequence: 1, At: timestamppb.Now(), Kind: args[0], Severity: dunlinv1.Severity_SEVERITY_ERROR, Model: "digits", Version: 1, Message: args[1]},
+		}}))
+		d.waitAck(ts)
+	case "leave":
+		d.cancel()
+		d.running.Wait()
+		delete(f.devices, name)
+	default:
+		ts.Fatalf("unknown verb %s", verb)
+	}
+}
+
+func join(ts *testscript.TestScript, url, name, token string) *device {
+	d, err := joinDevice(url, name, token)
+	ts.Check(err)
+	return d
+}
+
+func joinDevice(url, name, token string) (*device, error) {
+	secret, _ := identity.NewToken("")
+	ctx, cancel := context.WithTimeout(context.Background(), patience)
+	defer cancel()
+	res, err := dunlinv1connect.NewEnrollmentServiceClient(newClient(settings{}).http, url).Join(ctx, connect.NewRequest(&dunlinv1.JoinRequest{
+		JoinToken: token, Name: name, Secret: secret, Info: &dunlinv1.DeviceInfo{Arch: "arm64", RuntimeVersion: "1.30.0"},
+	}))
+	if err != nil {
+		return nil, err
+	}
+	l, err := link.New(link.Config{
+		BrokerURL: res.Msg.GetBrokerUrl(), Device: name, Secret: secret, BootID: "boot-" + name, Log: slog.New(slog.DiscardHandler),
+		Hello: func() *dunlinv1.Hello {
+			return &dunlinv1.Hello{Info: &dunlinv1.DeviceInfo{Arch: "arm64", RuntimeVersion: "1.30.0", ServingUrl: "http://127.0.0.1:1"}}
+		},
+	})
+	if err != nil {
+		return nil, err
+	}
+	runCtx, stop := context.WithCancel(context.Background())
+	d := &device{name: name, link: l, cancel: stop}
+	d.running.Go(func() { _ = l.Run(runCtx) })
+	select {
+	case <-l.Connected():
+		return d, nil
+	case <-time.After(patience):
+		stop()
+		return nil, fmt.Errorf("device %s is not connected after %s", name, patience)
+	}
+}
+
+// next gives the next message from the controller.
+func (d *device) next(ts *testscript.TestScript, what string) proto.Message {
+	select {
+	case m := <-d.link.Inbox():
+		return m
+	case <-time.After(patience):
+		ts.Fatalf("device %s: no %s after %s", d.name, what, patience)
+		return nil
+	}
+}
+
+func (d *device) waitDesired(ts *testscript.TestScript, model string, version int64) {
+	for {
+		m, ok := d.next(ts, "desired document").(*dunlinv1.Desired)
+		if !ok {
+			continue
+		}
+		d.last = m
+		var document dunlinv1.DesiredDocument
+		ts.Check(proto.Unmarshal(m.GetDocument(), &document))
+		for _, v := range document.GetVersions() {
+			if v.GetModel() == model && v.GetVersion() == version {
+				return
+			}
+		}
+	}
+}
+
+func (d *device) waitAck(ts *testscript.TestScript) {
+	for {
+		if c, ok := d.next(ts, "acknowledgement").(*dunlinv1.Command); ok && c.GetEventAck() != nil {
+			return
+		}
+	}
+}
+
+func (d *device) report(ts *testscript.TestScript, v *dunlinv1.VersionStatus) {
+	d.sequence++
+	v.Since = timestamppb.Now()
+	ts.Check(d.link.Send(link.Reported, &dunlinv1.Reported{
+		Session: d.link.Session(), Observed: d.last.GetGeneration(), At: timestamppb.Now(), Versions: []*dunlinv1.VersionStatus{v}, Sequence: d.sequence,
+	}))
+}
+
+// exitsCommand: exits CODE dunlin ARGS... runs it and checks its exit code.
+func exitsCommand(ts *testscript.TestScript, neg bool, args []string) {
+	if neg || len(args) < 2 {
+		ts.Fatalf("usage: exits CODE PROGRAM ARGS...")
+	}
+	want, err := strconv.Atoi(args[0])
+	ts.Check(err)
+	err = ts.Exec(args[1], args[2:]...)
+	got := 0
+	if err != nil {
+		e, ok := err.(interface{ ExitCode() int })
+		if !ok {
+			ts.Fatalf("%v", err)
+		}
+		got = e.ExitCode()
+	}
+	if got != want {
+		ts.Fatalf("exit code %d, want %d", got, want)
+	}
+}
+
+// modeCommand: mode FILE OCTAL
+func modeCommand(ts *testscript.TestScript, neg bool, args []string) {
+	info, err := os.Stat(ts.MkAbs(args[0]))
+	ts.Check(err)
+	if got := fmt.Sprintf("%o", info.Mode().Perm()); got != args[1] {
+		ts.Fatalf("mode of %s is %s, want %s", args[0], got, args[1])
+	}
+}

@@ -1,0 +1,161 @@
+package main
+
+import (
+	"bufio"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"strings"
+	"time"
+
+	"github.com/opencontainers/go-digest"
+	"github.com/spf13/cobra"
+
+	"github.com/dunlin/dunlin/models"
+	dunlinv1 "github.com/dunlin/dunlin/proto/dunlin/v1"
+)
+
+// registerTimeout bounds the call by which the controller reads a pushed
+// bundle whole and makes it a version.
+const registerTimeout = 30 * time.Minute
+
+// maxLabelsFile bounds the file of class labels.
+const maxLabelsFile = 4 << 20
+
+func (c *cli) pushCommand() *cobra.Command {
+	var labels string
+	cmd := &cobra.Command{
+		Use:   "push FILE NAME[:VERSION]",
+		Short: "Push an ONNX model and make it a version",
+		Long: `push packs the ONNX file and its external data into a bundle, uploads what the
+registry lacks, and makes it a version of the model: VERSION, or the next one.
+Versions are immutable; the same bytes again change nothing.
+
+It prints "NAME:VERSION DIGEST".`,
+		Example: "  dunlin push digits.onnx digits\n  dunlin push resnet50.onnx resnet50:3 --labels imagenet.txt",
+		Args:    cobra.ExactArgs(2),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			return c.push(cmd.Context(), args[0], args[1], labels)
+		},
+	}
+	cmd.Flags().StringVar(&labels, "labels", "", "file with the names of the model's classes, one a line")
+	return cmd
+}
+
+// blob is one piece of a bundle to be uploaded: a local file, or bytes.
+type blob struct {
+	name   string
+	digest digest.Digest
+	size   int64
+	open   func() (io.ReaderAt, io.Closer, error)
+}
+
+func (c *cli) push(ctx context.Context, file, ref, labelsFile string) error {
+	name, version, err := models.ParseRef(ref)
+	if err != nil {
+		return usagef("%v", err)
+	}
+	labels, err := readLabels(labelsFile)
+	if err != nil {
+		return err
+	}
+	ctl, err := connectClient()
+	if err != nil {
+		return err
+	}
+	who, err := call(ctx, ctl.auth().WhoAmI, &dunlinv1.WhoAmIRequest{})
+	if err != nil {
+		return fmt.Errorf("push %s: %w", ref, err)
+	}
+	registryURL, err := checkURL(who.GetRegistryUrl())
+	if err != nil {
+		return fmt.Errorf("the controller's registry: %w", err)
+	}
+	bundle, err := models.Pack(ctx, file, models.PackOptions{Labels: labels})
+	if err != nil {
+		return fmt.Errorf("pack %s: %w", file, err)
+	}
+	up := &uploader{http: ctl.http, base: registryURL + "/v2/" + name, authorization: bearer(ctl.Token).header()}
+	if err := c.upload(ctx, up, bundle); err != nil {
+		return fmt.Errorf("push %s: %w", ref, err)
+	}
+	registerCtx, cancel := context.WithTimeout(ctx, registerTimeout)
+	defer cancel()
+	res, err := callLong(registerCtx, ctl.models().CreateVersion, &dunlinv1.CreateVersionRequest{Model: name, Digest: bundle.Digest.String(), Version: version})
+	if err != nil {
+		return fmt.Errorf("push %s: %w", ref, err)
+	}
+	v := res.GetVersion()
+	if !res.GetCreated() {
+		fmt.Fprintf(c.err, "These bytes are already version %d of %s.\n", v.GetVersion(), v.GetModel())
+	}
+	fmt.Fprintf(c.out, "%s:%d %s\n", v.GetModel(), v.GetVersion(), v.GetDigest())
+	return nil
+}
+
+// upload sends the blobs that the registry lacks, then the manifest.
+func (c *cli) upload(ctx context.Context, up *uploader, bundle *models.Bundle) error {
+	blobs := []blob{
+		bytesBlob("config", bundle.ConfigBytes),
+		bytesBlob("chunk index", bundle.IndexBytes),
+	}
+	for _, f := range bundle.Files {
+		blobs = append(blobs, blob{f.Path, f.Digest, f.Size, func() (io.ReaderAt, io.Closer, error) {
+			file, err := os.Open(f.Source)
+			return file, file, err
+		}})
+	}
+	p := newProgress(c.err, isTerminal(c.err), "push")
+	for _, b := range blobs {
+		p.total += b.size
+	}
+	stop := p.run()
+	defer stop()
+	for _, b := range blobs {
+		if err := up.put(ctx, b, p); err != nil {
+			return fmt.Errorf("upload %s: %w", b.name, err)
+		}
+	}
+	if err := up.putManifest(ctx, bundle.Digest, bundle.ManifestBytes); err != nil {
+		return fmt.Errorf("upload manifest: %w", err)
+	}
+	p.finish()
+	return nil
+}
+
+func bytesBlob(name string, b []byte) blob {
+	return blob{name, digest.FromBytes(b), int64(len(b)), func() (io.ReaderAt, io.Closer, error) {
+		return strings.NewReader(string(b)), io.NopCloser(nil), nil
+	}}
+}
+
+func readLabels(path string) ([]string, error) {
+	if path == "" {
+		return nil, nil
+	}
+	f, err := os.Open(path)
+	if err != nil {
+		return nil, fmt.Errorf("read labels: %w", err)
+	}
+	defer f.Close()
+	var labels []string
+	s := bufio.NewScanner(io.LimitReader(f, maxLabelsFile+1))
+	n := 0
+	for s.Scan() {
+		n += len(s.Bytes()) + 1
+		if l := strings.TrimSpace(s.Text()); l != "" {
+			labels = append(labels, l)
+		}
+	}
+	switch {
+	case s.Err() != nil:
+		return nil, fmt.Errorf("read labels: %s: %w", path, s.Err())
+	case n > maxLabelsFile:
+		return nil, fmt.Errorf("read labels: %s has more than %d bytes", path, maxLabelsFile)
+	case len(labels) == 0:
+		return nil, errors.New("read labels: " + path + " has none")
+	}
+	return labels, nil
+}

@@ -1,0 +1,177 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"strings"
+	"time"
+
+	"connectrpc.com/connect"
+	"github.com/spf13/cobra"
+	"golang.org/x/term"
+)
+
+// Exit codes; "dunlin help exit-codes" explains them.
+const (
+	exitOK            = 0
+	exitError         = 1
+	exitUsage         = 2
+	exitNotAllowed    = 4
+	exitRolloutFailed = 5
+	exitTimeout       = 6
+)
+
+const exitCodesHelp = `Exit codes of dunlin:
+
+  0  done
+  1  an error; the message says what and, where it can, what to do
+  2  wrong usage: an unknown command, flag or argument
+  4  not allowed: not logged in, the token is wrong, or the role is too small
+  5  a rollout failed, or a newer one took its place
+  6  --timeout passed
+
+"dunlin diff" is different, as diff is: 0 where nothing differs, 1 where
+something does, 2 on trouble (4 where it is not allowed).
+`
+
+// codeError is an error that has an exit code of its own.
+type codeError struct {
+	code int
+	err  error // nil: there is nothing left to say
+}
+
+func (e codeError) Error() string {
+	if e.err == nil {
+		return ""
+	}
+	return e.err.Error()
+}
+func (e codeError) Unwrap() error { return e.err }
+
+func usagef(format string, args ...any) error {
+	return codeError{exitUsage, fmt.Errorf(format, args...)}
+}
+
+// cli is what every verb works with.
+type cli struct {
+	in         io.Reader
+	out, err   io.Writer
+	watchGrace time.Duration
+}
+
+// run executes one command line and gives its exit code. Data goes to stdout,
+// all the rest to stderr.
+func run(ctx context.Context, args []string, stdin io.Reader, stdout, stderr io.Writer) int {
+	c := &cli{in: stdin, out: stdout, err: stderr, watchGrace: watchGrace}
+	root := c.root()
+	// Until a verb runs, whatever is wrong is wrong usage.
+	started := false
+	root.PersistentPreRun = func(*cobra.Command, []string) { started = true }
+	root.SetArgs(args)
+	root.SetIn(stdin)
+	root.SetOut(stdout)
+	root.SetErr(stderr)
+	cmd, err := root.ExecuteContextC(ctx)
+	if err == nil {
+		return exitOK
+	}
+	if ctx.Err() != nil && errors.Is(err, context.Canceled) {
+		err = errors.New("interrupted")
+	}
+	code := exitCode(err)
+	if !started {
+		code = exitUsage
+	}
+	text := message(err)
+	if text == "" {
+		return code
+	}
+	fmt.Fprintf(stderr, "dunlin: %s\n", text)
+	if code == exitUsage && !strings.Contains(text, "\nrun: ") {
+		fmt.Fprintf(stderr, "run: %s --help\n", cmd.CommandPath())
+	}
+	return code
+}
+
+func exitCode(err error) int {
+	if e, ok := errors.AsType[codeError](err); ok {
+		return e.code
+	}
+	switch connect.CodeOf(err) {
+	case connect.CodeUnauthenticated, connect.CodePermissionDenied:
+		return exitNotAllowed
+	}
+	return exitError
+}
+
+// message is what an error says to a person: without the names of the
+// protocol's codes, with what to do next where that is known.
+func message(err error) string {
+	text := err.Error()
+	e, ok := errors.AsType[*connect.Error](err)
+	if !ok {
+		return text
+	}
+	text = strings.Replace(text, e.Error(), e.Message(), 1)
+	switch e.Code() {
+	case connect.CodeUnauthenticated:
+		text += "\nrun: dunlin login URL"
+	case connect.CodeUnavailable:
+		text += "\nIs the controller running, and is its URL right? See: dunlin login --help"
+	case connect.CodeUnimplemented:
+		text += "\nThe controller does not know this call: is its version older than that of this program?"
+	}
+	return text
+}
+
+func (c *cli) root() *cobra.Command {
+	root := &cobra.Command{
+		Use:   "dunlin",
+		Short: "Run ONNX models on a fleet of devices",
+		Long: `dunlin pushes ONNX models to a controller's registry, applies deployments and
+routes, and shows what the fleet of devices does with them.
+
+Environment: DUNLIN_URL and DUNLIN_TOKEN override what "dunlin login" stored.`,
+		SilenceUsage:  true,
+		SilenceErrors: true,
+		Args:          cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			cmd.SetOut(c.err)
+			if err := cmd.Help(); err != nil {
+				return err
+			}
+			return codeError{code: exitUsage}
+		},
+	}
+	root.AddCommand(
+		c.loginCommand(), c.pushCommand(), c.applyCommand(), c.diffCommand(), c.deleteCommand(),
+		c.getCommand(), c.joinTokenCommand(), c.deviceCommand(), c.rolloutCommand(), c.inferCommand(),
+		c.versionCommand(),
+		&cobra.Command{Use: "exit-codes", Short: "What the exit codes mean", Long: exitCodesHelp},
+	)
+	return root
+}
+
+// group is a command that only holds others.
+func group(use, short string, subs ...*cobra.Command) *cobra.Command {
+	g := &cobra.Command{Use: use, Short: short, RunE: func(cmd *cobra.Command, args []string) error {
+		if len(args) > 0 {
+			return usagef("unknown command %q for %q", args[0], cmd.CommandPath())
+		}
+		return usagef("%q needs a command", cmd.CommandPath())
+	}}
+	g.AddCommand(subs...)
+	return g
+}
+
+// isTerminal says whether w is a terminal that takes control sequences.
+func isTerminal(w any) bool {
+	f, ok := w.(*os.File)
+	return ok && os.Getenv("TERM") != "dumb" && term.IsTerminal(int(f.Fd()))
+}
+
+// coloured says whether w should be written to in colour.
+func coloured(w any) bool { return isTerminal(w) && os.Getenv("NO_COLOR") == "" }

@@ -1,0 +1,153 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"net/netip"
+	"net/url"
+	"os"
+	"path/filepath"
+	"strings"
+
+	"github.com/goccy/go-yaml"
+)
+
+// settings say which controller to talk to, and as whom.
+type settings struct {
+	URL   string `yaml:"url"`
+	Token string `yaml:"token"`
+}
+
+// maxSettings bounds the settings file; a larger one is not ours.
+const maxSettings = 64 << 10
+
+func settingsPath() (string, error) {
+	dir, err := os.UserConfigDir()
+	if err != nil {
+		return "", fmt.Errorf("find the folder of settings: %w", err)
+	}
+	return filepath.Join(dir, "dunlin", "config.yaml"), nil
+}
+
+// readSettings gives the stored settings, or none.
+func readSettings() (settings, error) {
+	path, err := settingsPath()
+	if err != nil {
+		return settings{}, err
+	}
+	info, err := os.Stat(path)
+	if errors.Is(err, fs.ErrNotExist) {
+		return settings{}, nil
+	}
+	if err != nil {
+		return settings{}, fmt.Errorf("read settings: %w", err)
+	}
+	if info.Size() > maxSettings {
+		return settings{}, fmt.Errorf("read settings: %s has %d bytes, allowed are %d", path, info.Size(), maxSettings)
+	}
+	b, err := os.ReadFile(path)
+	if err != nil {
+		return settings{}, fmt.Errorf("read settings: %w", err)
+	}
+	var s settings
+	if err := yaml.UnmarshalWithOptions(b, &s, yaml.Strict()); err != nil {
+		// The file holds a token: say where, not what.
+		return settings{}, fmt.Errorf("read settings: %s is not valid; run: dunlin login URL", path)
+	}
+	return s, nil
+}
+
+// write stores the settings, readable by their owner only.
+func (s settings) write() error {
+	path, err := settingsPath()
+	if err != nil {
+		return err
+	}
+	b, err := yaml.Marshal(s)
+	if err != nil {
+		return fmt.Errorf("write settings: %w", err)
+	}
+	if err := os.MkdirAll(filepath.Dir(path), 0o700); err != nil {
+		return fmt.Errorf("write settings: %w", err)
+	}
+	f, err := os.CreateTemp(filepath.Dir(path), ".config-*") // 0600
+	if err != nil {
+		return fmt.Errorf("write settings: %w", err)
+	}
+	_, err = f.Write(b)
+	err = errors.Join(err, f.Sync(), f.Close())
+	if err == nil {
+		err = os.Rename(f.Name(), path)
+	}
+	if err != nil {
+		os.Remove(f.Name())
+		return fmt.Errorf("write settings: %w", err)
+	}
+	return nil
+}
+
+// currentSettings gives the settings in force: the environment's, then the
+// stored ones. A stored token goes only to the controller it was stored for.
+func currentSettings() (settings, error) {
+	env := settings{URL: os.Getenv("DUNLIN_URL"), Token: os.Getenv("DUNLIN_TOKEN")}
+	s := env
+	if s.URL == "" || s.Token == "" {
+		stored, err := readSettings()
+		if err != nil {
+			return settings{}, err
+		}
+		if s.URL == "" {
+			s.URL = stored.URL
+		}
+		if s.Token == "" && sameURL(s.URL, stored.URL) {
+			s.Token = stored.Token
+		}
+	}
+	if s.URL == "" {
+		return settings{}, codeError{exitNotAllowed, errors.New("not logged in\nrun: dunlin login URL")}
+	}
+	u, err := checkURL(s.URL)
+	if err != nil {
+		return settings{}, fmt.Errorf("%s\nrun: dunlin login URL, or set DUNLIN_URL", err.Error())
+	}
+	s.URL = u
+	if s.Token == "" {
+		return settings{}, codeError{exitNotAllowed, fmt.Errorf("no token for %s\nrun: dunlin login %s (or set DUNLIN_TOKEN)", u, u)}
+	}
+	return s, nil
+}
+
+func sameURL(a, b string) bool {
+	return strings.TrimRight(a, "/") == strings.TrimRight(b, "/")
+}
+
+// checkURL refuses what is not a base URL that a token may be sent to:
+// https, or http to this machine itself. It gives it without a slash at the
+// end.
+func checkURL(s string) (string, error) {
+	u, err := url.Parse(s)
+	if err != nil {
+		return "", usagef("URL %q: %v", s, err)
+	}
+	if u.Host == "" || u.User != nil || u.RawQuery != "" || u.Fragment != "" {
+		return "", usagef("URL %q is not of the form https://HOST[:PORT]", s)
+	}
+	switch {
+	case u.Scheme == "https":
+	case u.Scheme == "http" && isLoopback(u.Hostname()):
+	case u.Scheme == "http":
+		return "", usagef("refusing to send a token to %s: http:// is in clear and only for this machine itself; use https://", s)
+	default:
+		return "", usagef("URL %q has scheme %q, allowed are https and, to this machine itself, http", s, u.Scheme)
+	}
+	return strings.TrimRight(u.String(), "/"), nil
+}
+
+func isLoopback(host string) bool {
+	if host == "localhost" {
+		return true
+	}
+	a, err := netip.ParseAddr(host)
+	return err == nil && a.IsLoopback()
+}

@@ -1,0 +1,116 @@
+package main
+
+import (
+	"bytes"
+	"flag"
+	"os"
+	"path/filepath"
+	"testing"
+	"time"
+
+	"google.golang.org/protobuf/types/known/timestamppb"
+
+	dunlinv1 "github.com/dunlin/dunlin/proto/dunlin/v1"
+)
+
+var update = flag.Bool("update", false, "write the golden files again")
+
+// TestTables compares the tables with testdata/tables/*.golden.
+func TestTables(t *testing.T) {
+	now := time.Date(2026, 11, 20, 12, 0, 0, 0, time.UTC)
+	before := func(d time.Duration) *timestamppb.Timestamp { return timestamppb.New(now.Add(-d)) }
+	rollouts := []*dunlinv1.Rollout{
+		{Id: "digits-2", Deployment: "digits", Model: "digits", FromVersion: 1, ToVersion: 2, State: dunlinv1.RolloutState_ROLLOUT_STATE_FAILED,
+			Reason: "2 devices refused it, allowed is 1", StartedAt: before(90 * time.Second), Devices: []*dunlinv1.RolloutDevice{
+				{Device: "cam-1", Phase: dunlinv1.RolloutDevice_PHASE_READY, BytesPresent: 154065, BytesTotal: 154065},
+				{Device: "cam-2", Phase: dunlinv1.RolloutDevice_PHASE_WORKING, BytesPresent: 1 << 20, BytesTotal: 5 << 20},
+				{Device: "cam-3", Phase: dunlinv1.RolloutDevice_PHASE_FAILED, Reason: "truncated: byte 7"},
+			}},
+		{Id: "digits-1", Deployment: "digits", Model: "digits", ToVersion: 1, State: dunlinv1.RolloutState_ROLLOUT_STATE_SUCCEEDED, StartedAt: before(50 * time.Hour)},
+	}
+	for name, table := range map[string]*table{
+		"devices": devicesTable(now, []*dunlinv1.Device{
+			{Name: "cam-1", Connected: true, LastHeardAt: before(3 * time.Second), Labels: map[string]string{"site": "demo", "floor": "2"},
+				Info: &dunlinv1.DeviceInfo{Arch: "arm64", RuntimeVersion: "1.30.0"}, Reported: &dunlinv1.Reported{
+					Versions: []*dunlinv1.VersionStatus{
+						{Model: "digits", Version: 1, State: dunlinv1.VersionState_VERSION_STATE_RESIDENT, Serving: true},
+						{Model: "digits", Version: 2, State: dunlinv1.VersionState_VERSION_STATE_QUARANTINED},
+						{Model: "faces", Version: 4, State: dunlinv1.VersionState_VERSION_STATE_RESIDENT, Serving: true},
+					},
+					Routes: []*dunlinv1.RouteStatus{{Name: "digits", Ready: true}, {Name: "eyes"}},
+				}},
+			{Name: "cam-2", LastHeardAt: before(49 * time.Hour), Labels: map[string]string{"site": "de\x1b[31mmo"}, Reported: &dunlinv1.Reported{
+				Versions: []*dunlinv1.VersionStatus{{Model: "digits", Version: 1, State: dunlinv1.VersionState_VERSION_STATE_RESIDENT, Serving: true}},
+			}},
+			{Name: "cam-3"},
+		}),
+		"models": modelsTable(now, []*dunlinv1.ModelVersion{
+			{Model: "digits", Version: 1, Digest: "sha256:0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef", SizeBytes: 3023, Opset: 17,
+				Inputs: []string{"image:FP32[-1,1,8,8]"}, Outputs: []string{"probabilities:FP32[-1,10]", "label:INT64[-1]"}, CreatedAt: before(time.Minute), CreatedBy: "user:ada"},
+			{Model: "digits", Version: 2, Digest: "short", SizeBytes: 5 << 30},
+		}),
+		"deployments": deploymentsTable(now, []*dunlinv1.Deployment{
+			{Name: "digits", Model: "digits", Version: 2, Selector: map[string]string{"site": "demo"}, UpdatedAt: before(2 * time.Hour), Devices: 3, Ready: 2, Failed: 1},
+			{Name: "everywhere", Model: "faces", Version: 12},
+		}),
+		"routes": routesTable(now, []*dunlinv1.Route{
+			{Name: "digits", Targets: []*dunlinv1.RouteTarget{{Model: "digits", Weight: 90}, {Model: "digits", Version: 2, Weight: 10}}, UpdatedAt: before(0)},
+		}),
+		"rollouts":        rolloutsTable(now, rollouts),
+		"rollout":         rolloutTable(rollouts[0]),
+		"rollout-of-none": rolloutTable(&dunlinv1.Rollout{Id: "x-1", Model: "x", ToVersion: 1, State: dunlinv1.RolloutState_ROLLOUT_STATE_SUCCEEDED}),
+		"events": eventsTable(now, []*dunlinv1.DeviceEvent{
+			{Device: "cam-1", Event: &dunlinv1.Event{At: before(time.Hour), Kind: "version.quarantined", Severity: dunlinv1.Severity_SEVERITY_ERROR, Model: "digits", Version: 2, Message: "line one\nline two"}},
+			{Device: "cam-2", Event: &dunlinv1.Event{At: before(26 * time.Hour), Kind: "worker.died", Severity: dunlinv1.Severity_SEVERITY_WARNING}},
+		}),
+		"join-tokens": joinTokensTable(now, []*dunlinv1.JoinToken{
+			{Id: "e6daa951bc63", UsesLeft: 2, ExpiresAt: before(-time.Hour), Labels: map[string]string{"site": "demo"}},
+			{Id: "ed7087257406", ExpiresAt: before(time.Hour)},
+		}),
+	} {
+		t.Run(name, func(t *testing.T) {
+			var got bytes.Buffer
+			if err := table.write(&got); err != nil {
+				t.Fatal(err)
+			}
+			path := filepath.Join("testdata", "tables", name+".golden")
+			if *update {
+				if err := os.MkdirAll(filepath.Dir(path), 0o777); err != nil {
+					t.Fatal(err)
+				}
+				if err := os.WriteFile(path, got.Bytes(), 0o666); err != nil {
+					t.Fatal(err)
+				}
+			}
+			want, err := os.ReadFile(path)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if !bytes.Equal(got.Bytes(), want) {
+				t.Errorf("got\n%swant\n%s", got.Bytes(), want)
+			}
+		})
+	}
+}
+
+func TestRolloutLine(t *testing.T) {
+	r := &dunlinv1.Rollout{Deployment: "digits", Model: "digits", ToVersion: 2, State: dunlinv1.RolloutState_ROLLOUT_STATE_RUNNING, Devices: []*dunlinv1.RolloutDevice{
+		{Device: "a", Phase: dunlinv1.RolloutDevice_PHASE_READY},
+		{Device: "b", Phase: dunlinv1.RolloutDevice_PHASE_WORKING, BytesPresent: 1 << 20, BytesTotal: 4 << 20},
+		{Device: "c", Phase: dunlinv1.RolloutDevice_PHASE_FAILED},
+	}}
+	if got, want := rolloutLine(r), "digits: digits:2 running, 1/3 ready, 1.0 MiB of 4.0 MiB fetched, failed on c"; got != want {
+		t.Errorf("got %q, want %q", got, want)
+	}
+}
+
+func TestColourDiff(t *testing.T) {
+	in := "--- a\n+++ b\n@@ -1 +1 @@\n same\n-old\n+new\n"
+	want := "\x1b[1m--- a\x1b[0m\n\x1b[1m+++ b\x1b[0m\n\x1b[36m@@ -1 +1 @@\x1b[0m\n same\n\x1b[31m-old\x1b[0m\n\x1b[32m+new\x1b[0m\n"
+	if got := colourDiff(in); got != want {
+		t.Errorf("got %q", got)
+	}
+	if coloured(&bytes.Buffer{}) {
+		t.Error("a buffer was taken for a terminal")
+	}
+}

@@ -1,0 +1,101 @@
+package main
+
+import (
+	"bytes"
+	"fmt"
+	"os"
+	"strings"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// openTerminal gives both ends of a new pseudo-terminal.
+func openTerminal(t *testing.T) (user, program *os.File) {
+	t.Helper()
+	user, err := os.OpenFile("/dev/ptmx", os.O_RDWR, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { user.Close() })
+	if err := unix.IoctlSetPointerInt(int(user.Fd()), unix.TIOCSPTLCK, 0); err != nil {
+		t.Fatal(err)
+	}
+	n, err := unix.IoctlGetInt(int(user.Fd()), unix.TIOCGPTN)
+	if err != nil {
+		t.Fatal(err)
+	}
+	program, err = os.OpenFile(fmt.Sprintf("/dev/pts/%d", n), os.O_RDWR|unix.O_NOCTTY, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { program.Close() })
+	return user, program
+}
+
+func echoes(t *testing.T, terminal *os.File) bool {
+	t.Helper()
+	s, err := unix.IoctlGetTermios(int(terminal.Fd()), unix.TCGETS)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return s.Lflag&unix.ECHO != 0
+}
+
+// TestPrompt types a token at a terminal: it is not shown, and the terminal
+// is afterwards as it was.
+func TestPrompt(t *testing.T) {
+	url := login(t)
+	token := os.Getenv("DUNLIN_TOKEN")
+	t.Setenv("DUNLIN_TOKEN", "")
+	t.Setenv("XDG_CONFIG_HOME", t.TempDir())
+	user, program := openTerminal(t)
+	t.Setenv("TERM", "xterm")
+	if !isTerminal(program) || !coloured(program) {
+		t.Error("a terminal was not taken for one")
+	}
+	t.Setenv("NO_COLOR", "1")
+	if coloured(program) {
+		t.Error("NO_COLOR was not respected")
+	}
+	if !echoes(t, program) {
+		t.Fatal("a new terminal does not echo")
+	}
+	var stdout, stderr bytes.Buffer
+	done := make(chan int, 1)
+	go func() { done <- run(t.Context(), []string{"login", url}, program, &stdout, &stderr) }()
+	for deadline := time.Now().Add(patience); echoes(t, program); {
+		if time.Now().After(deadline) {
+			t.Fatalf("login does not wait for a token after %s", patience)
+		}
+		select {
+		case code := <-done:
+			t.Fatalf("login ended with %d: %s", code, stderr.String())
+		case <-time.After(time.Millisecond):
+		}
+	}
+	if _, err := user.WriteString(token + "\n"); err != nil {
+		t.Fatal(err)
+	}
+	if code := <-done; code != exitOK {
+		t.Fatalf("exit code %d: %s", code, stderr.String())
+	}
+	if !echoes(t, program) {
+		t.Error("the terminal was not put back")
+	}
+	if _, err := program.WriteString("end"); err != nil {
+		t.Fatal(err)
+	}
+	shown := make([]byte, 4096)
+	n, err := user.Read(shown)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if all := string(shown[:n]) + stdout.String() + stderr.String(); strings.Contains(all, token) || !strings.Contains(all, "Token: ") {
+		t.Errorf("shown: %q", all)
+	}
+	if s, err := readSettings(); err != nil || s != (settings{URL: url, Token: token}) {
+		t.Errorf("stored %s, %v", s.URL, err)
+	}
+}

@@ -1,0 +1,108 @@
+package api
+
+import (
+	"time"
+
+	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/types/known/timestamppb"
+
+	"github.com/dunlin/dunlin/controller/fleet"
+	"github.com/dunlin/dunlin/controller/store"
+	v1 "github.com/dunlin/dunlin/proto/dunlin/v1"
+)
+
+// convert gives f of each element.
+func convert[A, B any](from []A, f func(A) B) []B {
+	to := make([]B, len(from))
+	for i, a := range from {
+		to[i] = f(a)
+	}
+	return to
+}
+
+// timestamp leaves the zero time unset.
+func timestamp(t time.Time) *timestamppb.Timestamp {
+	if t.IsZero() {
+		return nil
+	}
+	return timestamppb.New(t)
+}
+
+func sizeOf(m proto.Message) int { return proto.Size(m) }
+
+func joinToken(t store.JoinToken) *v1.JoinToken {
+	return &v1.JoinToken{Id: t.ID, UsesLeft: t.UsesLeft, ExpiresAt: timestamp(t.ExpiresAt), Labels: t.Labels}
+}
+
+func modelVersion(v store.Version) *v1.ModelVersion {
+	return &v1.ModelVersion{
+		Model: v.Model, Version: v.Version, Digest: v.Digest, SizeBytes: uint64(v.Size), CreatedAt: timestamp(v.CreatedAt),
+		CreatedBy: v.CreatedBy, Inputs: v.Inputs, Outputs: v.Outputs, Opset: v.Opset,
+	}
+}
+
+func objectChange(c store.Change) *v1.ObjectChange {
+	action := v1.ObjectChange_ACTION_CHANGED
+	switch {
+	case c.Before == c.After:
+		action = v1.ObjectChange_ACTION_UNCHANGED
+	case c.Before == "":
+		action = v1.ObjectChange_ACTION_CREATED
+	case c.After == "":
+		action = v1.ObjectChange_ACTION_DELETED
+	}
+	return &v1.ObjectChange{Kind: c.Kind, Name: c.Name, Action: action, Before: c.Before, After: c.After, Rollout: c.Rollout}
+}
+
+func deployment(o store.StoredObject) *v1.Deployment {
+	d := o.Deployment
+	return &v1.Deployment{Name: d.Name, Model: d.Model, Version: d.Version, Selector: d.Selector, UpdatedAt: timestamp(o.UpdatedAt), Yaml: o.YAML()}
+}
+
+func route(o store.StoredObject) *v1.Route {
+	return &v1.Route{
+		Name: o.Route.Name, UpdatedAt: timestamp(o.UpdatedAt), Yaml: o.YAML(),
+		Targets: convert(o.Route.Targets, func(t fleet.Target) *v1.RouteTarget {
+			return &v1.RouteTarget{Model: t.Model, Version: t.Version, Weight: t.Weight}
+		}),
+	}
+}
+
+var rolloutStates = map[fleet.State]v1.RolloutState{
+	fleet.Running:    v1.RolloutState_ROLLOUT_STATE_RUNNING,
+	fleet.Succeeded:  v1.RolloutState_ROLLOUT_STATE_SUCCEEDED,
+	fleet.Failed:     v1.RolloutState_ROLLOUT_STATE_FAILED,
+	fleet.Superseded: v1.RolloutState_ROLLOUT_STATE_SUPERSEDED,
+}
+
+var rolloutPhases = map[fleet.Phase]v1.RolloutDevice_Phase{
+	fleet.DevicePending: v1.RolloutDevice_PHASE_PENDING,
+	fleet.DeviceWorking: v1.RolloutDevice_PHASE_WORKING,
+	fleet.DeviceReady:   v1.RolloutDevice_PHASE_READY,
+	fleet.DeviceFailed:  v1.RolloutDevice_PHASE_FAILED,
+}
+
+func rollout(r fleet.Rollout) *v1.Rollout {
+	return &v1.Rollout{
+		Id: r.ID(), Deployment: r.Deployment, Model: r.Model, FromVersion: r.From, ToVersion: r.To,
+		State: rolloutStates[r.State], Reason: r.Reason, StartedAt: timestamp(r.StartedAt), EndedAt: timestamp(r.EndedAt),
+		Devices: convert(r.Devices, func(d fleet.RolloutDevice) *v1.RolloutDevice {
+			return &v1.RolloutDevice{Device: d.Device, Phase: rolloutPhases[d.Phase], Reason: d.Reason, BytesPresent: d.BytesPresent, BytesTotal: d.BytesTotal}
+		}),
+	}
+}
+
+func device(d *store.Device, incarnation string, t *v1.Telemetry) *v1.Device {
+	m := &v1.Device{
+		Name: d.Name, Labels: d.Labels, Info: d.Info, Connected: d.Connected, LastHeardAt: timestamp(d.LastHeardAt),
+		JoinedAt: timestamp(d.JoinedAt), Reported: d.Reported, Telemetry: t,
+	}
+	if d.Desired > 0 {
+		m.Desired = &v1.Generation{Incarnation: incarnation, Number: d.Desired}
+	}
+	return m
+}
+
+func deviceEvent(e store.DeviceEvent) *v1.DeviceEvent {
+	return &v1.DeviceEvent{Device: e.Device, OutboxId: e.OutboxID, Event: e.Event, ReceivedAt: timestamp(e.ReceivedAt)}
+}

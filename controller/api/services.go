@@ -1,0 +1,332 @@
+package api
+
+import (
+	"context"
+	"encoding/base64"
+	"errors"
+	"fmt"
+	"math"
+	"time"
+
+	"connectrpc.com/connect"
+
+	"github.com/dunlin/dunlin/controller/fleet"
+	"github.com/dunlin/dunlin/controller/identity"
+	"github.com/dunlin/dunlin/controller/store"
+	"github.com/dunlin/dunlin/internal/link"
+	"github.com/dunlin/dunlin/models"
+	v1 "github.com/dunlin/dunlin/proto/dunlin/v1"
+)
+
+// The limits of requests.
+const (
+	maxUses         = 10000
+	defaultValidFor = time.Hour
+	maxValidFor     = 30 * 24 * time.Hour
+	minSecret       = 43 // characters: 32 bytes in base64url without padding
+	maxSecret       = 256
+	maxInfoBytes    = 16 << 10
+	defaultEvents   = 100
+	maxEvents       = 10000
+	maxRollouts     = 1000 // that one call lists
+)
+
+func invalid(format string, args ...any) error { return invalidError{fmt.Errorf(format, args...)} }
+
+func caller(ctx context.Context) string { return identity.FromContext(ctx).String() }
+
+func (s *server) WhoAmI(ctx context.Context, _ *connect.Request[v1.WhoAmIRequest]) (*connect.Response[v1.WhoAmIResponse], error) {
+	p := identity.FromContext(ctx)
+	return connect.NewResponse(&v1.WhoAmIResponse{Name: p.Name, Role: string(p.Role), ControllerVersion: s.Version, RegistryUrl: registryURL(ctx)}), nil
+}
+
+func (s *server) Join(ctx context.Context, req *connect.Request[v1.JoinRequest]) (*connect.Response[v1.JoinResponse], error) {
+	m := req.Msg
+	if err := link.CheckDevice(m.GetName()); err != nil {
+		return nil, invalid("name: %w", err)
+	}
+	if n := len(m.GetSecret()); n < minSecret || n > maxSecret {
+		return nil, invalid("secret has %d characters, allowed are %d to %d", n, minSecret, maxSecret)
+	}
+	if _, err := base64.RawURLEncoding.DecodeString(m.GetSecret()); err != nil {
+		return nil, invalid("secret is not base64url without padding")
+	}
+	if err := fleet.CheckLabels(m.GetLabels()); err != nil {
+		return nil, invalid("labels: %w", err)
+	}
+	if n := sizeOf(m.GetInfo()); n > maxInfoBytes {
+		return nil, invalid("info has %d bytes, the limit is %d", n, maxInfoBytes)
+	}
+	hash, err := s.HashPassword(m.GetSecret())
+	if err != nil {
+		return nil, fmt.Errorf("hash the secret of device %s: %w", m.GetName(), err)
+	}
+	err = s.Store.Join(ctx, store.Join{
+		Token: identity.Hash(m.GetJoinToken()), Device: m.GetName(), Secret: identity.Hash(m.GetSecret()),
+		Broker: hash, Labels: m.GetLabels(), Info: m.GetInfo(),
+	})
+	if err != nil {
+		return nil, err
+	}
+	if err := s.accountsChanged(ctx); err != nil {
+		return nil, err
+	}
+	s.Dispatch.Replan()
+	return connect.NewResponse(&v1.JoinResponse{
+		Device: m.GetName(), Shard: link.Shard(m.GetName()), BrokerUrl: s.BrokerURL, RegistryUrl: registryURL(ctx),
+	}), nil
+}
+
+func (s *server) accountsChanged(ctx context.Context) error {
+	if s.AccountsChanged == nil {
+		return nil
+	}
+	return s.AccountsChanged(ctx)
+}
+
+func (s *server) CreateJoinToken(ctx context.Context, req *connect.Request[v1.CreateJoinTokenRequest]) (*connect.Response[v1.CreateJoinTokenResponse], error) {
+	m := req.Msg
+	uses := max(m.GetUses(), 1)
+	if uses > maxUses {
+		return nil, invalid("uses is %d, the limit is %d", uses, maxUses)
+	}
+	validFor := defaultValidFor
+	if m.GetValidFor() != nil {
+		if validFor = m.GetValidFor().AsDuration(); validFor <= 0 || validFor > maxValidFor {
+			return nil, invalid("valid_for is %s, it must be above 0 and at most %s", validFor, maxValidFor)
+		}
+	}
+	if err := fleet.CheckLabels(m.GetLabels()); err != nil {
+		return nil, invalid("labels: %w", err)
+	}
+	token, hash := identity.NewToken("dunlin_join_")
+	t, err := s.Store.CreateJoinToken(ctx, caller(ctx), hash, store.JoinToken{UsesLeft: uses, ExpiresAt: time.Now().Add(validFor), Labels: m.GetLabels()})
+	if err != nil {
+		return nil, err
+	}
+	return connect.NewResponse(&v1.CreateJoinTokenResponse{JoinToken: token, Info: joinToken(t)}), nil
+}
+
+func (s *server) ListJoinTokens(ctx context.Context, _ *connect.Request[v1.ListJoinTokensRequest]) (*connect.Response[v1.ListJoinTokensResponse], error) {
+	tokens, err := s.Store.JoinTokens(ctx)
+	if err != nil {
+		return nil, err
+	}
+	return connect.NewResponse(&v1.ListJoinTokensResponse{JoinTokens: convert(tokens, joinToken)}), nil
+}
+
+func (s *server) CreateVersion(ctx context.Context, req *connect.Request[v1.CreateVersionRequest]) (*connect.Response[v1.CreateVersionResponse], error) {
+	m := req.Msg
+	if err := models.CheckName(m.GetModel()); err != nil {
+		return nil, invalid("model: %w", err)
+	}
+	if m.GetVersion() < 0 {
+		return nil, invalid("version is %d, allowed are 0 to %d", m.GetVersion(), int64(math.MaxInt64))
+	}
+	version, created, err := s.Registry.Ingest(ctx, m.GetModel(), m.GetDigest(), m.GetVersion(), caller(ctx))
+	if err != nil {
+		return nil, err
+	}
+	v, err := s.Store.Version(ctx, m.GetModel(), version)
+	if err != nil {
+		return nil, err
+	}
+	return connect.NewResponse(&v1.CreateVersionResponse{Version: modelVersion(v), Created: created}), nil
+}
+
+func (s *server) ListModels(ctx context.Context, req *connect.Request[v1.ListModelsRequest]) (*connect.Response[v1.ListModelsResponse], error) {
+	versions, err := s.Store.Versions(ctx, req.Msg.GetModel())
+	if err != nil {
+		return nil, err
+	}
+	return connect.NewResponse(&v1.ListModelsResponse{Versions: convert(versions, modelVersion)}), nil
+}
+
+func (s *server) Apply(ctx context.Context, req *connect.Request[v1.ApplyRequest]) (*connect.Response[v1.ApplyResponse], error) {
+	objects, err := fleet.Parse(req.Msg.GetDocuments())
+	if err != nil {
+		return nil, err
+	}
+	changes, err := s.Store.Apply(ctx, caller(ctx), objects, req.Msg.GetDryRun())
+	if err != nil {
+		return nil, err
+	}
+	if !req.Msg.GetDryRun() {
+		s.changed()
+	}
+	return connect.NewResponse(&v1.ApplyResponse{Changes: convert(changes, objectChange)}), nil
+}
+
+// changed starts what follows from a change of the objects.
+func (s *server) changed() {
+	s.Dispatch.Replan()
+	s.Dispatch.Notify() // rollouts were superseded
+}
+
+func (s *server) Delete(ctx context.Context, req *connect.Request[v1.DeleteRequest]) (*connect.Response[v1.DeleteResponse], error) {
+	if k := req.Msg.GetKind(); k != fleet.KindDeployment && k != fleet.KindRoute {
+		return nil, invalid("kind %q is not %s or %s", k, fleet.KindDeployment, fleet.KindRoute)
+	}
+	c, err := s.Store.Delete(ctx, caller(ctx), req.Msg.GetKind(), req.Msg.GetName())
+	if err != nil {
+		return nil, err
+	}
+	s.changed()
+	return connect.NewResponse(&v1.DeleteResponse{Change: objectChange(c)}), nil
+}
+
+func (s *server) ListDeployments(ctx context.Context, _ *connect.Request[v1.ListDeploymentsRequest]) (*connect.Response[v1.ListDeploymentsResponse], error) {
+	objects, err := s.Store.Objects(ctx, fleet.KindDeployment)
+	if err != nil {
+		return nil, err
+	}
+	devices, err := s.Store.Devices(ctx)
+	if err != nil {
+		return nil, err
+	}
+	resp := &v1.ListDeploymentsResponse{}
+	byName := map[string]*v1.Deployment{}
+	deployments := make([]fleet.Deployment, 0, len(objects))
+	for _, o := range objects {
+		d := deployment(o)
+		resp.Deployments = append(resp.Deployments, d)
+		byName[d.Name] = d
+		deployments = append(deployments, *o.Deployment)
+	}
+	for _, dev := range devices {
+		for _, dep := range fleet.Assign(dev.Fleet(), deployments) {
+			d := byName[dep.Name]
+			d.Devices++
+			switch o := dev.Observe(s.Store.Incarnation(), dep.Model, dep.Version); {
+			case o.Serving:
+				d.Ready++
+			case o.Quarantined:
+				d.Failed++
+			}
+		}
+	}
+	return connect.NewResponse(resp), nil
+}
+
+func (s *server) ListRoutes(ctx context.Context, _ *connect.Request[v1.ListRoutesRequest]) (*connect.Response[v1.ListRoutesResponse], error) {
+	objects, err := s.Store.Objects(ctx, fleet.KindRoute)
+	if err != nil {
+		return nil, err
+	}
+	return connect.NewResponse(&v1.ListRoutesResponse{Routes: convert(objects, route)}), nil
+}
+
+func (s *server) ListRollouts(ctx context.Context, req *connect.Request[v1.ListRolloutsRequest]) (*connect.Response[v1.ListRolloutsResponse], error) {
+	rollouts, err := s.Store.Rollouts(ctx, req.Msg.GetDeployment(), maxRollouts)
+	if err != nil {
+		return nil, err
+	}
+	return connect.NewResponse(&v1.ListRolloutsResponse{Rollouts: convert(rollouts, rollout)}), nil
+}
+
+// find gives a rollout by its id, or the newest of a deployment.
+func (s *server) find(ctx context.Context, id, deployment string) (fleet.Rollout, error) {
+	if (id == "") == (deployment == "") {
+		return fleet.Rollout{}, invalid("give either id or deployment")
+	}
+	if id != "" {
+		return s.Store.Rollout(ctx, id)
+	}
+	newest, err := s.Store.Rollouts(ctx, deployment, 1)
+	if err != nil {
+		return fleet.Rollout{}, err
+	}
+	if len(newest) == 0 {
+		return fleet.Rollout{}, fmt.Errorf("rollout of deployment %q: %w", deployment, store.ErrNotFound)
+	}
+	return newest[0], nil
+}
+
+func (s *server) GetRollout(ctx context.Context, req *connect.Request[v1.GetRolloutRequest]) (*connect.Response[v1.GetRolloutResponse], error) {
+	r, err := s.find(ctx, req.Msg.GetId(), req.Msg.GetDeployment())
+	if err != nil {
+		return nil, err
+	}
+	return connect.NewResponse(&v1.GetRolloutResponse{Rollout: rollout(r)}), nil
+}
+
+func (s *server) WatchRollout(ctx context.Context, req *connect.Request[v1.WatchRolloutRequest], stream *connect.ServerStream[v1.WatchRolloutResponse]) error {
+	changed := s.Dispatch.Changed()
+	r, err := s.find(ctx, req.Msg.GetId(), req.Msg.GetDeployment())
+	if err != nil {
+		return err
+	}
+	for sent := false; ; {
+		if !sent {
+			if err := stream.Send(&v1.WatchRolloutResponse{Rollout: rollout(r)}); err != nil {
+				return err
+			}
+		}
+		if r.State != fleet.Running {
+			return nil
+		}
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-s.Stopping:
+			return connect.NewError(connect.CodeUnavailable, errors.New("the controller stops"))
+		case <-changed:
+		}
+		changed = s.Dispatch.Changed()
+		now, err := s.Store.Rollout(ctx, r.ID())
+		if err != nil {
+			return err
+		}
+		sent, r = now.Equal(r), now
+	}
+}
+
+func (s *server) ListDevices(ctx context.Context, req *connect.Request[v1.ListDevicesRequest]) (*connect.Response[v1.ListDevicesResponse], error) {
+	var all []*store.Device
+	if name := req.Msg.GetDevice(); name != "" {
+		d, err := s.Store.Device(ctx, name)
+		if err != nil {
+			return nil, err
+		}
+		all = append(all, d)
+	} else {
+		var err error
+		if all, err = s.Store.Devices(ctx); err != nil {
+			return nil, err
+		}
+	}
+	resp := &v1.ListDevicesResponse{}
+	for _, d := range all {
+		if fleet.Matches(req.Msg.GetSelector(), d.Fleet()) {
+			resp.Devices = append(resp.Devices, device(d, s.Store.Incarnation(), s.Dispatch.Telemetry(d.Name)))
+		}
+	}
+	return connect.NewResponse(resp), nil
+}
+
+func (s *server) RemoveDevice(ctx context.Context, req *connect.Request[v1.RemoveDeviceRequest]) (*connect.Response[v1.RemoveDeviceResponse], error) {
+	if err := s.Store.RemoveDevice(ctx, caller(ctx), req.Msg.GetDevice()); err != nil {
+		return nil, err
+	}
+	err := s.accountsChanged(ctx)
+	s.Dispatch.Forget(req.Msg.GetDevice())
+	if err != nil {
+		return nil, err
+	}
+	return connect.NewResponse(&v1.RemoveDeviceResponse{}), nil
+}
+
+func (s *server) ListEvents(ctx context.Context, req *connect.Request[v1.ListEventsRequest]) (*connect.Response[v1.ListEventsResponse], error) {
+	limit := req.Msg.GetLimit()
+	if limit > maxEvents {
+		return nil, invalid("limit is %d, allowed are 1 to %d", limit, maxEvents)
+	}
+	if limit == 0 {
+		limit = defaultEvents
+	}
+	events, err := s.Store.Events(ctx, req.Msg.GetDevice(), int(limit))
+	if err != nil {
+		return nil, err
+	}
+	return connect.NewResponse(&v1.ListEventsResponse{Events: convert(events, deviceEvent)}), nil
+}

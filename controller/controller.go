@@ -1,0 +1,290 @@
+// Package controller wires and runs the controller.
+package controller
+
+import (
+	"context"
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"net/http"
+	"os"
+	"path/filepath"
+	"runtime/debug"
+	"strings"
+	"syscall"
+	"time"
+
+	"github.com/dunlin/dunlin/controller/api"
+	"github.com/dunlin/dunlin/controller/broker"
+	"github.com/dunlin/dunlin/controller/dispatch"
+	"github.com/dunlin/dunlin/controller/identity"
+	"github.com/dunlin/dunlin/controller/registry"
+	"github.com/dunlin/dunlin/controller/store"
+	"github.com/dunlin/dunlin/internal/telemetry"
+)
+
+// Files in the data folder.
+const (
+	lockFile       = "lock"
+	storeFile      = "controller.db"
+	registryFolder = "registry"
+	// AdminTokenFile holds a token of the first administrator.
+	AdminTokenFile = "admin-token"
+)
+
+// stopGrace bounds how long requests may take to end when the controller stops.
+const stopGrace = 5 * time.Second
+
+// Run runs the controller until ctx is done or a part of it fails.
+func Run(ctx context.Context, c Config) (err error) {
+	if err := c.check(); err != nil {
+		return err
+	}
+	log := c.Log
+	if log == nil {
+		if log, err = telemetry.NewLogger(os.Stderr, c.LogLevel, c.LogFormat); err != nil {
+			return err
+		}
+	}
+	if err := os.MkdirAll(c.Data, 0o700); err != nil {
+		return fmt.Errorf("make data folder: %w", err)
+	}
+	unlock, err := lock(filepath.Join(c.Data, lockFile))
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, unlock()) }()
+
+	st, err := store.Open(ctx, filepath.Join(c.Data, storeFile), store.Options{OnStep: c.OnStep})
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, st.Close()) }()
+	if err := adminToken(ctx, st, filepath.Join(c.Data, AdminTokenFile), log); err != nil {
+		return fmt.Errorf("administrator's token: %w", err)
+	}
+	auth := identity.New(st)
+	metrics := telemetry.NewMetrics()
+
+	bus, err := openBus(ctx, c, st, auth, log)
+	if err != nil {
+		return err
+	}
+	defer bus.close()
+	dispatcher := dispatch.New(dispatch.Config{Store: st, Bus: bus.bus, Log: log, Metrics: metrics, OnStep: c.OnStep})
+	bus.resumed = dispatcher.Resumed
+
+	reg, err := registry.New(registry.Config{Root: filepath.Join(c.Data, registryFolder), Auth: auth, Versions: versions{st}, Log: log})
+	if err != nil {
+		return err
+	}
+	listener, err := net.Listen("tcp", c.Listen)
+	if err != nil {
+		return fmt.Errorf("listen: %w", err)
+	}
+	defer listener.Close()
+	url := "http://" + listener.Addr().String()
+	stopping := make(chan struct{})
+	mux := http.NewServeMux()
+	mux.Handle("/v2/", reg)
+	mux.Handle("/metrics", telemetry.Handler(metrics))
+	mux.HandleFunc("/healthz", func(w http.ResponseWriter, r *http.Request) { _, _ = io.WriteString(w, "ok\n") })
+	mux.Handle("/", api.New(api.Config{
+		Store: st, Dispatch: dispatcher, Registry: reg, Auth: auth, Log: log,
+		Version: Version(), BrokerURL: bus.url,
+		HashPassword: broker.HashPassword, AccountsChanged: bus.accounts, Stopping: stopping,
+	}))
+	server := newServer(mux, log)
+	server.RegisterOnShutdown(func() { close(stopping) })
+
+	log.Info("controller is ready", "url", url, "broker", bus.url, "data", c.Data, "version", Version())
+	if c.OnReady != nil {
+		c.OnReady(Addresses{URL: url, Broker: bus.url})
+	}
+	return runAll(ctx, []component{
+		{"dispatch", dispatcher.Run},
+		{"broker", func(ctx context.Context) error { return bus.bus.Run(ctx, dispatcher.Handle) }},
+		{"registry", reg.Run},
+		{"http", func(ctx context.Context) error { return serve(ctx, server, listener) }},
+	})
+}
+
+// component is a part that runs until its context is done.
+type component struct {
+	name string
+	run  func(context.Context) error
+}
+
+// runAll starts the components in order and, when ctx is done or one of them
+// ends, stops them in reverse order, one after the other.
+func runAll(ctx context.Context, components []component) error {
+	type running struct {
+		cancel context.CancelFunc
+		done   chan struct{}
+		err    error
+	}
+	ended := make(chan struct{}, len(components))
+	var started []*running
+	for _, c := range components {
+		own, cancel := context.WithCancel(context.WithoutCancel(ctx))
+		r := &running{cancel: cancel, done: make(chan struct{})}
+		started = append(started, r)
+		go func() { // waited for below
+			defer close(r.done)
+			defer func() { ended <- struct{}{} }()
+			if err := c.run(own); err != nil {
+				r.err = fmt.Errorf("%s: %w", c.name, err)
+			} else if own.Err() == nil {
+				r.err = fmt.Errorf("%s ended by itself", c.name)
+			}
+		}()
+	}
+	select {
+	case <-ctx.Done():
+	case <-ended:
+	}
+	var errs []error
+	for i := len(started) - 1; i >= 0; i-- {
+		started[i].cancel()
+		<-started[i].done
+		errs = append(errs, started[i].err)
+	}
+	return errors.Join(errs...)
+}
+
+func newServer(h http.Handler, log *slog.Logger) *http.Server {
+	protocols := new(http.Protocols)
+	protocols.SetHTTP1(true)
+	protocols.SetUnencryptedHTTP2(true) // gRPC on loopback
+	return &http.Server{
+		Handler: h, Protocols: protocols, ReadHeaderTimeout: 10 * time.Second, IdleTimeout: 2 * time.Minute,
+		MaxHeaderBytes: 64 << 10, ErrorLog: slog.NewLogLogger(log.Handler(), slog.LevelDebug),
+	}
+}
+
+func serve(ctx context.Context, server *http.Server, l net.Listener) error {
+	failed := make(chan error, 1)
+	go func() { failed <- server.Serve(l) }()
+	select {
+	case err := <-failed:
+		return err
+	case <-ctx.Done():
+	}
+	grace, cancel := context.WithTimeout(context.WithoutCancel(ctx), stopGrace)
+	defer cancel()
+	if err := server.Shutdown(grace); err != nil {
+		_ = server.Close() // requests that outlast the grace are cut off
+	}
+	<-failed
+	return nil
+}
+
+// lock keeps a second controller away from the data folder.
+func lock(path string) (unlock func() error, err error) {
+	f, err := os.OpenFile(path, os.O_CREATE|os.O_RDWR, 0o600)
+	if err != nil {
+		return nil, fmt.Errorf("lock data folder: %w", err)
+	}
+	if err := syscall.Flock(int(f.Fd()), syscall.LOCK_EX|syscall.LOCK_NB); err != nil {
+		return nil, errors.Join(fmt.Errorf("another controller uses the data folder %s: %w", filepath.Dir(path), err), f.Close())
+	}
+	return f.Close, nil // gives the lock back
+}
+
+// adminToken makes sure that the file at path holds a valid token: it makes a
+// new one where it does not, as at the first start.
+func adminToken(ctx context.Context, st *store.Store, path string, log *slog.Logger) error {
+	b, err := os.ReadFile(path)
+	if err != nil && !errors.Is(err, os.ErrNotExist) {
+		return err
+	}
+	_, _, err = st.TokenOwner(ctx, identity.Hash(strings.TrimSpace(string(b))))
+	if !errors.Is(err, identity.ErrUnknown) {
+		return err
+	}
+	token, hash := identity.NewToken("dunlin_")
+	if err := st.AddToken(ctx, "admin", identity.Admin, hash); err != nil {
+		return err
+	}
+	if err := writeFile(path, token+"\n"); err != nil {
+		return err
+	}
+	log.Info("made a token for the administrator", "file", path)
+	return nil
+}
+
+// writeFile replaces a file at once or not at all, readable for its owner only.
+func writeFile(path, text string) error {
+	f, err := os.CreateTemp(filepath.Dir(path), ".new-*")
+	if err != nil {
+		return err
+	}
+	defer os.Remove(f.Name())
+	_, err = f.WriteString(text)
+	if err = errors.Join(err, f.Sync(), f.Close()); err != nil {
+		return err
+	}
+	if err := os.Rename(f.Name(), path); err != nil {
+		return err
+	}
+	dir, err := os.Open(filepath.Dir(path))
+	if err != nil {
+		return err
+	}
+	return errors.Join(dir.Sync(), dir.Close())
+}
+
+// Version names the build of this program.
+func Version() string {
+	if info, ok := debug.ReadBuildInfo(); ok && info.Main.Version != "" {
+		return info.Main.Version
+	}
+	return "unknown"
+}
+
+// versions is the store as the registry sees it.
+type versions struct{ store *store.Store }
+
+func (v versions) CreateVersion(ctx context.Context, n registry.NewVersion) (int64, bool, error) {
+	s := store.Version{Model: n.Model, Version: n.Want, Digest: n.Digest, Size: n.Manifest.Size, Opset: n.Config.Opset, CreatedBy: n.By}
+	if n.Source != n.Digest {
+		s.Source = n.Source
+	}
+	for _, i := range n.Config.Inputs {
+		s.Inputs = append(s.Inputs, i.String())
+	}
+	for _, o := range n.Config.Outputs {
+		s.Outputs = append(s.Outputs, o.String())
+	}
+	made, created, err := v.store.CreateVersion(ctx, s)
+	if c, ok := errors.AsType[*store.VersionExistsError](err); ok {
+		return 0, false, registry.ErrVersionExists{Model: c.Model, Version: c.Version, Have: c.Digest}
+	}
+	return made.Version, created, err
+}
+
+func (v versions) VersionDigest(ctx context.Context, model string, version int64) (string, bool, error) {
+	found, err := v.store.Version(ctx, model, version)
+	if errors.Is(err, store.ErrNotFound) {
+		return "", false, nil
+	}
+	return found.Digest, err == nil, err
+}
+
+// password gives the controller's own for an external broker.
+func password(c Config) (string, error) {
+	if c.BrokerPasswordFile == "" {
+		if c.MosquittoPasswordFile == "" {
+			return "", nil
+		}
+		return rand.Text(), nil // its hash is in the file that the controller writes
+	}
+	b, err := os.ReadFile(c.BrokerPasswordFile)
+	if err != nil {
+		return "", fmt.Errorf("password for the broker: %w", err)
+	}
+	return strings.TrimRight(string(b), "\r\n"), nil
+}

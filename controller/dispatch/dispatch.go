@@ -1,0 +1,324 @@
+// Package dispatch brings desired state to the devices and takes in what they
+// send: it persists, then publishes, and steps the rollouts.
+package dispatch
+
+import (
+	"context"
+	"crypto/rand"
+	"errors"
+	"hash/fnv"
+	"log/slog"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"google.golang.org/protobuf/proto"
+
+	"github.com/dunlin/dunlin/controller/store"
+	"github.com/dunlin/dunlin/internal/link"
+	dunlinv1 "github.com/dunlin/dunlin/proto/dunlin/v1"
+)
+
+// Bus sends to the devices; the broker implements it.
+type Bus interface {
+	Publish(topic string, payload []byte) error
+	Disconnect(device string)
+}
+
+// Config is what a Dispatcher works with. OnStep and Metrics may be nil.
+type Config struct {
+	Store   *store.Store
+	Bus     Bus
+	Log     *slog.Logger
+	Metrics prometheus.Registerer
+	// OnStep is called with "before publish KIND" and "after publish KIND"
+	// around each message to a device.
+	OnStep func(step string)
+}
+
+const (
+	// workers take in messages; those of one device go to one worker, in order.
+	workers = 8
+	// queueLimit bounds the messages that wait for a worker. When its queue
+	// is full, Handle blocks, and the broker stops reading from the device.
+	queueLimit = 128
+)
+
+// timing is how often things happen.
+type timing struct {
+	resend, resendMost time.Duration // backoff of an unobserved generation
+	ask                time.Duration // between two HelloAgain to a device
+	pass               time.Duration // least time between two passes of the planner
+	look               time.Duration // most time between two passes while a rollout runs
+	beat               time.Duration // between two epochs
+	silence            time.Duration // after which a device counts as away: it sends telemetry every minute
+}
+
+var defaultTiming = timing{
+	resend: 2 * time.Second, resendMost: time.Minute, ask: 30 * time.Second,
+	pass: 20 * time.Millisecond, look: 10 * time.Second,
+	beat: time.Minute, silence: 3 * time.Minute,
+}
+
+// Dispatcher is safe for concurrent use.
+type Dispatcher struct {
+	store  *store.Store
+	bus    Bus
+	log    *slog.Logger
+	onStep func(string)
+	timing timing
+	now    func() time.Time
+
+	queues  [workers]chan message
+	stopped chan struct{} // closed when Run ends: queued messages are dropped
+	kick    chan struct{} // capacity 1: the planner has something to do
+	objects atomic.Bool   // desired documents may have changed
+	running atomic.Bool   // rollouts may be running
+
+	malformed, stale *prometheus.CounterVec
+
+	mu      sync.Mutex // guards what follows; held for memory only
+	live    map[string]*live
+	bootID  string
+	changed chan struct{}
+}
+
+type message struct {
+	device, kind string
+	payload      []byte
+}
+
+// live is what is known of a connected device beside the store.
+type live struct {
+	heard     time.Time
+	saved     time.Time // heard as the store has it
+	asked     time.Time // to say hello again, or given its desired state
+	telemetry *dunlinv1.Telemetry
+	// A generation that the device has not reported as observed.
+	pending uint64 // 0: none
+	attempt int
+	next    time.Time
+}
+
+// New makes a Dispatcher; Run starts it.
+func New(c Config) *Dispatcher {
+	if c.OnStep == nil {
+		c.OnStep = func(string) {}
+	}
+	d := &Dispatcher{
+		store: c.Store, bus: c.Bus, log: c.Log, onStep: c.OnStep, timing: defaultTiming, now: time.Now,
+		stopped: make(chan struct{}), kick: make(chan struct{}, 1),
+		live: map[string]*live{}, bootID: rand.Text(), changed: make(chan struct{}),
+		malformed: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "dunlin_controller_malformed_total", Help: "Messages from devices that were dropped because they are malformed, by kind.",
+		}, []string{"kind"}),
+		stale: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "dunlin_controller_ignored_total", Help: "Well-formed messages that were ignored: of an older session, out of order, or of an unknown device.",
+		}, []string{"kind"}),
+	}
+	for i := range d.queues {
+		d.queues[i] = make(chan message, queueLimit)
+	}
+	if c.Metrics != nil {
+		c.Metrics.MustRegister(d.malformed, d.stale)
+	}
+	return d
+}
+
+// Run carries on where the store says that the last one stopped, until ctx is
+// done. It may be called once.
+func (d *Dispatcher) Run(ctx context.Context) error {
+	var wg sync.WaitGroup
+	defer wg.Wait()
+	defer close(d.stopped)
+	d.Replan()
+	for i := range d.queues {
+		wg.Go(func() { d.work(ctx, d.queues[i]) })
+	}
+	wg.Go(func() { d.beats(ctx) })
+	wg.Go(func() { d.plan(ctx) })
+	<-ctx.Done()
+	return nil
+}
+
+// Handle takes a message in. It blocks while its worker has queueLimit
+// messages to do, and drops the message once Run has ended. It keeps payload.
+func (d *Dispatcher) Handle(topic string, payload []byte) {
+	device, kind, err := link.ParseUp(topic)
+	if err != nil {
+		d.drop("topic", "", err)
+		return
+	}
+	if len(payload) > link.MaxPayload {
+		d.drop(kind, device, errTooLarge)
+		return
+	}
+	h := fnv.New32a()
+	h.Write([]byte(device))
+	select {
+	case d.queues[h.Sum32()%workers] <- message{device, kind, payload}:
+	case <-d.stopped:
+	}
+}
+
+var errTooLarge = errors.New("payload is above the limit")
+
+func (d *Dispatcher) drop(kind, device string, err error) {
+	d.malformed.WithLabelValues(kind).Inc()
+	d.log.Debug("dropped a malformed message", "device", device, "kind", kind, "error", err)
+}
+
+func (d *Dispatcher) work(ctx context.Context, queue <-chan message) {
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case m := <-queue:
+			d.take(ctx, m)
+		}
+	}
+}
+
+// Replan says that devices, objects or versions changed: desired documents
+// are compiled anew.
+func (d *Dispatcher) Replan() {
+	d.objects.Store(true)
+	d.wake()
+}
+
+func (d *Dispatcher) wake() {
+	select {
+	case d.kick <- struct{}{}:
+	default: // a pass that has not begun yet will see it
+	}
+}
+
+// Forget cuts a removed device off.
+func (d *Dispatcher) Forget(device string) {
+	d.mu.Lock()
+	delete(d.live, device)
+	d.mu.Unlock()
+	d.bus.Disconnect(device)
+	d.Replan()
+}
+
+// Telemetry gives the newest sample of a connected device, or nil.
+func (d *Dispatcher) Telemetry(device string) *dunlinv1.Telemetry {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if l := d.live[device]; l != nil {
+		return l.telemetry
+	}
+	return nil
+}
+
+// Changed gives a channel that is closed when a rollout changes next. To miss
+// nothing, take it before reading the store.
+func (d *Dispatcher) Changed() <-chan struct{} {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return d.changed
+}
+
+// Notify says that a rollout changed.
+func (d *Dispatcher) Notify() {
+	d.mu.Lock()
+	close(d.changed)
+	d.changed = make(chan struct{})
+	d.mu.Unlock()
+}
+
+// Resumed says that messages from devices may have been lost, because the
+// connection to the broker was: the devices are asked to say hello again.
+func (d *Dispatcher) Resumed() {
+	d.mu.Lock()
+	d.bootID = rand.Text()
+	d.mu.Unlock()
+	d.epoch()
+}
+
+const (
+	helloPerDevice = 10 * time.Millisecond // one device's share of the time within which all say hello
+	helloLeast     = 200 * time.Millisecond
+	helloMost      = time.Minute
+)
+
+func (d *Dispatcher) epoch() {
+	d.mu.Lock()
+	boot, n := d.bootID, len(d.live)
+	d.mu.Unlock()
+	within := min(max(time.Duration(n)*helloPerDevice, helloLeast), helloMost)
+	d.send(link.EpochTopic, "epoch", &dunlinv1.Epoch{
+		Incarnation: d.store.Incarnation(), BootId: boot, HelloWithinMs: uint32(within.Milliseconds()),
+	})
+}
+
+// beats publishes the epoch, keeps when devices were last heard, and finds
+// those that were not.
+func (d *Dispatcher) beats(ctx context.Context) {
+	d.epoch()
+	tick := time.NewTicker(d.timing.beat)
+	defer tick.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-tick.C:
+			d.epoch()
+			if err := d.sweep(ctx); err != nil && ctx.Err() == nil {
+				d.log.Error("cannot keep when devices were heard", "error", err)
+			}
+		}
+	}
+}
+
+func (d *Dispatcher) sweep(ctx context.Context) error {
+	now := d.now()
+	heard := map[string]time.Time{}
+	var away []string
+	d.mu.Lock()
+	for device, l := range d.live {
+		if l.heard.After(l.saved) {
+			heard[device], l.saved = l.heard, l.heard
+		}
+		if now.Sub(l.heard) > d.timing.silence {
+			away = append(away, device)
+			delete(d.live, device)
+		}
+	}
+	d.mu.Unlock()
+	if err := d.store.Heard(ctx, heard, away); err != nil {
+		return err
+	}
+	if len(away) > 0 {
+		d.wake()
+	}
+	return d.store.Prune(ctx)
+}
+
+// send publishes a message. One that the broker does not take is lost, as any
+// other may be: all of them are sent again until their effect is seen.
+func (d *Dispatcher) send(topic, kind string, m proto.Message) {
+	payload, err := proto.Marshal(m)
+	if err != nil {
+		d.log.Error("cannot encode a message", "kind", kind, "error", err)
+		return
+	}
+	d.onStep("before publish " + kind)
+	if err := d.bus.Publish(topic, payload); err != nil {
+		d.log.Debug("message not published", "kind", kind, "topic", topic, "error", err)
+	}
+	d.onStep("after publish " + kind)
+}
+
+func (d *Dispatcher) sendDesired(g store.Desired) {
+	m := &dunlinv1.Desired{
+		Generation: &dunlinv1.Generation{Incarnation: d.store.Incarnation(), Number: g.Number},
+		Sha256:     g.SHA256[:], SizeBytes: uint64(len(g.Document)),
+	}
+	if len(g.Document) <= link.MaxInlineDocument {
+		m.Document = g.Document
+	}
+	d.send(link.Down(g.Device, link.Desired), link.Desired, m)
+}

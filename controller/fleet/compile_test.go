@@ -1,0 +1,129 @@
+package fleet
+
+import (
+	"encoding/hex"
+	"math/rand/v2"
+	"strings"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+	"google.golang.org/protobuf/testing/protocmp"
+	"pgregory.net/rapid"
+
+	"github.com/dunlin/dunlin/internal/policy"
+	dunlinv1 "github.com/dunlin/dunlin/proto/dunlin/v1"
+)
+
+func objects() Objects {
+	return Objects{
+		Deployments: []Deployment{
+			{Name: "b", Model: "other", Version: 7, Selector: map[string]string{"site": "demo", "tier": "1"}},
+			{Name: "a", Model: "digits", Version: 2},
+			{Name: "z", Model: "digits", Version: 1, Selector: map[string]string{"site": "demo"}},
+			{Name: "lost", Model: "gone", Version: 1},
+		},
+		Routes: []Route{
+			{Name: "r2", Targets: []Target{{"other", 0, 1}}},
+			{Name: "r1", Targets: []Target{{"digits", 0, 90}, {"other", 7, 10}}},
+		},
+		Versions: []Version{{"digits", 1, "sha256:1", 10}, {"digits", 2, "sha256:2", 20}, {"other", 7, "sha256:7", 70}},
+	}
+}
+
+func TestCompile(t *testing.T) {
+	digits := &dunlinv1.DesiredVersion{Deployment: "a", Model: "digits", Version: 2, Digest: "sha256:2", SizeBytes: 20}
+	other := &dunlinv1.DesiredVersion{Deployment: "b", Model: "other", Version: 7, Digest: "sha256:7", SizeBytes: 70}
+	r1 := &dunlinv1.DesiredRoute{Name: "r1", Targets: []*dunlinv1.RouteTarget{{Model: "digits", Weight: 90}, {Model: "other", Version: 7, Weight: 10}}}
+	r2 := &dunlinv1.DesiredRoute{Name: "r2", Targets: []*dunlinv1.RouteTarget{{Model: "other", Weight: 1}}}
+	tests := []struct {
+		name   string
+		labels map[string]string
+		want   *dunlinv1.DesiredDocument
+	}{
+		{"no labels", nil, &dunlinv1.DesiredDocument{Versions: []*dunlinv1.DesiredVersion{digits}, Routes: []*dunlinv1.DesiredRoute{r1}}},
+		{"some labels: the first of two deployments by name", map[string]string{"site": "demo"}, &dunlinv1.DesiredDocument{Versions: []*dunlinv1.DesiredVersion{digits}, Routes: []*dunlinv1.DesiredRoute{r1}}},
+		{"all labels", map[string]string{"site": "demo", "tier": "1", "x": "y"}, &dunlinv1.DesiredDocument{Versions: []*dunlinv1.DesiredVersion{digits, other}, Routes: []*dunlinv1.DesiredRoute{r1, r2}}},
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			got := NewCompiler(objects()).Compile(Device{"d", tt.labels})
+			if diff := cmp.Diff(tt.want, got, protocmp.Transform()); diff != "" {
+				t.Error(diff)
+			}
+		})
+	}
+}
+
+// The bytes must stay the same over builds: another hash is another generation
+// for the whole fleet.
+func TestEncodeIsPinned(t *testing.T) {
+	_, sum, err := Encode(NewCompiler(objects()).Compile(Device{"d", map[string]string{"site": "demo", "tier": "1"}}))
+	if err != nil {
+		t.Fatal(err)
+	}
+	const want = "453d2bf91a3aa663e037c96b7f4b5e398fd79cd3d0c89ec591f891e39eb2be77"
+	if got := hex.EncodeToString(sum[:]); got != want {
+		t.Errorf("got %s, want %s", got, want)
+	}
+}
+
+func TestCompileIgnoresOrder(t *testing.T) {
+	device := Device{"d", map[string]string{"site": "demo", "tier": "1"}}
+	want, _, err := Encode(NewCompiler(objects()).Compile(device))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for range 50 {
+		o := objects()
+		rand.Shuffle(len(o.Deployments), func(i, j int) { o.Deployments[i], o.Deployments[j] = o.Deployments[j], o.Deployments[i] })
+		rand.Shuffle(len(o.Routes), func(i, j int) { o.Routes[i], o.Routes[j] = o.Routes[j], o.Routes[i] })
+		got, _, err := Encode(NewCompiler(o).Compile(device))
+		if err != nil || string(got) != string(want) {
+			t.Fatalf("the order %v gives other bytes", o)
+		}
+	}
+}
+
+// What the controller takes, a device can compile.
+func TestRoutesSatisfyPolicy(t *testing.T) {
+	rapid.Check(t, func(t *rapid.T) {
+		o := drawObject(t)
+		if o.Route == nil {
+			t.Skip("a deployment")
+		}
+		model := o.Route.Targets[0].Model
+		doc := NewCompiler(Objects{
+			Deployments: []Deployment{{Name: "d", Model: model, Version: 1}}, Versions: []Version{{Model: model, Version: 1}}, Routes: []Route{*o.Route},
+		}).Compile(Device{Name: "d"})
+		if _, err := policy.Compile(doc.Routes[0]); err != nil {
+			t.Fatal(err)
+		}
+	})
+}
+
+func TestFindConflict(t *testing.T) {
+	all := objects().Deployments
+	devices := []Device{{"y", map[string]string{"site": "demo"}}, {"x", map[string]string{"site": "demo"}}, {"n", nil}}
+	if c, ok := FindConflict(all[1], all, devices); !ok || c != (Conflict{"x", "digits", "z", "a"}) {
+		t.Errorf("got %v, %v", c, ok)
+	}
+	if c, ok := FindConflict(all[0], all, devices); ok {
+		t.Errorf("got %v of different models", c)
+	}
+	if c, ok := FindConflict(all[1], all, devices[2:]); ok {
+		t.Errorf("got %v of a device that only one matches", c)
+	}
+}
+
+func TestCheckLabels(t *testing.T) {
+	for _, good := range []map[string]string{nil, {"a": ""}, {"Site/a-b.c_d": "X1"}, {strings.Repeat("k", 63): strings.Repeat("v", 63)}} {
+		if err := CheckLabels(good); err != nil {
+			t.Errorf("%v: %v", good, err)
+		}
+	}
+	for _, bad := range []map[string]string{{"": "a"}, {"-a": "b"}, {"a": "b "}, {"a\n": "b"}, {strings.Repeat("k", 64): ""}, {"k": strings.Repeat("v", 64)}} {
+		if err := CheckLabels(bad); err == nil {
+			t.Errorf("%q was taken", bad)
+		}
+	}
+}

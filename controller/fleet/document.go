@@ -1,0 +1,341 @@
+package fleet
+
+import (
+	"bytes"
+	"cmp"
+	"fmt"
+	"maps"
+	"math"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/goccy/go-yaml"
+
+	"github.com/dunlin/dunlin/internal/policy"
+	"github.com/dunlin/dunlin/models"
+)
+
+// The limits of documents.
+const (
+	APIVersion = "dunlin/v1"
+
+	MaxDocumentsBytes = 1 << 20 // of all documents that are parsed together
+	MaxDocuments      = 1000
+	// MaxDocumentBytes and MaxTokens bound one document: the parser's time
+	// grows with their square.
+	MaxDocumentBytes = 64 << 10
+	MaxTokens        = 5000
+	MaxFailedLimit   = 1000000
+	MinDeadline      = time.Second
+	MaxDeadline      = 30 * 24 * time.Hour
+	DefaultDeadline  = 10 * time.Minute
+)
+
+// The kinds of objects.
+const (
+	KindDeployment = "Deployment"
+	KindRoute      = "Route"
+)
+
+// Object is one document: exactly one of its pointers is set.
+type Object struct {
+	Deployment *Deployment
+	Route      *Route
+
+	document int
+	at       map[string]position
+}
+
+// Kind gives KindDeployment or KindRoute.
+func (o Object) Kind() string {
+	if o.Deployment != nil {
+		return KindDeployment
+	}
+	return KindRoute
+}
+
+// Name gives the object's name, which is unique within its kind.
+func (o Object) Name() string {
+	if o.Deployment != nil {
+		return o.Deployment.Name
+	}
+	return o.Route.Name
+}
+
+// Fault makes a fault of a field of the document that o was parsed from.
+func (o Object) Fault(field, format string, args ...any) Fault {
+	at := o.at[field]
+	return Fault{Document: o.document, Line: at.line, Column: at.column, Field: field, Problem: fmt.Sprintf(format, args...)}
+}
+
+// YAML gives the canonical document: parsed again it is the same object, and
+// equal objects have equal text.
+func (o Object) YAML() string {
+	doc := yamlDocument{APIVersion: APIVersion, Kind: o.Kind(), Metadata: yamlMetadata{o.Name()}}
+	if d := o.Deployment; d != nil {
+		selector := yaml.MapSlice{}
+		for _, k := range slices.Sorted(maps.Keys(d.Selector)) {
+			selector = append(selector, yaml.MapItem{Key: k, Value: d.Selector[k]})
+		}
+		doc.Spec = yamlDeployment{d.Model, d.Version, selector, yamlRollout{d.Rollout.MaxFailed, shortDuration(d.Rollout.Deadline)}}
+	} else {
+		targets := make([]yamlTarget, 0, len(o.Route.Targets))
+		for _, t := range o.Route.Targets {
+			targets = append(targets, yamlTarget(t))
+		}
+		doc.Spec = yamlRoute{targets}
+	}
+	var b bytes.Buffer
+	if err := yaml.NewEncoder(&b, yaml.IndentSequence(true)).Encode(doc); err != nil {
+		panic(fmt.Sprintf("encode %s %s: %v", o.Kind(), o.Name(), err)) // plain structs of strings and numbers
+	}
+	return b.String()
+}
+
+// shortDuration writes 10m for what String writes 10m0s.
+func shortDuration(d time.Duration) string {
+	s := d.String()
+	if t, ok := strings.CutSuffix(s, "m0s"); ok {
+		s = t + "m"
+	}
+	if t, ok := strings.CutSuffix(s, "h0m"); ok {
+		s = t + "h"
+	}
+	return s
+}
+
+type yamlDocument struct {
+	APIVersion string       `yaml:"apiVersion"`
+	Kind       string       `yaml:"kind"`
+	Metadata   yamlMetadata `yaml:"metadata"`
+	Spec       any          `yaml:"spec"`
+}
+
+type yamlMetadata struct {
+	Name string `yaml:"name"`
+}
+
+type yamlDeployment struct {
+	Model    string        `yaml:"model"`
+	Version  int64         `yaml:"version"`
+	Selector yaml.MapSlice `yaml:"selector"`
+	Rollout  yamlRollout   `yaml:"rollout"`
+}
+
+type yamlRollout struct {
+	MaxFailed int    `yaml:"maxFailed"`
+	Deadline  string `yaml:"deadline"`
+}
+
+type yamlRoute struct {
+	Targets []yamlTarget `yaml:"targets"`
+}
+
+type yamlTarget struct {
+	Model   string `yaml:"model"`
+	Version int64  `yaml:"version,omitempty"`
+	Weight  uint32 `yaml:"weight"`
+}
+
+// Parse reads YAML documents. Its error is Faults: everything that is wrong
+// with any of them.
+func Parse(text string) ([]Object, error) {
+	if len(text) > MaxDocumentsBytes {
+		return nil, Faults{{Problem: fmt.Sprintf("the documents have %d bytes, the limit is %d", len(text), MaxDocumentsBytes)}}
+	}
+	chunks := split(text)
+	if len(chunks) > MaxDocuments {
+		return nil, Faults{{Problem: fmt.Sprintf("there are %d documents, the limit is %d", len(chunks), MaxDocuments)}}
+	}
+	if len(chunks) == 0 {
+		return nil, Faults{{Problem: "there is no document"}}
+	}
+	var faults Faults
+	var objects []Object
+	first := map[[2]string]int{}
+	for i, c := range chunks {
+		r := &reader{document: i + 1, line: c.line, at: map[string]position{}}
+		o := Object{document: i + 1, at: r.at}
+		r.object(c.text, &o)
+		faults = append(faults, r.faults...)
+		if len(r.faults) > 0 {
+			continue
+		}
+		key := [2]string{o.Kind(), o.Name()}
+		if n, ok := first[key]; ok {
+			faults = append(faults, o.Fault("metadata.name", "document %d is %s %q too", n, o.Kind(), o.Name()))
+			continue
+		}
+		first[key] = i + 1
+		objects = append(objects, o)
+	}
+	if len(faults) > 0 {
+		return nil, faults
+	}
+	return objects, nil
+}
+
+func (r *reader) object(text string, o *Object) {
+	top, ok := r.parse(text)
+	if !ok {
+		return
+	}
+	fields := r.mapping(top, "", "apiVersion", "kind", "metadata", "spec")
+	if v, ok := r.text(fields, "apiVersion"); ok && v != APIVersion {
+		r.fault("apiVersion", "%q is not known, it must be %q", clip(v), APIVersion)
+	}
+	var name string
+	if meta, ok := r.required(fields, "metadata"); ok {
+		name, _ = r.name(r.mapping(meta, "metadata", "name"), "metadata.name")
+	}
+	kind, ok := r.text(fields, "kind")
+	spec, hasSpec := r.required(fields, "spec")
+	switch {
+	case !ok:
+	case kind == KindDeployment && hasSpec:
+		o.Deployment = r.deployment(spec)
+		o.Deployment.Name = name
+	case kind == KindRoute && hasSpec:
+		o.Route = r.route(spec)
+		o.Route.Name = name
+	case kind != KindDeployment && kind != KindRoute:
+		r.fault("kind", "%q is not known, it must be %s or %s", clip(kind), KindDeployment, KindRoute)
+	}
+}
+
+func (r *reader) deployment(spec node) *Deployment {
+	d := &Deployment{Rollout: Strategy{Deadline: DefaultDeadline}}
+	fields := r.mapping(spec, "spec", "model", "version", "selector", "rollout")
+	d.Model, _ = r.name(fields, "spec.model")
+	if n, ok := r.required(fields, "spec.version"); ok {
+		d.Version = r.integer(n, "spec.version", 1, math.MaxInt64)
+	}
+	// Required, so that nobody deploys to the whole fleet by leaving it out.
+	if n, ok := r.required(fields, "spec.selector"); ok {
+		d.Selector = r.labels(n, "spec.selector")
+	}
+	if n, ok := fields["spec.rollout"]; ok {
+		rollout := r.mapping(n, "spec.rollout", "maxFailed", "deadline")
+		if n, ok := rollout["spec.rollout.maxFailed"]; ok {
+			d.Rollout.MaxFailed = int(r.integer(n, "spec.rollout.maxFailed", 0, MaxFailedLimit))
+		}
+		if n, ok := rollout["spec.rollout.deadline"]; ok {
+			d.Rollout.Deadline = r.duration(n, "spec.rollout.deadline", MinDeadline, MaxDeadline)
+		}
+	}
+	return d
+}
+
+func (r *reader) route(spec node) *Route {
+	route := &Route{}
+	fields := r.mapping(spec, "spec", "targets")
+	n, ok := r.required(fields, "spec.targets")
+	if !ok {
+		return route
+	}
+	items, ok := r.sequence(n, "spec.targets")
+	if !ok {
+		return route
+	}
+	if len(items) == 0 || len(items) > policy.MaxTargets {
+		r.fault("spec.targets", "has %d entries, allowed are 1 to %d", len(items), policy.MaxTargets)
+		return route
+	}
+	seen := map[[2]any]int{}
+	var sum uint64
+	faults := len(r.faults)
+	for i, item := range items {
+		path := fmt.Sprintf("spec.targets[%d]", i)
+		fields := r.mapping(item, path, "model", "version", "weight")
+		var t Target
+		t.Model, _ = r.name(fields, path+".model")
+		if n, ok := fields[path+".version"]; ok {
+			t.Version = r.integer(n, path+".version", 1, math.MaxInt64)
+		}
+		if n, ok := r.required(fields, path+".weight"); ok {
+			t.Weight = uint32(r.integer(n, path+".weight", 0, policy.MaxWeight))
+		}
+		sum += uint64(t.Weight)
+		if j, ok := seen[[2]any{t.Model, t.Version}]; ok && t.Model != "" {
+			r.fault(path, "is the same target as spec.targets[%d]", j)
+		}
+		seen[[2]any{t.Model, t.Version}] = i
+		route.Targets = append(route.Targets, t)
+	}
+	if sum == 0 && len(r.faults) == faults {
+		r.fault("spec.targets", "all weights are 0, at least one must be 1 to %d", policy.MaxWeight)
+	}
+	return route
+}
+
+// name reads a required name of a model, deployment or route.
+func (r *reader) name(fields map[string]node, path string) (string, bool) {
+	s, ok := r.text(fields, path)
+	if !ok {
+		return "", false
+	}
+	if err := models.CheckName(s); err != nil {
+		r.fault(path, "%v", err)
+		return "", false
+	}
+	return s, true
+}
+
+func (r *reader) labels(n node, path string) map[string]string {
+	labels := map[string]string{}
+	entries := r.entries(n, path)
+	if len(entries) > MaxLabels {
+		r.fault(path, "has %d entries, the limit is %d", len(entries), MaxLabels)
+		return labels
+	}
+	for _, key := range slices.SortedFunc(maps.Keys(entries), func(a, b string) int {
+		return cmp.Compare(r.at[path+"."+a].line, r.at[path+"."+b].line)
+	}) {
+		field := path + "." + key
+		s, ok := r.scalar(entries[key], field)
+		if !ok {
+			continue
+		}
+		if err := checkLabel(key, s); err != nil {
+			r.fault(field, "%v", err)
+		}
+		labels[key] = s
+	}
+	return labels
+}
+
+// Fault is one thing that is wrong with a document.
+type Fault struct {
+	Document     int // from 1; 0: not of one document
+	Line, Column int // from 1 in the whole text; 0: not known
+	Field        string
+	Problem      string // names the value and the limit
+}
+
+func (f Fault) Error() string {
+	var b strings.Builder
+	if f.Document > 0 {
+		fmt.Fprintf(&b, "document %d", f.Document)
+		if f.Line > 0 {
+			fmt.Fprintf(&b, ", line %d:%d", f.Line, f.Column)
+		}
+		b.WriteString(": ")
+	}
+	if f.Field != "" {
+		b.WriteString(f.Field + ": ")
+	}
+	b.WriteString(f.Problem)
+	return b.String()
+}
+
+// Faults is everything that is wrong with documents, one line each.
+type Faults []Fault
+
+func (f Faults) Error() string {
+	lines := make([]string, len(f))
+	for i, fault := range f {
+		lines[i] = fault.Error()
+	}
+	return strings.Join(lines, "\n")
+}

@@ -1,0 +1,135 @@
+package store
+
+import (
+	"context"
+	"database/sql"
+	"errors"
+	"fmt"
+	"math"
+	"time"
+
+	"google.golang.org/protobuf/proto"
+
+	dunlinv1 "github.com/dunlin/dunlin/proto/dunlin/v1"
+)
+
+// GapKind is the kind of an event that stands for all events of its outbox
+// from the one after the last stored up to its own sequence.
+const GapKind = "gap"
+
+// The limits of events.
+const (
+	// MaxEvents bounds the events of a device that are kept; Prune forgets
+	// the oldest beyond it.
+	MaxEvents = 10000
+	// MaxOutboxes bounds the outboxes of a device whose position is kept;
+	// beyond it the one that was heard least recently is forgotten.
+	MaxOutboxes = 8
+)
+
+// DeviceEvent is a stored event.
+type DeviceEvent struct {
+	Device     string
+	OutboxID   string
+	Event      *dunlinv1.Event
+	ReceivedAt time.Time
+}
+
+// AddEvents stores the events that continue an outbox and gives the sequence
+// up to which all are stored now. Events that are stored already are passed
+// over. Where a sequence is missing it stops, unless the event after the hole
+// is a gap: the device sends again from what it is told is stored, so every
+// event is stored exactly once and nothing is lost unnoticed. Of a device that
+// is not known it is ErrNotFound.
+func (s *Store) AddEvents(ctx context.Context, device, outbox string, events []*dunlinv1.Event) (stored uint64, err error) {
+	err = s.write(ctx, "events", func(tx *sql.Tx) error {
+		var known bool
+		if err := tx.QueryRowContext(ctx, "SELECT EXISTS (SELECT 1 FROM devices WHERE name = ?)", device).Scan(&known); err != nil {
+			return err
+		}
+		if !known {
+			return fmt.Errorf("device %s: %w", device, ErrNotFound)
+		}
+		var last int64
+		err := tx.QueryRowContext(ctx, "SELECT last_sequence FROM outboxes WHERE device = ? AND outbox = ?", device, outbox).Scan(&last)
+		if err != nil && !errors.Is(err, sql.ErrNoRows) {
+			return err
+		}
+		stored = uint64(last)
+		now := s.now().UnixNano()
+		for _, e := range events {
+			if e.GetSequence() <= stored {
+				continue
+			}
+			if e.GetSequence() > stored+1 && e.GetKind() != GapKind || e.GetSequence() > math.MaxInt64 {
+				break
+			}
+			blob, err := proto.Marshal(e)
+			if err != nil {
+				return fmt.Errorf("encode event %d: %w", e.GetSequence(), err)
+			}
+			if _, err := tx.ExecContext(ctx, "INSERT INTO events (device, outbox, sequence, received_at, event) VALUES (?, ?, ?, ?, ?)",
+				device, outbox, int64(e.GetSequence()), now, blob); err != nil {
+				return fmt.Errorf("add event %d of device %s: %w", e.GetSequence(), device, err)
+			}
+			stored = e.GetSequence()
+		}
+		if stored == uint64(last) {
+			return nil
+		}
+		if _, err := tx.ExecContext(ctx, "INSERT INTO outboxes (device, outbox, last_sequence, heard_at) VALUES (?, ?, ?, ?) ON CONFLICT (device, outbox) DO UPDATE SET last_sequence = excluded.last_sequence, heard_at = excluded.heard_at",
+			device, outbox, int64(stored), now); err != nil {
+			return err
+		}
+		_, err = tx.ExecContext(ctx, "DELETE FROM outboxes WHERE device = ? AND outbox IN (SELECT outbox FROM outboxes WHERE device = ? ORDER BY heard_at DESC, outbox LIMIT -1 OFFSET ?)", device, device, MaxOutboxes)
+		return err
+	})
+	return stored, err
+}
+
+// Events gives the newest events first, of a device or, where device is
+// empty, of all.
+func (s *Store) Events(ctx context.Context, device string, limit int) (events []DeviceEvent, err error) {
+	query, args := "SELECT device, outbox, received_at, event FROM events ORDER BY id DESC LIMIT ?", []any{limit}
+	if device != "" {
+		query, args = "SELECT device, outbox, received_at, event FROM events WHERE device = ? ORDER BY id DESC LIMIT ?", []any{device, limit}
+	}
+	err = s.read(ctx, func(tx *sql.Tx) error {
+		return each(ctx, tx, query, args, func(scan func(...any) error) error {
+			e := DeviceEvent{Event: &dunlinv1.Event{}}
+			var received int64
+			var blob []byte
+			if err := scan(&e.Device, &e.OutboxID, &received, &blob); err != nil {
+				return err
+			}
+			e.ReceivedAt = instant(received)
+			events = append(events, e)
+			return proto.Unmarshal(blob, e.Event)
+		})
+	})
+	return events, err
+}
+
+// Prune forgets the oldest events of each device beyond MaxEvents.
+func (s *Store) Prune(ctx context.Context) error {
+	var full []string
+	err := s.read(ctx, func(tx *sql.Tx) error {
+		return each(ctx, tx, "SELECT device FROM events GROUP BY device HAVING count(*) > ?", []any{MaxEvents}, func(scan func(...any) error) error {
+			var device string
+			err := scan(&device)
+			full = append(full, device)
+			return err
+		})
+	})
+	if err != nil || len(full) == 0 {
+		return err
+	}
+	return s.write(ctx, "prune", func(tx *sql.Tx) error {
+		for _, device := range full {
+			if _, err := tx.ExecContext(ctx, "DELETE FROM events WHERE device = ? AND id <= (SELECT id FROM events WHERE device = ? ORDER BY id DESC LIMIT 1 OFFSET ?)", device, device, MaxEvents); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+}

@@ -1,0 +1,130 @@
+package store
+
+// migrations[n] brings a store of version n to n+1. They are never changed
+// once released, only added to.
+var migrations = []string{`
+CREATE TABLE meta (
+	key   TEXT PRIMARY KEY,
+	value TEXT NOT NULL
+) STRICT, WITHOUT ROWID;
+
+CREATE TABLE audit (
+	id     INTEGER PRIMARY KEY,
+	at     INTEGER NOT NULL,
+	who    TEXT NOT NULL,
+	action TEXT NOT NULL,
+	object TEXT NOT NULL,
+	detail TEXT NOT NULL
+) STRICT;
+
+CREATE TABLE users (
+	name       TEXT PRIMARY KEY,
+	role       TEXT NOT NULL,
+	created_at INTEGER NOT NULL
+) STRICT, WITHOUT ROWID;
+
+CREATE TABLE tokens (
+	hash       BLOB PRIMARY KEY CHECK (length(hash) = 32),
+	user       TEXT NOT NULL REFERENCES users (name) ON DELETE CASCADE,
+	created_at INTEGER NOT NULL
+) STRICT, WITHOUT ROWID;
+
+CREATE TABLE join_tokens (
+	hash       BLOB PRIMARY KEY CHECK (length(hash) = 32),
+	id         TEXT NOT NULL UNIQUE,
+	uses_left  INTEGER NOT NULL CHECK (uses_left >= 0),
+	expires_at INTEGER NOT NULL,
+	labels     TEXT NOT NULL
+) STRICT, WITHOUT ROWID;
+
+CREATE TABLE devices (
+	name          TEXT PRIMARY KEY,
+	secret_hash   BLOB NOT NULL CHECK (length(secret_hash) = 32),
+	broker_hash   TEXT NOT NULL,
+	own_labels    TEXT NOT NULL,
+	token_labels  TEXT NOT NULL,
+	info          BLOB NOT NULL,
+	joined_at     INTEGER NOT NULL,
+	last_heard_at INTEGER NOT NULL DEFAULT 0,
+	connected     INTEGER NOT NULL DEFAULT 0,
+	session       TEXT NOT NULL DEFAULT '',
+	report_number INTEGER NOT NULL DEFAULT 0,
+	reported      BLOB NOT NULL DEFAULT x''
+) STRICT, WITHOUT ROWID;
+
+CREATE TABLE desired (
+	device   TEXT PRIMARY KEY REFERENCES devices (name) ON DELETE CASCADE,
+	number   INTEGER NOT NULL,
+	sha256   BLOB NOT NULL CHECK (length(sha256) = 32),
+	document BLOB NOT NULL
+) STRICT;
+
+CREATE TABLE versions (
+	model      TEXT NOT NULL,
+	version    INTEGER NOT NULL CHECK (version > 0),
+	digest     TEXT NOT NULL,
+	source     TEXT,
+	size       INTEGER NOT NULL,
+	inputs     TEXT NOT NULL,
+	outputs    TEXT NOT NULL,
+	opset      INTEGER NOT NULL,
+	created_at INTEGER NOT NULL,
+	created_by TEXT NOT NULL,
+	PRIMARY KEY (model, version),
+	UNIQUE (model, digest),
+	UNIQUE (model, source)
+) STRICT, WITHOUT ROWID;
+
+CREATE TABLE objects (
+	kind       TEXT NOT NULL,
+	name       TEXT NOT NULL,
+	yaml       TEXT NOT NULL,
+	updated_at INTEGER NOT NULL,
+	PRIMARY KEY (kind, name)
+) STRICT, WITHOUT ROWID;
+
+CREATE TABLE rollouts (
+	number       INTEGER PRIMARY KEY AUTOINCREMENT,
+	deployment   TEXT NOT NULL,
+	model        TEXT NOT NULL,
+	from_version INTEGER NOT NULL,
+	to_version   INTEGER NOT NULL,
+	max_failed   INTEGER NOT NULL,
+	deadline     INTEGER NOT NULL,
+	state        INTEGER NOT NULL,
+	reason       TEXT NOT NULL,
+	started_at   INTEGER NOT NULL,
+	ended_at     INTEGER NOT NULL
+) STRICT;
+CREATE INDEX rollouts_by_deployment ON rollouts (deployment, number);
+CREATE UNIQUE INDEX rollouts_running ON rollouts (deployment) WHERE state = 1;
+
+CREATE TABLE rollout_devices (
+	rollout       INTEGER NOT NULL REFERENCES rollouts (number) ON DELETE CASCADE,
+	device        TEXT NOT NULL,
+	phase         INTEGER NOT NULL,
+	reason        TEXT NOT NULL,
+	bytes_present INTEGER NOT NULL,
+	bytes_total   INTEGER NOT NULL,
+	PRIMARY KEY (rollout, device)
+) STRICT, WITHOUT ROWID;
+
+CREATE TABLE outboxes (
+	device        TEXT NOT NULL REFERENCES devices (name) ON DELETE CASCADE,
+	outbox        TEXT NOT NULL,
+	last_sequence INTEGER NOT NULL,
+	heard_at      INTEGER NOT NULL,
+	PRIMARY KEY (device, outbox)
+) STRICT, WITHOUT ROWID;
+
+CREATE TABLE events (
+	id          INTEGER PRIMARY KEY AUTOINCREMENT,
+	device      TEXT NOT NULL REFERENCES devices (name) ON DELETE CASCADE,
+	outbox      TEXT NOT NULL,
+	sequence    INTEGER NOT NULL,
+	received_at INTEGER NOT NULL,
+	event       BLOB NOT NULL,
+	UNIQUE (device, outbox, sequence)
+) STRICT;
+CREATE INDEX events_by_device ON events (device, id);
+`}
