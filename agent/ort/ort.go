@@ -14,6 +14,7 @@ import (
 	"errors"
 	"fmt"
 	"path/filepath"
+	"regexp"
 	"runtime"
 	"strings"
 	"sync"
@@ -48,10 +49,31 @@ func check(s *C.OrtStatus) error {
 	return &Error{Code(C.ort_status_code(s)), clean(C.GoString(C.ort_status_message(s)))}
 }
 
-// clean makes text of a message, which may quote the model's bytes.
+// clean makes text of a message, which may quote the model's bytes, and leaves
+// out where in its own source the runtime gave up:
+// "/src/file.h:46 void f(const T&) What is wrong" becomes "What is wrong".
 func clean(message string) string {
-	return strings.TrimSpace(strings.ToValidUTF8(message, "\uFFFD"))
+	message = strings.TrimSpace(strings.ToValidUTF8(message, "\uFFFD"))
+	place := sourceLine.FindStringIndex(message)
+	if place == nil {
+		return message
+	}
+	depth := 0
+	for i, c := range message[place[1]:] {
+		switch c {
+		case '(':
+			depth++
+		case ')':
+			if depth--; depth == 0 {
+				rest := strings.TrimPrefix(message[place[1]+i+1:], " const")
+				return message[:place[0]] + strings.TrimSpace(rest)
+			}
+		}
+	}
+	return message
 }
+
+var sourceLine = regexp.MustCompile(`/\S+\.(h|cc|cpp|hpp):\d+ `)
 
 // environment is the runtime of this process: there can be one only.
 var environment struct {
@@ -194,7 +216,8 @@ func create(ctx context.Context, path string) (*binding.DynamicAdvancedSession, 
 	if reason := errors.Unwrap(err); reason != nil {
 		err = reason // what the runtime says, without the binding's "Error creating C session"
 	}
-	return nil, errors.New(clean(err.Error()))
+	reason := strings.TrimPrefix(err.Error(), "Load model from "+path+" failed:")
+	return nil, errors.New(clean(reason))
 }
 
 // whenDone calls f once ctx is done, unless the function that it gives was

@@ -351,3 +351,19 @@ func TestInitRefuses(t *testing.T) {
 		}
 	}
 }
+
+func TestClean(t *testing.T) {
+	for message, want := range map[string]string{
+		"No Op registered for X ": "No Op registered for X",
+		"/src/core/graph/utils.h:46 void onnx::Validate(const std::map<std::basic_string<char>, int>&, bool (*)(int)) Opset 99 is (too) new": "Opset 99 is (too) new",
+		"Before. /src/a.cc:1 int C::f() const After":  "Before. After",
+		"/src/a.cc:1 no parentheses":                  "/src/a.cc:1 no parentheses",
+		"/src/a.cc:1 one that is left open(":          "/src/a.cc:1 one that is left open(",
+		"bytes of a model: \xff":                      "bytes of a model: \uFFFD",
+		"a path, /models/a.h:12, in the middle of it": "a path, /models/a.h:12, in the middle of it",
+	} {
+		if got := clean(message); got != want {
+			t.Errorf("clean(%q) = %q, want %q", message, got, want)
+		}
+	}
+}

@@ -146,8 +146,9 @@ func checkLabel(key, value string) error {
 }
 
 // clip shortens a value from outside for a message.
-func clip(s string) string {
-	const most = 100
+func clip(s string) string { return clipTo(s, 100) }
+
+func clipTo(s string, most int) string {
 	if len(s) <= most {
 		return s
 	}

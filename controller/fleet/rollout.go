@@ -207,8 +207,10 @@ func others(away, failed int) string {
 	return s
 }
 
-// shown bounds how many devices a reason names.
-const shown = 3
+const (
+	shown     = 3   // how many devices a reason names
+	maxReason = 400 // how much it says of what a device said, in bytes
+)
 
 func list(names []string) string {
 	if len(names) <= shown {
@@ -221,7 +223,7 @@ func reasons(devices []RolloutDevice) string {
 	var parts []string
 	for _, d := range devices {
 		if d.Phase == DeviceFailed {
-			parts = append(parts, fmt.Sprintf("%s (%s)", d.Device, clip(d.Reason)))
+			parts = append(parts, fmt.Sprintf("%s (%s)", d.Device, clipTo(d.Reason, maxReason)))
 		}
 	}
 	return list(parts)

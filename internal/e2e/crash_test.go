@@ -60,7 +60,10 @@ const controllerKills = 26
 // applied, if it was, must be reached without applying it again; the device
 // answers throughout.
 func TestControllerKilledBetweenSteps(t *testing.T) {
-	f := newFleet(t)
+	onEachBroker(t, controllerKilledBetweenSteps)
+}
+
+func controllerKilledBetweenSteps(t *testing.T, f *Fleet) {
 	a := startAgent(t, f, "device-1")
 	cli(t, f, "push", digitsFile("v1"), "digits:1")
 	cli(t, f, "push", digitsFile("v2"), "digits:2")
@@ -139,6 +142,10 @@ const agentKills = 28
 // TestAgentKilledDuringDownload kills the agent again and again while it
 // downloads, and holds what it asks for afterwards against what it had.
 func TestAgentKilledDuringDownload(t *testing.T) {
+	onEachBroker(t, agentKilledDuringDownload)
+}
+
+func agentKilledDuringDownload(t *testing.T, f *Fleet) {
 	seed := rand.Uint64()
 	t.Logf("seed %d", seed)
 	random := rand.New(rand.NewPCG(seed, 0))
@@ -158,7 +165,6 @@ func TestAgentKilledDuringDownload(t *testing.T) {
 	}
 	file := index.Files[0]
 
-	f := newFleet(t)
 	proxy := newBlobProxy(t, f.URL)
 	a := startAgent(t, f, "device-1", "--controller", proxy.url)
 	cli(t, f, "push", path, "big:1")

@@ -72,7 +72,7 @@ func oneImage(t *testing.T) string {
 
 // TestVersionsAreImmutable pushes the same and other bytes under a version.
 func TestVersionsAreImmutable(t *testing.T) {
-	f := newFleet(t)
+	f := newFleet(t) // no device takes part
 	first := cli(t, f, "push", digitsFile("v1"), "digits:1")
 	if again := cli(t, f, "push", digitsFile("v1"), "digits:1"); again != first {
 		t.Errorf("the same bytes again: %q, first %q", again, first)
@@ -88,7 +88,10 @@ func TestVersionsAreImmutable(t *testing.T) {
 // TestBadModels deploys, one after the other, models that must be refused,
 // while the version before goes on answering.
 func TestBadModels(t *testing.T) {
-	f := newFleet(t)
+	onEachBroker(t, badModels)
+}
+
+func badModels(t *testing.T, f *Fleet) {
 	a := startAgent(t, f, "device-1")
 	cli(t, f, "push", digitsFile("v1"), "digits:1")
 	apply(t, f, "digits", 1)

@@ -217,11 +217,14 @@ func metric(t *testing.T, url, series string) string {
 	return ""
 }
 
-// TestEventsArriveExactlyOnce takes the controller and its broker away ten
-// times, and each time lets ten events happen: the worker is killed. The
-// device answers all the while.
+// TestEventsArriveExactlyOnce takes the controller away ten times, with its
+// broker where that is embedded, and each time lets ten events happen: the
+// worker is killed. The device answers all the while.
 func TestEventsArriveExactlyOnce(t *testing.T) {
-	f := newFleet(t)
+	onEachBroker(t, eventsArriveExactlyOnce)
+}
+
+func eventsArriveExactlyOnce(t *testing.T, f *Fleet) {
 	a := startAgent(t, f, "device-1")
 	cli(t, f, "push", digitsFile("v1"), "digits:1")
 	apply(t, f, "digits", 1)
