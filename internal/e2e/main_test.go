@@ -35,9 +35,13 @@ func TestMain(m *testing.M) {
 	os.Exit(code)
 }
 
-// setup builds the programs as users get them, but with the race detector.
+// setup builds the programs as users get them, but with the race detector,
+// which otherwise sleeps for a second at the end of each process.
 func setup(m *testing.M) (int, error) {
 	ctx := context.Background()
+	if err := os.Setenv("GORACE", "atexit_sleep_ms=0"); err != nil {
+		return 1, err
+	}
 	var err error
 	if root, err = Root(); err != nil {
 		return 1, err
