@@ -1,0 +1,170 @@
+// Package program is what every Dunlin program does before its own work: read
+// its settings, refuse addresses that need TLS, lock its data folder, and
+// know its version.
+package program
+
+import (
+	"bytes"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"net"
+	"net/netip"
+	"net/url"
+	"os"
+	"path/filepath"
+	"runtime/debug"
+	"slices"
+	"strings"
+
+	"github.com/goccy/go-yaml"
+	"golang.org/x/sys/unix"
+)
+
+// Version gives the version of this program, as the build recorded it.
+func Version() string {
+	if info, ok := debug.ReadBuildInfo(); ok && info.Main.Version != "" {
+		return info.Main.Version
+	}
+	return "(devel)"
+}
+
+// Setting is one setting that is a text. Its name is that of its flag and of
+// its YAML key; its environment variable is the name in capitals, with _ for
+// -, behind the program's prefix.
+type Setting struct {
+	Name, Usage string
+	Value       *string // holds the default
+	Environment string  // a further environment variable, weaker than the one by name
+}
+
+// maxFile bounds a configuration file; a larger one is refused.
+const maxFile = 1 << 20
+
+// Load gives the settings their values: their defaults, overridden by a YAML
+// file, the environment and the flags, in this order. The file is named by
+// --config or the environment variable <prefix>CONFIG and is read strictly
+// into file, a pointer to the struct that holds the settings. The caller may
+// have added flags of its own to flags. The error is flag.ErrHelp where help
+// was asked for, and otherwise holds every fault.
+func Load(flags *flag.FlagSet, prefix string, settings []Setting, file any, args []string, getenv func(string) string) error {
+	path := flags.String("config", getenv(prefix+"CONFIG"), "YAML `file` with the names of these flags as keys")
+	given := make([]string, len(settings))
+	for i, s := range settings {
+		flags.StringVar(&given[i], s.Name, *s.Value, s.Usage)
+	}
+	if err := flags.Parse(args); err != nil {
+		return err
+	}
+	var faults []error
+	if flags.NArg() > 0 {
+		faults = append(faults, fmt.Errorf("unexpected argument %q", flags.Arg(0)))
+	}
+	if *path != "" {
+		if err := readFile(*path, file); err != nil {
+			faults = append(faults, fmt.Errorf("config: %w", err))
+		}
+	}
+	set := map[string]bool{}
+	flags.Visit(func(f *flag.Flag) { set[f.Name] = true })
+	for i, s := range settings {
+		variables := []string{prefix + strings.ToUpper(strings.ReplaceAll(s.Name, "-", "_"))}
+		if s.Environment != "" {
+			variables = append(variables, s.Environment)
+		}
+		if n := slices.IndexFunc(variables, func(v string) bool { return getenv(v) != "" }); n >= 0 {
+			*s.Value = getenv(variables[n])
+		}
+		if set[s.Name] {
+			*s.Value = given[i]
+		}
+	}
+	return errors.Join(faults...)
+}
+
+func readFile(path string, into any) error {
+	f, err := os.Open(path)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	raw, err := io.ReadAll(io.LimitReader(f, maxFile+1))
+	if err != nil {
+		return err
+	}
+	if len(raw) > maxFile {
+		return fmt.Errorf("%s has more than the %d bytes that are allowed", path, maxFile)
+	}
+	if err := decode(raw, into); err != nil {
+		return fmt.Errorf("%s: %w", path, err)
+	}
+	return nil
+}
+
+// decode reads one YAML document whose keys are all known.
+func decode(raw []byte, into any) error {
+	err := yaml.NewDecoder(bytes.NewReader(raw), yaml.Strict()).Decode(into)
+	if errors.Is(err, io.EOF) { // an empty file
+		return nil
+	}
+	return err
+}
+
+var errNotLoopback = errors.New("is not on loopback: other addresses need TLS and device certificates, which come with a later version; use 127.0.0.1")
+
+// CheckAddress says whether host:port is on loopback, where no other machine
+// can listen in or connect.
+func CheckAddress(address string) error {
+	host, port, err := net.SplitHostPort(address)
+	if err != nil || port == "" {
+		return fmt.Errorf("%q is not host:port", address)
+	}
+	if _, err := net.LookupPort("tcp", port); err != nil {
+		return fmt.Errorf("%q: %w", address, err)
+	}
+	if !Loopback(host) {
+		return fmt.Errorf("%q %w", address, errNotLoopback)
+	}
+	return nil
+}
+
+// Loopback says whether a host, by name or address, is this machine's own
+// loopback interface. No name but localhost is looked up.
+func Loopback(host string) bool {
+	if host == "localhost" {
+		return true
+	}
+	ip, err := netip.ParseAddr(host)
+	return err == nil && ip.IsLoopback()
+}
+
+// CheckURL says whether a URL is <scheme>://host[:port], with one of the
+// schemes, and on loopback. Only http has a usual port.
+func CheckURL(s string, schemes ...string) error {
+	u, err := url.Parse(s)
+	if err != nil {
+		return fmt.Errorf("%q is not a URL", s) // the error could show a password
+	}
+	if !slices.Contains(schemes, u.Scheme) || u.Host == "" || u.User != nil || u.RawQuery != "" || u.Fragment != "" {
+		return fmt.Errorf("%q is not %s://host:port", u.Redacted(), schemes[0])
+	}
+	port := u.Port()
+	if port == "" && u.Scheme == "http" {
+		port = "80"
+	}
+	return CheckAddress(net.JoinHostPort(u.Hostname(), port))
+}
+
+// LockFolder keeps every other process away from a data folder. Closing what
+// it gives, or the end of the process, opens the folder again.
+func LockFolder(dir string) (io.Closer, error) {
+	f, err := os.OpenFile(filepath.Join(dir, "lock"), os.O_RDWR|os.O_CREATE, 0o600)
+	if err != nil {
+		return nil, fmt.Errorf("lock data folder: %w", err)
+	}
+	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+		return nil, errors.Join(fmt.Errorf("lock data folder %s: another process uses it: %w", dir, err), f.Close())
+	}
+	return f, nil
+}

@@ -1,0 +1,126 @@
+package program
+
+import (
+	"errors"
+	"flag"
+	"io"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+)
+
+type config struct {
+	First  string `yaml:"first"`
+	Second string `yaml:"second-one"`
+	Third  string `yaml:"third"`
+	Fourth string `yaml:"fourth"`
+}
+
+func load(t *testing.T, yaml string, env map[string]string, args ...string) (config, error) {
+	t.Helper()
+	c := config{First: "default", Second: "default", Third: "default", Fourth: "default"}
+	if yaml != "" {
+		path := filepath.Join(t.TempDir(), "config.yaml")
+		if err := os.WriteFile(path, []byte(yaml), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		args = append(args, "--config", path)
+	}
+	flags := flag.NewFlagSet("test", flag.ContinueOnError)
+	flags.SetOutput(io.Discard)
+	err := Load(flags, "TEST_", []Setting{
+		{Name: "first", Value: &c.First}, {Name: "second-one", Value: &c.Second},
+		{Name: "third", Value: &c.Third, Environment: "OTHER"}, {Name: "fourth", Value: &c.Fourth},
+	}, &c, args, func(name string) string { return env[name] })
+	return c, err
+}
+
+func TestPrecedence(t *testing.T) {
+	got, err := load(t, "first: file\nsecond-one: file\nthird: file\n", map[string]string{"TEST_SECOND_ONE": "env", "OTHER": "env", "TEST_FIRST": "env"}, "--first", "flag")
+	if want := (config{"flag", "env", "env", "default"}); err != nil || got != want {
+		t.Errorf("got %+v, %v, want %+v", got, err, want)
+	}
+	got, err = load(t, "", map[string]string{"TEST_THIRD": "by name", "OTHER": "other"}, "--first", "")
+	if want := (config{"", "default", "by name", "default"}); err != nil || got != want {
+		t.Errorf("got %+v, %v, want %+v", got, err, want)
+	}
+}
+
+func TestFaults(t *testing.T) {
+	if _, err := load(t, "", nil, "--first", "a", "surplus"); err == nil || !strings.Contains(err.Error(), `"surplus"`) {
+		t.Errorf("a surplus argument is not named: %v", err)
+	}
+	_, err := load(t, "first: a\nunknown: b\n", nil)
+	if err == nil || !strings.Contains(err.Error(), `unknown`) || !strings.Contains(err.Error(), "2") {
+		t.Errorf("an unknown key is not named with its line: %v", err)
+	}
+	if _, err := load(t, strings.Repeat("#", maxFile+1), nil); err == nil {
+		t.Error("a file above the limit is read")
+	}
+	if _, err := load(t, "", nil, "--help"); !errors.Is(err, flag.ErrHelp) {
+		t.Errorf("help: %v", err)
+	}
+	if _, err := load(t, "", nil, "--config", "/does/not/exist"); err == nil {
+		t.Error("a missing file is no error")
+	}
+}
+
+func TestCheckAddress(t *testing.T) {
+	for address, ok := range map[string]bool{
+		"127.0.0.1:80": true, "[::1]:80": true, "localhost:http": true, "127.1.2.3:0": true,
+		"0.0.0.0:80": false, ":80": false, "[::]:80": false, "example.com:80": false, "127.0.0.1": false, "127.0.0.1:x": false, "192.168.0.1:80": false,
+	} {
+		if err := CheckAddress(address); (err == nil) != ok {
+			t.Errorf("CheckAddress(%q) = %v", address, err)
+		}
+	}
+	for url, ok := range map[string]bool{
+		"http://localhost": true, "http://127.0.0.1:8080/": true,
+		"https://localhost": false, "http://": false, "http://user:secret@localhost": false, "http://localhost?a": false, "http://10.0.0.1": false, "http://a\x7f": false, "http://localhost:99999": false,
+	} {
+		err := CheckURL(url, "http")
+		if (err == nil) != ok {
+			t.Errorf("CheckURL(%q) = %v", url, err)
+		}
+		if err != nil && strings.Contains(err.Error(), "secret") {
+			t.Errorf("the error shows a password: %v", err)
+		}
+	}
+	if err := CheckURL("tcp://127.0.0.1:1883", "mqtt", "tcp"); err != nil {
+		t.Error(err)
+	}
+	if err := CheckURL("tcp://127.0.0.1", "mqtt", "tcp"); err == nil {
+		t.Error("a broker without a port is taken")
+	}
+}
+
+func TestLockFolder(t *testing.T) {
+	dir := t.TempDir()
+	first, err := LockFolder(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := LockFolder(dir); err == nil {
+		t.Error("a folder was locked twice")
+	}
+	if err := first.Close(); err != nil {
+		t.Fatal(err)
+	}
+	again, err := LockFolder(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := again.Close(); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func FuzzDecode(f *testing.F) {
+	f.Add([]byte("first: a\n"))
+	f.Add([]byte("a: &a [*a]\n"))
+	f.Fuzz(func(_ *testing.T, raw []byte) {
+		var c config
+		_ = decode(raw, &c)
+	})
+}
