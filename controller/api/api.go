@@ -169,7 +169,7 @@ func (g gate) coded(ctx context.Context, procedure string, err error) error {
 	_, faults := errors.AsType[fleet.Faults](err)
 	_, taken := errors.AsType[registry.ErrVersionExists](err)
 	switch {
-	case ctx.Err() != nil && errors.Is(err, context.DeadlineExceeded):
+	case errors.Is(ctx.Err(), context.DeadlineExceeded):
 		code = connect.CodeDeadlineExceeded
 	case ctx.Err() != nil:
 		code = connect.CodeCanceled

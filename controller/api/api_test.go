@@ -414,3 +414,13 @@ func TestInternalErrors(t *testing.T) {
 	}
 	refused(t, w.enrollment("").Join, &v1.JoinRequest{Name: "d", Secret: secret}, connect.CodeInternal, "internal error; the controller's log says more")
 }
+
+// A store that was interrupted says so in its own words.
+func TestDeadline(t *testing.T) {
+	ctx, cancel := context.WithTimeout(t.Context(), -1)
+	defer cancel()
+	err := gate{slog.New(slog.DiscardHandler)}.coded(ctx, "x", errors.New("interrupted"))
+	if connect.CodeOf(err) != connect.CodeDeadlineExceeded {
+		t.Errorf("got %v", err)
+	}
+}

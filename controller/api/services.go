@@ -5,7 +5,6 @@ import (
 	"encoding/base64"
 	"errors"
 	"fmt"
-	"math"
 	"time"
 
 	"connectrpc.com/connect"
@@ -121,7 +120,7 @@ func (s *server) CreateVersion(ctx context.Context, req *connect.Request[v1.Crea
 		return nil, invalid("model: %w", err)
 	}
 	if m.GetVersion() < 0 {
-		return nil, invalid("version is %d, allowed are 0 to %d", m.GetVersion(), int64(math.MaxInt64))
+		return nil, invalid("version is %d, it must not be negative; 0 is the next one", m.GetVersion())
 	}
 	version, created, err := s.Registry.Ingest(ctx, m.GetModel(), m.GetDigest(), m.GetVersion(), caller(ctx))
 	if err != nil {

@@ -75,6 +75,7 @@ type Dispatcher struct {
 	kick    chan struct{} // capacity 1: the planner has something to do
 	objects atomic.Bool   // desired documents may have changed
 	running atomic.Bool   // rollouts may be running
+	newest  int64         // number of the newest rollout that was compiled for; the planner's own
 
 	malformed, stale *prometheus.CounterVec
 
@@ -91,6 +92,9 @@ type message struct {
 
 // live is what is known of a connected device beside the store.
 type live struct {
+	// It said hello, or the store has it as connected: what it should have is
+	// sent to it. One that is only heard is asked to say hello until it does.
+	greeted   bool
 	heard     time.Time
 	saved     time.Time // heard as the store has it
 	asked     time.Time // to say hello again, or given its desired state
@@ -276,21 +280,30 @@ func (d *Dispatcher) beats(ctx context.Context) {
 func (d *Dispatcher) sweep(ctx context.Context) error {
 	now := d.now()
 	heard := map[string]time.Time{}
-	var away []string
+	away := map[string]time.Time{}
 	d.mu.Lock()
 	for device, l := range d.live {
 		if l.heard.After(l.saved) {
 			heard[device], l.saved = l.heard, l.heard
 		}
 		if now.Sub(l.heard) > d.timing.silence {
-			away = append(away, device)
-			delete(d.live, device)
+			away[device] = l.heard
 		}
 	}
 	d.mu.Unlock()
+	// The store first: while it fails, they are found again.
 	if err := d.store.Heard(ctx, heard, away); err != nil {
 		return err
 	}
+	d.mu.Lock()
+	for device, at := range away {
+		if l := d.live[device]; l != nil && l.heard.Equal(at) {
+			delete(d.live, device)
+		} else if l != nil {
+			l.greeted = false // heard meanwhile: by now the store may have it as away
+		}
+	}
+	d.mu.Unlock()
 	if len(away) > 0 {
 		d.wake()
 	}

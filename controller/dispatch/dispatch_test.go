@@ -376,6 +376,10 @@ func TestRestart(t *testing.T) {
 	w.push("digits")
 	w.hello("dev", "s1", nil)
 	w.desired("dev", 0, anything)
+	waitFor(t, func() bool {
+		d, err := w.store.Device(t.Context(), "dev")
+		return err == nil && d.Connected
+	}, "connected")
 	w.stop()
 
 	// Applied, and ended before anything followed from it.
@@ -432,6 +436,72 @@ func TestSilence(t *testing.T) {
 	if d, err := w.store.Device(t.Context(), "quiet"); err != nil || d.Connected {
 		t.Errorf("got %+v, %v", d, err)
 	}
+}
+
+// A device that was found away and is heard again is asked to say hello until
+// it does: what was made for it meanwhile was not sent to it.
+func TestHeardAgain(t *testing.T) {
+	timing := fast
+	timing.silence = 50 * time.Millisecond
+	for kind, m := range map[string]func(n uint64) proto.Message{
+		link.Telemetry: func(uint64) proto.Message { return &dunlinv1.Telemetry{} },
+		link.Reported:  func(n uint64) proto.Message { return &dunlinv1.Reported{Session: "s1", Sequence: n} },
+	} {
+		w := fresh(t, timing)
+		w.join("dev")
+		w.hello("dev", "s1", nil)
+		waitFor(t, func() bool {
+			d, err := w.store.Device(t.Context(), "dev")
+			return err == nil && !d.LastHeardAt.IsZero() && !d.Connected
+		}, "away")
+		w.bus.mu.Lock()
+		at := len(w.bus.sent)
+		w.bus.mu.Unlock()
+		n := uint64(0)
+		waitFor(t, func() bool {
+			n++
+			w.up("dev", kind, m(n))
+			w.bus.mu.Lock()
+			defer w.bus.mu.Unlock()
+			asked := 0
+			for _, m := range w.bus.sent[at:] {
+				if isCommand(m, "dev", func(c *dunlinv1.Command) bool { return c.GetHelloAgain() != nil }) {
+					asked++
+				}
+			}
+			return asked >= 3
+		}, "three questions after messages of kind %s", kind)
+		w.stop()
+	}
+}
+
+// A pass that finds a rollout before it is told of it compiles first: the
+// rollout is not held against what follows from older objects.
+func TestRolloutBeforeReplan(t *testing.T) {
+	w := fresh(t, defaultTiming)
+	w.join("dev")
+	w.push("digits")
+	w.push("digits")
+	w.hello("dev", "s1", nil)
+	w.apply("digits", 2)
+	m, at := w.desired("dev", 0, hasVersion("digits", 2))
+	// It has taken the second version in, and still serves the first.
+	old := []*dunlinv1.VersionStatus{{Model: "digits", Version: 1, Serving: true}}
+	w.up("dev", link.Reported, &dunlinv1.Reported{Session: "s1", Sequence: 1, Observed: m.Generation, Versions: old})
+	waitFor(t, func() bool { return w.d.running.Load() }, "a rollout runs")
+	objects, err := fleet.Parse("apiVersion: dunlin/v1\nkind: Deployment\nmetadata: {name: digits}\nspec: {model: digits, version: 1, selector: {}}")
+	w.must(err)
+	changes, err := w.store.Apply(t.Context(), "user:test", objects, false)
+	w.must(err)
+	w.up("dev", link.Reported, &dunlinv1.Reported{Session: "s1", Sequence: 2, Observed: m.Generation, Versions: old})
+	m, _ = w.desired("dev", at, hasVersion("digits", 1))
+	r, err := w.store.Rollout(t.Context(), changes[0].Rollout)
+	w.must(err)
+	if r.State != fleet.Running {
+		t.Errorf("got %+v", r)
+	}
+	w.up("dev", link.Reported, &dunlinv1.Reported{Session: "s1", Sequence: 3, Observed: m.Generation, Versions: old})
+	w.rollout(r.ID(), ended(fleet.Succeeded))
 }
 
 func TestEpoch(t *testing.T) {

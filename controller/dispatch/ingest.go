@@ -146,7 +146,7 @@ func (d *Dispatcher) take(ctx context.Context, in message) {
 	}
 }
 
-// touch notes that a connected device was heard, and gives its entry to do.
+// touch notes that a device was heard, and gives its entry to do.
 func (d *Dispatcher) touch(device string, do func(l *live)) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -172,6 +172,8 @@ func (d *Dispatcher) hello(ctx context.Context, device string, h *dunlinv1.Hello
 	if err != nil {
 		return err
 	}
+	// Heard not before the store has it: it counts as away by this time.
+	d.touch(device, func(l *live) { l.greeted = true })
 	d.log.Info("device connected", "device", device)
 	if relabelled {
 		d.Replan()
@@ -227,12 +229,17 @@ func (d *Dispatcher) reported(ctx context.Context, device string, r *dunlinv1.Re
 			return err
 		}
 	}
+	greeted := false
 	d.touch(device, func(l *live) {
+		greeted = l.greeted
 		g := r.GetObserved()
 		if g.GetIncarnation() == d.store.Incarnation() && g.GetNumber() == l.pending {
 			l.pending = 0
 		}
 	})
+	if !greeted { // it counted as away
+		d.ask(device)
+	}
 	if err == nil && d.running.Load() {
 		d.wake()
 	}
@@ -269,13 +276,9 @@ func (d *Dispatcher) events(ctx context.Context, device string, b *dunlinv1.Even
 // telemetry keeps the newest sample of a connected device, and asks one that
 // counts as away to say hello.
 func (d *Dispatcher) telemetry(device string, t *dunlinv1.Telemetry) {
-	d.mu.Lock()
-	l := d.live[device]
-	if l != nil {
-		l.heard, l.telemetry = d.now(), t
-	}
-	d.mu.Unlock()
-	if l == nil {
+	greeted := false
+	d.touch(device, func(l *live) { l.telemetry, greeted = t, l.greeted })
+	if !greeted {
 		d.ask(device)
 	}
 }

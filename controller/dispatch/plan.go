@@ -63,10 +63,16 @@ func (d *Dispatcher) pass(ctx context.Context) (next time.Time, err error) {
 		if err != nil {
 			return next, fmt.Errorf("read the store: %w", err)
 		}
-		if objects {
+		// The caller of Replan may still be on the way to it.
+		newest := d.newest
+		for _, r := range snap.Rollouts {
+			newest = max(newest, r.Number)
+		}
+		if objects || newest > d.newest {
 			if err := d.compile(ctx, &snap); err != nil {
 				return next, err
 			}
+			d.newest = newest
 		}
 		// Only now that the devices' generations follow from the same
 		// objects as the rollouts can their reports be held against them.
@@ -142,7 +148,7 @@ func (d *Dispatcher) resume(devices []*store.Device) {
 		if !dev.Connected || d.live[dev.Name] != nil {
 			continue
 		}
-		l := &live{heard: now, saved: now}
+		l := &live{greeted: true, heard: now, saved: now}
 		if dev.Desired != 0 && !dev.Observe(d.store.Incarnation(), "", 0).Observed {
 			l.pending, l.next = dev.Desired, now
 		}

@@ -158,6 +158,9 @@ func Parse(text string) ([]Object, error) {
 		r := &reader{document: i + 1, line: c.line, at: map[string]position{}}
 		o := Object{document: i + 1, at: r.at}
 		r.object(c.text, &o)
+		slices.SortStableFunc(r.faults, func(a, b Fault) int { // those of no line last
+			return cmp.Or(cmp.Compare(uint(a.Line-1), uint(b.Line-1)), cmp.Compare(a.Column, b.Column))
+		})
 		faults = append(faults, r.faults...)
 		if len(r.faults) > 0 {
 			continue

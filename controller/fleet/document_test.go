@@ -84,8 +84,8 @@ func TestParseFaults(t *testing.T) {
 			"apiVersion: dunlin/v2\nkind: Deployment\nmetadata: {name: Big, colour: red}\nspec:\n  model: 7\n  version: 0\n  selector: {site: 1}\n  rollout: {maxFailed: -1, deadline: 1ms}\n---\nkind: Route\nspec:\n  targets:\n    - {model: m, weight: 10001}\n",
 			[]string{
 				`document 1, line 1:1: apiVersion: "dunlin/v2" is not known, it must be "dunlin/v1"`,
-				`document 1, line 3:23: metadata.colour: is not known, known are name`,
 				`document 1, line 3:12: metadata.name: `,
+				`document 1, line 3:23: metadata.colour: is not known, known are name`,
 				`document 1, line 5:3: spec.model: is the number 7, it must be a string; write it in quotes`,
 				`document 1, line 6:3: spec.version: is 0, allowed are 1 to `,
 				`document 1, line 7:14: spec.selector.site: is the number 1, it must be a string`,

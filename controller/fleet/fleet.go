@@ -97,23 +97,25 @@ type Conflict struct {
 // FindConflict gives the first device, by name, that a deployment would share
 // with another deployment of the same model.
 func FindConflict(dep Deployment, deployments []Deployment, devices []Device) (Conflict, bool) {
-	var found []Conflict
+	var others []Deployment
 	for _, other := range deployments {
-		if other.Name == dep.Name || other.Model != dep.Model {
+		if other.Name != dep.Name && other.Model == dep.Model {
+			others = append(others, other)
+		}
+	}
+	var first Conflict
+	for _, d := range devices {
+		if len(others) == 0 || !Matches(dep.Selector, d) {
 			continue
 		}
-		for _, d := range devices {
-			if Matches(dep.Selector, d) && Matches(other.Selector, d) {
-				found = append(found, Conflict{Device: d.Name, Model: dep.Model, First: other.Name, Second: dep.Name})
+		for _, other := range others {
+			earlier := first.Device == "" || cmp.Or(cmp.Compare(d.Name, first.Device), cmp.Compare(other.Name, first.First)) < 0
+			if earlier && Matches(other.Selector, d) {
+				first = Conflict{Device: d.Name, Model: dep.Model, First: other.Name, Second: dep.Name}
 			}
 		}
 	}
-	if len(found) == 0 {
-		return Conflict{}, false
-	}
-	return slices.MinFunc(found, func(a, b Conflict) int {
-		return cmp.Or(cmp.Compare(a.Device, b.Device), cmp.Compare(a.First, b.First))
-	}), true
+	return first, first.Device != ""
 }
 
 var labelText = regexp.MustCompile(`^[A-Za-z0-9]([A-Za-z0-9._/-]*[A-Za-z0-9])?$`)

@@ -35,6 +35,9 @@ const (
 	// plainName is what the ONNX file of a plain artifact is called while a
 	// bundle is made of it.
 	plainName = "model.onnx"
+	// maxVersion bounds the version that may be asked for: one more than the
+	// newest must be left for the next, and be exact as a number in JSON.
+	maxVersion = 1<<53 - 1
 )
 
 // pushed is a manifest that asks to become a version.
@@ -72,9 +75,6 @@ func (r *Registry) Ingest(ctx context.Context, model, manifestDigest string, wan
 	d, err := digest.Parse(manifestDigest)
 	if err != nil {
 		return 0, false, fmt.Errorf("%w: digest %q: %w", ErrInvalid, manifestDigest, err)
-	}
-	if want < 0 {
-		return 0, false, fmt.Errorf("%w: version %d is negative", ErrInvalid, want)
 	}
 	repo, err := r.repository(ctx, model)
 	if err != nil {
@@ -114,6 +114,9 @@ func (r *Registry) repository(ctx context.Context, model string) (distribution.R
 // ingest checks, then stores, then registers. What it stores is addressed by
 // content, so that it can be cut short and done again at any point.
 func (r *Registry) ingest(ctx context.Context, p pushed) (version, error) {
+	if p.want < 0 || p.want > maxVersion {
+		return version{}, fmt.Errorf("%w: version %d, allowed are 0 to %d", ErrInvalid, p.want, int64(maxVersion))
+	}
 	repo, err := r.repository(ctx, p.model)
 	if err != nil {
 		return version{}, err

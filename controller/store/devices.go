@@ -167,8 +167,9 @@ func (s *Store) Gone(ctx context.Context, device, session string) error {
 	})
 }
 
-// Heard keeps when devices were last heard, and which are away now for want of it.
-func (s *Store) Heard(ctx context.Context, heard map[string]time.Time, away []string) error {
+// Heard keeps when devices were last heard, and which are away now for want of
+// it: those that were not heard after the time that away has for them.
+func (s *Store) Heard(ctx context.Context, heard, away map[string]time.Time) error {
 	if len(heard) == 0 && len(away) == 0 {
 		return nil
 	}
@@ -178,8 +179,8 @@ func (s *Store) Heard(ctx context.Context, heard map[string]time.Time, away []st
 				return err
 			}
 		}
-		for _, device := range away {
-			if _, err := tx.ExecContext(ctx, "UPDATE devices SET connected = 0 WHERE name = ?", device); err != nil {
+		for device, at := range away {
+			if _, err := tx.ExecContext(ctx, "UPDATE devices SET connected = 0 WHERE name = ? AND last_heard_at <= ?", device, nanos(at)); err != nil {
 				return err
 			}
 		}

@@ -165,7 +165,6 @@ func TestEvents(t *testing.T) {
 			t.Fatalf("stored up to %d, %v, want %d", got, err, want)
 		}
 	}
-	add("o", events(2, 3), 0) // the first was lost on the way
 	add("o", events(1, 2, 3), 3)
 	add("o", events(2, 3, 4), 4)
 	add("o", events(6), 4)
@@ -196,6 +195,61 @@ func TestEvents(t *testing.T) {
 	must(t, s.reader.QueryRow("SELECT count(*) FROM outboxes").Scan(&n))
 	if n != MaxOutboxes {
 		t.Errorf("%d outboxes are kept", n)
+	}
+	// One whose position is forgotten goes on where its events end.
+	add("o", events(10, 11), 11)
+}
+
+// The events of an outbox that another store acknowledged up to some point go
+// on from there: when the store was made anew, and when the device joined again.
+func TestEventsOfUnknownOutbox(t *testing.T) {
+	s, _ := fresh(t)
+	ctx := t.Context()
+	join(t, s, "d", nil)
+	add := func(batch []*dunlinv1.Event, want uint64) {
+		t.Helper()
+		if got, err := s.AddEvents(ctx, "d", "o", batch); got != want || err != nil {
+			t.Fatalf("stored up to %d, %v, want %d", got, err, want)
+		}
+	}
+	add(events(501, 502, 504), 502)
+	add(events(501, 502, 503), 503)
+	add(events(505), 503) // one was lost on the way
+	add(events(504, 505), 505)
+	must(t, s.RemoveDevice(ctx, "user:test", "d"))
+	join(t, s, "d", nil)
+	add(events(506), 506)
+	got, err := s.Events(ctx, "d", 100)
+	if err != nil || len(got) != 1 {
+		t.Errorf("got %v, %v", got, err)
+	}
+}
+
+// A device that was heard again while it was found away is not away.
+func TestHeardMeanwhile(t *testing.T) {
+	s, clock := fresh(t)
+	ctx := t.Context()
+	join(t, s, "a", nil)
+	_, _, err := s.Hello(ctx, "a", &dunlinv1.Hello{Session: "s"})
+	must(t, err)
+	before := clock.now
+	clock.now = clock.now.Add(time.Hour)
+	must(t, s.Report(ctx, "a", &dunlinv1.Reported{Session: "s", Sequence: 1}))
+	must(t, s.Heard(ctx, nil, map[string]time.Time{"a": before}))
+	if d, err := s.Device(ctx, "a"); err != nil || !d.Connected {
+		t.Errorf("got %+v, %v", d, err)
+	}
+}
+
+func TestAuditIsBounded(t *testing.T) {
+	s, _ := fresh(t)
+	_, err := s.writer.Exec("INSERT INTO audit (id, at, who, action, object, detail) VALUES (1, 0, '', '', '', ''), (?, 0, '', '', '', '')", MaxAudit)
+	must(t, err)
+	join(t, s, "d", nil)
+	var n, least int
+	must(t, s.reader.QueryRow("SELECT count(*), min(id) FROM audit").Scan(&n, &least))
+	if n != 3 || least != MaxAudit {
+		t.Errorf("%d records from %d are kept", n, least)
 	}
 }
 
@@ -229,7 +283,7 @@ func TestHeard(t *testing.T) {
 	_, _, err := s.Hello(ctx, "a", &dunlinv1.Hello{Session: "s"})
 	must(t, err)
 	later := clock.now.Add(time.Hour)
-	must(t, s.Heard(ctx, map[string]time.Time{"a": later}, []string{"a"}))
+	must(t, s.Heard(ctx, map[string]time.Time{"a": later}, map[string]time.Time{"a": later}))
 	must(t, s.Heard(ctx, map[string]time.Time{"a": clock.now}, nil))
 	d, err := s.Device(ctx, "a")
 	if err != nil || d.Connected || !d.LastHeardAt.Equal(later) {

@@ -3,7 +3,6 @@ package store
 import (
 	"context"
 	"database/sql"
-	"errors"
 	"fmt"
 	"math"
 	"time"
@@ -39,8 +38,10 @@ type DeviceEvent struct {
 // up to which all are stored now. Events that are stored already are passed
 // over. Where a sequence is missing it stops, unless the event after the hole
 // is a gap: the device sends again from what it is told is stored, so every
-// event is stored exactly once and nothing is lost unnoticed. Of a device that
-// is not known it is ErrNotFound.
+// event is stored exactly once and nothing is lost unnoticed. An outbox of
+// which nothing is known starts with the first event that it sends: what came
+// before was acknowledged, by another store or before the device was removed.
+// Of a device that is not known it is ErrNotFound.
 func (s *Store) AddEvents(ctx context.Context, device, outbox string, events []*dunlinv1.Event) (stored uint64, err error) {
 	err = s.write(ctx, "events", func(tx *sql.Tx) error {
 		var known bool
@@ -50,12 +51,15 @@ func (s *Store) AddEvents(ctx context.Context, device, outbox string, events []*
 		if !known {
 			return fmt.Errorf("device %s: %w", device, ErrNotFound)
 		}
-		var last int64
-		err := tx.QueryRowContext(ctx, "SELECT last_sequence FROM outboxes WHERE device = ? AND outbox = ?", device, outbox).Scan(&last)
-		if err != nil && !errors.Is(err, sql.ErrNoRows) {
+		var last sql.Null[int64]
+		if err := tx.QueryRowContext(ctx, `SELECT coalesce((SELECT last_sequence FROM outboxes WHERE device = ? AND outbox = ?),
+			(SELECT max(sequence) FROM events WHERE device = ? AND outbox = ?))`, device, outbox, device, outbox).Scan(&last); err != nil {
 			return err
 		}
-		stored = uint64(last)
+		if !last.Valid && len(events) > 0 {
+			last.V = int64(min(max(events[0].GetSequence(), 1), math.MaxInt64)) - 1
+		}
+		stored = uint64(last.V)
 		now := s.now().UnixNano()
 		for _, e := range events {
 			if e.GetSequence() <= stored {
@@ -74,7 +78,7 @@ func (s *Store) AddEvents(ctx context.Context, device, outbox string, events []*
 			}
 			stored = e.GetSequence()
 		}
-		if stored == uint64(last) {
+		if stored == uint64(last.V) {
 			return nil
 		}
 		if _, err := tx.ExecContext(ctx, "INSERT INTO outboxes (device, outbox, last_sequence, heard_at) VALUES (?, ?, ?, ?) ON CONFLICT (device, outbox) DO UPDATE SET last_sequence = excluded.last_sequence, heard_at = excluded.heard_at",

@@ -2,6 +2,7 @@ package store
 
 import (
 	"context"
+	"crypto/subtle"
 	"database/sql"
 	"encoding/hex"
 	"errors"
@@ -112,7 +113,7 @@ func (s *Store) Join(ctx context.Context, j Join) error {
 		var have []byte
 		err := tx.QueryRowContext(ctx, "SELECT secret_hash FROM devices WHERE name = ?", j.Device).Scan(&have)
 		switch {
-		case err == nil && [32]byte(have) == j.Secret:
+		case err == nil && subtle.ConstantTimeCompare(have, j.Secret[:]) == 1:
 			return nil
 		case err != nil && !errors.Is(err, sql.ErrNoRows):
 			return err

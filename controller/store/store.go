@@ -135,10 +135,8 @@ func (s *Store) write(ctx context.Context, step string, do func(tx *sql.Tx) erro
 	if err != nil {
 		return fmt.Errorf("begin: %w", err)
 	}
+	defer tx.Rollback() // after a panic too; after the commit it does nothing
 	if err := do(tx); err != nil {
-		if rollback := tx.Rollback(); rollback != nil && !errors.Is(rollback, sql.ErrTxDone) {
-			return errors.Join(err, rollback)
-		}
 		return err
 	}
 	s.onStep("before " + step)
@@ -174,9 +172,17 @@ func each(ctx context.Context, tx *sql.Tx, query string, args []any, row func(sc
 	return rows.Err()
 }
 
+// MaxAudit bounds the audit records that are kept; beyond it the oldest are
+// forgotten.
+const MaxAudit = 100_000
+
 func (s *Store) audit(ctx context.Context, tx *sql.Tx, who, action, object, detail string) error {
-	_, err := tx.ExecContext(ctx, "INSERT INTO audit (at, who, action, object, detail) VALUES (?, ?, ?, ?, ?)",
-		s.now().UnixNano(), who, action, object, detail)
+	var id int64
+	err := tx.QueryRowContext(ctx, "INSERT INTO audit (at, who, action, object, detail) VALUES (?, ?, ?, ?, ?) RETURNING id",
+		s.now().UnixNano(), who, action, object, detail).Scan(&id)
+	if err == nil {
+		_, err = tx.ExecContext(ctx, "DELETE FROM audit WHERE id <= ?", id-MaxAudit)
+	}
 	if err != nil {
 		return fmt.Errorf("audit: %w", err)
 	}

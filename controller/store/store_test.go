@@ -399,3 +399,19 @@ func TestRollback(t *testing.T) {
 	is(t, s.Heard(ctx, map[string]time.Time{"a": time.Now()}, nil), context.Canceled)
 	push(t, s, "m", "d") // and the writer is free again
 }
+
+// A panic, which the HTTP server survives, leaves the writer to the next one.
+func TestPanic(t *testing.T) {
+	s, _ := fresh(t)
+	func() {
+		defer func() {
+			if recover() == nil {
+				t.Error("no panic")
+			}
+		}()
+		_ = s.write(t.Context(), "step", func(*sql.Tx) error { panic("bug") })
+	}()
+	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+	defer cancel()
+	must(t, s.AddToken(ctx, "ada", identity.Admin, identity.Hash("x")))
+}

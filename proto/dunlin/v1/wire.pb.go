@@ -1186,8 +1186,10 @@ func (x *Event) GetMessage() string {
 	return ""
 }
 
-// EventBatch carries events in order from one outbox. The events of an outbox
-// that overflowed are replaced by a "gap" event with the range's last sequence.
+// EventBatch carries events in order from one outbox, from the oldest on that
+// is not acknowledged. The events of an outbox that overflowed are replaced by
+// a "gap" event with the range's last sequence. A store that knows nothing of
+// the outbox takes the first event it sees as its start.
 type EventBatch struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Made anew when the agent's state is created.
