@@ -80,7 +80,7 @@ func Run(ctx context.Context, cfg Config) (err error) {
 	}
 	listener, err := net.Listen("tcp", cfg.Listen)
 	if err != nil {
-		return fmt.Errorf("listen: %w", err)
+		return fmt.Errorf("%w; --listen chooses another address", err)
 	}
 	defer listener.Close()
 	store, err := state.Open(ctx, filepath.Join(cfg.Data, stateFile), state.Limits{Events: profile.Storage.OutboxEvents})
@@ -125,7 +125,10 @@ func lockFolder(dir string) (*os.File, error) {
 	}
 	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
 		f.Close()
-		return nil, fmt.Errorf("lock data folder %s: another agent uses it: %w", dir, err)
+		if errors.Is(err, unix.EWOULDBLOCK) {
+			return nil, fmt.Errorf("data folder %s: another agent uses it; choose another one by --data", dir)
+		}
+		return nil, fmt.Errorf("lock data folder %s: %w", dir, err)
 	}
 	return f, nil
 }
@@ -245,65 +248,43 @@ func (a *agent) workerConfig(threads int) worker.Config {
 	}
 }
 
-// errNoRuntime is the error of checking a version while no model can be
-// loaded at all.
-var errNoRuntime = errors.New("the runtime does not start")
-
 // check loads a version in a process of its own.
 func (a *agent) check(ctx context.Context, s engine.Spec) (engine.Info, error) {
 	cfg := a.workerConfig(1)
 	cfg.OnDeath, cfg.OnLost = nil, nil
-	info, err := worker.Check(ctx, cfg, s)
-	if err == nil || ctx.Err() != nil {
-		return info, err
-	}
-	if _, broken := worker.Probe(ctx, cfg); broken != nil {
-		return info, fmt.Errorf("%w: %w", errNoRuntime, broken)
-	}
-	return info, err
+	return worker.Check(ctx, cfg, s)
 }
 
 // passing says whether an error of loading is not the version's own.
-func passing(err error) bool {
-	return errors.Is(err, errNoRuntime) || errors.Is(err, worker.ErrUnavailable) || errors.Is(err, worker.ErrStopped)
-}
+func passing(err error) bool { return errors.Is(err, engine.ErrUnavailable) }
 
 // runtime waits until models can be loaded, and adds the runtime to what the
 // device says of itself.
 func (a *agent) runtime(ctx context.Context) error {
 	described := sync.OnceFunc(func() { close(a.described) })
 	defer described()
-	for {
-		// It waits until a worker process is ready; no version has this name.
-		err := a.worker.Unload(ctx, engine.VersionID{})
-		if errors.Is(err, engine.ErrNotLoaded) {
-			break
+	for try := 1; ; try++ {
+		found, err := a.worker.Runtime(ctx)
+		if err == nil {
+			a.mu.Lock()
+			defer a.mu.Unlock()
+			info := proto.CloneOf(a.info)
+			info.RuntimeVersion, info.Providers = found.Version, found.Providers
+			a.info = info
+			a.loads.Store(true)
+			return nil
 		}
-		select {
-		case <-a.described:
-		default:
-			if ctx.Err() == nil {
-				a.cfg.Log.Error("no model can be loaded; see dunlin-agent doctor", "error", err)
-			}
+		if ctx.Err() != nil {
+			return nil
+		}
+		if try == 1 {
+			a.cfg.Log.Error("no model can be loaded; see dunlin-agent doctor", "error", err)
 		}
 		described()
 		if !sleep(ctx, runtimeWait) {
 			return nil
 		}
 	}
-	a.loads.Store(true)
-	cfg := a.workerConfig(1)
-	found, err := worker.Probe(ctx, worker.Config{Command: cfg.Command, RuntimeLib: cfg.RuntimeLib, Log: cfg.Log})
-	if err != nil {
-		a.cfg.Log.Warn("the runtime is not described", "error", err)
-		return nil
-	}
-	a.mu.Lock()
-	defer a.mu.Unlock()
-	info := proto.CloneOf(a.info)
-	info.RuntimeVersion, info.Providers = found.Version, found.Providers
-	a.info = info
-	return nil
 }
 
 // deviceInfo gives what the device says of itself; nobody changes it.

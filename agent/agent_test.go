@@ -226,6 +226,37 @@ func TestJoinIsRefused(t *testing.T) {
 	}
 }
 
+// A document that is being put together gives way to one that comes whole.
+func TestWholeDocumentEndsAssembly(t *testing.T) {
+	c := startControl(t)
+	stop := startAgent(t, testConfig(t, c))
+	defer stop()
+	isHello := func(m proto.Message) bool { _, ok := m.(*dunlinv1.Hello); return ok }
+	isRequest := func(m proto.Message) bool { _, ok := m.(*dunlinv1.BlockRequest); return ok }
+	c.until("says hello", isHello)
+	_, long := large(2*link.MaxBlock, 1)
+	c.send("edge-1", link.Desired, long)
+	c.until("asks for a block", isRequest)
+	whole := desired(t, 1, nil)
+	whole.Generation.Incarnation = "two"
+	c.send("edge-1", link.Desired, whole)
+	c.until("observes the whole one", func(m proto.Message) bool {
+		r, _ := m.(*dunlinv1.Reported)
+		return r.GetObserved().GetIncarnation() == "two"
+	})
+	for range 3 { // each time it asks for what it lacks
+		c.send("edge-1", link.Command, &dunlinv1.Command{Command: &dunlinv1.Command_HelloAgain{HelloAgain: &dunlinv1.HelloAgain{}}})
+		c.until("says hello", isHello)
+		c.until("reports", func(m proto.Message) bool {
+			if isRequest(m) {
+				t.Errorf("goes on with the long one: %v", m)
+			}
+			_, ok := m.(*dunlinv1.Reported)
+			return ok
+		})
+	}
+}
+
 // Events that are raised while the broker comes and goes, and whose
 // acknowledgements are lost at random, arrive exactly once each.
 func TestEventsArriveOnce(t *testing.T) {

@@ -86,7 +86,10 @@ func (s *session) receive(ctx context.Context) {
 		case m := <-s.link.Inbox():
 			switch m := m.(type) {
 			case *dunlinv1.Desired:
-				if m.SizeBytes <= link.MaxInlineDocument || proto.Equal(m.Generation, s.reconcile.Generation()) {
+				if m.SizeBytes <= link.MaxInlineDocument {
+					document = assembly{} // which is older
+					s.reconcile.Desire(m)
+				} else if proto.Equal(m.Generation, s.reconcile.Generation()) {
 					s.reconcile.Desire(m)
 				} else if err := document.begin(m); err != nil {
 					s.cfg.Log.Error("desired document refused", "generation", m.Generation.GetNumber(), "error", err)

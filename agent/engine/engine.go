@@ -63,6 +63,8 @@ var (
 	ErrOverloaded   = errors.New("queue is full")
 	ErrInvalidInput = errors.New("invalid input")
 	ErrStopped      = errors.New("engine has stopped")
+	// ErrUnavailable is that of a Runtime which for now can run nothing.
+	ErrUnavailable = errors.New("the runtime is not available")
 )
 
 // DefaultQueueLimit is the number of requests that wait for one version
@@ -146,7 +148,13 @@ func (e *Engine) apply(ctx context.Context, ev event, wg *sync.WaitGroup, finish
 		case startRun:
 			wg.Go(func() { finished <- e.execute(ctx, f.request) })
 		case startUnload:
-			wg.Go(func() { finished <- unloaded{f.id, e.runtime.Unload(ctx, f.id)} })
+			wg.Go(func() {
+				err := e.runtime.Unload(ctx, f.id)
+				if errors.Is(err, ErrNotLoaded) { // the runtime has lost it before
+					err = nil
+				}
+				finished <- unloaded{f.id, err}
+			})
 		case answer:
 			f.request.answer <- f.reply
 		case reply:

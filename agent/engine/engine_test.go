@@ -24,6 +24,7 @@ func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 type runtime struct {
 	loads, unloads atomic.Int64
 	failure        error // of Run
+	lost           bool  // it does not have what it is to unload
 }
 
 var digits = Info{
@@ -57,6 +58,9 @@ func (r *runtime) Run(ctx context.Context, _ VersionID, in []tensor.Tensor, _ []
 
 func (r *runtime) Unload(ctx context.Context, _ VersionID) error {
 	r.unloads.Add(1)
+	if r.lost {
+		return ErrNotLoaded
+	}
 	return pause(ctx)
 }
 
@@ -210,6 +214,19 @@ func TestUnload(t *testing.T) {
 		}
 		if _, err := e.Load(t.Context(), Spec{ID: one}); err != nil {
 			t.Errorf("loaded again: %v", err)
+		}
+	})
+}
+
+// A version that the runtime has lost can be unloaded and loaded again.
+func TestUnloadOfALostVersion(t *testing.T) {
+	bubble(t, 0, func(t *testing.T, e *Engine, r *runtime) {
+		r.lost = true
+		if err := e.Unload(t.Context(), one); err != nil {
+			t.Errorf("Unload: %v", err)
+		}
+		if _, err := e.Load(t.Context(), Spec{ID: one}); err != nil || r.loads.Load() != 2 {
+			t.Errorf("Load: %v, %d loads", err, r.loads.Load())
 		}
 	})
 }

@@ -9,6 +9,7 @@ import (
 	"net/http"
 	"strconv"
 	"strings"
+	"sync/atomic"
 
 	"github.com/dunlin/dunlin/models/tensor"
 )
@@ -18,16 +19,17 @@ const headerLength = "Inference-Header-Content-Length"
 
 // Config configures a Handler.
 type Config struct {
-	Backend Backend
-	Version string // of the server
-	MaxBody int64  // 0: DefaultMaxBody
+	Backend   Backend
+	Version   string // of the server
+	MaxBody   int64  // 0: DefaultMaxBody
+	MaxBodies int64  // 0: DefaultMaxBodies
 }
 
 // Handler serves the protocol under /v2. At most MaxBody bytes of a request
-// are held in memory at a time; how many requests there are is up to the
-// server.
+// are held in memory, and MaxBodies of all requests.
 type Handler struct {
-	cfg Config
+	cfg  Config
+	held atomic.Int64 // bytes of bodies
 }
 
 // New gives the handler for a backend.
@@ -35,7 +37,10 @@ func New(cfg Config) *Handler {
 	if cfg.MaxBody == 0 {
 		cfg.MaxBody = DefaultMaxBody
 	}
-	return &Handler{cfg}
+	if cfg.MaxBodies == 0 {
+		cfg.MaxBodies = DefaultMaxBodies
+	}
+	return &Handler{cfg: cfg}
 }
 
 func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
@@ -149,7 +154,9 @@ func (h *Handler) modelReady(r *http.Request, name string, version int64) error 
 }
 
 func (h *Handler) infer(w http.ResponseWriter, r *http.Request, name string, version int64) error {
-	body, err := h.readBody(r)
+	share := share{handler: h}
+	defer share.release()
+	body, err := h.readBody(r, &share)
 	if err != nil {
 		return err
 	}
@@ -207,8 +214,33 @@ func (h *Handler) infer(w http.ResponseWriter, r *http.Request, name string, ver
 	return nil
 }
 
+// share is what a request has of MaxBodies.
+type share struct {
+	handler *Handler
+	body    io.Reader // what Read reads, and takes for
+	taken   int64
+}
+
+func (s *share) take(n int64) error {
+	s.taken += n
+	if most := s.handler.cfg.MaxBodies; s.handler.held.Add(n) > most {
+		return Errorf(Unavailable, "the requests at work have %d bytes, the most that they may", most)
+	}
+	return nil
+}
+
+func (s *share) release() { s.handler.held.Add(-s.taken) }
+
+func (s *share) Read(p []byte) (int, error) {
+	n, err := s.body.Read(p)
+	if full := s.take(int64(n)); full != nil {
+		return n, full
+	}
+	return n, err
+}
+
 // readBody reads the whole body, decompressed.
-func (h *Handler) readBody(r *http.Request) ([]byte, error) {
+func (h *Handler) readBody(r *http.Request, share *share) ([]byte, error) {
 	limit := h.cfg.MaxBody
 	if r.ContentLength > limit {
 		return nil, Errorf(TooLarge, "request body has %d bytes, allowed are %d", r.ContentLength, limit)
@@ -217,6 +249,9 @@ func (h *Handler) readBody(r *http.Request) ([]byte, error) {
 	switch encoding := r.Header.Get("Content-Encoding"); encoding {
 	case "", "identity":
 		if n := r.ContentLength; n >= 0 {
+			if err := share.take(n); err != nil {
+				return nil, err
+			}
 			b := make([]byte, n)
 			if _, err := io.ReadFull(body, b); err != nil {
 				return nil, readError(err)
@@ -238,7 +273,8 @@ func (h *Handler) readBody(r *http.Request) ([]byte, error) {
 	default:
 		return nil, Errorf(InvalidArgument, "header Content-Encoding is %q, allowed are gzip and deflate", clip(encoding))
 	}
-	b, err := io.ReadAll(io.LimitReader(body, limit+1))
+	share.body = io.LimitReader(body, limit+1)
+	b, err := io.ReadAll(share)
 	if err != nil {
 		return nil, readError(err)
 	}
@@ -249,6 +285,9 @@ func (h *Handler) readBody(r *http.Request) ([]byte, error) {
 }
 
 func readError(err error) error {
+	if _, ok := errors.AsType[*Error](err); ok {
+		return err
+	}
 	if _, ok := errors.AsType[*http.MaxBytesError](err); ok {
 		return Errorf(TooLarge, "read request body: %w", err)
 	}

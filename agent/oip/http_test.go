@@ -271,6 +271,39 @@ func TestInferRaw(t *testing.T) {
 	}
 }
 
+// The bodies of all requests together are bounded, however long they take.
+func TestBodiesTogether(t *testing.T) {
+	begun, goOn := make(chan struct{}), make(chan struct{})
+	b := &echo{answer: func(Request) (Response, error) {
+		begun <- struct{}{}
+		<-goOn
+		return Response{}, nil
+	}}
+	h := New(Config{Backend: b, MaxBody: 200, MaxBodies: int64(2*len(small) - 1)})
+	infer := func(body io.Reader) *httptest.ResponseRecorder {
+		w := httptest.NewRecorder()
+		h.ServeHTTP(w, httptest.NewRequest("POST", "/v2/models/echo/infer", body))
+		return w
+	}
+	for range 2 { // a refusal costs nothing in the long run
+		first := make(chan int)
+		go func() { first <- infer(strings.NewReader(small)).Code }()
+		<-begun
+		for name, body := range map[string]io.Reader{"known length": strings.NewReader(small), "chunked": io.MultiReader(strings.NewReader(small))} {
+			if w := infer(body); w.Code != 503 || w.Header().Get("Retry-After") == "" {
+				t.Errorf("%s: status %d, body %s", name, w.Code, w.Body)
+			}
+		}
+		goOn <- struct{}{}
+		if code := <-first; code != 200 {
+			t.Errorf("the first: status %d", code)
+		}
+	}
+	if held := h.held.Load(); held != 0 {
+		t.Errorf("%d bytes are held at the end", held)
+	}
+}
+
 const small = `{"inputs":[{"name":"b","shape":[1],"datatype":"INT32","data":[7]}]}`
 
 func TestBodies(t *testing.T) {

@@ -22,9 +22,12 @@ import (
 // that names it.
 const (
 	DefaultMaxBody = 64 << 20 // bytes, after decompression
-	MaxTensors     = 1024     // inputs, and requested outputs
-	MaxDims        = 32       // dimensions of a tensor
-	MaxName        = 1024     // bytes of the name of a tensor, and of a request id
+	// DefaultMaxBodies bounds the bytes of all requests at a time; one that
+	// finds too little left is refused as Unavailable.
+	DefaultMaxBodies = 4 * DefaultMaxBody
+	MaxTensors       = 1024 // inputs, and requested outputs
+	MaxDims          = 32   // dimensions of a tensor
+	MaxName          = 1024 // bytes of the name of a tensor, and of a request id
 )
 
 // Backend answers requests. Its methods may be called concurrently. Their

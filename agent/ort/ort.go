@@ -101,6 +101,9 @@ func Init(library string, threads int) error {
 }
 
 func open(library string, threads int) error {
+	if library == "" {
+		return errors.New("no ONNX Runtime library is named: give its path by --runtime-lib or DUNLIN_ORT_LIB")
+	}
 	if err := checkBinding(); err != nil {
 		return fmt.Errorf("open ONNX Runtime: %w", err)
 	}

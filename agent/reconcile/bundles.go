@@ -12,6 +12,7 @@ import (
 	"github.com/dunlin/dunlin/models"
 	dunlinv1 "github.com/dunlin/dunlin/proto/dunlin/v1"
 	"github.com/opencontainers/go-digest"
+	"golang.org/x/sys/unix"
 )
 
 // The names in a bundle's folder. The folder of a verified bundle is called
@@ -66,7 +67,8 @@ type bundle struct {
 
 // open gives the verified bundle of a digest; its error is fs.ErrNotExist
 // where there is none. A bundle whose files have not the sizes that its
-// manifest says, as after a repair of the file system, is removed.
+// manifest says, as after a repair of the file system, is removed; one that
+// cannot be read just now is not.
 func (b *bundles) open(d digest.Digest) (*bundle, error) {
 	dir := b.path(d)
 	if _, err := os.Stat(dir); err != nil {
@@ -75,6 +77,11 @@ func (b *bundles) open(d digest.Digest) (*bundle, error) {
 	found, err := readBundle(dir)
 	if err == nil {
 		return found, nil
+	}
+	for _, scarce := range []error{unix.EMFILE, unix.ENFILE, unix.ENOMEM} {
+		if errors.Is(err, scarce) {
+			return nil, err
+		}
 	}
 	return nil, fmt.Errorf("%w: bundle %s is damaged (%w)", fs.ErrNotExist, d, errors.Join(err, b.remove(d)))
 }
@@ -94,6 +101,9 @@ func readBundle(dir string) (*bundle, error) {
 	raw, err = os.ReadFile(filepath.Join(dir, configFile))
 	if err != nil {
 		return nil, err
+	}
+	if got := digest.FromBytes(raw); got != m.Config.Digest {
+		return nil, fmt.Errorf("its config has digest %s", got)
 	}
 	cfg, err := models.ParseConfig(raw)
 	if err != nil {

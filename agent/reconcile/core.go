@@ -110,7 +110,7 @@ func (c *core) add(k key, now time.Time) *version {
 }
 
 // setDesired takes a checked document. A version in quarantine stays there
-// while the same digest is wanted.
+// while the same digest is wanted; one that is wanted anew begins anew.
 func (c *core) setDesired(doc *dunlinv1.DesiredDocument, now time.Time) {
 	desired := map[string]*version{}
 	for _, w := range doc.Versions {
@@ -118,10 +118,14 @@ func (c *core) setDesired(doc *dunlinv1.DesiredDocument, now time.Time) {
 		v.deployment = w.Deployment
 		v.size = cmp.Or(w.SizeBytes, v.size)
 		desired[w.Model] = v
+		if c.desired[w.Model] != v {
+			v.forgive()
+		}
 	}
 	for model, v := range c.desired {
 		if desired[model] != v {
-			v.deployment, v.quarantine, v.failure, v.failures, v.notBefore = "", "", "", 0, time.Time{}
+			v.deployment = ""
+			v.forgive()
 		}
 	}
 	c.desired = desired
@@ -129,6 +133,11 @@ func (c *core) setDesired(doc *dunlinv1.DesiredDocument, now time.Time) {
 	for _, r := range doc.Routes {
 		c.routes[r.Name] = r
 	}
+}
+
+// forgive forgets what the version has failed with.
+func (v *version) forgive() {
+	v.quarantine, v.failure, v.failures, v.notBefore = "", "", 0, time.Time{}
 }
 
 // retry makes what waits after a failure due at once.
@@ -169,10 +178,11 @@ func (c *core) sorted() []*version {
 }
 
 // lost takes in that a loaded version cannot run any more. It is unloaded,
-// and checked before it is loaded again.
+// and checked before it is loaded again. That may be heard of before the end
+// of its load.
 func (c *core) lost(id engine.VersionID) {
 	for _, v := range c.versions {
-		if v.id == id && v.stage == resident {
+		if v.id == id && (v.stage == resident || v.busy == loading) {
 			v.broken = true
 		}
 	}
@@ -367,8 +377,11 @@ func (c *core) done(k key, result outcome, now time.Time) {
 	v := c.versions[k]
 	was, cancelled := v.busy, v.cancelled
 	v.busy, v.cancelled = idle, false
-	if was == fetching {
+	switch {
+	case was == fetching:
 		c.cramped = result.noRoom
+	case was == loading && result.err != nil:
+		v.broken = false
 	}
 	if result.lost {
 		v.stage, v.since, v.checked, v.good = absent, now, false, false

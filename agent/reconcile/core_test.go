@@ -295,6 +295,36 @@ func TestCoreSteps(t *testing.T) {
 			w.core.lost(keyOf(v1).id)
 			w.settle()
 		}, "withdraw m:1, unload m:1, check m:1, load m:1, serve m:1"},
+		{"lost before its load has been taken note of", func(w *world) {
+			w.desire(doc(v1))
+			w.begin()
+			w.end(keyOf(v1), outcome{})
+			w.begin()
+			w.end(keyOf(v1), outcome{})
+			w.begin()
+			w.core.lost(keyOf(v1).id)
+			w.settle()
+		}, "fetch m:1, check m:1, load m:1, unload m:1, check m:1, load m:1, serve m:1"},
+		{"lost, and then its load fails", func(w *world) {
+			w.desire(doc(v1))
+			w.begin()
+			w.end(keyOf(v1), outcome{})
+			w.begin()
+			w.end(keyOf(v1), outcome{})
+			w.begin()
+			w.core.lost(keyOf(v1).id)
+			w.end(keyOf(v1), outcome{err: errors.New("passing")})
+			w.settle()
+		}, "fetch m:1, check m:1, load m:1, load m:1, serve m:1"},
+		{"back to one that failed as the stand-in", func(w *world) {
+			v := w.core.add(keyOf(v1), w.now) // as a start finds it
+			v.stage, v.good, w.onDisk[v.digest] = stored, true, true
+			w.desire(doc(v2))
+			w.begin()
+			w.end(keyOf(v1), permanent)
+			w.desire(doc(v1))
+			w.settle()
+		}, "load m:1, load m:1, serve m:1, remove m:2"},
 		{"a route keeps its target until the new one runs", func(w *world) {
 			a, b := wantVersion("a", 1, "a"), wantVersion("b", 1, "b")
 			w.desire(&dunlinv1.DesiredDocument{Versions: []*dunlinv1.DesiredVersion{a}, Routes: []*dunlinv1.DesiredRoute{route("r", target("a", 0))}})

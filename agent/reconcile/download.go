@@ -31,9 +31,6 @@ type VerifyError struct {
 }
 
 func (e *VerifyError) Error() string {
-	if e.File == "" {
-		return "verify: " + e.Err.Error()
-	}
 	return fmt.Sprintf("verify %s at offset %d: %v", e.File, e.Offset, e.Err)
 }
 

@@ -18,6 +18,7 @@ import (
 	"time"
 
 	"github.com/opencontainers/go-digest"
+	"golang.org/x/sys/unix"
 )
 
 func seeded(t testing.TB) *rand.Rand {
@@ -355,6 +356,25 @@ func TestFetchFaults(t *testing.T) {
 			t.Errorf("got %v, want a VerifyError of the manifest", err)
 		}
 	})
+	t.Run("config longer than it is", func(t *testing.T) {
+		reg := serveBundles(t, b)
+		for d, raw := range b.blobs {
+			if bytes.Contains(raw, []byte(`"entry"`)) && d != b.digest {
+				reg.blobs[d] = append(bytes.Clone(raw), "and more"...)
+				reg.setFault(func(asked digest.Digest, _ int64, _ []byte) verdict {
+					if asked == d { // once only
+						reg.blobs[d] = raw
+					}
+					return pass
+				})
+			}
+		}
+		s := testStore(t)
+		if err := newDownload(t, s, reg, b).run(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		checkInstalled(t, s, b)
+	})
 	t.Run("connection cut", func(t *testing.T) {
 		reg := serveBundles(t, b)
 		cuts := 0
@@ -504,6 +524,51 @@ func TestBundlesFinishRemovalsAndDropDamage(t *testing.T) {
 	whole, part, err := s.list()
 	if err != nil || len(whole)+len(part) > 0 {
 		t.Errorf("list gives %v and %v, %v", whole, part, err)
+	}
+}
+
+// A bundle that cannot be read for want of descriptors is there all the same.
+func TestBundlesOutliveScarcity(t *testing.T) {
+	b := pack(t, map[string][][]byte{"model.onnx": blocks(seeded(t), 2)})
+	s := testStore(t)
+	if err := newDownload(t, s, serveBundles(t, b), b).run(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	var limit unix.Rlimit
+	if err := unix.Prlimit(0, unix.RLIMIT_NOFILE, nil, &limit); err != nil {
+		t.Fatal(err)
+	}
+	none := unix.Rlimit{Cur: 0, Max: limit.Max}
+	if err := unix.Prlimit(0, unix.RLIMIT_NOFILE, &none, nil); err != nil {
+		t.Fatal(err)
+	}
+	_, scarce := s.open(b.digest)
+	if err := unix.Prlimit(0, unix.RLIMIT_NOFILE, &limit, nil); err != nil {
+		t.Fatal(err)
+	}
+	if !errors.Is(scarce, unix.EMFILE) || errors.Is(scarce, fs.ErrNotExist) {
+		t.Errorf("without descriptors: %v", scarce)
+	}
+	checkInstalled(t, s, b)
+}
+
+// A config that is not the bundle's own does not say which file is opened.
+func TestBundlesVerifyTheConfig(t *testing.T) {
+	b := pack(t, map[string][][]byte{"model.onnx": blocks(seeded(t), 2), "other.data": blocks(seeded(t), 1)})
+	s := testStore(t)
+	if err := newDownload(t, s, serveBundles(t, b), b).run(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	path := filepath.Join(s.path(b.digest), configFile)
+	raw, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(path, bytes.Replace(raw, []byte(`"model.onnx"`), []byte(`"other.data"`), 1), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if found, err := s.open(b.digest); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("opened as %+v, %v", found, err)
 	}
 }
 

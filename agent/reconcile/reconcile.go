@@ -472,7 +472,8 @@ func (r *Reconciler) permanent(e ending) bool {
 		_, wrong := errors.AsType[*VerifyError](e.err)
 		return wrong
 	case checking, loading:
-		return !errors.Is(e.err, context.Canceled) && !errors.Is(e.err, errLost) &&
+		_, tried := errors.AsType[*loadError](e.err)
+		return tried && !errors.Is(e.err, context.Canceled) &&
 			!errors.Is(e.err, engine.ErrDraining) && !errors.Is(e.err, engine.ErrStopped) && !r.cfg.Passing(e.err)
 	}
 	return false

@@ -155,33 +155,37 @@ func rangeStart(contentRange string) (int64, bool) {
 }
 
 // small reads a whole document of at most limit bytes and verifies it. One
-// that does not have its digest is asked for again before that counts.
+// that is longer, or does not have its digest, is asked for again before that
+// counts.
 func (r *remote) small(ctx context.Context, url, what string, d digest.Digest, limit int64) ([]byte, error) {
 	for try := 0; ; try++ {
-		raw, err := r.readAll(ctx, url, limit)
+		raw, err := r.readAll(ctx, url, limit+1)
 		if err != nil {
 			return nil, fmt.Errorf("%s: %w", what, err)
 		}
-		if got := digest.FromBytes(raw); got == d {
+		if int64(len(raw)) > limit {
+			err = fmt.Errorf("has more than %d bytes", limit)
+		} else if got := digest.FromBytes(raw); got != d {
+			err = fmt.Errorf("has digest %s, want %s", got, d)
+		} else {
 			return raw, nil
-		} else if try == chunkRetries {
-			return nil, &VerifyError{File: what, Err: fmt.Errorf("has digest %s, want %s", got, d)}
+		}
+		if try == chunkRetries {
+			return nil, &VerifyError{File: what, Err: err}
 		}
 	}
 }
 
-func (r *remote) readAll(ctx context.Context, url string, limit int64) ([]byte, error) {
+// readAll reads a blob, or its first most bytes.
+func (r *remote) readAll(ctx context.Context, url string, most int64) ([]byte, error) {
 	b, err := r.get(ctx, url, 0, 0)
 	if err != nil {
 		return nil, err
 	}
 	defer b.Close()
-	raw, err := io.ReadAll(io.LimitReader(b, limit+1))
+	raw, err := io.ReadAll(io.LimitReader(b, most))
 	if err != nil {
 		return nil, fmt.Errorf("GET %s: %w", url, err)
-	}
-	if int64(len(raw)) > limit {
-		return nil, &VerifyError{Err: fmt.Errorf("GET %s: more than %d bytes", url, limit)}
 	}
 	return raw, nil
 }

@@ -275,7 +275,7 @@ func classify(t *table, r oip.Request, id engine.VersionID, err error) error {
 	case errors.Is(err, engine.ErrNotLoaded) && r.Version != 0:
 		return missing(t, id)
 	case errors.Is(err, engine.ErrNotLoaded), errors.Is(err, engine.ErrDraining),
-		errors.Is(err, engine.ErrOverloaded), errors.Is(err, engine.ErrStopped):
+		errors.Is(err, engine.ErrOverloaded), errors.Is(err, engine.ErrStopped), errors.Is(err, engine.ErrUnavailable):
 		return oip.Errorf(oip.Unavailable, "%w", err)
 	default:
 		return err

@@ -278,6 +278,14 @@ func TestResolvingEnds(t *testing.T) {
 	}
 }
 
+func TestUnavailableRuntime(t *testing.T) {
+	e := startEngine(t, adder{fail: func(engine.VersionID) error { return fmt.Errorf("%w: no library", engine.ErrUnavailable) }})
+	load(t, e, "digits", 1)
+	if _, err := New(e).Infer(t.Context(), request("digits", 1)); codeOf(err) != oip.Unavailable || !strings.Contains(err.Error(), "no library") {
+		t.Error(err)
+	}
+}
+
 func TestOverHTTP(t *testing.T) {
 	crash := errors.New("out of registers")
 	e := startEngine(t, adder{fail: func(id engine.VersionID) error {

@@ -22,19 +22,20 @@ type Runtime struct {
 }
 
 // open has the child open the runtime.
-func (p *process) open(ctx context.Context, cfg *Config) (Runtime, error) {
+func (p *process) open(ctx context.Context, cfg *Config) error {
 	ctx, cancel := context.WithTimeout(ctx, CheckLimit)
 	defer cancel()
 	m, err := p.call(ctx, engine.VersionID{}, &message{
 		kind: kindInit, strings: []string{cfg.RuntimeLib}, number: uint64(max(cfg.Threads, 0)), limit: uint64(cfg.MaxBytes),
 	}, 0)
 	if err != nil {
-		return Runtime{}, err
+		return err
 	}
 	if len(m.strings) == 0 {
-		return Runtime{}, fmt.Errorf("%w: the runtime has no version", errMalformed)
+		return fmt.Errorf("%w: the runtime has no version", errMalformed)
 	}
-	return Runtime{m.strings[0], m.strings[1:]}, nil
+	p.runtime = Runtime{m.strings[0], m.strings[1:]}
+	return nil
 }
 
 // load has the child load a version.
@@ -47,7 +48,7 @@ func (p *process) load(ctx context.Context, s engine.Spec, session uint64) (engi
 }
 
 // once gives what f gives for a short-lived child of its own.
-func once[T any](ctx context.Context, cfg Config, f func(context.Context, *process, Runtime) (T, error)) (result T, err error) {
+func once[T any](ctx context.Context, cfg Config, f func(context.Context, *process) (T, error)) (result T, err error) {
 	// A child dies with the thread that started it.
 	runtime.LockOSThread()
 	defer runtime.UnlockOSThread()
@@ -61,9 +62,8 @@ func once[T any](ctx context.Context, cfg Config, f func(context.Context, *proce
 	defer p.stop()
 	// A child that hangs does not hear of the end of ctx.
 	defer context.AfterFunc(ctx, func() { p.kill("stopped") })()
-	r, err := p.open(ctx, &cfg)
-	if err == nil {
-		result, err = f(ctx, p, r)
+	if err = p.open(ctx, &cfg); err == nil {
+		result, err = f(ctx, p)
 	}
 	if err != nil && ctx.Err() != nil {
 		err = context.Cause(ctx)
@@ -73,10 +73,18 @@ func once[T any](ctx context.Context, cfg Config, f func(context.Context, *proce
 
 // Check loads a version in a short-lived child and gives what it takes and
 // gives. A version that kills its loader gives a DeathError, one that hangs
-// it an error of ctx or of CheckLimit.
+// it an error of ctx or of CheckLimit. engine.ErrUnavailable says that it did
+// not come to loading.
 func Check(ctx context.Context, cfg Config, s engine.Spec) (engine.Info, error) {
-	info, err := once(ctx, cfg, func(ctx context.Context, p *process, _ Runtime) (engine.Info, error) { return p.load(ctx, s, 1) })
+	began := false
+	info, err := once(ctx, cfg, func(ctx context.Context, p *process) (engine.Info, error) {
+		began = true
+		return p.load(ctx, s, 1)
+	})
 	if err != nil {
+		if !began && ctx.Err() == nil {
+			err = unavailable(err)
+		}
 		return engine.Info{}, fmt.Errorf("check %s: %w", s.ID, err)
 	}
 	return info, nil
@@ -84,7 +92,7 @@ func Check(ctx context.Context, cfg Config, s engine.Spec) (engine.Info, error) 
 
 // Probe opens the runtime in a short-lived child and describes it.
 func Probe(ctx context.Context, cfg Config) (Runtime, error) {
-	r, err := once(ctx, cfg, func(_ context.Context, _ *process, r Runtime) (Runtime, error) { return r, nil })
+	r, err := once(ctx, cfg, func(_ context.Context, p *process) (Runtime, error) { return p.runtime, nil })
 	if death, died := errors.AsType[*DeathError](err); died {
 		err = fmt.Errorf("open ONNX Runtime %s: %w", cfg.RuntimeLib, death)
 	}

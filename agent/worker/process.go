@@ -42,6 +42,7 @@ type process struct {
 	socket  *socket
 	stderr  *stderr
 	grace   time.Duration // see Config.grace
+	runtime Runtime       // what it has opened; set by open
 
 	mu      sync.Mutex // guards what follows
 	seq     uint64

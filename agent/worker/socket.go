@@ -56,7 +56,7 @@ func newSocket(end *os.File, r *region, limit uint64, trusted bool) (*socket, er
 	}
 	return &socket{
 		conn: conn, region: r, limit: limit, trusted: trusted,
-		buffer: make([]byte, maxPacket), oob: make([]byte, unix.CmsgSpace(4)),
+		buffer: make([]byte, maxPacket), oob: make([]byte, unix.CmsgLen(4)),
 	}, nil
 }
 

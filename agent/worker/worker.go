@@ -95,16 +95,10 @@ type Death struct {
 	InFlight []engine.VersionID
 }
 
-// Errors that callers tell apart.
-var (
-	ErrStopped = errors.New("worker has stopped")
-	// ErrUnavailable is wrapped by the reason why no child can be started.
-	ErrUnavailable = errors.New("the worker process does not start")
-)
-
 // Worker is an engine.Runtime whose models live in a child process. Its calls
-// wait until a child is ready. A request in flight when the child dies is run
-// once more on the next child; a load is not, and fails with a DeathError.
+// wait until a child is ready; engine.ErrUnavailable says why none can be. A
+// request in flight when the child dies is run once more on the next child; a
+// load is not, and fails with a DeathError.
 type Worker struct {
 	cfg     Config
 	turn    chan struct{} // holds one for each question being worked on
@@ -155,7 +149,11 @@ func (w *Worker) Supervise(ctx context.Context) error {
 		if ready >= w.cfg.settled {
 			row = 0
 		}
-		w.cfg.Log.Warn("worker process ended; starting another", "error", err, "ready_for", ready.Round(time.Millisecond), "in_a_row", row)
+		level := slog.LevelWarn
+		if row&(row-1) != 0 { // of many in a row, only those of a power of two are worth a line
+			level = slog.LevelDebug
+		}
+		w.cfg.Log.Log(ctx, level, "worker process ended; starting another", "error", err, "ready_for", ready.Round(time.Millisecond), "in_a_row", row)
 		pause := time.NewTimer(backoff(row, ready > 0))
 		select {
 		case <-ctx.Done():
@@ -198,7 +196,7 @@ func (w *Worker) once(ctx context.Context) (time.Duration, error) {
 	defer p.stop()
 	defer context.AfterFunc(ctx, func() { p.kill("stopped") })()
 	began := time.Now()
-	hello, err := p.open(ctx, &w.cfg)
+	err = p.open(ctx, &w.cfg)
 	opened := err == nil
 	if opened {
 		err = w.reload(ctx, p)
@@ -210,7 +208,7 @@ func (w *Worker) once(ctx context.Context) (time.Duration, error) {
 		w.ended(p, opened, err)
 		return 0, err
 	}
-	w.cfg.Log.Info("worker process is ready", "pid", p.command.Process.Pid, "runtime", hello.Version, "took", time.Since(began).Round(time.Millisecond))
+	w.cfg.Log.Info("worker process is ready", "pid", p.command.Process.Pid, "runtime", p.runtime.Version, "took", time.Since(began).Round(time.Millisecond))
 	ready := time.Now()
 	<-p.dead
 	if ctx.Err() != nil {
@@ -288,11 +286,11 @@ func (w *Worker) acquire(ctx context.Context) (*process, error) {
 		w.mu.Unlock()
 		switch {
 		case stopped:
-			return nil, ErrStopped
+			return nil, fmt.Errorf("%w: the worker has stopped", engine.ErrUnavailable)
 		case p != nil && !p.isDead(): // Supervise will notice a dead one in a moment
 			return p, nil
 		case p == nil && failure != nil:
-			return nil, fmt.Errorf("%w: %w", ErrUnavailable, failure)
+			return nil, unavailable(failure)
 		}
 		select {
 		case <-changed:
@@ -300,6 +298,20 @@ func (w *Worker) acquire(ctx context.Context) (*process, error) {
 			return nil, context.Cause(ctx)
 		}
 	}
+}
+
+// unavailable is the error of a child that cannot be started.
+func unavailable(reason error) error {
+	return fmt.Errorf("%w: the worker process does not start: %w", engine.ErrUnavailable, reason)
+}
+
+// Runtime waits for a ready child and describes the runtime that it has opened.
+func (w *Worker) Runtime(ctx context.Context) (Runtime, error) {
+	p, err := w.acquire(ctx)
+	if err != nil {
+		return Runtime{}, err
+	}
+	return p.runtime, nil
 }
 
 // take waits for one of a semaphore's places.
@@ -313,8 +325,9 @@ func take(ctx context.Context, semaphore chan struct{}) error {
 }
 
 // Load loads a version, in this child and all that follow. A load during
-// which the child dies is not done again: its error is a DeathError, whatever
-// else the child was doing. Check tells whether it was the version's fault.
+// which the child dies is not done again: its error is a DeathError. Unless
+// the load was all that the child was doing, it is engine.ErrUnavailable too:
+// another version may have killed it.
 func (w *Worker) Load(ctx context.Context, s engine.Spec) (engine.Info, error) {
 	if err := take(ctx, w.loading); err != nil {
 		return engine.Info{}, err
@@ -334,6 +347,9 @@ func (w *Worker) Load(ctx context.Context, s engine.Spec) (engine.Info, error) {
 			return engine.Info{}, err
 		}
 		info, err := p.load(ctx, s, session)
+		if _, died := errors.AsType[*DeathError](err); died && !slices.Equal(p.inFlight, []engine.VersionID{s.ID}) {
+			err = fmt.Errorf("%w: %w", engine.ErrUnavailable, err)
+		}
 		if err != nil {
 			return engine.Info{}, err
 		}

@@ -16,6 +16,8 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/dunlin/dunlin/agent/engine"
 	"github.com/dunlin/dunlin/agent/ort"
 	"github.com/dunlin/dunlin/models/tensor"
@@ -309,6 +311,58 @@ func TestLoadThatKills(t *testing.T) {
 	}
 }
 
+// TestLoadBesideOthers has a load kill the child while another version runs:
+// it is not put down to the load alone.
+func TestLoadBesideOthers(t *testing.T) {
+	w := start(t, testConfig(t, "kill-on-load=add.onnx"))
+	busy, _ := load(t, w, "chain.onnx")
+	p := child(t, w)
+	ctx, cancel := context.WithCancel(t.Context())
+	var run sync.WaitGroup
+	defer run.Wait()
+	defer cancel()
+	run.Go(func() { w.Run(ctx, busy, []tensor.Tensor{floats("x", 1, 1000, 1000)}, nil) })
+	until(t, "the run to begin", func() bool {
+		p.mu.Lock()
+		defer p.mu.Unlock()
+		return len(p.pending) > 0
+	})
+	_, err := w.Load(t.Context(), spec(t, "add.onnx"))
+	if _, died := errors.AsType[*DeathError](err); !died || !errors.Is(err, engine.ErrUnavailable) {
+		t.Errorf("beside a run: %v", err)
+	}
+	cancel()
+	run.Wait()
+	_, err = w.Load(t.Context(), spec(t, "add.onnx"))
+	if _, died := errors.AsType[*DeathError](err); !died || errors.Is(err, engine.ErrUnavailable) {
+		t.Errorf("alone: %v", err)
+	}
+}
+
+// TestDescriptorsNobodyAskedFor sends two in one packet: none stays open.
+func TestDescriptorsNobodyAskedFor(t *testing.T) {
+	pair, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_SEQPACKET|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Close(pair[1])
+	s, err := newSocket(os.NewFile(uintptr(pair[0]), "socket"), nil, initLimit, false)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer s.close()
+	before := descriptors(t)
+	if err := unix.Sendmsg(pair[1], []byte{attached, 1, 0, 0, 0, 0, 0, 0, 0}, unix.UnixRights(0, 1), nil, 0); err != nil {
+		t.Fatal(err)
+	}
+	if _, _, err := s.receive(); !errors.Is(err, errMalformed) {
+		t.Errorf("receive: %v", err)
+	}
+	if after := descriptors(t); after != before {
+		t.Errorf("%d descriptors before, %d after", before, after)
+	}
+}
+
 // TestReloadThatKills has a version that loads once and kills every child
 // that loads it again: it is given up, and the worker goes on.
 func TestReloadThatKills(t *testing.T) {
@@ -404,12 +458,15 @@ func TestNoRuntime(t *testing.T) {
 		t.Errorf("Probe: %v", err)
 	}
 	w := start(t, cfg)
-	if _, err := w.Load(t.Context(), spec(t, "add.onnx")); !errors.Is(err, ErrUnavailable) || !strings.Contains(err.Error(), cfg.RuntimeLib) {
+	if _, err := w.Load(t.Context(), spec(t, "add.onnx")); !errors.Is(err, engine.ErrUnavailable) || !strings.Contains(err.Error(), cfg.RuntimeLib) {
 		t.Errorf("Load: %v", err)
+	}
+	if _, err := Check(t.Context(), cfg, spec(t, "add.onnx")); !errors.Is(err, engine.ErrUnavailable) || !strings.Contains(err.Error(), cfg.RuntimeLib) {
+		t.Errorf("Check: %v", err)
 	}
 	cfg = testConfig(t, "")
 	cfg.Command = []string{"/nowhere/dunlin-agent"}
-	if _, err := start(t, cfg).Load(t.Context(), spec(t, "add.onnx")); !errors.Is(err, ErrUnavailable) || !errors.Is(err, os.ErrNotExist) {
+	if _, err := start(t, cfg).Load(t.Context(), spec(t, "add.onnx")); !errors.Is(err, engine.ErrUnavailable) || !errors.Is(err, os.ErrNotExist) {
 		t.Errorf("Load: %v", err)
 	}
 }
@@ -418,7 +475,7 @@ func TestNoRuntime(t *testing.T) {
 func TestStillborn(t *testing.T) {
 	cfg := testConfig(t, "")
 	cfg.Command = []string{"/bin/false"}
-	if _, err := start(t, cfg).Load(t.Context(), spec(t, "add.onnx")); !errors.Is(err, ErrUnavailable) || !strings.Contains(err.Error(), "exit status 1") {
+	if _, err := start(t, cfg).Load(t.Context(), spec(t, "add.onnx")); !errors.Is(err, engine.ErrUnavailable) || !strings.Contains(err.Error(), "exit status 1") {
 		t.Errorf("Load: %v", err)
 	}
 }
@@ -430,7 +487,7 @@ func TestStopped(t *testing.T) {
 	if err := w.Supervise(ctx); err != nil {
 		t.Error(err)
 	}
-	if _, err := w.Load(t.Context(), spec(t, "add.onnx")); !errors.Is(err, ErrStopped) {
+	if _, err := w.Load(t.Context(), spec(t, "add.onnx")); !errors.Is(err, engine.ErrUnavailable) {
 		t.Error(err)
 	}
 }
