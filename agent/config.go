@@ -26,13 +26,13 @@ import (
 type Config struct {
 	Data       string            `yaml:"data"`        // folder of everything that the agent keeps
 	Controller string            `yaml:"controller"`  // base URL; "": serve what is there, without a controller
-	JoinToken  string            `yaml:"join_token"`  // needed until the device has joined; "@path" reads a file
+	JoinToken  string            `yaml:"join-token"`  // needed until the device has joined; "@path" reads a file
 	Name       string            `yaml:"name"`        // of the device; the host's where empty
 	Labels     map[string]string `yaml:"labels"`      // of the device
 	Listen     string            `yaml:"listen"`      // host:port of inference
-	RuntimeLib string            `yaml:"runtime_lib"` // path of ONNX Runtime's shared library
-	LogLevel   string            `yaml:"log_level"`
-	LogFormat  string            `yaml:"log_format"`
+	RuntimeLib string            `yaml:"runtime-lib"` // path of ONNX Runtime's shared library
+	LogLevel   string            `yaml:"log-level"`
+	LogFormat  string            `yaml:"log-format"`
 
 	Log    *slog.Logger `yaml:"-"`
 	Worker []string     `yaml:"-"` // command of the worker process; this program with "worker" where empty
@@ -46,6 +46,9 @@ const (
 )
 
 var labelPattern = regexp.MustCompile(`^[A-Za-z0-9]([A-Za-z0-9._/-]*[A-Za-z0-9])?$`)
+
+// ErrUsage is the error of a command line or of settings that are wrong.
+var ErrUsage = errors.New("wrong usage")
 
 // ParseConfig makes a Config from defaults, the file that --config names,
 // the environment and the flags, each stronger than the one before. All
@@ -76,16 +79,16 @@ func parseInto(cfg *Config, name string, args []string, getenv func(string) stri
 	var flags Config
 	labels := map[string]string{}
 	fs := flag.NewFlagSet(name, flag.ContinueOnError)
-	fs.SetOutput(help)
-	file := fs.String("config", "", "YAML `file` with the settings below, their names written with _ for -")
+	fs.SetOutput(io.Discard) // an error is said once, by the caller
+	file := fs.String("config", "", "YAML `file` with the names of these flags as keys, labels as a mapping")
 	fs.StringVar(&flags.Data, "data", "", "`folder` of everything that the agent keeps (default "+cfg.Data+")")
 	fs.StringVar(&flags.Controller, "controller", "", "base `URL` of the controller; without one, serve what is there")
 	fs.StringVar(&flags.JoinToken, "join-token", "", "`token` by which the device joins, or @file; also DUNLIN_JOIN_TOKEN")
 	fs.StringVar(&flags.Name, "name", "", "`name` of the device (default: the host's)")
 	fs.StringVar(&flags.Listen, "listen", "", "`host:port` of inference (default "+cfg.Listen+")")
 	fs.StringVar(&flags.RuntimeLib, "runtime-lib", "", "`path` of ONNX Runtime's shared library; also DUNLIN_ORT_LIB")
-	fs.StringVar(&flags.LogLevel, "log-level", "", "debug, info, warn or error (default "+cfg.LogLevel+")")
-	fs.StringVar(&flags.LogFormat, "log-format", "", "text or json (default "+cfg.LogFormat+")")
+	fs.StringVar(&flags.LogLevel, "log-level", "", "`level` of the log: debug, info, warn or error (default "+cfg.LogLevel+")")
+	fs.StringVar(&flags.LogFormat, "log-format", "", "`format` of the log: text or json (default "+cfg.LogFormat+")")
 	fs.Func("label", "`key=value` label of the device; may be repeated", func(s string) error {
 		k, v, ok := strings.Cut(s, "=")
 		if !ok {
@@ -97,11 +100,13 @@ func parseInto(cfg *Config, name string, args []string, getenv func(string) stri
 	if more != nil {
 		more(fs)
 	}
-	if err := fs.Parse(args); err != nil {
-		return err
+	if err := fs.Parse(args); errors.Is(err, flag.ErrHelp) {
+		return errors.Join(err, printHelp(help, fs))
+	} else if err != nil {
+		return fmt.Errorf("%w: %w\nrun: %s --help", ErrUsage, err, name)
 	}
 	if fs.NArg() > 0 {
-		return fmt.Errorf("unexpected argument %q", fs.Arg(0))
+		return fmt.Errorf("%w: unexpected argument %q\nrun: %s --help", ErrUsage, fs.Arg(0), name)
 	}
 	if *file != "" {
 		if err := readConfig(*file, cfg); err != nil {
@@ -111,7 +116,29 @@ func parseInto(cfg *Config, name string, args []string, getenv func(string) stri
 	overlay(cfg, Config{JoinToken: getenv("DUNLIN_JOIN_TOKEN"), RuntimeLib: getenv("DUNLIN_ORT_LIB")})
 	flags.Labels = labels
 	overlay(cfg, flags)
-	return cfg.check()
+	if err := cfg.check(); err != nil {
+		return fmt.Errorf("%w: %w", ErrUsage, err)
+	}
+	return nil
+}
+
+// printHelp lists the flags as they are written in the documents.
+func printHelp(w io.Writer, fs *flag.FlagSet) error {
+	var b strings.Builder
+	fmt.Fprintf(&b, "Usage: %s [flags]\n\n", fs.Name())
+	if strings.HasSuffix(fs.Name(), " run") {
+		b.WriteString("Other commands: dunlin-agent doctor, dunlin-agent version. Without a command it is run.\n\n")
+	}
+	fs.VisitAll(func(f *flag.Flag) {
+		value, usage := flag.UnquoteUsage(f)
+		dashes := "--"
+		if len(f.Name) == 1 {
+			dashes = "-"
+		}
+		fmt.Fprintf(&b, "  %-24s %s\n", dashes+f.Name+" "+value, usage)
+	})
+	_, err := io.WriteString(w, b.String())
+	return err
 }
 
 func defaultData(getenv func(string) string) string {

@@ -27,7 +27,7 @@ func TestConfigPrecedence(t *testing.T) {
 	file := filepath.Join(dir, "agent.yaml")
 	for path, text := range map[string]string{
 		token: "from-file\n",
-		file:  "name: from-yaml\ndata: /from/yaml\nruntime_lib: from-yaml\nlabels: {site: yaml, line: a}\nlisten: 127.0.0.1:1\n",
+		file:  "name: from-yaml\ndata: /from/yaml\nruntime-lib: from-yaml\nlabels: {site: yaml, line: a}\nlisten: 127.0.0.1:1\n",
 	} {
 		if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
 			t.Fatal(err)

@@ -60,7 +60,7 @@ func Doctor(ctx context.Context, args []string, getenv func(string) string, out,
 	var cfg Config
 	format := ""
 	err := parseInto(&cfg, "dunlin-agent doctor", args, getenv, help, func(fs *flag.FlagSet) {
-		fs.StringVar(&format, "o", "table", "`format` of the output: table or json")
+		fs.StringVar(&format, "o", "table", "`format` of the output: table or json (default table)")
 	})
 	if errors.Is(err, flag.ErrHelp) {
 		return nil
@@ -68,7 +68,7 @@ func Doctor(ctx context.Context, args []string, getenv func(string) string, out,
 		return err
 	}
 	if format != "table" && format != "json" {
-		return fmt.Errorf("-o: %q is not table or json", format)
+		return fmt.Errorf("%w: -o: %q is not table or json", ErrUsage, format)
 	}
 	findings := examine(ctx, cfg)
 	if format == "json" {

@@ -69,15 +69,27 @@ func join(ctx context.Context, cfg Config, store *state.Store, info *dunlinv1.De
 		}
 		switch connect.CodeOf(err) {
 		case connect.CodeUnauthenticated, connect.CodePermissionDenied, connect.CodeInvalidArgument, connect.CodeAlreadyExists, connect.CodeFailedPrecondition:
-			return id, fmt.Errorf("join %s as %s: %w", cfg.Controller, id.Device, err)
+			hint := ""
+			if connect.CodeOf(err) == connect.CodePermissionDenied {
+				hint = "; make a new one with `dunlin join-token create`"
+			}
+			return id, fmt.Errorf("join %s as %s: %s%s", cfg.Controller, id.Device, messageOf(err), hint)
 		}
 		wait := mathrand.N(bound)
-		cfg.Log.Warn("cannot join yet; trying on", "device", id.Device, "controller", cfg.Controller, "error", err, "in", wait.Round(time.Millisecond))
+		cfg.Log.Warn("cannot join yet; trying on", "device", id.Device, "controller", cfg.Controller, "error", messageOf(err), "in", wait.Round(time.Millisecond))
 		if !sleep(ctx, wait) {
 			return id, ctx.Err()
 		}
 		bound = min(2*bound, lastJoinWait)
 	}
+}
+
+// messageOf gives what an error of a call says, without the name of its code.
+func messageOf(err error) string {
+	if e, ok := errors.AsType[*connect.Error](err); ok && e.Message() != "" {
+		return e.Message()
+	}
+	return err.Error()
 }
 
 func joined(id state.Identity) bool { return id.BrokerURL != "" }

@@ -32,7 +32,11 @@ func openBus(ctx context.Context, c Config, st *store.Store, auth *identity.Auth
 	if err != nil {
 		return nil, err
 	}
-	b := &bus{url: c.BrokerURL, close: func() {}}
+	address, err := brokerAddress(c.BrokerURL)
+	if err != nil {
+		return nil, err
+	}
+	b := &bus{url: "tcp://" + address, close: func() {}}
 	e, err := broker.NewExternal(broker.ExternalConfig{
 		URL: c.BrokerURL, Username: c.BrokerUsername, Password: secret, Log: log, OnConnect: func() { b.resumed() },
 	})

@@ -1,6 +1,7 @@
 package controller
 
 import (
+	"cmp"
 	"errors"
 	"flag"
 	"fmt"
@@ -90,15 +91,17 @@ const maxConfigFile = 1 << 20
 func LoadConfig(args []string, getenv func(string) string, output io.Writer) (Config, error) {
 	c := DefaultConfig()
 	flags := flag.NewFlagSet("dunlin-controller", flag.ContinueOnError)
-	flags.SetOutput(output)
+	flags.SetOutput(io.Discard) // an error is said once, by the caller
 	file := flags.String("config", getenv(environment+"CONFIG"), "YAML file with the names of these flags as keys")
 	var given Config
 	names := given.settings()
 	for i, s := range c.settings() {
 		flags.StringVar(names[i].value, s.name, *s.value, s.usage)
 	}
-	if err := flags.Parse(args); err != nil {
-		return c, err
+	if err := flags.Parse(args); errors.Is(err, flag.ErrHelp) {
+		return c, errors.Join(err, printHelp(output, flags))
+	} else if err != nil {
+		return c, fmt.Errorf("%w\nrun: dunlin-controller --help", err)
 	}
 	var faults []error
 	if flags.NArg() > 0 {
@@ -120,6 +123,21 @@ func LoadConfig(args []string, getenv func(string) string, output io.Writer) (Co
 		}
 	}
 	return c, errors.Join(append(faults, c.check())...)
+}
+
+// printHelp lists the flags as they are written in the documents.
+func printHelp(w io.Writer, flags *flag.FlagSet) error {
+	var b strings.Builder
+	b.WriteString("Usage: dunlin-controller [flags]\n\nOther commands: dunlin-controller version.\n\n")
+	flags.VisitAll(func(f *flag.Flag) {
+		usage := f.Usage
+		if f.DefValue != "" {
+			usage += " (default " + f.DefValue + ")"
+		}
+		fmt.Fprintf(&b, "  --%-24s %s\n", f.Name, usage)
+	})
+	_, err := io.WriteString(w, b.String())
+	return err
 }
 
 func readConfig(path string, c *Config) error {
@@ -175,11 +193,10 @@ func (c *Config) check() error {
 			fault("broker-url %q is not mqtt://host:port", u.Redacted())
 			break
 		}
-		host := u.Host
-		if u.Port() == "" {
-			host = net.JoinHostPort(u.Hostname(), "1883")
-		}
-		if err := checkLoopback("broker-url", host); err != nil {
+		address, err := brokerAddress(c.BrokerURL)
+		if err != nil {
+			faults = append(faults, err)
+		} else if err := checkLoopback("broker-url", address); err != nil {
 			faults = append(faults, err)
 		}
 		if c.MosquittoPasswordFile != "" && c.BrokerUsername != broker.ControllerUser {
@@ -190,6 +207,15 @@ func (c *Config) check() error {
 		fault("mosquitto-pid-file needs mosquitto-password-file")
 	}
 	return errors.Join(faults...)
+}
+
+// brokerAddress gives the host and port of an external broker's URL.
+func brokerAddress(s string) (string, error) {
+	u, err := url.Parse(s)
+	if err != nil {
+		return "", fmt.Errorf("broker-url: %w", err)
+	}
+	return net.JoinHostPort(u.Hostname(), cmp.Or(u.Port(), "1883")), nil
 }
 
 // checkLoopback refuses every address that another machine could reach, or

@@ -83,7 +83,7 @@ func Run(ctx context.Context, c Config) (err error) {
 	}
 	listener, err := net.Listen("tcp", c.Listen)
 	if err != nil {
-		return fmt.Errorf("listen: %w", err)
+		return fmt.Errorf("%w; --listen chooses another address", err)
 	}
 	defer listener.Close()
 	url := "http://" + listener.Addr().String()
@@ -189,7 +189,10 @@ func lock(path string) (unlock func() error, err error) {
 		return nil, fmt.Errorf("lock data folder: %w", err)
 	}
 	if err := syscall.Flock(int(f.Fd()), syscall.LOCK_EX|syscall.LOCK_NB); err != nil {
-		return nil, errors.Join(fmt.Errorf("another controller uses the data folder %s: %w", filepath.Dir(path), err), f.Close())
+		if errors.Is(err, syscall.EWOULDBLOCK) {
+			err = fmt.Errorf("another controller uses the data folder %s; choose another one by --data", filepath.Dir(path))
+		}
+		return nil, errors.Join(err, f.Close())
 	}
 	return f.Close, nil // gives the lock back
 }

@@ -401,6 +401,19 @@ func TestLoadConfig(t *testing.T) {
 	}
 }
 
+// TestBrokerURL: agents take the address of an external broker in one form.
+func TestBrokerURL(t *testing.T) {
+	for given, want := range map[string]string{
+		"mqtt://localhost": "tcp://localhost:1883", "mqtt://127.0.0.1:1884": "tcp://127.0.0.1:1884", "tcp://[::1]:1": "tcp://[::1]:1",
+	} {
+		b, err := openBus(t.Context(), Config{BrokerURL: given}, nil, nil, slog.New(slog.DiscardHandler))
+		must(t, err)
+		if b.url != want {
+			t.Errorf("%s: devices are told %s, want %s", given, b.url, want)
+		}
+	}
+}
+
 func TestLoadConfigFaults(t *testing.T) {
 	file := filepath.Join(t.TempDir(), "c.yaml")
 	must(t, os.WriteFile(file, []byte("data: x\ncolour: red\n"), 0o600))

@@ -79,7 +79,7 @@ func CheckName(name string) error {
 func ParseRef(s string) (name string, version int64, err error) {
 	name, v, tagged := strings.Cut(s, ":")
 	if err := CheckName(name); err != nil {
-		return "", 0, fmt.Errorf("model %q: %w", shorten(s), err)
+		return "", 0, fmt.Errorf("model: %w", err)
 	}
 	if !tagged {
 		return name, 0, nil

@@ -3,6 +3,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"os"
 	"os/signal"
@@ -23,17 +24,22 @@ func main() {
 	}
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
-	err := fmt.Errorf("unknown command %q; there are run (the default), doctor and version", verb)
+	err := fmt.Errorf("%w: unknown command %q; there are run (the default), doctor and version\nrun: dunlin-agent --help", agent.ErrUsage, verb)
 	switch verb {
+	case "help":
+		err = agent.Main(ctx, []string{"--help"}, os.Getenv, os.Stdout)
 	case "run":
-		err = agent.Main(ctx, args, os.Getenv, os.Stderr)
+		err = agent.Main(ctx, args, os.Getenv, os.Stdout)
 	case "doctor":
-		err = agent.Doctor(ctx, args, os.Getenv, os.Stdout, os.Stderr)
+		err = agent.Doctor(ctx, args, os.Getenv, os.Stdout, os.Stdout)
 	case "version":
 		_, err = fmt.Println("dunlin-agent", agent.Version())
 	}
 	if err != nil {
 		fmt.Fprintln(os.Stderr, "dunlin-agent:", err)
+		if errors.Is(err, agent.ErrUsage) {
+			os.Exit(2)
+		}
 		os.Exit(1)
 	}
 }

@@ -16,10 +16,10 @@ import (
 
 func main() {
 	if len(os.Args) == 2 && os.Args[1] == "version" {
-		fmt.Println(controller.Version())
+		fmt.Println("dunlin-controller", controller.Version())
 		return
 	}
-	c, err := controller.LoadConfig(os.Args[1:], os.Getenv, os.Stderr)
+	c, err := controller.LoadConfig(os.Args[1:], os.Getenv, os.Stdout)
 	if errors.Is(err, flag.ErrHelp) {
 		return
 	}

@@ -14,14 +14,14 @@ func (c *cli) deviceCommand() *cobra.Command {
 	return group("device", "Manage devices", &cobra.Command{
 		Use:   "remove NAME",
 		Short: "Take a device's credentials back and forget it",
-		Args:  cobra.ExactArgs(1),
+		Args:  arguments(1, 1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			ctl, err := connectClient()
 			if err != nil {
 				return err
 			}
 			if _, err := call(cmd.Context(), ctl.devices().RemoveDevice, &dunlinv1.RemoveDeviceRequest{Device: args[0]}); err != nil {
-				return fmt.Errorf("remove device %s: %w", args[0], err)
+				return fmt.Errorf("remove: %w", err)
 			}
 			fmt.Fprintf(c.out, "device/%s removed\n", args[0])
 			return nil
@@ -42,11 +42,14 @@ the agent on the device:
 
   dunlin-agent --controller URL --join-token TOKEN`,
 		Example: "  dunlin join-token create --uses 20 --valid-for 24h --label site=demo",
-		Args:    cobra.NoArgs,
+		Args:    arguments(0, 0),
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			labels, err := parseLabels(labelFlags)
 			if err != nil {
 				return err
+			}
+			if uses == 0 { // which the API takes for its default
+				return usagef("--uses is 0, allowed are 1 to 10000")
 			}
 			ctl, err := connectClient()
 			if err != nil {

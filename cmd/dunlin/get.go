@@ -48,7 +48,7 @@ the rollouts of a deployment, the events of a device.
 With -o yaml, deployments and routes are written as documents for apply.`,
 		Example:   "  dunlin get devices\n  dunlin get models digits -o json",
 		ValidArgs: names,
-		Args:      cobra.RangeArgs(1, 2),
+		Args:      arguments(1, 2),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			kind := strings.ToLower(args[0])
 			get, ok := kinds[kind]
@@ -74,7 +74,7 @@ With -o yaml, deployments and routes are written as documents for apply.`,
 	}
 	cmd.Flags().VarP(&out, "output", "o", "how to write it")
 	cmd.Flags().StringArrayVarP(&selector, "selector", "l", nil, "only devices with this label, KEY=VALUE (repeat for more)")
-	cmd.Flags().Uint32Var(&limit, "limit", 0, "the most events to show, 1 to 10000 (100)")
+	cmd.Flags().Uint32Var(&limit, "limit", 0, "the most events to show, 1 to 10000 (default 100)")
 	return cmd
 }
 
@@ -249,6 +249,9 @@ func (c *cli) getRollouts(ctx context.Context, ctl *client, name string, f forma
 	if err != nil {
 		return err
 	}
+	if name != "" && len(res.GetRollouts()) == 0 {
+		return fmt.Errorf("no deployment %q has had a rollout", name)
+	}
 	return c.print(f, res, func() *table { return rolloutsTable(time.Now(), res.GetRollouts()) })
 }
 
@@ -282,6 +285,12 @@ func (c *cli) getEvents(ctx context.Context, ctl *client, name string, limit uin
 	res, err := call(ctx, ctl.devices().ListEvents, &dunlinv1.ListEventsRequest{Device: name, Limit: limit})
 	if err != nil {
 		return err
+	}
+	if name != "" && len(res.GetEvents()) == 0 {
+		// The device has raised none, or does not exist.
+		if _, err := call(ctx, ctl.devices().ListDevices, &dunlinv1.ListDevicesRequest{Device: name}); err != nil {
+			return err
+		}
 	}
 	return c.print(f, res, func() *table { return eventsTable(time.Now(), res.GetEvents()) })
 }

@@ -49,7 +49,7 @@ An input is an .npy file, or raw little-endian elements with --shape and
 		Example: "  dunlin infer digits --input image=@digit.npy\n" +
 			"  dunlin infer digits --device cam-1 --input image=@digit.bin --shape image=1,1,8,8 --type image=FP32\n" +
 			"  dunlin infer digits -f request.json",
-		Args: cobra.ExactArgs(1),
+		Args: arguments(1, 1),
 		RunE: func(cmd *cobra.Command, args []string) error { return c.infer(cmd.Context(), args[0], f) },
 	}
 	fl := cmd.Flags()
@@ -122,7 +122,7 @@ func (c *cli) infer(ctx context.Context, ref string, f inferFlags) error {
 	res, err := http.DefaultClient.Do(req)
 	if err != nil {
 		if errors.Is(err, context.DeadlineExceeded) {
-			return codeError{exitTimeout, fmt.Errorf("infer %s: no answer from %s after %s", ref, base, f.timeout)}
+			return codeError{code: exitTimeout, err: fmt.Errorf("infer %s: no answer from %s after %s", ref, base, f.timeout)}
 		}
 		return fmt.Errorf("infer %s: %w\nIs the agent running there? See: dunlin get devices", ref, err)
 	}
@@ -144,15 +144,61 @@ func (c *cli) infer(ctx context.Context, ref string, f inferFlags) error {
 	if f.save != "" {
 		return c.saveOutputs(f.save, res.Header.Get(headerLength), body)
 	}
-	var out bytes.Buffer
-	if json.Indent(&out, bytes.TrimSpace(body), "", "  ") != nil {
-		// Agents write NaN and Infinity, which JSON does not have.
-		out.Reset()
-		out.Write(bytes.TrimSpace(body))
+	if res.Header.Get(headerLength) == "" { // else there is more than JSON
+		body = append(indentAnswer(body), '\n')
 	}
-	out.WriteByte('\n')
-	_, err = c.out.Write(out.Bytes())
+	_, err = c.out.Write(body)
 	return err
+}
+
+// indentAnswer breaks lines in objects and in lists of objects, and leaves
+// lists of elements on one line. It knows NaN and Infinity no better than any
+// other element, and changes no bytes but spaces.
+func indentAnswer(body []byte) []byte {
+	var out []byte
+	depth, flat, quoted := 0, 0, false // flat: lists that the byte is in on one line
+	line := func() { out = append(append(out, '\n'), strings.Repeat("  ", depth)...) }
+	body = bytes.TrimSpace(body)
+	for i := 0; i < len(body); i++ {
+		b := body[i]
+		if quoted {
+			out = append(out, b)
+			if b == '\\' && i+1 < len(body) {
+				i++
+				out = append(out, body[i])
+			}
+			quoted = b != '"'
+			continue
+		}
+		inner := bytes.TrimLeft(body[i+1:], " \t\r\n")
+		switch {
+		case b == ' ' || b == '\t' || b == '\r' || b == '\n':
+			continue
+		case b == '"':
+			quoted = true
+		case b == '[' && (flat > 0 || !bytes.HasPrefix(inner, []byte("{"))):
+			flat++
+		case b == ']' && flat > 0:
+			flat--
+		case (b == '{' || b == '[') && flat == 0:
+			depth++
+			out = append(out, b)
+			line()
+			continue
+		case (b == '}' || b == ']') && flat == 0:
+			depth = max(depth-1, 0)
+			line()
+		case b == ',' && flat == 0:
+			out = append(out, b)
+			line()
+			continue
+		case b == ',' || b == ':':
+			out = append(out, b, ' ')
+			continue
+		}
+		out = append(out, b)
+	}
+	return out
 }
 
 // agentURL gives the base URL of the agent to ask. No token goes there.
@@ -170,7 +216,7 @@ func (c *cli) agentURL(ctx context.Context, f inferFlags) (string, error) {
 	}
 	res, err := call(ctx, ctl.devices().ListDevices, &dunlinv1.ListDevicesRequest{Device: f.device})
 	if err != nil {
-		return "", fmt.Errorf("look up device %s: %w", f.device, err)
+		return "", fmt.Errorf("look up the device: %w", err)
 	}
 	if len(res.GetDevices()) == 0 {
 		return "", notFound("device", f.device)

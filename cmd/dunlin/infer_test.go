@@ -163,6 +163,31 @@ func mustNPY(t *testing.T, x tensor.Tensor) []byte {
 	return b
 }
 
+// TestIndentAnswer: only spaces change, and what JSON does not have passes.
+func TestIndentAnswer(t *testing.T) {
+	const in = `{"model_name":"a\"[{,","outputs": [{"name":"x","shape":[1, 2],"data":[[NaN,-Infinity],["]\\","é"]]},{"data":[]}],"id":"1"}`
+	const want = `{
+  "model_name": "a\"[{,",
+  "outputs": [
+    {
+      "name": "x",
+      "shape": [1, 2],
+      "data": [[NaN, -Infinity], ["]\\", "é"]]
+    },
+    {
+      "data": []
+    }
+  ],
+  "id": "1"
+}`
+	if got := string(indentAnswer([]byte(in))); got != want {
+		t.Errorf("got\n%s\nwant\n%s", got, want)
+	}
+	for _, broken := range []string{"", "}", "]]", `{"`, `"\`, "[[{"} {
+		indentAnswer([]byte(broken))
+	}
+}
+
 func TestNPY(t *testing.T) {
 	// As numpy 2 writes numpy.arange(4, dtype='>i2').reshape(2, 2).
 	header := "{'descr': '>i2', 'fortran_order': False, 'shape': (2, 2), }"

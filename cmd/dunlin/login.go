@@ -30,7 +30,7 @@ The token comes from --token-file, from standard input where that is not a
 terminal, or from a prompt. On its first start a controller writes the first
 token to the file admin-token in its data folder.`,
 		Example: "  dunlin login http://127.0.0.1:8080 --token-file data/admin-token",
-		Args:    cobra.ExactArgs(1),
+		Args:    arguments(1, 1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			return c.login(cmd.Context(), args[0], tokenFile)
 		},
@@ -52,7 +52,7 @@ func (c *cli) login(ctx context.Context, url, tokenFile string) error {
 	who, err := call(ctx, newClient(s).auth().WhoAmI, &dunlinv1.WhoAmIRequest{})
 	if err != nil {
 		if exitCode(err) == exitNotAllowed {
-			return codeError{exitNotAllowed, fmt.Errorf("%s refuses the token; nothing was stored", url)}
+			return codeError{code: exitNotAllowed, err: fmt.Errorf("%s refuses the token; nothing was stored", url)}
 		}
 		return fmt.Errorf("log in to %s: %w", url, err)
 	}

@@ -31,7 +31,7 @@ func (c *cli) applyCommand() *cobra.Command {
 		Long:  "apply checks all documents and applies all of them or none.\n\n" + documentsHelp,
 		Example: "  dunlin apply -f digits.yaml\n" +
 			"  dunlin apply -f fleet/",
-		Args: cobra.NoArgs,
+		Args: arguments(0, 0),
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			res, err := c.applyDocuments(cmd.Context(), files, dryRun)
 			if err != nil {
@@ -55,12 +55,12 @@ func (c *cli) diffCommand() *cobra.Command {
 		Short: "Show what apply would change",
 		Long: "diff shows, as a unified diff of canonical YAML, what apply would change.\n" +
 			"It exits 0 where nothing differs, 1 where something does, 2 on trouble.\n\n" + documentsHelp,
-		Args: cobra.NoArgs,
+		Args: arguments(0, 0),
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			differs, err := c.diff(cmd.Context(), files)
 			switch {
 			case err != nil && exitCode(err) == exitError:
-				return codeError{exitUsage, errors.New(message(err))}
+				return codeError{code: exitUsage, err: errors.New(message(err))}
 			case err != nil:
 				return err
 			case differs:
@@ -79,7 +79,7 @@ func (c *cli) deleteCommand() *cobra.Command {
 		Short:     "Delete a deployment or a route",
 		Example:   "  dunlin delete route digits",
 		ValidArgs: []string{"deployment", "route"},
-		Args:      cobra.ExactArgs(2),
+		Args:      arguments(2, 2),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			kinds := map[string]string{"deployment": "Deployment", "deployments": "Deployment", "route": "Route", "routes": "Route"}
 			kind, ok := kinds[strings.ToLower(args[0])]
@@ -92,7 +92,7 @@ func (c *cli) deleteCommand() *cobra.Command {
 			}
 			res, err := call(cmd.Context(), ctl.objects().Delete, &dunlinv1.DeleteRequest{Kind: kind, Name: args[1]})
 			if err != nil {
-				return fmt.Errorf("delete %s %s: %w", strings.ToLower(kind), args[1], err)
+				return fmt.Errorf("delete: %w", err)
 			}
 			c.printChange(res.GetChange(), false)
 			return nil

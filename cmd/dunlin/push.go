@@ -35,7 +35,7 @@ Versions are immutable; the same bytes again change nothing.
 
 It prints "NAME:VERSION DIGEST".`,
 		Example: "  dunlin push digits.onnx digits\n  dunlin push resnet50.onnx resnet50:3 --labels imagenet.txt",
-		Args:    cobra.ExactArgs(2),
+		Args:    arguments(2, 2),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			return c.push(cmd.Context(), args[0], args[1], labels)
 		},

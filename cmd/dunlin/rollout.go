@@ -35,7 +35,7 @@ func (c *cli) rolloutCommand() *cobra.Command {
 follows it to its end. It exits 5 where the rollout failed or a newer one took
 its place, and 6 where --timeout passed first.`,
 		Example: "  dunlin rollout status digits --wait --timeout 5m",
-		Args:    cobra.ExactArgs(1),
+		Args:    arguments(1, 1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			if timeout < 0 || timeout > 0 && !wait {
 				return usagef("--timeout is a time above 0 and goes with --wait")
@@ -56,6 +56,9 @@ its place, and 6 where --timeout passed first.`,
 				if err := c.print(out, r, func() *table { return rolloutTable(r) }); err != nil {
 					return err
 				}
+			}
+			if connect.CodeOf(err) == connect.CodeNotFound {
+				return fmt.Errorf("no deployment %q has had a rollout\nrun: dunlin get deployments", args[0])
 			}
 			if err != nil {
 				return fmt.Errorf("rollout of %s: %w", args[0], err)
@@ -84,9 +87,9 @@ func rolloutError(r *dunlinv1.Rollout) error {
 	}
 	switch r.GetState() {
 	case dunlinv1.RolloutState_ROLLOUT_STATE_FAILED:
-		return codeError{exitRolloutFailed, fmt.Errorf("rollout %s of %s failed%s\nrun: dunlin get events", r.GetId(), r.GetDeployment(), reason)}
+		return codeError{code: exitRolloutFailed, err: fmt.Errorf("rollout %s of %s failed%s\nrun: dunlin get events", r.GetId(), r.GetDeployment(), reason)}
 	case dunlinv1.RolloutState_ROLLOUT_STATE_SUPERSEDED:
-		return codeError{exitRolloutFailed, fmt.Errorf("a newer rollout of %s took the place of %s%s\nrun: dunlin rollout status %s", r.GetDeployment(), r.GetId(), reason, r.GetDeployment())}
+		return codeError{code: exitRolloutFailed, err: fmt.Errorf("a newer rollout of %s took the place of %s%s\nrun: dunlin rollout status %s", r.GetDeployment(), r.GetId(), reason, r.GetDeployment())}
 	}
 	return nil
 }
@@ -105,7 +108,7 @@ func (c *cli) waitRollout(ctx context.Context, ctl *client, deployment string, t
 		if ctx.Err() != nil {
 			return nil, ctx.Err()
 		}
-		return last, codeError{exitTimeout, fmt.Errorf("not at its end after %s", timeout)}
+		return last, codeError{code: exitTimeout, err: fmt.Errorf("not at its end after %s", timeout)}
 	}
 	req := &dunlinv1.WatchRolloutRequest{Deployment: deployment}
 	var last *dunlinv1.Rollout

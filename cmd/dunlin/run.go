@@ -39,8 +39,9 @@ something does, 2 on trouble (4 where it is not allowed).
 
 // codeError is an error that has an exit code of its own.
 type codeError struct {
-	code int
-	err  error // nil: there is nothing left to say
+	code  int
+	err   error // nil: there is nothing left to say
+	usage bool  // the verb's help says more
 }
 
 func (e codeError) Error() string {
@@ -52,7 +53,21 @@ func (e codeError) Error() string {
 func (e codeError) Unwrap() error { return e.err }
 
 func usagef(format string, args ...any) error {
-	return codeError{exitUsage, fmt.Errorf(format, args...)}
+	return codeError{code: exitUsage, err: fmt.Errorf(format, args...), usage: true}
+}
+
+// arguments checks that a verb has so many arguments.
+func arguments(least, most int) cobra.PositionalArgs {
+	return func(cmd *cobra.Command, args []string) error {
+		usage, _, _ := strings.Cut(cmd.UseLine(), " [flags]")
+		switch {
+		case len(args) < least:
+			return usagef("an argument is missing\nusage: %s", usage)
+		case len(args) > most:
+			return usagef("unexpected argument %q\nusage: %s", args[most], usage)
+		}
+		return nil
+	}
 }
 
 // cli is what every verb works with.
@@ -82,6 +97,8 @@ func run(ctx context.Context, args []string, stdin io.Reader, stdout, stderr io.
 		err = errors.New("interrupted")
 	}
 	code := exitCode(err)
+	e, _ := errors.AsType[codeError](err)
+	usage := e.usage || !started
 	if !started {
 		code = exitUsage
 	}
@@ -90,7 +107,7 @@ func run(ctx context.Context, args []string, stdin io.Reader, stdout, stderr io.
 		return code
 	}
 	fmt.Fprintf(stderr, "dunlin: %s\n", text)
-	if code == exitUsage && !strings.Contains(text, "\nrun: ") {
+	if usage && !strings.Contains(text, "\nrun: ") {
 		fmt.Fprintf(stderr, "run: %s --help\n", cmd.CommandPath())
 	}
 	return code
@@ -122,7 +139,7 @@ func message(err error) string {
 	case connect.CodeUnavailable:
 		text += "\nIs the controller running, and is its URL right? See: dunlin login --help"
 	case connect.CodeUnimplemented:
-		text += "\nThe controller does not know this call: is its version older than that of this program?"
+		text = strings.TrimSuffix(text, ": ") + ": what answers there does not know this call\nIs the URL that of a controller, and not of an older one than this program? See: dunlin login --help"
 	}
 	return text
 }
@@ -137,7 +154,6 @@ routes, and shows what the fleet of devices does with them.
 Environment: DUNLIN_URL and DUNLIN_TOKEN override what "dunlin login" stored.`,
 		SilenceUsage:  true,
 		SilenceErrors: true,
-		Args:          cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			cmd.SetOut(c.err)
 			if err := cmd.Help(); err != nil {
@@ -152,6 +168,15 @@ Environment: DUNLIN_URL and DUNLIN_TOKEN override what "dunlin login" stored.`,
 		c.versionCommand(),
 		&cobra.Command{Use: "exit-codes", Short: "What the exit codes mean", Long: exitCodesHelp},
 	)
+	root.InitDefaultHelpCmd()
+	if help, _, err := root.Find([]string{"help"}); err == nil {
+		help.Args = func(_ *cobra.Command, args []string) error {
+			if _, rest, err := root.Find(args); err != nil || len(rest) > 0 {
+				return usagef("no help on %q", strings.Join(args, " "))
+			}
+			return nil
+		}
+	}
 	return root
 }
 

@@ -247,6 +247,10 @@ func TestExitCode(t *testing.T) {
 	if want := "push digits: no credentials\nrun: dunlin login URL"; text != want {
 		t.Errorf("message %q, want %q", text, want)
 	}
+	text = message(fmt.Errorf("get devices: %w", connect.NewError(connect.CodeUnimplemented, errors.New(""))))
+	if want := "get devices: what answers there does not know this call\n"; !strings.HasPrefix(text, want) {
+		t.Errorf("message %q, want %q", text, want)
+	}
 }
 
 func TestCheckURL(t *testing.T) {

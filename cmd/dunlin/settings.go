@@ -105,7 +105,7 @@ func currentSettings() (settings, error) {
 		}
 	}
 	if s.URL == "" {
-		return settings{}, codeError{exitNotAllowed, errors.New("not logged in\nrun: dunlin login URL")}
+		return settings{}, codeError{code: exitNotAllowed, err: errors.New("not logged in\nrun: dunlin login URL")}
 	}
 	u, err := checkURL(s.URL)
 	if err != nil {
@@ -113,7 +113,7 @@ func currentSettings() (settings, error) {
 	}
 	s.URL = u
 	if s.Token == "" {
-		return settings{}, codeError{exitNotAllowed, fmt.Errorf("no token for %s\nrun: dunlin login %s (or set DUNLIN_TOKEN)", u, u)}
+		return settings{}, codeError{code: exitNotAllowed, err: fmt.Errorf("no token for %s\nrun: dunlin login %s (or set DUNLIN_TOKEN)", u, u)}
 	}
 	return s, nil
 }
@@ -127,11 +127,8 @@ func sameURL(a, b string) bool {
 // end.
 func checkURL(s string) (string, error) {
 	u, err := url.Parse(s)
-	if err != nil {
-		return "", usagef("URL %q: %v", s, err)
-	}
-	if u.Host == "" || u.User != nil || u.RawQuery != "" || u.Fragment != "" {
-		return "", usagef("URL %q is not of the form https://HOST[:PORT]", s)
+	if err != nil || u.Host == "" || u.User != nil || u.RawQuery != "" || u.Fragment != "" {
+		return "", usagef("URL %q is not of the form https://HOST[:PORT] or http://127.0.0.1:PORT", s)
 	}
 	switch {
 	case u.Scheme == "https":

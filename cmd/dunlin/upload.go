@@ -90,7 +90,7 @@ func (u *uploader) do(ctx context.Context, method, url string, body io.Reader, s
 	}
 	err = statusError{res.StatusCode, message}
 	if res.StatusCode == http.StatusUnauthorized || res.StatusCode == http.StatusForbidden {
-		return nil, codeError{exitNotAllowed, err}
+		return nil, codeError{code: exitNotAllowed, err: err}
 	}
 	return nil, err
 }

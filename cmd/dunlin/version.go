@@ -34,7 +34,7 @@ func (c *cli) versionCommand() *cobra.Command {
 	return &cobra.Command{
 		Use:   "version",
 		Short: "Print the version of this program",
-		Args:  cobra.NoArgs,
+		Args:  arguments(0, 0),
 		Run:   func(*cobra.Command, []string) { fmt.Fprintln(c.out, buildText()) },
 	}
 }

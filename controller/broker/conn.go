@@ -23,7 +23,7 @@ type conn struct {
 	client *mqtt.Client
 	will   []byte // nil: none
 
-	established bool // used by the connection's own goroutine only
+	established, refused bool // used by the connection's own goroutine only
 }
 
 // readConnectHeader reads ahead the fixed header of the first packet, which the

@@ -89,7 +89,7 @@ func NewEmbedded(cfg EmbeddedConfig) (*Embedded, error) {
 	}
 	listener, err := net.Listen("tcp", cfg.Listen)
 	if err != nil {
-		return nil, fmt.Errorf("listen for MQTT: %w", err)
+		return nil, fmt.Errorf("listen for MQTT: %w; --mqtt-listen chooses another address", err)
 	}
 	return newEmbedded(cfg, listener), nil
 }
@@ -225,7 +225,7 @@ func (e *Embedded) serve(c *conn) {
 		err = e.server.EstablishConnection("mqtt", c)
 	}
 	c.Close()
-	if err != nil && e.taking() {
+	if err != nil && e.taking() && !c.refused {
 		e.log.Warn("MQTT connection ended", "remote", c.RemoteAddr(), "device", c.device, "error", err)
 	}
 	// The server forgets a client that read its last packet, but not one

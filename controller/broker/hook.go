@@ -58,6 +58,7 @@ func (h *hook) OnConnectAuthenticate(cl *mqtt.Client, pk packets.Packet) bool {
 	}
 	refuse := func(reason string) bool {
 		h.broker.log.Warn("MQTT connection refused", "remote", c.RemoteAddr(), "client", pk.Connect.ClientIdentifier, "reason", reason)
+		c.refused = true
 		return false
 	}
 	device := string(pk.Connect.Username)
