@@ -75,7 +75,7 @@ func newMosquittoFleet(t *testing.T) *Fleet {
 		t.Fatal(err)
 	}
 	f.MQTT = address
-	f.ControllerArgs = []string{"--broker-url", "tcp://" + address,
+	f.ControllerArgs = []string{"--broker-url", "mqtt://" + address,
 		"--mosquitto-password-file", accounts.PasswordFile, "--mosquitto-pid-file", accounts.PIDFile}
 	t.Cleanup(func() { stop(t, f) })
 	if err := f.StartController(within(t)); err != nil {

@@ -12,7 +12,9 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"strings"
+	"sync"
 	"syscall"
 	"time"
 )
@@ -29,7 +31,21 @@ type Process struct {
 	err  error
 }
 
-// Start starts a program with env added to this process's environment.
+// starter runs functions on one thread that lives as long as this process: a
+// child that is to die with its parent dies with the thread that started it.
+var starter = sync.OnceValue(func() chan func() {
+	jobs := make(chan func())
+	go func() {
+		runtime.LockOSThread()
+		for job := range jobs {
+			job()
+		}
+	}()
+	return jobs
+})
+
+// Start starts a program with env added to this process's environment. The
+// program is killed when this process dies.
 func Start(name, log string, env []string, program string, args ...string) (*Process, error) {
 	f, err := os.OpenFile(log, os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
 	if err != nil {
@@ -41,8 +57,10 @@ func Start(name, log string, env []string, program string, args ...string) (*Pro
 	cmd.Env = append(os.Environ(), env...)
 	// A group of its own: an interrupt at the terminal reaches only this
 	// process, which then stops the others in order.
-	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
-	if err := cmd.Start(); err != nil {
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Pdeathsig: syscall.SIGKILL}
+	started := make(chan error)
+	starter() <- func() { started <- cmd.Start() }
+	if err := <-started; err != nil {
 		return nil, fmt.Errorf("start %s: %w", name, err)
 	}
 	p := &Process{Name: name, Log: log, cmd: cmd, done: make(chan struct{})}
