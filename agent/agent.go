@@ -17,6 +17,8 @@ import (
 	"sync/atomic"
 	"time"
 
+	"google.golang.org/protobuf/proto"
+
 	"github.com/dunlin/dunlin/agent/device"
 	"github.com/dunlin/dunlin/agent/engine"
 	"github.com/dunlin/dunlin/agent/reconcile"
@@ -25,14 +27,12 @@ import (
 	"github.com/dunlin/dunlin/agent/worker"
 	profiles "github.com/dunlin/dunlin/firmware-profiles"
 	"github.com/dunlin/dunlin/internal/link"
+	"github.com/dunlin/dunlin/internal/program"
 	dunlinv1 "github.com/dunlin/dunlin/proto/dunlin/v1"
-	"golang.org/x/sys/unix"
-	"google.golang.org/protobuf/proto"
 )
 
 // What there is in the data folder.
 const (
-	lockFile      = "lock"
 	stateFile     = "state.db"
 	bundlesFolder = "bundles"
 )
@@ -69,7 +69,7 @@ func Run(ctx context.Context, cfg Config) (err error) {
 	if err := os.MkdirAll(cfg.Data, 0o700); err != nil {
 		return fmt.Errorf("data folder: %w", err)
 	}
-	lock, err := lockFolder(cfg.Data)
+	lock, err := program.LockFolder(cfg.Data)
 	if err != nil {
 		return err
 	}
@@ -101,7 +101,7 @@ func newAgent(ctx context.Context, cfg Config, profile profiles.Profile, store *
 		cfg: cfg, store: store, sampler: device.NewSampler(cfg.Data), outbox: make(chan struct{}, 1), described: make(chan struct{}),
 		info: device.Info(cfg.Data),
 	}
-	a.info.FirmwareProfile, a.info.AgentVersion, a.info.ServingUrl = profile.Name, Version(), url
+	a.info.FirmwareProfile, a.info.AgentVersion, a.info.ServingUrl = profile.Name, program.Version(), url
 	var err error
 	if a.identity, err = store.Identity(ctx); err != nil && !errors.Is(err, state.ErrNone) {
 		return nil, err
@@ -114,23 +114,6 @@ func newAgent(ctx context.Context, cfg Config, profile profiles.Profile, store *
 		State: store, Engine: a.engine, Check: a.check, Passing: passing, Front: a.front, Event: a.event, Log: cfg.Log,
 	})
 	return a, err
-}
-
-// lockFolder keeps a second agent out of a data folder. Closing the file, or
-// the end of the process, opens it again.
-func lockFolder(dir string) (*os.File, error) {
-	f, err := os.OpenFile(filepath.Join(dir, lockFile), os.O_RDWR|os.O_CREATE, 0o600)
-	if err != nil {
-		return nil, fmt.Errorf("lock data folder: %w", err)
-	}
-	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
-		f.Close()
-		if errors.Is(err, unix.EWOULDBLOCK) {
-			return nil, fmt.Errorf("data folder %s: another agent uses it; choose another one by --data", dir)
-		}
-		return nil, fmt.Errorf("lock data folder %s: %w", dir, err)
-	}
-	return f, nil
 }
 
 // run starts the parts and stops them in reverse order: requests first, then
@@ -162,7 +145,7 @@ func (a *agent) run(ctx context.Context, listener net.Listener) error {
 	}
 	served := make(chan error, 1)
 	go func() { served <- server.Serve(listener) }()
-	a.cfg.Log.Info("agent started", "url", "http://"+listener.Addr().String(), "data", a.cfg.Data, "agent_version", Version())
+	a.cfg.Log.Info("agent started", "url", "http://"+listener.Addr().String(), "data", a.cfg.Data, "agent_version", program.Version())
 	select {
 	case <-ctx.Done():
 	case err := <-served:
@@ -202,7 +185,7 @@ func (a *agent) control(ctx context.Context) error {
 	a.mu.Lock()
 	a.identity = id
 	a.mu.Unlock()
-	if err := errors.Join(checkURL(id.BrokerURL, "tcp"), checkURL(id.RegistryURL, "http")); err != nil {
+	if err := errors.Join(program.CheckURL(id.BrokerURL, "tcp"), program.CheckURL(id.RegistryURL, "http")); err != nil {
 		return err
 	}
 	l, err := link.New(link.Config{

@@ -19,11 +19,12 @@ import (
 	"testing"
 	"time"
 
+	"google.golang.org/protobuf/proto"
+
 	"github.com/dunlin/dunlin/agent/state"
 	profiles "github.com/dunlin/dunlin/firmware-profiles"
 	"github.com/dunlin/dunlin/internal/link"
 	dunlinv1 "github.com/dunlin/dunlin/proto/dunlin/v1"
-	"google.golang.org/protobuf/proto"
 )
 
 // startAgent runs an agent; stop ends it and checks that it ended well.
@@ -165,7 +166,7 @@ func TestAgent(t *testing.T) {
 			t.Errorf("%s: %s %v\n%s", path, resp.Status, err, raw)
 		}
 	}
-	if err := Run(t.Context(), cfg); err == nil || !strings.Contains(err.Error(), "another agent uses it") {
+	if err := Run(t.Context(), cfg); err == nil || !strings.Contains(err.Error(), "another process uses it") {
 		t.Errorf("a second agent on the same data: %v", err)
 	}
 	stop()

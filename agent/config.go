@@ -1,16 +1,13 @@
 package agent
 
 import (
-	"bytes"
 	"context"
 	"errors"
 	"flag"
 	"fmt"
 	"io"
 	"log/slog"
-	"net"
-	"net/netip"
-	"net/url"
+	"maps"
 	"os"
 	"path/filepath"
 	"regexp"
@@ -18,8 +15,8 @@ import (
 	"strings"
 
 	"github.com/dunlin/dunlin/internal/link"
+	"github.com/dunlin/dunlin/internal/program"
 	"github.com/dunlin/dunlin/internal/telemetry"
-	"github.com/goccy/go-yaml"
 )
 
 // Config configures an agent. The YAML keys are those of a --config file.
@@ -40,15 +37,11 @@ type Config struct {
 
 // Limits of what the command line gives.
 const (
-	maxConfigFile = 1 << 20
-	maxLabels     = 64
-	maxLabel      = 63
+	maxLabels = 64
+	maxLabel  = 63
 )
 
 var labelPattern = regexp.MustCompile(`^[A-Za-z0-9]([A-Za-z0-9._/-]*[A-Za-z0-9])?$`)
-
-// ErrUsage is the error of a command line or of settings that are wrong.
-var ErrUsage = errors.New("wrong usage")
 
 // ParseConfig makes a Config from defaults, the file that --config names,
 // the environment and the flags, each stronger than the one before. All
@@ -76,68 +69,42 @@ const gcPercent = 40
 
 func parseInto(cfg *Config, name string, args []string, getenv func(string) string, help io.Writer, more func(*flag.FlagSet)) error {
 	*cfg = Config{Data: defaultData(getenv), Listen: "127.0.0.1:8000", LogLevel: "info", LogFormat: "text"}
-	var flags Config
 	labels := map[string]string{}
-	fs := flag.NewFlagSet(name, flag.ContinueOnError)
-	fs.SetOutput(io.Discard) // an error is said once, by the caller
-	file := fs.String("config", "", "YAML `file` with the names of these flags as keys, labels as a mapping")
-	fs.StringVar(&flags.Data, "data", "", "`folder` of everything that the agent keeps (default "+cfg.Data+")")
-	fs.StringVar(&flags.Controller, "controller", "", "base `URL` of the controller; without one, serve what is there")
-	fs.StringVar(&flags.JoinToken, "join-token", "", "`token` by which the device joins, or @file; also DUNLIN_JOIN_TOKEN")
-	fs.StringVar(&flags.Name, "name", "", "`name` of the device (default: the host's)")
-	fs.StringVar(&flags.Listen, "listen", "", "`host:port` of inference (default "+cfg.Listen+")")
-	fs.StringVar(&flags.RuntimeLib, "runtime-lib", "", "`path` of ONNX Runtime's shared library; also DUNLIN_ORT_LIB")
-	fs.StringVar(&flags.LogLevel, "log-level", "", "`level` of the log: debug, info, warn or error (default "+cfg.LogLevel+")")
-	fs.StringVar(&flags.LogFormat, "log-format", "", "`format` of the log: text or json (default "+cfg.LogFormat+")")
-	fs.Func("label", "`key=value` label of the device; may be repeated", func(s string) error {
-		k, v, ok := strings.Cut(s, "=")
-		if !ok {
-			return errors.New("is not key=value")
+	err := program.Source{
+		Program: name, Notes: "Commands: dunlin-agent run, the default; dunlin-agent doctor; dunlin-agent version.", Prefix: "DUNLIN_AGENT_",
+		Args: args, Getenv: getenv, Help: help,
+	}.Load([]program.Setting{
+		{Name: "data", Usage: "`folder` of everything that the agent keeps", Value: &cfg.Data},
+		{Name: "controller", Usage: "base `URL` of the controller; without one, serve what is there", Value: &cfg.Controller},
+		{Name: "join-token", Usage: "`token` by which the device joins, or @file; also DUNLIN_JOIN_TOKEN", Value: &cfg.JoinToken, Environment: "DUNLIN_JOIN_TOKEN"},
+		{Name: "name", Usage: "`name` of the device; without one, the host's", Value: &cfg.Name},
+		{Name: "listen", Usage: "`host:port` of inference", Value: &cfg.Listen},
+		{Name: "runtime-lib", Usage: "`path` of ONNX Runtime's shared library; also DUNLIN_ORT_LIB", Value: &cfg.RuntimeLib, Environment: "DUNLIN_ORT_LIB"},
+		{Name: "log-level", Usage: "`level` of the log: debug, info, warn or error", Value: &cfg.LogLevel},
+		{Name: "log-format", Usage: "`format` of the log: text or json", Value: &cfg.LogFormat},
+	}, cfg, func(flags *flag.FlagSet) {
+		flags.Func("label", "`key=value` label of the device; may be repeated; in the file, labels is a mapping", func(s string) error {
+			k, v, ok := strings.Cut(s, "=")
+			if !ok {
+				return errors.New("is not key=value")
+			}
+			labels[k] = v
+			return nil
+		})
+		if more != nil {
+			more(flags)
 		}
-		labels[k] = v
-		return nil
 	})
-	if more != nil {
-		more(fs)
+	if errors.Is(err, flag.ErrHelp) {
+		return err
 	}
-	if err := fs.Parse(args); errors.Is(err, flag.ErrHelp) {
-		return errors.Join(err, printHelp(help, fs))
-	} else if err != nil {
-		return fmt.Errorf("%w: %w\nrun: %s --help", ErrUsage, err, name)
+	if cfg.Labels == nil {
+		cfg.Labels = map[string]string{}
 	}
-	if fs.NArg() > 0 {
-		return fmt.Errorf("%w: unexpected argument %q\nrun: %s --help", ErrUsage, fs.Arg(0), name)
+	maps.Copy(cfg.Labels, labels)
+	if faults := cfg.check(); faults != nil {
+		err = errors.Join(err, fmt.Errorf("%w: %w", program.ErrUsage, faults))
 	}
-	if *file != "" {
-		if err := readConfig(*file, cfg); err != nil {
-			return err
-		}
-	}
-	overlay(cfg, Config{JoinToken: getenv("DUNLIN_JOIN_TOKEN"), RuntimeLib: getenv("DUNLIN_ORT_LIB")})
-	flags.Labels = labels
-	overlay(cfg, flags)
-	if err := cfg.check(); err != nil {
-		return fmt.Errorf("%w: %w", ErrUsage, err)
-	}
-	return nil
-}
-
-// printHelp lists the flags as they are written in the documents.
-func printHelp(w io.Writer, fs *flag.FlagSet) error {
-	var b strings.Builder
-	fmt.Fprintf(&b, "Usage: %s [flags]\n\n", fs.Name())
-	if strings.HasSuffix(fs.Name(), " run") {
-		b.WriteString("Other commands: dunlin-agent doctor, dunlin-agent version. Without a command it is run.\n\n")
-	}
-	fs.VisitAll(func(f *flag.Flag) {
-		value, usage := flag.UnquoteUsage(f)
-		dashes := "--"
-		if len(f.Name) == 1 {
-			dashes = "-"
-		}
-		fmt.Fprintf(&b, "  %-24s %s\n", dashes+f.Name+" "+value, usage)
-	})
-	_, err := io.WriteString(w, b.String())
 	return err
 }
 
@@ -152,52 +119,6 @@ func defaultData(getenv func(string) string) string {
 		return filepath.Join(dir, ".local", "state", "dunlin-agent")
 	}
 	return "/var/lib/dunlin-agent"
-}
-
-func readConfig(path string, cfg *Config) error {
-	f, err := os.Open(path)
-	if err != nil {
-		return fmt.Errorf("config: %w", err)
-	}
-	defer f.Close()
-	raw, err := io.ReadAll(io.LimitReader(f, maxConfigFile+1))
-	if err != nil {
-		return fmt.Errorf("config %s: %w", path, err)
-	}
-	if len(raw) > maxConfigFile {
-		return fmt.Errorf("config %s: has more than %d bytes", path, maxConfigFile)
-	}
-	if err := parseYAML(raw, cfg); err != nil {
-		return fmt.Errorf("config %s: %w", path, err)
-	}
-	return nil
-}
-
-// parseYAML reads one document of known keys.
-func parseYAML(raw []byte, cfg *Config) error {
-	err := yaml.NewDecoder(bytes.NewReader(raw), yaml.Strict()).Decode(cfg)
-	if errors.Is(err, io.EOF) { // an empty file
-		return nil
-	}
-	return err
-}
-
-// overlay sets what is set in over.
-func overlay(cfg *Config, over Config) {
-	for to, from := range map[*string]string{
-		&cfg.Data: over.Data, &cfg.Controller: over.Controller, &cfg.JoinToken: over.JoinToken, &cfg.Name: over.Name,
-		&cfg.Listen: over.Listen, &cfg.RuntimeLib: over.RuntimeLib, &cfg.LogLevel: over.LogLevel, &cfg.LogFormat: over.LogFormat,
-	} {
-		if from != "" {
-			*to = from
-		}
-	}
-	for k, v := range over.Labels {
-		if cfg.Labels == nil {
-			cfg.Labels = map[string]string{}
-		}
-		cfg.Labels[k] = v
-	}
 }
 
 // check completes the settings and reports what is wrong with them.
@@ -217,9 +138,9 @@ func (cfg *Config) check() error {
 		cfg.Name = deviceName(host)
 	}
 	add("name", link.CheckDevice(cfg.Name))
-	add("listen", checkAddress(cfg.Listen))
+	add("listen", program.CheckAddress(cfg.Listen))
 	if cfg.Controller != "" {
-		add("controller", checkURL(cfg.Controller, "http"))
+		add("controller", program.CheckURL(cfg.Controller, "http"))
 	}
 	if path, ok := strings.CutPrefix(cfg.JoinToken, "@"); ok {
 		raw, err := os.ReadFile(path)
@@ -257,37 +178,4 @@ func deviceName(host string) string {
 		return r
 	}, host)
 	return name[:min(len(name), link.MaxDeviceName)]
-}
-
-var errNotLoopback = errors.New("is not on this machine: without TLS, which Dunlin does not have yet, only loopback addresses such as 127.0.0.1 are allowed")
-
-// checkAddress says whether host:port is on loopback.
-func checkAddress(address string) error {
-	host, port, err := net.SplitHostPort(address)
-	if err != nil {
-		return fmt.Errorf("%q is not host:port", address)
-	}
-	if _, err := net.LookupPort("tcp", port); err != nil {
-		return fmt.Errorf("%q: %w", address, err)
-	}
-	if ip, err := netip.ParseAddr(host); host != "localhost" && (err != nil || !ip.IsLoopback()) {
-		return fmt.Errorf("%q %w", address, errNotLoopback)
-	}
-	return nil
-}
-
-// checkURL says whether a URL has the scheme and is on loopback.
-func checkURL(s, scheme string) error {
-	u, err := url.Parse(s)
-	if err != nil {
-		return err
-	}
-	if u.Scheme != scheme || u.Host == "" || u.User != nil || u.RawQuery != "" {
-		return fmt.Errorf("%q is not %s://host:port", s, scheme)
-	}
-	port := u.Port()
-	if port == "" {
-		port = scheme
-	}
-	return checkAddress(net.JoinHostPort(u.Hostname(), port))
 }

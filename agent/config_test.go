@@ -58,7 +58,7 @@ func TestConfigFaultsTogether(t *testing.T) {
 	if err == nil {
 		t.Fatal("no error")
 	}
-	for _, want := range []string{"name:", `listen: "0.0.0.0:8000" is not on this machine`, "controller:", `"bad key"`, `"loud"`, "join-token:"} {
+	for _, want := range []string{"name:", `listen: "0.0.0.0:8000" is not on loopback`, "controller:", `"bad key"`, `"loud"`, "join-token:"} {
 		if !strings.Contains(err.Error(), want) {
 			t.Errorf("%q is not in: %v", want, err)
 		}
@@ -78,11 +78,6 @@ func TestConfigRefuses(t *testing.T) {
 	if _, err := ParseConfig([]string{"--help"}, env(), &help); !errors.Is(err, flag.ErrHelp) || !strings.Contains(help.String(), "--") && !strings.Contains(help.String(), "-join-token") {
 		t.Errorf("help: %v, %s", err, &help)
 	}
-	for _, address := range []string{"127.0.0.1:0", "localhost:80", "[::1]:80", "127.8.9.1:1"} {
-		if err := checkAddress(address); err != nil {
-			t.Error(err)
-		}
-	}
 }
 
 func TestDeviceName(t *testing.T) {
@@ -92,16 +87,4 @@ func TestDeviceName(t *testing.T) {
 	if got := deviceName(strings.Repeat("é", 100)); len(got) > 64 || strings.Trim(got, "-") != "" {
 		t.Errorf("got %q", got)
 	}
-}
-
-func FuzzParseYAML(f *testing.F) {
-	f.Add([]byte("name: edge-1\nlabels: {site: a}\n"))
-	f.Add([]byte("names: x\n"))
-	f.Add([]byte("labels: [1, {a: &x *x}]"))
-	f.Fuzz(func(t *testing.T, raw []byte) {
-		var cfg Config
-		if err := parseYAML(raw, &cfg); err != nil && err.Error() == "" {
-			t.Error("an error without text")
-		}
-	})
 }

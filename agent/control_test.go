@@ -17,16 +17,17 @@ import (
 	"time"
 
 	"connectrpc.com/connect"
-	"github.com/dunlin/dunlin/agent/worker"
-	"github.com/dunlin/dunlin/internal/link"
-	"github.com/dunlin/dunlin/models"
-	dunlinv1 "github.com/dunlin/dunlin/proto/dunlin/v1"
-	"github.com/dunlin/dunlin/proto/dunlin/v1/dunlinv1connect"
 	mochi "github.com/mochi-mqtt/server/v2"
 	"github.com/mochi-mqtt/server/v2/listeners"
 	"github.com/mochi-mqtt/server/v2/packets"
 	"github.com/opencontainers/go-digest"
 	"google.golang.org/protobuf/proto"
+
+	"github.com/dunlin/dunlin/agent/worker"
+	"github.com/dunlin/dunlin/internal/link"
+	"github.com/dunlin/dunlin/models"
+	dunlinv1 "github.com/dunlin/dunlin/proto/dunlin/v1"
+	"github.com/dunlin/dunlin/proto/dunlin/v1/dunlinv1connect"
 )
 
 func TestMain(m *testing.M) {

@@ -20,11 +20,13 @@ import (
 	"time"
 
 	"github.com/NVIDIA/go-nvml/pkg/nvml"
+	"github.com/eclipse/paho.mqtt.golang/packets"
+
 	"github.com/dunlin/dunlin/agent/device"
 	"github.com/dunlin/dunlin/agent/state"
 	"github.com/dunlin/dunlin/agent/worker"
 	profiles "github.com/dunlin/dunlin/firmware-profiles"
-	"github.com/eclipse/paho.mqtt.golang/packets"
+	"github.com/dunlin/dunlin/internal/program"
 )
 
 // Verdict is how a check of the doctor came out.
@@ -68,7 +70,7 @@ func Doctor(ctx context.Context, args []string, getenv func(string) string, out,
 		return err
 	}
 	if format != "table" && format != "json" {
-		return fmt.Errorf("%w: -o: %q is not table or json", ErrUsage, format)
+		return fmt.Errorf("%w: -o: %q is not table or json", program.ErrUsage, format)
 	}
 	findings := examine(ctx, cfg)
 	if format == "json" {

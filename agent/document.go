@@ -6,10 +6,11 @@ import (
 	"errors"
 	"fmt"
 
+	"google.golang.org/protobuf/proto"
+
 	"github.com/dunlin/dunlin/agent/state"
 	"github.com/dunlin/dunlin/internal/link"
 	dunlinv1 "github.com/dunlin/dunlin/proto/dunlin/v1"
-	"google.golang.org/protobuf/proto"
 )
 
 // assembly puts a desired document together that is too large for one

@@ -2,29 +2,21 @@ package agent
 
 import (
 	"net/http"
-	"runtime/debug"
 	"strconv"
 	"sync"
 
+	"github.com/prometheus/client_golang/prometheus"
+
 	"github.com/dunlin/dunlin/agent/engine"
 	"github.com/dunlin/dunlin/agent/oip"
+	"github.com/dunlin/dunlin/internal/program"
 	"github.com/dunlin/dunlin/internal/telemetry"
-	"github.com/prometheus/client_golang/prometheus"
 )
-
-// Version gives the version that this program was built from.
-func Version() string {
-	info, ok := debug.ReadBuildInfo()
-	if !ok || info.Main.Version == "" {
-		return "unknown"
-	}
-	return info.Main.Version
-}
 
 // handler answers inference, and /healthz and /metrics beside it.
 func (a *agent) handler() http.Handler {
 	mux := http.NewServeMux()
-	mux.Handle("/", oip.New(oip.Config{Backend: backend{a.front, a}, Version: Version()}))
+	mux.Handle("/", oip.New(oip.Config{Backend: backend{a.front, a}, Version: program.Version()}))
 	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, _ *http.Request) {
 		w.Header().Set("Content-Type", "text/plain; charset=utf-8")
 		_, _ = w.Write([]byte("ok\n"))

@@ -11,7 +11,9 @@ import (
 	"time"
 
 	"connectrpc.com/connect"
+
 	"github.com/dunlin/dunlin/agent/state"
+	"github.com/dunlin/dunlin/internal/program"
 	dunlinv1 "github.com/dunlin/dunlin/proto/dunlin/v1"
 	"github.com/dunlin/dunlin/proto/dunlin/v1/dunlinv1connect"
 )
@@ -58,7 +60,7 @@ func join(ctx context.Context, cfg Config, store *state.Store, info *dunlinv1.De
 		answer, err := client.Join(ctx, connect.NewRequest(request))
 		if err == nil {
 			id.BrokerURL, id.RegistryURL = answer.Msg.BrokerUrl, answer.Msg.RegistryUrl
-			if err := errors.Join(checkURL(id.BrokerURL, "tcp"), checkURL(id.RegistryURL, "http")); err != nil {
+			if err := errors.Join(program.CheckURL(id.BrokerURL, "tcp"), program.CheckURL(id.RegistryURL, "http")); err != nil {
 				return id, fmt.Errorf("join %s: the controller's answer: %w", cfg.Controller, err)
 			}
 			cfg.Log.Info("joined", "device", id.Device, "controller", cfg.Controller)

@@ -5,10 +5,11 @@ import (
 	"sync"
 	"time"
 
-	"github.com/dunlin/dunlin/internal/link"
-	dunlinv1 "github.com/dunlin/dunlin/proto/dunlin/v1"
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/timestamppb"
+
+	"github.com/dunlin/dunlin/internal/link"
+	dunlinv1 "github.com/dunlin/dunlin/proto/dunlin/v1"
 )
 
 const (

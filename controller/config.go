@@ -8,15 +8,11 @@ import (
 	"io"
 	"log/slog"
 	"net"
-	"net/netip"
 	"net/url"
-	"os"
 	"slices"
-	"strings"
-
-	"github.com/goccy/go-yaml"
 
 	"github.com/dunlin/dunlin/controller/broker"
+	"github.com/dunlin/dunlin/internal/program"
 )
 
 // Config is the controller's configuration. Its yaml names are the names of
@@ -54,23 +50,18 @@ type Addresses struct {
 
 const environment = "DUNLIN_CONTROLLER_"
 
-type setting struct {
-	name, usage string
-	value       *string
-}
-
-func (c *Config) settings() []setting {
-	return []setting{
-		{"data", "folder of everything that the controller keeps", &c.Data},
-		{"listen", "address of the API and the registry", &c.Listen},
-		{"mqtt-listen", "address of the embedded broker", &c.MQTTListen},
-		{"broker-url", "an external MQTT broker, mqtt://host:port, instead of the embedded one", &c.BrokerURL},
-		{"broker-username", "the controller's account at the external broker", &c.BrokerUsername},
-		{"broker-password-file", "file with the password of that account; not needed with --mosquitto-password-file", &c.BrokerPasswordFile},
-		{"mosquitto-password-file", "Mosquitto's password_file, which the controller writes", &c.MosquittoPasswordFile},
-		{"mosquitto-pid-file", "Mosquitto's pid_file, by which the controller tells it of new accounts", &c.MosquittoPIDFile},
-		{"log-level", "debug, info, warn or error", &c.LogLevel},
-		{"log-format", "text or json", &c.LogFormat},
+func (c *Config) settings() []program.Setting {
+	return []program.Setting{
+		{Name: "data", Usage: "`folder` of everything that the controller keeps", Value: &c.Data},
+		{Name: "listen", Usage: "`host:port` of the API and the registry", Value: &c.Listen},
+		{Name: "mqtt-listen", Usage: "`host:port` of the embedded broker", Value: &c.MQTTListen},
+		{Name: "broker-url", Usage: "`URL` of an external MQTT broker, mqtt://host:port, instead of the embedded one", Value: &c.BrokerURL},
+		{Name: "broker-username", Usage: "`name` of the controller's account at the external broker", Value: &c.BrokerUsername},
+		{Name: "broker-password-file", Usage: "`file` with the password of that account; not needed with --mosquitto-password-file", Value: &c.BrokerPasswordFile},
+		{Name: "mosquitto-password-file", Usage: "Mosquitto's password_file, a `file` that the controller writes", Value: &c.MosquittoPasswordFile},
+		{Name: "mosquitto-pid-file", Usage: "Mosquitto's pid_file, a `file` by which the controller tells it of new accounts", Value: &c.MosquittoPIDFile},
+		{Name: "log-level", Usage: "`level` of the log: debug, info, warn or error", Value: &c.LogLevel},
+		{Name: "log-format", Usage: "`format` of the log: text or json", Value: &c.LogFormat},
 	}
 }
 
@@ -82,81 +73,23 @@ func DefaultConfig() Config {
 	}
 }
 
-// maxConfigFile bounds the configuration file.
-const maxConfigFile = 1 << 20
-
 // LoadConfig gives the defaults, overridden by a YAML file (--config), the
-// environment and the flags, in this order. Its error holds every fault; it
-// is flag.ErrHelp where help was asked for, which is then on output.
+// environment and the flags, in this order. Its error holds every fault and
+// is a program.ErrUsage, or flag.ErrHelp where help was asked for, which is
+// then on output.
 func LoadConfig(args []string, getenv func(string) string, output io.Writer) (Config, error) {
 	c := DefaultConfig()
-	flags := flag.NewFlagSet("dunlin-controller", flag.ContinueOnError)
-	flags.SetOutput(io.Discard) // an error is said once, by the caller
-	file := flags.String("config", getenv(environment+"CONFIG"), "YAML file with the names of these flags as keys")
-	var given Config
-	names := given.settings()
-	for i, s := range c.settings() {
-		flags.StringVar(names[i].value, s.name, *s.value, s.usage)
+	err := program.Source{
+		Program: "dunlin-controller", Notes: "Other commands: dunlin-controller version.", Prefix: environment,
+		Args: args, Getenv: getenv, Help: output,
+	}.Load(c.settings(), &c, nil)
+	if errors.Is(err, flag.ErrHelp) {
+		return c, err
 	}
-	if err := flags.Parse(args); errors.Is(err, flag.ErrHelp) {
-		return c, errors.Join(err, printHelp(output, flags))
-	} else if err != nil {
-		return c, fmt.Errorf("%w\nrun: dunlin-controller --help", err)
+	if faults := c.check(); faults != nil {
+		err = errors.Join(err, fmt.Errorf("%w: %w", program.ErrUsage, faults))
 	}
-	var faults []error
-	if flags.NArg() > 0 {
-		faults = append(faults, fmt.Errorf("unexpected argument %q", flags.Arg(0)))
-	}
-	if *file != "" {
-		if err := readConfig(*file, &c); err != nil {
-			faults = append(faults, err)
-		}
-	}
-	set := map[string]bool{}
-	flags.Visit(func(f *flag.Flag) { set[f.Name] = true })
-	for i, s := range c.settings() {
-		if v := getenv(environment + strings.ToUpper(strings.ReplaceAll(s.name, "-", "_"))); v != "" {
-			*s.value = v
-		}
-		if set[s.name] {
-			*s.value = *names[i].value
-		}
-	}
-	return c, errors.Join(append(faults, c.check())...)
-}
-
-// printHelp lists the flags as they are written in the documents.
-func printHelp(w io.Writer, flags *flag.FlagSet) error {
-	var b strings.Builder
-	b.WriteString("Usage: dunlin-controller [flags]\n\nOther commands: dunlin-controller version.\n\n")
-	flags.VisitAll(func(f *flag.Flag) {
-		usage := f.Usage
-		if f.DefValue != "" {
-			usage += " (default " + f.DefValue + ")"
-		}
-		fmt.Fprintf(&b, "  --%-24s %s\n", f.Name, usage)
-	})
-	_, err := io.WriteString(w, b.String())
-	return err
-}
-
-func readConfig(path string, c *Config) error {
-	f, err := os.Open(path)
-	if err != nil {
-		return fmt.Errorf("config: %w", err)
-	}
-	defer f.Close()
-	b, err := io.ReadAll(io.LimitReader(f, maxConfigFile+1))
-	if err != nil {
-		return fmt.Errorf("config %s: %w", path, err)
-	}
-	if len(b) > maxConfigFile {
-		return fmt.Errorf("config %s is above the limit of %d bytes", path, maxConfigFile)
-	}
-	if err := yaml.UnmarshalWithOptions(b, c, yaml.Strict()); err != nil && !errors.Is(err, io.EOF) {
-		return fmt.Errorf("config %s: %w", path, err)
-	}
-	return nil
+	return c, err
 }
 
 // check gives all faults of the configuration.
@@ -172,13 +105,13 @@ func (c *Config) check() error {
 	if !slices.Contains([]string{"text", "json"}, c.LogFormat) {
 		fault("log-format %q is not text or json", c.LogFormat)
 	}
-	if err := checkLoopback("listen", c.Listen); err != nil {
-		faults = append(faults, err)
+	if err := program.CheckAddress(c.Listen); err != nil {
+		fault("listen %w", err)
 	}
 	switch {
 	case c.BrokerURL == "":
-		if err := checkLoopback("mqtt-listen", c.MQTTListen); err != nil {
-			faults = append(faults, err)
+		if err := program.CheckAddress(c.MQTTListen); err != nil {
+			fault("mqtt-listen %w", err)
 		}
 		if c.MosquittoPasswordFile != "" || c.BrokerPasswordFile != "" {
 			fault("mosquitto-password-file and broker-password-file need broker-url")
@@ -196,8 +129,8 @@ func (c *Config) check() error {
 		address, err := brokerAddress(c.BrokerURL)
 		if err != nil {
 			faults = append(faults, err)
-		} else if err := checkLoopback("broker-url", address); err != nil {
-			faults = append(faults, err)
+		} else if err := program.CheckAddress(address); err != nil {
+			fault("broker-url %w", err)
 		}
 		if c.MosquittoPasswordFile != "" && c.BrokerUsername != broker.ControllerUser {
 			fault("broker-username is %q, with mosquitto-password-file it must be %s", c.BrokerUsername, broker.ControllerUser)
@@ -216,17 +149,4 @@ func brokerAddress(s string) (string, error) {
 		return "", fmt.Errorf("broker-url: %w", err)
 	}
 	return net.JoinHostPort(u.Hostname(), cmp.Or(u.Port(), "1883")), nil
-}
-
-// checkLoopback refuses every address that another machine could reach, or
-// that would send credentials to one.
-func checkLoopback(name, address string) error {
-	host, _, err := net.SplitHostPort(address)
-	if err != nil {
-		return fmt.Errorf("%s: %w", name, err)
-	}
-	if ip, err := netip.ParseAddr(host); host == "localhost" || err == nil && ip.IsLoopback() {
-		return nil
-	}
-	return fmt.Errorf("%s %q is not on loopback: TLS and device certificates, which other addresses need, come with a later version", name, address)
 }

@@ -12,9 +12,7 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
-	"runtime/debug"
 	"strings"
-	"syscall"
 	"time"
 
 	"github.com/dunlin/dunlin/controller/api"
@@ -23,12 +21,12 @@ import (
 	"github.com/dunlin/dunlin/controller/identity"
 	"github.com/dunlin/dunlin/controller/registry"
 	"github.com/dunlin/dunlin/controller/store"
+	"github.com/dunlin/dunlin/internal/program"
 	"github.com/dunlin/dunlin/internal/telemetry"
 )
 
 // Files in the data folder.
 const (
-	lockFile       = "lock"
 	storeFile      = "controller.db"
 	registryFolder = "registry"
 	// AdminTokenFile holds a token of the first administrator.
@@ -52,11 +50,11 @@ func Run(ctx context.Context, c Config) (err error) {
 	if err := os.MkdirAll(c.Data, 0o700); err != nil {
 		return fmt.Errorf("make data folder: %w", err)
 	}
-	unlock, err := lock(filepath.Join(c.Data, lockFile))
+	lock, err := program.LockFolder(c.Data)
 	if err != nil {
 		return err
 	}
-	defer func() { err = errors.Join(err, unlock()) }()
+	defer func() { err = errors.Join(err, lock.Close()) }()
 
 	st, err := store.Open(ctx, filepath.Join(c.Data, storeFile), store.Options{OnStep: c.OnStep})
 	if err != nil {
@@ -94,13 +92,13 @@ func Run(ctx context.Context, c Config) (err error) {
 	mux.HandleFunc("/healthz", func(w http.ResponseWriter, r *http.Request) { _, _ = io.WriteString(w, "ok\n") })
 	mux.Handle("/", api.New(api.Config{
 		Store: st, Dispatch: dispatcher, Registry: reg, Auth: auth, Log: log,
-		Version: Version(), BrokerURL: bus.url,
+		Version: program.Version(), BrokerURL: bus.url,
 		HashPassword: broker.HashPassword, AccountsChanged: bus.accounts, Stopping: stopping,
 	}))
 	server := newServer(mux, log)
 	server.RegisterOnShutdown(func() { close(stopping) })
 
-	log.Info("controller is ready", "url", url, "broker", bus.url, "data", c.Data, "version", Version())
+	log.Info("controller is ready", "url", url, "broker", bus.url, "data", c.Data, "version", program.Version())
 	if c.OnReady != nil {
 		c.OnReady(Addresses{URL: url, Broker: bus.url})
 	}
@@ -182,21 +180,6 @@ func serve(ctx context.Context, server *http.Server, l net.Listener) error {
 	return nil
 }
 
-// lock keeps a second controller away from the data folder.
-func lock(path string) (unlock func() error, err error) {
-	f, err := os.OpenFile(path, os.O_CREATE|os.O_RDWR, 0o600)
-	if err != nil {
-		return nil, fmt.Errorf("lock data folder: %w", err)
-	}
-	if err := syscall.Flock(int(f.Fd()), syscall.LOCK_EX|syscall.LOCK_NB); err != nil {
-		if errors.Is(err, syscall.EWOULDBLOCK) {
-			err = fmt.Errorf("another controller uses the data folder %s; choose another one by --data", filepath.Dir(path))
-		}
-		return nil, errors.Join(err, f.Close())
-	}
-	return f.Close, nil // gives the lock back
-}
-
 // adminToken makes sure that the file at path holds a valid token: it makes a
 // new one where it does not, as at the first start.
 func adminToken(ctx context.Context, st *store.Store, path string, log *slog.Logger) error {
@@ -238,14 +221,6 @@ func writeFile(path, text string) error {
 		return err
 	}
 	return errors.Join(dir.Sync(), dir.Close())
-}
-
-// Version names the build of this program.
-func Version() string {
-	if info, ok := debug.ReadBuildInfo(); ok && info.Main.Version != "" {
-		return info.Main.Version
-	}
-	return "unknown"
 }
 
 // versions is the store as the registry sees it.

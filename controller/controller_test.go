@@ -341,7 +341,7 @@ func TestDataFolderIsLocked(t *testing.T) {
 	w := start(t, t.TempDir())
 	c := DefaultConfig()
 	c.Data, c.Listen, c.MQTTListen, c.Log = w.data, "127.0.0.1:0", "127.0.0.1:0", slog.New(slog.DiscardHandler)
-	if err := Run(t.Context(), c); err == nil || !strings.Contains(err.Error(), "another controller uses the data folder") {
+	if err := Run(t.Context(), c); err == nil || !strings.Contains(err.Error(), "another process uses it") {
 		t.Errorf("got %v", err)
 	}
 }
@@ -425,7 +425,7 @@ func TestLoadConfigFaults(t *testing.T) {
 		{[]string{"--listen", "0.0.0.0:80", "--mqtt-listen", "example.com:1", "--data", "", "x"}, []string{
 			`unexpected argument "x"`, "data is missing", `listen "0.0.0.0:80" is not on loopback`, `mqtt-listen "example.com:1" is not on loopback`}},
 		{[]string{"--listen", ":80"}, []string{`listen ":80" is not on loopback`}},
-		{[]string{"--listen", "x"}, []string{"listen: address x: missing port"}},
+		{[]string{"--listen", "x"}, []string{`listen "x" is not host:port`}},
 		{[]string{"--config", file, "--listen", "1.1.1.1:1"}, []string{"colour", "not on loopback"}},
 		{[]string{"--config", "/does/not/exist"}, []string{"/does/not/exist"}},
 		{[]string{"--broker-url", "mqtt://10.0.0.1:1883"}, []string{`broker-url "10.0.0.1:1883" is not on loopback`}},

@@ -12,6 +12,7 @@ import (
 
 	"github.com/dunlin/dunlin/agent"
 	"github.com/dunlin/dunlin/agent/worker"
+	"github.com/dunlin/dunlin/internal/program"
 )
 
 func main() {
@@ -24,7 +25,7 @@ func main() {
 	}
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
-	err := fmt.Errorf("%w: unknown command %q; there are run (the default), doctor and version\nrun: dunlin-agent --help", agent.ErrUsage, verb)
+	err := fmt.Errorf("%w: unknown command %q; there are run (the default), doctor and version\nrun: dunlin-agent --help", program.ErrUsage, verb)
 	switch verb {
 	case "help":
 		err = agent.Main(ctx, []string{"--help"}, os.Getenv, os.Stdout)
@@ -33,11 +34,11 @@ func main() {
 	case "doctor":
 		err = agent.Doctor(ctx, args, os.Getenv, os.Stdout, os.Stdout)
 	case "version":
-		_, err = fmt.Println("dunlin-agent", agent.Version())
+		_, err = fmt.Println("dunlin-agent", program.Version())
 	}
 	if err != nil {
 		fmt.Fprintln(os.Stderr, "dunlin-agent:", err)
-		if errors.Is(err, agent.ErrUsage) {
+		if errors.Is(err, program.ErrUsage) {
 			os.Exit(2)
 		}
 		os.Exit(1)

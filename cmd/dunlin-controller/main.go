@@ -12,11 +12,12 @@ import (
 	"syscall"
 
 	"github.com/dunlin/dunlin/controller"
+	"github.com/dunlin/dunlin/internal/program"
 )
 
 func main() {
 	if len(os.Args) == 2 && os.Args[1] == "version" {
-		fmt.Println("dunlin-controller", controller.Version())
+		fmt.Println("dunlin-controller", program.Version())
 		return
 	}
 	c, err := controller.LoadConfig(os.Args[1:], os.Getenv, os.Stdout)

@@ -183,6 +183,9 @@ func deviceCommand(ts *testscript.TestScript, neg bool, args []string) {
 func join(ts *testscript.TestScript, url, name, token string) *device {
 	d, err := joinDevice(url, name, token)
 	ts.Check(err)
+	for d.last == nil { // the answer to its hello: the controller knows that it is there
+		d.last, _ = d.next(ts, "desired document").(*dunlinv1.Desired)
+	}
 	return d
 }
 
@@ -230,17 +233,15 @@ func (d *device) next(ts *testscript.TestScript, what string) proto.Message {
 
 func (d *device) waitDesired(ts *testscript.TestScript, model string, version int64) {
 	for {
-		m, ok := d.next(ts, "desired document").(*dunlinv1.Desired)
-		if !ok {
-			continue
-		}
-		d.last = m
 		var document dunlinv1.DesiredDocument
-		ts.Check(proto.Unmarshal(m.GetDocument(), &document))
+		ts.Check(proto.Unmarshal(d.last.GetDocument(), &document))
 		for _, v := range document.GetVersions() {
 			if v.GetModel() == model && v.GetVersion() == version {
 				return
 			}
+		}
+		if m, ok := d.next(ts, "desired document").(*dunlinv1.Desired); ok {
+			d.last = m
 		}
 	}
 }

@@ -125,8 +125,8 @@ func (c *cli) waitRollout(ctx context.Context, ctl *client, deployment string, t
 		switch {
 		case ended(last):
 			return last, nil
-		case watchCtx.Err() != nil:
-			return timedOut(last)
+		case watchCtx.Err() != nil, timeout > 0 && connect.CodeOf(err) == connect.CodeDeadlineExceeded:
+			return timedOut(last) // the controller's clock may be the first to say so
 		case err != nil && connect.CodeOf(err) != connect.CodeUnavailable && connect.CodeOf(err) != connect.CodeUnknown && !errors.Is(err, io.ErrUnexpectedEOF):
 			return last, err
 		case err != nil && last == nil:

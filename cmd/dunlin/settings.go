@@ -4,13 +4,14 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
-	"net/netip"
 	"net/url"
 	"os"
 	"path/filepath"
 	"strings"
 
 	"github.com/goccy/go-yaml"
+
+	"github.com/dunlin/dunlin/internal/program"
 )
 
 // settings say which controller to talk to, and as whom.
@@ -132,19 +133,11 @@ func checkURL(s string) (string, error) {
 	}
 	switch {
 	case u.Scheme == "https":
-	case u.Scheme == "http" && isLoopback(u.Hostname()):
+	case u.Scheme == "http" && program.Loopback(u.Hostname()):
 	case u.Scheme == "http":
 		return "", usagef("refusing to send a token to %s: http:// is in clear and only for this machine itself; use https://", s)
 	default:
 		return "", usagef("URL %q has scheme %q, allowed are https and, to this machine itself, http", s, u.Scheme)
 	}
 	return strings.TrimRight(u.String(), "/"), nil
-}
-
-func isLoopback(host string) bool {
-	if host == "localhost" {
-		return true
-	}
-	a, err := netip.ParseAddr(host)
-	return err == nil && a.IsLoopback()
 }

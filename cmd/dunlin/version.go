@@ -6,28 +6,20 @@ import (
 	"runtime/debug"
 
 	"github.com/spf13/cobra"
+
+	"github.com/dunlin/dunlin/internal/program"
 )
 
-// version is set at link time (-X main.version=...); else the build's own
-// records say it.
-var version string
-
 func buildText() string {
-	v, revision := version, ""
+	revision := ""
 	if info, ok := debug.ReadBuildInfo(); ok {
-		if v == "" {
-			v = info.Main.Version
-		}
 		for _, s := range info.Settings {
 			if s.Key == "vcs.revision" && len(s.Value) >= 12 {
 				revision = " " + s.Value[:12]
 			}
 		}
 	}
-	if v == "" {
-		v = "(devel)"
-	}
-	return fmt.Sprintf("dunlin %s%s %s %s/%s", v, revision, runtime.Version(), runtime.GOOS, runtime.GOARCH)
+	return fmt.Sprintf("dunlin %s%s %s %s/%s", program.Version(), revision, runtime.Version(), runtime.GOOS, runtime.GOARCH)
 }
 
 func (c *cli) versionCommand() *cobra.Command {

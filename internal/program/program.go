@@ -42,20 +42,41 @@ type Setting struct {
 // maxFile bounds a configuration file; a larger one is refused.
 const maxFile = 1 << 20
 
+// ErrUsage is the error of a command line or of settings that are wrong; a
+// program that gets it exits with 2.
+var ErrUsage = errors.New("wrong usage")
+
+// Source is where a program's settings come from.
+type Source struct {
+	Program string // with its verb: "dunlin-agent run"
+	Notes   string // printed in the help above the flags
+	Prefix  string // of its environment variables
+	Args    []string
+	Getenv  func(string) string
+	Help    io.Writer // where help goes when it is asked for
+}
+
 // Load gives the settings their values: their defaults, overridden by a YAML
 // file, the environment and the flags, in this order. The file is named by
 // --config or the environment variable <prefix>CONFIG and is read strictly
-// into file, a pointer to the struct that holds the settings. The caller may
-// have added flags of its own to flags. The error is flag.ErrHelp where help
-// was asked for, and otherwise holds every fault.
-func Load(flags *flag.FlagSet, prefix string, settings []Setting, file any, args []string, getenv func(string) string) error {
-	path := flags.String("config", getenv(prefix+"CONFIG"), "YAML `file` with the names of these flags as keys")
+// into file, a pointer to the struct that holds the settings; more, where it
+// is not nil, adds flags that are no settings. The error is flag.ErrHelp where
+// help was asked for, and otherwise an ErrUsage that holds every fault.
+func (s Source) Load(settings []Setting, file any, more func(*flag.FlagSet)) error {
+	flags := flag.NewFlagSet(s.Program, flag.ContinueOnError)
+	flags.SetOutput(io.Discard) // an error is said once, by the caller
+	path := flags.String("config", s.Getenv(s.Prefix+"CONFIG"), "YAML `file` with the names of these flags as keys")
 	given := make([]string, len(settings))
-	for i, s := range settings {
-		flags.StringVar(&given[i], s.Name, *s.Value, s.Usage)
+	for i, one := range settings {
+		flags.StringVar(&given[i], one.Name, *one.Value, one.Usage)
 	}
-	if err := flags.Parse(args); err != nil {
-		return err
+	if more != nil {
+		more(flags)
+	}
+	if err := flags.Parse(s.Args); errors.Is(err, flag.ErrHelp) {
+		return errors.Join(err, s.printHelp(flags))
+	} else if err != nil {
+		return fmt.Errorf("%w: %w\nrun: %s --help", ErrUsage, err, s.Program)
 	}
 	var faults []error
 	if flags.NArg() > 0 {
@@ -68,19 +89,41 @@ func Load(flags *flag.FlagSet, prefix string, settings []Setting, file any, args
 	}
 	set := map[string]bool{}
 	flags.Visit(func(f *flag.Flag) { set[f.Name] = true })
-	for i, s := range settings {
-		variables := []string{prefix + strings.ToUpper(strings.ReplaceAll(s.Name, "-", "_"))}
-		if s.Environment != "" {
-			variables = append(variables, s.Environment)
+	for i, one := range settings {
+		variables := []string{s.Prefix + strings.ToUpper(strings.ReplaceAll(one.Name, "-", "_"))}
+		if one.Environment != "" {
+			variables = append(variables, one.Environment)
 		}
-		if n := slices.IndexFunc(variables, func(v string) bool { return getenv(v) != "" }); n >= 0 {
-			*s.Value = getenv(variables[n])
+		if n := slices.IndexFunc(variables, func(v string) bool { return s.Getenv(v) != "" }); n >= 0 {
+			*one.Value = s.Getenv(variables[n])
 		}
-		if set[s.Name] {
-			*s.Value = given[i]
+		if set[one.Name] {
+			*one.Value = given[i]
 		}
 	}
-	return errors.Join(faults...)
+	if err := errors.Join(faults...); err != nil {
+		return fmt.Errorf("%w: %w", ErrUsage, err)
+	}
+	return nil
+}
+
+// printHelp lists the flags as they are written in the documents.
+func (s Source) printHelp(flags *flag.FlagSet) error {
+	var b strings.Builder
+	fmt.Fprintf(&b, "Usage: %s [flags]\n\n%s\n\n", s.Program, s.Notes)
+	flags.VisitAll(func(f *flag.Flag) {
+		value, usage := flag.UnquoteUsage(f)
+		dashes := "--"
+		if len(f.Name) == 1 {
+			dashes = "-"
+		}
+		if f.DefValue != "" {
+			usage += " (default " + f.DefValue + ")"
+		}
+		fmt.Fprintf(&b, "  %-32s %s\n", dashes+f.Name+" "+value, usage)
+	})
+	_, err := io.WriteString(s.Help, b.String())
+	return err
 }
 
 func readFile(path string, into any) error {
@@ -164,7 +207,10 @@ func LockFolder(dir string) (io.Closer, error) {
 		return nil, fmt.Errorf("lock data folder: %w", err)
 	}
 	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
-		return nil, errors.Join(fmt.Errorf("lock data folder %s: another process uses it: %w", dir, err), f.Close())
+		if errors.Is(err, unix.EWOULDBLOCK) {
+			err = errors.New("another process uses it; choose another one by --data")
+		}
+		return nil, errors.Join(fmt.Errorf("lock data folder %s: %w", dir, err), f.Close())
 	}
 	return f, nil
 }

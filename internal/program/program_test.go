@@ -27,12 +27,14 @@ func load(t *testing.T, yaml string, env map[string]string, args ...string) (con
 		}
 		args = append(args, "--config", path)
 	}
-	flags := flag.NewFlagSet("test", flag.ContinueOnError)
-	flags.SetOutput(io.Discard)
-	err := Load(flags, "TEST_", []Setting{
+	from := Source{Program: "test", Prefix: "TEST_", Args: args, Getenv: func(name string) string { return env[name] }, Help: io.Discard}
+	err := from.Load([]Setting{
 		{Name: "first", Value: &c.First}, {Name: "second-one", Value: &c.Second},
 		{Name: "third", Value: &c.Third, Environment: "OTHER"}, {Name: "fourth", Value: &c.Fourth},
-	}, &c, args, func(name string) string { return env[name] })
+	}, &c, nil)
+	if err != nil && !errors.Is(err, flag.ErrHelp) && !errors.Is(err, ErrUsage) {
+		t.Errorf("%v is no usage error", err)
+	}
 	return c, err
 }
 
