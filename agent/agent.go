@@ -47,6 +47,7 @@ const drainTime = 5 * time.Second
 // agent holds what the parts of a running agent share.
 type agent struct {
 	cfg       Config
+	profile   profiles.Profile
 	store     *state.Store
 	worker    *worker.Worker
 	engine    *engine.Engine
@@ -98,7 +99,7 @@ func Run(ctx context.Context, cfg Config) (err error) {
 // newAgent puts the parts together; url is where the device answers.
 func newAgent(ctx context.Context, cfg Config, profile profiles.Profile, store *state.Store, url string) (*agent, error) {
 	a := &agent{
-		cfg: cfg, store: store, sampler: device.NewSampler(cfg.Data), outbox: make(chan struct{}, 1), described: make(chan struct{}),
+		cfg: cfg, profile: profile, store: store, sampler: device.NewSampler(cfg.Data), outbox: make(chan struct{}, 1), described: make(chan struct{}),
 		info: device.Info(cfg.Data),
 	}
 	a.info.FirmwareProfile, a.info.AgentVersion, a.info.ServingUrl = profile.Name, program.Version(), url
@@ -252,7 +253,7 @@ func (a *agent) runtime(ctx context.Context) error {
 			a.mu.Lock()
 			defer a.mu.Unlock()
 			info := proto.CloneOf(a.info)
-			info.RuntimeVersion, info.Providers = found.Version, found.Providers
+			info.RuntimeVersion, info.Providers = found.Version, usable(a.profile, found.Providers)
 			a.info = info
 			a.loads.Store(true)
 			return nil

@@ -141,14 +141,14 @@ func checkRuntime(ctx context.Context, cfg Config) []Finding {
 		return []Finding{{"runtime", Fail, err.Error(), remedy}}
 	}
 	findings := []Finding{{Check: "runtime", Verdict: Pass, Detail: fmt.Sprintf("ONNX Runtime %s at %s", found.Version, cfg.RuntimeLib)}}
-	providers := Finding{Check: "providers", Verdict: Pass, Detail: strings.Join(found.Providers, ", ")}
 	profile, err := profiles.Match(runtime.GOARCH)
 	if err != nil {
 		return append(findings, Finding{"providers", Warn, err.Error(), ""})
 	}
+	providers := Finding{Check: "providers", Verdict: Pass, Detail: fmt.Sprintf("%s, by firmware profile %s", strings.Join(usable(profile, found.Providers), ", "), profile.Name)}
 	for _, p := range profile.Providers {
 		if !slices.Contains(found.Providers, p) {
-			providers.Verdict, providers.Detail = Warn, providers.Detail+"; "+profile.Name+" wants "+p
+			providers.Verdict, providers.Detail = Warn, providers.Detail+"; the library lacks "+p
 			providers.Remedy = "install an ONNX Runtime that was built with it"
 		}
 	}
@@ -296,4 +296,10 @@ func checkRegistry(ctx context.Context, id state.Identity) Finding {
 	default:
 		return Finding{"registry", Fail, fmt.Sprintf("%s/v2/ answers %s", id.RegistryURL, resp.Status), "see the controller's log"}
 	}
+}
+
+// usable gives the execution providers that models run on here: those of the
+// firmware profile, in its order, that the library was built with.
+func usable(profile profiles.Profile, built []string) []string {
+	return slices.DeleteFunc(slices.Clone(profile.Providers), func(p string) bool { return !slices.Contains(built, p) })
 }

@@ -447,14 +447,14 @@ func TestParseRef(t *testing.T) {
 		ref, name string
 		version   int64
 	}{
-		{"digits", "digits", 0}, {"digits:3", "digits", 3}, {"d:9223372036854775807", "d", 1<<63 - 1},
+		{"digits", "digits", 0}, {"digits:3", "digits", 3}, {"d:9007199254740991", "d", MaxVersion},
 	}
 	for _, tt := range tests {
 		if name, v, err := ParseRef(tt.ref); name != tt.name || v != tt.version || err != nil {
 			t.Errorf("%q: %q, %d, %v", tt.ref, name, v, err)
 		}
 	}
-	for _, ref := range []string{"", ":1", "digits:", "digits:0", "digits:-1", "digits:+1", "digits:01", "digits:1.0", "digits:1:2", "digits:9223372036854775808", "Digits:1"} {
+	for _, ref := range []string{"", ":1", "digits:", "digits:0", "digits:-1", "digits:+1", "digits:01", "digits:1.0", "digits:1:2", "digits:9007199254740992", "Digits:1"} {
 		if _, _, err := ParseRef(ref); !errors.Is(err, ErrInvalid) {
 			t.Errorf("%q: %v", ref, err)
 		}

@@ -74,6 +74,10 @@ func CheckName(name string) error {
 	return nil
 }
 
+// MaxVersion bounds the number of a version: it is exact as a number in JSON,
+// and there is always a next one.
+const MaxVersion = 1<<53 - 1
+
 // ParseRef takes "digits:3" apart, or "digits", whose version is 0: whichever
 // version the context gives.
 func ParseRef(s string) (name string, version int64, err error) {
@@ -85,8 +89,8 @@ func ParseRef(s string) (name string, version int64, err error) {
 		return name, 0, nil
 	}
 	version, err = strconv.ParseInt(v, 10, 64)
-	if err != nil || version < 1 || strconv.FormatInt(version, 10) != v {
-		return "", 0, invalid("model %q: version %q is not a whole number from 1", shorten(s), shorten(v))
+	if err != nil || version < 1 || version > MaxVersion || strconv.FormatInt(version, 10) != v {
+		return "", 0, invalid("model %q: version %q is not a whole number of 1 to %d", shorten(s), shorten(v), int64(MaxVersion))
 	}
 	return name, version, nil
 }

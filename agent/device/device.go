@@ -10,8 +10,9 @@ import (
 	"strconv"
 	"strings"
 
-	dunlinv1 "github.com/dunlin/dunlin/proto/dunlin/v1"
 	"golang.org/x/sys/unix"
+
+	dunlinv1 "github.com/dunlin/dunlin/proto/dunlin/v1"
 )
 
 // maxFile bounds what is read of a file below /proc.

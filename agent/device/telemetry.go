@@ -7,8 +7,9 @@ import (
 	"strings"
 	"time"
 
-	dunlinv1 "github.com/dunlin/dunlin/proto/dunlin/v1"
 	"google.golang.org/protobuf/types/known/timestamppb"
+
+	dunlinv1 "github.com/dunlin/dunlin/proto/dunlin/v1"
 )
 
 // Sampler samples the figures of a device. It is for one goroutine.

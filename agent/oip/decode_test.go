@@ -8,10 +8,11 @@ import (
 	"testing"
 	"unicode/utf8"
 
-	"github.com/dunlin/dunlin/models/tensor"
 	"github.com/google/go-cmp/cmp"
 	"github.com/google/go-cmp/cmp/cmpopts"
 	"pgregory.net/rapid"
+
+	"github.com/dunlin/dunlin/models/tensor"
 )
 
 // in is a request with one input.

@@ -14,8 +14,9 @@ import (
 	"strings"
 	"testing"
 
-	"github.com/dunlin/dunlin/models/tensor"
 	"github.com/google/go-cmp/cmp"
+
+	"github.com/dunlin/dunlin/models/tensor"
 )
 
 // echo is a backend whose outputs are its inputs, or what answer gives.

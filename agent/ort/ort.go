@@ -177,6 +177,9 @@ func Open(ctx context.Context, dir, entry string) (*Session, error) {
 	if !filepath.IsLocal(entry) {
 		return nil, fmt.Errorf("open model: entry %q leaves the model's folder", entry)
 	}
+	if ctx.Err() != nil {
+		return nil, fmt.Errorf("open model: %w", context.Cause(ctx))
+	}
 	session, err := create(ctx, filepath.Join(dir, entry))
 	if err != nil {
 		return nil, fmt.Errorf("open model: %w", err)

@@ -9,10 +9,11 @@ import (
 	"slices"
 	"strings"
 
-	"github.com/dunlin/dunlin/models"
-	dunlinv1 "github.com/dunlin/dunlin/proto/dunlin/v1"
 	"github.com/opencontainers/go-digest"
 	"golang.org/x/sys/unix"
+
+	"github.com/dunlin/dunlin/models"
+	dunlinv1 "github.com/dunlin/dunlin/proto/dunlin/v1"
 )
 
 // The names in a bundle's folder. The folder of a verified bundle is called

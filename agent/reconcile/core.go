@@ -6,9 +6,10 @@ import (
 	"slices"
 	"time"
 
+	"github.com/opencontainers/go-digest"
+
 	"github.com/dunlin/dunlin/agent/engine"
 	dunlinv1 "github.com/dunlin/dunlin/proto/dunlin/v1"
-	"github.com/opencontainers/go-digest"
 )
 
 // key names a version of a model by what it is called and what it is: a

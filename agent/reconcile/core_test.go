@@ -7,10 +7,11 @@ import (
 	"testing"
 	"time"
 
-	"github.com/dunlin/dunlin/agent/engine"
-	dunlinv1 "github.com/dunlin/dunlin/proto/dunlin/v1"
 	"github.com/opencontainers/go-digest"
 	"pgregory.net/rapid"
+
+	"github.com/dunlin/dunlin/agent/engine"
+	dunlinv1 "github.com/dunlin/dunlin/proto/dunlin/v1"
 )
 
 // world is what the core's actions act upon.

@@ -7,12 +7,13 @@ import (
 	"fmt"
 	"time"
 
+	"github.com/opencontainers/go-digest"
+	"google.golang.org/protobuf/proto"
+
 	"github.com/dunlin/dunlin/agent/state"
 	"github.com/dunlin/dunlin/internal/policy"
 	"github.com/dunlin/dunlin/models"
 	dunlinv1 "github.com/dunlin/dunlin/proto/dunlin/v1"
-	"github.com/opencontainers/go-digest"
-	"google.golang.org/protobuf/proto"
 )
 
 // accept stores a desired document and works towards it from then on.

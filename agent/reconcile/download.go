@@ -12,10 +12,11 @@ import (
 	"path/filepath"
 	"sync/atomic"
 
-	"github.com/dunlin/dunlin/models"
-	dunlinv1 "github.com/dunlin/dunlin/proto/dunlin/v1"
 	"github.com/opencontainers/go-digest"
 	"golang.org/x/sys/unix"
+
+	"github.com/dunlin/dunlin/models"
+	dunlinv1 "github.com/dunlin/dunlin/proto/dunlin/v1"
 )
 
 // chunkRetries is how often a chunk or document whose bytes are wrong is

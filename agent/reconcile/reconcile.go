@@ -24,11 +24,12 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/opencontainers/go-digest"
+	"google.golang.org/protobuf/proto"
+
 	"github.com/dunlin/dunlin/agent/engine"
 	"github.com/dunlin/dunlin/agent/state"
 	dunlinv1 "github.com/dunlin/dunlin/proto/dunlin/v1"
-	"github.com/opencontainers/go-digest"
-	"google.golang.org/protobuf/proto"
 )
 
 // Engine loads versions and unloads them after their last request.

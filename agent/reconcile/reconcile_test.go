@@ -15,12 +15,13 @@ import (
 	"testing"
 	"time"
 
-	"github.com/dunlin/dunlin/agent/engine"
-	"github.com/dunlin/dunlin/agent/state"
-	dunlinv1 "github.com/dunlin/dunlin/proto/dunlin/v1"
 	"github.com/opencontainers/go-digest"
 	"go.uber.org/goleak"
 	"google.golang.org/protobuf/proto"
+
+	"github.com/dunlin/dunlin/agent/engine"
+	"github.com/dunlin/dunlin/agent/state"
+	dunlinv1 "github.com/dunlin/dunlin/proto/dunlin/v1"
 )
 
 // simulated loads every file but those that begin with "not a model", and

@@ -20,13 +20,14 @@ import (
 	"testing/synctest"
 	"time"
 
-	"github.com/dunlin/dunlin/models"
-	"github.com/dunlin/dunlin/models/tensor"
-	dunlinv1 "github.com/dunlin/dunlin/proto/dunlin/v1"
 	"github.com/opencontainers/go-digest"
 	"github.com/opencontainers/image-spec/specs-go"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"google.golang.org/protobuf/proto"
+
+	"github.com/dunlin/dunlin/models"
+	"github.com/dunlin/dunlin/models/tensor"
+	dunlinv1 "github.com/dunlin/dunlin/proto/dunlin/v1"
 )
 
 // testBundle is a bundle whose files are made of the given chunks.

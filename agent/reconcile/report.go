@@ -8,10 +8,11 @@ import (
 	"slices"
 	"time"
 
-	"github.com/dunlin/dunlin/agent/state"
-	dunlinv1 "github.com/dunlin/dunlin/proto/dunlin/v1"
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/timestamppb"
+
+	"github.com/dunlin/dunlin/agent/state"
+	dunlinv1 "github.com/dunlin/dunlin/proto/dunlin/v1"
 )
 
 func sortedKeys[V any](m map[string]V) []string { return slices.Sorted(maps.Keys(m)) }

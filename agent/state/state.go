@@ -12,8 +12,9 @@ import (
 	"path/filepath"
 	"time"
 
-	dunlinv1 "github.com/dunlin/dunlin/proto/dunlin/v1"
 	_ "modernc.org/sqlite" // the driver "sqlite"
+
+	dunlinv1 "github.com/dunlin/dunlin/proto/dunlin/v1"
 )
 
 // MaxDocument bounds a desired document; a larger one is refused.

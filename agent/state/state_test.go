@@ -12,13 +12,14 @@ import (
 	"testing"
 	"time"
 
-	dunlinv1 "github.com/dunlin/dunlin/proto/dunlin/v1"
 	"github.com/google/go-cmp/cmp"
 	"go.uber.org/goleak"
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/testing/protocmp"
 	"google.golang.org/protobuf/types/known/timestamppb"
 	"pgregory.net/rapid"
+
+	dunlinv1 "github.com/dunlin/dunlin/proto/dunlin/v1"
 )
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }

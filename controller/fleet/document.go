@@ -5,7 +5,6 @@ import (
 	"cmp"
 	"fmt"
 	"maps"
-	"math"
 	"slices"
 	"strings"
 	"time"
@@ -212,7 +211,7 @@ func (r *reader) deployment(spec node) *Deployment {
 	fields := r.mapping(spec, "spec", "model", "version", "selector", "rollout")
 	d.Model, _ = r.name(fields, "spec.model")
 	if n, ok := r.required(fields, "spec.version"); ok {
-		d.Version = r.integer(n, "spec.version", 1, math.MaxInt64)
+		d.Version = r.integer(n, "spec.version", 1, models.MaxVersion)
 	}
 	// Required, so that nobody deploys to the whole fleet by leaving it out.
 	if n, ok := r.required(fields, "spec.selector"); ok {
@@ -254,7 +253,7 @@ func (r *reader) route(spec node) *Route {
 		var t Target
 		t.Model, _ = r.name(fields, path+".model")
 		if n, ok := fields[path+".version"]; ok {
-			t.Version = r.integer(n, path+".version", 1, math.MaxInt64)
+			t.Version = r.integer(n, path+".version", 1, models.MaxVersion)
 		}
 		if n, ok := r.required(fields, path+".weight"); ok {
 			t.Weight = uint32(r.integer(n, path+".weight", 0, policy.MaxWeight))

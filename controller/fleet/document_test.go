@@ -10,6 +10,8 @@ import (
 	"github.com/google/go-cmp/cmp"
 	"github.com/google/go-cmp/cmp/cmpopts"
 	"pgregory.net/rapid"
+
+	"github.com/dunlin/dunlin/models"
 )
 
 const good = `# Both objects of the first example.
@@ -181,7 +183,7 @@ func drawLabels(t *rapid.T) map[string]string {
 func drawObject(t *rapid.T) Object {
 	if rapid.Bool().Draw(t, "deployment") {
 		return Object{Deployment: &Deployment{
-			Name: drawName(t, "name"), Model: drawName(t, "model"), Version: rapid.Int64Range(1, 1<<62).Draw(t, "version"), Selector: drawLabels(t),
+			Name: drawName(t, "name"), Model: drawName(t, "model"), Version: rapid.Int64Range(1, models.MaxVersion).Draw(t, "version"), Selector: drawLabels(t),
 			Rollout: Strategy{rapid.IntRange(0, MaxFailedLimit).Draw(t, "max failed"), time.Duration(rapid.Int64Range(int64(MinDeadline), int64(MaxDeadline)).Draw(t, "deadline"))},
 		}}
 	}

@@ -35,9 +35,6 @@ const (
 	// plainName is what the ONNX file of a plain artifact is called while a
 	// bundle is made of it.
 	plainName = "model.onnx"
-	// maxVersion bounds the version that may be asked for: one more than the
-	// newest must be left for the next, and be exact as a number in JSON.
-	maxVersion = 1<<53 - 1
 )
 
 // pushed is a manifest that asks to become a version.
@@ -114,8 +111,8 @@ func (r *Registry) repository(ctx context.Context, model string) (distribution.R
 // ingest checks, then stores, then registers. What it stores is addressed by
 // content, so that it can be cut short and done again at any point.
 func (r *Registry) ingest(ctx context.Context, p pushed) (version, error) {
-	if p.want < 0 || p.want > maxVersion {
-		return version{}, fmt.Errorf("%w: version %d, allowed are 0 to %d", ErrInvalid, p.want, int64(maxVersion))
+	if p.want < 0 || p.want > models.MaxVersion {
+		return version{}, fmt.Errorf("%w: version %d, allowed are 0 to %d", ErrInvalid, p.want, int64(models.MaxVersion))
 	}
 	repo, err := r.repository(ctx, p.model)
 	if err != nil {

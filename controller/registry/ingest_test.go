@@ -138,7 +138,7 @@ func TestIngest(t *testing.T) {
 	for _, c := range []struct {
 		model, digest string
 		want          int64
-	}{{"Digits", d, 0}, {"digits", "sha256:x", 0}, {"digits", "", 0}, {"digits", d, -1}, {"digits", d, maxVersion + 1}} {
+	}{{"Digits", d, 0}, {"digits", "sha256:x", 0}, {"digits", "", 0}, {"digits", d, -1}, {"digits", d, models.MaxVersion + 1}} {
 		if _, _, err := f.registry.Ingest(ctx, c.model, c.digest, c.want, "ada"); !errors.Is(err, ErrInvalid) {
 			t.Errorf("%+v: %v", c, err)
 		}

@@ -9,12 +9,13 @@ import (
 	"testing"
 	"time"
 
-	dunlinv1 "github.com/dunlin/dunlin/proto/dunlin/v1"
 	mochi "github.com/mochi-mqtt/server/v2"
 	"github.com/mochi-mqtt/server/v2/listeners"
 	brokerpackets "github.com/mochi-mqtt/server/v2/packets"
 	"go.uber.org/goleak"
 	"google.golang.org/protobuf/proto"
+
+	dunlinv1 "github.com/dunlin/dunlin/proto/dunlin/v1"
 )
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }

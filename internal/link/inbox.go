@@ -9,8 +9,9 @@ import (
 	"sync"
 	"sync/atomic"
 
-	dunlinv1 "github.com/dunlin/dunlin/proto/dunlin/v1"
 	"google.golang.org/protobuf/proto"
+
+	dunlinv1 "github.com/dunlin/dunlin/proto/dunlin/v1"
 )
 
 // inboxSize bounds the commands and blocks that wait to be taken. When it is

@@ -7,8 +7,9 @@ import (
 	"testing/synctest"
 	"time"
 
-	dunlinv1 "github.com/dunlin/dunlin/proto/dunlin/v1"
 	"google.golang.org/protobuf/proto"
+
+	dunlinv1 "github.com/dunlin/dunlin/proto/dunlin/v1"
 )
 
 func TestInboxBounds(t *testing.T) {

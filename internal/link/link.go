@@ -13,8 +13,9 @@ import (
 	"sync/atomic"
 	"time"
 
-	dunlinv1 "github.com/dunlin/dunlin/proto/dunlin/v1"
 	"google.golang.org/protobuf/proto"
+
+	dunlinv1 "github.com/dunlin/dunlin/proto/dunlin/v1"
 )
 
 const (

@@ -11,8 +11,9 @@ import (
 	"testing"
 	"time"
 
-	dunlinv1 "github.com/dunlin/dunlin/proto/dunlin/v1"
 	"google.golang.org/protobuf/proto"
+
+	dunlinv1 "github.com/dunlin/dunlin/proto/dunlin/v1"
 )
 
 func desired(number uint64) *dunlinv1.Desired {
