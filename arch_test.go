@@ -86,11 +86,11 @@ var rules = []rule{
 		"decisions are pure functions that run in simulated time"},
 	{[]string{"agent/reconcile", "agent/state", "internal/link"}, cgo, "cgo",
 		"the control half of an agent runs by the thousand in one process of a simulated fleet"},
-	{[]string{"internal/link", "internal/policy", "internal/telemetry"}, below("agent", "controller", "cmd"), "a side",
+	{[]string{"internal/link", "internal/policy", "internal/program", "internal/telemetry"}, below("agent", "controller", "cmd"), "a side",
 		"what both sides share cannot lean on one of them"},
 	{[]string{"models", "proto", "firmware-profiles"}, below("agent", "controller", "cmd", "internal"), "anything above",
 		"formats and the wire are the ground that everything stands on"},
-	{[]string{"agent", "controller", "internal/link", "internal/policy", "internal/telemetry", "cmd"}, below("internal/e2e"), "internal/e2e",
+	{[]string{"agent", "controller", "internal/link", "internal/policy", "internal/program", "internal/telemetry", "cmd"}, below("internal/e2e"), "internal/e2e",
 		"the programs do not contain their tests"},
 }
 
