@@ -30,6 +30,7 @@ lint: lint-go lint-proto lint-vuln ## Check the Go code, the protocol and the de
 
 lint-go:
 	@out=$$(gofmt -l .); test -z "$$out" || { echo "not formatted by gofmt:"; echo "$$out"; exit 1; }
+	go mod tidy -diff
 	go vet ./...
 	$(STATICCHECK) ./...
 	@echo 'go fix -diff ./...'; out=$$(go fix -diff ./...) || true; test -z "$$out" || { echo "$$out"; exit 1; }
