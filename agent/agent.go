@@ -61,6 +61,7 @@ type agent struct {
 	mu       sync.Mutex // guards what follows
 	info     *dunlinv1.DeviceInfo
 	identity state.Identity
+	link     *link.Link // nil until the device has joined
 }
 
 // Run runs an agent until ctx is done, and gives nil then, or until a part of
@@ -198,6 +199,9 @@ func (a *agent) control(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	a.mu.Lock()
+	a.link = l
+	a.mu.Unlock()
 	return newSession(l, a).run(ctx)
 }
 

@@ -9,6 +9,7 @@ import (
 
 	"github.com/dunlin/dunlin/agent/engine"
 	"github.com/dunlin/dunlin/agent/oip"
+	"github.com/dunlin/dunlin/internal/link"
 	"github.com/dunlin/dunlin/internal/program"
 	"github.com/dunlin/dunlin/internal/telemetry"
 )
@@ -23,11 +24,26 @@ func (a *agent) handler() http.Handler {
 	})
 	metrics := sync.OnceValue(func() http.Handler {
 		r := telemetry.NewMetrics()
-		r.MustRegister(engineMetrics{a.engine})
+		r.MustRegister(engineMetrics{a.engine},
+			a.linkCounter("dunlin_agent_malformed_total", "Messages of the controller that were dropped because they are malformed.", (*link.Link).Malformed),
+			a.linkCounter("dunlin_agent_dropped_total", "Messages of the controller that were dropped because too many waited.", (*link.Link).Dropped))
 		return telemetry.Handler(r)
 	})
 	mux.HandleFunc("GET /metrics", func(w http.ResponseWriter, r *http.Request) { metrics().ServeHTTP(w, r) })
 	return mux
+}
+
+// linkCounter exports a count of the link, 0 until the device has joined.
+func (a *agent) linkCounter(name, help string, count func(*link.Link) uint64) prometheus.Collector {
+	return prometheus.NewCounterFunc(prometheus.CounterOpts{Name: name, Help: help}, func() float64 {
+		a.mu.Lock()
+		l := a.link
+		a.mu.Unlock()
+		if l == nil {
+			return 0
+		}
+		return float64(count(l))
+	})
 }
 
 var (
