@@ -34,14 +34,6 @@ const (
 
 var ranks = map[Role]int{Viewer: 1, Operator: 2, Admin: 3}
 
-// ParseRole gives the role called s.
-func ParseRole(s string) (Role, error) {
-	if r := Role(s); ranks[r] > 0 {
-		return r, nil
-	}
-	return "", fmt.Errorf("unknown role %q, roles are viewer, operator, admin", s)
-}
-
 // Principal is an authenticated caller. The zero Principal is nobody and may
 // do nothing.
 type Principal struct {

@@ -130,12 +130,6 @@ func TestMay(t *testing.T) {
 	if (Principal{Kind: User, Role: Admin}).May("") {
 		t.Error("a role that does not exist was granted")
 	}
-	if r, err := ParseRole("operator"); r != Operator || err != nil {
-		t.Errorf("ParseRole: %v, %v", r, err)
-	}
-	if _, err := ParseRole("root"); err == nil {
-		t.Error("ParseRole took root")
-	}
 }
 
 func TestNewToken(t *testing.T) {
