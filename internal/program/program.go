@@ -16,6 +16,7 @@ import (
 	"path/filepath"
 	"runtime/debug"
 	"slices"
+	"strconv"
 	"strings"
 
 	"github.com/goccy/go-yaml"
@@ -30,13 +31,78 @@ func Version() string {
 	return "(devel)"
 }
 
-// Setting is one setting that is a text. Its name is that of its flag and of
-// its YAML key; its environment variable is the name in capitals, with _ for
-// -, behind the program's prefix.
+// Setting is one setting. Its name is that of its flag and of its YAML key;
+// its environment variable is the name in capitals, with _ for -, behind the
+// program's prefix.
 type Setting struct {
 	Name, Usage string
-	Value       *string // holds the default
-	Environment string  // a further environment variable, weaker than the one by name
+	Value       any    // *string, *bool or *int; holds the default
+	Environment string // a further environment variable, weaker than the one by name
+}
+
+// given is a setting as a flag: it keeps what the command line says until
+// the weaker sources have been read.
+type given struct {
+	setting *Setting
+	text    string
+	set     bool
+}
+
+func (g *given) String() string {
+	if g.setting == nil { // the flag package looks at a zero value
+		return ""
+	}
+	switch v := g.setting.Value.(type) {
+	case *bool:
+		return "" // a default of false is nothing to print
+	case *int:
+		return strconv.Itoa(*v)
+	default:
+		return *v.(*string)
+	}
+}
+
+func (g *given) Set(text string) error {
+	g.text, g.set = text, true
+	return new(Setting{Value: g.setting.blank()}).parse(text)
+}
+
+// IsBoolFlag makes --name enough for a bool.
+func (g *given) IsBoolFlag() bool {
+	_, ok := g.setting.Value.(*bool)
+	return ok
+}
+
+func (s *Setting) blank() any {
+	switch s.Value.(type) {
+	case *bool:
+		return new(bool)
+	case *int:
+		return new(int)
+	default:
+		return new(string)
+	}
+}
+
+// parse gives the setting the value that a text says.
+func (s *Setting) parse(text string) error {
+	switch v := s.Value.(type) {
+	case *bool:
+		b, err := strconv.ParseBool(text)
+		if err != nil {
+			return fmt.Errorf("%q is not true or false", text)
+		}
+		*v = b
+	case *int:
+		n, err := strconv.Atoi(text)
+		if err != nil {
+			return fmt.Errorf("%q is not a whole number", text)
+		}
+		*v = n
+	default:
+		*v.(*string) = text
+	}
+	return nil
 }
 
 // maxFile bounds a configuration file; a larger one is refused.
@@ -48,12 +114,15 @@ var ErrUsage = errors.New("wrong usage")
 
 // Source is where a program's settings come from.
 type Source struct {
-	Program string // with its verb: "dunlin-agent run"
-	Notes   string // printed in the help above the flags
-	Prefix  string // of its environment variables
-	Args    []string
-	Getenv  func(string) string
-	Help    io.Writer // where help goes when it is asked for
+	Program  string // with its verb: "dunlin-agent run"
+	Synopsis string // of the arguments, where there may be any
+	Notes    string // printed in the help above the flags
+	Prefix   string // of its environment variables
+	Args     []string
+	Getenv   func(string) string
+	Help     io.Writer // where help goes when it is asked for
+	// Arguments takes what are not flags; nil: there may be nothing.
+	Arguments func([]string) error
 }
 
 // Load gives the settings their values: their defaults, overridden by a YAML
@@ -66,39 +135,49 @@ func (s Source) Load(settings []Setting, file any, more func(*flag.FlagSet)) err
 	flags := flag.NewFlagSet(s.Program, flag.ContinueOnError)
 	flags.SetOutput(io.Discard) // an error is said once, by the caller
 	path := flags.String("config", s.Getenv(s.Prefix+"CONFIG"), "YAML `file` with the names of these flags as keys")
-	given := make([]string, len(settings))
-	for i, one := range settings {
-		flags.StringVar(&given[i], one.Name, *one.Value, one.Usage)
+	line := make([]given, len(settings))
+	for i := range settings {
+		line[i].setting = &settings[i]
+		flags.Var(&line[i], settings[i].Name, settings[i].Usage)
 	}
 	if more != nil {
 		more(flags)
 	}
-	if err := flags.Parse(s.Args); errors.Is(err, flag.ErrHelp) {
-		return errors.Join(err, s.printHelp(flags))
-	} else if err != nil {
-		return fmt.Errorf("%w: %w\nrun: %s --help", ErrUsage, err, s.Program)
+	var arguments []string
+	for rest := s.Args; ; rest = flags.Args()[1:] { // flags may follow arguments
+		if err := flags.Parse(rest); errors.Is(err, flag.ErrHelp) {
+			return errors.Join(err, s.printHelp(flags))
+		} else if err != nil {
+			return fmt.Errorf("%w: %w\nrun: %s --help", ErrUsage, err, s.Program)
+		}
+		if flags.NArg() == 0 {
+			break
+		}
+		arguments = append(arguments, flags.Arg(0))
 	}
 	var faults []error
-	if flags.NArg() > 0 {
-		faults = append(faults, fmt.Errorf("unexpected argument %q", flags.Arg(0)))
+	if s.Arguments != nil {
+		faults = append(faults, s.Arguments(arguments))
+	} else if len(arguments) > 0 {
+		faults = append(faults, fmt.Errorf("unexpected argument %q", arguments[0]))
 	}
 	if *path != "" {
 		if err := readFile(*path, file); err != nil {
 			faults = append(faults, fmt.Errorf("config: %w", err))
 		}
 	}
-	set := map[string]bool{}
-	flags.Visit(func(f *flag.Flag) { set[f.Name] = true })
 	for i, one := range settings {
 		variables := []string{s.Prefix + strings.ToUpper(strings.ReplaceAll(one.Name, "-", "_"))}
 		if one.Environment != "" {
 			variables = append(variables, one.Environment)
 		}
 		if n := slices.IndexFunc(variables, func(v string) bool { return s.Getenv(v) != "" }); n >= 0 {
-			*one.Value = s.Getenv(variables[n])
+			if err := one.parse(s.Getenv(variables[n])); err != nil {
+				faults = append(faults, fmt.Errorf("%s: %w", variables[n], err))
+			}
 		}
-		if set[one.Name] {
-			*one.Value = given[i]
+		if line[i].set {
+			faults = append(faults, one.parse(line[i].text))
 		}
 	}
 	if err := errors.Join(faults...); err != nil {
@@ -110,7 +189,11 @@ func (s Source) Load(settings []Setting, file any, more func(*flag.FlagSet)) err
 // printHelp lists the flags as they are written in the documents.
 func (s Source) printHelp(flags *flag.FlagSet) error {
 	var b strings.Builder
-	fmt.Fprintf(&b, "Usage: %s [flags]\n\n%s\n\n", s.Program, s.Notes)
+	usage := s.Program + " [flags]"
+	if s.Synopsis != "" {
+		usage += " " + s.Synopsis
+	}
+	fmt.Fprintf(&b, "Usage: %s\n\n%s\n\n", usage, s.Notes)
 	flags.VisitAll(func(f *flag.Flag) {
 		value, usage := flag.UnquoteUsage(f)
 		dashes := "--"
@@ -154,11 +237,26 @@ func decode(raw []byte, into any) error {
 	return err
 }
 
-var errNotLoopback = errors.New("is not on loopback: other addresses need TLS and device certificates, which come with a later version; use 127.0.0.1")
+var (
+	errNotLoopback = errors.New("is not on loopback: other addresses need TLS and device certificates, which come with a later version; use 127.0.0.1")
+	errNeedsTLS    = errors.New("is not on loopback: other addresses need --tls-cert and --tls-key; or use 127.0.0.1")
+)
 
 // CheckAddress says whether host:port is on loopback, where no other machine
 // can listen in or connect.
-func CheckAddress(address string) error {
+func CheckAddress(address string) error { return checkAddress(address, errNotLoopback) }
+
+// CheckListen says whether a listener may have the address host:port, which
+// must be on loopback where it does not speak TLS.
+func CheckListen(address string, tls bool) error {
+	if tls {
+		return checkAddress(address, nil)
+	}
+	return checkAddress(address, errNeedsTLS)
+}
+
+// checkAddress gives remote as the error of an address off loopback.
+func checkAddress(address string, remote error) error {
 	host, port, err := net.SplitHostPort(address)
 	if err != nil || port == "" {
 		return fmt.Errorf("%q is not host:port", address)
@@ -166,8 +264,8 @@ func CheckAddress(address string) error {
 	if _, err := net.LookupPort("tcp", port); err != nil {
 		return fmt.Errorf("%q: %w", address, err)
 	}
-	if !Loopback(host) {
-		return fmt.Errorf("%q %w", address, errNotLoopback)
+	if !Loopback(host) && remote != nil {
+		return fmt.Errorf("%q %w", address, remote)
 	}
 	return nil
 }

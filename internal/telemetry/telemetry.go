@@ -15,7 +15,13 @@ import (
 // NewLogger gives a logger of one line per record to w. Level is debug, info,
 // warn or error; format is text or json.
 func NewLogger(w io.Writer, level, format string) (*slog.Logger, error) {
-	var l slog.Level
+	var l slog.LevelVar
+	return NewLevelLogger(w, &l, level, format)
+}
+
+// NewLevelLogger is NewLogger with a level that can be changed later; it sets
+// l to level first.
+func NewLevelLogger(w io.Writer, l *slog.LevelVar, level, format string) (*slog.Logger, error) {
 	if err := l.UnmarshalText([]byte(level)); err != nil {
 		return nil, fmt.Errorf("log level %q is not debug, info, warn or error", level)
 	}
