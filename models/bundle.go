@@ -13,6 +13,7 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"google.golang.org/protobuf/proto"
 
+	"github.com/dunlin/dunlin/models/serving"
 	dunlinv1 "github.com/dunlin/dunlin/proto/dunlin/v1"
 )
 
@@ -46,6 +47,9 @@ type Bundle struct {
 type PackOptions struct {
 	// Labels are the names of the classes, by index.
 	Labels []string
+	// Serving says how requests for the model are scheduled; nil leaves that
+	// to the device.
+	Serving *serving.Options
 }
 
 // Pack inspects the ONNX file at onnxPath and makes a bundle of it and its
@@ -56,7 +60,7 @@ func Pack(ctx context.Context, onnxPath string, opts PackOptions) (*Bundle, erro
 	if err != nil {
 		return nil, err
 	}
-	b := &Bundle{Config: newConfig(g, opts.Labels)}
+	b := &Bundle{Config: newConfig(g, opts)}
 	if err := b.Config.check(); err != nil {
 		return nil, err
 	}

@@ -6,6 +6,7 @@ import (
 	"math"
 	"slices"
 
+	"github.com/dunlin/dunlin/models/serving"
 	"github.com/dunlin/dunlin/models/tensor"
 )
 
@@ -31,9 +32,27 @@ type Config struct {
 	// Labels are the names of the classes, by index; none where the model
 	// has none.
 	Labels []string `json:"labels,omitempty"`
+	// Serving says how requests for the model are scheduled; nil leaves that
+	// to the device.
+	Serving *serving.Options `json:"serving,omitempty"`
 }
 
-func newConfig(g *Graph, labels []string) Config {
+// LabelsByOutput gives the labels to the outputs that they fit: the only one,
+// or those whose last dimension is as long.
+func (c *Config) LabelsByOutput() map[string][]string {
+	if len(c.Labels) == 0 {
+		return nil
+	}
+	by := map[string][]string{}
+	for _, o := range c.Outputs {
+		if n := len(o.Shape); len(c.Outputs) == 1 || n > 0 && o.Shape[n-1] == int64(len(c.Labels)) {
+			by[o.Name] = c.Labels
+		}
+	}
+	return by
+}
+
+func newConfig(g *Graph, opts PackOptions) Config {
 	return Config{
 		Format:      configFormat,
 		Entry:       entryName,
@@ -45,7 +64,8 @@ func newConfig(g *Graph, labels []string) Config {
 		Producer:    g.Producer,
 		Operators:   g.Operators,
 		WeightBytes: g.WeightBytes,
-		Labels:      labels,
+		Labels:      opts.Labels,
+		Serving:     opts.Serving,
 	}
 }
 
@@ -115,6 +135,11 @@ func (c *Config) check() error {
 		}
 		if i > 0 && c.Operators[i-1] >= op {
 			return invalid("operator %q is not in order", shorten(op))
+		}
+	}
+	if c.Serving != nil {
+		if err := c.Serving.Check(); err != nil {
+			return invalid("serving: %v", err)
 		}
 	}
 	for _, l := range c.Labels {

@@ -465,7 +465,7 @@ func FuzzInspect(f *testing.F) {
 			}
 			return
 		}
-		c := newConfig(g, nil)
+		c := newConfig(g, PackOptions{})
 		if err := c.check(); err != nil {
 			t.Errorf("accepted a model with an invalid config: %v", err)
 		}

@@ -14,6 +14,8 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/dunlin/dunlin/models"
+	"github.com/dunlin/dunlin/models/serving"
+	"github.com/dunlin/dunlin/models/triton"
 	dunlinv1 "github.com/dunlin/dunlin/proto/dunlin/v1"
 )
 
@@ -25,7 +27,7 @@ const registerTimeout = 30 * time.Minute
 const maxLabelsFile = 4 << 20
 
 func (c *cli) pushCommand() *cobra.Command {
-	var labels string
+	var labels, config string
 	cmd := &cobra.Command{
 		Use:   "push FILE NAME[:VERSION]",
 		Short: "Push an ONNX model and make it a version",
@@ -34,13 +36,14 @@ registry lacks, and makes it a version of the model: VERSION, or the next one.
 Versions are immutable; the same bytes again change nothing.
 
 It prints "NAME:VERSION DIGEST".`,
-		Example: "  dunlin push digits.onnx digits\n  dunlin push resnet50.onnx resnet50:3 --labels imagenet.txt",
+		Example: "  dunlin push digits.onnx digits\n  dunlin push resnet50.onnx resnet50:3 --labels imagenet.txt --config config.pbtxt",
 		Args:    arguments(2, 2),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			return c.push(cmd.Context(), args[0], args[1], labels)
+			return c.push(cmd.Context(), args[0], args[1], labels, config)
 		},
 	}
 	cmd.Flags().StringVar(&labels, "labels", "", "file with the names of the model's classes, one a line")
+	cmd.Flags().StringVar(&config, "config", "", "Triton model configuration (config.pbtxt) that says how requests are scheduled")
 	return cmd
 }
 
@@ -52,12 +55,16 @@ type blob struct {
 	open   func() (io.ReaderAt, io.Closer, error)
 }
 
-func (c *cli) push(ctx context.Context, file, ref, labelsFile string) error {
+func (c *cli) push(ctx context.Context, file, ref, labelsFile, configFile string) error {
 	name, version, err := models.ParseRef(ref)
 	if err != nil {
 		return usagef("%v", err)
 	}
 	labels, err := readLabels(labelsFile)
+	if err != nil {
+		return err
+	}
+	options, err := c.readConfig(configFile)
 	if err != nil {
 		return err
 	}
@@ -73,7 +80,7 @@ func (c *cli) push(ctx context.Context, file, ref, labelsFile string) error {
 	if err != nil {
 		return fmt.Errorf("the controller's registry: %w", err)
 	}
-	bundle, err := models.Pack(ctx, file, models.PackOptions{Labels: labels})
+	bundle, err := models.Pack(ctx, file, models.PackOptions{Labels: labels, Serving: options})
 	if err != nil {
 		return fmt.Errorf("pack %s: %w", file, err)
 	}
@@ -158,4 +165,28 @@ func readLabels(path string) ([]string, error) {
 		return nil, errors.New("read labels: " + path + " has none")
 	}
 	return labels, nil
+}
+
+// readConfig reads the scheduling options of a config.pbtxt and says which of
+// its fields mean nothing here.
+func (c *cli) readConfig(path string) (*serving.Options, error) {
+	if path == "" {
+		return nil, nil
+	}
+	raw, err := os.ReadFile(path)
+	if err != nil {
+		return nil, fmt.Errorf("read config: %w", err)
+	}
+	config, err := triton.Parse(raw)
+	if err != nil {
+		return nil, fmt.Errorf("read config: %s: %w", path, err)
+	}
+	options, warnings, err := triton.Options(config)
+	if err != nil {
+		return nil, fmt.Errorf("read config: %s: %w", path, err)
+	}
+	for _, w := range warnings {
+		fmt.Fprintf(c.err, "%s: %s\n", path, w)
+	}
+	return options, nil
 }
