@@ -6,29 +6,25 @@ import (
 	"crypto/rand"
 	"errors"
 	"fmt"
-	"log/slog"
-	"net"
-	"net/http"
 	"os"
 	"path/filepath"
 	"runtime"
-	"slices"
+	"strconv"
 	"sync"
-	"sync/atomic"
-	"time"
 
 	"google.golang.org/protobuf/proto"
 
 	"github.com/dunlin/dunlin/agent/device"
 	"github.com/dunlin/dunlin/agent/engine"
+	"github.com/dunlin/dunlin/agent/oip"
 	"github.com/dunlin/dunlin/agent/reconcile"
-	"github.com/dunlin/dunlin/agent/serve"
 	"github.com/dunlin/dunlin/agent/state"
 	"github.com/dunlin/dunlin/agent/worker"
 	profiles "github.com/dunlin/dunlin/firmware-profiles"
 	"github.com/dunlin/dunlin/internal/link"
 	"github.com/dunlin/dunlin/internal/program"
 	dunlinv1 "github.com/dunlin/dunlin/proto/dunlin/v1"
+	"github.com/dunlin/dunlin/proto/inference"
 )
 
 // What there is in the data folder.
@@ -37,26 +33,16 @@ const (
 	bundlesFolder = "bundles"
 )
 
-// runtimeWait is the wait before the runtime is looked at again that did not
-// start.
-const runtimeWait = time.Second
-
-// drainTime is how long requests may take to end when the agent stops.
-const drainTime = 5 * time.Second
-
-// agent holds what the parts of a running agent share.
+// agent is a host whose models are those that a controller wants, and holds
+// what its parts share.
 type agent struct {
+	*host
 	cfg       Config
 	profile   profiles.Profile
 	store     *state.Store
-	worker    *worker.Worker
-	engine    *engine.Engine
-	front     *serve.Server
 	reconcile *reconcile.Reconciler
 	sampler   *device.Sampler
 	outbox    chan struct{} // an event was appended
-	described chan struct{} // closed when info says all that can be found out
-	loads     atomic.Bool   // models can be loaded
 
 	mu       sync.Mutex // guards what follows
 	info     *dunlinv1.DeviceInfo
@@ -80,27 +66,27 @@ func Run(ctx context.Context, cfg Config) (err error) {
 	if err != nil {
 		return err
 	}
-	listener, err := net.Listen("tcp", cfg.Listen)
+	l, err := listen(&cfg.Serving)
 	if err != nil {
-		return fmt.Errorf("%w; --listen chooses another address", err)
+		return err
 	}
-	defer listener.Close()
+	defer l.close()
 	store, err := state.Open(ctx, filepath.Join(cfg.Data, stateFile), state.Limits{Events: profile.Storage.OutboxEvents})
 	if err != nil {
 		return err
 	}
 	defer func() { err = errors.Join(err, store.Close()) }()
-	a, err := newAgent(ctx, cfg, profile, store, "http://"+listener.Addr().String())
+	a, err := newAgent(ctx, cfg, profile, store, l.url())
 	if err != nil {
 		return err
 	}
-	return a.run(ctx, listener)
+	return a.run(ctx, l, a.metrics(), part{"reconcile", a.reconcile.Run}, part{"controller", a.control})
 }
 
 // newAgent puts the parts together; url is where the device answers.
 func newAgent(ctx context.Context, cfg Config, profile profiles.Profile, store *state.Store, url string) (*agent, error) {
 	a := &agent{
-		cfg: cfg, profile: profile, store: store, sampler: device.NewSampler(cfg.Data), outbox: make(chan struct{}, 1), described: make(chan struct{}),
+		cfg: cfg, profile: profile, store: store, sampler: device.NewSampler(cfg.Data), outbox: make(chan struct{}, 1),
 		info: device.Info(cfg.Data),
 	}
 	a.info.FirmwareProfile, a.info.AgentVersion, a.info.ServingUrl = profile.Name, program.Version(), url
@@ -108,9 +94,10 @@ func newAgent(ctx context.Context, cfg Config, profile profiles.Profile, store *
 	if a.identity, err = store.Identity(ctx); err != nil && !errors.Is(err, state.ErrNone) {
 		return nil, err
 	}
-	a.worker = worker.New(a.workerConfig(profile.Threads))
-	a.engine = engine.New(engine.Config{Runtime: a.worker, Log: cfg.Log})
-	a.front = serve.New(a.engine)
+	w := cfg.Serving.workerConfig(profile.Threads)
+	w.OnDeath, w.OnLost = a.died, a.lost
+	a.host = newHost(cfg.Serving, w)
+	a.source, a.opened = following{a}, a.describe
 	a.reconcile, err = reconcile.New(reconcile.Config{
 		Dir: filepath.Join(cfg.Data, bundlesFolder), Registry: a.registry, Reserve: uint64(profile.Storage.ReserveBytes),
 		State: store, Engine: a.engine, Check: a.check, Passing: passing, Front: a.front, Event: a.event, Log: cfg.Log,
@@ -118,53 +105,23 @@ func newAgent(ctx context.Context, cfg Config, profile profiles.Profile, store *
 	return a, err
 }
 
-// run starts the parts and stops them in reverse order: requests first, then
-// what changes the device, then what runs models.
-func (a *agent) run(ctx context.Context, listener net.Listener) error {
-	ctx, fail := context.WithCancelCause(ctx)
-	defer fail(nil)
-	below, stopBelow := context.WithCancel(context.WithoutCancel(ctx))
-	var above, under sync.WaitGroup
-	defer under.Wait()
-	defer stopBelow()
-	defer above.Wait()
-	part := func(wg *sync.WaitGroup, ctx context.Context, name string, run func(context.Context) error) {
-		wg.Go(func() {
-			if err := run(ctx); err != nil && ctx.Err() == nil {
-				fail(fmt.Errorf("%s: %w", name, err))
-			}
+// died tells the controller of a death of the worker process.
+func (a *agent) died(d worker.Death) {
+	for _, id := range append(d.InFlight, engine.VersionID{})[:max(len(d.InFlight), 1)] {
+		a.event(&dunlinv1.Event{
+			Kind: "worker.died", Severity: dunlinv1.Severity_SEVERITY_ERROR, Model: id.Model, Version: id.Version, Message: d.Err.Error(),
 		})
 	}
-	part(&under, below, "worker", a.worker.Supervise)
-	part(&under, below, "engine", a.engine.Run)
-	part(&above, ctx, "reconcile", a.reconcile.Run)
-	part(&above, ctx, "runtime", a.runtime)
-	part(&above, ctx, "controller", a.control)
+}
 
-	server := &http.Server{
-		Handler: a.handler(), ReadHeaderTimeout: 10 * time.Second, IdleTimeout: 2 * time.Minute, MaxHeaderBytes: 64 << 10,
-		ErrorLog: slog.NewLogLogger(a.cfg.Log.Handler(), slog.LevelDebug),
-	}
-	served := make(chan error, 1)
-	go func() { served <- server.Serve(listener) }()
-	a.cfg.Log.Info("agent started", "url", "http://"+listener.Addr().String(), "data", a.cfg.Data, "agent_version", program.Version())
-	select {
-	case <-ctx.Done():
-	case err := <-served:
-		fail(fmt.Errorf("serve: %w", err))
-		return context.Cause(ctx)
-	}
-	drain, cancel := context.WithTimeout(below, drainTime)
-	defer cancel()
-	if err := server.Shutdown(drain); err != nil {
-		server.Close()
-	}
-	<-served
-	a.cfg.Log.Info("agent stops")
-	if err := context.Cause(ctx); !errors.Is(err, context.Canceled) {
-		return err
-	}
-	return nil
+// lost tells the controller, and the reconciler, of a version that is not
+// loaded any more.
+func (a *agent) lost(id engine.VersionID, reason error) {
+	a.cfg.Log.Error("version lost", "model", id.Model, "version", id.Version, "error", reason)
+	a.event(&dunlinv1.Event{
+		Kind: "version.lost", Severity: dunlinv1.Severity_SEVERITY_ERROR, Model: id.Model, Version: id.Version, Message: reason.Error(),
+	})
+	a.reconcile.Lost(id)
 }
 
 // control joins where that has not been done, and then talks to the
@@ -176,7 +133,7 @@ func (a *agent) control(ctx context.Context) error {
 		return nil
 	}
 	select {
-	case <-a.described:
+	case <-a.tried:
 	case <-ctx.Done():
 		return nil
 	}
@@ -216,63 +173,16 @@ func (a *agent) registry() reconcile.Registry {
 	return reconcile.Registry{URL: id.RegistryURL, Device: id.Device, Secret: id.Secret}
 }
 
-func (a *agent) workerConfig(threads int) worker.Config {
-	return worker.Config{
-		Command: a.cfg.Worker, RuntimeLib: a.cfg.RuntimeLib, Threads: threads, Log: a.cfg.Log,
-		OnDeath: func(d worker.Death) {
-			for _, id := range append(d.InFlight, engine.VersionID{})[:max(len(d.InFlight), 1)] {
-				a.event(&dunlinv1.Event{
-					Kind: "worker.died", Severity: dunlinv1.Severity_SEVERITY_ERROR, Model: id.Model, Version: id.Version, Message: d.Err.Error(),
-				})
-			}
-		},
-		OnLost: func(id engine.VersionID, reason error) {
-			a.cfg.Log.Error("version lost", "model", id.Model, "version", id.Version, "error", reason)
-			a.event(&dunlinv1.Event{
-				Kind: "version.lost", Severity: dunlinv1.Severity_SEVERITY_ERROR, Model: id.Model, Version: id.Version, Message: reason.Error(),
-			})
-			a.reconcile.Lost(id)
-		},
-	}
-}
-
-// check loads a version in a process of its own.
-func (a *agent) check(ctx context.Context, s engine.Spec) (engine.Info, error) {
-	cfg := a.workerConfig(1)
-	cfg.OnDeath, cfg.OnLost = nil, nil
-	return worker.Check(ctx, cfg, s)
-}
-
 // passing says whether an error of loading is not the version's own.
 func passing(err error) bool { return errors.Is(err, engine.ErrUnavailable) }
 
-// runtime waits until models can be loaded, and adds the runtime to what the
-// device says of itself.
-func (a *agent) runtime(ctx context.Context) error {
-	described := sync.OnceFunc(func() { close(a.described) })
-	defer described()
-	for try := 1; ; try++ {
-		found, err := a.worker.Runtime(ctx)
-		if err == nil {
-			a.mu.Lock()
-			defer a.mu.Unlock()
-			info := proto.CloneOf(a.info)
-			info.RuntimeVersion, info.Providers = found.Version, usable(a.profile, found.Providers)
-			a.info = info
-			a.loads.Store(true)
-			return nil
-		}
-		if ctx.Err() != nil {
-			return nil
-		}
-		if try == 1 {
-			a.cfg.Log.Error("no model can be loaded; see dunlin-agent doctor", "error", err)
-		}
-		described()
-		if !sleep(ctx, runtimeWait) {
-			return nil
-		}
-	}
+// describe adds the runtime to what the device says of itself.
+func (a *agent) describe(found worker.Runtime) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	info := proto.CloneOf(a.info)
+	info.RuntimeVersion, info.Providers = found.Version, usable(a.profile, found.Providers)
+	a.info = info
 }
 
 // deviceInfo gives what the device says of itself; nobody changes it.
@@ -282,17 +192,14 @@ func (a *agent) deviceInfo() *dunlinv1.DeviceInfo {
 	return a.info
 }
 
-// backend answers inference.
-type backend struct {
-	*serve.Server
-	agent *agent
-}
+// following is the source of the models of a device that follows a controller.
+type following struct{ agent *agent }
 
-// Ready says whether all that the device should serve can be answered.
-func (b backend) Ready(ctx context.Context) bool {
-	report := b.agent.reconcile.Report()
-	if report == nil || !b.agent.loads.Load() || !b.Server.Ready(ctx) {
-		return false
+// Ready says what of that which the controller wants is not served.
+func (d following) Ready() error {
+	report := d.agent.reconcile.Report()
+	if report == nil {
+		return errors.New("the state of the device is not known yet")
 	}
 	serves := map[string]bool{}
 	for _, v := range report.Versions {
@@ -300,10 +207,41 @@ func (b backend) Ready(ctx context.Context) bool {
 	}
 	for _, v := range report.Versions {
 		if v.Deployment != "" && !serves[v.Model] {
-			return false
+			return fmt.Errorf("model %s of deployment %s does not serve", v.Model, v.Deployment)
 		}
 	}
-	return !slices.ContainsFunc(report.Routes, func(r *dunlinv1.RouteStatus) bool { return !r.Ready })
+	for _, r := range report.Routes {
+		if !r.Ready {
+			return fmt.Errorf("route %s is not ready", r.Name)
+		}
+	}
+	return nil
+}
+
+// Index lists the versions on the device.
+func (d following) Index(context.Context) ([]*inference.RepositoryIndexResponse_ModelIndex, error) {
+	var all []*inference.RepositoryIndexResponse_ModelIndex
+	for _, v := range d.agent.reconcile.Report().GetVersions() {
+		entry := &inference.RepositoryIndexResponse_ModelIndex{Name: v.Model, Version: strconv.FormatInt(v.Version, 10), State: "UNAVAILABLE", Reason: v.Reason}
+		if v.State == dunlinv1.VersionState_VERSION_STATE_RESIDENT {
+			entry.State, entry.Reason = "READY", ""
+		}
+		all = append(all, entry)
+	}
+	return all, nil
+}
+
+// Load refuses: a model that is loaded here by hand would be gone with the
+// next document.
+func (d following) Load(_ context.Context, model string, _ oip.Override) error {
+	return d.refuse(model)
+}
+
+// Unload refuses as Load does.
+func (d following) Unload(_ context.Context, model string) error { return d.refuse(model) }
+
+func (following) refuse(model string) error {
+	return oip.Errorf(oip.Forbidden, "model %q: the controller decides what this device serves; change its deployment with dunlin apply", model)
 }
 
 // event keeps an event for the controller.

@@ -19,20 +19,88 @@ import (
 	"github.com/dunlin/dunlin/internal/telemetry"
 )
 
+// Serving says how a host answers inference. The YAML keys are those of a
+// --config file.
+type Serving struct {
+	Listen       string `yaml:"listen"`        // host:port of REST
+	GRPCListen   string `yaml:"grpc-listen"`   // host:port of gRPC; "": none
+	TLSCert      string `yaml:"tls-cert"`      // PEM file of the listeners' certificate; "": no TLS, on loopback only
+	TLSKey       string `yaml:"tls-key"`       // PEM file of its key
+	APIKeys      string `yaml:"api-keys"`      // file of the keys of which requests need one; "": none do
+	SharedMemory bool   `yaml:"shared-memory"` // callers may name shared memory of this host
+	TraceFile    string `yaml:"trace-file"`    // where traces of requests go; "": there are none
+	Threads      int    `yaml:"threads"`       // of the runtime; 0: by the firmware profile
+	RuntimeLib   string `yaml:"runtime-lib"`   // path of ONNX Runtime's shared library
+	LogLevel     string `yaml:"log-level"`
+	LogFormat    string `yaml:"log-format"`
+
+	Log    *slog.Logger   `yaml:"-"`
+	Worker []string       `yaml:"-"` // command of the worker process; this program with "worker" where empty
+	level  *slog.LevelVar // of Log; nil where Log was given
+}
+
+// maxThreads bounds Serving.Threads.
+const maxThreads = 1024
+
+func (s *Serving) settings() []program.Setting {
+	s.Listen, s.GRPCListen, s.LogLevel, s.LogFormat = "127.0.0.1:8000", "127.0.0.1:8001", "info", "text"
+	return []program.Setting{
+		{Name: "listen", Usage: "`host:port` of inference by REST", Value: &s.Listen},
+		{Name: "grpc-listen", Usage: "`host:port` of inference by gRPC; off: none", Value: &s.GRPCListen},
+		{Name: "tls-cert", Usage: "PEM `file` of a certificate: REST and gRPC speak TLS", Value: &s.TLSCert},
+		{Name: "tls-key", Usage: "PEM `file` of the certificate's key", Value: &s.TLSKey},
+		{Name: "api-keys", Usage: "`file` with a key on each line, of which inference requests need one", Value: &s.APIKeys},
+		{Name: "shared-memory", Usage: "let callers name shared memory of this host", Value: &s.SharedMemory},
+		{Name: "trace-file", Usage: "`file` for traces of requests, where the trace settings ask for them", Value: &s.TraceFile},
+		{Name: "threads", Usage: "`number` of threads of the runtime; 0: as the firmware profile says", Value: &s.Threads},
+		{Name: "runtime-lib", Usage: "`path` of ONNX Runtime's shared library; also DUNLIN_ORT_LIB", Value: &s.RuntimeLib, Environment: "DUNLIN_ORT_LIB"},
+		{Name: "log-level", Usage: "`level` of the log: debug, info, warn or error", Value: &s.LogLevel},
+		{Name: "log-format", Usage: "`format` of the log: text or json", Value: &s.LogFormat},
+	}
+}
+
+// check completes the settings and reports what is wrong with them.
+func (s *Serving) check(add func(name string, err error)) {
+	if s.GRPCListen == "off" {
+		s.GRPCListen = ""
+	}
+	secure := s.TLSCert != "" && s.TLSKey != ""
+	if (s.TLSCert == "") != (s.TLSKey == "") {
+		add("tls-cert, tls-key", errors.New("one is not enough: both are needed for TLS"))
+	}
+	add("listen", program.CheckListen(s.Listen, secure))
+	if s.GRPCListen != "" {
+		add("grpc-listen", program.CheckListen(s.GRPCListen, secure))
+	}
+	if s.SharedMemory && (!onLoopback(s.Listen) || s.GRPCListen != "" && !onLoopback(s.GRPCListen)) {
+		add("shared-memory", errors.New("needs listen and grpc-listen on loopback: only programs of this host share its memory"))
+	}
+	if s.Threads < 0 || s.Threads > maxThreads {
+		add("threads", fmt.Errorf("is %d, allowed are 0 to %d", s.Threads, maxThreads))
+	}
+	if s.Log == nil {
+		var err error
+		s.level = new(slog.LevelVar)
+		s.Log, err = telemetry.NewLevelLogger(os.Stderr, s.level, s.LogLevel, s.LogFormat)
+		add("log", err)
+	}
+	if len(s.Worker) == 0 {
+		self, err := os.Executable()
+		add("worker", err)
+		s.Worker = []string{self, "worker"}
+	}
+}
+
+func onLoopback(address string) bool { return program.CheckAddress(address) == nil }
+
 // Config configures an agent. The YAML keys are those of a --config file.
 type Config struct {
-	Data       string            `yaml:"data"`        // folder of everything that the agent keeps
-	Controller string            `yaml:"controller"`  // base URL; "": serve what is there, without a controller
-	JoinToken  string            `yaml:"join-token"`  // needed until the device has joined; "@path" reads a file
-	Name       string            `yaml:"name"`        // of the device; the host's where empty
-	Labels     map[string]string `yaml:"labels"`      // of the device
-	Listen     string            `yaml:"listen"`      // host:port of inference
-	RuntimeLib string            `yaml:"runtime-lib"` // path of ONNX Runtime's shared library
-	LogLevel   string            `yaml:"log-level"`
-	LogFormat  string            `yaml:"log-format"`
-
-	Log    *slog.Logger `yaml:"-"`
-	Worker []string     `yaml:"-"` // command of the worker process; this program with "worker" where empty
+	Serving    `yaml:",inline"`
+	Data       string            `yaml:"data"`       // folder of everything that the agent keeps
+	Controller string            `yaml:"controller"` // base URL; "": serve what is there, without a controller
+	JoinToken  string            `yaml:"join-token"` // needed until the device has joined; "@path" reads a file
+	Name       string            `yaml:"name"`       // of the device; the host's where empty
+	Labels     map[string]string `yaml:"labels"`     // of the device
 }
 
 // Limits of what the command line gives.
@@ -67,22 +135,21 @@ func Main(ctx context.Context, args []string, getenv func(string) string, help i
 // gcPercent keeps the heap small: an agent has little to collect.
 const gcPercent = 40
 
+// commands is what every help says of the others.
+const commands = "Commands: dunlin-agent run, the default; dunlin-agent serve; dunlin-agent doctor; dunlin-agent version."
+
 func parseInto(cfg *Config, name string, args []string, getenv func(string) string, help io.Writer, more func(*flag.FlagSet)) error {
-	*cfg = Config{Data: defaultData(getenv), Listen: "127.0.0.1:8000", LogLevel: "info", LogFormat: "text"}
+	*cfg = Config{Data: defaultData(getenv)}
 	labels := map[string]string{}
 	err := program.Source{
-		Program: name, Notes: "Commands: dunlin-agent run, the default; dunlin-agent doctor; dunlin-agent version.", Prefix: "DUNLIN_AGENT_",
+		Program: name, Notes: commands, Prefix: "DUNLIN_AGENT_",
 		Args: args, Getenv: getenv, Help: help,
-	}.Load([]program.Setting{
+	}.Load(append([]program.Setting{
 		{Name: "data", Usage: "`folder` of everything that the agent keeps", Value: &cfg.Data},
 		{Name: "controller", Usage: "base `URL` of the controller; without one, serve what is there", Value: &cfg.Controller},
 		{Name: "join-token", Usage: "`token` by which the device joins, or @file; also DUNLIN_JOIN_TOKEN", Value: &cfg.JoinToken, Environment: "DUNLIN_JOIN_TOKEN"},
 		{Name: "name", Usage: "`name` of the device; without one, the host's", Value: &cfg.Name},
-		{Name: "listen", Usage: "`host:port` of inference", Value: &cfg.Listen},
-		{Name: "runtime-lib", Usage: "`path` of ONNX Runtime's shared library; also DUNLIN_ORT_LIB", Value: &cfg.RuntimeLib, Environment: "DUNLIN_ORT_LIB"},
-		{Name: "log-level", Usage: "`level` of the log: debug, info, warn or error", Value: &cfg.LogLevel},
-		{Name: "log-format", Usage: "`format` of the log: text or json", Value: &cfg.LogFormat},
-	}, cfg, func(flags *flag.FlagSet) {
+	}, cfg.settings()...), cfg, func(flags *flag.FlagSet) {
 		flags.Func("label", "`key=value` label of the device; may be repeated; in the file, labels is a mapping", func(s string) error {
 			k, v, ok := strings.Cut(s, "=")
 			if !ok {
@@ -138,7 +205,7 @@ func (cfg *Config) check() error {
 		cfg.Name = deviceName(host)
 	}
 	add("name", link.CheckDevice(cfg.Name))
-	add("listen", program.CheckAddress(cfg.Listen))
+	cfg.Serving.check(add)
 	if cfg.Controller != "" {
 		add("controller", program.CheckURL(cfg.Controller, "http"))
 	}
@@ -156,15 +223,6 @@ func (cfg *Config) check() error {
 				add("label", fmt.Errorf("%s=%s: %q is not 1 to %d letters, digits and . _ - / between them", k, v, s, maxLabel))
 			}
 		}
-	}
-	if cfg.Log == nil {
-		cfg.Log, err = telemetry.NewLogger(os.Stderr, cfg.LogLevel, cfg.LogFormat)
-		add("log", err)
-	}
-	if len(cfg.Worker) == 0 {
-		self, err := os.Executable()
-		add("worker", err)
-		cfg.Worker = []string{self, "worker"}
 	}
 	return errors.Join(errs...)
 }

@@ -231,8 +231,8 @@ func testConfig(t testing.TB, c *control) Config {
 	t.Helper()
 	cfg := Config{
 		Data: filepath.Join(t.TempDir(), "data"), Controller: c.http.URL, JoinToken: joinToken, Name: "edge-1",
-		Labels: map[string]string{"site": "test"}, Listen: "127.0.0.1:0", RuntimeLib: runtimeLibrary(t), Worker: []string{os.Args[0], "worker"},
-		Log: slog.New(slog.NewTextHandler(t.Output(), &slog.HandlerOptions{Level: slog.LevelDebug})),
+		Labels: map[string]string{"site": "test"}, Serving: Serving{Listen: "127.0.0.1:0", GRPCListen: "127.0.0.1:0", RuntimeLib: runtimeLibrary(t), Worker: []string{os.Args[0], "worker"},
+			Log: slog.New(slog.NewTextHandler(t.Output(), &slog.HandlerOptions{Level: slog.LevelDebug}))},
 	}
 	if err := cfg.check(); err != nil {
 		t.Fatal(err)

@@ -211,7 +211,7 @@ func (s *session) telemetry(ctx context.Context) {
 		t := s.sampler.Sample()
 		for _, v := range s.engine.Versions() {
 			t.Models = append(t.Models, &dunlinv1.ModelTelemetry{
-				Model: v.ID.Model, Version: v.ID.Version, Succeeded: v.Succeeded, Failed: v.Failed, RunNanoseconds: uint64(v.RunTime),
+				Model: v.ID.Model, Version: v.ID.Version, Succeeded: v.Figures.Success.Count, Failed: v.Figures.Failure.Count, RunNanoseconds: uint64(v.Figures.Infer.Time),
 			})
 		}
 		t.Dropped = dropped

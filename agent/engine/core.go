@@ -1,48 +1,77 @@
 package engine
 
 import (
+	"container/list"
 	"context"
 	"errors"
 	"fmt"
 	"slices"
+	"sync/atomic"
 	"time"
 
 	"github.com/dunlin/dunlin/models/tensor"
 )
 
-// instances is how many requests one version runs at a time.
-const instances = 1
-
-// errLoaded refuses to load what is loaded; Load turns it into success.
-var errLoaded = errors.New("version is loaded")
-
-// request is one inference on its way. The fields below the line belong to
-// the core.
+// request is one inference on its way.
 type request struct {
-	ctx     context.Context // of the call that waits for it
-	id      VersionID
-	inputs  []tensor.Tensor
-	outputs []string
-	answer  chan requestReply // holds one; each request gets exactly one
+	id       VersionID
+	inputs   []tensor.Tensor // in the order of Info.Inputs
+	outputs  []string
+	level    int           // its priority's index, 0 the highest
+	timeout  time.Duration // 0: none
+	deadline time.Time     // zero: none
+	rows     int
+	size     int64 // bytes of the inputs, and one
+	alone    bool  // runs with no other
 
-	state            requestState
-	arrived, started time.Time
+	// The core's until the request is answered, which happens once.
+	state        requestState
+	arrived      moment
+	startBy, due moment // limits of the wait and of the answer
+	plan         int64  // size of the run that it expects to be part of
+	urgent       bool   // it must make do with a smaller one
+	run          *run   // that it is part of, or was
+	turn         *list.Element
+	place
+
+	// The caller's from when answer is ready.
+	answer   chan struct{} // holds one
+	result   Result
+	err      error
+	released atomic.Bool
 }
 
 type requestState int
 
 const (
 	fresh requestState = iota
-	queued
+	waiting
 	running
-	answered  // and not running
-	abandoned // answered while it runs on
+	held // has run, and is answered after those that came before it
+	answered
 )
 
-type requestReply struct {
-	result Result
-	err    error
+// run is one call of Runtime.Run.
+type run struct {
+	job
+	version  *version
+	requests []*request // in the order of their rows
+	outputs  []string
+	rows     int
+	size     int64
+	started  moment
+	ends     moment // as predicted
+	live     int    // requests that somebody waits for
+
+	// Known when it is over.
+	outcome Outcome
+	err     error
+	holders atomic.Int32 // of the outcome's memory
 }
+
+// job is something that goes on outside of the core; who starts it sets
+// cancel.
+type job struct{ cancel context.CancelFunc }
 
 // call is a question of the engine's caller that is not a request.
 type call struct{ answer chan reply } // holds one
@@ -55,15 +84,13 @@ type (
 	arrive struct{ request *request }
 	// cancelled says that the request's caller waits no more.
 	cancelled struct{ request *request }
-	finish    struct {
-		request *request
-		outputs []tensor.Tensor
-		err     error
-	}
+	finish    struct{ run *run }
+	// tick comes at the time that wake named last.
+	tick struct{}
 	// claim asks to load a version; loaded says how that went.
 	claim struct {
 		call *call
-		id   VersionID
+		spec Spec
 	}
 	loaded struct {
 		call *call
@@ -79,21 +106,20 @@ type (
 		id  VersionID
 		err error
 	}
-	list struct{ call *call }
-	stop struct{}
+	inspect struct{ call *call }
+	health  struct{ call *call }
+	stop    struct{}
 )
 
 // What the core decides; carried out in order.
 type (
 	effect   any
-	startRun struct{ request *request }
+	startRun struct{ run *run }
 	// startUnload comes when nothing runs on the version any more.
-	startUnload struct{ id VersionID }
-	answer      struct {
-		request *request
-		reply   requestReply
-	}
-	reply struct {
+	startUnload struct{ version *version }
+	interrupt   struct{ job *job }
+	answer      struct{ request *request }
+	reply       struct {
 		call     *call
 		versions []Status
 		err      error
@@ -103,39 +129,32 @@ type (
 		id   VersionID
 		info *Info
 	}
+	// separate tells that a version's requests cannot run together, and why.
+	separate struct {
+		id  VersionID
+		err error
+	}
+	// wake asks for a tick at a time, instead of at any named before.
+	wake struct{ at time.Time }
 )
-
-type phase int
-
-const (
-	loading phase = iota
-	ready
-	draining  // admits nothing; answers what it has admitted
-	unloading // idle; the runtime unloads it
-)
-
-type version struct {
-	phase     phase
-	info      Info
-	queue     []*request // waiting, in the order of arrival
-	running   int
-	waiters   []*call // of drain
-	succeeded uint64
-	failed    uint64
-	runTime   time.Duration
-}
 
 // core decides: which request runs, which is refused, when a version may be
-// unloaded. It does no I/O, starts nothing and reads no clock.
+// unloaded. It does no I/O, starts nothing and reads no clock. This file keeps
+// the accounts of requests, lifecycle.go those of versions; policy.go decides
+// on requests.
 type core struct {
-	limit    int // waiting requests for each version
 	versions map[VersionID]*version
 	stopped  bool
-	effects  []effect
+	number   uint64 // of requests that have been admitted
+
+	epoch, time time.Time
+	now         moment
+	alarm       moment // the next tick
+	effects     []effect
 }
 
-func newCore(limit int) *core {
-	return &core{limit: limit, versions: make(map[VersionID]*version)}
+func newCore(now time.Time) *core {
+	return &core{versions: make(map[VersionID]*version), epoch: now, alarm: never}
 }
 
 // step takes an event and gives what is to be done now. The slice is valid
@@ -143,23 +162,28 @@ func newCore(limit int) *core {
 func (c *core) step(ev event, now time.Time) []effect {
 	clear(c.effects)
 	c.effects = c.effects[:0]
+	c.time, c.now = now, now.Sub(c.epoch)
 	switch ev := ev.(type) {
 	case arrive:
-		c.arrive(ev.request, now)
+		c.arrive(ev.request)
 	case cancelled:
-		c.cancel(ev.request, now)
+		c.cancel(ev.request)
 	case finish:
-		c.finish(ev, now)
+		c.finish(ev.run)
+	case tick:
+		c.tick()
 	case claim:
-		c.emit(reply{call: ev.call, err: c.claim(ev.id)})
+		c.emit(reply{call: ev.call, err: c.claim(ev.spec)})
 	case loaded:
 		c.loaded(ev)
 	case drain:
 		c.drain(ev)
 	case unloaded:
 		c.unloaded(ev)
-	case list:
-		c.emit(reply{call: ev.call, versions: c.list()})
+	case inspect:
+		c.emit(c.inspect(ev.call))
+	case health:
+		c.emit(reply{call: ev.call, err: c.health()})
 	case stop:
 		c.stop()
 	}
@@ -168,164 +192,245 @@ func (c *core) step(ev event, now time.Time) []effect {
 
 func (c *core) emit(f effect) { c.effects = append(c.effects, f) }
 
-func (c *core) refuse(r *request, err error) {
-	r.state = answered
-	c.emit(answer{r, requestReply{err: err}})
-}
-
-func (c *core) arrive(r *request, now time.Time) {
+func (c *core) arrive(r *request) {
 	v := c.versions[r.id]
+	var err error
 	switch {
 	case c.stopped:
-		c.refuse(r, ErrStopped)
+		err = ErrStopped
 	case v == nil || v.phase == loading:
-		c.refuse(r, fmt.Errorf("%s: %w", r.id, ErrNotLoaded))
+		err = fmt.Errorf("%s: %w", r.id, ErrNotLoaded)
 	case v.phase != ready:
-		c.refuse(r, fmt.Errorf("%s: %w", r.id, ErrDraining))
-	case v.running >= instances && len(v.queue) >= c.limit:
-		c.refuse(r, fmt.Errorf("%s: %w: %d requests wait", r.id, ErrOverloaded, len(v.queue)))
-	default:
-		r.state, r.arrived = queued, now
-		v.queue = append(v.queue, r)
-		c.schedule(r.id, v, now)
+		err = fmt.Errorf("%s: %w", r.id, ErrDraining)
 	}
+	if err != nil {
+		c.answer(r, err)
+		return
+	}
+	v.limits(r, c.now, c.epoch)
+	r.number = c.number
+	r.rank = v.rank(r)
+	if err := v.admit(r, c.now); err != nil {
+		v.figures.refused(err)
+		c.answer(r, err)
+		return
+	}
+	c.number++
+	l := &v.levels[r.level]
+	if v.info.Options.PreserveOrdering {
+		r.turn = l.order.PushBack(r)
+	}
+	c.enqueue(v, r)
+	c.schedule(v)
 }
 
-// schedule starts what may run, and the unloading of a drained version.
-func (c *core) schedule(id VersionID, v *version, now time.Time) {
-	for v.running < instances && len(v.queue) > 0 {
-		r := v.queue[0]
-		v.queue = slices.Delete(v.queue, 0, 1)
-		v.running++
-		r.state, r.started = running, now
-		c.emit(startRun{r})
+func (c *core) enqueue(v *version, r *request) {
+	r.state = waiting
+	v.levels[r.level].waiting++
+	v.queue.insert(r)
+}
+
+func (c *core) dequeue(v *version, r *request) {
+	v.levels[r.level].waiting--
+	v.queue.remove(r)
+}
+
+// schedule does what a version's state asks for: it refuses what waits in
+// vain, starts what may run, and the unloading of a drained version.
+func (c *core) schedule(v *version) {
+	for r := v.queue.moving(c.now); r != nil; r = v.queue.moving(c.now) {
+		v.queue.remove(r)
+		r.late, r.rank, r.moves = true, c.now, never
+		v.queue.insert(r)
 	}
-	if v.phase == draining && v.running == 0 && !c.stopped {
+	for {
+		for r := v.hopeless(c.now); r != nil; r = v.hopeless(c.now) {
+			c.dequeue(v, r)
+			start, _ := v.start(c.now)
+			c.leave(v, r, v.expired(r, start+v.queue.ahead(r), 0, c.now))
+		}
+		if v.hold = never; !v.free() {
+			break
+		}
+		members := v.next(c.now)
+		if len(members) == 0 {
+			break
+		}
+		c.start(v, members)
+	}
+	if at := v.wake(); at < c.alarm {
+		c.alarm = at
+		c.emit(wake{c.epoch.Add(at)})
+	}
+	if v.phase == draining && len(v.runs) == 0 && !c.stopped {
 		v.phase = unloading
-		c.emit(startUnload{id})
+		c.emit(startUnload{v})
 	}
 }
 
-func (c *core) cancel(r *request, now time.Time) {
-	switch r.state {
-	case queued:
-		v := c.versions[r.id]
-		v.queue = slices.DeleteFunc(v.queue, func(q *request) bool { return q == r })
-		c.refuse(r, context.Canceled)
-		c.schedule(r.id, v, now)
-	case running:
-		c.refuse(r, context.Canceled)
-		r.state = abandoned
-	}
-}
-
-func (c *core) finish(ev finish, now time.Time) {
-	r := ev.request
-	v := c.versions[r.id]
-	v.running--
-	took := now.Sub(r.started)
-	v.runTime += took
-	if ev.err != nil {
-		v.failed++
-	} else {
-		v.succeeded++
-	}
-	if r.state == running {
-		r.state = answered
-		c.emit(answer{r, requestReply{Result{ev.outputs, r.started.Sub(r.arrived), took}, ev.err}})
-	}
-	r.state = answered
-	c.schedule(r.id, v, now)
-}
-
-func (c *core) claim(id VersionID) error {
-	v := c.versions[id]
-	switch {
-	case c.stopped:
-		return ErrStopped
-	case v == nil:
-		c.versions[id] = &version{phase: loading}
-		return nil
-	case v.phase == loading:
-		return errors.New("version is being loaded")
-	case v.phase == ready:
-		return errLoaded
-	default:
-		return ErrDraining
-	}
-}
-
-func (c *core) loaded(ev loaded) {
-	if ev.err != nil {
-		delete(c.versions, ev.id)
-		c.emit(reply{call: ev.call})
-		return
-	}
-	v := c.versions[ev.id]
-	v.phase, v.info = ready, ev.info
-	c.emit(publish{ev.id, &ev.info})
-	c.emit(reply{call: ev.call})
-}
-
-func (c *core) drain(ev drain) {
-	v := c.versions[ev.id]
-	switch {
-	case c.stopped:
-		c.emit(reply{call: ev.call, err: ErrStopped})
-	case v == nil || v.phase == loading:
-		c.emit(reply{call: ev.call, err: ErrNotLoaded})
-	default:
-		v.waiters = append(v.waiters, ev.call)
-		if v.phase == ready {
-			v.phase = draining
+func (c *core) start(v *version, members []*request) {
+	r := &run{version: v, requests: members, outputs: members[0].outputs, started: c.now, live: len(members)}
+	for i, m := range members {
+		c.dequeue(v, m)
+		m.state, m.run = running, r
+		m.startBy, m.moves = never, never
+		r.rows += m.rows
+		r.size += m.size
+		if i > 0 {
+			r.outputs = union(r.outputs, m.outputs)
 		}
-		c.schedule(ev.id, v, time.Time{}) // nothing can start: what waits is behind what runs
 	}
+	r.ends = c.now + v.predict.mean(r.size)
+	v.runs = append(v.runs, r)
+	c.emit(startRun{r})
 }
 
-// unloaded forgets a version, or lets it drain on when the runtime failed:
-// another Unload tries again.
-func (c *core) unloaded(ev unloaded) {
-	v := c.versions[ev.id]
-	for _, w := range v.waiters {
-		c.emit(reply{call: w, err: ev.err})
-	}
-	v.waiters = nil
-	if ev.err != nil {
-		v.phase = draining
-		return
-	}
-	delete(c.versions, ev.id)
-	c.emit(publish{ev.id, nil})
-}
-
-func (c *core) list() []Status {
-	all := make([]Status, 0, len(c.versions))
-	for id, v := range c.versions {
-		if v.phase == loading {
-			continue
-		}
-		all = append(all, Status{
-			ID: id, Info: v.info, Draining: v.phase != ready,
-			Queued: len(v.queue), Running: v.running,
-			Succeeded: v.succeeded, Failed: v.failed, RunTime: v.runTime,
-		})
-	}
-	slices.SortFunc(all, func(a, b Status) int { return a.ID.Compare(b.ID) })
-	return all
-}
-
-// stop refuses all that waits; runs that go on are answered as they finish.
-func (c *core) stop() {
-	c.stopped = true
+func (c *core) tick() {
+	c.alarm = never
 	for _, v := range c.versions {
-		for _, r := range v.queue {
-			c.refuse(r, ErrStopped)
+		if v.wake() <= c.now {
+			c.schedule(v)
+		} else if at := v.wake(); at < c.alarm {
+			c.alarm = at
+			c.emit(wake{c.epoch.Add(at)})
 		}
-		v.queue = nil
-		for _, w := range v.waiters {
-			c.emit(reply{call: w, err: ErrStopped})
-		}
-		v.waiters = nil
 	}
+}
+
+// cancel answers a request that its caller has given up.
+func (c *core) cancel(r *request) {
+	v := c.versions[r.id]
+	switch r.state {
+	case waiting:
+		c.dequeue(v, r)
+		c.leave(v, r, context.Canceled)
+		c.schedule(v)
+	case running:
+		if r.run.live--; r.run.live == 0 {
+			c.emit(interrupt{&r.run.job})
+		}
+		c.leave(v, r, context.Canceled)
+	case held:
+		v.levels[r.level].held--
+		c.leave(v, r, r.err) // with its result, which the caller releases
+	default:
+		return
+	}
+	v.figures.Cancelled++
+}
+
+func (c *core) finish(r *run) {
+	v := r.version
+	v.runs = slices.DeleteFunc(v.runs, func(o *run) bool { return o == r })
+	took := c.now - r.started
+	v.figures.ran(r, c.time)
+	// A run that was cancelled after its predicted end took at least so long.
+	if r.err == nil || r.live == 0 && took > v.predict.mean(r.size) {
+		if v.predict.observe(r.size, took, c.now) {
+			v.queue.reprice(v.price)
+		}
+	}
+	if errors.Is(r.err, ErrRows) && len(r.requests) > 1 && !v.separate {
+		v.separate = true
+		v.queue.reprice(v.price)
+		c.emit(separate{v.id, r.err})
+	}
+	again := len(r.requests) > 1 && !c.stopped && r.err != nil &&
+		!errors.Is(r.err, context.Canceled) && !errors.Is(r.err, ErrUnavailable)
+	r.holders.Store(int32(1 + r.live)) // and the one that reports it
+	for i, m := range r.requests {
+		switch {
+		case m.state != running: // given up
+		case again:
+			m.alone = true
+			v.price(m)
+			c.enqueue(v, m)
+		default:
+			if m.err = r.err; r.err == nil {
+				m.result = Result{
+					Outputs: pick(r.outcome.Outputs[i], r.outputs, m.outputs), Rows: r.rows,
+					Queue: r.started - m.arrived, Input: r.outcome.Input, Infer: r.outcome.Infer, Output: r.outcome.Output,
+					request: m,
+				}
+			}
+			c.deliver(v, m)
+		}
+	}
+	c.schedule(v)
+}
+
+// deliver answers a request that has run, when it is its turn.
+func (c *core) deliver(v *version, r *request) {
+	if r.turn == nil {
+		v.figures.answered(r, c.now)
+		c.answer(r, r.err)
+		return
+	}
+	r.state = held
+	v.levels[r.level].held++
+	c.release(v, &v.levels[r.level])
+}
+
+// release answers those whose turn it is.
+func (c *core) release(v *version, l *level) {
+	for e := l.order.Front(); e != nil; e = l.order.Front() {
+		r := e.Value.(*request)
+		if r.state != held {
+			return
+		}
+		l.order.Remove(e)
+		l.held--
+		v.figures.answered(r, c.now)
+		c.answer(r, r.err)
+	}
+}
+
+// leave answers a request out of turn.
+func (c *core) leave(v *version, r *request, err error) {
+	if _, refusal := errors.AsType[*RefusedError](err); refusal {
+		v.figures.refused(err)
+	}
+	c.answer(r, err)
+	if r.turn != nil {
+		l := &v.levels[r.level]
+		l.order.Remove(r.turn)
+		c.release(v, l)
+	}
+}
+
+func (c *core) answer(r *request, err error) {
+	r.state, r.err = answered, err
+	c.emit(answer{r})
+}
+
+// union gives the outputs that a or b ask for; nil where one asks for all.
+func union(a, b []string) []string {
+	if a == nil || b == nil {
+		return nil
+	}
+	var all []string
+	for _, name := range b {
+		if !slices.Contains(a, name) {
+			all = append(all, name)
+		}
+	}
+	if all == nil {
+		return a
+	}
+	return append(slices.Clip(a), all...)
+}
+
+// pick gives those of a run's outputs that one of its requests asked for, in
+// its order.
+func pick(outputs []tensor.Tensor, names, asked []string) []tensor.Tensor {
+	if asked == nil || names != nil && slices.Equal(names, asked) {
+		return outputs
+	}
+	picked := make([]tensor.Tensor, 0, len(asked))
+	for _, name := range asked {
+		if i := slices.IndexFunc(outputs, func(t tensor.Tensor) bool { return t.Name == name }); i >= 0 {
+			picked = append(picked, outputs[i])
+		}
+	}
+	return picked
 }

@@ -14,6 +14,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/dunlin/dunlin/models/serving"
 	"github.com/dunlin/dunlin/models/tensor"
 )
 
@@ -36,6 +37,11 @@ func (v VersionID) Compare(o VersionID) int {
 type Spec struct {
 	ID         VersionID
 	Dir, Entry string
+	// Options say how its requests are scheduled; nil leaves that to what the
+	// graph says of itself, see serving.Automatic.
+	Options *serving.Options
+	// Labels are the names of the classes, by output.
+	Labels map[string][]string
 }
 
 // Info is what a loaded version takes and gives, and how long it took to
@@ -44,16 +50,37 @@ type Spec struct {
 type Info struct {
 	Inputs, Outputs []tensor.Info
 	LoadTime        time.Duration
+	// Batch says that the graph calls the first dimension of each input and
+	// output by one name, and that a batch.
+	Batch bool
+	// Options and Labels are those of the Spec; the engine fills them in.
+	Options serving.Options
+	Labels  map[string][]string
 }
 
 // Runtime runs models. Its methods may be called from many goroutines at a
 // time; they return when what they began is over, soon after ctx is done.
 type Runtime interface {
 	Load(ctx context.Context, s Spec) (Info, error)
-	// Run runs a loaded version once. It does not write to the inputs. The
-	// outputs come in the order asked for; nil asks for all of them.
-	Run(ctx context.Context, id VersionID, inputs []tensor.Tensor, outputs []string) ([]tensor.Tensor, error)
+	// Run runs a loaded version once on several requests together: the rows
+	// of each input are those of the first request, then those of the second,
+	// and so on. One request alone need not have rows. It does not write to
+	// the inputs. The outputs come in the order asked for; nil asks for all of
+	// them. ErrRows is the error of outputs that cannot be told apart by the
+	// rows of the inputs.
+	Run(ctx context.Context, id VersionID, requests [][]tensor.Tensor, outputs []string) (Outcome, error)
 	Unload(ctx context.Context, id VersionID) error
+}
+
+// Outcome is what a run gave.
+type Outcome struct {
+	Outputs [][]tensor.Tensor // of each request
+	// Times from the call to the start of the run, of the run itself, and
+	// from its end to the return.
+	Input, Infer, Output time.Duration
+	// Release gives the memory of the outputs back; it is called once, and
+	// they are not used afterwards. nil where nobody waits for them.
+	Release func()
 }
 
 // Errors that callers tell apart. What the engine returns wraps them.
@@ -65,17 +92,30 @@ var (
 	ErrStopped      = errors.New("engine has stopped")
 	// ErrUnavailable is that of a Runtime which for now can run nothing.
 	ErrUnavailable = errors.New("the runtime is not available")
+	// ErrExpired is that of a request which cannot be answered in its time.
+	ErrExpired = errors.New("the request's time is out")
+	// ErrRows is that of a run whose outputs do not have the rows of its inputs.
+	ErrRows = errors.New("the outputs do not have as many rows as the inputs")
 )
 
-// DefaultQueueLimit is the number of requests that wait for one version
-// when Config does not say; a further one is refused with ErrOverloaded.
-const DefaultQueueLimit = 1024
+// RefusedError is the refusal of a request for want of room or time:
+// ErrOverloaded or ErrExpired.
+type RefusedError struct {
+	Err error
+	// RetryAfter says when the same request may be admitted; 0 where waiting
+	// does not help.
+	RetryAfter time.Duration
+}
+
+func (e *RefusedError) Error() string { return e.Err.Error() }
+
+// Unwrap gives Err.
+func (e *RefusedError) Unwrap() error { return e.Err }
 
 // Config configures an Engine.
 type Config struct {
-	Runtime    Runtime
-	QueueLimit int // waiting requests for each version; DefaultQueueLimit where 0
-	Log        *slog.Logger
+	Runtime Runtime
+	Log     *slog.Logger
 }
 
 // Engine is safe for use by many goroutines. Its calls wait until Run runs
@@ -83,128 +123,140 @@ type Config struct {
 type Engine struct {
 	runtime Runtime
 	log     *slog.Logger
-	events  chan event
+	core    chan *core    // holds the core while nobody owns it
 	running chan struct{} // closed when Run begins
-	stopped chan struct{} // closed when the loop takes no more events
-	infos   atomic.Pointer[map[VersionID]Info]
-	core    *core // owned by Run
+	tick    *time.Timer   // reset by the owner of the core
+	work    sync.WaitGroup
+	infos   atomic.Pointer[map[VersionID]*Info]
 }
 
 // New gives an Engine; Run starts it.
 func New(cfg Config) *Engine {
-	if cfg.QueueLimit <= 0 {
-		cfg.QueueLimit = DefaultQueueLimit
-	}
 	if cfg.Log == nil {
 		cfg.Log = slog.New(slog.DiscardHandler)
 	}
 	e := &Engine{
 		runtime: cfg.Runtime,
 		log:     cfg.Log,
-		events:  make(chan event),
+		core:    make(chan *core, 1),
 		running: make(chan struct{}),
-		stopped: make(chan struct{}),
-		core:    newCore(cfg.QueueLimit),
 	}
-	e.infos.Store(&map[VersionID]Info{})
+	e.infos.Store(&map[VersionID]*Info{})
 	return e
 }
 
-// Run owns the engine's state until ctx is done. It then refuses what waits,
+// Run lets the engine work until ctx is done. It then refuses what waits,
 // cancels what runs, and returns nil when all of that is over. It may be
 // called once.
 func (e *Engine) Run(ctx context.Context) error {
+	e.tick = time.NewTimer(time.Hour)
+	defer e.tick.Stop()
+	e.core <- newCore(time.Now())
 	close(e.running)
-	runs, cancel := context.WithCancel(context.WithoutCancel(ctx))
-	defer cancel()
-	var wg sync.WaitGroup
-	finished := make(chan event)
-	over := make(chan struct{}) // closed when every goroutine of wg is done
-	done := ctx.Done()
 	for {
-		var ev event
 		select {
-		case ev = <-e.events:
-		case ev = <-finished:
-		case <-done:
-			done = nil
-			close(e.stopped)
-			cancel()
-			ev = stop{}
-			e.apply(runs, ev, &wg, finished)
-			go func() { wg.Wait(); close(over) }()
-			continue
-		case <-over:
+		case <-e.tick.C:
+			e.must(tick{})
+		case <-ctx.Done():
+			e.must(stop{})
+			e.work.Wait()
 			return nil
 		}
-		e.apply(runs, ev, &wg, finished)
 	}
 }
 
-// apply takes one event through the core and carries out what it decides.
-func (e *Engine) apply(ctx context.Context, ev event, wg *sync.WaitGroup, finished chan<- event) {
-	for _, f := range e.core.step(ev, time.Now()) {
+// do takes one event through the core. The core has one owner at a time,
+// which is whoever has taken it out of e.core; it goes back when the effects
+// are under way. None of them blocks.
+func (e *Engine) do(ctx context.Context, ev event) error {
+	var c *core
+	select {
+	case c = <-e.core:
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
+	for _, f := range c.step(ev, time.Now()) {
 		switch f := f.(type) {
-		case startRun:
-			wg.Go(func() { finished <- e.execute(ctx, f.request) })
-		case startUnload:
-			wg.Go(func() {
-				err := e.runtime.Unload(ctx, f.id)
-				if errors.Is(err, ErrNotLoaded) { // the runtime has lost it before
-					err = nil
-				}
-				finished <- unloaded{f.id, err}
-			})
 		case answer:
-			f.request.answer <- f.reply
+			f.request.answer <- struct{}{}
+		case startRun:
+			var ctx context.Context
+			ctx, f.run.cancel = context.WithCancel(context.Background())
+			e.work.Go(func() { e.execute(ctx, f.run) })
+		case startUnload:
+			var ctx context.Context
+			ctx, f.version.unload.cancel = context.WithCancel(context.Background())
+			e.work.Go(func() { e.unload(ctx, f.version) })
+		case interrupt:
+			f.job.cancel()
 		case reply:
 			f.call.answer <- f
 		case publish:
 			e.publish(f)
+		case separate:
+			e.work.Go(func() {
+				e.log.Warn("requests run alone: those of a batch cannot be told apart", "model", f.id.Model, "version", f.id.Version, "error", f.err)
+			})
+		case wake:
+			e.tick.Reset(time.Until(f.at))
 		}
+	}
+	e.core <- c
+	return nil
+}
+
+// must is do for an event that must not be lost.
+func (e *Engine) must(ev event) { e.do(context.Background(), ev) }
+
+// execute runs requests together.
+func (e *Engine) execute(ctx context.Context, r *run) {
+	defer r.cancel()
+	inputs := make([][]tensor.Tensor, len(r.requests))
+	for i, q := range r.requests {
+		inputs[i] = q.inputs
+	}
+	r.outcome, r.err = e.runtime.Run(ctx, r.version.id, inputs, r.outputs)
+	if n := len(r.outcome.Outputs); r.err == nil && n != len(inputs) {
+		r.err = fmt.Errorf("outputs are of %d requests instead of %d", n, len(inputs))
+	}
+	if r.err != nil {
+		r.err = fmt.Errorf("run %s: %w", r.version.id, r.err)
+	}
+	e.must(finish{r})
+	r.drop()
+}
+
+// drop says that one holder of the outcome's memory needs it no more.
+func (r *run) drop() {
+	if r.holders.Add(-1) == 0 && r.outcome.Release != nil {
+		r.outcome.Release()
 	}
 }
 
-// execute runs one request under its caller's context and the engine's.
-func (e *Engine) execute(ctx context.Context, r *request) event {
-	runCtx, cancel := context.WithCancel(r.ctx)
-	defer cancel()
-	defer context.AfterFunc(ctx, cancel)()
-	outputs, err := e.runtime.Run(runCtx, r.id, r.inputs, r.outputs)
-	if err != nil {
-		err = fmt.Errorf("run %s: %w", r.id, err)
+func (e *Engine) unload(ctx context.Context, v *version) {
+	defer v.unload.cancel()
+	err := e.runtime.Unload(ctx, v.id)
+	if errors.Is(err, ErrNotLoaded) { // the runtime has lost it before
+		err = nil
 	}
-	return finish{r, outputs, err}
+	e.must(unloaded{v.id, err})
 }
 
 // publish shows a version's Info to Infer and Info, or takes it away.
 func (e *Engine) publish(p publish) {
 	next := maps.Clone(*e.infos.Load())
 	if p.info != nil {
-		next[p.id] = *p.info
+		next[p.id] = p.info
 	} else {
 		delete(next, p.id)
 	}
 	e.infos.Store(&next)
-	e.log.Debug("versions changed", "model", p.id.Model, "version", p.id.Version, "loaded", p.info != nil)
 }
 
-// post hands an event to the loop.
-func (e *Engine) post(ctx context.Context, ev event) error {
-	select {
-	case e.events <- ev:
-		return nil
-	case <-e.stopped:
-		return ErrStopped
-	case <-ctx.Done():
-		return context.Cause(ctx)
-	}
-}
-
-// ask posts a call's event and waits for its answer. A call that was given
-// up because of ctx may still take effect.
+// ask takes a call's event through the core and waits for its answer. A call
+// that was given up because of ctx may still take effect.
 func (e *Engine) ask(ctx context.Context, c *call, ev event) (reply, error) {
-	if err := e.post(ctx, ev); err != nil {
+	if err := e.do(ctx, ev); err != nil {
 		return reply{}, err
 	}
 	select {
@@ -216,20 +268,14 @@ func (e *Engine) ask(ctx context.Context, c *call, ev event) (reply, error) {
 }
 
 // Load loads a version and admits requests to it from then on. Loading one
-// that is loaded already gives its Info and does nothing; ErrDraining says
-// that it is on its way out.
+// that is loaded already gives its Info and does nothing, and is an error where
+// the Spec is another; ErrDraining says that it is on its way out.
 func (e *Engine) Load(ctx context.Context, s Spec) (Info, error) {
-	if err := e.claim(ctx, s.ID); err != nil {
-		if info, ok := e.Info(s.ID); ok && errors.Is(err, errLoaded) {
+	info, err := e.load(ctx, s)
+	if errors.Is(err, errLoaded) {
+		if info, ok := e.Info(s.ID); ok {
 			return info, nil
 		}
-		return Info{}, fmt.Errorf("load %s: %w", s.ID, err)
-	}
-	info, err := e.runtime.Load(ctx, s)
-	// The claim must not outlive this call, whatever has become of ctx.
-	c := newCall()
-	if _, lost := e.ask(context.WithoutCancel(ctx), c, loaded{c, s.ID, info, err}); err == nil {
-		err = lost
 	}
 	if err != nil {
 		return Info{}, fmt.Errorf("load %s: %w", s.ID, err)
@@ -237,13 +283,29 @@ func (e *Engine) Load(ctx context.Context, s Spec) (Info, error) {
 	return info, nil
 }
 
-// claim makes this call the one that loads the version.
-func (e *Engine) claim(ctx context.Context, id VersionID) error {
-	c := newCall()
-	if err := e.post(ctx, claim{c, id}); err != nil {
-		return err
+func (e *Engine) load(ctx context.Context, s Spec) (Info, error) {
+	if s.Options != nil {
+		if err := s.Options.Check(); err != nil {
+			return Info{}, fmt.Errorf("options: %w", err)
+		}
 	}
-	return (<-c.answer).err // the loop answers a claim at once
+	c := newCall()
+	if err := e.do(ctx, claim{c, s}); err != nil {
+		return Info{}, err
+	}
+	if r := <-c.answer; r.err != nil { // the core answers a claim at once
+		return Info{}, r.err
+	}
+	info, err := e.runtime.Load(ctx, s)
+	info.Options, info.Labels = resolve(s.Options, info.Batch), s.Labels
+	// The claim must not outlive this call, whatever has become of ctx.
+	c = newCall()
+	e.must(loaded{c, s.ID, info, err})
+	if r := <-c.answer; r.err != nil {
+		return Info{}, r.err
+	}
+	e.log.Debug("version loaded", "model", s.ID.Model, "version", s.ID.Version)
+	return info, nil
 }
 
 // Unload admits no more requests to a version, waits until those admitted
@@ -257,56 +319,72 @@ func (e *Engine) Unload(ctx context.Context, id VersionID) error {
 	return nil
 }
 
-// Result is the answer to a request: its outputs, how long it waited and how
-// long it ran.
+// Request is one inference.
+type Request struct {
+	Inputs  []tensor.Tensor // nobody may write to them, also after the answer
+	Outputs []string        // nil: all
+	// Priority is 1, the highest, to Options.PriorityLevels; 0 is the default.
+	Priority int
+	// Timeout bounds the wait in the queue; 0 leaves it to the version's
+	// queue policy.
+	Timeout time.Duration
+}
+
+// Result is the answer to a request.
 type Result struct {
-	Outputs    []tensor.Tensor
-	Queue, Run time.Duration
+	Outputs []tensor.Tensor
+	Rows    int // of the run that it was part of
+	// Times in the queue, until the run began, of the run, and after it.
+	Queue, Input, Infer, Output time.Duration
+
+	request *request
+}
+
+// Release gives the memory of the outputs back, which are not used any more
+// from then on.
+func (r *Result) Release() {
+	if q := r.request; q != nil && q.released.CompareAndSwap(false, true) {
+		q.run.drop()
+	}
 }
 
 // Infer runs a request on a version. Its inputs are checked before it waits:
-// ErrInvalidInput names the one at fault. When ctx is done the call returns
-// at once: a waiting request leaves the queue, a running one may go on for a
-// while, so the inputs must not be written to afterwards either. ErrDraining
-// asks the caller to resolve its route again.
-func (e *Engine) Infer(ctx context.Context, id VersionID, in []tensor.Tensor, outputs []string) (Result, error) {
-	info, ok := e.Info(id)
+// ErrInvalidInput names the one at fault. The deadline of ctx is the request's:
+// a RefusedError says at once, or as soon as that is known, that it cannot be
+// met. When ctx is done the call returns at once: a waiting request leaves the
+// queue, a running one may go on for a while, so the inputs must not be written
+// to afterwards either. ErrDraining asks the caller to resolve its route again.
+func (e *Engine) Infer(ctx context.Context, id VersionID, q Request) (Result, error) {
+	info, ok := (*e.infos.Load())[id]
 	if !ok {
 		return Result{}, fmt.Errorf("%s: %w", id, ErrNotLoaded)
 	}
-	if err := info.check(in, outputs); err != nil {
+	r, err := info.request(id, q)
+	if err != nil {
 		return Result{}, fmt.Errorf("%s: %w", id, err)
 	}
-	r := &request{ctx: ctx, id: id, inputs: in, outputs: outputs, answer: make(chan requestReply, 1)}
-	if err := e.post(ctx, arrive{r}); err != nil {
+	r.deadline, _ = ctx.Deadline()
+	if err := e.do(ctx, arrive{r}); err != nil {
 		return Result{}, err
 	}
 	select {
-	case a := <-r.answer:
-		return a.result, a.err
+	case <-r.answer:
+		return r.result, r.err
 	case <-ctx.Done():
 	}
-	// The loop answers cancel at once, unless an answer is there already.
-	if err := e.post(context.WithoutCancel(ctx), cancelled{r}); err == nil {
-		<-r.answer
-	}
+	e.must(cancelled{r})
+	<-r.answer // at once, unless an answer is there already
+	r.result.Release()
 	return Result{}, context.Cause(ctx)
 }
 
 // Info gives what a loaded version takes and gives, also while it drains.
 func (e *Engine) Info(id VersionID) (Info, bool) {
 	info, ok := (*e.infos.Load())[id]
-	return info, ok
-}
-
-// Status is one loaded version at a moment, and its figures since it was loaded.
-type Status struct {
-	ID                VersionID
-	Info              Info
-	Draining          bool
-	Queued, Running   int
-	Succeeded, Failed uint64        // runs; one that its caller gave up counts too, a request that never ran does not
-	RunTime           time.Duration // of all of them together
+	if !ok {
+		return Info{}, false
+	}
+	return *info, true
 }
 
 // Versions gives the loaded versions in the order of their names; none
@@ -318,9 +396,18 @@ func (e *Engine) Versions() []Status {
 		return nil
 	}
 	c := newCall()
-	r, err := e.ask(context.Background(), c, list{c})
+	r, err := e.ask(context.Background(), c, inspect{c})
 	if err != nil {
 		return nil
 	}
 	return r.versions
+}
+
+// Health says why the engine makes no progress, and nil where it does: its
+// core answers before ctx is done, no run takes much longer than runs of its
+// version do, and nothing waits that could run.
+func (e *Engine) Health(ctx context.Context) error {
+	c := newCall()
+	_, err := e.ask(ctx, c, health{c})
+	return err
 }

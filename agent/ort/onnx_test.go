@@ -84,6 +84,17 @@ var testModels = map[string]model{
 	"sequence.onnx": {Opset: 17, Inputs: values{float("x", 4)},
 		Outputs: values{{Name: "y", Type: tensor.Float32, Shape: []int64{-1}, Sequence: true}},
 		Nodes:   nodes{{Op: "SplitToSequence", In: []string{"x"}, Out: []string{"y"}}}},
+	// One number, however many rows there are.
+	"sum.onnx": {Opset: 17, Inputs: values{float("x", -1, 2)}, Outputs: values{float("y", -1, -1)},
+		Nodes: nodes{{Op: "ReduceSum", In: []string{"x"}, Out: []string{"y"}}}},
+	// Outputs that no node writes to when the model runs.
+	"constant.onnx": {Opset: 17, Inputs: values{float("x", -1, 2048)},
+		Outputs: values{float("x", -1, 2048), float("c", 1, 2048), float("folded", 1, 2048), float("same", -1, 2048)},
+		Weights: []onnxwriter.Weight{{Name: "c", Type: tensor.Float32, Shape: []int64{1, 2048}, Data: bytes.Repeat([]byte{0, 0, 128, 63}, 2048)}},
+		Nodes: nodes{
+			{Op: "Neg", In: []string{"c"}, Out: []string{"folded"}},
+			{Op: "Identity", In: []string{"x"}, Out: []string{"same"}},
+		}},
 	// Reads row i of a matrix: an index outside it is an error of the run.
 	"gather.onnx": {Opset: 17,
 		Inputs:  values{float("x", -1, 2), {Name: "i", Type: tensor.Int64, Shape: []int64{-1}}},

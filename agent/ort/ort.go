@@ -162,6 +162,7 @@ type Session struct {
 	session         *binding.DynamicAdvancedSession
 	pointer         *C.OrtSession // session's own
 	inputs, outputs []tensor.Info
+	batch           bool
 	names           map[string]*C.char // of inputs and outputs
 	alarm           runtime.Cleanup
 
@@ -190,6 +191,10 @@ func Open(ctx context.Context, dir, entry string) (*Session, error) {
 		s.outputs, err = s.describe(1)
 	}
 	if err != nil {
+		s.Close()
+		return nil, fmt.Errorf("open model: %w", err)
+	}
+	if s.batch, err = s.findBatch(); err != nil {
 		s.Close()
 		return nil, fmt.Errorf("open model: %w", err)
 	}

@@ -25,6 +25,9 @@ enum {
 	SessionGetOutputTypeInfo = 34,
 	SessionGetInputName = 36,
 	SessionGetOutputName = 37,
+	CreateRunOptions = 39,
+	RunOptionsSetTerminate = 46,
+	RunOptionsUnsetTerminate = 47,
 	CreateTensorAsOrtValue = 48,
 	CreateTensorWithDataAsOrtValue = 49,
 	GetTensorMutableData = 51,
@@ -34,6 +37,7 @@ enum {
 	GetTensorElementType = 60,
 	GetDimensionsCount = 61,
 	GetDimensions = 62,
+	GetSymbolicDimensions = 63,
 	GetTensorTypeAndShape = 65,
 	GetValueType = 67,
 	CreateCpuMemoryInfo = 69,
@@ -41,6 +45,7 @@ enum {
 	GetAllocatorWithDefaultOptions = 78,
 	ReleaseStatus = 93,
 	ReleaseValue = 96,
+	ReleaseRunOptions = 97,
 	ReleaseTypeInfo = 98,
 	ReleaseTensorTypeAndShapeInfo = 99,
 	CreateEnvWithGlobalThreadPools = 119,
@@ -191,6 +196,35 @@ OrtStatus *ort_describe(OrtSession *session, int outputs, size_t i, char **name,
 	return s;
 }
 
+OrtStatus *ort_symbols(OrtSession *session, int outputs, size_t i, char *names[ORT_MAX_RANK]) {
+	void *type = NULL;
+	OrtStatus *s = CALL(outputs ? SessionGetOutputTypeInfo : SessionGetInputTypeInfo, const OrtSession *, size_t, void **)(session, i, &type);
+	if (s)
+		return s;
+	const void *tensor = NULL; // belongs to type
+	size_t rank = 0;
+	s = CALL(CastTypeInfoToTensorInfo, const void *, const void **)(type, &tensor);
+	if (!s && tensor)
+		s = CALL(GetDimensionsCount, const void *, size_t *)(tensor, &rank);
+	const char *theirs[ORT_MAX_RANK] = {0};
+	if (!s && rank > 0 && rank <= ORT_MAX_RANK)
+		s = CALL(GetSymbolicDimensions, const void *, const char **, size_t)(tensor, theirs, rank);
+	for (size_t d = 0; d < ORT_MAX_RANK; d++)
+		names[d] = !s && theirs[d] ? strdup(theirs[d]) : NULL;
+	DROP(ReleaseTypeInfo, type);
+	return s;
+}
+
+OrtStatus *ort_make_options(OrtRunOptions **options) {
+	return CALL(CreateRunOptions, OrtRunOptions **)(options);
+}
+
+OrtStatus *ort_terminate(OrtRunOptions *options, int on) {
+	return CALL(on ? RunOptionsSetTerminate : RunOptionsUnsetTerminate, OrtRunOptions *)(options);
+}
+
+void ort_release_options(OrtRunOptions *options) { DROP(ReleaseRunOptions, options); }
+
 static OrtStatus *fill_strings(OrtValue *value, const struct ort_tensor *t) {
 	const unsigned char *p = t->data, *end = p + t->size;
 	for (size_t i = 0; end - p >= 4; i++) {
@@ -208,7 +242,7 @@ static OrtStatus *fill_strings(OrtValue *value, const struct ort_tensor *t) {
 	return NULL;
 }
 
-static OrtStatus *make_value(const struct ort_tensor *t, OrtValue **value) {
+OrtStatus *ort_make_value(const struct ort_tensor *t, OrtValue **value) {
 	if (t->type != ELEMENT_STRING)
 		return CALL(CreateTensorWithDataAsOrtValue, const void *, void *, size_t, const int64_t *, size_t, int, OrtValue **)(memory, t->data, t->size, t->shape, t->rank, t->type, value);
 	OrtStatus *s = CALL(CreateTensorAsOrtValue, void *, const int64_t *, size_t, int, OrtValue **)(allocator, t->shape, t->rank, t->type, value);
@@ -226,7 +260,7 @@ OrtStatus *ort_run(OrtSession *session, OrtRunOptions *options,
 		abort();
 	for (size_t i = 0; !s && i < in_count; i++) {
 		names[i] = in[i].name;
-		s = make_value(&in[i], &values[i]);
+		s = ort_make_value(&in[i], &values[i]);
 	}
 	if (!s)
 		s = CALL(Run, OrtSession *, const OrtRunOptions *, const char *const *, const OrtValue *const *, size_t, const char *const *, size_t, OrtValue **)(

@@ -62,9 +62,22 @@ OrtStatus *ort_count(OrtSession *session, int outputs, size_t *count);
 // The name is to be freed with free.
 OrtStatus *ort_describe(OrtSession *session, int outputs, size_t i, char **name, struct ort_info *info);
 
+// The names of a tensor's open dimensions, to be freed with free; NULL where
+// one has none. The binding does not give them.
+OrtStatus *ort_symbols(OrtSession *session, int outputs, size_t i, char *names[ORT_MAX_RANK]);
+
+// A value over the tensor's data, or, of strings, with a copy of it.
+OrtStatus *ort_make_value(const struct ort_tensor *t, OrtValue **value);
+
+// The binding's options cannot be used again after a run that was ended.
+OrtStatus *ort_make_options(OrtRunOptions **options);
+OrtStatus *ort_terminate(OrtRunOptions *options, int on);
+void ort_release_options(OrtRunOptions *options);
+
 // Runs once; out has room for as many values as there are names. The binding
 // copies each output, refuses scalar ones, gives half of one in FP16 or BF16,
-// ends string inputs at a NUL, and panics for a model without inputs.
+// ends string inputs at a NUL, and panics for a model without inputs. Where
+// out has values already, the runtime writes into them.
 OrtStatus *ort_run(OrtSession *session, OrtRunOptions *options,
 	const struct ort_tensor *in, size_t in_count,
 	const char *const *out_names, size_t out_count, OrtValue **out);

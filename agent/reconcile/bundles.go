@@ -62,7 +62,7 @@ func (b *bundles) path(d digest.Digest) string { return filepath.Join(b.dir, d.E
 // bundle is a verified bundle on disk.
 type bundle struct {
 	dir      string // absolute folder of the bundle's files
-	entry    string // path of the .onnx file below it
+	config   *models.Config
 	manifest *models.Manifest
 }
 
@@ -113,7 +113,7 @@ func readBundle(dir string) (*bundle, error) {
 	if _, ok := m.File(cfg.Entry); !ok {
 		return nil, fmt.Errorf("its config's entry %q is not one of its files", cfg.Entry)
 	}
-	found := &bundle{dir: filepath.Join(dir, filesFolder), entry: cfg.Entry, manifest: m}
+	found := &bundle{dir: filepath.Join(dir, filesFolder), config: cfg, manifest: m}
 	for _, f := range m.Files {
 		info, err := os.Stat(filepath.Join(found.dir, filepath.FromSlash(f.Path)))
 		if err != nil {

@@ -403,7 +403,7 @@ func (r *Reconciler) load(ctx context.Context, a action) error {
 	} else if err != nil {
 		return err
 	}
-	spec := engine.Spec{ID: a.key.id, Dir: b.dir, Entry: b.entry}
+	spec := engine.Spec{ID: a.key.id, Dir: b.dir, Entry: b.config.Entry, Options: b.config.Serving, Labels: b.config.LabelsByOutput()}
 	if a.op == checking {
 		_, err = r.cfg.Check(ctx, spec)
 	} else {

@@ -1,5 +1,6 @@
 // Package serve answers a request by its route: a policy turns the name that
-// it asks for into a version, and the engine runs that.
+// it asks for into a version, and the engine runs that. It is the oip.Backend
+// of an agent.
 package serve
 
 import (
@@ -15,7 +16,7 @@ import (
 	"github.com/dunlin/dunlin/agent/engine"
 	"github.com/dunlin/dunlin/agent/oip"
 	"github.com/dunlin/dunlin/internal/policy"
-	"github.com/dunlin/dunlin/models/tensor"
+	"github.com/dunlin/dunlin/models/triton"
 	dunlinv1 "github.com/dunlin/dunlin/proto/dunlin/v1"
 )
 
@@ -31,9 +32,11 @@ const maxResolves = 4
 
 // Engine runs versions.
 type Engine interface {
-	Infer(ctx context.Context, id engine.VersionID, in []tensor.Tensor, outputs []string) (engine.Result, error)
+	Infer(ctx context.Context, id engine.VersionID, q engine.Request) (engine.Result, error)
 	// Info describes a loaded version.
 	Info(id engine.VersionID) (engine.Info, bool)
+	// Versions lists the loaded versions by name and number.
+	Versions() []engine.Status
 }
 
 // Server is an oip.Backend. It may be used concurrently: a request takes the
@@ -44,12 +47,26 @@ type Server struct {
 	table  atomic.Pointer[table]
 }
 
-// table says where requests go. It never changes.
+// table says where requests go. It never changes, but for what it remembers.
 type table struct {
 	generation string
 	routes     map[string]route
 	targets    map[string]bool  // the models that routes ask for
 	serving    map[string]int64 // version by model
+	headers    *sync.Map        // of answers, by version; its values never change
+}
+
+// header gives the headers of an answer.
+func (t *table) header(id engine.VersionID) map[string]string {
+	if h, ok := t.headers.Load(id); ok {
+		return h.(map[string]string)
+	}
+	h := map[string]string{HeaderVersion: id.String()}
+	if t.generation != "" {
+		h[HeaderGeneration] = t.generation
+	}
+	t.headers.Store(id, h)
+	return h
 }
 
 // route is a compiled route, or the reason why it cannot be followed.
@@ -62,7 +79,7 @@ type route struct {
 // New gives a server that knows no names yet.
 func New(e Engine) *Server {
 	s := &Server{engine: e}
-	s.table.Store(new(table))
+	s.table.Store(&table{headers: new(sync.Map)})
 	return s
 }
 
@@ -94,24 +111,25 @@ func (s *Server) replace(change func(*table)) {
 	s.change.Lock()
 	defer s.change.Unlock()
 	next := *s.table.Load()
+	next.headers = new(sync.Map)
 	change(&next)
 	s.table.Store(&next)
 }
 
-// Ready says whether every route and every serving model can be answered.
-func (s *Server) Ready(context.Context) bool {
+// Ready says which route or serving model cannot be answered, and why.
+func (s *Server) Ready(context.Context) error {
 	t := s.table.Load()
-	for name := range t.routes {
-		if s.unready(t, name) != nil {
-			return false
+	for _, name := range slices.Sorted(maps.Keys(t.routes)) {
+		if err := s.unready(t, name); err != nil {
+			return fmt.Errorf("route %s: %w", name, err)
 		}
 	}
-	for name := range t.serving {
+	for _, name := range slices.Sorted(maps.Keys(t.serving)) {
 		if _, err := s.loaded(t, policy.Target{Model: name}); err != nil {
-			return false
+			return err
 		}
 	}
-	return true
+	return nil
 }
 
 // unready says why a route cannot be answered.
@@ -163,7 +181,8 @@ func unknown(name string) error {
 func (t *table) knows(model string) bool { return t.serving[model] != 0 || t.targets[model] }
 
 // Model describes what answers to a name: a route's model, or the model
-// itself. The inputs of a route are those of its first target.
+// itself with all of its loaded versions. The inputs of a route are those of
+// its first target.
 func (s *Server) Model(_ context.Context, name string, version int64) (oip.Model, error) {
 	t := s.table.Load()
 	if version != 0 {
@@ -201,11 +220,20 @@ func (s *Server) Model(_ context.Context, name string, version int64) (oip.Model
 		return oip.Model{Name: name, NotReady: err.Error()}, nil
 	}
 	info, _ := s.engine.Info(id)
-	return describe(name, []int64{id.Version}, info), nil
+	var versions []int64
+	for _, v := range s.engine.Versions() {
+		if v.ID.Model == name {
+			versions = append(versions, v.ID.Version)
+		}
+	}
+	return describe(name, versions, info), nil
 }
 
 func describe(name string, versions []int64, info engine.Info) oip.Model {
-	return oip.Model{Name: name, Versions: versions, Inputs: info.Inputs, Outputs: info.Outputs}
+	return oip.Model{
+		Name: name, Versions: versions, Inputs: info.Inputs, Outputs: info.Outputs, Labels: info.Labels,
+		Config: triton.Config(name, info.Inputs, info.Outputs, info.Options, info.Labels),
+	}
 }
 
 // missing is the error of a version that was asked for by its number and is
@@ -224,30 +252,33 @@ func missing(t *table, id engine.VersionID) error {
 // Infer runs a request on the version that its name resolves to. Where that
 // version has just left, the request is resolved again: a switch to another
 // version fails no request.
-func (s *Server) Infer(ctx context.Context, r oip.Request) (oip.Response, error) {
+func (s *Server) Infer(ctx context.Context, c oip.Call) (oip.Answer, error) {
 	random := rand.Uint64()
 	for try := 1; ; try++ {
 		t := s.table.Load()
-		id, err := t.resolve(r, random)
+		id, err := t.resolve(c, random)
 		if err != nil {
-			return oip.Response{}, err
+			return oip.Answer{}, err
 		}
-		result, err := s.engine.Infer(ctx, id, r.Inputs, r.Outputs)
+		r, err := s.engine.Infer(ctx, id, engine.Request{Inputs: c.Inputs, Outputs: c.Outputs, Priority: c.Priority, Timeout: c.Timeout})
 		if err == nil {
-			return oip.Response{
-				Model: id.Model, Version: id.Version, Outputs: result.Outputs,
-				Header: map[string]string{HeaderVersion: id.String(), HeaderGeneration: t.generation},
+			info, _ := s.engine.Info(id)
+			return oip.Answer{
+				Model: id.Model, Version: id.Version, Outputs: r.Outputs, Labels: info.Labels,
+				Header:  t.header(id),
+				Times:   oip.Times{Queue: r.Queue, Input: r.Input, Infer: r.Infer, Output: r.Output},
+				Release: r.Release,
 			}, nil
 		}
 		left := errors.Is(err, engine.ErrDraining) || errors.Is(err, engine.ErrNotLoaded)
 		if !left || try == maxResolves || s.table.Load() == t {
-			return oip.Response{}, classify(t, r, id, err)
+			return oip.Answer{}, classify(t, c, id, err)
 		}
 	}
 }
 
 // resolve gives the version that answers a request.
-func (t *table) resolve(r oip.Request, random uint64) (engine.VersionID, error) {
+func (t *table) resolve(r oip.Call, random uint64) (engine.VersionID, error) {
 	if r.Version != 0 {
 		return engine.VersionID{Model: r.Model, Version: r.Version}, nil
 	}
@@ -268,14 +299,20 @@ func (t *table) resolve(r oip.Request, random uint64) (engine.VersionID, error) 
 }
 
 // classify gives an engine's error the code that callers get.
-func classify(t *table, r oip.Request, id engine.VersionID, err error) error {
+func classify(t *table, r oip.Call, id engine.VersionID, err error) error {
+	if refused, ok := errors.AsType[*engine.RefusedError](err); ok {
+		code := oip.Unavailable
+		if errors.Is(err, engine.ErrExpired) {
+			code = oip.Expired
+		}
+		return &oip.Error{Code: code, Err: err, RetryAfter: refused.RetryAfter}
+	}
 	switch {
 	case errors.Is(err, engine.ErrInvalidInput):
 		return oip.Errorf(oip.InvalidArgument, "%w", err)
 	case errors.Is(err, engine.ErrNotLoaded) && r.Version != 0:
 		return missing(t, id)
-	case errors.Is(err, engine.ErrNotLoaded), errors.Is(err, engine.ErrDraining),
-		errors.Is(err, engine.ErrOverloaded), errors.Is(err, engine.ErrStopped), errors.Is(err, engine.ErrUnavailable):
+	case errors.Is(err, engine.ErrNotLoaded), errors.Is(err, engine.ErrDraining), errors.Is(err, engine.ErrStopped), errors.Is(err, engine.ErrUnavailable):
 		return oip.Errorf(oip.Unavailable, "%w", err)
 	default:
 		return err

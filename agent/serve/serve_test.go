@@ -16,6 +16,7 @@ import (
 
 	"github.com/dunlin/dunlin/agent/engine"
 	"github.com/dunlin/dunlin/agent/oip"
+	"github.com/dunlin/dunlin/agent/oip/rest"
 	"github.com/dunlin/dunlin/models/tensor"
 	dunlinv1 "github.com/dunlin/dunlin/proto/dunlin/v1"
 )
@@ -32,17 +33,21 @@ var adderInfo = engine.Info{
 
 func (a adder) Load(context.Context, engine.Spec) (engine.Info, error) { return adderInfo, nil }
 func (a adder) Unload(context.Context, engine.VersionID) error         { return nil }
-func (a adder) Run(_ context.Context, id engine.VersionID, in []tensor.Tensor, _ []string) ([]tensor.Tensor, error) {
+func (a adder) Run(_ context.Context, id engine.VersionID, requests [][]tensor.Tensor, _ []string) (engine.Outcome, error) {
 	if a.fail != nil {
 		if err := a.fail(id); err != nil {
-			return nil, err
+			return engine.Outcome{}, err
 		}
 	}
-	out := tensor.Tensor{Name: "y", Type: tensor.Uint8, Shape: in[0].Shape, Data: bytes.Clone(in[0].Data)}
-	for i := range out.Data {
-		out.Data[i] += byte(id.Version)
+	var out engine.Outcome
+	for _, in := range requests {
+		t := tensor.Tensor{Name: "y", Type: tensor.Uint8, Shape: in[0].Shape, Data: bytes.Clone(in[0].Data)}
+		for i := range t.Data {
+			t.Data[i] += byte(id.Version)
+		}
+		out.Outputs = append(out.Outputs, []tensor.Tensor{t})
 	}
-	return []tensor.Tensor{out}, nil
+	return out, nil
 }
 
 func startEngine(t *testing.T, a adder) *engine.Engine {
@@ -87,8 +92,8 @@ func r(name string, targets ...string) *dunlinv1.DesiredRoute {
 	return route
 }
 
-func request(name string, version int64) oip.Request {
-	return oip.Request{Model: name, Version: version, Inputs: []tensor.Tensor{{Name: "x", Type: tensor.Uint8, Shape: []int64{1}, Data: []byte{10}}}}
+func request(name string, version int64) oip.Call {
+	return oip.Call{Model: name, Version: version, Inputs: []tensor.Tensor{{Name: "x", Type: tensor.Uint8, Shape: []int64{1}, Data: []byte{10}}}}
 }
 
 func codeOf(err error) oip.Code {
@@ -155,6 +160,13 @@ func TestResolve(t *testing.T) {
 			t.Errorf("%s:%d: answered by %s: %+v, want %s", tt.name, tt.version, answered, resp, tt.want)
 		}
 		want := oip.Model{Name: tt.name, Versions: []int64{resp.Version}, Inputs: adderInfo.Inputs, Outputs: adderInfo.Outputs}
+		if tt.name == "digits" && tt.version == 0 {
+			want.Versions = []int64{1, 2} // of a model, all that are loaded
+		}
+		if m.Config.GetName() != tt.name || len(m.Config.GetInput()) != 1 {
+			t.Errorf("model %s:%d: config %v", tt.name, tt.version, m.Config)
+		}
+		m.Config = nil
 		if diff := cmp.Diff(want, m); diff != "" {
 			t.Errorf("model %s:%d: %s", tt.name, tt.version, diff)
 		}
@@ -166,8 +178,8 @@ func TestReady(t *testing.T) {
 	s := New(e)
 	ready := func(want bool, when string) {
 		t.Helper()
-		if got := s.Ready(t.Context()); got != want {
-			t.Errorf("%s: ready is %v", when, got)
+		if err := s.Ready(t.Context()); (err == nil) != want {
+			t.Errorf("%s: ready says %v", when, err)
 		}
 	}
 	ready(true, "nothing to serve")
@@ -260,7 +272,8 @@ type leaving struct {
 }
 
 func (l *leaving) Info(engine.VersionID) (engine.Info, bool) { return adderInfo, true }
-func (l *leaving) Infer(context.Context, engine.VersionID, []tensor.Tensor, []string) (engine.Result, error) {
+func (l *leaving) Versions() []engine.Status                 { return nil }
+func (l *leaving) Infer(context.Context, engine.VersionID, engine.Request) (engine.Result, error) {
 	l.calls++
 	l.then()
 	return engine.Result{}, engine.ErrDraining
@@ -300,7 +313,7 @@ func TestOverHTTP(t *testing.T) {
 	load(t, e, "digits", 4)
 	s.SetServing(map[string]int64{"digits": 2})
 	s.SetRoutes("inc/7", []*dunlinv1.DesiredRoute{r("live", "digits")})
-	h := oip.New(oip.Config{Backend: s})
+	h := rest.New(oip.New(oip.Config{Backend: s}))
 	post := func(path, body string) *httptest.ResponseRecorder {
 		w := httptest.NewRecorder()
 		h.ServeHTTP(w, httptest.NewRequest(http.MethodPost, path, strings.NewReader(body)))

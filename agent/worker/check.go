@@ -26,8 +26,8 @@ func (p *process) open(ctx context.Context, cfg *Config) error {
 	ctx, cancel := context.WithTimeout(ctx, CheckLimit)
 	defer cancel()
 	m, err := p.call(ctx, engine.VersionID{}, &message{
-		kind: kindInit, strings: []string{cfg.RuntimeLib}, number: uint64(max(cfg.Threads, 0)), limit: uint64(cfg.MaxBytes),
-	}, 0)
+		kind: kindInit, strings: []string{cfg.RuntimeLib}, number: uint64(max(cfg.Threads, 0)),
+	})
 	if err != nil {
 		return err
 	}
@@ -40,11 +40,11 @@ func (p *process) open(ctx context.Context, cfg *Config) error {
 
 // load has the child load a version.
 func (p *process) load(ctx context.Context, s engine.Spec, session uint64) (engine.Info, error) {
-	m, err := p.call(ctx, s.ID, &message{kind: kindLoad, session: session, strings: []string{s.Dir, s.Entry}}, 0)
+	m, err := p.call(ctx, s.ID, &message{kind: kindLoad, session: session, strings: []string{s.Dir, s.Entry}})
 	if err != nil {
 		return engine.Info{}, err
 	}
-	return engine.Info{Inputs: m.inputs, Outputs: m.outputs, LoadTime: time.Duration(m.number)}, nil
+	return engine.Info{Inputs: m.inputs, Outputs: m.outputs, Batch: m.batch, LoadTime: time.Duration(m.number)}, nil
 }
 
 // once gives what f gives for a short-lived child of its own.

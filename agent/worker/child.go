@@ -1,18 +1,19 @@
 package worker
 
 import (
-	"bytes"
 	"context"
 	"errors"
 	"fmt"
 	"io"
 	"os"
 	"runtime/debug"
+	"strconv"
 	"sync"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/dunlin/dunlin/agent/ort"
-	"github.com/dunlin/dunlin/models/tensor"
 )
 
 // Where the child finds its end of the socket, and the region.
@@ -33,12 +34,16 @@ func runChild(loading func(entry string)) int {
 		fmt.Fprintf(os.Stderr, "worker: %v\n", err)
 		return 1
 	}
-	s, err := childSocket()
+	if err := lowerPriority(); err != nil {
+		fmt.Fprintf(os.Stderr, "worker: %v\n", err)
+		return 1
+	}
+	s, memory, err := childSocket()
 	if err != nil {
 		fmt.Fprintf(os.Stderr, "dunlin-agent worker is started by dunlin-agent only: %v\n", err)
 		return 2
 	}
-	c := &sessions{socket: s, loading: loading, open: make(map[uint64]*ort.Session), cancels: make(map[uint64]context.CancelFunc)}
+	c := &sessions{socket: s, memory: memory, loading: loading, cancels: make(map[uint64]context.CancelFunc)}
 	if err := c.serve(); err != nil {
 		fmt.Fprintf(os.Stderr, "worker: %v\n", err)
 		return 1
@@ -46,30 +51,69 @@ func runChild(loading func(entry string)) int {
 	return 0
 }
 
-func childSocket() (*socket, error) {
+// childSocket gives the child's end of the socket and the region's memory.
+func childSocket() (*socket, []byte, error) {
 	file := os.NewFile(regionFD, "region")
 	defer file.Close()
 	r, err := mapRegion(file)
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
-	return newSocket(os.NewFile(socketFD, "socket"), r, initLimit, true)
+	s, err := newSocket(os.NewFile(socketFD, "socket"))
+	return s, r.memory, err
 }
 
 // childHeap is where the child's garbage collector begins to work harder.
 const childHeap = 16 << 20
 
-// initLimit bounds a message until kindInit says the limit.
-const initLimit = maxPacket
+// niceness is what the child adds to its parent's: where both want the same
+// core, the parent's network must not wait until a model has run.
+const niceness = 5
 
-// sessions is the child's side of the socket. Each question is worked on by
-// a goroutine of its own; the parent bounds how many there are.
+// lowerPriority does so for all threads there are, and so for all to come: a
+// thread has the niceness of the one that began it. Others begin meanwhile,
+// so it looks again until there was none without.
+func lowerPriority() error {
+	const idlest = 19
+	// The system call gives 20 less the niceness.
+	raw, err := unix.Getpriority(unix.PRIO_PROCESS, os.Getpid())
+	if err != nil {
+		return fmt.Errorf("lower priority: %w", err)
+	}
+	wanted := min(20-raw+niceness, idlest)
+	for again := true; again; {
+		again = false
+		threads, err := os.ReadDir("/proc/self/task")
+		if err != nil {
+			return fmt.Errorf("lower priority: %w", err)
+		}
+		for _, t := range threads {
+			id, err := strconv.Atoi(t.Name())
+			if err != nil {
+				return fmt.Errorf("lower priority: %w", err)
+			}
+			if raw, err := unix.Getpriority(unix.PRIO_PROCESS, id); err != nil || 20-raw >= wanted {
+				continue // it is done, or has ended
+			}
+			again = true
+			if err := unix.Setpriority(unix.PRIO_PROCESS, id, wanted); err != nil && !errors.Is(err, unix.ESRCH) {
+				return fmt.Errorf("lower priority: %w", err)
+			}
+		}
+	}
+	return nil
+}
+
+// sessions is the child's side of the socket. Lanes run models; each other
+// question is worked on by a goroutine of its own; the parent bounds how many
+// there are.
 type sessions struct {
 	socket  *socket
+	memory  []byte // of the region
 	loading func(entry string)
+	lanes   *ort.Lanes // set by init
 
-	mu      sync.Mutex // guards what follows
-	open    map[uint64]*ort.Session
+	mu      sync.Mutex                    // guards what follows
 	cancels map[uint64]context.CancelFunc // of the questions being worked on
 }
 
@@ -80,30 +124,35 @@ func (c *sessions) serve() error {
 		return err
 	}
 	for {
-		m, release, err := c.socket.receive()
+		m, lane, err := c.socket.receive()
 		if errors.Is(err, io.EOF) {
 			return nil
 		}
 		if err != nil {
 			return err
 		}
-		if m.kind == kindCancel {
+		switch m.kind {
+		case kindCancel:
 			c.cancel(m.seq)
-			release()
-			continue
-		}
-		ctx, cancel := context.WithCancel(context.Background())
-		c.mu.Lock()
-		c.cancels[m.seq] = cancel
-		c.mu.Unlock()
-		go func() {
-			defer release()
-			defer c.cancel(m.seq)
-			if err := c.answer(ctx, m); err != nil {
-				fmt.Fprintf(os.Stderr, "worker: %v\n", err)
-				os.Exit(1)
+		case kindCancelRun:
+			c.lanes.Cancel(m.number, m.seq)
+		case kindLane:
+			if err := c.lane(m.number, lane); err != nil {
+				return err
 			}
-		}()
+		default:
+			ctx, cancel := context.WithCancel(context.Background())
+			c.mu.Lock()
+			c.cancels[m.seq] = cancel
+			c.mu.Unlock()
+			go func() {
+				defer c.cancel(m.seq)
+				if err := c.answer(ctx, m); err != nil {
+					fmt.Fprintf(os.Stderr, "worker: %v\n", err)
+					os.Exit(1)
+				}
+			}()
+		}
 	}
 }
 
@@ -116,17 +165,27 @@ func (c *sessions) init() error {
 	if m.kind != kindInit || len(m.strings) != 1 {
 		return fmt.Errorf("%w: kind %d comes first", errMalformed, m.kind)
 	}
-	c.socket.limit = m.limit
 	err = ort.Init(m.strings[0], int(m.number))
 	var providers []string
 	if err == nil {
 		providers, err = ort.Providers()
 	}
 	if err != nil {
-		return c.socket.send(failure(m.seq, err), slot{})
+		return c.socket.send(failure(m.seq, err), nil)
 	}
+	c.lanes = ort.NewLanes(c.memory)
 	debug.FreeOSMemory()
-	return c.socket.send(&message{kind: kindDone, seq: m.seq, strings: append([]string{ort.Version()}, providers...)}, slot{})
+	return c.socket.send(&message{kind: kindDone, seq: m.seq, strings: append([]string{ort.Version()}, providers...)}, nil)
+}
+
+// lane begins a lane on a copy of a socket's descriptor.
+func (c *sessions) lane(number uint64, socket *os.File) error {
+	defer socket.Close()
+	fd, err := unix.FcntlInt(socket.Fd(), unix.F_DUPFD_CLOEXEC, 0)
+	if err != nil {
+		return fmt.Errorf("add lane %d: %w", number, err)
+	}
+	return c.lanes.Add(number, fd)
 }
 
 func (c *sessions) cancel(seq uint64) {
@@ -144,21 +203,16 @@ func (c *sessions) answer(ctx context.Context, m *message) error {
 	switch m.kind {
 	case kindLoad:
 		done, err := c.load(ctx, m)
-		if err != nil {
-			return c.socket.send(failure(m.seq, err), slot{})
+		if err == nil {
+			if err = c.socket.send(done, nil); !errors.Is(err, errTooLong) {
+				return err
+			}
+			c.lanes.Close(m.session)
 		}
-		return c.socket.send(done, slot{})
-	case kindRun:
-		return c.run(ctx, m)
+		return c.socket.send(failure(m.seq, err), nil)
 	case kindUnload:
-		c.mu.Lock()
-		s := c.open[m.session]
-		delete(c.open, m.session)
-		c.mu.Unlock()
-		if s != nil {
-			s.Close()
-		}
-		return c.socket.send(&message{kind: kindDone, seq: m.seq}, slot{})
+		c.lanes.Close(m.session)
+		return c.socket.send(&message{kind: kindDone, seq: m.seq}, nil)
 	}
 	return fmt.Errorf("%w: kind %d is not a question", errMalformed, m.kind)
 }
@@ -176,36 +230,8 @@ func (c *sessions) load(ctx context.Context, m *message) (*message, error) {
 		return nil, err
 	}
 	took := time.Since(start)
-	c.mu.Lock()
-	c.open[m.session] = s
-	c.mu.Unlock()
-	return &message{kind: kindDone, seq: m.seq, number: uint64(took), inputs: s.Inputs(), outputs: s.Outputs()}, nil
-}
-
-func (c *sessions) run(ctx context.Context, m *message) error {
-	c.mu.Lock()
-	s := c.open[m.session]
-	c.mu.Unlock()
-	if s == nil {
-		return c.socket.send(failure(m.seq, errors.New("session is not open")), slot{})
-	}
-	var sending error
-	err := s.Run(ctx, m.tensors, m.strings, func(out []tensor.Tensor) error {
-		for i := range out { // an output that is an input lies where the answer will
-			if c.socket.region.holds(&out[i]) {
-				out[i].Data = bytes.Clone(out[i].Data)
-			}
-		}
-		err := c.socket.send(&message{kind: kindDone, seq: m.seq, tensors: out}, m.slot)
-		if sending = err; err != nil {
-			err = fmt.Errorf("outputs: %w", err)
-		}
-		return err
-	})
-	if err != nil && !errors.Is(sending, errSocket) {
-		return c.socket.send(failure(m.seq, err), slot{})
-	}
-	return sending
+	c.lanes.Open(m.session, s)
+	return &message{kind: kindDone, seq: m.seq, number: uint64(took), batch: s.Batch(), inputs: s.Inputs(), outputs: s.Outputs()}, nil
 }
 
 // maxReason bounds the text of a failure, which may quote a model.
@@ -216,8 +242,6 @@ func failure(seq uint64, err error) *message {
 	k := kindFailed
 	if errors.Is(err, context.Canceled) {
 		k = kindCancelled
-	} else if e, ok := errors.AsType[*ort.Error](err); ok && e.Code == ort.InvalidArgument {
-		k = kindRefused
 	}
 	reason := err.Error()
 	return &message{kind: k, seq: seq, strings: []string{reason[:min(len(reason), maxReason)]}}

@@ -6,15 +6,12 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net"
 	"os"
 	"os/exec"
 	"strings"
 	"testing"
 	"time"
-
-	"golang.org/x/sys/unix"
-
-	"github.com/dunlin/dunlin/models/tensor"
 )
 
 func TestCheck(t *testing.T) {
@@ -43,23 +40,6 @@ func TestCheck(t *testing.T) {
 	}
 }
 
-// TestGarbage has children that answer nonsense: each run gets an error, and
-// nothing stays open.
-func TestGarbage(t *testing.T) {
-	before := descriptors(t)
-	for seed := range uint64(25) {
-		t.Run(fmt.Sprint("seed ", seed), func(t *testing.T) {
-			w := start(t, testConfig(t, fmt.Sprint("garbage=", seed)))
-			id, _ := load(t, w, "digits-size.onnx")
-			_, err := w.Run(t.Context(), id, []tensor.Tensor{floats("x", 1, []int64{1, 100}[seed%2], 64)}, nil)
-			if _, died := errors.AsType[*DeathError](err); !died || !strings.Contains(err.Error(), "malformed") {
-				t.Error(err)
-			}
-		})
-	}
-	until(t, "descriptors to be closed", func() bool { return descriptors(t) <= before })
-}
-
 // TestParentDies kills a parent and waits for its child to go.
 func TestParentDies(t *testing.T) {
 	cmd := exec.Command(os.Args[0], "parent")
@@ -83,14 +63,19 @@ func TestParentDies(t *testing.T) {
 	})
 }
 
-// plainChild starts a child without a Worker and gives the parent's socket;
-// wait gives how it ended and what it printed.
-func plainChild(t *testing.T) (s *socket, wait func() (string, error)) {
-	pair, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_SEQPACKET|unix.SOCK_CLOEXEC, 0)
+// plain is a child without a Worker, and the parent's ends of its socket and
+// of a lane.
+type plain struct {
+	socket *socket
+	lane   *net.UnixConn
+	wait   func() (string, error) // gives how it ended and what it printed
+}
+
+func plainChild(t *testing.T) *plain {
+	end, theirs, err := socketPair()
 	if err != nil {
 		t.Fatal(err)
 	}
-	theirs := os.NewFile(uintptr(pair[1]), "socket")
 	shared, err := newRegion(DefaultSharedBytes)
 	if err != nil {
 		t.Fatal(err)
@@ -104,34 +89,51 @@ func plainChild(t *testing.T) (s *socket, wait func() (string, error)) {
 		t.Fatal(err)
 	}
 	theirs.Close()
-	s, err = newSocket(os.NewFile(uintptr(pair[0]), "socket"), shared, DefaultMaxBytes, false)
+	s, err := newSocket(end)
 	if err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { s.close() })
-	return s, func() (string, error) { err := cmd.Wait(); return out.String(), err }
+	return &plain{socket: s, wait: func() (string, error) { err := cmd.Wait(); return out.String(), err }}
 }
 
-// hello has a plain child open the runtime.
-func hello(t *testing.T, s *socket) {
+// hello has a plain child open the runtime, a model as session 1, and a lane.
+func (p *plain) hello(t *testing.T) {
 	lib, err := library()
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := s.send(&message{kind: kindInit, seq: 1, strings: []string{lib}, limit: 1 << 20}, slot{}); err != nil {
+	for _, m := range []*message{
+		{kind: kindInit, seq: 1, strings: []string{lib}},
+		{kind: kindLoad, seq: 2, session: 1, strings: []string{spec(t, "passthrough.onnx").Dir, "passthrough.onnx"}},
+	} {
+		if err := p.socket.send(m, nil); err != nil {
+			t.Fatal(err)
+		}
+		if m, _, err := p.socket.receive(); err != nil || m.kind != kindDone {
+			t.Fatalf("%+v, %v", m, err)
+		}
+	}
+	ours, theirs, err := socketPair()
+	if err != nil {
 		t.Fatal(err)
 	}
-	if m, _, err := s.receive(); err != nil || m.kind != kindDone {
-		t.Fatalf("%+v, %v", m, err)
+	defer theirs.Close()
+	if p.lane, err = connect(ours); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { p.lane.Close() })
+	if err := p.socket.send(&message{kind: kindLane}, theirs); err != nil {
+		t.Fatal(err)
 	}
 }
 
 // TestSocketCloses closes the parent's end: the child leaves by itself.
 func TestSocketCloses(t *testing.T) {
-	s, wait := plainChild(t)
-	hello(t, s)
-	s.close()
-	if out, err := wait(); err != nil || out != "" {
+	p := plainChild(t)
+	p.hello(t)
+	p.socket.close()
+	if out, err := p.wait(); err != nil || out != "" {
 		t.Errorf("the child ended with %v and printed %q", err, out)
 	}
 }
@@ -139,31 +141,23 @@ func TestSocketCloses(t *testing.T) {
 // TestChildRefuses has a parent that talks nonsense: the child says so and
 // leaves with status 1.
 func TestChildRefuses(t *testing.T) {
-	for name, send := range map[string]func(s *socket) error{
-		"no init": func(s *socket) error { return s.send(&message{kind: kindRun, seq: 1}, slot{}) },
-		"bytes":   func(s *socket) error { return s.write([]byte("hello"), nil) },
-		"an answer": func(s *socket) error {
-			hello(t, s)
-			return s.send(&message{kind: kindDone, seq: 2}, slot{})
+	for name, send := range map[string]func(p *plain) error{
+		"no init": func(p *plain) error { return p.socket.send(&message{kind: kindLoad, seq: 1}, nil) },
+		"bytes":   func(p *plain) error { return p.socket.write([]byte("hello"), nil) },
+		"an answer": func(p *plain) error {
+			p.hello(t)
+			return p.socket.send(&message{kind: kindDone, seq: 3}, nil)
 		},
-		"beyond the region": func(s *socket) error {
-			hello(t, s)
-			return s.send(&message{kind: kindShared, seq: 2, number: 10, slot: slot{1 << 60, 1 << 60}}, slot{})
-		},
-		"no memory": func(s *socket) error {
-			hello(t, s)
-			return s.write([]byte{attached, 1, 2, 3, 4, 5, 6, 7, 8}, nil)
-		},
-		"beyond the limit": func(s *socket) error {
-			hello(t, s)
-			return s.send(&message{kind: kindRun, seq: 2, tensors: []tensor.Tensor{floats("x", 1, 1<<18)}}, slot{})
+		"no socket": func(p *plain) error {
+			p.hello(t)
+			return p.socket.send(&message{kind: kindLane, number: 1}, nil)
 		},
 	} {
-		s, wait := plainChild(t)
-		if err := send(s); err != nil {
+		p := plainChild(t)
+		if err := send(p); err != nil {
 			t.Fatal(err)
 		}
-		out, err := wait()
+		out, err := p.wait()
 		if exit, ok := errors.AsType[*exec.ExitError](err); !ok || exit.ExitCode() != 1 || !strings.Contains(out, "malformed message") {
 			t.Errorf("%s: %v, printed %q", name, err, out)
 		}

@@ -9,6 +9,7 @@ import (
 	"math/rand/v2"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -16,17 +17,15 @@ import (
 	"testing"
 	"time"
 
-	"go.uber.org/goleak"
-	"golang.org/x/sys/unix"
-
 	"github.com/dunlin/dunlin/agent/engine"
 	"github.com/dunlin/dunlin/models/tensor"
+	"go.uber.org/goleak"
 )
 
 // TestMain runs the tests, or is the child of one: os.Args[2] then says how
 // it misbehaves.
 func TestMain(m *testing.M) {
-	if len(os.Args) < 2 || os.Args[1] != "worker" && os.Args[1] != "parent" {
+	if len(os.Args) < 2 || !slices.Contains([]string{"worker", "parent", "echo"}, os.Args[1]) {
 		goleak.VerifyTestMain(m)
 		return
 	}
@@ -37,9 +36,13 @@ func TestMain(m *testing.M) {
 	switch {
 	case os.Args[1] == "parent":
 		parent()
+	case os.Args[1] == "echo":
+		echoes()
 	case mode == "garbage":
-		seed, _ := strconv.ParseUint(arg, 10, 64)
-		garbage(seed)
+		kind, _ := strconv.Atoi(arg)
+		liar(func(l *lie) { l.answer(kind) })
+	case mode == "late":
+		liar((*lie).late)
 	case mode == "kill-on-load":
 		os.Exit(runChild(func(entry string) {
 			if entry == arg {
@@ -171,72 +174,20 @@ func parent() {
 	select {}
 }
 
-// garbage is a child that answers every question with something that is
-// nearly right.
-func garbage(seed uint64) {
-	r := rand.New(rand.NewPCG(seed, 1))
-	s, err := childSocket()
+// echoes is the process that echo starts.
+func echoes() {
+	c, err := connect(os.NewFile(socketFD, "socket"))
 	if err != nil {
 		panic(err)
 	}
+	b := make([]byte, maxPacket)
 	for {
-		m, _, err := s.receive()
+		n, err := c.Read(b)
 		if err != nil {
 			os.Exit(0)
 		}
-		answer := &message{kind: kindDone, seq: m.seq, strings: []string{"1"}}
-		if m.kind == kindLoad {
-			answer.inputs = []tensor.Info{{Name: "x", Type: tensor.Float32, Shape: []int64{-1, 64}}}
-			answer.outputs = []tensor.Info{{Name: "y", Type: tensor.Float32, Shape: []int64{-1, 64}}}
+		if _, err := c.Write(b[:n]); err != nil {
+			os.Exit(0)
 		}
-		if m.kind != kindRun {
-			if err := s.send(answer, slot{}); err != nil {
-				panic(err)
-			}
-			continue
-		}
-		y := tensor.Tensor{Name: "y", Type: tensor.Float32, Shape: []int64{1}, Data: []byte{1, 2, 3, 4}}
-		switch r.IntN(12) {
-		case 0: // another question's number
-			answer.seq += 7
-		case 1: // not an answer
-			answer.kind = kindLoad
-		case 2: // no outputs
-		case 3: // an unknown output
-			y.Name = "z"
-			answer.tensors = []tensor.Tensor{y}
-		case 4: // a wrong type
-			y.Type = tensor.Int32
-			answer.tensors = []tensor.Tensor{y}
-		case 5: // too little data
-			y.Shape = []int64{2}
-			answer.tensors = []tensor.Tensor{y}
-		case 6: // a shape beyond counting
-			y.Shape = []int64{math.MaxInt64, math.MaxInt64}
-			answer.tensors = []tensor.Tensor{y}
-		case 7: // bytes
-			b := make([]byte, 1+r.IntN(100))
-			for i := range b {
-				b[i] = byte(r.Uint32())
-			}
-			s.write(b, nil)
-			continue
-		case 8: // a descriptor that is not shared memory, or cut short
-			fd, _ := unix.Open("/dev/zero", unix.O_RDWR, 0)
-			if r.IntN(2) == 0 {
-				fd, _ = unix.MemfdCreate("short", 0)
-			}
-			s.write(binary.LittleEndian.AppendUint64([]byte{attached}, 4096), unix.UnixRights(fd))
-			unix.Close(fd)
-			continue
-		case 9: // in a slot that the question does not have
-			answer.kind, answer.number = kindShared, 100
-		case 10: // zeros in the slot
-			answer = &message{kind: kindShared, seq: m.seq, number: 100, slot: m.slot}
-			clear(s.region.memory)
-		case 11: // more than the slot has
-			answer = &message{kind: kindShared, seq: m.seq, number: m.slot.room + 1, slot: m.slot}
-		}
-		s.send(answer, slot{})
 	}
 }

@@ -12,31 +12,30 @@ import (
 // kind says what a message is about.
 type kind byte
 
-// The kinds. The parent asks, the child answers each question but cancel
-// once, with the question's sequence number.
+// The kinds. The parent asks, the child answers each question but cancel,
+// lane and cancelRun once, with the question's sequence number. Runs have
+// packets and sockets of their own, see ort.Lanes.
 const (
-	// kindInit opens the runtime: strings = library; number = threads; limit.
+	// kindInit opens the runtime: strings = library; number = threads.
 	kindInit kind = iota + 1
 	// kindLoad loads a model as session: strings = folder, entry.
 	kindLoad
-	// kindRun runs session on tensors: strings = outputs, none for all.
-	kindRun
 	// kindUnload closes session.
 	kindUnload
 	// kindCancel asks for the early end of the question with this sequence number.
 	kindCancel
+	// kindLane begins the lane number on the socket that comes with it.
+	kindLane
+	// kindCancelRun asks for the early end of the lane number's run with this
+	// sequence number.
+	kindCancelRun
 	// kindDone answers: init with strings = version, providers...; load with
-	// inputs, outputs, number = nanoseconds; run with tensors.
+	// inputs, outputs, batch, number = nanoseconds.
 	kindDone
 	// kindFailed answers: strings = what went wrong.
 	kindFailed
-	// kindRefused is kindFailed where the request's inputs are at fault.
-	kindRefused
 	// kindCancelled answers a question that was cancelled.
 	kindCancelled
-	// kindShared says that the message with this sequence number lies in the
-	// region, in slot, as long as number says.
-	kindShared
 	kinds // one past the last
 )
 
@@ -44,33 +43,26 @@ const (
 // depends on its kind.
 type message struct {
 	kind            kind
+	batch           bool
 	seq             uint64
 	session         uint64
 	number          uint64
-	limit           uint64 // bytes of a message
-	slot            slot   // where in the region the answer may lie
 	strings         []string
 	inputs, outputs []tensor.Info
-	tensors         []tensor.Tensor
-	size            uint64 // of its encoding; set by decode, not sent
 }
 
-// alignment of a tensor's data within an encoded message.
-const alignment = 64
+// maxRank bounds the dimensions that decode accepts: ONNX Runtime's own
+// models stay below; ort refuses more.
+const maxRank = 32
 
-// Limits of what decode accepts.
-const (
-	maxRank = 32 // ONNX Runtime's own models stay below; ort refuses more
-)
-
-func align(n uint64) uint64 { return (n + alignment - 1) &^ (alignment - 1) }
-
-// header encodes all of a message but its tensors' data, and gives the size
-// of the whole: each tensor's data follows at the next multiple of alignment.
-func (m *message) header() (header []byte, size uint64) {
+// encode gives the bytes of a message.
+func (m *message) encode() []byte {
 	b := make([]byte, 0, 256)
-	b = append(b, byte(m.kind))
-	for _, n := range []uint64{m.seq, m.session, m.number, m.limit, m.slot.place, m.slot.room} {
+	b = append(b, byte(m.kind), 0)
+	if m.batch {
+		b[1] = 1
+	}
+	for _, n := range []uint64{m.seq, m.session, m.number} {
 		b = binary.AppendUvarint(b, n)
 	}
 	b = binary.AppendUvarint(b, uint64(len(m.strings)))
@@ -83,16 +75,7 @@ func (m *message) header() (header []byte, size uint64) {
 			b = appendInfo(b, i)
 		}
 	}
-	b = binary.AppendUvarint(b, uint64(len(m.tensors)))
-	for _, t := range m.tensors {
-		b = appendInfo(b, tensor.Info{Name: t.Name, Type: t.Type, Shape: t.Shape})
-		b = binary.AppendUvarint(b, uint64(len(t.Data)))
-	}
-	size = uint64(len(b))
-	for _, t := range m.tensors {
-		size = align(size) + uint64(len(t.Data))
-	}
-	return b, size
+	return b
 }
 
 func appendString(b []byte, s string) []byte {
@@ -113,35 +96,19 @@ func appendInfo(b []byte, i tensor.Info) []byte {
 	return b
 }
 
-// pieces calls write with the parts of an encoded message, each with the
-// place where it begins.
-func (m *message) pieces(header []byte, write func(part []byte, at uint64) error) error {
-	if err := write(header, 0); err != nil {
-		return err
-	}
-	at := uint64(len(header))
-	for _, t := range m.tensors {
-		at = align(at)
-		if err := write(t.Data, at); err != nil {
-			return err
-		}
-		at += uint64(len(t.Data))
-	}
-	return nil
-}
-
 // errMalformed is the error of a message that breaks the format.
 var errMalformed = errors.New("malformed message")
 
-// decode reads a message. Its tensors' data lies in b; nothing else does.
-// The tensors' sizes are not held against their shapes.
+// decode reads a message, which shares nothing with b.
 func decode(b []byte) (*message, error) {
 	d := &decoder{b: b}
-	m := &message{kind: kind(d.byte()), size: uint64(len(b))}
-	if m.kind == 0 || m.kind >= kinds {
+	m := &message{kind: kind(d.byte())}
+	batch := d.byte()
+	if m.kind == 0 || m.kind >= kinds || batch > 1 {
 		return nil, fmt.Errorf("%w: kind %d", errMalformed, m.kind)
 	}
-	for _, n := range []*uint64{&m.seq, &m.session, &m.number, &m.limit, &m.slot.place, &m.slot.room} {
+	m.batch = batch == 1
+	for _, n := range []*uint64{&m.seq, &m.session, &m.number} {
 		*n = d.uvarint()
 	}
 	for range d.count() {
@@ -153,26 +120,8 @@ func decode(b []byte) (*message, error) {
 	for range d.count() {
 		m.outputs = append(m.outputs, d.info())
 	}
-	var sizes []uint64
-	for range d.count() {
-		i := d.info()
-		m.tensors = append(m.tensors, tensor.Tensor{Name: i.Name, Type: i.Type, Shape: i.Shape})
-		sizes = append(sizes, d.uvarint())
-	}
-	if d.failed {
-		return nil, fmt.Errorf("%w: its %d bytes end early or hold a bad number", errMalformed, len(b))
-	}
-	at := uint64(d.at)
-	for i, size := range sizes {
-		at = align(at)
-		if at > uint64(len(b)) || size > uint64(len(b))-at {
-			return nil, fmt.Errorf("%w: tensor %q has %d bytes at %d, beyond the end at %d", errMalformed, m.tensors[i].Name, size, at, len(b))
-		}
-		m.tensors[i].Data = b[at : at+size : at+size]
-		at += size
-	}
-	if at != uint64(len(b)) {
-		return nil, fmt.Errorf("%w: %d bytes follow its end", errMalformed, uint64(len(b))-at)
+	if d.failed || d.at != len(b) {
+		return nil, fmt.Errorf("%w: its %d bytes end early or late, or hold a bad number", errMalformed, len(b))
 	}
 	return m, nil
 }

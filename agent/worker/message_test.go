@@ -7,36 +7,27 @@ import (
 	"reflect"
 	"testing"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/dunlin/dunlin/models/tensor"
 )
 
-func encode(m *message) []byte {
-	header, size := m.header()
-	b := make([]byte, size)
-	m.pieces(header, func(part []byte, at uint64) error { copy(b[at:], part); return nil })
-	return b
-}
-
 var messages = []*message{
-	{kind: kindInit, seq: 1, number: 2, limit: 1 << 30, strings: []string{"/lib/libonnxruntime.so"}},
+	{kind: kindInit, seq: 1, number: 2, strings: []string{"/lib/libonnxruntime.so"}},
 	{kind: kindLoad, seq: 2, session: 3, strings: []string{"/models/digits", "model.onnx"}},
-	{kind: kindRun, seq: math.MaxUint64, session: 3, tensors: []tensor.Tensor{
-		{Name: "x", Type: tensor.Float32, Shape: []int64{1, 2}, Data: []byte("12345678")},
-		{Name: "", Type: tensor.String, Shape: []int64{}, Data: []byte("\x01\x00\x00\x00a")},
-		{Name: "empty", Type: tensor.BFloat16, Shape: []int64{0, 7}, Data: []byte{}},
-	}},
-	{kind: kindDone, seq: 2, number: 123456, inputs: []tensor.Info{{Name: "x", Type: tensor.Bool, Shape: []int64{-1, math.MaxInt64}}},
+	{kind: kindDone, seq: math.MaxUint64, number: 123456, batch: true,
+		inputs:  []tensor.Info{{Name: "x", Type: tensor.Bool, Shape: []int64{-1, math.MaxInt64}}},
 		outputs: []tensor.Info{{Name: "any", Type: tensor.Float32}, {Name: "scalar", Type: tensor.Int8, Shape: []int64{}}}},
 	{kind: kindFailed, seq: 2, strings: []string{"no such file", ""}},
 	{kind: kindCancel, seq: 9},
-	{kind: kindShared, seq: 9, number: 1 << 20, slot: slot{64 << 10, 2 << 20}},
+	{kind: kindLane, number: 63},
+	{kind: kindCancelRun, number: 63, seq: 9},
 }
 
 func TestMessages(t *testing.T) {
 	for _, m := range messages {
-		b := encode(m)
+		b := m.encode()
 		got, err := decode(b)
-		m.size = uint64(len(b))
 		if err != nil || !reflect.DeepEqual(got, m) {
 			t.Errorf("%+v came back as %+v, %v", m, got, err)
 		}
@@ -54,7 +45,7 @@ func TestMessages(t *testing.T) {
 // FuzzMessage holds for both ends: they decode with the same code.
 func FuzzMessage(f *testing.F) {
 	for _, m := range messages {
-		f.Add(encode(m))
+		f.Add(m.encode())
 	}
 	f.Fuzz(func(t *testing.T, b []byte) {
 		m, err := decode(b)
@@ -64,12 +55,44 @@ func FuzzMessage(f *testing.F) {
 			}
 			return
 		}
-		again, err := decode(encode(m))
-		if err == nil {
-			again.size = m.size // numbers may have been written with more bytes than they need
-		}
+		again, err := decode(m.encode())
 		if err != nil || !reflect.DeepEqual(m, again) {
 			t.Errorf("%+v came back as %+v, %v", m, again, err)
 		}
 	})
+}
+
+// TestDescriptorsNobodyAskedFor sends two in one packet: none stays open.
+func TestDescriptorsNobodyAskedFor(t *testing.T) {
+	ours, theirs, err := socketPair()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer theirs.Close()
+	s, err := newSocket(ours)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer s.close()
+	before := descriptors(t)
+	lane := (&message{kind: kindLane}).encode()
+	done := (&message{kind: kindDone}).encode()
+	for _, tt := range []struct {
+		packet []byte
+		fds    []int
+	}{{lane, []int{0, 1}}, {done, []int{0}}, {lane[:3], []int{0}}, {lane, nil}} {
+		var oob []byte
+		if tt.fds != nil {
+			oob = unix.UnixRights(tt.fds...)
+		}
+		if err := unix.Sendmsg(int(theirs.Fd()), tt.packet, oob, nil, 0); err != nil {
+			t.Fatal(err)
+		}
+		if _, _, err := s.receive(); !errors.Is(err, errMalformed) {
+			t.Errorf("receive of %d bytes with descriptors %v: %v", len(tt.packet), tt.fds, err)
+		}
+	}
+	if after := descriptors(t); after != before {
+		t.Errorf("%d descriptors before, %d after", before, after)
+	}
 }

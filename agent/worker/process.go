@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"net"
 	"os"
@@ -40,6 +41,7 @@ func (e *DeathError) Error() string {
 type process struct {
 	command *exec.Cmd
 	socket  *socket
+	region  *region
 	stderr  *stderr
 	grace   time.Duration // see Config.grace
 	runtime Runtime       // what it has opened; set by open
@@ -47,7 +49,11 @@ type process struct {
 	mu      sync.Mutex // guards what follows
 	seq     uint64
 	pending map[uint64]question
-	verdict string // why the parent killed it
+	verdict string  // why the parent killed it
+	lanes   []*lane // by number
+	free    []*lane // that no run has
+	running int     // lanes that one has
+	ended   bool    // lanes are closed, and there will be no more
 
 	dead     chan struct{}      // closed when the process has been waited for
 	death    *DeathError        // set before dead is closed, as is
@@ -64,20 +70,18 @@ type question struct {
 // both. The child dies with the calling thread: the caller has locked it
 // until then.
 func startProcess(cfg *Config) (*process, error) {
-	pair, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_SEQPACKET|unix.SOCK_CLOEXEC, 0)
+	end, theirs, err := socketPair()
 	if err != nil {
-		return nil, fmt.Errorf("start worker: socketpair: %w", err)
-	}
-	theirs := os.NewFile(uintptr(pair[1]), "socket")
-	defer theirs.Close()
-	shared, err := newRegion(cfg.SharedBytes)
-	if err != nil {
-		unix.Close(pair[0])
 		return nil, fmt.Errorf("start worker: %w", err)
 	}
-	ours, err := newSocket(os.NewFile(uintptr(pair[0]), "socket"), shared, uint64(cfg.MaxBytes), false)
+	defer theirs.Close()
+	ours, err := newSocket(end)
 	if err != nil {
-		shared.close()
+		return nil, fmt.Errorf("start worker: %w", err)
+	}
+	shared, err := newRegion(cfg.SharedBytes)
+	if err != nil {
+		ours.close()
 		return nil, fmt.Errorf("start worker: %w", err)
 	}
 	cmd := exec.Command(cfg.Command[0], cfg.Command[1:]...)
@@ -90,7 +94,7 @@ func startProcess(cfg *Config) (*process, error) {
 	}
 	cmd.WaitDelay = time.Second
 	p := &process{
-		command: cmd, socket: ours, grace: cfg.grace,
+		command: cmd, socket: ours, region: shared, grace: cfg.grace,
 		stderr:  &stderr{log: cfg.Log},
 		pending: make(map[uint64]question),
 		dead:    make(chan struct{}),
@@ -127,12 +131,15 @@ func childEnvironment() []string {
 // then makes sure that the child is dead and says so.
 func (p *process) read() {
 	for {
-		m, _, err := p.socket.receive()
+		m, lane, err := p.socket.receive()
 		if errors.Is(err, errMalformed) {
 			p.kill(err.Error())
 		}
 		if err != nil {
 			break
+		}
+		if lane != nil {
+			lane.Close() // it is not for the child to offer one: its kind is not that of an answer
 		}
 		p.mu.Lock()
 		q, asked := p.pending[m.seq]
@@ -146,17 +153,25 @@ func (p *process) read() {
 	}
 	p.kill("")
 	p.socket.close()
-	p.socket.region.close()
+	p.region.close()
 	err := p.command.Wait()
 	p.mu.Lock()
+	p.ended = true
 	status := p.verdict
 	for _, q := range p.pending {
-		if !slices.Contains(p.inFlight, q.id) && q.id != (engine.VersionID{}) {
-			p.inFlight = append(p.inFlight, q.id)
-		}
+		p.inFlight = append(p.inFlight, q.id)
 	}
+	for _, l := range p.lanes {
+		p.inFlight = append(p.inFlight, l.id)
+	}
+	lanes := p.lanes // there will be no more
 	p.mu.Unlock()
+	for _, l := range lanes {
+		l.conn.Close()
+	}
+	p.inFlight = slices.DeleteFunc(p.inFlight, func(id engine.VersionID) bool { return id == engine.VersionID{} })
 	slices.SortFunc(p.inFlight, engine.VersionID.Compare)
+	p.inFlight = slices.Compact(p.inFlight)
 	if status == "" && p.command.ProcessState != nil {
 		status = p.command.ProcessState.String()
 	} else if status == "" {
@@ -192,33 +207,13 @@ func (p *process) isDead() bool {
 	}
 }
 
-// call asks a question about a version and waits for its answer; room is what
-// the answer is expected to need. Once ctx is done it cancels the question,
-// which the child then answers soon: a child that does not answer within the
-// grace period is killed.
-func (p *process) call(ctx context.Context, id engine.VersionID, m *message, room uint64) (*message, error) {
-	if err := ctx.Err(); err != nil {
+// call asks a question about a version and waits for its answer. Once ctx is
+// done it cancels the question, which the child then answers soon: a child
+// that does not answer within the grace period is killed.
+func (p *process) call(ctx context.Context, id engine.VersionID, m *message) (*message, error) {
+	if ctx.Err() != nil {
 		return nil, context.Cause(ctx)
 	}
-	if _, size := m.header(); max(size, room) > maxCopied {
-		m.slot = p.socket.region.take(max(size, room) + 2*alignment) // the header grows by the slot's numbers
-		defer p.socket.region.give(m.slot)
-	}
-	a, err := p.ask(ctx, id, m)
-	if err != nil || a.kind != kindShared {
-		return a, err
-	}
-	a, err = p.socket.shared(a, m.slot)
-	if err != nil {
-		p.kill(err.Error())
-		<-p.dead
-		return nil, p.death
-	}
-	return a, a.err()
-}
-
-// ask is call without what concerns the region.
-func (p *process) ask(ctx context.Context, id engine.VersionID, m *message) (*message, error) {
 	answer := make(chan *message, 1)
 	p.mu.Lock()
 	p.seq++
@@ -232,7 +227,7 @@ func (p *process) ask(ctx context.Context, id engine.VersionID, m *message) (*me
 		delete(p.pending, m.seq)
 		p.mu.Unlock()
 	}()
-	if err := p.send(m); err != nil {
+	if err := p.send(m, nil); err != nil {
 		return nil, err
 	}
 	select {
@@ -242,7 +237,7 @@ func (p *process) ask(ctx context.Context, id engine.VersionID, m *message) (*me
 		return p.last(answer)
 	case <-ctx.Done():
 	}
-	if err := p.send(&message{kind: kindCancel, seq: m.seq}); err != nil {
+	if err := p.send(&message{kind: kindCancel, seq: m.seq}, nil); err != nil {
 		return nil, err
 	}
 	timer := time.NewTimer(p.grace)
@@ -271,37 +266,36 @@ func (p *process) last(answer <-chan *message) (*message, error) {
 	}
 }
 
-// refusal is the reason for which the runtime refused a request's inputs.
-type refusal string
-
-func (r refusal) Error() string { return string(r) }
-
 // err gives the error of an answer that is one.
 func (m *message) err() error {
-	text := strings.ToValidUTF8(strings.Join(m.strings, " "), "\uFFFD")
 	switch m.kind {
-	case kindDone, kindShared:
+	case kindDone:
 		return nil
-	case kindRefused:
-		return refusal(text)
 	case kindCancelled:
 		return context.Canceled
 	default:
-		return errors.New(text)
+		return errors.New(strings.ToValidUTF8(strings.Join(m.strings, " "), "\uFFFD"))
 	}
 }
 
-// send sends a message. A socket that fails is the end of the child; with
-// any other error the message has not left, and the child is as before.
-func (p *process) send(m *message) error {
-	err := p.socket.send(m, m.slot)
+// send sends a message, with kindLane and the lane's socket. A socket that
+// fails is the end of the child; with any other error the message has not
+// left, and the child is as before.
+func (p *process) send(m *message, lane *os.File) error {
+	err := p.socket.send(m, lane)
 	if !errors.Is(err, errSocket) {
 		return err
 	}
+	return p.fail(err)
+}
+
+// fail ends the child because of an error of a socket, or of what came over
+// it, and gives its death.
+func (p *process) fail(err error) error {
 	switch {
 	case errors.Is(err, os.ErrDeadlineExceeded):
 		p.kill(fmt.Sprintf("took nothing off its socket for %v", writeLimit))
-	case errors.Is(err, unix.EPIPE), errors.Is(err, unix.ECONNRESET), errors.Is(err, net.ErrClosed):
+	case errors.Is(err, unix.EPIPE), errors.Is(err, unix.ECONNRESET), errors.Is(err, net.ErrClosed), errors.Is(err, io.EOF):
 		p.kill("") // it is dead or about to be
 	default:
 		p.kill(err.Error())

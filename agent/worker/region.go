@@ -4,20 +4,16 @@ import (
 	"fmt"
 	"os"
 	"sync"
-	"unsafe"
 
 	"golang.org/x/sys/unix"
-
-	"github.com/dunlin/dunlin/models/tensor"
 )
 
 // slotUnit is what the region is shared out in.
 const slotUnit = 64 << 10
 
 // region is memory that parent and child both have mapped. The parent gives
-// each request a slot for its inputs and then its outputs; pages that were
-// used once are there for the next request. Messages that find no slot
-// travel in a memfd of their own.
+// each run a slot for its inputs and its outputs; pages that were used once
+// are there for the next one.
 type region struct {
 	memory []byte
 
@@ -26,16 +22,18 @@ type region struct {
 	mu     sync.Mutex // guards what follows
 	taken  []bool     // of each unit
 	slots  int        // that are taken
+	lent   uint64     // bytes of slots whose outputs are being read
 	closed bool
 }
 
-// slot is a part of a region that one request has for itself; none where
-// room is 0.
+// slot is a part of a region that one run has for itself; none where room
+// is 0.
 type slot struct{ place, room uint64 }
 
 // newRegion makes the parent's region of at least size bytes. Its seals keep
-// the child from cutting it, so that to read it never faults; what is read is
-// copied before it is looked at, for the child may still write.
+// the child from cutting it, so that to read it never faults. The child may
+// write to it at any time: only numbers that mean nothing here are read in
+// place.
 func newRegion(size int) (*region, error) {
 	units := (size + slotUnit - 1) / slotUnit
 	fd, err := unix.MemfdCreate("dunlin-region", unix.MFD_CLOEXEC|unix.MFD_ALLOW_SEALING)
@@ -98,19 +96,34 @@ func (r *region) take(size uint64) slot {
 
 func (r *region) mark(first, units int, taken bool) {
 	for i := range units {
+		if r.taken[first+i] == taken {
+			panic("worker: a slot was taken or given back twice")
+		}
 		r.taken[first+i] = taken
 	}
 }
 
-// give takes a slot back.
-func (r *region) give(s slot) {
-	if s.room == 0 {
-		return
+// lend says whether a slot may be kept while its outputs are read. Half of
+// the region stays for runs, however slow the readers are.
+func (r *region) lend(s slot) bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.lent+s.room > uint64(len(r.memory))/2 {
+		return false
 	}
+	r.lent += s.room
+	return true
+}
+
+// give takes a slot back; lent says that it was lent.
+func (r *region) give(s slot, lent bool) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	r.mark(int(s.place/slotUnit), int(s.room/slotUnit), false)
 	r.slots--
+	if lent {
+		r.lent -= s.room
+	}
 	r.unmap()
 }
 
@@ -141,16 +154,7 @@ func (r *region) trim() error {
 	return unix.Madvise(r.memory, unix.MADV_REMOVE)
 }
 
-// slice gives the bytes from place on, nil where they are not in the region.
-func (r *region) slice(place, size uint64) []byte {
-	if place > uint64(len(r.memory)) || size > uint64(len(r.memory))-place {
-		return nil
-	}
-	return r.memory[place : place+size : place+size]
-}
-
-// holds says whether a tensor's data lies in the region.
-func (r *region) holds(t *tensor.Tensor) bool {
-	data, start := uintptr(unsafe.Pointer(unsafe.SliceData(t.Data))), uintptr(unsafe.Pointer(unsafe.SliceData(r.memory)))
-	return len(t.Data) > 0 && data >= start && data-start < uintptr(len(r.memory))
+// bytes gives a slot's.
+func (r *region) bytes(s slot) []byte {
+	return r.memory[s.place : s.place+s.room : s.place+s.room]
 }

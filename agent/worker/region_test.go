@@ -20,7 +20,7 @@ func TestRegion(t *testing.T) {
 		for range rapid.IntRange(1, 50).Draw(t, "steps") {
 			if len(held) > 0 && rapid.Bool().Draw(t, "give") {
 				i := rapid.IntRange(0, len(held)-1).Draw(t, "slot")
-				r.give(held[i])
+				r.give(held[i], false)
 				held = append(held[:i], held[i+1:]...)
 				continue
 			}
@@ -40,7 +40,7 @@ func TestRegion(t *testing.T) {
 			held = append(held, s)
 		}
 		for _, s := range held {
-			r.give(s)
+			r.give(s, false)
 		}
 		if err := r.trim(); err != nil {
 			t.Fatal(err)
@@ -51,8 +51,8 @@ func TestRegion(t *testing.T) {
 			t.Fatal("more than all of it")
 		} else {
 			r.close()
-			clear(r.slice(s.place, s.room)) // still mapped
-			r.give(s)
+			clear(r.bytes(s)) // still mapped
+			r.give(s, false)
 		}
 		if r.memory != nil || r.take(1).room != 0 || r.take(1<<63).room != 0 {
 			t.Fatal("a closed region is there")

@@ -16,7 +16,7 @@ import (
 	"time"
 
 	"github.com/dunlin/dunlin/agent/engine"
-	"github.com/dunlin/dunlin/models/tensor"
+	"github.com/dunlin/dunlin/agent/ort"
 )
 
 // Defaults and bounds.
@@ -28,9 +28,9 @@ const (
 	// DefaultMaxBytes bounds the tensors of one request, and those of one
 	// answer; more is refused with the numbers.
 	DefaultMaxBytes = 1 << 30
-	// maxRunning bounds the questions that the child works on at a time;
-	// further ones wait for their turn.
-	maxRunning = 64
+	// maxRunning bounds the runs that the child works on at a time; further
+	// ones wait for their turn.
+	maxRunning = min(64, ort.MaxLanes)
 	// maxReloads is how often in a row the child may die while it loads a
 	// version again; the version is then given up.
 	maxReloads = 2
@@ -101,7 +101,7 @@ type Death struct {
 // load is not, and fails with a DeathError.
 type Worker struct {
 	cfg     Config
-	turn    chan struct{} // holds one for each question being worked on
+	turn    chan struct{} // holds one for each run that goes on
 	loading chan struct{} // holds one while a version is loaded: a death is put down to it
 
 	mu       sync.Mutex    // guards what follows
@@ -118,9 +118,14 @@ type Worker struct {
 type version struct {
 	spec    engine.Spec
 	info    engine.Info
-	session uint64        // its number in every child
-	deaths  int           // of children that were loading it again, in a row
-	answer  atomic.Uint64 // size of its largest one so far: what the next may need
+	session uint64 // its number in every child
+	deaths  int    // of children that were loading it again, in a row
+
+	// What is known of its outputs: the bytes of the largest ones so far that
+	// did not fit a packet, which the next ones may need too, and whether they
+	// had other shapes than the model says.
+	room       atomic.Uint64
+	surprising atomic.Bool
 }
 
 // New gives a Worker; Supervise starts its child.
@@ -366,77 +371,6 @@ func (w *Worker) Load(ctx context.Context, s engine.Spec) (engine.Info, error) {
 	}
 }
 
-// Run runs a loaded version, see engine.Runtime. Inputs that the runtime
-// refuses give engine.ErrInvalidInput.
-func (w *Worker) Run(ctx context.Context, id engine.VersionID, in []tensor.Tensor, outputs []string) ([]tensor.Tensor, error) {
-	if outputs != nil && len(outputs) == 0 {
-		return nil, fmt.Errorf("%w: no output is asked for", engine.ErrInvalidInput)
-	}
-	for again := false; ; again = true {
-		out, err := w.attempt(ctx, id, in, outputs)
-		if _, died := errors.AsType[*DeathError](err); died && !again {
-			continue
-		}
-		if reason, ok := errors.AsType[refusal](err); ok {
-			err = fmt.Errorf("%w: %s", engine.ErrInvalidInput, reason)
-		} else if errors.Is(err, errTooLarge) {
-			err = fmt.Errorf("%w: %w", engine.ErrInvalidInput, err)
-		}
-		return out, err
-	}
-}
-
-func (w *Worker) attempt(ctx context.Context, id engine.VersionID, in []tensor.Tensor, outputs []string) ([]tensor.Tensor, error) {
-	p, err := w.acquire(ctx)
-	if err != nil {
-		return nil, err
-	}
-	w.mu.Lock()
-	v := w.loaded[id]
-	w.mu.Unlock()
-	if v == nil {
-		return nil, engine.ErrNotLoaded
-	}
-	if err := take(ctx, w.turn); err != nil {
-		return nil, err
-	}
-	defer func() { <-w.turn }()
-	done, err := p.call(ctx, id, &message{kind: kindRun, session: v.session, strings: outputs, tensors: in}, v.answer.Load())
-	if err != nil {
-		return nil, err
-	}
-	v.answer.Store(max(v.answer.Load(), done.size))
-	if err := checkOutputs(done.tensors, v.info.Outputs, outputs); err != nil {
-		p.kill(err.Error())
-		<-p.dead
-		return nil, p.death
-	}
-	return done.tensors, nil
-}
-
-// checkOutputs says whether the child gave what was asked for: nothing above
-// need doubt a tensor's name, type or size.
-func checkOutputs(got []tensor.Tensor, all []tensor.Info, asked []string) error {
-	if asked == nil {
-		for _, o := range all {
-			asked = append(asked, o.Name)
-		}
-	}
-	if len(got) != len(asked) {
-		return fmt.Errorf("%w: %d outputs instead of %d", errMalformed, len(got), len(asked))
-	}
-	for i := range got {
-		t := &got[i]
-		if t.Name != asked[i] || !slices.ContainsFunc(all, func(o tensor.Info) bool { return o.Name == t.Name && o.Type == t.Type }) {
-			return fmt.Errorf("%w: output %q of type %s instead of %q", errMalformed, t.Name, t.Type, asked[i])
-		}
-		if err := t.Check(); err != nil {
-			return fmt.Errorf("%w: %w", errMalformed, err)
-		}
-	}
-	return nil
-}
-
 // Unload closes a version, in this child and all that follow.
 func (w *Worker) Unload(ctx context.Context, id engine.VersionID) error {
 	for {
@@ -458,10 +392,10 @@ func (w *Worker) Unload(ctx context.Context, id engine.VersionID) error {
 		}
 		// From here on it is gone for the children to come; this one closes it
 		// whatever becomes of ctx.
-		_, err = p.call(context.WithoutCancel(ctx), id, &message{kind: kindUnload, session: v.session}, 0)
+		_, err = p.call(context.WithoutCancel(ctx), id, &message{kind: kindUnload, session: v.session})
 		if _, died := errors.AsType[*DeathError](err); died {
 			return nil
 		}
-		return errors.Join(err, p.socket.region.trim())
+		return errors.Join(err, p.region.trim())
 	}
 }

@@ -25,12 +25,14 @@ func main() {
 	}
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
-	err := fmt.Errorf("%w: unknown command %q; there are run (the default), doctor and version\nrun: dunlin-agent --help", program.ErrUsage, verb)
+	err := fmt.Errorf("%w: unknown command %q; there are run (the default), serve, doctor and version\nrun: dunlin-agent --help", program.ErrUsage, verb)
 	switch verb {
 	case "help":
 		err = agent.Main(ctx, []string{"--help"}, os.Getenv, os.Stdout)
 	case "run":
 		err = agent.Main(ctx, args, os.Getenv, os.Stdout)
+	case "serve":
+		err = agent.ServeMain(ctx, args, os.Getenv, os.Stdout)
 	case "doctor":
 		err = agent.Doctor(ctx, args, os.Getenv, os.Stdout, os.Stdout)
 	case "version":

@@ -122,6 +122,13 @@ func (c commands) check(line string, whole bool) error {
 		}
 		return err
 	case "dunlin-agent":
+		if len(args) > 0 && args[0] == "serve" {
+			if !whole {
+				args = append(args, "model.onnx")
+			}
+			_, err := agent.ParseAlone(args[1:], none, io.Discard)
+			return err
+		}
 		if len(args) > 0 && slices.Contains([]string{"run", "doctor", "version"}, args[0]) {
 			args = args[1:]
 		}
@@ -176,6 +183,9 @@ func (c commands) flag(name string) bool {
 	var help strings.Builder
 	none := func(string) string { return "" }
 	if _, err := agent.ParseConfig([]string{"--help"}, none, &help); err == nil {
+		return false
+	}
+	if _, err := agent.ParseAlone([]string{"--help"}, none, &help); err == nil {
 		return false
 	}
 	if _, err := controller.LoadConfig([]string{"--help"}, none, &help); err == nil {

@@ -15,7 +15,9 @@ import (
 	"testing"
 
 	"github.com/dunlin/dunlin/agent/oip"
+	"github.com/dunlin/dunlin/agent/oip/rest"
 	"github.com/dunlin/dunlin/models/tensor"
+	"github.com/dunlin/dunlin/proto/inference"
 )
 
 // doubler is the model behind a real Open Inference Protocol server: it
@@ -23,17 +25,21 @@ import (
 // name.
 type doubler struct{}
 
-func (doubler) Ready(context.Context) bool { return true }
+func (doubler) Ready(context.Context) error { return nil }
+
+func (doubler) Statistics(context.Context, string, int64) ([]*inference.ModelStatistics, error) {
+	return nil, nil
+}
 
 func (doubler) Model(_ context.Context, name string, _ int64) (oip.Model, error) {
 	return oip.Model{Name: name}, nil
 }
 
-func (doubler) Infer(_ context.Context, r oip.Request) (oip.Response, error) {
+func (doubler) Infer(_ context.Context, r oip.Call) (oip.Answer, error) {
 	if r.Model != "digits" {
-		return oip.Response{}, oip.Errorf(oip.NotFound, "no model or route is called %q", r.Model)
+		return oip.Answer{}, oip.Errorf(oip.NotFound, "no model or route is called %q", r.Model)
 	}
-	res := oip.Response{Model: r.Model, Version: max(r.Version, 1)}
+	res := oip.Answer{Model: r.Model, Version: max(r.Version, 1)}
 	for _, t := range r.Inputs {
 		if len(r.Outputs) > 0 && !slices.Contains(r.Outputs, t.Name) {
 			continue
@@ -52,7 +58,7 @@ func (doubler) Infer(_ context.Context, r oip.Request) (oip.Response, error) {
 
 func startDoubler(t *testing.T) (url string) {
 	t.Helper()
-	s := httptest.NewServer(oip.New(oip.Config{Backend: doubler{}}))
+	s := httptest.NewServer(rest.New(oip.New(oip.Config{Backend: doubler{}})))
 	t.Cleanup(s.Close)
 	return s.URL
 }

@@ -142,7 +142,7 @@ func (f *Fleet) StartAgent(ctx context.Context, name string, args ...string) (*A
 	}
 	a := &Agent{Name: name, URL: "http://" + listen, Data: filepath.Join(f.Dir, name)}
 	a.args = append([]string{"--data", a.Data, "--controller", f.URL, "--join-token", token, "--name", name,
-		"--listen", listen, "--runtime-lib", f.Runtime}, args...)
+		"--listen", listen, "--grpc-listen", "127.0.0.1:0", "--runtime-lib", f.Runtime}, args...)
 	f.Agents = append(f.Agents, a)
 	return a, f.RestartAgent(ctx, a)
 }

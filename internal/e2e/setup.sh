@@ -1,17 +1,21 @@
 #!/bin/sh
-# Sets up what the tests need beyond Go: a C compiler and the MQTT broker
-# Mosquitto. Installs missing Debian packages when it may, else lists what to do.
+# Sets up what the tests need beyond Go: a C compiler, the MQTT broker
+# Mosquitto, Python, and clients for it. Installs missing Debian packages when
+# it may, else lists what to do.
 set -eu
+
+clients() { exec sh "$(dirname "$0")/clients/setup.sh"; }
 
 missing() {
 	command -v "$(go env CC)" >/dev/null || echo gcc libc6-dev
 	command -v mosquitto >/dev/null || [ -x /usr/sbin/mosquitto ] || echo mosquitto
+	command -v python3 >/dev/null || echo python3 python3-venv
 }
 
 command -v go >/dev/null || { echo "setup: Go is missing: https://go.dev/dl" >&2; exit 1; }
 
 need=$(missing | xargs)
-[ -n "$need" ] || exit 0
+[ -n "$need" ] || clients
 
 if ! command -v apt-get >/dev/null; then
 	as=
@@ -34,7 +38,7 @@ if [ -n "$as" ]; then
 		{ $apt update && $apt install -y --no-install-recommends $need; } >&2 || why="apt-get failed"
 	fi
 	need=$(missing | xargs)
-	[ -n "$need" ] || exit 0
+	[ -n "$need" ] || clients
 fi
 
 cat >&2 <<END

@@ -1,35 +1,33 @@
-package oip
+package rest
 
 import (
 	"encoding/binary"
 	"encoding/json"
-	"fmt"
 	"math"
 	"strconv"
 	"unicode/utf8"
 
+	"github.com/dunlin/dunlin/agent/oip"
 	"github.com/dunlin/dunlin/models/tensor"
 )
 
 // encodeResponse gives the JSON of a response and the binary data to send
 // after it, nil where no output is sent so. They share memory with the
 // outputs.
-func encodeResponse(r *inferRequest, out Response) (head []byte, data [][]byte, err error) {
+func encodeResponse(r *inferRequest, out *oip.Response) (head []byte, data [][]byte, err error) {
+	head = make([]byte, 0, 256)
 	head = append(head, `{"model_name":`...)
 	head = appendString(head, out.Model)
 	head = append(head, `,"model_version":"`...)
 	head = strconv.AppendInt(head, out.Version, 10)
 	head = append(head, '"')
-	if r.id != "" {
+	if r.ID != "" {
 		head = append(head, `,"id":`...)
-		head = appendString(head, r.id)
+		head = appendString(head, r.ID)
 	}
 	head = append(head, `,"outputs":[`...)
 	for i := range out.Outputs {
 		t := &out.Outputs[i]
-		if err := t.Check(); err != nil {
-			return nil, nil, fmt.Errorf("output of %s:%d: %w", out.Model, out.Version, err)
-		}
 		if i > 0 {
 			head = append(head, ',')
 		}
@@ -45,6 +43,11 @@ func encodeResponse(r *inferRequest, out Response) (head []byte, data [][]byte, 
 			head = strconv.AppendInt(head, d, 10)
 		}
 		head = append(head, ']')
+		if t.Memory != nil {
+			// Clients take any parameters to say that binary data follow.
+			head = append(head, '}')
+			continue
+		}
 		if r.asBinary(i) {
 			head = append(head, `,"parameters":{"binary_data_size":`...)
 			head = strconv.AppendInt(head, int64(len(t.Data)), 10)
@@ -53,7 +56,7 @@ func encodeResponse(r *inferRequest, out Response) (head []byte, data [][]byte, 
 			continue
 		}
 		head = append(head, `,"data":[`...)
-		if head, err = appendData(head, t); err != nil {
+		if head, err = appendData(head, &t.Tensor); err != nil {
 			return nil, nil, err
 		}
 		head = append(head, `]}`...)
@@ -61,12 +64,42 @@ func encodeResponse(r *inferRequest, out Response) (head []byte, data [][]byte, 
 	return append(head, `]}`...), data, nil
 }
 
+// sizeInJSON estimates how many bytes the outputs take that are sent as JSON.
+func sizeInJSON(r *inferRequest, out *oip.Response) (size int64) {
+	for i := range out.Outputs {
+		if r.asBinary(i) {
+			continue
+		}
+		t := &out.Outputs[i]
+		if n := t.Type.Size(); n > 0 {
+			size += int64(len(t.Data) / n * (2*n + 4)) // as a float has digits, with its comma
+		} else {
+			size += 2 * int64(len(t.Data))
+		}
+	}
+	return size
+}
+
 func appendString(dst []byte, s string) []byte {
+	if plain(s) {
+		dst = append(append(dst, '"'), s...)
+		return append(dst, '"')
+	}
 	b, err := json.Marshal(s)
 	if err != nil {
 		panic(err) // every string can be marshalled
 	}
 	return append(dst, b...)
+}
+
+// plain says whether a string is written in JSON as it is.
+func plain(s string) bool {
+	for i := range len(s) {
+		if c := s[i]; c < ' ' || c > '~' || c == '"' || c == '\\' || c == '<' || c == '>' || c == '&' {
+			return false
+		}
+	}
+	return true
 }
 
 // appendData writes the elements of a tensor, flat.
@@ -75,7 +108,7 @@ func appendData(dst []byte, t *tensor.Tensor) ([]byte, error) {
 		first := true
 		for e := range tensor.Strings(t.Data) {
 			if !utf8.Valid(e) {
-				return nil, Errorf(InvalidArgument, "output %q: has an element that is not UTF-8; ask for it as binary data", t.Name)
+				return nil, oip.Errorf(oip.InvalidArgument, "output %q: has an element that is not UTF-8; ask for it as binary data", t.Name)
 			}
 			if !first {
 				dst = append(dst, ',')
@@ -87,7 +120,7 @@ func appendData(dst []byte, t *tensor.Tensor) ([]byte, error) {
 	}
 	write := elementWriters[t.Type]
 	if write == nil {
-		return nil, Errorf(InvalidArgument, "output %q: %s data cannot be given in JSON; ask for them as binary data", t.Name, t.Type)
+		return nil, oip.Errorf(oip.InvalidArgument, "output %q: %s data cannot be given in JSON; ask for them as binary data", t.Name, t.Type)
 	}
 	size := t.Type.Size()
 	for i := 0; i < len(t.Data); i += size {
@@ -140,6 +173,8 @@ func appendFloat(dst []byte, v float64, bits int) []byte {
 		return append(dst, "Infinity"...)
 	case math.IsInf(v, -1):
 		return append(dst, "-Infinity"...)
+	case v == 0 && math.Signbit(v):
+		return append(dst, "-0.0"...) // many readers take -0 for an integer
 	}
 	return strconv.AppendFloat(dst, v, 'g', -1, bits)
 }

@@ -1,9 +1,11 @@
-package oip
+package rest
 
 import (
 	"encoding/json"
 	"fmt"
 	"unicode/utf8"
+
+	"github.com/dunlin/dunlin/agent/oip"
 )
 
 // maxNesting bounds how deep arrays and objects may be nested.
@@ -19,7 +21,7 @@ type parser struct {
 }
 
 func (p *parser) errorf(format string, args ...any) error {
-	return Errorf(InvalidArgument, "JSON at byte %d: %w", p.i, fmt.Errorf(format, args...))
+	return oip.Errorf(oip.InvalidArgument, "JSON at byte %d: %w", p.i, fmt.Errorf(format, args...))
 }
 
 // next skips white space and gives the byte that follows, 0 at the end.
@@ -80,8 +82,9 @@ func (p *parser) list(open, close byte, want string, item func() error) error {
 	}
 }
 
-// object reads an object; member must read the value of the key that it gets.
-func (p *parser) object(member func(key string) error) error {
+// object reads an object; member must read the value of the key that it gets,
+// which may share memory with the input.
+func (p *parser) object(member func(key []byte) error) error {
 	return p.list('{', '}', "an object", func() error {
 		key, err := p.str()
 		if err != nil {
@@ -91,7 +94,7 @@ func (p *parser) object(member func(key string) error) error {
 			return p.unexpected("':'")
 		}
 		p.i++
-		return member(string(key))
+		return member(key)
 	})
 }
 
@@ -199,11 +202,17 @@ func (p *parser) bool() (bool, error) {
 	return false, p.unexpected("true or false")
 }
 
+// null reads null, where it comes next.
+func (p *parser) null() bool {
+	p.next()
+	return p.word("null")
+}
+
 // skip reads any value.
 func (p *parser) skip() error {
 	switch p.next() {
 	case '{':
-		return p.object(func(string) error { return p.skip() })
+		return p.object(func([]byte) error { return p.skip() })
 	case '[':
 		return p.array(func(int) error { return p.skip() })
 	case '"':
@@ -213,7 +222,7 @@ func (p *parser) skip() error {
 		_, err := p.bool()
 		return err
 	case 'n':
-		if p.word("null") {
+		if p.null() {
 			return nil
 		}
 		return p.unexpected("a value")

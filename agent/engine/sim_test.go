@@ -1,0 +1,122 @@
+package engine
+
+import (
+	"container/heap"
+	"testing"
+	"time"
+
+	"github.com/dunlin/dunlin/models/serving"
+	"github.com/dunlin/dunlin/models/tensor"
+)
+
+// simulation drives a core through simulated time: what is to happen stands
+// in a heap, and the core's effects add to it.
+type simulation struct {
+	core    *core
+	now     time.Duration
+	pending occurrences
+	takes   func(r *run) time.Duration // how long a run lasts
+	// started and answered see what the core does.
+	started  func(r *run)
+	answered func(r *request)
+	alarms   int // the number of the latest wake
+}
+
+type occurrence struct {
+	at    time.Duration
+	order int
+	event func() event // nil where it has become void
+}
+
+type occurrences struct {
+	all   []occurrence
+	count int
+}
+
+func (o *occurrences) Len() int      { return len(o.all) }
+func (o *occurrences) Swap(i, j int) { o.all[i], o.all[j] = o.all[j], o.all[i] }
+func (o *occurrences) Push(x any)    { o.all = append(o.all, x.(occurrence)) }
+func (o *occurrences) Less(i, j int) bool {
+	a, b := o.all[i], o.all[j]
+	return a.at < b.at || a.at == b.at && a.order < b.order
+}
+func (o *occurrences) Pop() any {
+	last := o.all[len(o.all)-1]
+	o.all = o.all[:len(o.all)-1]
+	return last
+}
+
+var (
+	start = time.Unix(1000, 0)
+	one   = VersionID{"digits", 1}
+)
+
+// newSimulation gives one in which version one is loaded with these options.
+func newSimulation(t testing.TB, o serving.Options, takes func(*run) time.Duration) *simulation {
+	s := &simulation{core: newCore(start), takes: takes}
+	if err := o.Check(); err != nil {
+		t.Fatal(err)
+	}
+	c := newCall()
+	s.step(claim{c, Spec{ID: one}})
+	s.step(loaded{c, one, Info{Options: resolve(&o, false)}, nil})
+	return s
+}
+
+// at lets an event happen later. The function gives nil where it is void then.
+func (s *simulation) at(at time.Duration, ev func() event) {
+	s.pending.count++
+	heap.Push(&s.pending, occurrence{at, s.pending.count, ev})
+}
+
+func (s *simulation) step(ev event) {
+	for _, f := range s.core.step(ev, start.Add(s.now)) {
+		switch f := f.(type) {
+		case startRun:
+			if s.started != nil {
+				s.started(f.run)
+			}
+			s.at(s.now+s.takes(f.run), func() event {
+				f.run.outcome.Outputs = make([][]tensor.Tensor, len(f.run.requests))
+				return finish(f)
+			})
+		case answer:
+			if s.answered != nil {
+				s.answered(f.request)
+			}
+		case wake:
+			s.alarms++
+			alarm := s.alarms
+			s.at(max(s.now, f.at.Sub(start)), func() event {
+				if alarm != s.alarms {
+					return nil
+				}
+				return tick{}
+			})
+		}
+	}
+}
+
+// arrive lets a request come, whose caller gives it up at its deadline.
+func (s *simulation) arrive(at time.Duration, r *request) {
+	s.at(at, func() event { return arrive{r} })
+	if !r.deadline.IsZero() {
+		s.at(r.deadline.Sub(start), func() event {
+			if r.state == answered {
+				return nil
+			}
+			return cancelled{r}
+		})
+	}
+}
+
+func (s *simulation) run(until time.Duration) {
+	for s.pending.Len() > 0 && s.pending.all[0].at <= until {
+		next := heap.Pop(&s.pending).(occurrence)
+		s.now = next.at
+		if ev := next.event(); ev != nil {
+			s.step(ev)
+		}
+	}
+	s.now = until
+}

@@ -1,0 +1,302 @@
+package agent
+
+import (
+	"context"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/http"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"golang.org/x/net/netutil"
+	"golang.org/x/sys/unix"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials"
+
+	"github.com/dunlin/dunlin/agent/engine"
+	"github.com/dunlin/dunlin/agent/oip"
+	"github.com/dunlin/dunlin/agent/oip/rpc"
+	"github.com/dunlin/dunlin/agent/serve"
+	"github.com/dunlin/dunlin/agent/worker"
+	"github.com/dunlin/dunlin/internal/program"
+)
+
+const (
+	// runtimeWait is the wait before the runtime is looked at again that did
+	// not start.
+	runtimeWait = time.Second
+	// drainTime is how long requests may take to end when the agent stops.
+	drainTime = 5 * time.Second
+	// maxConnections is how many clients may be connected to each listener,
+	// where the process may have as many files; a further one waits until
+	// another leaves.
+	maxConnections = 16 << 10
+	// progressLimit is how long the scheduler may take to say that it makes
+	// progress.
+	progressLimit = time.Second
+)
+
+// source is where the models of a host come from.
+type source interface {
+	oip.Repository
+	// Ready says what of that which should be served is not there.
+	Ready() error
+}
+
+// host runs models and answers requests for them.
+type host struct {
+	serving Serving
+	worker  *worker.Worker
+	engine  *engine.Engine
+	front   *serve.Server
+	source  source
+	oip     *oip.Server
+	opened  func(worker.Runtime) // told of the runtime; nil: nobody is
+	tried   chan struct{}        // closed when the runtime has started, or failed to once
+	loads   atomic.Bool          // models can be loaded
+}
+
+// ports are where a host answers.
+type ports struct {
+	http, grpc net.Listener // grpc may be nil
+	tls        *tls.Config  // nil: neither speaks TLS
+	keys       *keys        // nil: everybody may ask
+}
+
+// listen opens the ports that the settings ask for.
+func listen(s *Serving) (_ *ports, err error) {
+	l := &ports{}
+	if l.tls, err = s.loadTLS(); err != nil {
+		return nil, err
+	}
+	if l.keys, err = s.loadKeys(); err != nil {
+		return nil, err
+	}
+	open := func(flag, address string) (net.Listener, error) {
+		opened, err := net.Listen("tcp", address)
+		if err != nil {
+			return nil, fmt.Errorf("%w; --%s chooses another address", err, flag)
+		}
+		return netutil.LimitListener(opened, connectionLimit()), nil
+	}
+	if l.http, err = open("listen", s.Listen); err != nil {
+		return nil, err
+	}
+	if s.GRPCListen == "" {
+		return l, nil
+	}
+	if l.grpc, err = open("grpc-listen", s.GRPCListen); err != nil {
+		return nil, errors.Join(err, l.http.Close())
+	}
+	return l, nil
+}
+
+// connectionLimit leaves a quarter of the files that the process may open to
+// everything that is not a connection.
+func connectionLimit() int {
+	var limit unix.Rlimit
+	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &limit); err != nil {
+		return maxConnections
+	}
+	return int(min(maxConnections, max(limit.Cur/4*3, 1)))
+}
+
+func (l *ports) close() {
+	l.http.Close()
+	if l.grpc != nil {
+		l.grpc.Close()
+	}
+}
+
+// url is where REST is answered.
+func (l *ports) url() string {
+	if l.tls != nil {
+		return "https://" + l.http.Addr().String()
+	}
+	return "http://" + l.http.Addr().String()
+}
+
+// newHost puts the parts together. The caller sets source, and opened, before
+// run.
+func newHost(s Serving, cfg worker.Config) *host {
+	h := &host{serving: s, tried: make(chan struct{})}
+	h.worker = worker.New(cfg)
+	h.engine = engine.New(engine.Config{Runtime: h.worker, Log: s.Log})
+	h.front = serve.New(h.engine)
+	return h
+}
+
+func (s *Serving) workerConfig(threads int) worker.Config {
+	if s.Threads > 0 {
+		threads = s.Threads
+	}
+	return worker.Config{Command: s.Worker, RuntimeLib: s.RuntimeLib, Threads: threads, Log: s.Log}
+}
+
+// check loads a version in a process of its own.
+func (h *host) check(ctx context.Context, spec engine.Spec) (engine.Info, error) {
+	return worker.Check(ctx, h.serving.workerConfig(1), spec)
+}
+
+// part is one of the things that run beside the answering of requests.
+type part struct {
+	name string
+	run  func(context.Context) error
+}
+
+// run answers requests until ctx is done, and gives nil then, or until a part
+// fails. It stops in reverse order: requests first, then parts, which change
+// what is served, then what runs models.
+func (h *host) run(ctx context.Context, l *ports, metrics http.Handler, parts ...part) error {
+	ctx, fail := context.WithCancelCause(ctx)
+	defer fail(nil)
+	below, stopBelow := context.WithCancel(context.WithoutCancel(ctx))
+	var above, under sync.WaitGroup
+	defer under.Wait()
+	defer stopBelow()
+	defer above.Wait()
+	start := func(wg *sync.WaitGroup, ctx context.Context, p part) {
+		wg.Go(func() {
+			if err := p.run(ctx); err != nil && ctx.Err() == nil {
+				fail(fmt.Errorf("%s: %w", p.name, err))
+			}
+		})
+	}
+	start(&under, below, part{"worker", h.worker.Supervise})
+	start(&under, below, part{"engine", h.engine.Run})
+	start(&above, ctx, part{"runtime", h.awaitRuntime})
+	for _, p := range parts {
+		start(&above, ctx, p)
+	}
+
+	h.oip = oip.New(oip.Config{
+		Backend: backend{h.front, h}, Repository: h.source, Version: program.Version(), SharedMemory: h.serving.SharedMemory,
+		TraceFile: h.serving.TraceFile, LogLevel: h.serving.level, Log: h.serving.Log,
+	})
+	served := make(chan error, 2)
+	stops := []func(context.Context){h.serveHTTP(l, metrics, served)}
+	logged := []any{"url", l.url()}
+	if l.grpc != nil {
+		stops = append(stops, h.serveGRPC(l, served))
+		logged = append(logged, "grpc", l.grpc.Addr().String())
+	}
+	h.serving.Log.Info("agent started", append(logged, "agent_version", program.Version())...)
+	select {
+	case <-ctx.Done():
+	case err := <-served:
+		fail(fmt.Errorf("serve: %w", err))
+	}
+	drain, cancel := context.WithTimeout(below, drainTime)
+	defer cancel()
+	var stopping sync.WaitGroup
+	for _, stop := range stops {
+		stopping.Go(func() { stop(drain) })
+	}
+	stopping.Wait()
+	h.serving.Log.Info("agent stops")
+	if err := context.Cause(ctx); !errors.Is(err, context.Canceled) {
+		return err
+	}
+	return nil
+}
+
+// serveHTTP answers REST and gives what stops it, which waits for the
+// requests at work until its context is done. An early end goes to ended.
+func (h *host) serveHTTP(l *ports, metrics http.Handler, ended chan<- error) (stop func(context.Context)) {
+	server := &http.Server{
+		Handler: l.keys.handler(h.handler(metrics)), ReadHeaderTimeout: 10 * time.Second, IdleTimeout: 2 * time.Minute, MaxHeaderBytes: 64 << 10,
+		TLSConfig: l.tls.Clone(), ErrorLog: slog.NewLogLogger(h.serving.Log.Handler(), slog.LevelDebug),
+	}
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		var err error
+		if l.tls != nil {
+			err = server.ServeTLS(l.http, "", "")
+		} else {
+			err = server.Serve(l.http)
+		}
+		if !errors.Is(err, http.ErrServerClosed) {
+			ended <- err
+		}
+	}()
+	return func(ctx context.Context) {
+		if err := server.Shutdown(ctx); err != nil {
+			server.Close()
+		}
+		<-done
+	}
+}
+
+// serveGRPC is serveHTTP for gRPC.
+func (h *host) serveGRPC(l *ports, ended chan<- error) (stop func(context.Context)) {
+	options := l.keys.options()
+	if l.tls != nil {
+		options = append(options, grpc.Creds(credentials.NewTLS(l.tls)))
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		if err := rpc.New(h.oip, rpc.Config{Options: options}).Run(ctx, l.grpc); err != nil {
+			ended <- err
+		}
+	}()
+	return func(context.Context) { // it has a bound of its own
+		cancel()
+		<-done
+	}
+}
+
+// awaitRuntime waits until models can be loaded.
+func (h *host) awaitRuntime(ctx context.Context) error {
+	tried := sync.OnceFunc(func() { close(h.tried) })
+	defer tried()
+	for try := 1; ; try++ {
+		found, err := h.worker.Runtime(ctx)
+		if err == nil {
+			if h.opened != nil {
+				h.opened(found)
+			}
+			h.loads.Store(true)
+			return nil
+		}
+		if ctx.Err() != nil {
+			return nil
+		}
+		if try == 1 {
+			h.serving.Log.Error("no model can be loaded; see dunlin-agent doctor", "error", err)
+		}
+		tried()
+		if !sleep(ctx, runtimeWait) {
+			return nil
+		}
+	}
+}
+
+// backend answers inference.
+type backend struct {
+	*serve.Server
+	host *host
+}
+
+// Ready says why not all that the device should serve can be answered: also
+// where a scheduler that makes no progress is the reason.
+func (b backend) Ready(ctx context.Context) error {
+	if !b.host.loads.Load() {
+		return errors.New("ONNX Runtime has not started")
+	}
+	if err := b.host.source.Ready(); err != nil {
+		return err
+	}
+	if err := b.Server.Ready(ctx); err != nil {
+		return err
+	}
+	ctx, cancel := context.WithTimeoutCause(ctx, progressLimit, fmt.Errorf("the scheduler has not answered for %v", progressLimit))
+	defer cancel()
+	return b.host.engine.Health(ctx)
+}

@@ -1,0 +1,141 @@
+package agent
+
+import (
+	"net/http"
+	"strconv"
+	"sync"
+
+	"github.com/prometheus/client_golang/prometheus"
+
+	"github.com/dunlin/dunlin/agent/engine"
+	"github.com/dunlin/dunlin/internal/link"
+	"github.com/dunlin/dunlin/internal/telemetry"
+)
+
+// metrics shows the figures of the host, and more, for Prometheus. They are
+// put together when they are asked for first: most devices are never asked.
+func (h *host) metrics(more ...prometheus.Collector) http.Handler {
+	handler := sync.OnceValue(func() http.Handler {
+		r := telemetry.NewMetrics()
+		r.MustRegister(append(more, versionMetrics{h.engine})...)
+		return telemetry.Handler(r)
+	})
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { handler().ServeHTTP(w, r) })
+}
+
+// metrics adds those of the link to a host's.
+func (a *agent) metrics() http.Handler {
+	return a.host.metrics(
+		a.linkCounter("dunlin_agent_malformed_total", "Messages of the controller that were dropped because they are malformed.", (*link.Link).Malformed),
+		a.linkCounter("dunlin_agent_dropped_total", "Messages of the controller that were dropped because too many waited.", (*link.Link).Dropped))
+}
+
+// linkCounter exports a count of the link, 0 until the device has joined.
+func (a *agent) linkCounter(name, help string, count func(*link.Link) uint64) prometheus.Collector {
+	return prometheus.NewCounterFunc(prometheus.CounterOpts{Name: name, Help: help}, func() float64 {
+		a.mu.Lock()
+		l := a.link
+		a.mu.Unlock()
+		if l == nil {
+			return 0
+		}
+		return float64(count(l))
+	})
+}
+
+// metric describes a figure of a version.
+func metric(name, help string, labels ...string) *prometheus.Desc {
+	return prometheus.NewDesc(name, help, append([]string{"model", "version"}, labels...), nil)
+}
+
+// What is exported of each loaded version, since it was loaded: in base
+// units, and under the names, and in the units, that dashboards for Triton
+// read.
+var (
+	requestsTotal  = metric("dunlin_requests_total", "Requests that were answered, by outcome.", "outcome")
+	requestSeconds = metric("dunlin_request_seconds", "Time from arrival to answer of each successful request.")
+	queueSeconds   = metric("dunlin_queue_seconds", "Time in the queue of each request that ran.")
+	runRows        = metric("dunlin_run_rows", "Rows of each run.")
+	computeSeconds = metric("dunlin_compute_seconds_total", "Time of the requests that ran: until the run began (input), of it (infer), and after it (output).", "stage")
+	queueLength    = metric("dunlin_queue_length", "Requests that wait.")
+	runningNow     = metric("dunlin_requests_running", "Requests that run.")
+
+	nvSuccess  = metric("nv_inference_request_success", "Successful requests.")
+	nvFailure  = metric("nv_inference_request_failure", "Failed requests, by reason.", "reason")
+	nvCount    = metric("nv_inference_count", "Rows that ran.")
+	nvExec     = metric("nv_inference_exec_count", "Runs.")
+	nvPending  = metric("nv_inference_pending_request_count", "Requests that wait.")
+	nvRequest  = metric("nv_inference_request_duration_us", "Time from arrival to answer of all successful requests together, in microseconds.")
+	nvQueue    = metric("nv_inference_queue_duration_us", "Time in the queue, in microseconds.")
+	nvInput    = metric("nv_inference_compute_input_duration_us", "Time until the runs began, in microseconds.")
+	nvInfer    = metric("nv_inference_compute_infer_duration_us", "Time of the runs, in microseconds.")
+	nvOutput   = metric("nv_inference_compute_output_duration_us", "Time after the runs, in microseconds.")
+	allMetrics = []*prometheus.Desc{
+		requestsTotal, requestSeconds, queueSeconds, runRows, computeSeconds, queueLength, runningNow,
+		nvSuccess, nvFailure, nvCount, nvExec, nvPending, nvRequest, nvQueue, nvInput, nvInfer, nvOutput,
+	}
+)
+
+// versionMetrics collects the figures of the loaded versions.
+type versionMetrics struct{ engine *engine.Engine }
+
+// Describe implements prometheus.Collector.
+func (versionMetrics) Describe(ch chan<- *prometheus.Desc) {
+	for _, d := range allMetrics {
+		ch <- d
+	}
+}
+
+// Collect implements prometheus.Collector.
+func (m versionMetrics) Collect(ch chan<- prometheus.Metric) {
+	for _, v := range m.engine.Versions() {
+		f := &v.Figures
+		version := []string{v.ID.Model, strconv.FormatInt(v.ID.Version, 10)}
+		send := func(d *prometheus.Desc, kind prometheus.ValueType, value float64, labels ...string) {
+			ch <- prometheus.MustNewConstMetric(d, kind, value, append(version[:2:2], labels...)...)
+		}
+		count := func(d *prometheus.Desc, value uint64, labels ...string) {
+			send(d, prometheus.CounterValue, float64(value), labels...)
+		}
+		for outcome, n := range map[string]uint64{
+			"success": f.Success.Count, "failure": f.Failure.Count, "overloaded": f.Overloaded, "expired": f.Expired, "cancelled": f.Cancelled,
+		} {
+			count(requestsTotal, n, outcome)
+		}
+		for stage, t := range map[string]engine.Total{"input": f.Input, "infer": f.Infer, "output": f.Output} {
+			send(computeSeconds, prometheus.CounterValue, t.Time.Seconds(), stage)
+		}
+		ch <- histogram(requestSeconds, f.Request, version)
+		ch <- histogram(queueSeconds, f.Wait, version)
+		ch <- histogram(runRows, f.Size, version)
+		send(queueLength, prometheus.GaugeValue, float64(v.Queued))
+		send(runningNow, prometheus.GaugeValue, float64(v.Running))
+
+		count(nvSuccess, f.Success.Count)
+		for reason, n := range map[string]uint64{
+			"BACKEND": f.Failure.Count, "REJECTED": f.Overloaded + f.Expired, "CANCELED": f.Cancelled, "OTHER": 0,
+		} {
+			count(nvFailure, n, reason)
+		}
+		count(nvCount, f.Inferences)
+		count(nvExec, f.Executions)
+		send(nvPending, prometheus.GaugeValue, float64(v.Queued))
+		for d, t := range map[*prometheus.Desc]engine.Total{nvRequest: f.Success, nvQueue: f.Queue, nvInput: f.Input, nvInfer: f.Infer, nvOutput: f.Output} {
+			count(d, uint64(t.Time.Microseconds()))
+		}
+	}
+}
+
+// histogram gives counts their cumulative form.
+func histogram(d *prometheus.Desc, h engine.Histogram, labels []string) prometheus.Metric {
+	var n uint64
+	buckets := make(map[float64]uint64, len(h.Bounds))
+	for i, bound := range h.Bounds {
+		n += h.Counts[i]
+		buckets[bound] = n
+	}
+	if len(h.Counts) > len(h.Bounds) {
+		n += h.Counts[len(h.Bounds)]
+	}
+	return prometheus.MustNewConstHistogram(d, n, h.Sum, buckets, labels...)
+}
