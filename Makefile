@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help build runtime test lint lint-go lint-proto lint-vuln proto proto-release fuzz demo up bench-footprint clean
+.PHONY: help build runtime test lint lint-go lint-proto lint-vuln proto proto-release fuzz demo up bench-footprint bench-serving clean
 
 # Tools run from the module cache at these versions; nothing is installed.
 BUF         := go run github.com/bufbuild/buf/cmd/buf@v1.71.0
@@ -39,7 +39,7 @@ lint-proto:
 	cd proto && $(BUF) lint
 	cd proto && $(BUF) breaking --against released.binpb
 	@tmp=$$(mktemp -d) && trap 'rm -rf "$$tmp"' EXIT && \
-	(cd proto && $(BUF) generate -o "$$tmp") && \
+	(cd proto && $(BUF) generate -o "$$tmp" && $(BUF) generate --template buf.gen.inference.yaml -o "$$tmp") && \
 	diff -r -x '*.proto' -x '*.yaml' -x '*.binpb' -x doc.go "$$tmp" proto || { echo "generated code is not current: run make proto"; exit 1; }
 
 # The database is a web site; without access to it there is nothing to check.
@@ -51,7 +51,7 @@ lint-vuln:
 	esac
 
 proto: ## Generate Go from proto/
-	cd proto && $(BUF) generate
+	cd proto && $(BUF) generate && $(BUF) generate --template buf.gen.inference.yaml
 
 proto-release: ## Record the protocol as released: make lint refuses to break it afterwards
 	cd proto && $(BUF) build --exclude-source-info -o released.binpb
@@ -73,6 +73,9 @@ up: ## The demo, left running, with its URLs
 
 bench-footprint: build ## Measure memory, start time and idle CPU of agent and controller
 	@$(WITH_RUNTIME) go run ./bench/footprint
+
+bench-serving: build ## Compare serving with the bare runtime, a bare gRPC server and MLServer
+	@$(WITH_RUNTIME) go run ./bench/serving
 
 clean: ## Remove bin/ (the library in .cache/ stays)
 	rm -rf bin
