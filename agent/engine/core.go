@@ -15,6 +15,7 @@ import (
 // request is one inference on its way.
 type request struct {
 	id       VersionID
+	info     *Info           // that it was checked by
 	inputs   []tensor.Tensor // in the order of Info.Inputs
 	outputs  []string
 	level    int           // its priority's index, 0 the highest
@@ -25,6 +26,7 @@ type request struct {
 	alone    bool  // runs with no other
 
 	// The core's until the request is answered, which happens once.
+	version      *version // that admitted it
 	state        requestState
 	arrived      moment
 	startBy, due moment // limits of the wait and of the answer
@@ -87,10 +89,12 @@ type (
 	finish    struct{ run *run }
 	// tick comes at the time that wake named last.
 	tick struct{}
-	// claim asks to load a version; loaded says how that went.
+	// claim asks to load a version, in the place of a loaded one or not;
+	// loaded says how that went, of the id that the claim was answered with.
 	claim struct {
-		call *call
-		spec Spec
+		call    *call
+		spec    Spec
+		replace bool
 	}
 	loaded struct {
 		call *call
@@ -98,9 +102,11 @@ type (
 		info Info
 		err  error
 	}
+	// drain asks to unload a version, or those only that it has replaced.
 	drain struct {
-		call *call
-		id   VersionID
+		call     *call
+		id       VersionID
+		replaced bool
 	}
 	unloaded struct {
 		id  VersionID
@@ -121,6 +127,7 @@ type (
 	answer      struct{ request *request }
 	reply       struct {
 		call     *call
+		id       VersionID // that a claim may load
 		versions []Status
 		err      error
 	}
@@ -143,9 +150,11 @@ type (
 // the accounts of requests, lifecycle.go those of versions; policy.go decides
 // on requests.
 type core struct {
-	versions map[VersionID]*version
-	stopped  bool
-	number   uint64 // of requests that have been admitted
+	versions   map[VersionID]*version // what the runtime has, or is about to have
+	current    map[VersionID]*version // those that requests go to, by generation 0
+	generation uint64                 // the last one given
+	stopped    bool
+	number     uint64 // of requests that have been admitted
 
 	epoch, time time.Time
 	now         moment
@@ -154,7 +163,7 @@ type core struct {
 }
 
 func newCore(now time.Time) *core {
-	return &core{versions: make(map[VersionID]*version), epoch: now, alarm: never}
+	return &core{versions: make(map[VersionID]*version), current: make(map[VersionID]*version), epoch: now, alarm: never}
 }
 
 // step takes an event and gives what is to be done now. The slice is valid
@@ -173,7 +182,8 @@ func (c *core) step(ev event, now time.Time) []effect {
 	case tick:
 		c.tick()
 	case claim:
-		c.emit(reply{call: ev.call, err: c.claim(ev.spec)})
+		id, err := c.claim(ev.spec, ev.replace)
+		c.emit(reply{call: ev.call, id: id, err: err})
 	case loaded:
 		c.loaded(ev)
 	case drain:
@@ -193,13 +203,15 @@ func (c *core) step(ev event, now time.Time) []effect {
 func (c *core) emit(f effect) { c.effects = append(c.effects, f) }
 
 func (c *core) arrive(r *request) {
-	v := c.versions[r.id]
+	v := c.current[r.id]
 	var err error
 	switch {
 	case c.stopped:
 		err = ErrStopped
-	case v == nil || v.phase == loading:
+	case v == nil:
 		err = fmt.Errorf("%s: %w", r.id, ErrNotLoaded)
+	case r.info != &v.info:
+		err = errReplaced
 	case v.phase != ready:
 		err = fmt.Errorf("%s: %w", r.id, ErrDraining)
 	}
@@ -207,6 +219,7 @@ func (c *core) arrive(r *request) {
 		c.answer(r, err)
 		return
 	}
+	r.version = v
 	v.limits(r, c.now, c.epoch)
 	r.number = c.number
 	r.rank = v.rank(r)
@@ -299,7 +312,7 @@ func (c *core) tick() {
 
 // cancel answers a request that its caller has given up.
 func (c *core) cancel(r *request) {
-	v := c.versions[r.id]
+	v := r.version
 	switch r.state {
 	case waiting:
 		c.dequeue(v, r)

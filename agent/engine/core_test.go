@@ -3,6 +3,7 @@ package engine
 import (
 	"errors"
 	"fmt"
+	"maps"
 	"slices"
 	"testing"
 	"time"
@@ -13,164 +14,18 @@ import (
 	"github.com/dunlin/dunlin/models/tensor"
 )
 
-// machine drives a core with random events in simulated time and holds it
-// against what any correct core does.
-type machine struct {
-	core  *core
-	now   time.Duration
-	alarm time.Duration // the next tick
-	ids   []VersionID
-	model map[VersionID]*modelled
-
-	answers  map[*request]int
-	calls    map[*call]int
-	replies  map[*call]error
-	wrong    map[*request]bool // makes its run fail
-	given    map[*request]bool // up
-	ran      map[*request]int
-	outcomes map[*run]int // how often the memory of each was given back
-	lent     []*request   // answered with outputs that nobody has released
-	stopped  bool
-}
-
-// modelled is what the machine knows of a version.
-type modelled struct {
-	options   serving.Options
-	loading   *call
-	loaded    bool
-	draining  bool
-	unloading bool
-	separate  bool
-	order     []*request // admitted and not answered, by arrival
-	waiting   []*request
-	runs      []*run
-}
-
-func newMachine(t *rapid.T) *machine {
-	m := &machine{
-		core: newCore(start), alarm: never, ids: []VersionID{one, {"digits", 2}}, model: map[VersionID]*modelled{},
-		answers: map[*request]int{}, calls: map[*call]int{}, replies: map[*call]error{}, wrong: map[*request]bool{}, given: map[*request]bool{}, ran: map[*request]int{}, outcomes: map[*run]int{},
-	}
-	for _, id := range m.ids {
-		m.model[id] = new(modelled)
-	}
-	m.step(t, claim{newCall(), Spec{ID: one}})
-	m.loaded(t, one, nil)
-	return m
-}
-
-func (m *machine) loaded(t *rapid.T, id VersionID, err error) {
-	v := m.model[id]
-	*v = modelled{}
-	o := drawOptions(t)
-	v.options = resolve(&o, false)
-	c := newCall()
-	m.step(t, loaded{c, id, Info{Options: v.options}, err})
-	if m.calls[c] != 1 || v.loaded != (err == nil) {
-		t.Fatalf("%s: after loading it (%v), loaded is %v", id, err, v.loaded)
-	}
-}
-
-// step feeds an event and checks each effect as it comes.
-func (m *machine) step(t *rapid.T, ev event) {
-	for _, f := range m.core.step(ev, start.Add(m.now)) {
-		switch f := f.(type) {
-		case startRun:
-			m.started(t, f.run)
-		case startUnload:
-			v := m.model[f.version.id]
-			if !v.draining || v.unloading || len(v.waiting)+len(v.runs) > 0 || m.stopped {
-				t.Fatalf("%s is unloaded too early, twice or for no reason", f.version.id)
-			}
-			v.unloading = true
-		case answer:
-			m.answered(t, f.request)
-		case reply:
-			if m.calls[f.call]++; m.calls[f.call] > 1 {
-				t.Fatal("a call was answered twice")
-			}
-			m.replies[f.call] = f.err
-		case publish:
-			m.model[f.id].loaded = f.info != nil
-		case separate:
-			if m.model[f.id].separate {
-				t.Fatalf("%s: it is told twice that requests run alone", f.id)
-			}
-			m.model[f.id].separate = true
-		case wake:
-			m.alarm = f.at.Sub(start)
-		}
-	}
-}
-
-func (m *machine) started(t *rapid.T, r *run) {
-	v := m.model[r.version.id]
-	if v.runs = append(v.runs, r); len(v.runs) > v.options.Instances {
-		t.Fatalf("%d runs at a time", len(v.runs))
-	}
-	if v.unloading || m.stopped {
-		t.Fatal("a run on a version that has ended")
-	}
-	rows := 0
-	first := r.requests[0]
-	for _, q := range v.waiting {
-		if m.before(q, first) {
-			t.Fatalf("the run does not begin with the first in line: level %d came at %v, level %d at %v", q.level, q.arrived, first.level, first.arrived)
-		}
-	}
-	for _, q := range r.requests {
-		i := slices.Index(v.waiting, q)
-		if i < 0 {
-			t.Fatal("a request runs that does not wait")
-		}
-		v.waiting = slices.Delete(v.waiting, i, i+1)
-		rows += q.rows
-		if m.ran[q]++; m.ran[q] > 2 || m.ran[q] == 2 && len(r.requests) > 1 {
-			t.Fatalf("a request runs for the %d. time, with %d others", m.ran[q], len(r.requests)-1)
-		}
-		if len(r.requests) > 1 && (q.alone || !slices.Equal(q.inputs[0].Shape[1:], first.inputs[0].Shape[1:])) {
-			t.Fatalf("shapes %v and %v run together", q.inputs[0].Shape, first.inputs[0].Shape)
-		}
-		if q.due < m.now || q.startBy < m.now {
-			t.Fatal("a request runs that is late")
-		}
-	}
-	if rows != r.rows || len(r.requests) > 1 && (rows > v.options.MaxBatchSize || !v.options.DynamicBatching || v.separate) {
-		t.Fatalf("%d requests of %d rows run together, %+v", len(r.requests), rows, v.options)
-	}
-}
-
-// before says that a stands before b in the line: neither is late, and a came
-// first, where each level counts as one Ageing.
-func (m *machine) before(a, b *request) bool {
-	place := func(r *request) time.Duration {
-		return r.arrived + time.Duration(r.level)*m.model[r.id].options.Ageing
-	}
-	return !a.late && (b.late || place(a) < place(b) || place(a) == place(b) && a.number < b.number)
-}
-
-func (m *machine) answered(t *rapid.T, r *request) {
-	if m.answers[r]++; m.answers[r] > 1 {
-		t.Fatalf("%s: answered twice", r.id)
-	}
-	v := m.model[r.id]
-	v.waiting = slices.DeleteFunc(v.waiting, func(q *request) bool { return q == r })
-	if r.result.request != nil {
-		m.lent = append(m.lent, r)
-	}
-	if i := slices.Index(v.order, r); i >= 0 {
-		ran := r.run != nil && !errors.Is(r.err, ErrExpired) && !errors.Is(r.err, ErrStopped) && !m.given[r]
-		earlier := slices.ContainsFunc(v.order[:i], func(q *request) bool { return q.level == r.level })
-		if ran && earlier && v.options.PreserveOrdering {
-			t.Fatal("a request is answered before one that came earlier")
-		}
-		v.order = slices.Delete(v.order, i, i+1)
-	}
-}
-
 func (m *machine) version(t *rapid.T) (VersionID, *modelled) {
 	id := rapid.SampledFrom(m.ids).Draw(t, "version")
 	return id, m.model[id]
+}
+
+// any draws one of all versions that are loaded; nil where there is none.
+func (m *machine) any(t *rapid.T) (VersionID, *modelled) {
+	if len(m.all) == 0 {
+		return VersionID{}, nil
+	}
+	id := rapid.SampledFrom(slices.SortedFunc(maps.Keys(m.all), VersionID.Compare)).Draw(t, "one of all")
+	return id, m.all[id]
 }
 
 func drawOptions(t *rapid.T) serving.Options {
@@ -226,7 +81,7 @@ var errBad = errors.New("bad input")
 
 // end ends a run and carries on as the engine does.
 func (m *machine) end(t *rapid.T, r *run, err error) {
-	v := m.model[r.version.id]
+	v := m.all[r.version.id]
 	v.runs = slices.DeleteFunc(v.runs, func(o *run) bool { return o == r })
 	for _, q := range r.requests {
 		if err == nil && m.wrong[q] {
@@ -256,7 +111,7 @@ func (m *machine) end(t *rapid.T, r *run, err error) {
 			t.Fatal("a request that has run has no answer")
 		case again && m.answers[q] == 1 && !errors.Is(q.err, ErrExpired):
 			t.Fatalf("a request that should run again, alone, got %v", q.err)
-		case m.answers[q] == 1 && errors.Is(q.err, errBad) && !m.wrong[q]:
+		case m.answers[q] == 1 && errors.Is(q.err, errBad) && !m.wrong[q] && !m.stopped:
 			t.Fatal("a request fails for another's fault")
 		}
 	}
@@ -271,20 +126,16 @@ func (m *machine) release(r *request) {
 func (m *machine) actions() map[string]func(*rapid.T) {
 	return map[string]func(*rapid.T){
 		"load": func(t *rapid.T) {
-			id, v := m.version(t)
-			c := newCall()
-			free := !v.loaded && v.loading == nil && !m.stopped
-			got := m.ask(t, c, claim{c, Spec{ID: id}})
-			if m.calls[c] != 1 || (got == nil) != free {
-				t.Fatal("a claim got no answer, or a wrong one")
-			}
-			if free {
-				v.loading = c
-			}
+			id, _ := m.version(t)
+			m.claim(t, id, false)
+		},
+		"replace": func(t *rapid.T) {
+			id, _ := m.version(t)
+			m.claim(t, id, true)
 		},
 		"loaded": func(t *rapid.T) {
-			id, v := m.version(t)
-			if v.loading == nil {
+			id, _ := m.version(t)
+			if _, ok := m.loading[id]; !ok {
 				return
 			}
 			var err error
@@ -295,8 +146,8 @@ func (m *machine) actions() map[string]func(*rapid.T) {
 		},
 		"arrive": m.arrive, "arrive more": m.arrive, "arrive again": m.arrive, "arrive still": m.arrive,
 		"cancel": func(t *rapid.T) {
-			_, v := m.version(t)
-			if len(v.order) == 0 {
+			_, v := m.any(t)
+			if v == nil || len(v.order) == 0 {
 				return
 			}
 			r := rapid.SampledFrom(v.order).Draw(t, "request")
@@ -307,8 +158,8 @@ func (m *machine) actions() map[string]func(*rapid.T) {
 			}
 		},
 		"finish": func(t *rapid.T) {
-			_, v := m.version(t)
-			if len(v.runs) == 0 {
+			_, v := m.any(t)
+			if v == nil || len(v.runs) == 0 {
 				return
 			}
 			r := rapid.SampledFrom(v.runs).Draw(t, "run")
@@ -332,44 +183,54 @@ func (m *machine) actions() map[string]func(*rapid.T) {
 		"drain": func(t *rapid.T) {
 			id, v := m.version(t)
 			c := newCall()
-			known := v.loaded && !m.stopped
-			v.draining = v.draining || known
-			m.step(t, drain{c, id})
+			replaced := rapid.Bool().Draw(t, "replaced")
+			v.draining = v.draining || v.loaded && !replaced && !m.stopped
+			known := m.leaving(id) && !m.stopped
+			m.drains[c] = id
+			m.step(t, drain{c, id, replaced})
 			if (m.calls[c] == 0) != known {
 				t.Fatalf("drain of a version that is loaded=%v was answered %d times", known, m.calls[c])
 			}
 		},
 		"unloaded": func(t *rapid.T) {
-			id, v := m.version(t)
-			if !v.unloading {
+			id, v := m.any(t)
+			if v == nil || !v.unloading {
 				return
 			}
-			v.unloading = false
+			var err error
 			if rapid.Bool().Draw(t, "fails") {
-				m.step(t, unloaded{id, errors.New("unload failed")})
-				return
+				err = errors.New("unload failed")
 			}
-			v.draining = false
-			m.step(t, unloaded{id, nil})
-			if v.loaded {
-				t.Fatalf("%s is still known", id)
-			}
+			m.unloaded(t, id, v, err)
 		},
 		"": m.check,
 	}
 }
 
-// ask feeds the event of a call and gives its answer's error.
-func (m *machine) ask(t *rapid.T, c *call, ev event) error {
-	m.step(t, ev)
-	return m.replies[c]
+func (m *machine) unloaded(t *rapid.T, id VersionID, v *modelled, err error) {
+	v.unloading = false
+	if err == nil {
+		delete(m.all, id)
+	}
+	name := id
+	name.Generation = 0
+	current := m.model[name]
+	want := current.loaded && (current != v || err != nil)
+	if m.step(t, unloaded{id, err}); current.loaded != want {
+		t.Fatalf("%+v was unloaded (%v), and loaded is %v", id, err, current.loaded)
+	}
 }
 
 func (m *machine) arrive(t *rapid.T) {
 	id, v := m.version(t)
 	r := m.drawRequest(t, id, v)
 	m.wrong[r] = rapid.IntRange(0, 9).Draw(t, "wrong") == 0
-	admitted := v.loaded && !v.draining && !m.stopped
+	r.info = m.infos[id]
+	outdated := m.old[id] != nil && rapid.IntRange(0, 9).Draw(t, "outdated") == 0
+	if outdated {
+		r.info = m.old[id]
+	}
+	admitted := v.loaded && !v.draining && !m.stopped && !outdated
 	inside := 0
 	for _, q := range v.order {
 		if q.level == r.level && q.state != running {
@@ -387,7 +248,7 @@ func (m *machine) arrive(t *rapid.T) {
 			t.Fatalf("a request was admitted, though admitted=%v, full=%v", admitted, full)
 		}
 	case !admitted:
-		if !errors.Is(err, ErrNotLoaded) && !errors.Is(err, ErrDraining) && !errors.Is(err, ErrStopped) {
+		if !errors.Is(err, ErrNotLoaded) && !errors.Is(err, ErrDraining) && !errors.Is(err, ErrStopped) && !(outdated && errors.Is(err, errReplaced)) {
 			t.Fatal(err)
 		}
 	case full:
@@ -415,10 +276,25 @@ func (m *machine) pass(t *rapid.T, d time.Duration) {
 
 func (m *machine) check(t *rapid.T) {
 	for id, v := range m.model {
-		record := m.core.versions[id]
-		if !v.loaded {
-			continue
+		if record := m.core.current[id]; v.loaded != (record != nil) || v.loaded && (m.all[record.id] != v || m.infos[id] != &record.info) {
+			t.Fatalf("%s: requests do not go to the version that was loaded last", id)
 		}
+	}
+	if !m.stopped {
+		var ids []VersionID
+		for _, s := range m.core.inspect(newCall()).versions {
+			ids = append(ids, s.ID)
+		}
+		want := slices.DeleteFunc(slices.Clone(m.ids), func(id VersionID) bool { return !m.model[id].loaded })
+		if !slices.Equal(ids, want) {
+			t.Fatalf("the status lists %v instead of %v", ids, want)
+		}
+	}
+	if n := len(m.core.versions); n != len(m.all)+len(m.loading) {
+		t.Fatalf("%d versions are known instead of %d and %d", n, len(m.all), len(m.loading))
+	}
+	for id, v := range m.all {
+		record := m.core.versions[id]
 		if record.queue.len != len(v.waiting) || len(record.runs) != len(v.runs) {
 			t.Fatalf("%d wait and %d run instead of %d and %d", record.queue.len, len(record.runs), len(v.waiting), len(v.runs))
 		}
@@ -476,7 +352,7 @@ func TestCore(t *testing.T) {
 		if rapid.Bool().Draw(t, "stop") {
 			m.stopped = true
 			m.step(t, stop{})
-			for _, v := range m.model {
+			for _, v := range m.all {
 				if len(v.waiting) > 0 {
 					t.Fatalf("%d requests wait after the stop", len(v.waiting))
 				}
@@ -485,7 +361,7 @@ func TestCore(t *testing.T) {
 		// However it went, once runs end and time passes everything is answered.
 		for range 10_000 {
 			busy := false
-			for _, v := range m.model {
+			for _, v := range m.all {
 				for _, r := range slices.Clone(v.runs) {
 					m.end(t, r, nil)
 					busy = true
@@ -497,9 +373,21 @@ func TestCore(t *testing.T) {
 			}
 			m.pass(t, time.Millisecond)
 		}
-		for id, v := range m.model {
+		for id, v := range m.all {
 			if len(v.order) > 0 {
 				t.Fatalf("%s: %d requests have no answer", id, len(v.order))
+			}
+		}
+		for range 100 { // one unload may begin another
+			for id, v := range m.all {
+				if v.unloading {
+					m.unloaded(t, id, v, nil)
+				}
+			}
+		}
+		for c, id := range m.drains {
+			if m.calls[c] != 1 {
+				t.Fatalf("%s: a call of drain has no answer", id)
 			}
 		}
 		for len(m.lent) > 0 {

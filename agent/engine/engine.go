@@ -22,14 +22,18 @@ import (
 type VersionID struct {
 	Model   string
 	Version int64
+	// Generation is what Replace tells those apart by that it puts in each
+	// other's place. Only the Runtime is given it, so that it can hold both,
+	// and Info.ID; everywhere else it is 0.
+	Generation uint64
 }
 
 // String writes "digits:1".
 func (v VersionID) String() string { return fmt.Sprintf("%s:%d", v.Model, v.Version) }
 
-// Compare orders versions by model and then by number.
+// Compare orders versions by model, then by number, then by generation.
 func (v VersionID) Compare(o VersionID) int {
-	return cmp.Or(cmp.Compare(v.Model, o.Model), cmp.Compare(v.Version, o.Version))
+	return cmp.Or(cmp.Compare(v.Model, o.Model), cmp.Compare(v.Version, o.Version), cmp.Compare(v.Generation, o.Generation))
 }
 
 // Spec says what to load: the version, the absolute folder of its files and
@@ -53,9 +57,11 @@ type Info struct {
 	// Batch says that the graph calls the first dimension of each input and
 	// output by one name, and that a batch.
 	Batch bool
-	// Options and Labels are those of the Spec; the engine fills them in.
+	// Options and Labels are those of the Spec, and ID is the one that the
+	// Runtime has the version by; the engine fills them in.
 	Options serving.Options
 	Labels  map[string][]string
+	ID      VersionID
 }
 
 // Runtime runs models. Its methods may be called from many goroutines at a
@@ -271,7 +277,7 @@ func (e *Engine) ask(ctx context.Context, c *call, ev event) (reply, error) {
 // that is loaded already gives its Info and does nothing, and is an error where
 // the Spec is another; ErrDraining says that it is on its way out.
 func (e *Engine) Load(ctx context.Context, s Spec) (Info, error) {
-	info, err := e.load(ctx, s)
+	info, err := e.load(ctx, s, false)
 	if errors.Is(err, errLoaded) {
 		if info, ok := e.Info(s.ID); ok {
 			return info, nil
@@ -283,21 +289,45 @@ func (e *Engine) Load(ctx context.Context, s Spec) (Info, error) {
 	return info, nil
 }
 
-func (e *Engine) load(ctx context.Context, s Spec) (Info, error) {
+// Replace puts a version in the place of the loaded one of the same name, also
+// where the Spec is the same, with no moment in which requests are refused: it
+// loads the new one beside the old one, so that both take up memory, admits all
+// further requests to it as soon as that is done, waits until those that the
+// old one has admitted are answered by it, and unloads that. The figures of the
+// version begin anew. Where none is loaded it is Load.
+//
+// An error says that the old one is as it was. When ctx is done, or the runtime
+// fails, after the new one has taken over, that is logged: the old one goes on
+// draining, and the next Unload or Replace unloads it.
+func (e *Engine) Replace(ctx context.Context, s Spec) (Info, error) {
+	info, err := e.load(ctx, s, true)
+	if err != nil {
+		return Info{}, fmt.Errorf("replace %s: %w", s.ID, err)
+	}
+	c := newCall()
+	if _, err := e.ask(ctx, c, drain{c, s.ID, true}); err != nil && !errors.Is(err, ErrNotLoaded) {
+		e.log.Warn("a version that was replaced is not unloaded yet", "model", s.ID.Model, "version", s.ID.Version, "error", err)
+	}
+	return info, nil
+}
+
+func (e *Engine) load(ctx context.Context, s Spec, replace bool) (Info, error) {
 	if s.Options != nil {
 		if err := s.Options.Check(); err != nil {
 			return Info{}, fmt.Errorf("options: %w", err)
 		}
 	}
 	c := newCall()
-	if err := e.do(ctx, claim{c, s}); err != nil {
+	if err := e.do(ctx, claim{c, s, replace}); err != nil {
 		return Info{}, err
 	}
-	if r := <-c.answer; r.err != nil { // the core answers a claim at once
-		return Info{}, r.err
+	claimed := <-c.answer // the core answers a claim at once
+	if claimed.err != nil {
+		return Info{}, claimed.err
 	}
+	s.ID = claimed.id
 	info, err := e.runtime.Load(ctx, s)
-	info.Options, info.Labels = resolve(s.Options, info.Batch), s.Labels
+	info.Options, info.Labels, info.ID = resolve(s.Options, info.Batch), s.Labels, s.ID
 	// The claim must not outlive this call, whatever has become of ctx.
 	c = newCall()
 	e.must(loaded{c, s.ID, info, err})
@@ -313,7 +343,7 @@ func (e *Engine) load(ctx context.Context, s Spec) (Info, error) {
 // goes on draining, and another Unload waits for the same end.
 func (e *Engine) Unload(ctx context.Context, id VersionID) error {
 	c := newCall()
-	if _, err := e.ask(ctx, c, drain{c, id}); err != nil {
+	if _, err := e.ask(ctx, c, drain{c, id, false}); err != nil {
 		return fmt.Errorf("unload %s: %w", id, err)
 	}
 	return nil
@@ -355,6 +385,15 @@ func (r *Result) Release() {
 // queue, a running one may go on for a while, so the inputs must not be written
 // to afterwards either. ErrDraining asks the caller to resolve its route again.
 func (e *Engine) Infer(ctx context.Context, id VersionID, q Request) (Result, error) {
+	for {
+		result, err := e.infer(ctx, id, q)
+		if !errors.Is(err, errReplaced) { // else there is another Info now
+			return result, err
+		}
+	}
+}
+
+func (e *Engine) infer(ctx context.Context, id VersionID, q Request) (Result, error) {
 	info, ok := (*e.infos.Load())[id]
 	if !ok {
 		return Result{}, fmt.Errorf("%s: %w", id, ErrNotLoaded)
@@ -363,6 +402,7 @@ func (e *Engine) Infer(ctx context.Context, id VersionID, q Request) (Result, er
 	if err != nil {
 		return Result{}, fmt.Errorf("%s: %w", id, err)
 	}
+	r.info = info
 	r.deadline, _ = ctx.Deadline()
 	if err := e.do(ctx, arrive{r}); err != nil {
 		return Result{}, err
@@ -387,8 +427,8 @@ func (e *Engine) Info(id VersionID) (Info, bool) {
 	return *info, true
 }
 
-// Versions gives the loaded versions in the order of their names; none
-// before Run begins and after it has ended.
+// Versions gives the loaded versions in the order of their names, without
+// those that have been replaced; none before Run begins and after it has ended.
 func (e *Engine) Versions() []Status {
 	select {
 	case <-e.running:

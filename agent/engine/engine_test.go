@@ -7,7 +7,6 @@ import (
 	"flag"
 	"fmt"
 	"log/slog"
-	"math"
 	"math/rand/v2"
 	"os"
 	"reflect"
@@ -22,7 +21,6 @@ import (
 	"go.uber.org/goleak"
 
 	"github.com/dunlin/dunlin/models/serving"
-	"github.com/dunlin/dunlin/models/tensor"
 )
 
 func TestMain(m *testing.M) {
@@ -32,124 +30,6 @@ func TestMain(m *testing.M) {
 		os.Exit(1)
 	}
 	goleak.VerifyTestMain(m)
-}
-
-// runtime is a Runtime that takes a second for everything, and gives back what
-// it got as output "y", and its first byte as output "z".
-type runtime struct {
-	loads, unloads atomic.Int64
-	failure        error // of Run
-	lost           bool  // it does not have what it is to unload
-	noRows         bool  // its outputs cannot be told apart
-	batch          bool  // what it says of the graph
-
-	mu      sync.Mutex
-	runs    [][]string // outputs that each run was asked for
-	sizes   []int      // requests in each run
-	given   int        // outcomes
-	back    int        // outcomes that were released
-	aborted int        // runs whose context was cancelled
-}
-
-var digits = Info{
-	Inputs: []tensor.Info{{Name: "x", Type: tensor.Float32, Shape: []int64{-1, 2}}, {Name: "any", Type: tensor.String}},
-	Outputs: []tensor.Info{
-		{Name: "y", Type: tensor.Float32, Shape: []int64{-1, 2}}, {Name: "z", Type: tensor.Uint8, Shape: []int64{-1}},
-	},
-}
-
-func pause(ctx context.Context) error {
-	select {
-	case <-time.After(time.Second):
-		return nil
-	case <-ctx.Done():
-		return context.Cause(ctx)
-	}
-}
-
-func (r *runtime) Load(ctx context.Context, s Spec) (Info, error) {
-	if s.Entry == "bad" {
-		return Info{}, errors.New("bad model")
-	}
-	r.loads.Add(1)
-	info := digits
-	info.Batch = r.batch
-	return info, pause(ctx)
-}
-
-var errInput = errors.New("the runtime refuses this input")
-
-func (r *runtime) Run(ctx context.Context, _ VersionID, requests [][]tensor.Tensor, outputs []string) (Outcome, error) {
-	r.mu.Lock()
-	r.runs = append(r.runs, outputs)
-	r.sizes = append(r.sizes, len(requests))
-	r.mu.Unlock()
-	if r.failure != nil {
-		return Outcome{}, r.failure
-	}
-	if r.noRows && len(requests) > 1 {
-		return Outcome{}, fmt.Errorf("reshape: %w", ErrRows)
-	}
-	if outputs == nil {
-		outputs = []string{"y", "z"}
-	}
-	out := Outcome{Input: time.Millisecond, Infer: time.Second, Output: time.Microsecond}
-	for _, q := range requests {
-		if q[0].Name != "x" {
-			return Outcome{}, fmt.Errorf("the first input is %q", q[0].Name)
-		}
-		if q[0].Data[0] == 0xff {
-			return Outcome{}, errInput
-		}
-		var given []tensor.Tensor
-		for _, name := range outputs {
-			switch name {
-			case "y":
-				given = append(given, tensor.Tensor{Name: "y", Data: q[0].Data})
-			case "z":
-				given = append(given, tensor.Tensor{Name: "z", Data: q[0].Data[:1]})
-			}
-		}
-		out.Outputs = append(out.Outputs, given)
-	}
-	if err := pause(ctx); err != nil {
-		r.mu.Lock()
-		defer r.mu.Unlock()
-		r.aborted++
-		return Outcome{}, err
-	}
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	r.given++
-	out.Release = func() {
-		r.mu.Lock()
-		defer r.mu.Unlock()
-		r.back++
-	}
-	return out, nil
-}
-
-func (r *runtime) Unload(ctx context.Context, _ VersionID) error {
-	r.unloads.Add(1)
-	if r.lost {
-		return ErrNotLoaded
-	}
-	return pause(ctx)
-}
-
-func request1() []tensor.Tensor {
-	return []tensor.Tensor{
-		{Name: "any", Type: tensor.String, Shape: []int64{3, 1}, Data: slices.Repeat(tensor.AppendString(nil, []byte("s")), 3)},
-		{Name: "x", Type: tensor.Float32, Shape: []int64{3, 2}, Data: make([]byte, 24)},
-	}
-}
-
-// marked is request1 of one row whose first byte is b.
-func marked(b byte) []tensor.Tensor {
-	return []tensor.Tensor{
-		{Name: "any", Type: tensor.String, Shape: []int64{1}, Data: tensor.AppendString(nil, []byte("s"))},
-		{Name: "x", Type: tensor.Float32, Shape: []int64{1, 2}, Data: append([]byte{b}, make([]byte, 7)...)},
-	}
 }
 
 var oneByOne = &serving.Options{Queue: serving.QueuePolicy{MaxSize: 2}}
@@ -577,7 +457,7 @@ func TestLoad(t *testing.T) {
 		if _, err := e.Load(t.Context(), Spec{ID: one, Entry: "other"}); err == nil || err.Error() != "load digits:1: version is loaded from other files or with other options" {
 			t.Errorf("loaded from elsewhere: %v", err)
 		}
-		two := VersionID{"digits", 2}
+		two := VersionID{Model: "digits", Version: 2}
 		if _, err := e.Load(t.Context(), Spec{ID: two, Entry: "bad"}); err == nil || err.Error() != "load digits:2: bad model" {
 			t.Error(err)
 		}
@@ -639,7 +519,7 @@ func TestStopWhileUnloading(t *testing.T) {
 			}
 		}()
 		go func() {
-			if _, err := e.Load(context.WithoutCancel(t.Context()), Spec{ID: VersionID{"digits", 2}}); !errors.Is(err, ErrStopped) {
+			if _, err := e.Load(context.WithoutCancel(t.Context()), Spec{ID: VersionID{Model: "digits", Version: 2}}); !errors.Is(err, ErrStopped) {
 				t.Errorf("Load: %v", err)
 			}
 		}()
@@ -719,87 +599,5 @@ func TestEngine(t *testing.T) {
 	running.Wait()
 	if given.Load() != back.Load() || answered.Load() < 1000 {
 		t.Errorf("seed %d: %d of %d outcomes were released; %d answered, %d refused, %d gone", seed, back.Load(), given.Load(), answered.Load(), refused.Load(), gone.Load())
-	}
-}
-
-// echo is a Runtime that gives back what it got, at once.
-type echo struct{ given, back *atomic.Int64 }
-
-func (echo) Load(context.Context, Spec) (Info, error) { return digits, nil }
-func (echo) Unload(context.Context, VersionID) error  { return nil }
-func (e echo) Run(ctx context.Context, _ VersionID, requests [][]tensor.Tensor, _ []string) (Outcome, error) {
-	var out Outcome
-	for _, q := range requests {
-		if q[0].Data[0] == 0xff {
-			return Outcome{}, errInput
-		}
-		out.Outputs = append(out.Outputs, []tensor.Tensor{{Name: "y", Data: q[0].Data}})
-	}
-	e.given.Add(1)
-	out.Release = func() { e.back.Add(1) }
-	return out, context.Cause(ctx)
-}
-
-func TestCheck(t *testing.T) {
-	info := digits
-	info.Options = serving.Options{PriorityLevels: 2, DefaultPriority: 2}
-	change := func(f func(in []tensor.Tensor)) []tensor.Tensor { in := request1(); f(in); return in }
-	for name, tt := range map[string]struct {
-		q    Request
-		want string // "" where it is fine
-	}{
-		"fine":             {Request{Inputs: request1()}, ""},
-		"one output":       {Request{Inputs: request1(), Outputs: []string{"y"}}, ""},
-		"any rank":         {Request{Inputs: change(func(in []tensor.Tensor) { in[0].Shape, in[0].Data = nil, in[0].Data[:5] })}, ""},
-		"empty batch":      {Request{Inputs: change(func(in []tensor.Tensor) { in[1].Shape, in[1].Data = []int64{0, 2}, nil })}, ""},
-		"missing":          {Request{Inputs: request1()[:1]}, `invalid input "x": missing`},
-		"unknown":          {Request{Inputs: append(request1(), tensor.Tensor{Name: "z"})}, `invalid input "z": the model has no input of this name`},
-		"twice":            {Request{Inputs: append(request1(), request1()...)}, `invalid input "any": given twice`},
-		"type":             {Request{Inputs: change(func(in []tensor.Tensor) { in[1].Type = tensor.Int32 })}, `invalid input "x": has type INT32, the model takes FP32`},
-		"dimension":        {Request{Inputs: change(func(in []tensor.Tensor) { in[1].Shape = []int64{2, 3} })}, `invalid input "x": has shape [2 3], the model takes [-1 2]`},
-		"rank":             {Request{Inputs: change(func(in []tensor.Tensor) { in[1].Shape = []int64{6} })}, `invalid input "x": has shape [6], the model takes [-1 2]`},
-		"negative":         {Request{Inputs: change(func(in []tensor.Tensor) { in[1].Shape = []int64{-1, 2} })}, `tensor "x"`},
-		"overflow":         {Request{Inputs: change(func(in []tensor.Tensor) { in[1].Shape = []int64{math.MaxInt64, 2} })}, `tensor "x"`},
-		"data":             {Request{Inputs: change(func(in []tensor.Tensor) { in[1].Data = in[1].Data[1:] })}, "has 23 bytes of data"},
-		"strings":          {Request{Inputs: change(func(in []tensor.Tensor) { in[0].Data = in[0].Data[1:] })}, `tensor "any"`},
-		"unknown output":   {Request{Inputs: request1(), Outputs: []string{"w"}}, `the model has no output "w"`},
-		"output twice":     {Request{Inputs: request1(), Outputs: []string{"y", "y"}}, `output "y" is asked for twice`},
-		"none of anything": {Request{}, `invalid input "x": missing`},
-		"priority":         {Request{Inputs: request1(), Priority: 3}, "priority is 3, allowed are 1 to 2"},
-		"no priority":      {Request{Inputs: request1(), Priority: -1}, "priority is -1, allowed are 1 to 2"},
-		"timeout":          {Request{Inputs: request1(), Timeout: -1}, "timeout is -1ns"},
-	} {
-		_, err := info.request(one, tt.q)
-		if tt.want == "" && err != nil || tt.want != "" && (!errors.Is(err, ErrInvalidInput) || !strings.Contains(err.Error(), tt.want)) {
-			t.Errorf("%s: %v", name, err)
-		}
-	}
-}
-
-// Which requests run alone, and how many rows they have.
-func TestRows(t *testing.T) {
-	info := Info{Inputs: []tensor.Info{{Name: "a", Type: tensor.Uint8}, {Name: "b", Type: tensor.Uint8}}}
-	for name, tt := range map[string]struct {
-		a, b  []int64
-		max   int
-		rows  int
-		alone bool
-	}{
-		"one row":           {[]int64{1, 2}, []int64{1}, 4, 1, false},
-		"many rows":         {[]int64{4, 2}, []int64{4, 3, 3}, 4, 4, false},
-		"too many":          {[]int64{5, 2}, []int64{5}, 4, 5, true},
-		"none":              {[]int64{0, 2}, []int64{0}, 4, 0, true},
-		"not the same":      {[]int64{2, 2}, []int64{1}, 4, 2, true},
-		"a scalar":          {[]int64{1, 2}, []int64{}, 4, 1, true},
-		"rows mean nothing": {[]int64{7, 2}, []int64{3}, 0, 1, true},
-	} {
-		info.Options.MaxBatchSize = tt.max
-		size := func(shape []int64) []byte { n, _ := tensor.Elements(shape); return make([]byte, n) }
-		r, err := info.request(one, Request{Inputs: []tensor.Tensor{
-			{Name: "b", Type: tensor.Uint8, Shape: tt.b, Data: size(tt.b)}, {Name: "a", Type: tensor.Uint8, Shape: tt.a, Data: size(tt.a)},
-		}})
-		if err != nil || r.rows != tt.rows || r.alone != tt.alone || r.inputs[0].Name != "a" {
-			t.Errorf("%s: %+v, %v", name, r, err)
-		}
 	}
 }

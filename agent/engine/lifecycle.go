@@ -15,28 +15,47 @@ const (
 	unloading // idle; the runtime unloads it
 )
 
-// errLoaded refuses to load what is loaded; Load turns it into success.
-var errLoaded = errors.New("version is loaded")
+var (
+	// errLoaded refuses to load what is loaded; Load turns it into success.
+	errLoaded = errors.New("version is loaded")
+	// errReplaced refuses a request that was checked by the Info of another
+	// version than it would go to; Infer checks it again.
+	errReplaced = errors.New("version has been replaced")
+)
 
-func (c *core) claim(s Spec) error {
-	v := c.versions[s.ID]
-	switch {
-	case c.stopped:
-		return ErrStopped
-	case v == nil:
-		c.versions[s.ID] = &version{id: s.ID, spec: s, phase: loading, hold: never}
-		return nil
-	case v.phase == loading:
-		return errors.New("version is being loaded")
-	case v.phase == ready && !reflect.DeepEqual(s, v.spec):
-		return errors.New("version is loaded from other files or with other options")
-	case v.phase == ready:
-		return errLoaded
-	default:
-		return ErrDraining
+// claim gives the id to load a version by. One that takes the place of another
+// has a generation that none has had.
+func (c *core) claim(s Spec, replace bool) (VersionID, error) {
+	if c.stopped {
+		return VersionID{}, ErrStopped
 	}
+	for _, v := range c.versions {
+		if v.spec.ID == s.ID && v.phase == loading {
+			return VersionID{}, errors.New("version is being loaded")
+		}
+	}
+	v := c.current[s.ID]
+	switch {
+	case v == nil:
+	case v.phase != ready:
+		return VersionID{}, ErrDraining
+	case replace:
+	case !reflect.DeepEqual(s, v.spec):
+		return VersionID{}, errors.New("version is loaded from other files or with other options")
+	default:
+		return VersionID{}, errLoaded
+	}
+	id := s.ID
+	if v != nil || c.versions[id] != nil { // that one drains still
+		c.generation++
+		id.Generation = c.generation
+	}
+	c.versions[id] = &version{id: id, spec: s, phase: loading, hold: never}
+	return id, nil
 }
 
+// loaded lets requests go to a version, and the one that was in its place
+// drain.
 func (c *core) loaded(ev loaded) {
 	if ev.err == nil && c.stopped {
 		ev.err = ErrStopped
@@ -54,51 +73,80 @@ func (c *core) loaded(ev loaded) {
 	for i := range v.levels {
 		v.levels[i].policy = o.Policy(i + 1)
 	}
-	c.emit(publish{ev.id, &v.info})
+	old := c.current[v.spec.ID]
+	c.current[v.spec.ID] = v
+	c.emit(publish{v.spec.ID, &v.info})
 	c.emit(reply{call: ev.call})
+	if old != nil {
+		c.retire(old)
+	}
+}
+
+// retire lets a version drain, if it does not do so already.
+func (c *core) retire(v *version) {
+	if v.phase == ready {
+		v.phase = draining
+	}
+	c.schedule(v)
 }
 
 func (c *core) drain(ev drain) {
-	v := c.versions[ev.id]
-	switch {
-	case c.stopped:
+	if c.stopped {
 		c.emit(reply{call: ev.call, err: ErrStopped})
-	case v == nil || v.phase == loading:
-		c.emit(reply{call: ev.call, err: ErrNotLoaded})
-	default:
-		v.waiters = append(v.waiters, ev.call)
-		if v.phase == ready {
-			v.phase = draining
-		}
-		c.schedule(v)
+		return
 	}
+	if v := c.current[ev.id]; v != nil && !ev.replaced {
+		c.retire(v)
+	}
+	c.await(ev.id, []*call{ev.call}, ErrNotLoaded)
+}
+
+// await lets calls wait until no version of this name is on its way out. They
+// wait for one after the other; where there is none they get err.
+func (c *core) await(id VersionID, calls []*call, err error) {
+	var first *version
+	for _, v := range c.versions {
+		if v.spec.ID == id && v.phase >= draining && (first == nil || v.id.Compare(first.id) < 0) {
+			first = v
+		}
+	}
+	if first == nil {
+		for _, w := range calls {
+			c.emit(reply{call: w, err: err})
+		}
+		return
+	}
+	first.waiters = append(first.waiters, calls...)
+	c.schedule(first) // also one that could not be unloaded before
 }
 
 // unloaded forgets a version, or lets it drain on when the runtime failed:
 // another Unload tries again.
 func (c *core) unloaded(ev unloaded) {
 	v := c.versions[ev.id]
-	for _, w := range v.waiters {
-		c.emit(reply{call: w, err: ev.err})
-	}
+	waiters := v.waiters
 	v.waiters = nil
 	if ev.err != nil {
 		v.phase = draining
+		for _, w := range waiters {
+			c.emit(reply{call: w, err: ev.err})
+		}
 		return
 	}
 	delete(c.versions, ev.id)
-	c.emit(publish{ev.id, nil})
+	if c.current[v.spec.ID] == v {
+		delete(c.current, v.spec.ID)
+		c.emit(publish{v.spec.ID, nil})
+	}
+	c.await(v.spec.ID, waiters, nil)
 }
 
 func (c *core) inspect(asked *call) reply {
 	if c.stopped {
 		return reply{call: asked, err: ErrStopped}
 	}
-	all := make([]Status, 0, len(c.versions))
-	for id, v := range c.versions {
-		if v.phase == loading {
-			continue
-		}
+	all := make([]Status, 0, len(c.current))
+	for id, v := range c.current {
 		s := Status{ID: id, Info: v.info, Draining: v.phase != ready, Queued: v.queue.len, Figures: v.figures.clone()}
 		for _, r := range v.runs {
 			s.Running += len(r.requests)

@@ -39,8 +39,8 @@ const (
 
 // version is the core's record of a version.
 type version struct {
-	id       VersionID
-	spec     Spec
+	id       VersionID // of its generation
+	spec     Spec      // as it was asked for
 	phase    phase
 	info     Info
 	levels   []level // of priority, the highest first
@@ -215,7 +215,7 @@ func (v *version) expired(r *request, start moment, reserve time.Duration, now m
 	}
 	var after time.Duration
 	if start > now {
-		after = start + reserve - r.latest
+		after = max(0, start+reserve-r.latest)
 	} // else it comes too late though nothing is ahead of it
 	return &RefusedError{fmt.Errorf("%s: %w: it would %s %v, %v are left", v.id, ErrExpired, would,
 		takes.Round(time.Microsecond), max(0, left).Round(time.Microsecond)), after}
@@ -283,7 +283,7 @@ func (v *version) next(now moment) []*request {
 		}
 		members, rows, size = append(members, r), rows+r.rows, all
 		longest = min(longest, v.shared(r, now))
-		oldest, due, latest = min(oldest, r.arrived), min(due, r.due), min(latest, r.latest)
+		oldest, due, latest = min(oldest, r.arrived), min(due, r.due), min(latest, r.patience())
 		if slices.Contains(o.PreferredBatchSizes, rows) {
 			preferred = len(members)
 		}
@@ -309,6 +309,16 @@ func (v *version) next(now moment) []*request {
 	}
 	v.hold = until
 	return nil
+}
+
+// patience is until when r lets itself be held back: for half of the time that
+// it can wait. The rest is for what no estimate knows: a late timer, a run that
+// is slow, the way back.
+func (r *request) patience() moment {
+	if r.latest == never {
+		return never
+	}
+	return r.arrived + (r.latest-r.arrived)/2
 }
 
 // joins says whether r may run with others at all.

@@ -177,16 +177,22 @@ func TestPolicy(t *testing.T) {
 			options:  batching(func(o *serving.Options) { o.MaxQueueDelay = time.Second }),
 			trained:  true,
 			arrivals: []arrival{{}, {at: 10, deadline: 100}, {at: 90}},
-			runs:     []string{"80: [0 1]", "1090: [2]"}, // 30 ms for two rows
-			fates:    []string{"80-110", "80-110", "1090-1110"},
+			runs:     []string{"50: [0 1]", "1090: [2]"},
+			fates:    []string{"50-80", "50-80", "1090-1110"},
 		},
 		"held until a time-out": {
 			options: batching(func(o *serving.Options) {
 				o.MaxQueueDelay, o.Queue.AllowTimeoutOverride = time.Second, true
 			}),
 			arrivals: []arrival{{}, {at: 10, timeout: 20}},
-			runs:     []string{"30: [0 1]"},
-			fates:    []string{"30-60", "30-60"},
+			runs:     []string{"20: [0 1]"},
+			fates:    []string{"20-50", "20-50"},
+		},
+		"held until a deadline is near of which nothing is known": {
+			options:  batching(func(o *serving.Options) { o.MaxQueueDelay = time.Second }),
+			arrivals: []arrival{{deadline: 200}},
+			runs:     []string{"100: [0]"},
+			fates:    []string{"100-120"},
 		},
 		"priorities": {
 			options:  serving.Options{PriorityLevels: 3, DefaultPriority: 2},

@@ -48,7 +48,7 @@ func (o *occurrences) Pop() any {
 
 var (
 	start = time.Unix(1000, 0)
-	one   = VersionID{"digits", 1}
+	one   = VersionID{Model: "digits", Version: 1}
 )
 
 // newSimulation gives one in which version one is loaded with these options.
@@ -58,7 +58,7 @@ func newSimulation(t testing.TB, o serving.Options, takes func(*run) time.Durati
 		t.Fatal(err)
 	}
 	c := newCall()
-	s.step(claim{c, Spec{ID: one}})
+	s.step(claim{c, Spec{ID: one}, false})
 	s.step(loaded{c, one, Info{Options: resolve(&o, false)}, nil})
 	return s
 }
@@ -70,6 +70,9 @@ func (s *simulation) at(at time.Duration, ev func() event) {
 }
 
 func (s *simulation) step(ev event) {
+	if a, ok := ev.(arrive); ok {
+		a.request.info = &s.core.current[one].info
+	}
 	for _, f := range s.core.step(ev, start.Add(s.now)) {
 		switch f := f.(type) {
 		case startRun:

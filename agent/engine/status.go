@@ -7,7 +7,7 @@ import (
 )
 
 // Status is one loaded version at a moment, and its figures since it was
-// loaded.
+// loaded, or put in the place of another.
 type Status struct {
 	ID              VersionID
 	Info            Info

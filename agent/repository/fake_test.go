@@ -27,7 +27,7 @@ type fake struct {
 	serving  map[string]int64
 	calls    []string // "load m:1", in order
 	faults   []string // broken promises
-	gaps     bool     // a version that serves may be away, as there is no Replace
+	replaced uint64   // how often one was put in the place of another
 	checks   []engine.VersionID
 
 	// fail, where not nil, gives the error of a call: "check", "load",
@@ -35,8 +35,9 @@ type fake struct {
 	fail func(op string, id engine.VersionID) error
 }
 
-// content is what is loaded: the bytes of the model.
+// content is what is loaded: the bytes of the model, by the id of the runtime.
 type content struct {
+	id    engine.VersionID
 	spec  engine.Spec
 	bytes string
 }
@@ -61,7 +62,7 @@ func (f *fake) failing(op string, id engine.VersionID) error {
 func (f *fake) verify(after string) {
 	for model, n := range f.serving {
 		id := engine.VersionID{Model: model, Version: n}
-		if _, ok := f.loaded[id]; (!ok || f.draining[id]) && !f.gaps {
+		if _, ok := f.loaded[id]; !ok || f.draining[id] {
 			f.faults = append(f.faults, fmt.Sprintf("after %s, %s serves and is not loaded", after, id))
 		}
 	}
@@ -91,10 +92,10 @@ func (f *fake) Load(ctx context.Context, s engine.Spec) (engine.Info, error) {
 		return engine.Info{}, engine.ErrDraining
 	}
 	if _, ok := f.loaded[s.ID]; !ok { // a loaded version stays as it is
-		f.loaded[s.ID] = content{s, string(b)}
+		f.loaded[s.ID] = content{s.ID, s, string(b)}
 	}
 	f.verify("load " + s.ID.String())
-	return engine.Info{}, nil
+	return engine.Info{ID: f.loaded[s.ID].id}, nil
 }
 
 func (f *fake) Unload(_ context.Context, id engine.VersionID) error {
@@ -122,26 +123,28 @@ func (f *fake) SetServing(versions map[string]int64) {
 	f.verify("a switch")
 }
 
-// replacing is a fake that has Replace.
-type replacing struct{ *fake }
-
-func (f replacing) Replace(_ context.Context, s engine.Spec) (engine.Info, error) {
+func (f *fake) Replace(ctx context.Context, s engine.Spec) (engine.Info, error) {
 	err := f.failing("replace", s.ID)
 	b, read := os.ReadFile(filepath.Join(s.Dir, s.Entry))
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	switch _, ok := f.loaded[s.ID]; {
-	case !ok:
-		return engine.Info{}, engine.ErrNotLoaded
+	switch {
 	case f.draining[s.ID]:
 		return engine.Info{}, engine.ErrDraining
 	case err != nil:
 		return engine.Info{}, fmt.Errorf("replace %s: %w", s.ID, err)
+	case ctx.Err() != nil:
+		return engine.Info{}, ctx.Err()
 	case read != nil:
 		return engine.Info{}, read
 	}
-	f.loaded[s.ID] = content{s, string(b)}
-	return engine.Info{}, nil
+	id := s.ID
+	if _, ok := f.loaded[id]; ok {
+		f.replaced++
+		id.Generation = f.replaced
+	}
+	f.loaded[s.ID] = content{id, s, string(b)}
+	return engine.Info{ID: id}, nil
 }
 
 // versions gives what is loaded and can run: "m:1 m:2".
@@ -254,7 +257,7 @@ func start(t testing.TB, cfg Config, f *fake) fixture {
 		cfg.Staging = filepath.Join(t.TempDir(), "staging")
 	}
 	if cfg.Engine == nil {
-		cfg.Engine = replacing{f}
+		cfg.Engine = f
 	}
 	cfg.Check, cfg.Front, cfg.Log = f.Check, f, l.logger()
 	r, err := New(cfg)

@@ -155,6 +155,8 @@ func (r *Repository) change(ctx context.Context, m *model, p *plan) (gone []*ver
 			fresh = append(fresh, i)
 		case !v.item.same(i):
 			newer = append(newer, i)
+		default:
+			i.id = v.item.id
 		}
 	}
 	if len(fresh)+len(newer) > 0 {

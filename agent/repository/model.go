@@ -53,6 +53,7 @@ type version struct {
 // item is what is loaded for a version.
 type item struct {
 	spec   engine.Spec
+	id     engine.VersionID       // that the runtime has it by, once it is loaded
 	stamp  string                 // of its files, when they were read
 	files  func() (string, error) // gives their stamp now
 	config *inference.ModelConfig // nil: there is none

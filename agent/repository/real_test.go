@@ -104,8 +104,7 @@ func adds(content byte) float32 {
 }
 
 // TestReal loads, replaces, brings and unloads models while requests for them
-// come in: each is answered by the old model or by the new one, and by nothing
-// else; without Replace it may be refused in between.
+// come in: each is answered, by the old model or by the new one.
 func TestReal(t *testing.T) {
 	s := startSystem(t, Config{Control: Explicit, Startup: []string{"m"}})
 	external := onnxwriter.Model{
@@ -136,21 +135,19 @@ func TestReal(t *testing.T) {
 
 	ctx, stop := context.WithCancel(t.Context())
 	var asking sync.WaitGroup
-	var answers, refused atomic.Int64
-	asking.Go(func() {
-		for ctx.Err() == nil {
-			got, err := s.infer(t.Context(), "m")
-			switch {
-			case err == nil && got >= adds('a') && got <= adds('g'):
+	var answers atomic.Int64
+	for range 3 {
+		asking.Go(func() {
+			for ctx.Err() == nil {
+				got, err := s.infer(t.Context(), "m")
+				if err != nil || got < adds('a') || got > adds('d') {
+					t.Errorf("got %v, %v", got, err)
+					return
+				}
 				answers.Add(1)
-			case err != nil && oip.CodeOf(err) == oip.Unavailable:
-				refused.Add(1)
-			default:
-				t.Errorf("got %v, %v", got, err)
-				return
 			}
-		}
-	})
+		})
+	}
 	answered := func() {
 		t.Helper()
 		seen := answers.Load()
@@ -161,11 +158,13 @@ func TestReal(t *testing.T) {
 		}
 	}
 	answered()
-	put(t, filepath.Join(s.dir, "m/1/model.onnx"), modelBytes('b')) // in the place of the old one
-	load("m", oip.Override{})
-	check("m", adds('b'))
-	answered()
-	refusals := refused.Load()
+	for n := range 20 { // in the place of the old one
+		content := "ab"[(n+1)%2]
+		put(t, filepath.Join(s.dir, "m/1/model.onnx"), modelBytes(content))
+		load("m", oip.Override{})
+		check("m", adds(content))
+		answered()
+	}
 	put(t, filepath.Join(s.dir, "m/2/model.onnx"), modelBytes('c')) // beside it
 	load("m", oip.Override{})
 	check("m", adds('c'))
@@ -187,15 +186,12 @@ func TestReal(t *testing.T) {
 	load("m", oip.Override{Config: []byte(`{"backend": "onnxruntime", "max_batch_size": 4}`), Files: map[string][]byte{"5/model.onnx": modelBytes('d')}})
 	check("m", adds('d'))
 	answered()
-	if n := refused.Load() - refusals; n != 0 {
-		t.Errorf("%d requests were refused while another version took over", n)
-	}
 	stop()
 	asking.Wait()
 	if m, err := s.front.Model(t.Context(), "m", 0); err != nil || m.Config.GetMaxBatchSize() != 4 {
 		t.Errorf("got %v, %v", m.Config, err)
 	}
-	t.Logf("%d answers, %d refused while a version was replaced", answers.Load(), refused.Load())
+	t.Logf("%d answers", answers.Load())
 
 	for _, model := range []string{"m", "external"} {
 		if err := s.Unload(t.Context(), model); err != nil {

@@ -54,21 +54,13 @@ const (
 	Poll                    // the folder decides
 )
 
-// Engine runs versions. An engine that can put a version in the place of a
-// loaded one of the same name, with no moment between them, has a method
-//
-//	Replace(context.Context, engine.Spec) (engine.Info, error)
-//
-// whose failure leaves the old one as it was. With any other engine such a
-// version is unloaded before the new one is loaded, and its requests are
-// refused in between.
+// Engine runs versions.
 type Engine interface {
 	Load(ctx context.Context, s engine.Spec) (engine.Info, error)
-	Unload(ctx context.Context, id engine.VersionID) error
-}
-
-type replacer interface {
+	// Replace puts a version in the place of a loaded one of the same name,
+	// with no moment between them. A failure leaves the old one as it was.
 	Replace(ctx context.Context, s engine.Spec) (engine.Info, error)
+	Unload(ctx context.Context, id engine.VersionID) error
 }
 
 // Config configures a Repository.
@@ -269,7 +261,7 @@ func (r *Repository) idle(m *model) {
 }
 
 // Lost says that a loaded version cannot run any more, and why. It is loaded
-// again, if it can be.
+// again, if it can be, unless another of its name has taken its place.
 func (r *Repository) Lost(id engine.VersionID, reason error) {
 	select {
 	case r.lost <- lost{id, reason}:

@@ -48,12 +48,6 @@ func (r *Repository) bring(ctx context.Context, m *model, fresh, newer []*item) 
 		for _, f := range slices.Backward(undo) {
 			f(ctx)
 		}
-		r.mu.Lock()
-		defer r.mu.Unlock()
-		if v := m.versions[m.serves]; v == nil || v.state != stateReady { // it could not be put back
-			m.serves = m.highest()
-			r.publish()
-		}
 	}()
 	for _, i := range slices.Concat(fresh, newer) {
 		if err := r.examine(ctx, i); err != nil {
@@ -68,7 +62,7 @@ func (r *Repository) bring(ctx context.Context, m *model, fresh, newer []*item) 
 	}
 	for _, i := range newer {
 		old := m.versions[i.spec.ID.Version].item
-		if err := r.swap(ctx, m, i, old); err != nil {
+		if err := r.swap(ctx, m, i); err != nil {
 			return i.failed(err)
 		}
 		undo = append(undo, func(ctx context.Context) { r.restore(ctx, m, old, i) })
@@ -128,8 +122,8 @@ func (r *Repository) withdraw(ctx context.Context, m *model, i *item) {
 // run has the engine load an item.
 func (r *Repository) run(ctx context.Context, load func(context.Context, engine.Spec) (engine.Info, error), i *item) error {
 	began := time.Now()
-	_, err := load(ctx, i.spec)
-	i.took = time.Since(began)
+	info, err := load(ctx, i.spec)
+	i.id, i.took = info.ID, time.Since(began)
 	return err
 }
 
@@ -141,52 +135,18 @@ func (r *Repository) restore(ctx context.Context, m *model, old, i *item) {
 		log.Warn("the load failed, but this version stays at its new files: the old ones are gone")
 		return
 	}
-	if err := r.swap(ctx, m, old, i); err != nil {
+	if err := r.swap(ctx, m, old); err != nil {
 		log.Error("a version cannot be put back", "error", err)
 	}
 }
 
-// swap puts a version in the place of the old one of its number. When that
-// fails, the old one is there as before, if it can be loaded again. Without
-// Replace, it then has the files that are in its place now.
-func (r *Repository) swap(ctx context.Context, m *model, i, old *item) error {
-	n := i.spec.ID.Version
-	if e, ok := r.cfg.Engine.(replacer); ok {
-		if err := r.run(ctx, e.Replace, i); err != nil {
-			return err
-		}
-		r.hold(m, n, version{state: stateReady, item: i})
-		return nil
-	}
-	if err := r.cfg.Engine.Unload(ctx, old.spec.ID); err != nil && !errors.Is(err, engine.ErrNotLoaded) {
-		r.hold(m, n, version{state: stateUnavailable, reason: err.Error(), item: old})
+// swap puts a version in the place of the one of its number.
+func (r *Repository) swap(ctx context.Context, m *model, i *item) error {
+	if err := r.run(ctx, r.cfg.Engine.Replace, i); err != nil {
 		return err
 	}
-	r.hold(m, n, version{state: stateLoading})
-	err := r.run(ctx, r.cfg.Engine.Load, i)
-	if err == nil {
-		r.hold(m, n, version{state: stateReady, item: i})
-		return nil
-	}
-	back, cancel := context.WithTimeout(context.WithoutCancel(ctx), rollbackLimit)
-	defer cancel()
-	if again := r.run(back, r.cfg.Engine.Load, old); again != nil {
-		err = fmt.Errorf("%w; the one before does not load again: %w", err, again)
-		r.hold(m, n, version{state: stateUnavailable, reason: err.Error()})
-		return err
-	}
-	if !old.unchanged() {
-		now := *old
-		now.stamp = "changed"
-		old = &now
-	}
-	r.hold(m, n, version{state: stateReady, item: old})
-	return err
-}
-
-// hold notes what has become of a version.
-func (r *Repository) hold(m *model, n int64, v version) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	*m.version(n) = v
+	*m.version(i.spec.ID.Version) = version{state: stateReady, item: i}
+	return nil
 }

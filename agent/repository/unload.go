@@ -102,10 +102,10 @@ func (r *Repository) revive(ctx context.Context, l lost) {
 	})
 }
 
-// drop takes a lost version out of the engine.
+// drop takes a lost version out of the engine, unless it is there no more.
 func (r *Repository) drop(ctx context.Context, m *model, l lost) error {
 	v := m.versions[l.id.Version]
-	if v == nil || v.item == nil {
+	if v == nil || v.item == nil || v.item.id != l.id {
 		return nil
 	}
 	r.mu.Lock()
@@ -117,7 +117,7 @@ func (r *Repository) drop(ctx context.Context, m *model, l lost) error {
 	if first {
 		r.cfg.Log.Error("version lost; it is loaded again", "model", m.name, "version", l.id.Version, "error", l.reason)
 	}
-	if err := r.cfg.Engine.Unload(ctx, l.id); err != nil && !errors.Is(err, engine.ErrNotLoaded) {
+	if err := r.cfg.Engine.Unload(ctx, v.item.spec.ID); err != nil && !errors.Is(err, engine.ErrNotLoaded) {
 		return err
 	}
 	r.mu.Lock()

@@ -17,6 +17,7 @@ import (
 	"github.com/dunlin/dunlin/models/serving"
 	"github.com/dunlin/dunlin/models/triton"
 	dunlinv1 "github.com/dunlin/dunlin/proto/dunlin/v1"
+	"github.com/dunlin/dunlin/proto/inference"
 )
 
 // registerTimeout bounds the call by which the controller reads a pushed
@@ -64,7 +65,7 @@ func (c *cli) push(ctx context.Context, file, ref, labelsFile, configFile string
 	if err != nil {
 		return err
 	}
-	options, err := c.readConfig(configFile)
+	config, options, err := c.readConfig(configFile)
 	if err != nil {
 		return err
 	}
@@ -83,6 +84,11 @@ func (c *cli) push(ctx context.Context, file, ref, labelsFile, configFile string
 	bundle, err := models.Pack(ctx, file, models.PackOptions{Labels: labels, Serving: options})
 	if err != nil {
 		return fmt.Errorf("pack %s: %w", file, err)
+	}
+	if config != nil {
+		if err := triton.CheckModel(config, bundle.Config.Inputs, bundle.Config.Outputs); err != nil {
+			return fmt.Errorf("config %s does not fit %s: %w", configFile, file, err)
+		}
 	}
 	up := &uploader{http: ctl.http, base: registryURL + "/v2/" + name, authorization: bearer(ctl.Token).header()}
 	if err := c.upload(ctx, up, bundle); err != nil {
@@ -167,26 +173,38 @@ func readLabels(path string) ([]string, error) {
 	return labels, nil
 }
 
-// readConfig reads the scheduling options of a config.pbtxt and says which of
-// its fields mean nothing here.
-func (c *cli) readConfig(path string) (*serving.Options, error) {
+// readConfig reads a config.pbtxt and the scheduling options in it, and says
+// which of its fields mean nothing in a version.
+func (c *cli) readConfig(path string) (*inference.ModelConfig, *serving.Options, error) {
 	if path == "" {
-		return nil, nil
+		return nil, nil, nil
 	}
 	raw, err := os.ReadFile(path)
 	if err != nil {
-		return nil, fmt.Errorf("read config: %w", err)
+		return nil, nil, fmt.Errorf("read config: %w", err)
 	}
 	config, err := triton.Parse(raw)
 	if err != nil {
-		return nil, fmt.Errorf("read config: %s: %w", path, err)
+		return nil, nil, fmt.Errorf("read config: %s: %w", path, err)
 	}
 	options, warnings, err := triton.Options(config)
 	if err != nil {
-		return nil, fmt.Errorf("read config: %s: %w", path, err)
+		return nil, nil, fmt.Errorf("read config: %s: %w", path, err)
+	}
+	// These say something of a folder of models only.
+	if config.GetVersionPolicy() != nil {
+		warnings = append(warnings, "version_policy is ignored: a deployment says which version serves")
+	}
+	if config.GetDefaultModelFilename() != "" {
+		warnings = append(warnings, "default_model_filename is ignored: the file is named on the command line")
+	}
+	for _, o := range config.GetOutput() {
+		if o.GetLabelFilename() != "" {
+			warnings = append(warnings, fmt.Sprintf("label_filename of output %q is ignored: --labels gives the labels", o.GetName()))
+		}
 	}
 	for _, w := range warnings {
 		fmt.Fprintf(c.err, "%s: %s\n", path, w)
 	}
-	return options, nil
+	return config, options, nil
 }

@@ -40,7 +40,7 @@ func Config(name string, inputs, outputs []tensor.Info, o serving.Options, label
 	if o.DynamicBatching {
 		c.SchedulingChoice = &inference.ModelConfig_DynamicBatching{DynamicBatching: dynamicBatching(o)}
 	}
-	if o.Ageing != 0 {
+	if o.Ageing != 0 && o.Ageing != serving.DefaultAgeing {
 		c.Parameters = map[string]*inference.ModelParameter{ageingParameter: {StringValue: o.Ageing.String()}}
 	}
 	return c
