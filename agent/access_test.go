@@ -1,14 +1,19 @@
 package agent
 
 import (
+	"bufio"
 	"encoding/base64"
 	"fmt"
+	"net"
 	"net/http"
 	"net/http/httptest"
 	"os"
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 const goodKey = "a-key-of-the-tests-0001"
@@ -90,5 +95,47 @@ func TestKeyHandler(t *testing.T) {
 		if w.Code != tt.want || tt.want == 401 && (w.Header().Get("WWW-Authenticate") != "Bearer" || !strings.Contains(w.Body.String(), `{"error":"`)) {
 			t.Errorf("%s with %q: %d %v %s", tt.path, tt.header, w.Code, w.Header(), w.Body)
 		}
+	}
+}
+
+// A caller that announces a body, which nothing reads, and does not send it is
+// answered and does not keep its connection.
+func TestUnreadBodies(t *testing.T) {
+	k, err := (&Serving{APIKeys: keyFile(t, goodKey)}).loadKeys()
+	if err != nil {
+		t.Fatal(err)
+	}
+	h := k.handler(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(http.StatusNoContent) }))
+	server := httptest.NewServer(hurried(h, 50*time.Millisecond))
+	defer server.Close()
+	for path, want := range map[string]int{"/healthz": 204, "/v2/models/m/infer": 401} {
+		conn, err := net.Dial("tcp", server.Listener.Addr().String())
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer conn.Close()
+		if err := conn.SetReadDeadline(time.Now().Add(20 * time.Second)); err != nil {
+			t.Fatal(err)
+		}
+		fmt.Fprintf(conn, "POST %s HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n", path)
+		resp, err := http.ReadResponse(bufio.NewReader(conn), nil)
+		if err != nil {
+			t.Fatalf("%s: %v", path, err)
+		}
+		resp.Body.Close()
+		if resp.StatusCode != want || !resp.Close {
+			t.Errorf("%s: status %d, want %d; the connection closes: %t", path, resp.StatusCode, want, resp.Close)
+		}
+	}
+}
+
+func TestConnectionLimit(t *testing.T) {
+	one, two := connectionLimit(1), connectionLimit(2)
+	var limit unix.Rlimit
+	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &limit); err != nil {
+		t.Fatal(err)
+	}
+	if one > maxConnections || uint64(one) > limit.Cur/4*3 || uint64(2*two) > limit.Cur/4*3 {
+		t.Errorf("%d for one listener and %d for each of two, of %d files", one, two, limit.Cur)
 	}
 }

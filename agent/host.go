@@ -29,12 +29,17 @@ const (
 	// runtimeWait is the wait before the runtime is looked at again that did
 	// not start.
 	runtimeWait = time.Second
-	// drainTime is how long requests may take to end when the agent stops.
-	drainTime = 5 * time.Second
+	// drainTime is how long requests may take to end when the agent stops, and
+	// refusalTime how long it may take to refuse those that have not ended.
+	drainTime   = 5 * time.Second
+	refusalTime = time.Second
 	// maxConnections is how many clients may be connected to each listener,
 	// where the process may have as many files; a further one waits until
 	// another leaves.
 	maxConnections = 16 << 10
+	// unreadTime is how long the server waits for a body that nothing reads,
+	// which it does before it answers.
+	unreadTime = 10 * time.Second
 	// progressLimit is how long the scheduler may take to say that it makes
 	// progress.
 	progressLimit = time.Second
@@ -62,9 +67,9 @@ type host struct {
 
 // ports are where a host answers.
 type ports struct {
-	http, grpc net.Listener // grpc may be nil
-	tls        *tls.Config  // nil: neither speaks TLS
-	keys       *keys        // nil: everybody may ask
+	http, grpc *listener   // grpc may be nil
+	tls        *tls.Config // nil: neither speaks TLS
+	keys       *keys       // nil: everybody may ask
 }
 
 // listen opens the ports that the settings ask for.
@@ -76,12 +81,12 @@ func listen(s *Serving) (_ *ports, err error) {
 	if l.keys, err = s.loadKeys(); err != nil {
 		return nil, err
 	}
-	open := func(flag, address string) (net.Listener, error) {
+	open := func(flag, address string) (*listener, error) {
 		opened, err := net.Listen("tcp", address)
 		if err != nil {
 			return nil, fmt.Errorf("%w; --%s chooses another address", err, flag)
 		}
-		return netutil.LimitListener(opened, connectionLimit()), nil
+		return newListener(netutil.LimitListener(opened, connectionLimit(s.listeners()))), nil
 	}
 	if l.http, err = open("listen", s.Listen); err != nil {
 		return nil, err
@@ -95,14 +100,23 @@ func listen(s *Serving) (_ *ports, err error) {
 	return l, nil
 }
 
-// connectionLimit leaves a quarter of the files that the process may open to
+// listeners is how many there are.
+func (s *Serving) listeners() int {
+	if s.GRPCListen == "" {
+		return 1
+	}
+	return 2
+}
+
+// connectionLimit is how many connections each of so many listeners may have.
+// Together they leave a quarter of the files that the process may open to
 // everything that is not a connection.
-func connectionLimit() int {
+func connectionLimit(listeners int) int {
 	var limit unix.Rlimit
 	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &limit); err != nil {
 		return maxConnections
 	}
-	return int(min(maxConnections, max(limit.Cur/4*3, 1)))
+	return int(min(maxConnections, max(limit.Cur/4*3/uint64(listeners), 1)))
 }
 
 func (l *ports) close() {
@@ -190,6 +204,10 @@ func (h *host) run(ctx context.Context, l *ports, metrics http.Handler, parts ..
 	case err := <-served:
 		fail(fmt.Errorf("serve: %w", err))
 	}
+	l.http.closeSilent()
+	if l.grpc != nil {
+		l.grpc.closeSilent()
+	}
 	drain, cancel := context.WithTimeout(below, drainTime)
 	defer cancel()
 	var stopping sync.WaitGroup
@@ -204,11 +222,16 @@ func (h *host) run(ctx context.Context, l *ports, metrics http.Handler, parts ..
 	return nil
 }
 
+var errStops = oip.Errorf(oip.Unavailable, "the agent stops")
+
 // serveHTTP answers REST and gives what stops it, which waits for the
-// requests at work until its context is done. An early end goes to ended.
+// requests at work until its context is done, and refuses them then. An early
+// end goes to ended.
 func (h *host) serveHTTP(l *ports, metrics http.Handler, ended chan<- error) (stop func(context.Context)) {
+	base, refuse := context.WithCancelCause(context.Background())
 	server := &http.Server{
-		Handler: l.keys.handler(h.handler(metrics)), ReadHeaderTimeout: 10 * time.Second, IdleTimeout: 2 * time.Minute, MaxHeaderBytes: 64 << 10,
+		BaseContext: func(net.Listener) context.Context { return base },
+		Handler:     hurried(l.keys.handler(h.handler(metrics)), unreadTime), ReadHeaderTimeout: 10 * time.Second, IdleTimeout: 2 * time.Minute, MaxHeaderBytes: 64 << 10,
 		TLSConfig: l.tls.Clone(), ErrorLog: slog.NewLogLogger(h.serving.Log.Handler(), slog.LevelDebug),
 	}
 	done := make(chan struct{})
@@ -225,7 +248,14 @@ func (h *host) serveHTTP(l *ports, metrics http.Handler, ended chan<- error) (st
 		}
 	}()
 	return func(ctx context.Context) {
-		if err := server.Shutdown(ctx); err != nil {
+		err := server.Shutdown(ctx)
+		refuse(errStops)
+		if err != nil {
+			last, cancel := context.WithTimeout(context.Background(), refusalTime)
+			defer cancel()
+			err = server.Shutdown(last)
+		}
+		if err != nil {
 			server.Close()
 		}
 		<-done

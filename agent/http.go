@@ -2,6 +2,7 @@ package agent
 
 import (
 	"net/http"
+	"time"
 
 	"github.com/dunlin/dunlin/agent/oip/rest"
 )
@@ -16,4 +17,17 @@ func (h *host) handler(metrics http.Handler) http.Handler {
 	})
 	mux.Handle("GET /metrics", metrics)
 	return mux
+}
+
+// hurried bounds the wait for bodies that next does not read: the server reads
+// them itself before it answers, and waits for them without end. What reads a
+// body has a bound of its own.
+func hurried(next http.Handler, unread time.Duration) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if r.ContentLength != 0 {
+			// A reader without deadlines has nobody slow at its end.
+			_ = http.NewResponseController(w).SetReadDeadline(time.Now().Add(unread))
+		}
+		next.ServeHTTP(w, r)
+	})
 }

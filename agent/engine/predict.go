@@ -81,6 +81,7 @@ func (p *predictor) fit() {
 		ratio := median(ratios[:n])
 		p.fixed *= ratio
 		p.each *= ratio
+		p.least *= ratio
 	default:
 		p.least = median(times)
 		p.each = p.least / max(median(sizes), 1)
@@ -117,7 +118,7 @@ func (p *predictor) fitLine(sizes, times []float64, middle float64) bool {
 	p.shaped, p.least = true, 0
 	p.each = max(0, (y1-y0)/(x1-x0))
 	if p.fixed = y1 - p.each*x1; p.fixed < 0 { // more than in proportion
-		p.fixed, p.each = 0, y1/x1
+		p.fixed, p.each, p.least = 0, y1/x1, slices.Min(times)
 	}
 	return true
 }

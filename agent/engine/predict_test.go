@@ -125,3 +125,30 @@ func BenchmarkPredictor(b *testing.B) {
 		p.observe(int64(1+i%16), time.Duration(20+i%7)*time.Millisecond, 0)
 	}
 }
+
+// Runs of next to no input, among larger ones that grow more than in
+// proportion, do not spoil the estimate of those.
+func TestTinyRuns(t *testing.T) {
+	var p predictor
+	now := moment(0)
+	observe := func(size int64, took time.Duration) {
+		now += ms
+		p.observe(size, took, now)
+	}
+	for i := range 40 {
+		if i%4 == 0 {
+			observe(2_000_000, 5*ms)
+		} else {
+			observe(1_000_000, 2*ms)
+		}
+	}
+	for range 3 {
+		observe(0, 300*time.Microsecond)
+	}
+	for range 32 {
+		observe(1_000_000, 2*ms)
+	}
+	if upper := p.upper(1_000_000); p.worst > 10 || upper > 20*ms {
+		t.Errorf("the worst run takes %g times the estimate, and 1 MB up to %v", p.worst, upper)
+	}
+}

@@ -65,6 +65,22 @@ func (s *Server) Hold(n int64) error {
 	return nil
 }
 
+// Part says for how many of the n bytes of a message to have memory when have
+// of them have come, which is how many there was memory for so far. Callers
+// that announce much and send nothing hold little, and memory does not grow
+// often.
+func Part(have, n int64) int64 {
+	const small, first, second, growth = 16 << 10, 1 << 10, 1 << 20, 8
+	switch {
+	case n <= small:
+		return n
+	case have == 0:
+		return first
+	default:
+		return min(n, max(second, growth*have))
+	}
+}
+
 // Request is an inference as it came over a transport.
 type Request struct {
 	Model   string

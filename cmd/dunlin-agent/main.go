@@ -26,6 +26,9 @@ func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
 	err := fmt.Errorf("%w: unknown command %q; there are run (the default), serve, doctor and version\nrun: dunlin-agent --help", program.ErrUsage, verb)
+	if strings.HasSuffix(verb, ".onnx") {
+		err = fmt.Errorf("%w: %q is not a command; to serve it: dunlin-agent serve %s", program.ErrUsage, verb, verb)
+	}
 	switch verb {
 	case "help":
 		err = agent.Main(ctx, []string{"--help"}, os.Getenv, os.Stdout)

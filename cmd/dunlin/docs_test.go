@@ -123,7 +123,7 @@ func (c commands) check(line string, whole bool) error {
 		return err
 	case "dunlin-agent":
 		if len(args) > 0 && args[0] == "serve" {
-			if !whole {
+			if !whole && len(args) == 1 {
 				args = append(args, "model.onnx")
 			}
 			_, err := agent.ParseAlone(args[1:], none, io.Discard)

@@ -1,12 +1,12 @@
 """Puts pre- and post-processing into a model's graph.
 
     pip install onnx
-    python preprocess.py ../../models/examples/digits/v2.onnx ../../models/examples/digits/labels.txt digits-camera.onnx
+    python docs/examples/preprocess.py models/examples/digits/v2.onnx models/examples/digits/labels.txt camera.onnx
 
 The digits model takes 8x8 images of FP32, 0 (empty) to 16 (full). The new one
 takes grey images of UINT8, 0 (black) to 255 (white), of any size, and answers
-with the name of the digit as well: what a camera gives goes in, what a person
-reads comes out, and every caller gets the same steps.
+with the name of the digit in place of its index: what a camera gives goes in,
+what a person reads comes out, and every caller gets the same steps.
 """
 
 import sys

@@ -86,12 +86,23 @@ func readAll(r *http.Request, b *body, limit int64) (content []byte, err error) 
 	switch encoding := r.Header.Get("Content-Encoding"); encoding {
 	case "", "identity":
 		if n := r.ContentLength; n >= 0 {
-			if err := b.hold(n); err != nil {
+			if err := b.hold(n); err != nil { // there is no room for it now
 				return nil, err
 			}
-			content = make([]byte, n)
-			_, err = io.ReadFull(r.Body, content)
-			return content, err
+			_ = b.hold(-n) // giving back is not refused
+			for have := int64(0); have < n; have = int64(len(content)) {
+				size := oip.Part(have, n)
+				if err := b.hold(size - have); err != nil {
+					return nil, err
+				}
+				more := make([]byte, size)
+				copy(more, content)
+				if _, err := io.ReadFull(r.Body, more[have:]); err != nil {
+					return nil, err
+				}
+				content = more
+			}
+			return content, nil
 		}
 	case "gzip":
 		b.from, err = gzip.NewReader(r.Body)

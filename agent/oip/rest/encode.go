@@ -64,14 +64,14 @@ func encodeResponse(r *inferRequest, out *oip.Response) (head []byte, data [][]b
 	return append(head, `]}`...), data, nil
 }
 
-// sizeInJSON estimates how many bytes the outputs take that are sent as JSON.
-func sizeInJSON(r *inferRequest, out *oip.Response) (size int64) {
+// sizeOf estimates how many bytes the outputs take until they are sent: as
+// binary data from where they are, and as JSON.
+func sizeOf(r *inferRequest, out *oip.Response) (size int64) {
 	for i := range out.Outputs {
-		if r.asBinary(i) {
-			continue
-		}
 		t := &out.Outputs[i]
-		if n := t.Type.Size(); n > 0 {
+		if r.asBinary(i) {
+			size += int64(len(t.Data))
+		} else if n := t.Type.Size(); n > 0 {
 			size += int64(len(t.Data) / n * (2*n + 4)) // as a float has digits, with its comma
 		} else {
 			size += 2 * int64(len(t.Data))

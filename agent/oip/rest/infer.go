@@ -31,13 +31,16 @@ func (h *handler) infer(w http.ResponseWriter, r *http.Request, name string, ver
 		return err
 	}
 	defer out.Release()
-	if err := b.hold(sizeInJSON(in, out)); err != nil {
+	asked := b.held
+	if err := b.hold(sizeOf(in, out)); err != nil {
 		return err
 	}
 	head, data, err := encodeResponse(in, out)
 	if err != nil {
 		return err
 	}
+	// A caller may take its time for the answer; the request is not needed.
+	_ = b.hold(-asked) // giving back is not refused
 	header := w.Header()
 	for k, v := range out.Header {
 		header.Set(k, v)

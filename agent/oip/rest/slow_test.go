@@ -68,6 +68,43 @@ func TestSlowReader(t *testing.T) {
 	}
 }
 
+// What is sent to slow callers counts among what all requests have in memory,
+// and their requests do not any more.
+func TestSlowReadersAreCounted(t *testing.T) {
+	const size, calls = 64 << 20, 3 // more than the system buffers
+	data := make([]byte, size)
+	b := &echo{answer: func(context.Context, oip.Call) (oip.Answer, error) {
+		return oip.Answer{Model: "echo", Version: 1, Outputs: []tensor.Tensor{{Name: "y", Type: tensor.Uint8, Shape: []int64{size}, Data: data}}}, nil
+	}}
+	core := oip.New(oip.Config{Backend: b})
+	server := impatient(t, core, slowTime)
+	const asked = 1 << 20
+	body := `{"parameters":{"binary_data_output":true},"inputs":[{"name":"x","shape":[1],"datatype":"INT32","data":[7` + strings.Repeat(" ", asked) + `]}]}`
+	ask := func() string {
+		c := dial(t, server)
+		fmt.Fprintf(c, "POST /v2/models/echo/infer HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%s", len(body), body)
+		status, err := bufio.NewReader(c).ReadString('\n')
+		if err != nil {
+			t.Fatal(err)
+		}
+		return status
+	}
+	for range calls {
+		if status := ask(); !strings.Contains(status, "200") {
+			t.Fatal(status)
+		}
+	}
+	if core.Hold(oip.DefaultMaxBodies-calls*size+1) == nil {
+		t.Error("the answers that wait are not counted")
+	}
+	if err := core.Hold(oip.DefaultMaxBodies - calls*size); err != nil {
+		t.Errorf("more than the answers is counted: %v", err)
+	}
+	if status := ask(); !strings.Contains(status, "503") {
+		t.Errorf("an answer too many: %s", status)
+	}
+}
+
 func incompressible(released chan struct{}) func(context.Context, oip.Call) (oip.Answer, error) {
 	data := make([]byte, 32<<20)
 	x := uint32(1)
@@ -102,6 +139,30 @@ func TestSlowBody(t *testing.T) {
 			t.Errorf("%s: %v", length, err)
 		}
 		_ = core.Hold(-1000)
+	}
+}
+
+// Callers that announce bodies and do not send them leave others room.
+func TestAnnouncedBodies(t *testing.T) {
+	core := oip.New(oip.Config{Backend: &echo{}})
+	server := impatient(t, core, slowTime)
+	free := func(n int64) bool { return core.Hold(n) == nil && core.Hold(-n) == nil }
+	const callers = 8
+	for range callers {
+		fmt.Fprintf(dial(t, server), "POST /v2/models/echo/infer HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n{", oip.DefaultMaxBody)
+	}
+	for deadline := time.Now().Add(20 * time.Second); free(oip.DefaultMaxBodies - callers<<10 + 1); time.Sleep(time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatal("the announced bodies have no room")
+		}
+	}
+	if !free(oip.DefaultMaxBodies - callers<<20) {
+		t.Error("the announced bodies have much room")
+	}
+	data := strings.Repeat("\x01\x02\x03\x04", 1<<20)
+	head, tail := binaryInput("INT32", "[1048576]", len(data), data)
+	if w := do(t, server, "POST", "/v2/models/echo/infer", head+tail, headerLength, fmt.Sprint(len(head))); w.Code != 200 {
+		t.Errorf("another caller: %d %.200s", w.Code, w.Body)
 	}
 }
 

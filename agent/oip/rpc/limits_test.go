@@ -249,10 +249,32 @@ func TestMessagesAreJudgedByTheirLength(t *testing.T) {
 	raw.data(1, messageHeader(2<<20))
 	raw.untilEnd(1)
 	raw.headers(3, "ModelInfer")
-	raw.data(3, messageHeader(900<<10))
+	raw.data(3, append(messageHeader(900<<10), make([]byte, 17<<10)...))
 	until(t, "the slow sender has its room", func() bool { return !room(s, 200<<10) })
 	raw.Close()
 	until(t, "the room is given back", func() bool { return room(s, 1<<20) })
+}
+
+// Callers that announce messages and do not send them leave others room.
+func TestAnnouncedMessages(t *testing.T) {
+	s := oip.New(oip.Config{Backend: &echo{}})
+	addr := listen(t, New(s, Config{}).Run)
+	raw := dialRaw(t, addr)
+	const calls = 8
+	for i := range uint32(calls) {
+		raw.headers(2*i+1, []string{"ModelInfer", "ModelStreamInfer"}[i%2])
+		raw.data(2*i+1, append(messageHeader(oip.DefaultMaxBody), 1))
+	}
+	until(t, "the announced messages have room", func() bool { return !room(s, oip.DefaultMaxBodies-calls<<10+1) })
+	if !room(s, oip.DefaultMaxBodies-calls<<20) {
+		t.Error("they have much of it")
+	}
+	c := inference.NewGRPCInferenceServiceClient(connect(t, addr))
+	if _, err := c.ModelInfer(t.Context(), uint8s(2<<20)); err != nil {
+		t.Errorf("another client: %v", err)
+	}
+	raw.Close()
+	until(t, "the room is given back", func() bool { return room(s, oip.DefaultMaxBodies) })
 }
 
 // A message that an interceptor does not let through is not read.

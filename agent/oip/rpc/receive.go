@@ -67,9 +67,9 @@ func (s *service) newReceiver(ctx context.Context, limit int64) (*receiver, erro
 }
 
 // next gives the next message, decompressed, and takes its bytes from the
-// share before it reads them. Nobody else has the memory. The error is io.EOF
-// where there are no more messages. One of code Unavailable leaves the message
-// unread, see skip.
+// share part by part, before it reads them. Nobody else has the memory. The
+// error is io.EOF where there are no more messages. One of code Unavailable
+// leaves the rest of the message unread, see skip.
 func (r *receiver) next(s *share) ([]byte, error) {
 	if err := r.ReadMessageHeader(r.header[:]); err != nil {
 		return nil, err
@@ -79,9 +79,10 @@ func (r *receiver) next(s *share) ([]byte, error) {
 	if n > r.limit {
 		return nil, oip.Errorf(oip.TooLarge, "message has %d bytes, allowed are %d", n, r.limit)
 	}
-	if err := s.take(n); err != nil {
+	if err := s.take(n); err != nil { // there is no room for it now
 		return nil, err
 	}
+	_ = s.take(oip.Part(0, n) - n) // giving back is never refused
 	if n > transferAbove {
 		most := r.service.transferTime(n)
 		late := time.AfterFunc(most, func() {
@@ -89,7 +90,7 @@ func (r *receiver) next(s *share) ([]byte, error) {
 		})
 		defer late.Stop()
 	}
-	data, err := r.read(n)
+	data, err := r.read(n, s)
 	if err != nil {
 		return nil, err
 	}
@@ -105,10 +106,12 @@ func (r *receiver) next(s *share) ([]byte, error) {
 	}
 }
 
-func (r *receiver) read(n int64) ([]byte, error) {
+// read reads the n bytes of a message, of which the first oip.Part is taken.
+func (r *receiver) read(n int64, s *share) ([]byte, error) {
 	var data []byte
+	room := oip.Part(0, n)
 	for {
-		part, err := r.Read(int(min(n-int64(len(data)), chunk)))
+		part, err := r.Read(int(min(room-int64(len(data)), chunk)))
 		if err != nil {
 			if errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) {
 				err = oip.Errorf(oip.InvalidArgument, "message ends after %d of %d bytes", len(data), n)
@@ -122,14 +125,20 @@ func (r *receiver) read(n int64) ([]byte, error) {
 				return b, nil
 			}
 		}
-		if data == nil {
-			data = make([]byte, 0, n)
+		if int64(cap(data)) < room {
+			data = append(make([]byte, 0, room), data...)
 		}
 		part.CopyTo(data[len(data) : len(data)+size])
 		data = data[:len(data)+size]
 		part.Free()
-		if int64(len(data)) == n {
+		switch have := int64(len(data)); have {
+		case n:
 			return data, nil
+		case room:
+			room = oip.Part(have, n)
+			if err := s.take(room - have); err != nil {
+				return nil, err
+			}
 		}
 	}
 }
