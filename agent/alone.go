@@ -9,7 +9,6 @@ import (
 	"os"
 	"path/filepath"
 	"runtime"
-	"runtime/debug"
 	"time"
 
 	"github.com/dunlin/dunlin/agent/engine"
@@ -114,7 +113,7 @@ func ServeMain(ctx context.Context, args []string, getenv func(string) string, h
 	} else if err != nil {
 		return err
 	}
-	debug.SetGCPercent(gcPercent)
+	tune(getenv)
 	return Serve(ctx, cfg)
 }
 

@@ -11,6 +11,7 @@ import (
 	"os"
 	"path/filepath"
 	"regexp"
+	"runtime"
 	"runtime/debug"
 	"strings"
 
@@ -128,11 +129,20 @@ func Main(ctx context.Context, args []string, getenv func(string) string, help i
 	} else if err != nil {
 		return err
 	}
-	debug.SetGCPercent(gcPercent)
+	tune(getenv)
 	return Run(ctx, cfg)
 }
 
-// gcPercent keeps the heap small: an agent has little to collect.
+// tune keeps the heap small, of which an agent has little to collect, and
+// leaves half of the cores to the process that computes: what the agent itself
+// does is to pass bytes on. A GOMAXPROCS that is set stays.
+func tune(getenv func(string) string) {
+	debug.SetGCPercent(gcPercent)
+	if getenv("GOMAXPROCS") == "" {
+		runtime.GOMAXPROCS(max(1, runtime.GOMAXPROCS(0)/2))
+	}
+}
+
 const gcPercent = 40
 
 // commands is what every help says of the others.

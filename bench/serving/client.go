@@ -100,16 +100,12 @@ type restCaller struct {
 }
 
 func newREST(l *Load, data []byte) (*restCaller, error) {
-	type parameters map[string]any
-	header := struct {
-		Parameters parameters `json:"parameters"`
-		Inputs     []any      `json:"inputs"`
-	}{Parameters: parameters{"binary_data_output": true}}
-	if l.Deadline > 0 {
-		header.Parameters["timeout"] = l.Deadline.Microseconds()
+	type object map[string]any
+	header := object{
+		"parameters": object{"binary_data_output": true},
+		"inputs": []object{{"name": l.Input.Name, "datatype": l.Input.Type, "shape": l.Input.Shape,
+			"parameters": object{"binary_data_size": len(data)}}},
 	}
-	header.Inputs = []any{map[string]any{"name": l.Input.Name, "datatype": l.Input.Type, "shape": l.Input.Shape,
-		"parameters": parameters{"binary_data_size": len(data)}}}
 	head, err := json.Marshal(header)
 	if err != nil {
 		return nil, err

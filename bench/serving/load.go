@@ -52,11 +52,11 @@ type Result struct {
 	Error   string // the last of those that failed or were refused
 
 	P50, P90, P99, Most time.Duration // of OK
-	RefusedP50          time.Duration
-	RefusedP99          time.Duration
-	RefusedMost         time.Duration
 	RefusedWhy          map[string]int
-	Lag                 time.Duration // p99 of how late an open loop began its calls
+
+	RefusedP50, RefusedP90, RefusedP99, RefusedMost time.Duration
+
+	Lag time.Duration // p99 of how late an open loop began its calls
 }
 
 // rate gives the answers of a second.
@@ -266,7 +266,8 @@ func (l *Load) sum(all []outcome, elapsed time.Duration) Result {
 	slices.Sort(refused)
 	slices.Sort(lags)
 	r.P50, r.P90, r.P99, r.Most = percentile(ok, 50), percentile(ok, 90), percentile(ok, 99), percentile(ok, 100)
-	r.RefusedP50, r.RefusedP99, r.RefusedMost = percentile(refused, 50), percentile(refused, 99), percentile(refused, 100)
+	r.RefusedP50, r.RefusedP90 = percentile(refused, 50), percentile(refused, 90)
+	r.RefusedP99, r.RefusedMost = percentile(refused, 99), percentile(refused, 100)
 	r.Lag = percentile(lags, 99)
 	return r
 }

@@ -213,42 +213,35 @@ func measureOverload(ctx context.Context, b *bench) error {
 		deadline    = 500 * time.Millisecond
 		connections = 8
 	)
-	for _, rest := range []bool{false, true} {
-		steady := b.load(a.GRPC, "resnet50")
-		name, d := "gRPC", b.overload
-		if rest {
-			steady.REST, steady.Address, name, d = true, address(a), "REST", b.overload/3
-		}
-		steady.Concurrency, steady.Connections, steady.For = 2, 2, max(2*b.slice, 2*time.Second)
-		before, err := b.client(ctx, steady, clientCPUs)
-		if err != nil {
-			return err
-		}
-		over := steady
-		over.Connections, over.Deadline, over.For, over.Rate = connections, deadline, d, factor*before.rate()
-		r, err := b.client(ctx, over, clientCPUs)
-		if err != nil {
-			return err
-		}
-		after, err := b.client(ctx, steady, clientCPUs)
-		if err != nil {
-			return err
-		}
-		capacity := (before.rate() + after.rate()) / 2
-		goodput := float64(r.OKSoon) / r.Elapsed.Seconds() / capacity
-		fmt.Printf("\noverload, ResNet-50, %s: one runtime thread on processor %s, clients on %s, deadline %s\n", name, serverCPU, clientCPUs, deadline)
-		fmt.Printf("  capacity, %d clients        %.2f/s before, %.2f/s after\n", steady.Concurrency, before.rate(), after.rate())
-		fmt.Printf("  offered                    %.1f/s for %s, Poisson, seed %d, began at most %.2f ms late (p99)\n", over.Rate, over.For, over.Seed, milliseconds(r.Lag))
-		fmt.Printf("  answered in time           %d, %.3f of capacity, p50 %.0f ms, p99 %.0f ms, most %.0f ms\n",
-			r.OK, goodput, milliseconds(r.P50), milliseconds(r.P99), milliseconds(r.Most))
-		fmt.Printf("  accepted, but late         %d\n", r.Late)
-		fmt.Printf("  refused                    %d %v, p50 %.2f ms, p99 %.2f ms, most %.2f ms\n",
-			r.Refused, r.RefusedWhy, milliseconds(r.RefusedP50), milliseconds(r.RefusedP99), milliseconds(r.RefusedMost))
-		if !rest {
-			b.figures["overload_goodput"] = goodput
-			b.figures["reject_p99_ms"] = milliseconds(r.RefusedP99)
-		}
+	steady := b.load(a.GRPC, "resnet50")
+	steady.Concurrency, steady.Connections, steady.For = 2, 2, max(2*b.slice, 2*time.Second)
+	before, err := b.client(ctx, steady, clientCPUs)
+	if err != nil {
+		return err
 	}
+	over := steady
+	over.Connections, over.Deadline, over.For, over.Rate = connections, deadline, b.overload, factor*before.rate()
+	r, err := b.client(ctx, over, clientCPUs)
+	if err != nil {
+		return err
+	}
+	after, err := b.client(ctx, steady, clientCPUs)
+	if err != nil {
+		return err
+	}
+	capacity := (before.rate() + after.rate()) / 2
+	goodput := float64(r.OKSoon) / r.Elapsed.Seconds() / capacity
+	fmt.Printf("\noverload, ResNet-50, gRPC: one runtime thread on processor %s, clients on %s, deadline %s\n", serverCPU, clientCPUs, deadline)
+	fmt.Printf("  %-28s %.2f/s before, %.2f/s after\n", fmt.Sprintf("capacity, %d clients", steady.Concurrency), before.rate(), after.rate())
+	fmt.Printf("  %-28s %.1f/s for %s, Poisson, seed %d, begun at most %.2f ms late (p99)\n",
+		"offered", over.Rate, over.For, over.Seed, milliseconds(r.Lag))
+	fmt.Printf("  %-28s %d, %.3f of capacity, p50 %.0f ms, p99 %.0f ms, most %.0f ms\n",
+		"answered in time", r.OK, goodput, milliseconds(r.P50), milliseconds(r.P99), milliseconds(r.Most))
+	fmt.Printf("  %-28s %d\n", "accepted, but late", r.Late)
+	fmt.Printf("  %-28s %d %v, p50 %.2f ms, p90 %.2f ms, p99 %.2f ms, most %.2f ms\n", "refused", r.Refused, r.RefusedWhy,
+		milliseconds(r.RefusedP50), milliseconds(r.RefusedP90), milliseconds(r.RefusedP99), milliseconds(r.RefusedMost))
+	b.figures["overload_goodput"] = goodput
+	b.figures["reject_p99_ms"] = milliseconds(r.RefusedP99)
 	return nil
 }
 

@@ -72,7 +72,7 @@ func TestSum(t *testing.T) {
 	got := l.sum(all, time.Second)
 	want := Result{Elapsed: time.Second, OK: 2, OKSoon: 1, Late: 2, Refused: 1, Failed: 1, Error: "broken",
 		P50: 10 * time.Millisecond, P90: 20 * time.Millisecond, P99: 20 * time.Millisecond, Most: 20 * time.Millisecond,
-		RefusedP50: 2 * time.Millisecond, RefusedP99: 2 * time.Millisecond, RefusedMost: 2 * time.Millisecond,
+		RefusedP50: 2 * time.Millisecond, RefusedP90: 2 * time.Millisecond, RefusedP99: 2 * time.Millisecond, RefusedMost: 2 * time.Millisecond,
 		RefusedWhy: map[string]int{"Unavailable": 1}}
 	if !reflect.DeepEqual(got, want) {
 		t.Errorf("got %+v, want %+v", got, want)

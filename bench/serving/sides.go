@@ -297,16 +297,15 @@ func (b *bench) startEcho(ctx context.Context, size int) (address string, err er
 // startMLServer starts MLServer with the tiny net and so many worker
 // processes; with 0, it runs the net in the process that listens.
 func (b *bench) startMLServer(ctx context.Context, workers int) (address string, err error) {
-	program := b.mlserver
-	if program == "" {
+	if b.mlserver == "" {
 		progress("installing MLServer where it is not there")
 		out, err := e2e.Run(ctx, nil, "sh", filepath.Join(b.root, "bench/serving/mlserver/setup.sh"))
 		if err != nil {
 			return "", err
 		}
-		program = strings.TrimSpace(out)
+		b.mlserver = strings.TrimSpace(out)
 	}
-	version, err := e2e.Run(ctx, nil, filepath.Join(filepath.Dir(program), "python"), "-c",
+	version, err := e2e.Run(ctx, nil, filepath.Join(filepath.Dir(b.mlserver), "python"), "-c",
 		"import importlib.metadata as m; print('MLServer', m.version('mlserver'), 'with onnxruntime', m.version('onnxruntime'))")
 	if err != nil {
 		return "", err
@@ -320,7 +319,7 @@ func (b *bench) startMLServer(ctx context.Context, workers int) (address string,
 	if err := copyFile(filepath.Join(dir, "mlp.onnx"), b.net("mlp")); err != nil {
 		return "", err
 	}
-	env := []string{"PYTHONPATH=" + dir, "MLSERVER_HOST=127.0.0.1", "MLSERVER_DEBUG=false", fmt.Sprintf("MLSERVER_PARALLEL_WORKERS=%d", workers)}
+	env := []string{"PYTHONPATH=" + dir, "MLSERVER_HOST=127.0.0.1", "MLSERVER_DEBUG=false", "MLSERVER_METRICS_DIR=" + dir, fmt.Sprintf("MLSERVER_PARALLEL_WORKERS=%d", workers)}
 	for _, port := range []string{"HTTP", "METRICS", "GRPC"} {
 		if address, err = e2e.FreeAddress(); err != nil {
 			return "", err
@@ -331,7 +330,7 @@ func (b *bench) startMLServer(ctx context.Context, workers int) (address string,
 		}
 		env = append(env, "MLSERVER_"+port+"_PORT="+number)
 	}
-	_, err = b.start(ctx, name, env, func(ctx context.Context) error { return answers(ctx, address, "mlp") }, program, "start", dir)
+	_, err = b.start(ctx, name, env, func(ctx context.Context) error { return answers(ctx, address, "mlp") }, b.mlserver, "start", dir)
 	return address, err
 }
 
