@@ -133,17 +133,19 @@ func Main(ctx context.Context, args []string, getenv func(string) string, help i
 	return Run(ctx, cfg)
 }
 
-// tune keeps the heap small, of which an agent has little to collect, and
-// leaves half of the cores to the process that computes: what the agent itself
-// does is to pass bytes on. A GOMAXPROCS that is set stays.
+// tune leaves half of the cores to the process that computes: what the agent
+// itself does is to pass bytes on. A GOMAXPROCS that is set stays. It has
+// little live memory, so that collecting less often costs little, and much of
+// the time of a request with a large tensor goes into collecting.
 func tune(getenv func(string) string) {
+	shortSlices()
 	debug.SetGCPercent(gcPercent)
 	if getenv("GOMAXPROCS") == "" {
 		runtime.GOMAXPROCS(max(1, runtime.GOMAXPROCS(0)/2))
 	}
 }
 
-const gcPercent = 40
+const gcPercent = 200
 
 // commands is what every help says of the others.
 const commands = "Commands: dunlin-agent run, the default; dunlin-agent serve; dunlin-agent doctor; dunlin-agent version."

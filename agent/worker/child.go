@@ -99,6 +99,12 @@ func lowerPriority() error {
 			if err := unix.Setpriority(unix.PRIO_PROCESS, id, wanted); err != nil && !errors.Is(err, unix.ESRCH) {
 				return fmt.Errorf("lower priority: %w", err)
 			}
+			// The parent's threads may have short slices; those that compute
+			// are to have the kernel's.
+			if a, err := unix.SchedGetAttr(id, 0); err == nil && a.Policy == unix.SCHED_NORMAL {
+				a.Runtime = 0
+				_ = unix.SchedSetAttr(id, a, 0) // where it cannot be had, nothing is lost
+			}
 		}
 	}
 	return nil

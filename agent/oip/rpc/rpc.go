@@ -25,7 +25,7 @@ import (
 const (
 	maxStreams      = 256      // calls at a time
 	maxHeaders      = 16 << 10 // bytes of the headers of a call
-	streamWindow    = 64 << 10 // bytes of a call that arrive before somebody reads them
+	streamWindow    = 1 << 20  // bytes of a call that arrive before somebody reads them
 	connWindow      = 1 << 20
 	connectTimeout  = 10 * time.Second // for the handshake
 	pingAfter       = time.Minute      // without traffic; a peer that is gone does not answer
