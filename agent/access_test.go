@@ -10,6 +10,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -130,12 +131,65 @@ func TestUnreadBodies(t *testing.T) {
 }
 
 func TestConnectionLimit(t *testing.T) {
-	one, two := connectionLimit(1), connectionLimit(2)
 	var limit unix.Rlimit
 	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &limit); err != nil {
 		t.Fatal(err)
 	}
-	if one > maxConnections || uint64(one) > limit.Cur/4*3 || uint64(2*two) > limit.Cur/4*3 {
-		t.Errorf("%d for one listener and %d for each of two, of %d files", one, two, limit.Cur)
+	if n := connectionLimit(); n > maxConnections || uint64(n) > limit.Cur/4*3 {
+		t.Errorf("%d connections with %d files", n, limit.Cur)
+	}
+}
+
+// Two listeners share what room there is; a connection that is closed, also
+// twice, makes room for one other.
+func TestListenersShareRoom(t *testing.T) {
+	room := make(chan struct{}, 2)
+	var ports [2]*listener
+	accepted := make(chan net.Conn)
+	var wg sync.WaitGroup
+	for i := range ports {
+		l, err := net.Listen("tcp", "127.0.0.1:0")
+		if err != nil {
+			t.Fatal(err)
+		}
+		ports[i] = newListener(l, room)
+	}
+	accept := func(l *listener) {
+		wg.Go(func() {
+			if c, err := l.Accept(); err == nil {
+				accepted <- c
+			}
+		})
+		c, err := net.Dial("tcp", l.Addr().String())
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { c.Close() })
+	}
+	accept(ports[0])
+	first := <-accepted
+	accept(ports[1])
+	second := <-accepted
+	accept(ports[0]) // finds no room
+	select {
+	case <-accepted:
+		t.Fatal("a third connection")
+	case <-time.After(50 * time.Millisecond):
+	}
+	first.Close()
+	first.Close()
+	third := <-accepted
+	if len(room) != 2 {
+		t.Errorf("%d places are taken", len(room))
+	}
+	accept(ports[1])
+	for _, l := range ports { // who waits for room is told
+		l.Close()
+	}
+	wg.Wait()
+	second.Close()
+	third.Close()
+	if len(room) != 0 {
+		t.Errorf("%d places are taken when all have left", len(room))
 	}
 }

@@ -12,7 +12,6 @@ import (
 	"sync/atomic"
 	"time"
 
-	"golang.org/x/net/netutil"
 	"golang.org/x/sys/unix"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials"
@@ -33,7 +32,7 @@ const (
 	// refusalTime how long it may take to refuse those that have not ended.
 	drainTime   = 5 * time.Second
 	refusalTime = time.Second
-	// maxConnections is how many clients may be connected to each listener,
+	// maxConnections is how many clients may be connected to the listeners,
 	// where the process may have as many files; a further one waits until
 	// another leaves.
 	maxConnections = 16 << 10
@@ -81,12 +80,13 @@ func listen(s *Serving) (_ *ports, err error) {
 	if l.keys, err = s.loadKeys(); err != nil {
 		return nil, err
 	}
+	room := make(chan struct{}, connectionLimit())
 	open := func(flag, address string) (*listener, error) {
 		opened, err := net.Listen("tcp", address)
 		if err != nil {
 			return nil, fmt.Errorf("%w; --%s chooses another address", err, flag)
 		}
-		return newListener(netutil.LimitListener(opened, connectionLimit(s.listeners()))), nil
+		return newListener(opened, room), nil
 	}
 	if l.http, err = open("listen", s.Listen); err != nil {
 		return nil, err
@@ -100,23 +100,15 @@ func listen(s *Serving) (_ *ports, err error) {
 	return l, nil
 }
 
-// listeners is how many there are.
-func (s *Serving) listeners() int {
-	if s.GRPCListen == "" {
-		return 1
-	}
-	return 2
-}
-
-// connectionLimit is how many connections each of so many listeners may have.
-// Together they leave a quarter of the files that the process may open to
-// everything that is not a connection.
-func connectionLimit(listeners int) int {
+// connectionLimit is how many connections all listeners together may have. It
+// leaves a quarter of the files that the process may open to everything that
+// is not a connection.
+func connectionLimit() int {
 	var limit unix.Rlimit
 	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &limit); err != nil {
 		return maxConnections
 	}
-	return int(min(maxConnections, max(limit.Cur/4*3/uint64(listeners), 1)))
+	return int(min(maxConnections, max(limit.Cur/4*3, 1)))
 }
 
 func (l *ports) close() {

@@ -6,22 +6,38 @@ import (
 	"sync/atomic"
 )
 
-// listener knows the connections on which nothing has come yet. A server that
-// stops waits for a first request on each of them, so they are closed first.
+// listener bounds the connections, and knows those on which nothing has come
+// yet. A server that stops waits for a first request on each of them, so they
+// are closed first.
 type listener struct {
 	net.Listener
+	room   chan struct{} // holds one for each connection; shared with other listeners
+	closed chan struct{}
+	close  sync.Once
 	mu     sync.Mutex
 	silent map[*connection]struct{} // nil once they were closed
 }
 
-func newListener(l net.Listener) *listener {
-	return &listener{Listener: l, silent: map[*connection]struct{}{}}
+func newListener(l net.Listener, room chan struct{}) *listener {
+	return &listener{Listener: l, room: room, closed: make(chan struct{}), silent: map[*connection]struct{}{}}
 }
 
-// Accept implements net.Listener.
+// Close implements net.Listener.
+func (l *listener) Close() error {
+	l.close.Do(func() { close(l.closed) })
+	return l.Listener.Close()
+}
+
+// Accept implements net.Listener. It waits until there is room for a connection.
 func (l *listener) Accept() (net.Conn, error) {
+	select {
+	case l.room <- struct{}{}:
+	case <-l.closed:
+		return nil, net.ErrClosed
+	}
 	accepted, err := l.Listener.Accept()
 	if err != nil {
+		<-l.room
 		return nil, err
 	}
 	c := &connection{Conn: accepted, listener: l}
@@ -54,6 +70,7 @@ type connection struct {
 	net.Conn
 	listener *listener
 	spoke    atomic.Bool
+	close    sync.Once
 }
 
 func (c *connection) heard() {
@@ -77,5 +94,7 @@ func (c *connection) Read(b []byte) (int, error) {
 // Close implements net.Conn.
 func (c *connection) Close() error {
 	c.heard()
-	return c.Conn.Close()
+	err := c.Conn.Close()
+	c.close.Do(func() { <-c.listener.room })
+	return err
 }

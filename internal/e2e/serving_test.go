@@ -129,6 +129,9 @@ func TestIdleConnections(t *testing.T) {
 		for range connections {
 			c := open(t, a.URL)
 			idle = append(idle, c)
+			if err := c.SetDeadline(time.Now().Add(time.Minute)); err != nil {
+				t.Fatal(err)
+			}
 			if _, err := io.WriteString(c, "GET /v2/health/live HTTP/1.1\r\nHost: a\r\n\r\n"); err != nil {
 				t.Fatal(err)
 			}
