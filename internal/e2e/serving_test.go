@@ -262,7 +262,7 @@ func children(t *testing.T, pid int) []int {
 		if err != nil {
 			continue // the thread has ended
 		}
-		for _, f := range strings.Fields(string(b)) {
+		for f := range strings.FieldsSeq(string(b)) {
 			var child int
 			if _, err := fmt.Sscan(f, &child); err == nil {
 				found = append(found, child)
