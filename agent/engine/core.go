@@ -363,7 +363,7 @@ func (c *core) finish(r *run) {
 				m.result = Result{
 					Outputs: pick(r.outcome.Outputs[i], r.outputs, m.outputs), Rows: r.rows,
 					Queue: r.started - m.arrived, Input: r.outcome.Input, Infer: r.outcome.Infer, Output: r.outcome.Output,
-					request: m,
+					Labels: v.info.Labels, request: m,
 				}
 			}
 			c.deliver(v, m)

@@ -366,6 +366,8 @@ type Result struct {
 	Rows    int // of the run that it was part of
 	// Times in the queue, until the run began, of the run, and after it.
 	Queue, Input, Infer, Output time.Duration
+	// Labels are those of the version that ran it.
+	Labels map[string][]string
 
 	request *request
 }

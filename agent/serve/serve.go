@@ -262,9 +262,8 @@ func (s *Server) Infer(ctx context.Context, c oip.Call) (oip.Answer, error) {
 		}
 		r, err := s.engine.Infer(ctx, id, engine.Request{Inputs: c.Inputs, Outputs: c.Outputs, Priority: c.Priority, Timeout: c.Timeout})
 		if err == nil {
-			info, _ := s.engine.Info(id)
 			return oip.Answer{
-				Model: id.Model, Version: id.Version, Outputs: r.Outputs, Labels: info.Labels,
+				Model: id.Model, Version: id.Version, Outputs: r.Outputs, Labels: r.Labels,
 				Header:  t.header(id),
 				Times:   oip.Times{Queue: r.Queue, Input: r.Input, Infer: r.Infer, Output: r.Output},
 				Release: r.Release,
