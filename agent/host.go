@@ -143,9 +143,11 @@ func (s *Serving) workerConfig(threads int) worker.Config {
 	return worker.Config{Command: s.Worker, RuntimeLib: s.RuntimeLib, Threads: threads, Log: s.Log}
 }
 
-// check loads a version in a process of its own.
+// check loads a version in a process of its own, on one thread.
 func (h *host) check(ctx context.Context, spec engine.Spec) (engine.Info, error) {
-	return worker.Check(ctx, h.serving.workerConfig(1), spec)
+	cfg := h.serving.workerConfig(1)
+	cfg.Threads = 1 // whatever the settings say: others are being served
+	return worker.Check(ctx, cfg, spec)
 }
 
 // part is one of the things that run beside the answering of requests.
