@@ -30,6 +30,8 @@ type recorder struct {
 	sent []message
 	cut  []string
 	news chan struct{} // capacity 1
+	// onPublish, if set, is called with each message before Publish returns.
+	onPublish func(message)
 }
 
 func newRecorder() *recorder { return &recorder{news: make(chan struct{}, 1)} }
@@ -42,8 +44,6 @@ func (r *recorder) note() {
 }
 
 func (r *recorder) Publish(topic string, payload []byte) error {
-	r.mu.Lock()
-	defer r.mu.Unlock()
 	m := message{kind: "epoch", payload: payload}
 	if topic != link.EpochTopic {
 		var err error
@@ -51,8 +51,14 @@ func (r *recorder) Publish(topic string, payload []byte) error {
 			return err
 		}
 	}
+	r.mu.Lock()
 	r.sent = append(r.sent, m)
 	r.note()
+	onPublish := r.onPublish
+	r.mu.Unlock()
+	if onPublish != nil {
+		onPublish(m)
+	}
 	return nil
 }
 
@@ -305,6 +311,34 @@ func TestRollout(t *testing.T) {
 	if !strings.Contains(r.Reason, "dev (opset 99)") {
 		t.Error(r.Reason)
 	}
+}
+
+// A device may report before the pass that published its generation ends; the
+// rollout does not wait until the planner looks again by itself.
+func TestReportDuringPass(t *testing.T) {
+	slow := defaultTiming
+	slow.look = time.Hour
+	w := fresh(t, slow)
+	w.join("dev")
+	w.push("digits")
+	w.hello("dev", "s1", nil)
+	w.desired("dev", 0, anything)
+	reported := make(chan error, 1)
+	w.bus.mu.Lock()
+	w.bus.onPublish = func(in message) {
+		var m dunlinv1.Desired
+		var doc dunlinv1.DesiredDocument
+		if in.kind != link.Desired || proto.Unmarshal(in.payload, &m) != nil || proto.Unmarshal(m.Document, &doc) != nil || len(doc.Versions) == 0 {
+			return
+		}
+		reported <- w.d.reported(t.Context(), "dev", &dunlinv1.Reported{Session: "s1", Sequence: 1, Observed: m.Generation, Versions: []*dunlinv1.VersionStatus{
+			{Model: "digits", Version: 1, Serving: true},
+		}})
+	}
+	w.bus.mu.Unlock()
+	id := w.apply("digits", 1)
+	w.must(<-reported)
+	w.rollout(id, ended(fleet.Succeeded))
 }
 
 // A refusal of an earlier try does not count against the next.

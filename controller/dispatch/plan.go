@@ -59,6 +59,9 @@ func (d *Dispatcher) pass(ctx context.Context) (next time.Time, err error) {
 	objects := d.objects.Swap(false)
 	next = d.now().Add(time.Hour)
 	if objects || d.running.Load() {
+		// A report that comes after the snapshot, of a generation that this
+		// very pass publishes maybe, must lead to another pass.
+		d.running.Store(true)
 		snap, err := d.store.Snapshot(ctx)
 		if err != nil {
 			return next, fmt.Errorf("read the store: %w", err)
