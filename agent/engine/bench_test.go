@@ -11,7 +11,10 @@ import (
 )
 
 // instant is a Runtime that takes no time.
-type instant struct{ outputs [][]tensor.Tensor }
+type instant struct {
+	still
+	outputs [][]tensor.Tensor
+}
 
 func (instant) Load(context.Context, Spec) (Info, error) { return digits, nil }
 func (i instant) Run(_ context.Context, _ VersionID, requests [][]tensor.Tensor, _ []string) (Outcome, error) {
@@ -20,7 +23,7 @@ func (i instant) Run(_ context.Context, _ VersionID, requests [][]tensor.Tensor,
 func (instant) Unload(context.Context, VersionID) error { return nil }
 
 func benchmark(b *testing.B, o *serving.Options, f func(e *Engine, in []tensor.Tensor)) {
-	e := New(Config{Runtime: instant{make([][]tensor.Tensor, serving.DefaultBatchSize)}})
+	e := New(Config{Runtime: instant{outputs: make([][]tensor.Tensor, serving.DefaultBatchSize)}})
 	ctx, stop := context.WithCancel(b.Context())
 	var wg sync.WaitGroup
 	wg.Go(func() { e.Run(ctx) })

@@ -24,6 +24,7 @@ type request struct {
 	rows     int
 	size     int64 // bytes of the inputs, and one
 	alone    bool  // runs with no other
+	retried  bool  // its run failed for want of memory or progress, once
 
 	// The core's until the request is answered, which happens once.
 	version      *version // that admitted it
@@ -64,6 +65,8 @@ type run struct {
 	started  moment
 	ends     moment // as predicted
 	live     int    // requests that somebody waits for
+	memory   int64  // of its workspace
+	stalled  bool   // it was interrupted for want of progress
 
 	// Known when it is over.
 	outcome Outcome
@@ -73,7 +76,7 @@ type run struct {
 
 // job is something that goes on outside of the core; who starts it sets
 // cancel.
-type job struct{ cancel context.CancelFunc }
+type job struct{ cancel context.CancelCauseFunc }
 
 // call is a question of the engine's caller that is not a request.
 type call struct{ answer chan reply } // holds one
@@ -112,9 +115,11 @@ type (
 		id  VersionID
 		err error
 	}
-	inspect struct{ call *call }
-	health  struct{ call *call }
-	stop    struct{}
+	// abandoned forgets a version that was claimed and cannot be loaded.
+	abandoned struct{ id VersionID }
+	inspect   struct{ call *call }
+	health    struct{ call *call }
+	stop      struct{}
 )
 
 // What the core decides; carried out in order.
@@ -123,12 +128,16 @@ type (
 	startRun struct{ run *run }
 	// startUnload comes when nothing runs on the version any more.
 	startUnload struct{ version *version }
-	interrupt   struct{ job *job }
-	answer      struct{ request *request }
-	reply       struct {
+	interrupt   struct {
+		job   *job
+		cause error // nil: nobody waits for it
+	}
+	answer struct{ request *request }
+	reply  struct {
 		call     *call
 		id       VersionID // that a claim may load
 		versions []Status
+		memory   Memory
 		err      error
 	}
 	// publish makes a version's Info known, or unknown where nil.
@@ -156,6 +165,15 @@ type core struct {
 	stopped    bool
 	number     uint64 // of requests that have been admitted
 
+	order     []*version // as sorted gives them; nil: to be made
+	ledger    ledger
+	trials    int    // versions that are being loaded, and come in for that
+	dirty     bool   // the memory is to be arranged
+	hungry    bool   // requests wait for workspace
+	presses   bool   // a version waits for room
+	arrangeAt moment // when the memory is to be arranged again
+	calm      moment // until when nothing is brought in ahead of demand
+
 	epoch, time time.Time
 	now         moment
 	alarm       moment // the next tick
@@ -163,7 +181,7 @@ type core struct {
 }
 
 func newCore(now time.Time) *core {
-	return &core{versions: make(map[VersionID]*version), current: make(map[VersionID]*version), epoch: now, alarm: never}
+	return &core{versions: make(map[VersionID]*version), current: make(map[VersionID]*version), epoch: now, alarm: never, arrangeAt: never}
 }
 
 // step takes an event and gives what is to be done now. The slice is valid
@@ -190,12 +208,29 @@ func (c *core) step(ev event, now time.Time) []effect {
 		c.drain(ev)
 	case unloaded:
 		c.unloaded(ev)
+	case abandoned:
+		c.put(ev.id, nil)
+	case activated:
+		c.dirty = true
+		c.activated(ev)
+	case deactivated:
+		c.dirty = true
+		c.deactivated(ev)
+	case prepacked:
+		c.dirty = true
+		c.prepacked(ev)
+	case setMemory:
+		c.dirty = true
+		c.ledger.budget = ev.budget
 	case inspect:
 		c.emit(c.inspect(ev.call))
 	case health:
 		c.emit(reply{call: ev.call, err: c.health()})
 	case stop:
 		c.stop()
+	}
+	if c.dirty {
+		c.arrange()
 	}
 	return c.effects
 }
@@ -216,6 +251,12 @@ func (c *core) arrive(r *request) {
 		err = fmt.Errorf("%s: %w", r.id, ErrDraining)
 	}
 	if err != nil {
+		c.answer(r, err)
+		return
+	}
+	v.home.demand.observe(c.now, c.time)
+	if err := c.cannotCome(v, r); err != nil {
+		v.figures.refused(err)
 		c.answer(r, err)
 		return
 	}
@@ -256,16 +297,22 @@ func (c *core) schedule(v *version) {
 		r.late, r.rank, r.moves = true, c.now, never
 		v.queue.insert(r)
 	}
+	c.refuseTooLarge(v)
 	for {
 		for r := v.hopeless(c.now); r != nil; r = v.hopeless(c.now) {
 			c.dequeue(v, r)
 			start, _ := v.start(c.now)
 			c.leave(v, r, v.expired(r, start+v.queue.ahead(r), 0, c.now))
 		}
-		if v.hold = never; !v.free() {
+		v.hold = never
+		if v.home.residency != resident || v.home.yields {
+			c.dirty = c.dirty || v.queue.len > 0
 			break
 		}
-		members := v.next(c.now)
+		if !v.free() {
+			break
+		}
+		members := c.afford(v, v.next(c.now))
 		if len(members) == 0 {
 			break
 		}
@@ -275,7 +322,7 @@ func (c *core) schedule(v *version) {
 		c.alarm = at
 		c.emit(wake{c.epoch.Add(at)})
 	}
-	if v.phase == draining && len(v.runs) == 0 && !c.stopped {
+	if v.phase == draining && v.idle() && v.settled() && !c.stopped {
 		v.phase = unloading
 		c.emit(startUnload{v})
 	}
@@ -294,13 +341,25 @@ func (c *core) start(v *version, members []*request) {
 		}
 	}
 	r.ends = c.now + v.predict.mean(r.size)
+	r.memory = v.workspace(r.rows)
+	c.ledger.used += r.memory
 	v.runs = append(v.runs, r)
+	if v.home.runsSince++; v.home.runsSince == prepackAfter && v.home.need.Prepacked > 0 {
+		c.dirty = true
+	}
 	c.emit(startRun{r})
 }
 
 func (c *core) tick() {
 	c.alarm = never
+	if c.arrangeAt <= c.now {
+		c.dirty = true
+	} else if c.arrangeAt < c.alarm {
+		c.alarm = c.arrangeAt
+		c.emit(wake{c.epoch.Add(c.alarm)})
+	}
 	for _, v := range c.versions {
+		c.interruptStalled(v)
 		if v.wake() <= c.now {
 			c.schedule(v)
 		} else if at := v.wake(); at < c.alarm {
@@ -318,9 +377,10 @@ func (c *core) cancel(r *request) {
 		c.dequeue(v, r)
 		c.leave(v, r, context.Canceled)
 		c.schedule(v)
+		c.dirty = c.dirty || c.presses
 	case running:
 		if r.run.live--; r.run.live == 0 {
-			c.emit(interrupt{&r.run.job})
+			c.emit(interrupt{job: &r.run.job})
 		}
 		c.leave(v, r, context.Canceled)
 	case held:
@@ -336,6 +396,8 @@ func (c *core) finish(r *run) {
 	v := r.version
 	v.runs = slices.DeleteFunc(v.runs, func(o *run) bool { return o == r })
 	took := c.now - r.started
+	c.ledger.used -= r.memory
+	c.dirty = c.dirty || c.presses || c.hungry || v.home.yields || c.ledger.free() < 0
 	v.figures.ran(r, c.time)
 	// A run that was cancelled after its predicted end took at least so long.
 	if r.err == nil || r.live == 0 && took > v.predict.mean(r.size) {
@@ -348,12 +410,17 @@ func (c *core) finish(r *run) {
 		v.queue.reprice(v.price)
 		c.emit(separate{v.id, r.err})
 	}
-	again := len(r.requests) > 1 && !c.stopped && r.err != nil &&
+	retry := c.harmed(v, r)
+	again := !retry && len(r.requests) > 1 && !c.stopped && r.err != nil &&
 		!errors.Is(r.err, context.Canceled) && !errors.Is(r.err, ErrUnavailable)
 	r.holders.Store(int32(1 + r.live)) // and the one that reports it
 	for i, m := range r.requests {
 		switch {
 		case m.state != running: // given up
+		case retry && !m.retried:
+			m.retried = true
+			v.price(m)
+			c.enqueue(v, m)
 		case again:
 			m.alone = true
 			v.price(m)
@@ -370,6 +437,38 @@ func (c *core) finish(r *run) {
 		}
 	}
 	c.schedule(v)
+}
+
+// harmed takes in what a run's error says of its version beyond this run, and
+// says whether its requests are to be run once more.
+func (c *core) harmed(v *version, r *run) bool {
+	h := &v.home
+	switch {
+	case r.err == nil:
+		if h.most == 0 {
+			break
+		}
+		if h.good++; h.good >= growBatches {
+			if h.good, h.most = 0, 2*h.most; h.most >= v.info.Options.MaxBatchSize {
+				h.most = 0
+			}
+		}
+	case c.stopped:
+	case r.stalled:
+		r.err = fmt.Errorf("run %s: %w: it took %v", v.id, ErrStalled, (c.now - r.started).Round(time.Millisecond))
+		return true
+	case errors.Is(r.err, ErrOutOfMemory):
+		c.outOfMemory(v, r)
+		return true
+	case errors.Is(r.err, ErrQuarantined):
+		c.lose(v, r.err)
+	case errors.Is(r.err, ErrNotLoaded) && h.residency == resident:
+		// The runtime could not bring it back after a death.
+		h.residency, h.since, h.prepacked = out, c.now, false
+		c.charge(v, 0)
+		return true
+	}
+	return false
 }
 
 // deliver answers a request that has run, when it is its turn.

@@ -57,6 +57,8 @@ type Info struct {
 	// Batch says that the graph calls the first dimension of each input and
 	// output by one name, and that a batch.
 	Batch bool
+	// Need is what it takes of the memory, measured or estimated.
+	Need Need
 	// Options and Labels are those of the Spec, and ID is the one that the
 	// Runtime has the version by; the engine fills them in.
 	Options serving.Options
@@ -67,14 +69,24 @@ type Info struct {
 // Runtime runs models. Its methods may be called from many goroutines at a
 // time; they return when what they began is over, soon after ctx is done.
 type Runtime interface {
+	// Load makes a version ready to be activated; its weights are out.
 	Load(ctx context.Context, s Spec) (Info, error)
-	// Run runs a loaded version once on several requests together: the rows
+	// Activate brings a version's weights in, and gives what it needs by now.
+	// Its cost should be a small part of that of Load.
+	Activate(ctx context.Context, id VersionID) (Need, error)
+	// Prepack lays the weights of an active version out anew, beside the old
+	// ones, so that its runs become faster. Runs go on meanwhile.
+	Prepack(ctx context.Context, id VersionID) error
+	// Deactivate puts a version's weights out. Nothing runs on it.
+	Deactivate(ctx context.Context, id VersionID) error
+	// Run runs an active version once on several requests together: the rows
 	// of each input are those of the first request, then those of the second,
 	// and so on. One request alone need not have rows. It does not write to
 	// the inputs. The outputs come in the order asked for; nil asks for all of
 	// them. ErrRows is the error of outputs that cannot be told apart by the
 	// rows of the inputs.
 	Run(ctx context.Context, id VersionID, requests [][]tensor.Tensor, outputs []string) (Outcome, error)
+	// Unload forgets a version, whose weights may be in.
 	Unload(ctx context.Context, id VersionID) error
 }
 
@@ -121,7 +133,13 @@ func (e *RefusedError) Unwrap() error { return e.Err }
 // Config configures an Engine.
 type Config struct {
 	Runtime Runtime
-	Log     *slog.Logger
+	// Memory is how many bytes the loaded versions may take; 0 sets no bound.
+	Memory int64
+	// Oversize lets a version run whose weights alone are more than that: they
+	// stay in their files, and are read from there as they are needed. Without
+	// it, such a version is refused.
+	Oversize bool
+	Log      *slog.Logger
 }
 
 // Engine is safe for use by many goroutines. Its calls wait until Run runs
@@ -129,6 +147,7 @@ type Config struct {
 type Engine struct {
 	runtime Runtime
 	log     *slog.Logger
+	ledger  ledger        // that the core begins with
 	core    chan *core    // holds the core while nobody owns it
 	running chan struct{} // closed when Run begins
 	tick    *time.Timer   // reset by the owner of the core
@@ -144,6 +163,7 @@ func New(cfg Config) *Engine {
 	e := &Engine{
 		runtime: cfg.Runtime,
 		log:     cfg.Log,
+		ledger:  ledger{budget: cfg.Memory, oversize: cfg.Oversize},
 		core:    make(chan *core, 1),
 		running: make(chan struct{}),
 	}
@@ -157,7 +177,9 @@ func New(cfg Config) *Engine {
 func (e *Engine) Run(ctx context.Context) error {
 	e.tick = time.NewTimer(time.Hour)
 	defer e.tick.Stop()
-	e.core <- newCore(time.Now())
+	c := newCore(time.Now())
+	c.ledger = e.ledger
+	e.core <- c
 	close(e.running)
 	for {
 		select {
@@ -186,15 +208,22 @@ func (e *Engine) do(ctx context.Context, ev event) error {
 		case answer:
 			f.request.answer <- struct{}{}
 		case startRun:
-			var ctx context.Context
-			ctx, f.run.cancel = context.WithCancel(context.Background())
+			ctx := f.run.begin()
 			e.work.Go(func() { e.execute(ctx, f.run) })
 		case startUnload:
-			var ctx context.Context
-			ctx, f.version.unload.cancel = context.WithCancel(context.Background())
+			ctx := f.version.unload.begin()
 			e.work.Go(func() { e.unload(ctx, f.version) })
+		case startActivate:
+			ctx := f.version.home.move.begin()
+			e.work.Go(func() { e.activate(ctx, f.version) })
+		case startDeactivate:
+			ctx := f.version.home.move.begin()
+			e.work.Go(func() { e.deactivate(ctx, f.version) })
+		case startPrepack:
+			ctx := f.version.home.move.begin()
+			e.work.Go(func() { e.prepack(ctx, f.version) })
 		case interrupt:
-			f.job.cancel()
+			f.job.cancel(f.cause)
 		case reply:
 			f.call.answer <- f
 		case publish:
@@ -214,9 +243,47 @@ func (e *Engine) do(ctx context.Context, ev event) error {
 // must is do for an event that must not be lost.
 func (e *Engine) must(ev event) { e.do(context.Background(), ev) }
 
+// begin gives the context of a job that starts.
+func (j *job) begin() context.Context {
+	var ctx context.Context
+	ctx, j.cancel = context.WithCancelCause(context.Background())
+	return ctx
+}
+
+func (e *Engine) activate(ctx context.Context, v *version) {
+	cancel := v.home.move.cancel
+	defer cancel(nil)
+	began := time.Now()
+	need, err := e.runtime.Activate(ctx, v.id)
+	if err != nil {
+		err = fmt.Errorf("activate %s: %w", v.id, err)
+	}
+	e.must(activated{v, need, time.Since(began), err})
+}
+
+func (e *Engine) deactivate(ctx context.Context, v *version) {
+	cancel := v.home.move.cancel
+	defer cancel(nil)
+	err := e.runtime.Deactivate(ctx, v.id)
+	if err != nil && !errors.Is(err, ErrNotLoaded) && ctx.Err() == nil {
+		e.log.Warn("weights could not be put out", "model", v.id.Model, "version", v.id.Version, "error", err)
+	}
+	e.must(deactivated{v, err})
+}
+
+func (e *Engine) prepack(ctx context.Context, v *version) {
+	cancel := v.home.move.cancel
+	defer cancel(nil)
+	err := e.runtime.Prepack(ctx, v.id)
+	if err != nil && ctx.Err() == nil {
+		e.log.Info("no prepacked weights", "model", v.id.Model, "version", v.id.Version, "error", err)
+	}
+	e.must(prepacked{v, err})
+}
+
 // execute runs requests together.
 func (e *Engine) execute(ctx context.Context, r *run) {
-	defer r.cancel()
+	defer r.cancel(nil)
 	inputs := make([][]tensor.Tensor, len(r.requests))
 	for i, q := range r.requests {
 		inputs[i] = q.inputs
@@ -240,7 +307,7 @@ func (r *run) drop() {
 }
 
 func (e *Engine) unload(ctx context.Context, v *version) {
-	defer v.unload.cancel()
+	defer v.unload.cancel(nil)
 	err := e.runtime.Unload(ctx, v.id)
 	if errors.Is(err, ErrNotLoaded) { // the runtime has lost it before
 		err = nil
@@ -332,6 +399,12 @@ func (e *Engine) load(ctx context.Context, s Spec, replace bool) (Info, error) {
 	c = newCall()
 	e.must(loaded{c, s.ID, info, err})
 	if r := <-c.answer; r.err != nil {
+		if err == nil { // the runtime has it
+			if err := e.runtime.Unload(context.WithoutCancel(ctx), s.ID); err != nil && !errors.Is(err, ErrNotLoaded) {
+				e.log.Warn("a version that cannot run is not unloaded", "model", s.ID.Model, "version", s.ID.Version, "error", err)
+			}
+			e.must(abandoned{s.ID})
+		}
 		return Info{}, r.err
 	}
 	e.log.Debug("version loaded", "model", s.ID.Model, "version", s.ID.Version)
@@ -443,6 +516,29 @@ func (e *Engine) Versions() []Status {
 		return nil
 	}
 	return r.versions
+}
+
+// Memory gives the ledger at this moment; zero before Run begins and after it
+// has ended.
+func (e *Engine) Memory() Memory {
+	select {
+	case <-e.running:
+	default:
+		return Memory{}
+	}
+	c := newCall()
+	r, err := e.ask(context.Background(), c, inspect{c})
+	if err != nil {
+		return Memory{}
+	}
+	return r.memory
+}
+
+// SetMemory changes how many bytes the loaded versions may take; 0 sets no
+// bound. What is above leaves as soon as nothing runs on it. It waits until Run
+// runs.
+func (e *Engine) SetMemory(ctx context.Context, bytes int64) error {
+	return e.do(ctx, setMemory{bytes})
 }
 
 // Health says why the engine makes no progress, and nil where it does: its

@@ -547,7 +547,7 @@ func TestBeforeRun(t *testing.T) {
 // answer, and all memory comes back.
 func TestEngine(t *testing.T) {
 	var given, back atomic.Int64
-	e := New(Config{Runtime: echo{&given, &back}})
+	e := New(Config{Runtime: echo{given: &given, back: &back}})
 	ctx, stop := context.WithCancel(t.Context())
 	var running sync.WaitGroup
 	running.Go(func() { e.Run(ctx) })

@@ -1,6 +1,7 @@
 package engine
 
 import (
+	"cmp"
 	"errors"
 	"reflect"
 	"slices"
@@ -50,36 +51,58 @@ func (c *core) claim(s Spec, replace bool) (VersionID, error) {
 		c.generation++
 		id.Generation = c.generation
 	}
-	c.versions[id] = &version{id: id, spec: s, phase: loading, hold: never}
+	c.put(id, &version{id: id, spec: s, phase: loading, hold: never})
 	return id, nil
 }
 
-// loaded lets requests go to a version, and the one that was in its place
-// drain.
+// loaded takes in that the runtime has a version. It is open once it has come
+// in, or there is no room for that. The caller of a load that fails from here
+// on unloads it and says abandoned.
 func (c *core) loaded(ev loaded) {
 	if ev.err == nil && c.stopped {
 		ev.err = ErrStopped
 	}
 	if ev.err != nil {
-		delete(c.versions, ev.id)
+		c.put(ev.id, nil)
 		c.emit(reply{call: ev.call, err: ev.err})
 		return
 	}
 	v := c.versions[ev.id]
-	v.phase, v.info = ready, ev.info
+	v.info, v.home.need, v.home.swaps = ev.info, ev.info.Need, newSwaps()
 	v.figures = newFigures()
 	o := &v.info.Options
 	v.levels = make([]level, max(o.PriorityLevels, 1))
 	for i := range v.levels {
 		v.levels[i].policy = o.Policy(i + 1)
 	}
+	if err := c.tooLarge(v, 1); err != nil {
+		c.emit(reply{call: ev.call, err: err})
+		return
+	}
+	v.trial = ev.call
+	c.trials++
+	c.dirty = true
+}
+
+// open lets requests go to a version, and the one that was in its place drain.
+func (c *core) open(v *version) {
+	call := v.trial
+	v.trial = nil
+	c.trials--
+	v.phase = ready
 	old := c.current[v.spec.ID]
 	c.current[v.spec.ID] = v
 	c.emit(publish{v.spec.ID, &v.info})
-	c.emit(reply{call: ev.call})
+	c.emit(reply{call: call})
 	if old != nil {
 		c.retire(old)
 	}
+}
+
+// settled says that nothing goes on with the weights of a version.
+func (v *version) settled() bool {
+	h := &v.home
+	return (h.residency == out || h.residency == resident) && !h.prepacking
 }
 
 // retire lets a version drain, if it does not do so already.
@@ -133,7 +156,9 @@ func (c *core) unloaded(ev unloaded) {
 		}
 		return
 	}
-	delete(c.versions, ev.id)
+	c.charge(v, 0)
+	c.dirty = true
+	c.put(ev.id, nil)
 	if c.current[v.spec.ID] == v {
 		delete(c.current, v.spec.ID)
 		c.emit(publish{v.spec.ID, nil})
@@ -147,14 +172,27 @@ func (c *core) inspect(asked *call) reply {
 	}
 	all := make([]Status, 0, len(c.current))
 	for id, v := range c.current {
-		s := Status{ID: id, Info: v.info, Draining: v.phase != ready, Queued: v.queue.len, Figures: v.figures.clone()}
+		h := &v.home
+		s := Status{
+			ID: id, Info: v.info, Draining: v.phase != ready, Queued: v.queue.len, Figures: v.figures.clone(),
+			Residency: h.residency.String(), Since: c.epoch.Add(h.since), Bytes: h.charged, Need: h.need, Prepacked: h.prepacked, Activation: h.takes, Swaps: h.swaps.clone(),
+		}
+		if err := cmp.Or(h.lost, h.failure); err != nil {
+			s.Reason = err.Error()
+		}
 		for _, r := range v.runs {
 			s.Running += len(r.requests)
 		}
 		all = append(all, s)
 	}
 	slices.SortFunc(all, func(a, b Status) int { return a.ID.Compare(b.ID) })
-	return reply{call: asked, versions: all}
+	m := Memory{Budget: c.ledger.budget, Used: c.ledger.used, Pinned: c.ledger.pinned}
+	for _, v := range c.versions {
+		if v.home.residency == out && v.queue.len > 0 {
+			m.Waiting++
+		}
+	}
+	return reply{call: asked, versions: all, memory: m}
 }
 
 func (c *core) health() error {
@@ -178,10 +216,18 @@ func (c *core) stop() {
 			c.leave(v, r, ErrStopped)
 		}
 		for _, r := range v.runs {
-			c.emit(interrupt{&r.job})
+			c.emit(interrupt{job: &r.job})
 		}
 		if v.phase == unloading {
-			c.emit(interrupt{&v.unload})
+			c.emit(interrupt{job: &v.unload})
+		}
+		if !v.settled() {
+			c.emit(interrupt{job: &v.home.move})
+		}
+		if v.trial != nil {
+			c.emit(reply{call: v.trial, err: ErrStopped})
+			v.trial = nil
+			c.trials--
 		}
 		for _, w := range v.waiters {
 			c.emit(reply{call: w, err: ErrStopped})

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"log/slog"
 	"reflect"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -199,8 +200,11 @@ func (s *scripted) do(name string) string {
 		}
 		got = append(got, what)
 	}
-	for _, f := range s.core.step(ev, start) {
-		switch f := f.(type) {
+	effects := slices.Clone(s.core.step(ev, start))
+	for i := 0; i < len(effects); i++ {
+		switch f := effects[i].(type) {
+		case startActivate:
+			effects = append(effects, s.core.step(activated{f.version, Need{}, 0, nil}, start)...)
 		case answer:
 			add("answer", f.request.err)
 		case startRun:
@@ -372,7 +376,7 @@ func TestReplacedStays(t *testing.T) {
 // answered or, where it does not fit, refused for that.
 func TestReplaceUnderLoad(t *testing.T) {
 	var given, back atomic.Int64
-	e := New(Config{Runtime: echo{&given, &back}})
+	e := New(Config{Runtime: echo{given: &given, back: &back}})
 	ctx, stop := context.WithCancel(t.Context())
 	var running sync.WaitGroup
 	running.Go(func() { e.Run(ctx) })

@@ -135,6 +135,8 @@ func (m *machine) step(t *rapid.T, ev event) {
 				t.Fatalf("%s is unloaded too early, twice or for no reason", f.version.id)
 			}
 			v.unloading = true
+		case startActivate:
+			defer m.step(t, activated{f.version, Need{}, 0, nil})
 		case answer:
 			m.answered(t, f.request)
 		case reply:

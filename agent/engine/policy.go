@@ -49,6 +49,8 @@ type version struct {
 	separate bool   // its outputs have no rows: every request runs alone
 	predict  predictor
 	hold     moment // until when the first in line is held back; never where it is not
+	home     home   // its weights
+	trial    *call  // of Load, which waits for whether it can run; nil: there is none
 	unload   job
 	waiters  []*call // of drain
 	figures  Figures
@@ -111,12 +113,12 @@ func (v *version) price(r *request) {
 	}
 }
 
-// start is when the next run can start: at once where an instance is free, and
-// else when the first of those in progress ends. overrun is for how long that
-// has been over its estimate.
+// start is when the next run can start: at once where an instance is free and
+// the weights are in, and else when the first of those in progress ends, or the
+// weights have come. overrun is for how long that has been over its estimate.
 func (v *version) start(now moment) (start moment, overrun time.Duration) {
 	if v.free() || !v.predict.known() {
-		return now, 0
+		return now + v.comes(now), 0
 	}
 	ends := v.runs[0].ends
 	for _, r := range v.runs[1:] {
@@ -134,9 +136,9 @@ func (v *version) startAfter(cost, takes time.Duration, now moment) moment {
 	var room [serving.MaxInstances]moment
 	ends := room[:v.info.Options.Instances]
 	for i := range ends {
-		ends[i] = now
+		ends[i] = now + v.comes(now)
 		if i < len(v.runs) && v.predict.known() {
-			ends[i] = max(now, v.runs[i].ends)
+			ends[i] = max(ends[i], v.runs[i].ends)
 		}
 	}
 	slices.Sort(ends)
@@ -353,27 +355,48 @@ func alike(a, b *request) bool {
 // wake is when the version must be looked at again if nothing happens.
 func (v *version) wake() moment {
 	wake := min(v.hold, v.queue.soonest())
+	for _, r := range v.runs {
+		if !r.stalled {
+			wake = min(wake, r.started+v.patienceFor(r)+1)
+		}
+	}
 	if slack := v.queue.slack(); !v.free() && slack < never/2 { // no deadline is as far off as that
 		wake = min(wake, slack+v.lag()+1)
 	}
 	return wake
 }
 
+// patienceFor is how long a run may go on before it counts as one without
+// progress.
+func (v *version) patienceFor(r *run) time.Duration {
+	return max(stuckAfter, stuckFactor*v.predict.mean(r.size))
+}
+
+// interruptStalled ends the runs that make no progress.
+func (c *core) interruptStalled(v *version) {
+	for _, r := range v.runs {
+		if !r.stalled && c.now-r.started > v.patienceFor(r) {
+			r.stalled = true
+			c.emit(interrupt{&r.job, ErrStalled})
+		}
+	}
+}
+
 // stuck says why the version makes no progress, and nil where it does.
 func (v *version) stuck(now moment) error {
 	for _, r := range v.runs {
-		if age := now - r.started; age > max(stuckAfter, stuckFactor*v.predict.mean(r.size)) {
+		if age := now - r.started; age > v.patienceFor(r) {
 			return fmt.Errorf("%s: a run has not ended for %v", v.id, age.Round(time.Millisecond))
 		}
 	}
-	if !v.free() {
-		return nil
-	}
-	for r := range v.queue.all {
-		if age := now - r.arrived; age > stuckAfter+v.info.Options.MaxQueueDelay {
-			return fmt.Errorf("%s: a request has waited for %v though it could run", v.id, age.Round(time.Millisecond))
+	switch r, h := v.queue.first(), &v.home; {
+	case h.residency == entering || h.residency == leaving:
+		if age := now - h.since; age > stuckAfter+stuckFactor*h.takes {
+			return fmt.Errorf("%s: its weights have been %s for %v", v.id, h.residency, age.Round(time.Millisecond))
 		}
-		break
+	case r == nil || !v.free() || h.residency == out || h.yields: // nothing waits, or for something
+	case now-r.arrived > stuckAfter+v.info.Options.MaxQueueDelay && now-h.since > stuckAfter:
+		return fmt.Errorf("%s: a request has waited for %v though it could run", v.id, (now - r.arrived).Round(time.Millisecond))
 	}
 	return nil
 }

@@ -101,6 +101,15 @@ func split(top, r *request) (before, after *request) {
 	return before, after
 }
 
+// first gives the first in line; nil where there is none.
+func (q *queue) first() *request {
+	r := q.root
+	for r != nil && r.left != nil {
+		r = r.left
+	}
+	return r
+}
+
 func (q *queue) remove(r *request) {
 	q.root = remove(q.root, r)
 	q.len--

@@ -13,9 +13,17 @@ import (
 	"github.com/dunlin/dunlin/models/tensor"
 )
 
+// still is that part of a Runtime whose weights come and go at once.
+type still struct{}
+
+func (still) Activate(context.Context, VersionID) (Need, error) { return Need{}, nil }
+func (still) Prepack(context.Context, VersionID) error          { return nil }
+func (still) Deactivate(context.Context, VersionID) error       { return nil }
+
 // runtime is a Runtime that takes a second for everything, and gives back what
 // it got as output "y", and its first byte as output "z".
 type runtime struct {
+	still
 	loads, unloads atomic.Int64
 	failure        error // of Run
 	lost           bool  // it does not have what it is to unload
@@ -156,7 +164,10 @@ func marked(b byte) []tensor.Tensor {
 }
 
 // echo is a Runtime that gives back what it got, at once.
-type echo struct{ given, back *atomic.Int64 }
+type echo struct {
+	still
+	given, back *atomic.Int64
+}
 
 func (echo) Load(context.Context, Spec) (Info, error) { return digits, nil }
 func (echo) Unload(context.Context, VersionID) error  { return nil }

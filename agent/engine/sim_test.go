@@ -17,9 +17,14 @@ type simulation struct {
 	pending occurrences
 	takes   func(r *run) time.Duration // how long a run lasts
 	// started and answered see what the core does.
-	started  func(r *run)
-	answered func(r *request)
-	alarms   int // the number of the latest wake
+	started     func(r *run)
+	answered    func(r *request)
+	enters      time.Duration    // how long an activation lasts
+	moved       func(effect)     // sees weights come and go
+	failing     func() error     // how an activation ends
+	ends        func(*run) error // how a run ends
+	interrupted func(interrupt)
+	alarms      int // the number of the latest wake
 }
 
 type occurrence struct {
@@ -57,10 +62,16 @@ func newSimulation(t testing.TB, o serving.Options, takes func(*run) time.Durati
 	if err := o.Check(); err != nil {
 		t.Fatal(err)
 	}
-	c := newCall()
-	s.step(claim{c, Spec{ID: one}, false})
-	s.step(loaded{c, one, Info{Options: resolve(&o, false)}, nil})
+	s.add(one, o, Need{})
 	return s
+}
+
+// add loads a version. The error is there when no activation goes on.
+func (s *simulation) add(id VersionID, o serving.Options, need Need) (call *call) {
+	s.step(claim{newCall(), Spec{ID: id}, false})
+	call = newCall()
+	s.step(loaded{call, id, Info{Options: resolve(&o, false), Need: need}, nil})
+	return call
 }
 
 // at lets an event happen later. The function gives nil where it is void then.
@@ -71,7 +82,7 @@ func (s *simulation) at(at time.Duration, ev func() event) {
 
 func (s *simulation) step(ev event) {
 	if a, ok := ev.(arrive); ok {
-		a.request.info = &s.core.current[one].info
+		a.request.info = &s.core.current[a.request.id].info
 	}
 	for _, f := range s.core.step(ev, start.Add(s.now)) {
 		switch f := f.(type) {
@@ -80,13 +91,49 @@ func (s *simulation) step(ev event) {
 				s.started(f.run)
 			}
 			s.at(s.now+s.takes(f.run), func() event {
+				if f.run.err != nil { // it has ended before
+					return nil
+				}
+				if s.ends != nil {
+					f.run.err = s.ends(f.run)
+				}
 				f.run.outcome.Outputs = make([][]tensor.Tensor, len(f.run.requests))
 				return finish(f)
 			})
+		case startActivate:
+			if s.moved != nil {
+				s.moved(f)
+			}
+			if s.enters == 0 {
+				defer s.step(activated{f.version, f.version.home.need, 0, nil})
+				break
+			}
+			s.at(s.now+s.enters, func() event {
+				var err error
+				if s.failing != nil {
+					err = s.failing()
+				}
+				return activated{f.version, f.version.home.need, s.enters, err}
+			})
+		case startDeactivate:
+			if s.moved != nil {
+				s.moved(f)
+			}
+			s.at(s.now+s.enters/10, func() event { return deactivated{f.version, nil} })
+		case startUnload:
+			s.at(s.now+s.enters/10, func() event { return unloaded{f.version.id, nil} })
+		case startPrepack:
+			s.at(s.now+10*s.enters, func() event { return prepacked{f.version, nil} })
 		case answer:
 			if s.answered != nil {
 				s.answered(f.request)
 			}
+		case interrupt:
+			if s.interrupted != nil {
+				s.interrupted(f)
+			}
+		case reply:
+			f.call.answer <- f
 		case wake:
 			s.alarms++
 			alarm := s.alarms

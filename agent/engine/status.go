@@ -14,6 +14,26 @@ type Status struct {
 	Draining        bool
 	Queued, Running int // requests
 	Figures         Figures
+
+	// Where its weights are: out, entering, resident or leaving, and since
+	// when; what the ledger has for them, and what it would be; how long they
+	// take to come in.
+	Residency  string
+	Since      time.Time
+	Bytes      int64
+	Need       Need
+	Prepacked  bool
+	Activation time.Duration
+	Reason     string // why it could not come in; "": it could
+	Swaps      Swaps
+}
+
+// Memory is the ledger at a moment, in bytes.
+type Memory struct {
+	Budget  int64 // 0: no bound
+	Used    int64 // by weights, sessions, and the workspace of runs
+	Pinned  int64 // of Used
+	Waiting int   // versions that have requests and no room
 }
 
 // Total adds up durations.

@@ -399,3 +399,14 @@ func (w *Worker) Unload(ctx context.Context, id engine.VersionID) error {
 		return errors.Join(err, p.region.trim())
 	}
 }
+
+// Activate does nothing: what is loaded is active.
+func (w *Worker) Activate(context.Context, engine.VersionID) (engine.Need, error) {
+	return engine.Need{}, nil
+}
+
+// Prepack does nothing.
+func (w *Worker) Prepack(context.Context, engine.VersionID) error { return nil }
+
+// Deactivate does nothing.
+func (w *Worker) Deactivate(context.Context, engine.VersionID) error { return nil }

@@ -45,6 +45,8 @@ type Options struct {
 	// Instances is how many runs of the version go on at a time; 0 is 1. They
 	// share one copy of the weights.
 	Instances int `json:"instances,omitempty"`
+	// Pinned keeps the weights in memory once they are in.
+	Pinned bool `json:"pinned,omitempty"`
 	// DynamicBatching joins requests into runs of up to MaxBatchSize rows.
 	DynamicBatching bool `json:"dynamicBatching,omitempty"`
 	// PreferredBatchSizes are sizes at which a run is not held back any more.
