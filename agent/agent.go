@@ -96,7 +96,9 @@ func newAgent(ctx context.Context, cfg Config, profile profiles.Profile, store *
 	}
 	w := cfg.Serving.workerConfig(profile.Threads)
 	w.OnDeath, w.OnLost = a.died, a.lost
-	a.host = newHost(cfg.Serving, w)
+	if a.host, err = newHost(cfg.Serving, profile, w); err != nil {
+		return nil, err
+	}
 	a.source, a.opened = following{a}, a.describe
 	a.reconcile, err = reconcile.New(reconcile.Config{
 		Dir: filepath.Join(cfg.Data, bundlesFolder), Registry: a.registry, Reserve: uint64(profile.Storage.ReserveBytes),
@@ -121,7 +123,7 @@ func (a *agent) lost(id engine.VersionID, reason error) {
 	a.event(&dunlinv1.Event{
 		Kind: "version.lost", Severity: dunlinv1.Severity_SEVERITY_ERROR, Model: id.Model, Version: id.Version, Message: reason.Error(),
 	})
-	a.reconcile.Lost(id)
+	a.reconcile.Lost(id, reason)
 }
 
 // control joins where that has not been done, and then talks to the

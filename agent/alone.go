@@ -146,7 +146,10 @@ func Serve(ctx context.Context, cfg Alone) (err error) {
 	w.OnDeath = func(d worker.Death) { cfg.Log.Error("worker process died", "error", d.Err, "in_flight", d.InFlight) }
 	var models *repository.Repository
 	w.OnLost = func(id engine.VersionID, reason error) { models.Lost(id, reason) }
-	h := newHost(cfg.Serving, w)
+	h, err := newHost(cfg.Serving, profile, w)
+	if err != nil {
+		return err
+	}
 	models, err = repository.New(repository.Config{
 		Dir: cfg.Repository, File: cfg.File, Control: controls[cfg.Control], Startup: cfg.Load, Poll: time.Duration(cfg.Poll) * time.Second,
 		Staging: filepath.Join(cfg.Data, "overrides"), Engine: h.engine, Check: h.check, Front: h.front, Log: cfg.Log,

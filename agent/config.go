@@ -1,6 +1,7 @@
 package agent
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"flag"
@@ -31,6 +32,9 @@ type Serving struct {
 	SharedMemory bool   `yaml:"shared-memory"` // callers may name shared memory of this host
 	TraceFile    string `yaml:"trace-file"`    // where traces of requests go; "": there are none
 	Threads      int    `yaml:"threads"`       // of the runtime; 0: by the firmware profile
+	MemoryMiB    int    `yaml:"memory-mib"`    // what models may take; 0: by the firmware profile
+	Oversize     string `yaml:"oversize"`      // what becomes of a model that is larger: refuse or map
+	CacheMiB     int    `yaml:"cache-mib"`     // bound of the models compiled for this device, on disk
 	RuntimeLib   string `yaml:"runtime-lib"`   // path of ONNX Runtime's shared library
 	LogLevel     string `yaml:"log-level"`
 	LogFormat    string `yaml:"log-format"`
@@ -43,8 +47,17 @@ type Serving struct {
 // maxThreads bounds Serving.Threads.
 const maxThreads = 1024
 
+// Bounds of Serving.MemoryMiB and Serving.CacheMiB, and what the latter is
+// where nobody says.
+const (
+	maxMemoryMiB    = 16 << 20
+	maxCacheMiB     = 16 << 20
+	defaultCacheMiB = 16 << 10
+)
+
 func (s *Serving) settings() []program.Setting {
 	s.Listen, s.GRPCListen, s.LogLevel, s.LogFormat = "127.0.0.1:8000", "127.0.0.1:8001", "info", "text"
+	s.Oversize, s.CacheMiB = "refuse", defaultCacheMiB
 	return []program.Setting{
 		{Name: "listen", Usage: "`host:port` of inference by REST", Value: &s.Listen},
 		{Name: "grpc-listen", Usage: "`host:port` of inference by gRPC; off: none", Value: &s.GRPCListen},
@@ -54,6 +67,9 @@ func (s *Serving) settings() []program.Setting {
 		{Name: "shared-memory", Usage: "let callers name shared memory of this host", Value: &s.SharedMemory},
 		{Name: "trace-file", Usage: "`file` for traces of requests, where the trace settings ask for them", Value: &s.TraceFile},
 		{Name: "threads", Usage: "`number` of threads of the runtime; 0: as the firmware profile says", Value: &s.Threads},
+		{Name: "memory-mib", Usage: "`MiB` of memory that models may take; 0: as the firmware profile says", Value: &s.MemoryMiB},
+		{Name: "oversize", Usage: "`what` becomes of a model that is larger than that: refuse, or map: its weights stay in their file and are read as they are needed", Value: &s.Oversize},
+		{Name: "cache-mib", Usage: "`MiB` of disk for models compiled for this device", Value: &s.CacheMiB},
 		{Name: "runtime-lib", Usage: "`path` of ONNX Runtime's shared library; also DUNLIN_ORT_LIB", Value: &s.RuntimeLib, Environment: "DUNLIN_ORT_LIB"},
 		{Name: "log-level", Usage: "`level` of the log: debug, info, warn or error", Value: &s.LogLevel},
 		{Name: "log-format", Usage: "`format` of the log: text or json", Value: &s.LogFormat},
@@ -78,6 +94,17 @@ func (s *Serving) check(add func(name string, err error)) {
 	}
 	if s.Threads < 0 || s.Threads > maxThreads {
 		add("threads", fmt.Errorf("is %d, allowed are 0 to %d", s.Threads, maxThreads))
+	}
+	if s.MemoryMiB < 0 || s.MemoryMiB > maxMemoryMiB {
+		add("memory-mib", fmt.Errorf("is %d, allowed are 0 to %d", s.MemoryMiB, maxMemoryMiB))
+	}
+	s.CacheMiB = cmp.Or(s.CacheMiB, defaultCacheMiB)
+	if s.CacheMiB < 0 || s.CacheMiB > maxCacheMiB {
+		add("cache-mib", fmt.Errorf("is %d, allowed are 1 to %d, and 0 for %d", s.CacheMiB, maxCacheMiB, defaultCacheMiB))
+	}
+	s.Oversize = cmp.Or(s.Oversize, "refuse")
+	if s.Oversize != "refuse" && s.Oversize != "map" {
+		add("oversize", fmt.Errorf("%q is not refuse or map", s.Oversize))
 	}
 	if s.Log == nil {
 		var err error

@@ -21,6 +21,7 @@ import (
 	"github.com/dunlin/dunlin/agent/oip/rpc"
 	"github.com/dunlin/dunlin/agent/serve"
 	"github.com/dunlin/dunlin/agent/worker"
+	profiles "github.com/dunlin/dunlin/firmware-profiles"
 	"github.com/dunlin/dunlin/internal/program"
 )
 
@@ -62,6 +63,7 @@ type host struct {
 	opened  func(worker.Runtime) // told of the runtime; nil: nobody is
 	tried   chan struct{}        // closed when the runtime has started, or failed to once
 	loads   atomic.Bool          // models can be loaded
+	budget  int64                // bytes that models may take
 }
 
 // ports are where a host answers.
@@ -128,12 +130,16 @@ func (l *ports) url() string {
 
 // newHost puts the parts together. The caller sets source, and opened, before
 // run.
-func newHost(s Serving, cfg worker.Config) *host {
+func newHost(s Serving, profile profiles.Profile, cfg worker.Config) (*host, error) {
 	h := &host{serving: s, tried: make(chan struct{})}
+	var err error
+	if h.budget, err = s.memoryBudget(profile); err != nil {
+		return nil, err
+	}
 	h.worker = worker.New(cfg)
-	h.engine = engine.New(engine.Config{Runtime: h.worker, Log: s.Log})
+	h.engine = engine.New(engine.Config{Runtime: h.worker, Memory: h.budget, Oversize: s.Oversize == "map", Log: s.Log})
 	h.front = serve.New(h.engine)
-	return h
+	return h, nil
 }
 
 func (s *Serving) workerConfig(threads int) worker.Config {
@@ -176,6 +182,7 @@ func (h *host) run(ctx context.Context, l *ports, metrics http.Handler, parts ..
 	}
 	start(&under, below, part{"worker", h.worker.Supervise})
 	start(&under, below, part{"engine", h.engine.Run})
+	start(&under, below, part{"memory", h.followMemory})
 	start(&above, ctx, part{"runtime", h.awaitRuntime})
 	for _, p := range parts {
 		start(&above, ctx, p)

@@ -60,6 +60,16 @@ var (
 	queueLength    = metric("dunlin_queue_length", "Requests that wait.")
 	runningNow     = metric("dunlin_requests_running", "Requests that run.")
 
+	residentNow       = metric("dunlin_model_resident", "1 while the version's weights are in memory.")
+	memoryBytes       = metric("dunlin_model_memory_bytes", "What the version takes of the memory for models, by kind: held now; and what it needs of weights, session, prepacked, workspace_per_row.", "kind")
+	activationsTotal  = metric("dunlin_model_activations_total", "How often the version's weights came into memory, by reason.", "reason")
+	activationSeconds = metric("dunlin_model_activation_seconds", "How long that took.")
+	evictionsTotal    = metric("dunlin_model_evictions_total", "How often the version's weights left the memory, by reason.", "reason")
+	swappedBytes      = metric("dunlin_model_swapped_bytes_total", "Bytes that came into memory (in) and left it (out).", "direction")
+	activationsFailed = metric("dunlin_model_activations_failed_total", "How often the weights could not be brought in.")
+	memoryBudget      = prometheus.NewDesc("dunlin_memory_budget_bytes", "What models may take of the memory.", nil, nil)
+	memoryUsed        = prometheus.NewDesc("dunlin_memory_used_bytes", "What models take of it, with the workspace of what runs.", nil, nil)
+
 	nvSuccess  = metric("nv_inference_request_success", "Successful requests.")
 	nvFailure  = metric("nv_inference_request_failure", "Failed requests, by reason.", "reason")
 	nvCount    = metric("nv_inference_count", "Rows that ran.")
@@ -72,6 +82,7 @@ var (
 	nvOutput   = metric("nv_inference_compute_output_duration_us", "Time after the runs, in microseconds.")
 	allMetrics = []*prometheus.Desc{
 		requestsTotal, requestSeconds, queueSeconds, runRows, computeSeconds, queueLength, runningNow,
+		residentNow, memoryBytes, activationsTotal, activationSeconds, evictionsTotal, swappedBytes, activationsFailed, memoryBudget, memoryUsed,
 		nvSuccess, nvFailure, nvCount, nvExec, nvPending, nvRequest, nvQueue, nvInput, nvInfer, nvOutput,
 	}
 )
@@ -88,6 +99,9 @@ func (versionMetrics) Describe(ch chan<- *prometheus.Desc) {
 
 // Collect implements prometheus.Collector.
 func (m versionMetrics) Collect(ch chan<- prometheus.Metric) {
+	memory := m.engine.Memory()
+	ch <- prometheus.MustNewConstMetric(memoryBudget, prometheus.GaugeValue, float64(memory.Budget))
+	ch <- prometheus.MustNewConstMetric(memoryUsed, prometheus.GaugeValue, float64(memory.Used))
 	for _, v := range m.engine.Versions() {
 		f := &v.Figures
 		version := []string{v.ID.Model, strconv.FormatInt(v.ID.Version, 10)}
@@ -98,7 +112,7 @@ func (m versionMetrics) Collect(ch chan<- prometheus.Metric) {
 			send(d, prometheus.CounterValue, float64(value), labels...)
 		}
 		for outcome, n := range map[string]uint64{
-			"success": f.Success.Count, "failure": f.Failure.Count, "overloaded": f.Overloaded, "expired": f.Expired, "cancelled": f.Cancelled,
+			"success": f.Success.Count, "failure": f.Failure.Count, "overloaded": f.Overloaded, "expired": f.Expired, "refused": f.Refused, "cancelled": f.Cancelled,
 		} {
 			count(requestsTotal, n, outcome)
 		}
@@ -108,12 +122,33 @@ func (m versionMetrics) Collect(ch chan<- prometheus.Metric) {
 		ch <- histogram(requestSeconds, f.Request, version)
 		ch <- histogram(queueSeconds, f.Wait, version)
 		ch <- histogram(runRows, f.Size, version)
+		swaps := &v.Swaps
+		resident := 0.0
+		if v.Residency == "resident" {
+			resident = 1
+		}
+		send(residentNow, prometheus.GaugeValue, resident)
+		for kind, n := range map[string]int64{
+			"held": v.Bytes, "weights": v.Need.Weights, "session": v.Need.Session, "prepacked": v.Need.Prepacked, "workspace_per_row": v.Need.Workspace,
+		} {
+			send(memoryBytes, prometheus.GaugeValue, float64(n), kind)
+		}
+		for reason, t := range swaps.In {
+			count(activationsTotal, t.Count, string(reason))
+		}
+		for reason, n := range swaps.Out {
+			count(evictionsTotal, n, string(reason))
+		}
+		ch <- histogram(activationSeconds, swaps.Times, version)
+		count(swappedBytes, swaps.BytesIn, "in")
+		count(swappedBytes, swaps.BytesOut, "out")
+		count(activationsFailed, swaps.Failed)
 		send(queueLength, prometheus.GaugeValue, float64(v.Queued))
 		send(runningNow, prometheus.GaugeValue, float64(v.Running))
 
 		count(nvSuccess, f.Success.Count)
 		for reason, n := range map[string]uint64{
-			"BACKEND": f.Failure.Count, "REJECTED": f.Overloaded + f.Expired, "CANCELED": f.Cancelled, "OTHER": 0,
+			"BACKEND": f.Failure.Count, "REJECTED": f.Overloaded + f.Expired + f.Refused, "CANCELED": f.Cancelled, "OTHER": 0,
 		} {
 			count(nvFailure, n, reason)
 		}

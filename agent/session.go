@@ -2,12 +2,15 @@ package agent
 
 import (
 	"context"
+	"maps"
+	"slices"
 	"sync"
 	"time"
 
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
+	"github.com/dunlin/dunlin/agent/engine"
 	"github.com/dunlin/dunlin/internal/link"
 	dunlinv1 "github.com/dunlin/dunlin/proto/dunlin/v1"
 )
@@ -209,10 +212,15 @@ func (s *session) telemetry(ctx context.Context) {
 		case <-tick.C:
 		}
 		t := s.sampler.Sample()
+		memory := s.engine.Memory()
+		t.ModelMemoryBudgetBytes, t.ModelMemoryUsedBytes = new(uint64(memory.Budget)), new(uint64(memory.Used))
 		for _, v := range s.engine.Versions() {
-			t.Models = append(t.Models, &dunlinv1.ModelTelemetry{
-				Model: v.ID.Model, Version: v.ID.Version, Succeeded: v.Figures.Success.Count, Failed: v.Figures.Failure.Count, RunNanoseconds: uint64(v.Figures.Infer.Time),
-			})
+			t.Models = append(t.Models, modelTelemetry(v))
+		}
+		if proto.Size(t) > link.MaxPayload/2 { // of very many models the counts by reason are too much
+			for _, m := range t.Models {
+				m.Activations, m.Evictions = nil, nil
+			}
 		}
 		t.Dropped = dropped
 		if err := s.link.Send(link.Telemetry, t); err != nil {
@@ -221,4 +229,20 @@ func (s *session) telemetry(ctx context.Context) {
 			dropped = 0
 		}
 	}
+}
+
+// modelTelemetry gives the figures of a version.
+func modelTelemetry(v engine.Status) *dunlinv1.ModelTelemetry {
+	t := &dunlinv1.ModelTelemetry{
+		Model: v.ID.Model, Version: v.ID.Version, Succeeded: v.Figures.Success.Count, Failed: v.Figures.Failure.Count, RunNanoseconds: uint64(v.Figures.Infer.Time),
+		Resident: v.Residency == "resident", MemoryBytes: uint64(v.Bytes), NeedBytes: uint64(v.Need.Weights + v.Need.Session), Measured: v.Need.Measured,
+	}
+	for _, reason := range slices.Sorted(maps.Keys(v.Swaps.In)) {
+		n := v.Swaps.In[reason]
+		t.Activations = append(t.Activations, &dunlinv1.SwapCount{Reason: string(reason), Count: n.Count, Nanoseconds: uint64(n.Time)})
+	}
+	for _, reason := range slices.Sorted(maps.Keys(v.Swaps.Out)) {
+		t.Evictions = append(t.Evictions, &dunlinv1.SwapCount{Reason: string(reason), Count: v.Swaps.Out[reason]})
+	}
+	return t
 }

@@ -115,6 +115,80 @@ func kibibytes(file, name string) (uint64, bool) {
 	return 0, false
 }
 
+// Memory gives the bytes of memory that programs can still have without
+// swapping, and those that there are. Where this process is bounded by a
+// control group (version 2), that is the bound.
+func Memory() (available, total uint64, err error) {
+	m, err := readMemory()
+	if err != nil {
+		return 0, 0, err
+	}
+	available, total = m.total-m.used, m.total
+	for dir := controlGroup(); dir != ""; dir = parentGroup(dir) {
+		limit, used, ok := groupMemory(dir)
+		if !ok {
+			continue
+		}
+		total = min(total, limit)
+		available = min(available, limit-min(limit, used))
+	}
+	return available, total, nil
+}
+
+const groups = "/sys/fs/cgroup"
+
+// controlGroup gives the folder of this process's control group; "" where
+// there is none of version 2.
+func controlGroup() string {
+	raw, err := readFile("/proc/self/cgroup")
+	if err != nil {
+		return ""
+	}
+	for line := range strings.Lines(raw) {
+		if path, ok := strings.CutPrefix(strings.TrimSpace(line), "0::"); ok {
+			return filepath.Join(groups, path)
+		}
+	}
+	return ""
+}
+
+func parentGroup(dir string) string {
+	if dir == groups || !strings.HasPrefix(dir, groups) {
+		return ""
+	}
+	return filepath.Dir(dir)
+}
+
+// groupMemory gives a group's bound and what of it cannot be taken back: pages
+// of files can.
+func groupMemory(dir string) (limit, used uint64, ok bool) {
+	raw, err := readFile(filepath.Join(dir, "memory.max"))
+	if err != nil {
+		return 0, 0, false
+	}
+	if limit, err = strconv.ParseUint(strings.TrimSpace(raw), 10, 64); err != nil {
+		return 0, 0, false // "max": no bound
+	}
+	if raw, err = readFile(filepath.Join(dir, "memory.current")); err != nil {
+		return 0, 0, false
+	}
+	if used, err = strconv.ParseUint(strings.TrimSpace(raw), 10, 64); err != nil {
+		return 0, 0, false
+	}
+	raw, err = readFile(filepath.Join(dir, "memory.stat"))
+	if err != nil {
+		return 0, 0, false
+	}
+	for line := range strings.Lines(raw) {
+		if text, found := strings.CutPrefix(strings.TrimSpace(line), "file "); found {
+			if file, err := strconv.ParseUint(text, 10, 64); err == nil {
+				used -= min(used, file)
+			}
+		}
+	}
+	return limit, used, true
+}
+
 type memory struct{ total, used uint64 }
 
 func readMemory() (memory, error) {

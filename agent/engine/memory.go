@@ -680,6 +680,7 @@ func (c *core) refuseTooLarge(v *version) {
 			return
 		}
 		c.dequeue(v, r)
+		v.figures.refused(err)
 		c.leave(v, r, err)
 	}
 }
@@ -688,6 +689,7 @@ func (c *core) refuseTooLarge(v *version) {
 func (c *core) refuseAll(v *version, err error) {
 	for _, r := range slices.Collect(v.queue.all) {
 		c.dequeue(v, r)
+		v.figures.refused(err)
 		c.leave(v, r, err)
 	}
 }

@@ -53,6 +53,7 @@ type Figures struct {
 	Queue, Input, Infer, Output Total
 
 	Overloaded, Expired, Cancelled uint64 // requests that were refused, or given up
+	Refused                        uint64 // for want of memory, or because the version cannot be brought in
 
 	Inferences uint64 // rows that ran
 	Executions uint64 // runs
@@ -119,10 +120,13 @@ func (h *Histogram) observe(value float64) {
 
 // refused counts a request that was refused on arrival or later.
 func (f *Figures) refused(err error) {
-	if errors.Is(err, ErrOverloaded) {
+	switch {
+	case errors.Is(err, ErrOverloaded):
 		f.Overloaded++
-	} else {
+	case errors.Is(err, ErrExpired):
 		f.Expired++
+	default:
+		f.Refused++
 	}
 }
 

@@ -179,14 +179,19 @@ func (c *core) sorted() []*version {
 }
 
 // lost takes in that a loaded version cannot run any more. It is unloaded,
-// and checked before it is loaded again. That may be heard of before the end
-// of its load.
-func (c *core) lost(id engine.VersionID) {
+// and checked before it is loaded again, or it goes into quarantine where a
+// reason for that is given. That may be heard of before the end of its load.
+func (c *core) lost(id engine.VersionID, quarantine string, now time.Time) (condemned *version) {
 	for _, v := range c.versions {
 		if v.id == id && (v.stage == resident || v.busy == loading) {
 			v.broken = true
+			if quarantine != "" {
+				v.quarantine, v.failure, v.since = quarantine, "", now
+				condemned = v
+			}
 		}
 	}
+	return condemned
 }
 
 func (c *core) withdrawBroken(acts []action, model string) []action {

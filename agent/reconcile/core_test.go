@@ -293,9 +293,19 @@ func TestCoreSteps(t *testing.T) {
 			w.desire(doc(v1))
 			w.settle()
 			w.log = nil
-			w.core.lost(keyOf(v1).id)
+			w.core.lost(keyOf(v1).id, "", w.now)
 			w.settle()
 		}, "withdraw m:1, unload m:1, check m:1, load m:1, serve m:1"},
+		{"has harmed the process that ran it", func(w *world) {
+			w.desire(doc(v1))
+			w.settle()
+			w.log = nil
+			w.core.lost(keyOf(v1).id, "it crashed twice", w.now)
+			w.settle()
+			if v := w.core.versions[keyOf(v1)]; v.wire() != dunlinv1.VersionState_VERSION_STATE_QUARANTINED || v.reason() != "it crashed twice" {
+				w.complain("%s: %s", v.wire(), v.reason())
+			}
+		}, "withdraw m:1, unload m:1"},
 		{"lost before its load has been taken note of", func(w *world) {
 			w.desire(doc(v1))
 			w.begin()
@@ -303,7 +313,7 @@ func TestCoreSteps(t *testing.T) {
 			w.begin()
 			w.end(keyOf(v1), outcome{})
 			w.begin()
-			w.core.lost(keyOf(v1).id)
+			w.core.lost(keyOf(v1).id, "", w.now)
 			w.settle()
 		}, "fetch m:1, check m:1, load m:1, unload m:1, check m:1, load m:1, serve m:1"},
 		{"lost, and then its load fails", func(w *world) {
@@ -313,7 +323,7 @@ func TestCoreSteps(t *testing.T) {
 			w.begin()
 			w.end(keyOf(v1), outcome{})
 			w.begin()
-			w.core.lost(keyOf(v1).id)
+			w.core.lost(keyOf(v1).id, "", w.now)
 			w.end(keyOf(v1), outcome{err: errors.New("passing")})
 			w.settle()
 		}, "fetch m:1, check m:1, load m:1, load m:1, serve m:1"},
@@ -363,7 +373,7 @@ func TestCoreConverges(t *testing.T) {
 			case 2:
 				m := rapid.SampledFrom(models).Draw(t, "breaks")
 				if k, ok := w.serving[m]; ok {
-					w.core.lost(k.id)
+					w.core.lost(k.id, "", w.now)
 				}
 			case 0:
 				doc := &dunlinv1.DesiredDocument{}

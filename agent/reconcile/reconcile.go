@@ -72,7 +72,7 @@ type Reconciler struct {
 	bundles *bundles
 	desires chan *dunlinv1.Desired
 	retries chan struct{}
-	lost    chan engine.VersionID
+	lost    chan lost
 	changed chan struct{}
 	report  atomic.Pointer[dunlinv1.Reported]
 	have    atomic.Pointer[dunlinv1.Generation]
@@ -118,7 +118,7 @@ func New(cfg Config) (*Reconciler, error) {
 	}
 	return &Reconciler{
 		cfg: cfg, bundles: b, core: newCore(),
-		desires: make(chan *dunlinv1.Desired, 1), retries: make(chan struct{}, 1), changed: make(chan struct{}, 1), lost: make(chan engine.VersionID, maxLost),
+		desires: make(chan *dunlinv1.Desired, 1), retries: make(chan struct{}, 1), changed: make(chan struct{}, 1), lost: make(chan lost, maxLost),
 		downloads: map[key]*download{}, cancels: map[key]context.CancelFunc{}, ended: make(chan ending),
 		saved: map[key]state.Version{},
 	}, nil
@@ -147,9 +147,14 @@ func (r *Reconciler) Retry() { signal(r.retries) }
 // Lost waits when there are more.
 const maxLost = 1024
 
-// Lost says that a loaded version cannot run any more. It is unloaded, and
-// checked before it is loaded again.
-func (r *Reconciler) Lost(id engine.VersionID) { r.lost <- id }
+// Lost says that a loaded version cannot run any more, and why. It is unloaded,
+// and checked before it is loaded again; after engine.ErrQuarantined it is not.
+func (r *Reconciler) Lost(id engine.VersionID, reason error) { r.lost <- lost{id, reason} }
+
+type lost struct {
+	id     engine.VersionID
+	reason error
+}
 
 // Changed receives when Report has changed.
 func (r *Reconciler) Changed() <-chan struct{} { return r.changed }
@@ -185,8 +190,8 @@ func (r *Reconciler) Run(ctx context.Context) error {
 			r.accept(ctx, d)
 		case e := <-r.ended:
 			r.finish(ctx, e)
-		case id := <-r.lost:
-			r.core.lost(id)
+		case l := <-r.lost:
+			r.condemn(l)
 		case <-r.retries:
 			r.core.retry()
 		case <-wake.C:
@@ -463,6 +468,18 @@ func (r *Reconciler) finish(ctx context.Context, e ending) {
 	}
 	if e.op == removing && r.core.versions[e.key] == nil {
 		r.forget(ctx, e.key)
+	}
+}
+
+// condemn takes in a version that is lost.
+func (r *Reconciler) condemn(l lost) {
+	quarantine := ""
+	if errors.Is(l.reason, engine.ErrQuarantined) {
+		quarantine = l.reason.Error()
+	}
+	if v := r.core.lost(l.id, quarantine, time.Now()); v != nil {
+		r.cfg.Log.Error("version put into quarantine", "model", l.id.Model, "version", l.id.Version, "digest", v.digest, "reason", quarantine)
+		r.event("version.quarantined", dunlinv1.Severity_SEVERITY_ERROR, v.key, quarantine)
 	}
 }
 

@@ -338,7 +338,7 @@ func TestPassingFaultsAreTriedAgain(t *testing.T) {
 	})
 	d.Retry()
 	d.untilServing("digits", 1)
-	d.Lost(engine.VersionID{Model: "digits", Version: 1})
+	d.Lost(engine.VersionID{Model: "digits", Version: 1}, errors.New("gone"))
 	d.until("lost it", func(r *dunlinv1.Reported) bool { return !status(r, "digits", 1).Serving })
 	d.untilServing("digits", 1)
 }

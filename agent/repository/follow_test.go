@@ -1,6 +1,7 @@
 package repository
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"os"
@@ -48,12 +49,14 @@ func TestLost(t *testing.T) {
 	tests := []struct {
 		name   string
 		fail   error // of loading it again
+		reason error // nil: the worker died
 		index  string
 		serves int64
 	}{
-		{"comes back", nil, "m:1 READY, m:2 READY", 2},
-		{"does not", errors.New("crash"), "m:1 READY, m:2 UNAVAILABLE version 2: crash", 1},
-		{"not yet", engine.ErrUnavailable, "m:1 READY, m:2 UNAVAILABLE version 2: the runtime is not available", 1},
+		{"comes back", nil, nil, "m:1 READY, m:2 READY", 2},
+		{"does not", errors.New("crash"), nil, "m:1 READY, m:2 UNAVAILABLE version 2: crash", 1},
+		{"not yet", engine.ErrUnavailable, nil, "m:1 READY, m:2 UNAVAILABLE version 2: the runtime is not available", 1},
+		{"is in quarantine", nil, engine.ErrQuarantined, "m:1 READY, m:2 UNAVAILABLE lost: version is in quarantine", 1},
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
@@ -69,18 +72,22 @@ func TestLost(t *testing.T) {
 					}
 					return nil
 				})
-				f.Lost(id, errors.New("the worker died"))
+				f.Lost(id, cmp.Or(tt.reason, errors.New("the worker died")))
 				synctest.Wait()
 				if got := f.index(t); got != tt.index || f.serving["m"] != tt.serves {
 					t.Errorf("index %s, serving %v", got, f.serving)
 				}
-				if log := f.take(); !strings.Contains(log, `msg="version lost; it is loaded again" model=m version=2 error="the worker died"`) {
+				said := `msg="version lost; it is loaded again" model=m version=2 error="the worker died"`
+				if tt.reason != nil {
+					said = `msg="version put into quarantine; loading it again by hand gives it another try" model=m version=2 error="version is in quarantine"`
+				}
+				if log := f.take(); !strings.Contains(log, said) {
 					t.Errorf("log %s", log)
 				}
 				f.setFail(nil)
 				time.Sleep(lastRetry)
 				synctest.Wait()
-				if got, want := f.serving["m"], tt.serves; tt.fail == nil || errors.Is(tt.fail, engine.ErrUnavailable) {
+				if got, want := f.serving["m"], tt.serves; tt.reason == nil && tt.fail == nil || errors.Is(tt.fail, engine.ErrUnavailable) {
 					if got != 2 {
 						t.Errorf("version %d serves", got)
 					}

@@ -114,7 +114,11 @@ func (r *Repository) drop(ctx context.Context, m *model, l lost) error {
 	m.serves = m.highest()
 	r.publish()
 	r.mu.Unlock()
-	if first {
+	quarantined := errors.Is(l.reason, engine.ErrQuarantined)
+	switch {
+	case first && quarantined:
+		r.cfg.Log.Error("version put into quarantine; loading it again by hand gives it another try", "model", m.name, "version", l.id.Version, "error", l.reason)
+	case first:
 		r.cfg.Log.Error("version lost; it is loaded again", "model", m.name, "version", l.id.Version, "error", l.reason)
 	}
 	if err := r.cfg.Engine.Unload(ctx, v.item.spec.ID); err != nil && !errors.Is(err, engine.ErrNotLoaded) {
@@ -123,6 +127,9 @@ func (r *Repository) drop(ctx context.Context, m *model, l lost) error {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	v.item, v.lost = nil, v.item
+	if quarantined {
+		v.lost = nil
+	}
 	return nil
 }
 

@@ -311,7 +311,8 @@ func classify(t *table, r oip.Call, id engine.VersionID, err error) error {
 		return oip.Errorf(oip.InvalidArgument, "%w", err)
 	case errors.Is(err, engine.ErrNotLoaded) && r.Version != 0:
 		return missing(t, id)
-	case errors.Is(err, engine.ErrNotLoaded), errors.Is(err, engine.ErrDraining), errors.Is(err, engine.ErrStopped), errors.Is(err, engine.ErrUnavailable):
+	case errors.Is(err, engine.ErrNotLoaded), errors.Is(err, engine.ErrDraining), errors.Is(err, engine.ErrStopped), errors.Is(err, engine.ErrUnavailable),
+		errors.Is(err, engine.ErrTooLarge), errors.Is(err, engine.ErrOutOfMemory), errors.Is(err, engine.ErrQuarantined), errors.Is(err, engine.ErrStalled):
 		return oip.Errorf(oip.Unavailable, "%w", err)
 	default:
 		return err

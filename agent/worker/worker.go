@@ -410,3 +410,13 @@ func (w *Worker) Prepack(context.Context, engine.VersionID) error { return nil }
 
 // Deactivate does nothing.
 func (w *Worker) Deactivate(context.Context, engine.VersionID) error { return nil }
+
+// PID gives the number of the ready child's process; 0 where none is ready.
+func (w *Worker) PID() int {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.current == nil {
+		return 0
+	}
+	return w.current.command.Process.Pid
+}

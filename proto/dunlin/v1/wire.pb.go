@@ -1431,9 +1431,12 @@ type Telemetry struct {
 	AgentAnonymousBytes *uint64           `protobuf:"varint,6,opt,name=agent_anonymous_bytes,json=agentAnonymousBytes,proto3,oneof" json:"agent_anonymous_bytes,omitempty"`
 	Models              []*ModelTelemetry `protobuf:"bytes,7,rep,name=models,proto3" json:"models,omitempty"`
 	// Samples that were dropped before this one.
-	Dropped       uint64 `protobuf:"varint,8,opt,name=dropped,proto3" json:"dropped,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	Dropped uint64 `protobuf:"varint,8,opt,name=dropped,proto3" json:"dropped,omitempty"`
+	// What models may take of the memory, and what they take.
+	ModelMemoryBudgetBytes *uint64 `protobuf:"varint,9,opt,name=model_memory_budget_bytes,json=modelMemoryBudgetBytes,proto3,oneof" json:"model_memory_budget_bytes,omitempty"`
+	ModelMemoryUsedBytes   *uint64 `protobuf:"varint,10,opt,name=model_memory_used_bytes,json=modelMemoryUsedBytes,proto3,oneof" json:"model_memory_used_bytes,omitempty"`
+	unknownFields          protoimpl.UnknownFields
+	sizeCache              protoimpl.SizeCache
 }
 
 func (x *Telemetry) Reset() {
@@ -1522,6 +1525,20 @@ func (x *Telemetry) GetDropped() uint64 {
 	return 0
 }
 
+func (x *Telemetry) GetModelMemoryBudgetBytes() uint64 {
+	if x != nil && x.ModelMemoryBudgetBytes != nil {
+		return *x.ModelMemoryBudgetBytes
+	}
+	return 0
+}
+
+func (x *Telemetry) GetModelMemoryUsedBytes() uint64 {
+	if x != nil && x.ModelMemoryUsedBytes != nil {
+		return *x.ModelMemoryUsedBytes
+	}
+	return 0
+}
+
 // ModelTelemetry counts the requests of one version since the agent's start.
 type ModelTelemetry struct {
 	state     protoimpl.MessageState `protogen:"open.v1"`
@@ -1531,8 +1548,18 @@ type ModelTelemetry struct {
 	Failed    uint64                 `protobuf:"varint,4,opt,name=failed,proto3" json:"failed,omitempty"`
 	// Sum of the run times of succeeded requests.
 	RunNanoseconds uint64 `protobuf:"varint,5,opt,name=run_nanoseconds,json=runNanoseconds,proto3" json:"run_nanoseconds,omitempty"`
-	unknownFields  protoimpl.UnknownFields
-	sizeCache      protoimpl.SizeCache
+	// Whether its weights are in memory, and what it takes of that now.
+	Resident    bool   `protobuf:"varint,6,opt,name=resident,proto3" json:"resident,omitempty"`
+	MemoryBytes uint64 `protobuf:"varint,7,opt,name=memory_bytes,json=memoryBytes,proto3" json:"memory_bytes,omitempty"`
+	// What it takes when they are, without its runs.
+	NeedBytes uint64 `protobuf:"varint,8,opt,name=need_bytes,json=needBytes,proto3" json:"need_bytes,omitempty"`
+	// What of that was measured on this device; estimated otherwise.
+	Measured bool `protobuf:"varint,9,opt,name=measured,proto3" json:"measured,omitempty"`
+	// How often its weights came into memory, and left it, by reason.
+	Activations   []*SwapCount `protobuf:"bytes,10,rep,name=activations,proto3" json:"activations,omitempty"`
+	Evictions     []*SwapCount `protobuf:"bytes,11,rep,name=evictions,proto3" json:"evictions,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
 }
 
 func (x *ModelTelemetry) Reset() {
@@ -1600,6 +1627,111 @@ func (x *ModelTelemetry) GetRunNanoseconds() uint64 {
 	return 0
 }
 
+func (x *ModelTelemetry) GetResident() bool {
+	if x != nil {
+		return x.Resident
+	}
+	return false
+}
+
+func (x *ModelTelemetry) GetMemoryBytes() uint64 {
+	if x != nil {
+		return x.MemoryBytes
+	}
+	return 0
+}
+
+func (x *ModelTelemetry) GetNeedBytes() uint64 {
+	if x != nil {
+		return x.NeedBytes
+	}
+	return 0
+}
+
+func (x *ModelTelemetry) GetMeasured() bool {
+	if x != nil {
+		return x.Measured
+	}
+	return false
+}
+
+func (x *ModelTelemetry) GetActivations() []*SwapCount {
+	if x != nil {
+		return x.Activations
+	}
+	return nil
+}
+
+func (x *ModelTelemetry) GetEvictions() []*SwapCount {
+	if x != nil {
+		return x.Evictions
+	}
+	return nil
+}
+
+// SwapCount counts how often weights were moved for one reason: "load",
+// "request", "room", "predicted", "budget" or "memory".
+type SwapCount struct {
+	state  protoimpl.MessageState `protogen:"open.v1"`
+	Reason string                 `protobuf:"bytes,1,opt,name=reason,proto3" json:"reason,omitempty"`
+	Count  uint64                 `protobuf:"varint,2,opt,name=count,proto3" json:"count,omitempty"`
+	// Sum of the times that took; of activations only.
+	Nanoseconds   uint64 `protobuf:"varint,3,opt,name=nanoseconds,proto3" json:"nanoseconds,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SwapCount) Reset() {
+	*x = SwapCount{}
+	mi := &file_dunlin_v1_wire_proto_msgTypes[19]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SwapCount) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SwapCount) ProtoMessage() {}
+
+func (x *SwapCount) ProtoReflect() protoreflect.Message {
+	mi := &file_dunlin_v1_wire_proto_msgTypes[19]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SwapCount.ProtoReflect.Descriptor instead.
+func (*SwapCount) Descriptor() ([]byte, []int) {
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{19}
+}
+
+func (x *SwapCount) GetReason() string {
+	if x != nil {
+		return x.Reason
+	}
+	return ""
+}
+
+func (x *SwapCount) GetCount() uint64 {
+	if x != nil {
+		return x.Count
+	}
+	return 0
+}
+
+func (x *SwapCount) GetNanoseconds() uint64 {
+	if x != nil {
+		return x.Nanoseconds
+	}
+	return 0
+}
+
 // BlockRequest asks for a range of bytes that are named by their SHA-256.
 type BlockRequest struct {
 	state  protoimpl.MessageState `protogen:"open.v1"`
@@ -1613,7 +1745,7 @@ type BlockRequest struct {
 
 func (x *BlockRequest) Reset() {
 	*x = BlockRequest{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[19]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1625,7 +1757,7 @@ func (x *BlockRequest) String() string {
 func (*BlockRequest) ProtoMessage() {}
 
 func (x *BlockRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[19]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1638,7 +1770,7 @@ func (x *BlockRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BlockRequest.ProtoReflect.Descriptor instead.
 func (*BlockRequest) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{19}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *BlockRequest) GetSha256() []byte {
@@ -1674,7 +1806,7 @@ type Block struct {
 
 func (x *Block) Reset() {
 	*x = Block{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[20]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1686,7 +1818,7 @@ func (x *Block) String() string {
 func (*Block) ProtoMessage() {}
 
 func (x *Block) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[20]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1699,7 +1831,7 @@ func (x *Block) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Block.ProtoReflect.Descriptor instead.
 func (*Block) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{20}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *Block) GetSha256() []byte {
@@ -1738,7 +1870,7 @@ type Epoch struct {
 
 func (x *Epoch) Reset() {
 	*x = Epoch{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[21]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1750,7 +1882,7 @@ func (x *Epoch) String() string {
 func (*Epoch) ProtoMessage() {}
 
 func (x *Epoch) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[21]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1763,7 +1895,7 @@ func (x *Epoch) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Epoch.ProtoReflect.Descriptor instead.
 func (*Epoch) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{21}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *Epoch) GetIncarnation() string {
@@ -1900,7 +2032,7 @@ const file_dunlin_v1_wire_proto_rawDesc = "" +
 	"helloAgainB\t\n" +
 	"\acommand\"\f\n" +
 	"\n" +
-	"HelloAgain\"\xeb\x03\n" +
+	"HelloAgain\"\xa1\x05\n" +
 	"\tTelemetry\x12*\n" +
 	"\x02at\x18\x01 \x01(\v2\x1a.google.protobuf.TimestampR\x02at\x12,\n" +
 	"\x0fcpu_utilisation\x18\x02 \x01(\x01H\x00R\x0ecpuUtilisation\x88\x01\x01\x12/\n" +
@@ -1909,18 +2041,35 @@ const file_dunlin_v1_wire_proto_rawDesc = "" +
 	"\x0fdisk_free_bytes\x18\x05 \x01(\x04H\x03R\rdiskFreeBytes\x88\x01\x01\x127\n" +
 	"\x15agent_anonymous_bytes\x18\x06 \x01(\x04H\x04R\x13agentAnonymousBytes\x88\x01\x01\x121\n" +
 	"\x06models\x18\a \x03(\v2\x19.dunlin.v1.ModelTelemetryR\x06models\x12\x18\n" +
-	"\adropped\x18\b \x01(\x04R\adroppedB\x12\n" +
+	"\adropped\x18\b \x01(\x04R\adropped\x12>\n" +
+	"\x19model_memory_budget_bytes\x18\t \x01(\x04H\x05R\x16modelMemoryBudgetBytes\x88\x01\x01\x12:\n" +
+	"\x17model_memory_used_bytes\x18\n" +
+	" \x01(\x04H\x06R\x14modelMemoryUsedBytes\x88\x01\x01B\x12\n" +
 	"\x10_cpu_utilisationB\x14\n" +
 	"\x12_memory_used_bytesB\x15\n" +
 	"\x13_memory_total_bytesB\x12\n" +
 	"\x10_disk_free_bytesB\x18\n" +
-	"\x16_agent_anonymous_bytes\"\x9f\x01\n" +
+	"\x16_agent_anonymous_bytesB\x1c\n" +
+	"\x1a_model_memory_budget_bytesB\x1a\n" +
+	"\x18_model_memory_used_bytes\"\x85\x03\n" +
 	"\x0eModelTelemetry\x12\x14\n" +
 	"\x05model\x18\x01 \x01(\tR\x05model\x12\x18\n" +
 	"\aversion\x18\x02 \x01(\x03R\aversion\x12\x1c\n" +
 	"\tsucceeded\x18\x03 \x01(\x04R\tsucceeded\x12\x16\n" +
 	"\x06failed\x18\x04 \x01(\x04R\x06failed\x12'\n" +
-	"\x0frun_nanoseconds\x18\x05 \x01(\x04R\x0erunNanoseconds\"V\n" +
+	"\x0frun_nanoseconds\x18\x05 \x01(\x04R\x0erunNanoseconds\x12\x1a\n" +
+	"\bresident\x18\x06 \x01(\bR\bresident\x12!\n" +
+	"\fmemory_bytes\x18\a \x01(\x04R\vmemoryBytes\x12\x1d\n" +
+	"\n" +
+	"need_bytes\x18\b \x01(\x04R\tneedBytes\x12\x1a\n" +
+	"\bmeasured\x18\t \x01(\bR\bmeasured\x126\n" +
+	"\vactivations\x18\n" +
+	" \x03(\v2\x14.dunlin.v1.SwapCountR\vactivations\x122\n" +
+	"\tevictions\x18\v \x03(\v2\x14.dunlin.v1.SwapCountR\tevictions\"[\n" +
+	"\tSwapCount\x12\x16\n" +
+	"\x06reason\x18\x01 \x01(\tR\x06reason\x12\x14\n" +
+	"\x05count\x18\x02 \x01(\x04R\x05count\x12 \n" +
+	"\vnanoseconds\x18\x03 \x01(\x04R\vnanoseconds\"V\n" +
 	"\fBlockRequest\x12\x16\n" +
 	"\x06sha256\x18\x01 \x01(\fR\x06sha256\x12\x16\n" +
 	"\x06offset\x18\x02 \x01(\x04R\x06offset\x12\x16\n" +
@@ -1961,7 +2110,7 @@ func file_dunlin_v1_wire_proto_rawDescGZIP() []byte {
 }
 
 var file_dunlin_v1_wire_proto_enumTypes = make([]protoimpl.EnumInfo, 2)
-var file_dunlin_v1_wire_proto_msgTypes = make([]protoimpl.MessageInfo, 23)
+var file_dunlin_v1_wire_proto_msgTypes = make([]protoimpl.MessageInfo, 24)
 var file_dunlin_v1_wire_proto_goTypes = []any{
 	(VersionState)(0),             // 0: dunlin.v1.VersionState
 	(Severity)(0),                 // 1: dunlin.v1.Severity
@@ -1984,38 +2133,41 @@ var file_dunlin_v1_wire_proto_goTypes = []any{
 	(*HelloAgain)(nil),            // 18: dunlin.v1.HelloAgain
 	(*Telemetry)(nil),             // 19: dunlin.v1.Telemetry
 	(*ModelTelemetry)(nil),        // 20: dunlin.v1.ModelTelemetry
-	(*BlockRequest)(nil),          // 21: dunlin.v1.BlockRequest
-	(*Block)(nil),                 // 22: dunlin.v1.Block
-	(*Epoch)(nil),                 // 23: dunlin.v1.Epoch
-	nil,                           // 24: dunlin.v1.Hello.LabelsEntry
-	(*timestamppb.Timestamp)(nil), // 25: google.protobuf.Timestamp
+	(*SwapCount)(nil),             // 21: dunlin.v1.SwapCount
+	(*BlockRequest)(nil),          // 22: dunlin.v1.BlockRequest
+	(*Block)(nil),                 // 23: dunlin.v1.Block
+	(*Epoch)(nil),                 // 24: dunlin.v1.Epoch
+	nil,                           // 25: dunlin.v1.Hello.LabelsEntry
+	(*timestamppb.Timestamp)(nil), // 26: google.protobuf.Timestamp
 }
 var file_dunlin_v1_wire_proto_depIdxs = []int32{
 	2,  // 0: dunlin.v1.Hello.have_generation:type_name -> dunlin.v1.Generation
 	3,  // 1: dunlin.v1.Hello.info:type_name -> dunlin.v1.DeviceInfo
-	24, // 2: dunlin.v1.Hello.labels:type_name -> dunlin.v1.Hello.LabelsEntry
+	25, // 2: dunlin.v1.Hello.labels:type_name -> dunlin.v1.Hello.LabelsEntry
 	2,  // 3: dunlin.v1.Desired.generation:type_name -> dunlin.v1.Generation
 	8,  // 4: dunlin.v1.DesiredDocument.versions:type_name -> dunlin.v1.DesiredVersion
 	9,  // 5: dunlin.v1.DesiredDocument.routes:type_name -> dunlin.v1.DesiredRoute
 	10, // 6: dunlin.v1.DesiredRoute.targets:type_name -> dunlin.v1.RouteTarget
 	0,  // 7: dunlin.v1.VersionStatus.state:type_name -> dunlin.v1.VersionState
-	25, // 8: dunlin.v1.VersionStatus.since:type_name -> google.protobuf.Timestamp
+	26, // 8: dunlin.v1.VersionStatus.since:type_name -> google.protobuf.Timestamp
 	2,  // 9: dunlin.v1.Reported.observed:type_name -> dunlin.v1.Generation
-	25, // 10: dunlin.v1.Reported.at:type_name -> google.protobuf.Timestamp
+	26, // 10: dunlin.v1.Reported.at:type_name -> google.protobuf.Timestamp
 	11, // 11: dunlin.v1.Reported.versions:type_name -> dunlin.v1.VersionStatus
 	12, // 12: dunlin.v1.Reported.routes:type_name -> dunlin.v1.RouteStatus
-	25, // 13: dunlin.v1.Event.at:type_name -> google.protobuf.Timestamp
+	26, // 13: dunlin.v1.Event.at:type_name -> google.protobuf.Timestamp
 	1,  // 14: dunlin.v1.Event.severity:type_name -> dunlin.v1.Severity
 	14, // 15: dunlin.v1.EventBatch.events:type_name -> dunlin.v1.Event
 	16, // 16: dunlin.v1.Command.event_ack:type_name -> dunlin.v1.EventAck
 	18, // 17: dunlin.v1.Command.hello_again:type_name -> dunlin.v1.HelloAgain
-	25, // 18: dunlin.v1.Telemetry.at:type_name -> google.protobuf.Timestamp
+	26, // 18: dunlin.v1.Telemetry.at:type_name -> google.protobuf.Timestamp
 	20, // 19: dunlin.v1.Telemetry.models:type_name -> dunlin.v1.ModelTelemetry
-	20, // [20:20] is the sub-list for method output_type
-	20, // [20:20] is the sub-list for method input_type
-	20, // [20:20] is the sub-list for extension type_name
-	20, // [20:20] is the sub-list for extension extendee
-	0,  // [0:20] is the sub-list for field type_name
+	21, // 20: dunlin.v1.ModelTelemetry.activations:type_name -> dunlin.v1.SwapCount
+	21, // 21: dunlin.v1.ModelTelemetry.evictions:type_name -> dunlin.v1.SwapCount
+	22, // [22:22] is the sub-list for method output_type
+	22, // [22:22] is the sub-list for method input_type
+	22, // [22:22] is the sub-list for extension type_name
+	22, // [22:22] is the sub-list for extension extendee
+	0,  // [0:22] is the sub-list for field type_name
 }
 
 func init() { file_dunlin_v1_wire_proto_init() }
@@ -2034,7 +2186,7 @@ func file_dunlin_v1_wire_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_dunlin_v1_wire_proto_rawDesc), len(file_dunlin_v1_wire_proto_rawDesc)),
 			NumEnums:      2,
-			NumMessages:   23,
+			NumMessages:   24,
 			NumExtensions: 0,
 			NumServices:   0,
 		},

@@ -1,0 +1,71 @@
+package agent
+
+import (
+	"context"
+	"time"
+
+	"github.com/dunlin/dunlin/agent/device"
+	profiles "github.com/dunlin/dunlin/firmware-profiles"
+)
+
+const (
+	// memoryEvery is how often the budget follows what the device shows free.
+	memoryEvery = time.Second
+	// spareFraction of the device's memory stays free beside the models.
+	spareFraction = 0.05
+	// A budget that differs by less than this part is left as it is.
+	budgetStep = 0.02
+)
+
+// memoryBudget gives how many bytes models may take: what the settings say, or
+// the firmware profile's part of the memory.
+func (s *Serving) memoryBudget(profile profiles.Profile) (int64, error) {
+	if s.MemoryMiB > 0 {
+		return int64(s.MemoryMiB) << 20, nil
+	}
+	_, total, err := device.Memory()
+	if err != nil {
+		return 0, err
+	}
+	return int64(float64(total) * profile.Memory.HostFraction), nil
+}
+
+// observedBudget is what of a budget the device can give now: what models hold
+// of anonymous memory, and what is available but for a spare part. Weights that
+// are mapped from files count as available, as the kernel sees them.
+func observedBudget(configured, held, available, total int64) int64 {
+	spare := int64(float64(total) * spareFraction)
+	return max(min(configured, held+available-spare), 1)
+}
+
+// followMemory keeps the engine's budget within what the device has.
+func (h *host) followMemory(ctx context.Context) error {
+	last := h.budget
+	tick := time.NewTicker(memoryEvery)
+	defer tick.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-tick.C:
+		}
+		available, total, err := device.Memory()
+		if err != nil {
+			continue // then only the budget counts that was asked for
+		}
+		held := int64(0)
+		if pid := h.worker.PID(); pid != 0 {
+			if n, err := device.Anonymous(pid); err == nil {
+				held = int64(n)
+			}
+		}
+		now := observedBudget(h.budget, held, int64(available), int64(total))
+		if diff := float64(now-last) / float64(last); diff < -budgetStep || diff > budgetStep || now == h.budget && now != last {
+			h.serving.Log.Info("memory for models changes", "bytes", now, "before", last, "available", available)
+			if err := h.engine.SetMemory(ctx, now); err != nil {
+				return nil // ctx is done
+			}
+			last = now
+		}
+	}
+}
