@@ -87,7 +87,7 @@ func TestSameAsInProcess(t *testing.T) {
 		if err != nil {
 			t.Fatalf("%s %v: %v", tt.entry, tt.shape, err)
 		}
-		if want := inProcess(t, tt.entry, in, nil); !reflect.DeepEqual(got, want) {
+		if want := inProcess(t, spec(t, tt.entry), in, nil); !reflect.DeepEqual(got, want) {
 			t.Errorf("%s %v: the child's outputs differ from those in-process", tt.entry, tt.shape)
 		}
 	}
@@ -96,7 +96,7 @@ func TestSameAsInProcess(t *testing.T) {
 		in := []tensor.Tensor{floats("x", uint64(n), n)}
 		for _, outputs := range [][]string{nil, {"y", "x"}, {"x"}} {
 			got, err := one(t.Context(), w, id, in, outputs)
-			if want := inProcess(t, "passthrough.onnx", in, outputs); err != nil || !reflect.DeepEqual(got, want) {
+			if want := inProcess(t, spec(t, "passthrough.onnx"), in, outputs); err != nil || !reflect.DeepEqual(got, want) {
 				t.Errorf("%d elements, outputs %v: the child's outputs differ from those in-process, or %v", n, outputs, err)
 			}
 		}
@@ -108,13 +108,13 @@ func TestSameAsInProcess(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if want := inProcess(t, "add.onnx", in, []string{"product", "sum"}); !reflect.DeepEqual(got, want) {
+		if want := inProcess(t, spec(t, "add.onnx"), in, []string{"product", "sum"}); !reflect.DeepEqual(got, want) {
 			t.Errorf("batch of %d: the child's outputs differ from those in-process", in[0].Shape[0])
 		}
 	}
 }
 
-func inProcess(t testing.TB, entry string, in []tensor.Tensor, outputs []string) (all []tensor.Tensor) {
+func inProcess(t testing.TB, v engine.Spec, in []tensor.Tensor, outputs []string) (all []tensor.Tensor) {
 	lib, err := library()
 	if err != nil {
 		t.Fatal(err)
@@ -122,7 +122,7 @@ func inProcess(t testing.TB, entry string, in []tensor.Tensor, outputs []string)
 	if err := ort.Init(lib, 0); err != nil {
 		t.Fatal(err)
 	}
-	s, err := ort.Open(t.Context(), spec(t, entry).Dir, entry)
+	s, err := ort.Open(t.Context(), v.Dir, v.Entry)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -296,73 +296,36 @@ func descriptors(t *testing.T) int {
 	return len(entries)
 }
 
-// TestLoadThatKills loads a version that kills the child: it is not loaded
-// again, and the one that was there before comes back.
+// TestLoadThatKills loads a version that kills the child: the one that serves
+// does not notice.
 func TestLoadThatKills(t *testing.T) {
-	for mode, want := range map[string]string{"kill-on-load=chain.onnx": "signal: killed"} {
-		cfg := testConfig(t, mode)
-		deaths := make(chan Death, 10)
-		cfg.OnDeath = func(d Death) { deaths <- d }
-		w := start(t, cfg)
-		good, _ := load(t, w, "digits-size.onnx")
-		bad := spec(t, "chain.onnx")
-		_, err := w.Load(t.Context(), bad)
-		death, ok := errors.AsType[*DeathError](err)
-		if !ok || !strings.Contains(err.Error(), want) {
-			t.Fatalf("load gave %v", err)
-		}
-		if d := <-deaths; d.Err != death || !reflect.DeepEqual(d.InFlight, []engine.VersionID{bad.ID}) {
-			t.Errorf("death %+v", d)
-		}
-		if _, err := one(t.Context(), w, good, []tensor.Tensor{floats("x", 1, 1, 64)}, nil); err != nil {
-			t.Error(err)
-		}
-		if _, err := one(t.Context(), w, bad.ID, nil, nil); !errors.Is(err, engine.ErrNotLoaded) {
-			t.Error(err)
-		}
-		if len(deaths) != 0 {
-			t.Errorf("the child died again: %+v", <-deaths)
-		}
+	cfg := testConfig(t, "kill-on-load=chain.onnx")
+	cfg.OnDeath = func(d Death) { t.Errorf("death %+v", d) }
+	w := start(t, cfg)
+	good, _ := load(t, w, "digits-size.onnx")
+	bad := spec(t, "chain.onnx")
+	_, err := w.Load(t.Context(), bad)
+	if _, died := errors.AsType[*DeathError](err); !died || !strings.Contains(err.Error(), "signal: killed") {
+		t.Fatalf("load gave %v", err)
+	}
+	if _, err := one(t.Context(), w, good, []tensor.Tensor{floats("x", 1, 1, 64)}, nil); err != nil {
+		t.Error(err)
+	}
+	if _, err := one(t.Context(), w, bad.ID, nil, nil); !errors.Is(err, engine.ErrNotLoaded) {
+		t.Error(err)
 	}
 }
 
-// TestLoadBesideOthers has a load kill the child while another version runs:
-// it is not put down to the load alone.
-func TestLoadBesideOthers(t *testing.T) {
-	w := start(t, testConfig(t, "kill-on-load=add.onnx"))
-	busy, _ := load(t, w, "chain.onnx")
-	p := child(t, w)
-	ctx, cancel := context.WithCancel(t.Context())
-	var run sync.WaitGroup
-	defer run.Wait()
-	defer cancel()
-	run.Go(func() { one(ctx, w, busy, []tensor.Tensor{floats("x", 1, 1000, 1000)}, nil) })
-	until(t, "the run to begin", func() bool {
-		p.mu.Lock()
-		defer p.mu.Unlock()
-		return p.running > 0
-	})
-	_, err := w.Load(t.Context(), spec(t, "add.onnx"))
-	if _, died := errors.AsType[*DeathError](err); !died || !errors.Is(err, engine.ErrUnavailable) {
-		t.Errorf("beside a run: %v", err)
-	}
-	cancel()
-	run.Wait()
-	_, err = w.Load(t.Context(), spec(t, "add.onnx"))
-	if _, died := errors.AsType[*DeathError](err); !died || errors.Is(err, engine.ErrUnavailable) {
-		t.Errorf("alone: %v", err)
-	}
-}
-
-// TestReloadThatKills has a version that loads once and kills every child
-// that loads it again: it is given up, and the worker goes on.
-func TestReloadThatKills(t *testing.T) {
-	cfg := testConfig(t, "kill-on-second-load="+filepath.Join(t.TempDir(), "loaded"))
+// TestReloadThatAborts has a version that is activated once and ends every
+// child that activates it again: it is put into quarantine, and the worker
+// goes on.
+func TestReloadThatAborts(t *testing.T) {
+	cfg := testConfig(t, "abort-on-later-load="+filepath.Join(t.TempDir(), "loaded"))
 	lost := make(chan engine.VersionID, 10)
 	var deaths atomic.Int64
 	cfg.OnDeath = func(Death) { deaths.Add(1) }
 	cfg.OnLost = func(id engine.VersionID, reason error) {
-		if _, died := errors.AsType[*DeathError](reason); !died {
+		if _, died := errors.AsType[*DeathError](reason); !died || !errors.Is(reason, engine.ErrQuarantined) {
 			t.Errorf("%s lost to %v", id, reason)
 		}
 		lost <- id
@@ -374,11 +337,20 @@ func TestReloadThatKills(t *testing.T) {
 	if got := <-lost; got != id {
 		t.Errorf("lost %s", got)
 	}
-	if child(t, w); deaths.Load() != 1+maxReloads {
+	if child(t, w); deaths.Load() != 1+2 {
 		t.Errorf("%d deaths", deaths.Load())
 	}
-	if _, err := one(t.Context(), w, id, nil, nil); !errors.Is(err, engine.ErrNotLoaded) {
+	if _, err := one(t.Context(), w, id, nil, nil); !errors.Is(err, engine.ErrQuarantined) || !strings.Contains(err.Error(), "signal: aborted") {
 		t.Error(err)
+	}
+	if _, err := w.Load(t.Context(), spec(t, "digits-size.onnx")); !errors.Is(err, engine.ErrQuarantined) {
+		t.Errorf("loaded again: %v", err)
+	}
+	if err := w.Unload(t.Context(), id); err != nil {
+		t.Error(err)
+	}
+	if err := w.Unload(t.Context(), id); !errors.Is(err, engine.ErrNotLoaded) {
+		t.Errorf("unloaded twice: %v", err)
 	}
 }
 
