@@ -50,6 +50,13 @@ func TestMain(m *testing.M) {
 				select {}
 			}
 		}))
+	case mode == "abort-on-load":
+		os.Exit(runChild(func(file string, opened bool) {
+			if !opened && file == arg {
+				syscall.Kill(os.Getpid(), syscall.SIGABRT)
+				select {}
+			}
+		}))
 	case mode == "abort-on-later-load": // arg is a file that notes the first two: Load's and Activate's
 		os.Exit(runChild(func(_ string, opened bool) {
 			if opened {

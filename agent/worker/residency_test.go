@@ -29,14 +29,17 @@ func write(t testing.TB, net zoo.Net) engine.Spec {
 	return engine.Spec{ID: engine.VersionID{Model: net.Name, Version: 1}, Dir: dir, Entry: "model.onnx"}
 }
 
-// compiled has a configuration compile what is loaded, in the test's process,
-// to a file model.ort in the version's folder.
+// compiled has a configuration compile the nets that are loaded, in the test's
+// process, to a file model.ort in the version's folder.
 func compiled(t testing.TB, cfg Config) Config {
 	if err := ort.Init(cfg.RuntimeLib, 0); err != nil {
 		t.Fatal(err)
 	}
 	plain := cfg
 	cfg.Compile = func(ctx context.Context, s engine.Spec) (Image, error) {
+		if s.Entry != "model.onnx" {
+			return Image{}, ort.ErrNotCompilable
+		}
 		info, err := Check(ctx, plain, s)
 		if err != nil {
 			return Image{}, err
