@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"reflect"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -218,9 +219,17 @@ func testConcurrentRuns(t *testing.T, size int) {
 	wg.Wait()
 }
 
-// TestKills kills the child again and again under load.
+// TestKills kills the child again and again under load, at random times, as
+// often as DUNLIN_KILLS says: no run fails.
 func TestKills(t *testing.T) {
-	const seed, kills = 7, 30
+	const seed = 7
+	kills := 30
+	if n := os.Getenv("DUNLIN_KILLS"); n != "" {
+		var err error
+		if kills, err = strconv.Atoi(n); err != nil {
+			t.Fatalf("DUNLIN_KILLS: %v", err)
+		}
+	}
 	t.Logf("seed %d", seed)
 	r := rand.New(rand.NewPCG(seed, 0))
 	before := descriptors(t)
@@ -239,11 +248,17 @@ func TestKills(t *testing.T) {
 		relu, _ := load(t, w, "digits-size.onnx")
 		ctx, stop := context.WithCancel(t.Context())
 		var wg sync.WaitGroup
-		var answered [8]atomic.Int64 // pairs of requests, of each goroutine
-		for g := range answered {
+		// Of each goroutine, when the child was dead and both its runs had been
+		// answered for the first time afterwards; 0 until then.
+		var first [8]atomic.Int64
+		began := time.Now()
+		var dead atomic.Bool
+		var runs atomic.Int64
+		for g := range first {
 			wg.Go(func() {
 				small, large := floats("x", uint64(g), 1, 64), floats("x", uint64(g), 1, 50_000)
 				for ctx.Err() == nil {
+					after := dead.Load()
 					_, err := one(t.Context(), w, relu, []tensor.Tensor{small}, nil)
 					if err == nil {
 						_, err = one(t.Context(), w, neg, []tensor.Tensor{large}, nil)
@@ -251,24 +266,32 @@ func TestKills(t *testing.T) {
 					if err != nil {
 						t.Error(err)
 					}
-					answered[g].Add(1)
+					if runs.Add(2); after {
+						first[g].CompareAndSwap(0, int64(time.Since(began)))
+					}
 				}
 			})
 		}
+		var pauses []time.Duration
 		for range kills {
 			p := child(t, w)
-			// What was in flight at the last death must be through: it is
-			// retried once only.
-			for g := range answered {
-				seen := answered[g].Load()
-				until(t, "an answer", func() bool { return answered[g].Load() > seen })
-			}
 			wait := time.NewTimer(time.Duration(r.IntN(20)) * time.Millisecond)
 			<-wait.C
+			killed := time.Since(began)
 			p.command.Process.Kill()
 			<-p.dead
+			dead.Store(true)
+			pause := time.Duration(0)
+			for g := range first {
+				until(t, "an answer", func() bool { return first[g].Load() > 0 || t.Failed() })
+				pause = max(pause, time.Duration(first[g].Load())-killed)
+			}
+			dead.Store(false)
+			for g := range first {
+				first[g].Store(0)
+			}
+			pauses = append(pauses, pause)
 		}
-		child(t, w)
 		stop()
 		wg.Wait()
 		for _, id := range []engine.VersionID{neg, relu} {
@@ -276,13 +299,11 @@ func TestKills(t *testing.T) {
 				t.Errorf("%s after the last death: %v", id, err)
 			}
 		}
-		all := int64(0)
-		for g := range answered {
-			all += answered[g].Load()
-		}
-		t.Logf("%d pairs of requests answered", all)
+		slices.Sort(pauses)
+		t.Logf("%d runs; pauses until all callers have answers again: p50 %v, p99 %v, longest %v", runs.Load(),
+			pauses[len(pauses)/2], pauses[len(pauses)*99/100], pauses[len(pauses)-1])
 	})
-	if deaths.Load() != kills {
+	if deaths.Load() != int64(kills) {
 		t.Errorf("%d deaths reported, not %d", deaths.Load(), kills)
 	}
 	until(t, "descriptors to be closed", func() bool { return descriptors(t) <= before })
