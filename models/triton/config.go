@@ -40,8 +40,15 @@ func Config(name string, inputs, outputs []tensor.Info, o serving.Options, label
 	if o.DynamicBatching {
 		c.SchedulingChoice = &inference.ModelConfig_DynamicBatching{DynamicBatching: dynamicBatching(o)}
 	}
+	own := map[string]*inference.ModelParameter{}
 	if o.Ageing != 0 && o.Ageing != serving.DefaultAgeing {
-		c.Parameters = map[string]*inference.ModelParameter{ageingParameter: {StringValue: o.Ageing.String()}}
+		own[ageingParameter] = &inference.ModelParameter{StringValue: o.Ageing.String()}
+	}
+	if o.Pinned {
+		own[pinnedParameter] = &inference.ModelParameter{StringValue: "true"}
+	}
+	if len(own) > 0 {
+		c.Parameters = own
 	}
 	return c
 }

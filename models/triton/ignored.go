@@ -30,6 +30,7 @@ var used = set(
 	"dynamic_batching.priority_queue_policy.default_timeout_microseconds",
 	"dynamic_batching.priority_queue_policy.allow_timeout_override", "dynamic_batching.priority_queue_policy.max_queue_size",
 	"parameters."+ageingParameter, "parameters."+ageingParameter+".string_value",
+	"parameters."+pinnedParameter, "parameters."+pinnedParameter+".string_value",
 	"model_transaction_policy", "model_transaction_policy.decoupled",
 )
 

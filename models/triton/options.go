@@ -8,6 +8,7 @@ import (
 	"math"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"time"
 
@@ -26,6 +27,8 @@ const (
 	// ageingParameter is the parameter of our own that sets
 	// serving.Options.Ageing: a duration with its unit, such as "500ms".
 	ageingParameter = "ageing"
+	// pinnedParameter is the one that sets serving.Options.Pinned: "true".
+	pinnedParameter = "pinned"
 )
 
 // Options gives what a configuration says about scheduling, and nil where it
@@ -47,6 +50,9 @@ func Options(c *inference.ModelConfig) (*serving.Options, []string, error) {
 	if c.GetMaxBatchSize() == 0 && b == nil && len(c.GetInstanceGroup()) == 0 && len(c.GetInput()) == 0 && len(c.GetOutput()) == 0 {
 		if c.GetParameters()[ageingParameter] != nil {
 			warnings = append(warnings, fmt.Sprintf("parameters[%q] is ignored: the configuration has no dynamic_batching with priority_levels", ageingParameter))
+		}
+		if c.GetParameters()[pinnedParameter] != nil {
+			warnings = append(warnings, fmt.Sprintf("parameters[%q] is ignored: the configuration names no max_batch_size, scheduler, instances, inputs or outputs beside it", pinnedParameter))
 		}
 		return nil, warnings, nil
 	}
@@ -83,6 +89,12 @@ func Options(c *inference.ModelConfig) (*serving.Options, []string, error) {
 		var err error
 		if o.Ageing, err = time.ParseDuration(p.GetStringValue()); err != nil {
 			errs = append(errs, fmt.Errorf("parameters[%q] is %q, which is not a duration such as \"500ms\"", ageingParameter, p.GetStringValue()))
+		}
+	}
+	if p := c.GetParameters()[pinnedParameter]; p != nil {
+		var err error
+		if o.Pinned, err = strconv.ParseBool(p.GetStringValue()); err != nil {
+			errs = append(errs, fmt.Errorf("parameters[%q] is %q, which is not true or false", pinnedParameter, p.GetStringValue()))
 		}
 	}
 	if err := o.Check(); err != nil {

@@ -212,6 +212,7 @@ func TestOptionsRefused(t *testing.T) {
 			`dynamic_batching.priority_queue_policy[2].max_queue_size is 70000, allowed are 0 to 65536`,
 		},
 		{`max_batch_size: 1 parameters { key: "ageing" value { string_value: "5" } }`, `parameters["ageing"] is "5", which is not a duration such as "500ms"`},
+		{`max_batch_size: 1 parameters { key: "pinned" value { string_value: "yes" } }`, `parameters["pinned"] is "yes", which is not true or false`},
 		{`max_batch_size: 1 parameters { key: "ageing" value { string_value: "25h" } }`, `parameters["ageing"] is 25h0m0s, allowed are 0 to 24h0m0s`},
 		{`default_model_filename: "../m.onnx"`, `default_model_filename is "../m.onnx", which is not the name of a file in the version's folder`},
 		{`default_model_filename: "a/m.onnx"`, `default_model_filename is "a/m.onnx", which is not the name of a file in the version's folder`},
@@ -479,7 +480,7 @@ func TestConfigReadsBack(t *testing.T) {
 		o := serving.Options{
 			MaxBatchSize: rapid.IntRange(1, serving.MaxBatchSize).Draw(t, "batch"), Strict: true, DynamicBatching: true,
 			Instances: rapid.IntRange(1, serving.MaxInstances).Draw(t, "instances"), MaxQueueDelay: duration.Draw(t, "delay"),
-			PreserveOrdering: rapid.Bool().Draw(t, "order"), PriorityLevels: levels,
+			PreserveOrdering: rapid.Bool().Draw(t, "order"), PriorityLevels: levels, Pinned: rapid.Bool().Draw(t, "pinned"),
 			DefaultPriority: rapid.IntRange(min(1, levels), levels).Draw(t, "default"), Ageing: duration.Draw(t, "ageing"), Queue: policy.Draw(t, "queue"),
 		}
 		for range rapid.IntRange(0, 3).Draw(t, "preferred") {
