@@ -99,7 +99,7 @@ func printFindings(w io.Writer, findings []Finding) error {
 
 func examine(ctx context.Context, cfg Config) []Finding {
 	findings := checkRuntime(ctx, cfg)
-	findings = append(findings, checkNVML(), checkDisk(cfg.Data))
+	findings = append(findings, checkNVML(), checkMemory(cfg), checkDisk(cfg.Data))
 	id, err := storedIdentity(ctx, cfg.Data)
 	if err != nil {
 		findings = append(findings, Finding{"identity", Fail, err.Error(), "run the doctor as the user that the agent runs as"})
@@ -175,6 +175,30 @@ func checkNVML() Finding {
 		driver = "unknown"
 	}
 	return Finding{Check: "nvml", Verdict: Pass, Detail: fmt.Sprintf("%d GPUs, driver %s", n, driver)}
+}
+
+// checkMemory compares what models may take with what the device has.
+func checkMemory(cfg Config) Finding {
+	profile, err := profiles.Match(runtime.GOARCH)
+	if err != nil {
+		return Finding{"memory", Warn, err.Error(), ""}
+	}
+	budget, err := cfg.memoryBudget(profile)
+	if err != nil {
+		return Finding{"memory", Warn, err.Error(), "give a budget by --memory-mib"}
+	}
+	available, total, err := device.Memory()
+	if err != nil {
+		return Finding{"memory", Warn, err.Error(), ""}
+	}
+	f := Finding{Check: "memory", Verdict: Pass, Detail: fmt.Sprintf("models may take %s; %s of %s available", megabytes(uint64(budget)), megabytes(available), megabytes(total))}
+	switch {
+	case uint64(budget) > total:
+		f.Verdict, f.Remedy = Fail, "lower --memory-mib: the device has less"
+	case available < uint64(spareFraction*float64(total)):
+		f.Verdict, f.Remedy = Warn, "stop what else takes memory: models leave until there is more"
+	}
+	return f
 }
 
 func checkDisk(data string) Finding {

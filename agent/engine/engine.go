@@ -135,9 +135,9 @@ type Config struct {
 	Runtime Runtime
 	// Memory is how many bytes the loaded versions may take; 0 sets no bound.
 	Memory int64
-	// Oversize lets a version run whose weights alone are more than that: they
-	// stay in their files, and are read from there as they are needed. Without
-	// it, such a version is refused.
+	// Oversize lets a version run whose weights alone are more than that, where
+	// they are mapped: they stay in their file, and are read from there as they
+	// are needed. Without it, such a version is refused.
 	Oversize bool
 	Log      *slog.Logger
 }

@@ -141,7 +141,7 @@ func (l *ledger) free() int64 {
 // size is what a version is to be charged with once it is in.
 func (l *ledger) size(v *version) int64 {
 	n := v.home.need.Weights + v.home.need.Session
-	if l.oversize && l.budget > 0 && n > l.budget {
+	if l.oversize && v.home.need.Mapped && l.budget > 0 && n > l.budget {
 		n = v.home.need.Session
 	}
 	if v.home.prepacked || v.home.prepacking {

@@ -260,7 +260,7 @@ func TestOversize(t *testing.T) {
 	c := newCrowd(t, 1, 200, simpleNeed, time.Millisecond, quick)
 	c.core.ledger.oversize = true
 	c.ids = append(c.ids, VersionID{Model: "big", Version: 1})
-	call := c.add(c.ids[1], serving.Options{}, Need{Weights: 300, Session: 50, Workspace: 7})
+	call := c.add(c.ids[1], serving.Options{}, Need{Weights: 300, Session: 50, Workspace: 7, Mapped: true})
 	r := c.ask(2*time.Second, 1)
 	c.run(3 * time.Second)
 	if err := (<-call.answer).err; err != nil || r.err != nil || c.version(1).home.charged != 50 {

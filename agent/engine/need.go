@@ -13,6 +13,9 @@ type Need struct {
 	Prepacked int64
 	// Workspace is what a run takes, for each of its rows.
 	Workspace int64
+	// Mapped says that the weights lie in a file that is mapped: the system can
+	// take their memory back and read them again.
+	Mapped bool
 	// Measured says that the figures were measured on this device; otherwise
 	// they are estimates.
 	Measured bool
