@@ -123,7 +123,7 @@ func testConfig(t testing.TB, mode string) Config {
 		t.Fatal(err)
 	}
 	return Config{
-		Command: []string{exe, "worker", mode}, RuntimeLib: lib, settled: time.Nanosecond,
+		Command: []string{exe, "worker", mode}, RuntimeLib: lib, settled: time.Nanosecond, rebuildAfter: time.Nanosecond,
 		Log: slog.New(slog.NewTextHandler(t.Output(), &slog.HandlerOptions{Level: slog.LevelDebug})),
 	}
 }
