@@ -38,6 +38,8 @@ func TestMain(m *testing.M) {
 		parent()
 	case os.Args[1] == "echo":
 		echoes()
+	case mode == "escape":
+		os.Exit(escapeChild(arg))
 	case mode == "garbage":
 		kind, _ := strconv.Atoi(arg)
 		liar(func(l *lie) { l.answer(kind) })

@@ -66,7 +66,12 @@ type Config struct {
 	// quick.
 	OnLost func(id engine.VersionID, reason error)
 
+	// CheckMemory bounds the bytes that the child of a Check or Compile may
+	// allocate; 0 for what the machine has.
+	CheckMemory int64
+
 	settled, grace time.Duration
+	sandbox        *sandbox // of the child; nil for one that serves
 }
 
 func (c Config) withDefaults() Config {
