@@ -93,7 +93,7 @@ func startProcess(cfg *Config, onDeath func(*process, engine.VersionID)) (*proce
 	}
 	cmd := exec.Command(cfg.Command[0], cfg.Command[1:]...)
 	cmd.Dir = "/"
-	cmd.Env = childEnvironment()
+	cmd.Env = append(childEnvironment(), cfg.sandbox.environment()...)
 	cmd.ExtraFiles = []*os.File{theirs, shared.file} // become socketFD and regionFD
 	cmd.SysProcAttr = &syscall.SysProcAttr{
 		Pdeathsig: syscall.SIGKILL,

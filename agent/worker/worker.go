@@ -77,7 +77,12 @@ type Config struct {
 	// quarantine: the reason is engine.ErrQuarantined then. It must be quick.
 	OnLost func(id engine.VersionID, reason error)
 
+	// CheckMemory bounds the bytes that the child of a Check or Compile may
+	// allocate; 0 for what the machine has.
+	CheckMemory int64
+
 	settled, grace, rebuildAfter time.Duration
+	sandbox                      *sandbox // of the child; nil for one that serves
 }
 
 func (c Config) withDefaults() Config {
