@@ -64,7 +64,7 @@ type Config struct {
 	// take to end before the child is killed for it; see DefaultStallGrace.
 	StallGrace time.Duration
 	// Compile, where not nil, gives a version as it was compiled for this
-	// device, and compiles it where it was not yet. It is called from
+	// device, and compiles it where it was not yet; see Cached. It is called from
 	// many goroutines at a time. After ort.ErrNotCompilable the version is opened
 	// as it is.
 	Compile func(context.Context, Runtime, engine.Spec) (Image, error)
