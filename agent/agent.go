@@ -31,6 +31,7 @@ import (
 const (
 	stateFile     = "state.db"
 	bundlesFolder = "bundles"
+	cacheFolder   = "compiled"
 )
 
 // agent is a host whose models are those that a controller wants, and holds
@@ -96,7 +97,7 @@ func newAgent(ctx context.Context, cfg Config, profile profiles.Profile, store *
 	}
 	w := cfg.Serving.workerConfig(profile.Threads)
 	w.OnDeath, w.OnLost = a.died, a.lost
-	if a.host, err = newHost(cfg.Serving, profile, w); err != nil {
+	if a.host, err = newHost(cfg.Serving, profile, filepath.Join(cfg.Data, cacheFolder), w); err != nil {
 		return nil, err
 	}
 	a.source, a.opened = following{a}, a.describe

@@ -141,6 +141,7 @@ func checkRuntime(ctx context.Context, cfg Config) []Finding {
 		return []Finding{{"runtime", Fail, err.Error(), remedy}}
 	}
 	findings := []Finding{{Check: "runtime", Verdict: Pass, Detail: fmt.Sprintf("ONNX Runtime %s at %s", found.Version, cfg.RuntimeLib)}}
+	findings = append(findings, sandboxFinding(found.Sandbox))
 	profile, err := profiles.Match(runtime.GOARCH)
 	if err != nil {
 		return append(findings, Finding{"providers", Warn, err.Error(), ""})
@@ -153,6 +154,16 @@ func checkRuntime(ctx context.Context, cfg Config) []Finding {
 		}
 	}
 	return append(findings, providers)
+}
+
+// sandboxFinding says what holds a process that looks at new models.
+func sandboxFinding(s worker.Sandbox) Finding {
+	missing := s.Missing()
+	if len(missing) == 0 {
+		return Finding{Check: "sandbox", Verdict: Pass, Detail: s.String()}
+	}
+	return Finding{"sandbox", Warn, fmt.Sprintf("new models are checked without %s; there is %s", strings.Join(missing, " and "), s),
+		"use Linux 5.13 or newer with Landlock and seccomp switched on, and no container that refuses them"}
 }
 
 func checkNVML() Finding {

@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"github.com/dunlin/dunlin/agent/state"
+	"github.com/dunlin/dunlin/agent/worker"
 	dunlinv1 "github.com/dunlin/dunlin/proto/dunlin/v1"
 )
 
@@ -52,6 +53,9 @@ func TestDoctor(t *testing.T) {
 		t.Error(err)
 	}
 	expect(t, found, map[string]Verdict{"runtime": Pass, "providers": Pass, "disk": Pass, "clock": Pass, "broker": Warn, "registry": Warn})
+	if f := found["sandbox"]; f.Verdict == Fail || !strings.Contains(f.Detail, "limits") {
+		t.Errorf("sandbox: %v", f)
+	}
 	if f := found["runtime"]; !strings.Contains(f.Detail, "ONNX Runtime 1.") {
 		t.Errorf("runtime: %v", f)
 	}
@@ -143,5 +147,14 @@ func TestDoctorPrintsATable(t *testing.T) {
 	}
 	if err := Doctor(t.Context(), []string{"-o", "xml"}, env(), &out, io.Discard); err == nil || errors.Is(err, ErrUnhealthy) {
 		t.Errorf("-o xml: %v", err)
+	}
+}
+
+func TestSandboxFinding(t *testing.T) {
+	if f := sandboxFinding(worker.Sandbox{Landlock: 7, Seccomp: true, Limits: true}); f.Verdict != Pass || f.Detail != "Landlock ABI 7, seccomp, limits" {
+		t.Errorf("got %v", f)
+	}
+	if f := sandboxFinding(worker.Sandbox{Seccomp: true, Limits: true}); f.Verdict != Warn || !strings.Contains(f.Detail, "without Landlock") || f.Remedy == "" {
+		t.Errorf("got %v", f)
 	}
 }

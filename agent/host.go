@@ -16,9 +16,11 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials"
 
+	"github.com/dunlin/dunlin/agent/compiled"
 	"github.com/dunlin/dunlin/agent/engine"
 	"github.com/dunlin/dunlin/agent/oip"
 	"github.com/dunlin/dunlin/agent/oip/rpc"
+	"github.com/dunlin/dunlin/agent/ort"
 	"github.com/dunlin/dunlin/agent/serve"
 	"github.com/dunlin/dunlin/agent/worker"
 	profiles "github.com/dunlin/dunlin/firmware-profiles"
@@ -43,6 +45,9 @@ const (
 	// progressLimit is how long the scheduler may take to say that it makes
 	// progress.
 	progressLimit = time.Second
+	// A process that compiles may allocate so many times the budget, and so
+	// much more: it has the model several times.
+	checkMemoryFactor, checkMemoryRoom = 4, 512 << 20
 )
 
 // source is where the models of a host come from.
@@ -64,6 +69,8 @@ type host struct {
 	tried   chan struct{}        // closed when the runtime has started, or failed to once
 	loads   atomic.Bool          // models can be loaded
 	budget  int64                // bytes that models may take
+	// compile gives a version as it was compiled for this device.
+	compile func(context.Context, worker.Runtime, engine.Spec) (worker.Image, error)
 }
 
 // ports are where a host answers.
@@ -128,14 +135,23 @@ func (l *ports) url() string {
 	return "http://" + l.http.Addr().String()
 }
 
-// newHost puts the parts together. The caller sets source, and opened, before
-// run.
-func newHost(s Serving, profile profiles.Profile, cfg worker.Config) (*host, error) {
+// newHost puts the parts together; compiled models are kept in the folder
+// cache. The caller sets source, and opened, before run.
+func newHost(s Serving, profile profiles.Profile, cache string, cfg worker.Config) (*host, error) {
 	h := &host{serving: s, tried: make(chan struct{})}
 	var err error
 	if h.budget, err = s.memoryBudget(profile); err != nil {
 		return nil, err
 	}
+	kept, err := compiled.Open(cache, int64(s.CacheMiB)<<20)
+	if err != nil {
+		return nil, err
+	}
+	// A model of which more than the budget is needed to look at it could not
+	// run either.
+	cfg.CheckMemory = checkMemoryFactor*h.budget + checkMemoryRoom
+	h.compile = worker.Cached(kept, cfg)
+	cfg.Compile = h.compile
 	h.worker = worker.New(cfg)
 	h.engine = engine.New(engine.Config{Runtime: h.worker, Memory: h.budget, Oversize: s.Oversize == "map", Log: s.Log})
 	h.front = serve.New(h.engine)
@@ -149,8 +165,21 @@ func (s *Serving) workerConfig(threads int) worker.Config {
 	return worker.Config{Command: s.Worker, RuntimeLib: s.RuntimeLib, Threads: threads, Log: s.Log}
 }
 
-// check loads a version in a process of its own, on one thread.
+// check compiles a version in a process of its own, on one thread: its load
+// then finds it compiled. One that cannot be is loaded there.
 func (h *host) check(ctx context.Context, spec engine.Spec) (engine.Info, error) {
+	found, err := h.worker.Runtime(ctx)
+	if err != nil {
+		return engine.Info{}, err
+	}
+	image, err := h.compile(ctx, found, spec)
+	if err == nil {
+		image.Release()
+		return image.Info, nil
+	}
+	if !errors.Is(err, ort.ErrNotCompilable) {
+		return engine.Info{}, err
+	}
 	cfg := h.serving.workerConfig(1)
 	cfg.Threads = 1 // whatever the settings say: others are being served
 	return worker.Check(ctx, cfg, spec)

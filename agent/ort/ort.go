@@ -19,6 +19,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"time"
 	"unsafe"
 
 	binding "github.com/yalue/onnxruntime_go"
@@ -357,6 +358,16 @@ func (s *Session) Close() {
 // of the C heap. A run that begins after it gets its memory anew; one that
 // goes on may wait for it, for less than a millisecond.
 func Trim() { C.ort_trim() }
+
+// TrimWhenIdle has a thread of this process do what Trim does when nothing was
+// taken to work in for so long, after each time that something was. It is
+// called once.
+func TrimWhenIdle(quiet time.Duration) error {
+	if failed := C.ort_trim_when_idle(C.int64_t(quiet)); failed != 0 {
+		return fmt.Errorf("trim when idle: %w", unix.Errno(failed))
+	}
+	return nil
+}
 
 // outOfMemory has what ONNX Runtime, the C library and CUDA say, in lower case.
 var outOfMemory = []string{

@@ -2,6 +2,7 @@
 #include "workspace.h"
 
 #include <dlfcn.h>
+#include <pthread.h>
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -312,6 +313,22 @@ int ort_trim(void) {
 	some |= malloc_trim(0);
 #endif
 	return some;
+}
+
+static void *trim_when_idle(void *quiet) {
+	for (;;) {
+		workspace_wait(*(int64_t *)quiet);
+		ort_trim();
+	}
+	return NULL;
+}
+
+int ort_trim_when_idle(int64_t quiet) {
+	static int64_t kept;
+	kept = quiet;
+	pthread_t thread;
+	int failed = pthread_create(&thread, NULL, trim_when_idle, &kept);
+	return failed ? failed : pthread_detach(thread);
 }
 
 int ort_die_by_signal(void) {

@@ -94,6 +94,10 @@ void ort_release_value(OrtValue *value);
 // where the C library can, and says whether there was some.
 int ort_trim(void);
 
+// Begins a thread that trims when the workspace was not used for so many
+// nanoseconds. Returns 0 or an error number.
+int ort_trim_when_idle(int64_t quiet);
+
 // Has a fault in this process kill it by its signal and without a core dump,
 // whatever handlers there are. Returns 0, or -1 with errno set.
 int ort_die_by_signal(void);

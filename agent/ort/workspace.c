@@ -4,6 +4,7 @@
 #include <pthread.h>
 #include <stdlib.h>
 #include <sys/mman.h>
+#include <time.h>
 
 enum {
 	ALIGNMENT = 64,
@@ -30,6 +31,16 @@ union head {
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER; // guards what follows
 static union head *lists[CLASSES];
 static size_t kept;
+static uint64_t uses;
+static pthread_cond_t used = PTHREAD_COND_INITIALIZER;
+static int waiting; // for used
+
+// use notes that a block was taken or given. lock is held.
+static void use(void) {
+	uses++;
+	if (waiting)
+		pthread_cond_signal(&used);
+}
 
 // class_of gives the number of the first class whose size is at least so much,
 // and the size.
@@ -82,6 +93,7 @@ static void *take(struct workspace *w, size_t size) {
 		return small(size);
 	size_t number = class_of(all, &rounded);
 	pthread_mutex_lock(&lock);
+	use();
 	for (size_t i = number; i < CLASSES && i <= number + GENEROUS; i++) {
 		union head *h = lists[i];
 		if (!h)
@@ -125,6 +137,7 @@ static void give(struct workspace *w, void *p) {
 		h->block.next = lists[h->block.number];
 		lists[h->block.number] = h;
 		kept += h->block.size;
+		use();
 		pthread_mutex_unlock(&lock);
 	}
 }
@@ -163,6 +176,23 @@ size_t workspace_trim(void) {
 		munmap(h, h->block.size);
 	}
 	return freed;
+}
+
+void workspace_wait(int64_t quiet) {
+	static uint64_t seen;
+	struct timespec pause = {quiet / 1000000000, quiet % 1000000000};
+	pthread_mutex_lock(&lock);
+	waiting = 1;
+	while (uses == seen)
+		pthread_cond_wait(&used, &lock);
+	waiting = 0;
+	while (uses != seen) {
+		seen = uses;
+		pthread_mutex_unlock(&lock);
+		nanosleep(&pause, NULL);
+		pthread_mutex_lock(&lock);
+	}
+	pthread_mutex_unlock(&lock);
 }
 
 size_t workspace_free(void) {

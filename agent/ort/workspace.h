@@ -28,6 +28,10 @@ struct workspace *workspace_of(const void *info, void *own);
 // Gives the blocks that nobody has back to the system, and their bytes.
 size_t workspace_trim(void);
 
+// Waits until a block was taken or given, and then none for so many
+// nanoseconds. For one thread.
+void workspace_wait(int64_t quiet);
+
 // The bytes of the blocks that nobody has.
 size_t workspace_free(void);
 

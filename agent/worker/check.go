@@ -20,6 +20,7 @@ const CheckLimit = 2 * time.Minute
 type Runtime struct {
 	Version   string
 	Providers []string // that the library was built with
+	Sandbox   Sandbox  // that the child is in
 }
 
 // open has the child open the runtime.
@@ -35,7 +36,7 @@ func (p *process) open(ctx context.Context, cfg *Config) error {
 	if len(m.strings) == 0 {
 		return fmt.Errorf("%w: the runtime has no version", errMalformed)
 	}
-	p.runtime = Runtime{m.strings[0], m.strings[1:]}
+	p.runtime = Runtime{m.strings[0], m.strings[1:], sandboxOf(m.number)}
 	return nil
 }
 
@@ -79,6 +80,7 @@ func once[T any](ctx context.Context, cfg Config, f func(context.Context, *proce
 // it an error of ctx or of CheckLimit. engine.ErrUnavailable says that it did
 // not come to loading.
 func Check(ctx context.Context, cfg Config, s engine.Spec) (engine.Info, error) {
+	cfg.sandbox = cfg.confined(s, "")
 	began := false
 	info, err := once(ctx, cfg, func(ctx context.Context, p *process) (engine.Info, error) {
 		began = true
@@ -89,13 +91,15 @@ func Check(ctx context.Context, cfg Config, s engine.Spec) (engine.Info, error) 
 		if !began && ctx.Err() == nil {
 			err = unavailable(err)
 		}
-		return engine.Info{}, fmt.Errorf("check %s: %w", s.ID, err)
+		return engine.Info{}, fmt.Errorf("check %s: %w", s.ID, classify(err))
 	}
 	return info, nil
 }
 
-// Probe opens the runtime in a short-lived child and describes it.
+// Probe opens the runtime in a short-lived child and describes it, and the
+// sandbox that Check, Compile and Probe have for their children.
 func Probe(ctx context.Context, cfg Config) (Runtime, error) {
+	cfg.sandbox = cfg.confined(engine.Spec{}, "")
 	r, err := once(ctx, cfg, func(_ context.Context, p *process) (Runtime, error) { return p.runtime, nil })
 	if death, died := errors.AsType[*DeathError](err); died {
 		err = fmt.Errorf("open ONNX Runtime %s: %w", cfg.RuntimeLib, death)

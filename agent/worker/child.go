@@ -29,6 +29,11 @@ func Child() int { return runChild(nil) }
 // runChild calls opening, where not nil, with each file that is opened, before
 // and after it.
 func runChild(opening func(file string, opened bool)) int {
+	box, err := enterSandbox()
+	if err != nil {
+		fmt.Fprintf(os.Stderr, "worker: %v\n", err)
+		return 1
+	}
 	// The Go side of this process only passes messages on.
 	debug.SetMemoryLimit(childHeap)
 	if err := ort.DieBySignal(); err != nil {
@@ -44,7 +49,7 @@ func runChild(opening func(file string, opened bool)) int {
 		fmt.Fprintf(os.Stderr, "dunlin-agent worker is started by dunlin-agent only: %v\n", err)
 		return 2
 	}
-	c := &sessions{socket: s, memory: memory, opening: opening, cancels: make(map[uint64]context.CancelFunc)}
+	c := &sessions{socket: s, memory: memory, box: box, opening: opening, cancels: make(map[uint64]context.CancelFunc)}
 	if err := c.serve(); err != nil {
 		fmt.Fprintf(os.Stderr, "worker: %v\n", err)
 		return 1
@@ -66,6 +71,10 @@ func childSocket() (*socket, []byte, error) {
 
 // childHeap is where the child's garbage collector begins to work harder.
 const childHeap = 16 << 20
+
+// idle is how long no run has begun before the memory that runs worked in is
+// given back to the system.
+const idle = time.Second
 
 // niceness is what the child adds to its parent's: where both want the same
 // core, the parent's network must not wait until a model has run.
@@ -117,6 +126,7 @@ func lowerPriority() error {
 type sessions struct {
 	socket  *socket
 	memory  []byte // of the region
+	box     Sandbox
 	opening func(file string, opened bool)
 	lanes   *ort.Lanes // set by init
 
@@ -181,8 +191,11 @@ func (c *sessions) init() error {
 		return c.socket.send(failure(m.seq, err), nil)
 	}
 	c.lanes = ort.NewLanes(c.memory)
+	if err := ort.TrimWhenIdle(idle); err != nil {
+		return err
+	}
 	debug.FreeOSMemory()
-	return c.socket.send(&message{kind: kindDone, seq: m.seq, strings: append([]string{ort.Version()}, providers...)}, nil)
+	return c.socket.send(&message{kind: kindDone, seq: m.seq, number: c.box.number(), strings: append([]string{ort.Version()}, providers...)}, nil)
 }
 
 // lane begins a lane on a copy of a socket's descriptor.
@@ -215,6 +228,17 @@ func (c *sessions) answer(ctx context.Context, m *message) error {
 				return err
 			}
 			c.lanes.Close(m.session)
+		}
+		return c.socket.send(failure(m.seq, err), nil)
+	case kindCompile:
+		if c.opening != nil && len(m.strings) > 1 {
+			c.opening(m.strings[1], false)
+		}
+		done, err := compileModel(ctx, m)
+		if err == nil {
+			if err = c.socket.send(done, nil); !errors.Is(err, errTooLong) {
+				return err
+			}
 		}
 		return c.socket.send(failure(m.seq, err), nil)
 	case kindDeactivate:

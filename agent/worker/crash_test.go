@@ -99,7 +99,7 @@ func others(t *testing.T, w *Worker) (stop func()) {
 func TestFault(t *testing.T) {
 	net := zoo.MLP(1)
 	bad, x := write(t, net), input(net, 1)
-	cfg := compiled(t, testConfig(t, "fault-on-run="+image(bad)))
+	cfg := compiling(t, testConfig(t, "fault-on-run="+image(bad)))
 	e := listen(&cfg)
 	w := start(t, cfg)
 	activate(t, w, bad)
@@ -122,7 +122,7 @@ func TestFault(t *testing.T) {
 // TestAbort has a version that ends each child that activates it.
 func TestAbort(t *testing.T) {
 	bad := write(t, zoo.MLP(1))
-	cfg := compiled(t, testConfig(t, "abort-on-load="+image(bad)))
+	cfg := compiling(t, testConfig(t, "abort-on-load="+image(bad)))
 	e := listen(&cfg)
 	w := start(t, cfg)
 	if _, err := w.Load(t.Context(), bad); err != nil {
@@ -142,7 +142,7 @@ func TestTruncated(t *testing.T) {
 	net := zoo.MLP(1)
 	s, x := write(t, net), input(net, 1)
 	want := inProcess(t, s, x, nil)
-	cfg := compiled(t, testConfig(t, ""))
+	cfg := compiling(t, testConfig(t, ""))
 	e := listen(&cfg)
 	w := start(t, cfg)
 	activate(t, w, s)
@@ -161,11 +161,11 @@ func TestTruncated(t *testing.T) {
 // cancelled for it.
 func TestStall(t *testing.T) {
 	cfg := testConfig(t, "")
-	cfg.StallGrace = 50 * time.Millisecond
+	cfg.StallGrace, cfg.Threads = 50*time.Millisecond, 1
 	e := listen(&cfg)
 	w := start(t, cfg)
 	bad, _ := load(t, w, "chain.onnx")
-	x := []tensor.Tensor{floats("x", 1, 5000, 5000)} // each node takes seconds
+	x := []tensor.Tensor{floats("x", 1, 2500, 2500)} // each node takes several times the grace
 	stop := others(t, w)
 	defer stop()
 	p := child(t, w)
@@ -177,12 +177,12 @@ func TestStall(t *testing.T) {
 		_, err := one(ctx, w, bad, x, nil)
 		ended <- err
 	}()
-	until(t, "the run to compute", func() bool { return processorTime(t, p) > before+500*time.Millisecond })
+	until(t, "the run to compute", func() bool { return processorTime(t, p) > before+200*time.Millisecond })
 	cancel(engine.ErrStalled)
 	if err := <-ended; !errors.Is(err, engine.ErrQuarantined) {
 		t.Error(err)
 	}
-	e.check(t, 2, "gave no answer for 50ms after a request had stalled", bad)
+	e.check(t, 2, "gave no answer for 50ms after a request was cancelled", bad)
 }
 
 // processorTime gives how long a child has computed.
@@ -224,7 +224,7 @@ func TestKilledAgain(t *testing.T) {
 	for round, tt := range []struct {
 		size  int64
 		kills int
-	}{{800, 2}, {800, 2}, {5000, 3}} {
+	}{{500, 2}, {500, 2}, {1500, 3}} {
 		ctx, cancel := context.WithCancel(t.Context())
 		ended := make(chan error, 1)
 		go func() {

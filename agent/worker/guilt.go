@@ -132,6 +132,12 @@ func (w *Worker) end(u use, ran bool) {
 // on trial, or else to all of them. One that is guilty for certain is put into
 // quarantine.
 func (w *Worker) blame(p *process, culprit engine.VersionID) {
+	var gone []*version
+	defer func() {
+		for _, v := range gone {
+			v.release()
+		}
+	}()
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	p.blamed = p.inFlight
@@ -149,6 +155,7 @@ func (w *Worker) blame(p *process, culprit engine.VersionID) {
 		// Where several are to blame, each is so for the first time, or for
 		// kills, which may have nothing to do with any of them.
 		if v.guilt.proven() && len(p.blamed) == 1 {
+			gone = append(gone, v)
 			w.quarantine(v, fmt.Errorf("%w: %s was at work when %w, not for the first time", engine.ErrQuarantined, id, p.death))
 		}
 	}

@@ -2,7 +2,6 @@ package worker
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -215,7 +214,7 @@ func (l *lane) watch(ctx context.Context) (over func()) {
 	if ctx.Done() == nil {
 		return func() {}
 	}
-	stop := context.AfterFunc(ctx, func() { l.giveUp(context.Cause(ctx)) })
+	stop := context.AfterFunc(ctx, func() { l.giveUp(l.process.graceAfter(ctx)) })
 	return func() {
 		if !stop() {
 			<-l.gaveUp
@@ -225,13 +224,10 @@ func (l *lane) watch(ctx context.Context) (over func()) {
 }
 
 // giveUp asks for the early end of the run that has the lane.
-func (l *lane) giveUp(cause error) {
-	p, id, grace, what := l.process, l.id, l.process.grace, "was cancelled"
-	if errors.Is(cause, engine.ErrStalled) {
-		grace, what = p.stall, "had stalled and was cancelled"
-	}
+func (l *lane) giveUp(grace time.Duration) {
+	p, id := l.process, l.id
 	l.grace = time.AfterFunc(grace, func() {
-		p.killFor(id, fmt.Sprintf("gave no answer for %v after a request %s", grace, what))
+		p.killFor(id, fmt.Sprintf("gave no answer for %v after a request was cancelled", grace))
 	})
 	// Where that fails, the child is dead or about to be, and so is the run.
 	p.send(&message{kind: kindCancelRun, number: l.number, seq: l.seq}, nil)

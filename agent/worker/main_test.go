@@ -38,6 +38,8 @@ func TestMain(m *testing.M) {
 		parent()
 	case os.Args[1] == "echo":
 		echoes()
+	case mode == "escape":
+		os.Exit(escapeChild(arg))
 	case mode == "garbage":
 		kind, _ := strconv.Atoi(arg)
 		liar(func(l *lie) { l.answer(kind) })
@@ -57,13 +59,13 @@ func TestMain(m *testing.M) {
 				select {}
 			}
 		}))
-	case mode == "abort-on-later-load": // arg is a file that notes the first two: Load's and Activate's
+	case mode == "abort-on-later-load": // arg is a file that notes the first one, in the child that serves
 		os.Exit(runChild(func(_ string, opened bool) {
-			if opened {
+			if opened || os.Getenv(sandboxVariable) != "" {
 				return
 			}
 			seen, _ := os.ReadFile(arg)
-			if len(seen) == 2 {
+			if len(seen) == 1 {
 				syscall.Kill(os.Getpid(), syscall.SIGABRT)
 				select {}
 			}
@@ -123,7 +125,7 @@ func testConfig(t testing.TB, mode string) Config {
 		t.Fatal(err)
 	}
 	return Config{
-		Command: []string{exe, "worker", mode}, RuntimeLib: lib, settled: time.Nanosecond,
+		Command: []string{exe, "worker", mode}, RuntimeLib: lib, settled: time.Nanosecond, rebuildAfter: time.Nanosecond,
 		Log: slog.New(slog.NewTextHandler(t.Output(), &slog.HandlerOptions{Level: slog.LevelDebug})),
 	}
 }

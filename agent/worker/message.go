@@ -30,8 +30,12 @@ const (
 	// kindCancelRun asks for the early end of the lane number's run with this
 	// sequence number.
 	kindCancelRun
-	// kindDone answers: init with strings = version, providers...; activate
-	// with inputs, outputs, batch, number = nanoseconds, memory.
+	// kindCompile compiles a model and measures it: strings = folder, entry,
+	// file to write.
+	kindCompile
+	// kindDone answers: init with strings = version, providers..., number =
+	// sandbox; activate with inputs, outputs, batch, number = nanoseconds, memory;
+	// compile likewise, with strings = findings in JSON.
 	kindDone
 	// kindFailed answers: strings = what went wrong.
 	kindFailed

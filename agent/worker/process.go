@@ -93,7 +93,7 @@ func startProcess(cfg *Config, onDeath func(*process, engine.VersionID)) (*proce
 	}
 	cmd := exec.Command(cfg.Command[0], cfg.Command[1:]...)
 	cmd.Dir = "/"
-	cmd.Env = childEnvironment()
+	cmd.Env = append(childEnvironment(), cfg.sandbox.environment()...)
 	cmd.ExtraFiles = []*os.File{theirs, shared.file} // become socketFD and regionFD
 	cmd.SysProcAttr = &syscall.SysProcAttr{
 		Pdeathsig: syscall.SIGKILL,
@@ -269,7 +269,8 @@ func (p *process) call(ctx context.Context, id engine.VersionID, m *message) (*m
 	if err := p.send(&message{kind: kindCancel, seq: m.seq}, nil); err != nil {
 		return nil, err
 	}
-	timer := time.NewTimer(p.grace)
+	grace := p.graceAfter(ctx)
+	timer := time.NewTimer(grace)
 	defer timer.Stop()
 	select {
 	case a := <-answer:
@@ -278,11 +279,19 @@ func (p *process) call(ctx context.Context, id engine.VersionID, m *message) (*m
 		}
 		return a, a.err()
 	case <-timer.C:
-		p.killFor(id, fmt.Sprintf("gave no answer for %v after a request was cancelled", p.grace))
+		p.killFor(id, fmt.Sprintf("gave no answer for %v after a request was cancelled", grace))
 		<-p.dead
 	case <-p.dead:
 	}
 	return p.last(answer)
+}
+
+// graceAfter says how long the child may take to give up what ctx was for.
+func (p *process) graceAfter(ctx context.Context) time.Duration {
+	if errors.Is(context.Cause(ctx), engine.ErrStalled) {
+		return p.stall
+	}
+	return p.grace
 }
 
 // last gives the answer that a child gave before it died, or its death.

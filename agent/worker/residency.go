@@ -24,18 +24,17 @@ type Image struct {
 
 // version is one that is loaded: it can be opened in every child.
 type version struct {
-	spec    engine.Spec
-	info    engine.Info
-	image   Image         // without a file where it could not be compiled
-	lane    chan struct{} // holds one while what it has open in the child changes
-	unload  context.Context
-	unloads context.CancelFunc // ends unload: it is going to be closed
+	spec  engine.Spec
+	info  engine.Info
+	image Image         // without a file where it could not be compiled
+	lane  chan struct{} // holds one while what it has open in the child changes
 
 	// Guarded by Worker.mu.
-	active    bool     // every child is to have it open
-	prepacked bool     // with its weights prepacked
-	session   *session // that it runs on, in the child that is ready; nil for none
-	failure   error    // of an active one that the child could not open
+	enough    context.CancelFunc // ends the prepacking that goes on; nil for none
+	active    bool               // every child is to have it open
+	prepacked bool               // with its weights prepacked
+	session   *session           // that it runs on, in the child that is ready; nil for none
+	failure   error              // of an active one that the child could not open
 	guilt     guilt
 
 	// What is known of its outputs: the bytes of the largest ones so far that
@@ -56,17 +55,13 @@ type session struct {
 }
 
 // Load makes a version ready to be activated: it is compiled where it can be,
-// and described, in a short-lived child of its own, one version at a time.
-// Nothing of it is in the child that serves. A version in quarantine stays
-// there until it is unloaded.
+// and described, in a short-lived child of its own. Nothing of it is in the
+// child that serves. A version in quarantine stays there until it is unloaded.
 func (w *Worker) Load(ctx context.Context, s engine.Spec) (engine.Info, error) {
-	if _, err := w.acquire(ctx); err != nil {
+	p, err := w.acquire(ctx)
+	if err != nil {
 		return engine.Info{}, err
 	}
-	if err := take(ctx, w.loading); err != nil {
-		return engine.Info{}, err
-	}
-	defer func() { <-w.loading }()
 	w.mu.Lock()
 	v, quarantined := w.loaded[s.ID], w.quarantined[s.ID]
 	w.mu.Unlock()
@@ -76,27 +71,44 @@ func (w *Worker) Load(ctx context.Context, s engine.Spec) (engine.Info, error) {
 	if quarantined != nil {
 		return engine.Info{}, quarantined
 	}
-	image, err := w.compile(ctx, s)
+	image, err := w.compile(ctx, p.runtime, s)
 	if err != nil {
 		return engine.Info{}, err
 	}
 	v = &version{spec: s, info: image.Info, image: image, lane: make(chan struct{}, 1)}
-	v.unload, v.unloads = context.WithCancel(context.Background())
 	w.mu.Lock()
-	w.loaded[s.ID] = v
+	other := w.loaded[s.ID]
+	if other == nil {
+		w.loaded[s.ID] = v
+	}
 	w.mu.Unlock()
+	if other != nil { // somebody was faster
+		v.release()
+		return other.info, nil
+	}
 	return v.info, nil
 }
 
+// release gives up the image of a version that is not loaded any more.
+func (v *version) release() {
+	if v.image.Release != nil {
+		v.image.Release()
+	}
+}
+
 // compile gives the image of a version, without a file where there is none.
-func (w *Worker) compile(ctx context.Context, s engine.Spec) (Image, error) {
+func (w *Worker) compile(ctx context.Context, r Runtime, s engine.Spec) (Image, error) {
 	if w.cfg.Compile != nil {
-		image, err := w.cfg.Compile(ctx, s)
+		image, err := w.cfg.Compile(ctx, r, s)
 		if !errors.Is(err, ort.ErrNotCompilable) {
 			return image, err
 		}
 		w.cfg.Log.Info("model is not compiled; it is opened as it is", "model", s.ID.Model, "version", s.ID.Version, "reason", err)
 	}
+	if err := take(ctx, w.checking); err != nil {
+		return Image{}, err
+	}
+	defer func() { <-w.checking }()
 	cfg := w.cfg
 	cfg.Threads = 1 // others are being served
 	info, err := Check(ctx, cfg, s)
@@ -126,18 +138,11 @@ func estimate(s engine.Spec) (n engine.Need, err error) {
 	return n, nil
 }
 
-// remove forgets a version; it is called with mu held. What the child has
-// open of it stays open.
+// remove forgets a version, which is to be released then; it is called with mu
+// held. What the child has open of it stays open.
 func (w *Worker) remove(v *version) {
-	if w.loaded[v.spec.ID] != v {
-		return
-	}
 	delete(w.loaded, v.spec.ID)
 	v.active, v.session = false, nil
-	v.unloads()
-	if v.image.Release != nil {
-		v.image.Release()
-	}
 }
 
 // Activate has a version be open in this child and all that follow, and gives
@@ -170,9 +175,25 @@ func (w *Worker) Prepack(ctx context.Context, id engine.VersionID) error {
 	return w.change(ctx, id, func(u use) error {
 		ctx, cancel := context.WithCancel(ctx)
 		defer cancel()
-		defer context.AfterFunc(u.version.unload, cancel)()
+		w.setEnough(u.version, cancel)
+		defer w.setEnough(u.version, nil)
 		return w.prepack(ctx, u)
 	})
+}
+
+func (w *Worker) setEnough(v *version, f context.CancelFunc) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	v.enough = f
+}
+
+// leave ends the prepacking of a version that is about to go out.
+func (w *Worker) leave(id engine.VersionID) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if v := w.loaded[id]; v != nil && v.enough != nil {
+		v.enough()
+	}
 }
 
 func (w *Worker) prepack(ctx context.Context, u use) error {
@@ -197,8 +218,10 @@ func (w *Worker) prepack(ctx context.Context, u use) error {
 }
 
 // Deactivate closes a version in this child and all that follow, when the
-// runs that go on are over, and gives its memory back to the system.
+// runs that go on are over, and gives its memory back to the system. A Prepack
+// that goes on ends with context.Canceled.
 func (w *Worker) Deactivate(ctx context.Context, id engine.VersionID) error {
+	w.leave(id)
 	return w.change(ctx, id, func(u use) error { return w.deactivate(u) })
 }
 
@@ -224,13 +247,11 @@ func (w *Worker) Unload(ctx context.Context, id engine.VersionID) error {
 	w.mu.Lock()
 	quarantined := w.quarantined[id] != nil
 	delete(w.quarantined, id)
-	if v := w.loaded[id]; v != nil {
-		v.unloads() // what is being prepacked need not be
-	}
 	w.mu.Unlock()
 	if quarantined {
 		return nil
 	}
+	w.leave(id)
 	return w.change(ctx, id, func(u use) error {
 		err := w.deactivate(u)
 		if errors.Is(err, errSucceeded) {
@@ -239,6 +260,7 @@ func (w *Worker) Unload(ctx context.Context, id engine.VersionID) error {
 		w.mu.Lock()
 		w.remove(u.version)
 		w.mu.Unlock()
+		u.version.release()
 		return err
 	})
 }
@@ -408,8 +430,18 @@ func (w *Worker) reload(ctx context.Context, p *process) error {
 }
 
 // rebuild prepacks again what was prepacked before the child was started, one
-// version after the other, until the child is dead.
+// version after the other, until the child is dead. What has waited for the
+// child runs first: prepacking takes a core for as long as some runs do.
 func (w *Worker) rebuild(ctx context.Context, p *process) {
+	pause := time.NewTimer(w.cfg.rebuildAfter)
+	defer pause.Stop()
+	select {
+	case <-pause.C:
+	case <-p.dead:
+		return
+	case <-ctx.Done():
+		return
+	}
 	var again []*version
 	w.mu.Lock()
 	for _, v := range w.loaded {
@@ -425,7 +457,10 @@ func (w *Worker) rebuild(ctx context.Context, p *process) {
 		if p.isDead() || ctx.Err() != nil {
 			return
 		}
-		if err != nil && v.unload.Err() == nil {
+		if errors.Is(err, context.Canceled) || errors.Is(err, engine.ErrNotLoaded) {
+			continue // it has left
+		}
+		if err != nil {
 			w.cfg.Log.Warn("weights are not prepacked again; runs may be slower", "model", v.spec.ID.Model, "version", v.spec.ID.Version, "error", err)
 			continue
 		}

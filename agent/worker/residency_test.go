@@ -29,14 +29,14 @@ func write(t testing.TB, net zoo.Net) engine.Spec {
 	return engine.Spec{ID: engine.VersionID{Model: net.Name, Version: 1}, Dir: dir, Entry: "model.onnx"}
 }
 
-// compiled has a configuration compile the nets that are loaded, in the test's
+// compiling has a configuration compile the nets that are loaded, in the test's
 // process, to a file model.ort in the version's folder.
-func compiled(t testing.TB, cfg Config) Config {
+func compiling(t testing.TB, cfg Config) Config {
 	if err := ort.Init(cfg.RuntimeLib, 0); err != nil {
 		t.Fatal(err)
 	}
 	plain := cfg
-	cfg.Compile = func(ctx context.Context, s engine.Spec) (Image, error) {
+	cfg.Compile = func(ctx context.Context, _ Runtime, s engine.Spec) (Image, error) {
 		if s.Entry != "model.onnx" {
 			return Image{}, ort.ErrNotCompilable
 		}
@@ -103,7 +103,7 @@ func TestResidency(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			cfg := testConfig(t, "")
 			if compile {
-				cfg = compiled(t, cfg)
+				cfg = compiling(t, cfg)
 			}
 			w := start(t, cfg)
 			net := zoo.MLP(1)
@@ -176,7 +176,7 @@ func kill(t testing.TB, w *Worker) {
 // TestPrepack prepacks a version while it runs: its runs go over to the new
 // session, the old one is closed, and after a death the same happens again.
 func TestPrepack(t *testing.T) {
-	w := start(t, compiled(t, testConfig(t, "")))
+	w := start(t, compiling(t, testConfig(t, "")))
 	net := zoo.MobileNet(1)
 	s, x := write(t, net), input(net, 1)
 	want := inProcess(t, s, x, nil)
@@ -213,6 +213,24 @@ func TestPrepack(t *testing.T) {
 	}
 	kill(t, w)
 	until(t, "weights to be prepacked again", prepacked)
+	stop()
+	wg.Wait()
+	for range 10 {
+		if _, err := w.Activate(t.Context(), s.ID); err != nil {
+			t.Fatal(err)
+		}
+		ended := make(chan error, 1)
+		go func() { ended <- w.Prepack(t.Context(), s.ID) }()
+		if err := w.Deactivate(t.Context(), s.ID); err != nil {
+			t.Error(err)
+		}
+		if err := <-ended; err != nil && !errors.Is(err, context.Canceled) && !errors.Is(err, engine.ErrNotLoaded) {
+			t.Errorf("prepacked while it goes out: %v", err)
+		}
+	}
+	if n := mappings(t, w, image(s)); n != 0 {
+		t.Errorf("the child still maps the model %d times", n)
+	}
 }
 
 // mappings counts those that the child has of a file.
@@ -236,7 +254,7 @@ func TestMemoryComesBack(t *testing.T) {
 			cfg := testConfig(t, "")
 			cfg.Threads = 1
 			if compile {
-				cfg = compiled(t, cfg)
+				cfg = compiling(t, cfg)
 			}
 			w := start(t, cfg)
 			net := zoo.MobileNet(1)

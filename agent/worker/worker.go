@@ -42,6 +42,9 @@ const (
 	// grace is how long a child may take to give up what was cancelled: ONNX
 	// Runtime ends a run between two nodes, and a node may be large.
 	grace = 30 * time.Second
+	// rebuildAfter is how long a new child is ready before weights are
+	// prepacked again.
+	rebuildAfter = time.Second
 	// DefaultStallGrace is how long it may take to give up a run that has
 	// stalled.
 	DefaultStallGrace = 2 * time.Second
@@ -61,9 +64,10 @@ type Config struct {
 	// take to end before the child is killed for it; see DefaultStallGrace.
 	StallGrace time.Duration
 	// Compile, where not nil, gives a version as it was compiled for this
-	// device, and compiles it where it was not yet. It is called once at a time.
-	// After ort.ErrNotCompilable the version is opened as it is.
-	Compile func(context.Context, engine.Spec) (Image, error)
+	// device, and compiles it where it was not yet; see Cached. It is called from
+	// many goroutines at a time. After ort.ErrNotCompilable the version is opened
+	// as it is.
+	Compile func(context.Context, Runtime, engine.Spec) (Image, error)
 	Log     *slog.Logger
 	// OnDeath, where not nil, is told of each death of the child, before the
 	// next one is started. It must be quick.
@@ -73,7 +77,12 @@ type Config struct {
 	// quarantine: the reason is engine.ErrQuarantined then. It must be quick.
 	OnLost func(id engine.VersionID, reason error)
 
-	settled, grace time.Duration
+	// CheckMemory bounds the bytes that the child of a Check or Compile may
+	// allocate; 0 for what the machine has.
+	CheckMemory int64
+
+	settled, grace, rebuildAfter time.Duration
+	sandbox                      *sandbox // of the child; nil for one that serves
 }
 
 func (c Config) withDefaults() Config {
@@ -91,6 +100,9 @@ func (c Config) withDefaults() Config {
 	}
 	if c.settled == 0 {
 		c.settled = settled
+	}
+	if c.rebuildAfter == 0 {
+		c.rebuildAfter = rebuildAfter
 	}
 	if c.grace == 0 {
 		c.grace = grace
@@ -115,9 +127,9 @@ type Death struct {
 // works at a time. So at the next death it is known which one it is due to: it
 // is put into quarantine, and its calls give engine.ErrQuarantined.
 type Worker struct {
-	cfg     Config
-	turn    chan struct{} // holds one for each run that goes on
-	loading chan struct{} // holds one while a version is loaded
+	cfg      Config
+	turn     chan struct{} // holds one for each run that goes on
+	checking chan struct{} // holds one while a version is checked
 
 	mu       sync.Mutex    // guards what follows
 	current  *process      // the ready child, nil while there is none
@@ -136,11 +148,11 @@ type Worker struct {
 // New gives a Worker; Supervise starts its child.
 func New(cfg Config) *Worker {
 	return &Worker{
-		cfg:     cfg.withDefaults(),
-		turn:    make(chan struct{}, maxRunning),
-		loading: make(chan struct{}, 1),
-		changed: make(chan struct{}),
-		loaded:  make(map[engine.VersionID]*version),
+		cfg:      cfg.withDefaults(),
+		turn:     make(chan struct{}, maxRunning),
+		checking: make(chan struct{}, 1),
+		changed:  make(chan struct{}),
+		loaded:   make(map[engine.VersionID]*version),
 
 		quarantined: make(map[engine.VersionID]error),
 	}
@@ -270,6 +282,7 @@ func (w *Worker) lose(v *version, reason error) {
 	w.mu.Lock()
 	w.remove(v)
 	w.mu.Unlock()
+	v.release()
 	if w.cfg.OnLost != nil {
 		w.cfg.OnLost(v.spec.ID, reason)
 	}

@@ -301,7 +301,7 @@ func TestKills(t *testing.T) {
 		}
 		slices.Sort(pauses)
 		t.Logf("%d runs; pauses until all callers have answers again: p50 %v, p99 %v, longest %v", runs.Load(),
-			pauses[len(pauses)/2], pauses[len(pauses)*99/100], pauses[len(pauses)-1])
+			pauses[len(pauses)/2], pauses[(len(pauses)*99+99)/100-1], pauses[len(pauses)-1])
 	})
 	if deaths.Load() != int64(kills) {
 		t.Errorf("%d deaths reported, not %d", deaths.Load(), kills)

@@ -35,7 +35,7 @@ func (b *bench) start(ctx context.Context, name string, budget int64, cache *com
 	cfg := worker.Config{Command: []string{self, "worker"}, RuntimeLib: b.plan.lib, Log: b.log}
 	s := &side{name: name}
 	if cache != nil {
-		cfg.Compile = worker.CompileInto(cache, cfg, func(ctx context.Context) (worker.Runtime, error) { return s.worker.Runtime(ctx) })
+		cfg.Compile = worker.Cached(cache, cfg)
 	}
 	s.worker = worker.New(cfg)
 	var runtime engine.Runtime = s.worker
