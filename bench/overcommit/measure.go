@@ -28,7 +28,7 @@ func (b *bench) measure(ctx context.Context) (result, error) {
 	var whole int64
 	for _, v := range all.engine.Versions() {
 		n := v.Need
-		whole += n.Weights + n.Session + n.Prepacked + 8*n.Workspace
+		whole += n.Weights + n.Session + n.Prepacked + n.Workspace
 	}
 	few := whole / int64(len(b.fleet)) * int64(b.plan.fit)
 	fmt.Printf("%d models compiled and loaded in %s; together they need %d MB, the budget for %d of middling size is %d MB\n",
