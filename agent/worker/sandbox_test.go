@@ -184,9 +184,16 @@ func TestProbeSaysWhichSandbox(t *testing.T) {
 func TestSandboxedChildDiesWithItsParent(t *testing.T) {
 	cfg := testConfig(t, "").withDefaults()
 	cfg.sandbox = cfg.confined(engine.Spec{}, "")
-	started := make(chan *process)
-	go func() { // its thread ends with it
-		lockForever()
+	started, done := make(chan *process), make(chan struct{})
+	defer close(done)
+	var begin func()
+	begin = func() { // its thread ends with it
+		runtime.LockOSThread()
+		if unix.Gettid() == os.Getpid() { // but not the first one
+			go begin()
+			<-done
+			return
+		}
 		p, err := startProcess(&cfg, nil)
 		if err == nil {
 			if err = p.open(t.Context(), &cfg); err != nil {
@@ -196,7 +203,8 @@ func TestSandboxedChildDiesWithItsParent(t *testing.T) {
 			t.Error(err)
 		}
 		started <- p
-	}()
+	}
+	go begin()
 	p := <-started
 	if p == nil {
 		return
@@ -208,6 +216,3 @@ func TestSandboxedChildDiesWithItsParent(t *testing.T) {
 		p.stop()
 	}
 }
-
-// lockForever has the calling goroutine's thread end with it.
-func lockForever() { runtime.LockOSThread() }
