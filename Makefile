@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help build runtime test lint lint-go lint-proto lint-vuln proto proto-release fuzz demo up bench-footprint bench-serving bench-crash clean
+.PHONY: help build runtime test lint lint-go lint-proto lint-vuln proto proto-release fuzz demo up bench-footprint bench-serving bench-activate bench-crash clean
 
 # Tools run from the module cache at these versions; nothing is installed.
 BUF         := go run github.com/bufbuild/buf/cmd/buf@v1.71.0
@@ -76,6 +76,9 @@ bench-footprint: build ## Measure memory, start time and idle CPU of agent and c
 
 bench-serving: build ## Compare serving with the bare runtime, a bare gRPC server and MLServer
 	@$(WITH_RUNTIME) go run ./bench/serving
+
+bench-activate: ## Measure the first answer of models whose weights are out
+	@$(WITH_RUNTIME) MALLOC_ARENA_MAX=2 go run ./bench/activate
 
 bench-crash: ## Measure how long callers wait when the worker process is killed
 	@$(WITH_RUNTIME) go run ./bench/crash

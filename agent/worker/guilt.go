@@ -97,7 +97,7 @@ func (w *Worker) admit(p *process, id engine.VersionID, g guilt, run bool) (u us
 		if w.trial != nil {
 			return use{}, true, nil
 		}
-		w.trial, u.onTrial = v, true
+		w.trial, w.accused, u.onTrial = v, g, true
 	}
 	if run {
 		u.session = v.session
@@ -150,6 +150,10 @@ func (w *Worker) blame(p *process, culprit engine.VersionID) {
 		v := w.loaded[id]
 		if v == nil {
 			continue
+		}
+		if v == w.trial {
+			// A run of other inputs may have cleared it, but not of these.
+			v.guilt.strong = max(v.guilt.strong, w.accused.strong)
 		}
 		v.guilt.add(p.weak)
 		// Where several are to blame, each is so for the first time, or for

@@ -116,7 +116,7 @@ func (c *Config) confined(v engine.Spec, write string) *sandbox {
 		Confined: true, Memory: c.CheckMemory, FileSize: 1 << 20,
 		CPU: CheckLimit * time.Duration(max(c.Threads, 1)),
 		Read: []string{
-			filepath.Dir(c.RuntimeLib), "/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/local/lib", "/usr/local/cuda", "/opt",
+			filepath.Dir(c.RuntimeLib), "/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/local/lib", "/usr/local/cuda", "/opt", "/nix/store", "/gnu/store",
 			"/etc/ld.so.cache", "/usr/share/zoneinfo", "/sys/devices/system", "/sys/fs/cgroup", "/sys/kernel/mm", "/proc/self",
 			"/proc/cpuinfo", "/proc/meminfo", "/proc/stat", "/proc/driver",
 		},
@@ -257,7 +257,7 @@ func (s *sandbox) takeFiles() (int, error) {
 	}{
 		{s.Read, readFiles},
 		// The program is started once more, by the dynamic linker.
-		{[]string{"/proc/self/exe", "/lib", "/lib64", "/usr/lib", "/usr/lib64"}, readFiles | unix.LANDLOCK_ACCESS_FS_EXECUTE},
+		{append(mappedFiles(), "/proc/self/exe", "/lib", "/lib64", "/usr/lib", "/usr/lib64"), readFiles | unix.LANDLOCK_ACCESS_FS_EXECUTE},
 		{[]string{"/dev/null", "/dev/zero", "/dev/urandom", "/dev/random"}, readFiles | unix.LANDLOCK_ACCESS_FS_WRITE_FILE},
 		{devices, readFiles | unix.LANDLOCK_ACCESS_FS_WRITE_FILE | unix.LANDLOCK_ACCESS_FS_IOCTL_DEV},
 		{s.Write, readFiles | writeFiles},
@@ -275,6 +275,21 @@ func (s *sandbox) takeFiles() (int, error) {
 		return 0, errno
 	}
 	return int(abi), nil
+}
+
+// mappedFiles lists the files that this process has code of: the program, the
+// dynamic linker and its libraries, wherever the system keeps them.
+func mappedFiles() (all []string) {
+	maps, err := os.ReadFile("/proc/self/maps")
+	if err != nil {
+		return nil
+	}
+	for line := range strings.Lines(string(maps)) {
+		if fields := strings.Fields(line); len(fields) == 6 && fields[1] == "r-xp" && filepath.IsAbs(fields[5]) {
+			all = append(all, fields[5])
+		}
+	}
+	return all
 }
 
 // limit bounds what the process takes.

@@ -184,13 +184,14 @@ func TestProbeSaysWhichSandbox(t *testing.T) {
 func TestSandboxedChildDiesWithItsParent(t *testing.T) {
 	cfg := testConfig(t, "").withDefaults()
 	cfg.sandbox = cfg.confined(engine.Spec{}, "")
-	started := make(chan *process)
+	started, done := make(chan *process), make(chan struct{})
+	defer close(done)
 	var begin func()
-	begin = func() {
-		lockForever()                       // its thread ends with it
-		if unix.Gettid() == unix.Getpid() { // but the first one of the process never does
+	begin = func() { // its thread ends with it
+		runtime.LockOSThread()
+		if unix.Gettid() == os.Getpid() { // but not the first one
 			go begin()
-			<-t.Context().Done()
+			<-done
 			return
 		}
 		p, err := startProcess(&cfg, nil)
@@ -215,6 +216,3 @@ func TestSandboxedChildDiesWithItsParent(t *testing.T) {
 		p.stop()
 	}
 }
-
-// lockForever has the calling goroutine's thread end with it.
-func lockForever() { runtime.LockOSThread() }

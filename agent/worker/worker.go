@@ -140,6 +140,7 @@ type Worker struct {
 	sessions uint64   // the last session number given
 	deaths   int      // before the runtime was open, in a row
 	trial    *version // the suspect that works; nil for none
+	accused  guilt    // of the call that trial works on
 	lost     []lost   // that OnLost has yet to be told of
 
 	quarantined map[engine.VersionID]error // with the reason
