@@ -86,6 +86,8 @@ var rules = []rule{
 		"decisions are pure functions that run in simulated time"},
 	{[]string{"agent/reconcile", "agent/state", "internal/link"}, cgo, "cgo",
 		"the control half of an agent runs by the thousand in one process of a simulated fleet"},
+	{[]string{"agent/compiled"}, cgo, "cgo",
+		"the process that keeps compiled models never opens one"},
 	{[]string{"internal/link", "internal/policy", "internal/program", "internal/telemetry"}, below("agent", "controller", "cmd"), "a side",
 		"what both sides share cannot lean on one of them"},
 	{[]string{"models", "proto", "firmware-profiles"}, below("agent", "controller", "cmd", "internal"), "anything above",

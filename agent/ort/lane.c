@@ -1,5 +1,6 @@
 #include "lane_internal.h"
 
+#include <errno.h>
 #include <stdio.h>
 #include <string.h>
 #include <sys/mman.h>
@@ -52,7 +53,7 @@ static const char *memory_of(struct lane *l, const struct lane_question *q, stru
 		return "memory is not attached";
 	void *start = mmap(NULL, q->room, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_POPULATE, l->attached, 0);
 	if (start == MAP_FAILED)
-		return "attached memory cannot be mapped";
+		return errno == ENOMEM ? "attached memory cannot be mapped: out of memory" : "attached memory cannot be mapped";
 	attached->start = start;
 	attached->size = q->room;
 	*memory = start;

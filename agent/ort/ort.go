@@ -3,7 +3,7 @@
 // binding onnxruntime_go, and through a shim where the binding cannot.
 package ort
 
-// #cgo CFLAGS: -O2 -Wall -Wextra -Werror
+// #cgo CFLAGS: -O2 -Wall -Wextra -Werror -fexceptions
 // #cgo LDFLAGS: -ldl
 // #include <stdlib.h>
 // #include "shim.h"
@@ -16,11 +16,13 @@ import (
 	"path/filepath"
 	"regexp"
 	"runtime"
+	"slices"
 	"strings"
 	"sync"
 	"unsafe"
 
 	binding "github.com/yalue/onnxruntime_go"
+	"golang.org/x/sys/unix"
 
 	"github.com/dunlin/dunlin/models/tensor"
 )
@@ -163,6 +165,7 @@ type Session struct {
 	pointer         *C.OrtSession // session's own
 	inputs, outputs []tensor.Info
 	batch           bool
+	mapped          []byte             // the file that the runtime reads in place; nil for Open's
 	names           map[string]*C.char // of inputs and outputs
 	alarm           runtime.Cleanup
 
@@ -178,31 +181,47 @@ func Open(ctx context.Context, dir, entry string) (*Session, error) {
 	if !filepath.IsLocal(entry) {
 		return nil, fmt.Errorf("open model: entry %q leaves the model's folder", entry)
 	}
-	if ctx.Err() != nil {
-		return nil, fmt.Errorf("open model: %w", context.Cause(ctx))
-	}
-	session, err := create(ctx, filepath.Join(dir, entry))
+	path := filepath.Join(dir, entry)
+	session, err := create(ctx, path, nil, func(o *binding.SessionOptions) (*binding.DynamicAdvancedSession, error) {
+		// The binding needs names of inputs and outputs for its own Run only.
+		return binding.NewDynamicAdvancedSession(path, nil, nil, o)
+	})
 	if err != nil {
 		return nil, fmt.Errorf("open model: %w", err)
 	}
-	s := &Session{session: session, pointer: sessionPointer(session), names: make(map[string]*C.char)}
-	s.alarm = runtime.AddCleanup(s, func(struct{}) { panic("ort: a session was never closed") }, struct{}{})
-	if s.inputs, err = s.describe(0); err == nil {
-		s.outputs, err = s.describe(1)
-	}
+	s, err := newSession(session, nil)
+	Trim() // loading leaves much behind
 	if err != nil {
-		s.Close()
 		return nil, fmt.Errorf("open model: %w", err)
 	}
-	if s.batch, err = s.findBatch(); err != nil {
-		s.Close()
-		return nil, fmt.Errorf("open model: %w", err)
-	}
-	C.ort_trim() // loading leaves much behind
 	return s, nil
 }
 
-func create(ctx context.Context, path string) (*binding.DynamicAdvancedSession, error) {
+// newSession takes over a session and what it has mapped.
+func newSession(session *binding.DynamicAdvancedSession, mapped []byte) (*Session, error) {
+	s := &Session{session: session, pointer: sessionPointer(session), mapped: mapped, names: make(map[string]*C.char)}
+	s.alarm = runtime.AddCleanup(s, func(struct{}) { panic("ort: a session was never closed") }, struct{}{})
+	var err error
+	if s.inputs, err = s.describe(0); err == nil {
+		s.outputs, err = s.describe(1)
+	}
+	if err == nil {
+		s.batch, err = s.findBatch()
+	}
+	if err != nil {
+		s.Close()
+		return nil, err
+	}
+	return s, nil
+}
+
+// create has f make a session of the file at path, by the options that all
+// sessions have and the entries of its configuration. It gives up soon after
+// ctx is done.
+func create(ctx context.Context, path string, entries map[string]string, f func(*binding.SessionOptions) (*binding.DynamicAdvancedSession, error)) (*binding.DynamicAdvancedSession, error) {
+	if ctx.Err() != nil {
+		return nil, context.Cause(ctx)
+	}
 	options, err := binding.NewSessionOptions()
 	if err != nil {
 		return nil, err
@@ -211,13 +230,20 @@ func create(ctx context.Context, path string) (*binding.DynamicAdvancedSession, 
 	if err := options.SetGraphOptimizationLevel(binding.GraphOptimizationLevelEnableAll); err != nil {
 		return nil, err
 	}
+	if err := options.AddSessionConfigEntry("session.use_env_allocators", "1"); err != nil {
+		return nil, err // see workspace.h
+	}
+	for key, value := range entries {
+		if err := options.AddSessionConfigEntry(key, value); err != nil {
+			return nil, err
+		}
+	}
 	pointer := sessionOptionsPointer(options)
 	if err := check(C.ort_share_threads(pointer)); err != nil {
 		return nil, err
 	}
 	defer whenDone(ctx, func() { check(C.ort_cancel_load(pointer)) })()
-	// The binding needs names of inputs and outputs for its own Run only.
-	session, err := binding.NewDynamicAdvancedSession(path, nil, nil, options)
+	session, err := f(options)
 	if err == nil {
 		return session, nil
 	}
@@ -227,8 +253,7 @@ func create(ctx context.Context, path string) (*binding.DynamicAdvancedSession, 
 	if reason := errors.Unwrap(err); reason != nil {
 		err = reason // what the runtime says, without the binding's "Error creating C session"
 	}
-	reason := strings.TrimPrefix(err.Error(), "Load model from "+path+" failed:")
-	return nil, errors.New(clean(reason))
+	return nil, errors.New(clean(strings.TrimPrefix(err.Error(), "Load model from "+path+" failed:")))
 }
 
 // whenDone calls f once ctx is done, unless the function that it gives was
@@ -319,8 +344,34 @@ func (s *Session) Close() {
 	s.runs.Wait()
 	s.alarm.Stop()
 	s.session.Destroy()
+	if s.mapped != nil {
+		unix.Munmap(s.mapped)
+	}
 	for _, name := range s.names {
 		C.free(unsafe.Pointer(name))
 	}
-	C.ort_trim()
+	Trim()
+}
+
+// Trim gives the system back what runs have worked in, and what else is free
+// of the C heap. A run that begins after it gets its memory anew; one that
+// goes on may wait for it, for less than a millisecond.
+func Trim() { C.ort_trim() }
+
+// outOfMemory has what ONNX Runtime, the C library and CUDA say, in lower case.
+var outOfMemory = []string{
+	"bad_alloc", "bad allocation", "failed to allocate memory", "out of memory", "out_of_memory",
+	"cannot allocate memory", "alloc_failed", "is smaller than requested bytes",
+}
+
+// OutOfMemoryText says whether the text of a failure, of Run, of a load, or of
+// a lane, is that of one for want of memory.
+func OutOfMemoryText(text string) bool {
+	text = strings.ToLower(text)
+	return slices.ContainsFunc(outOfMemory, func(s string) bool { return strings.Contains(text, s) })
+}
+
+// IsOutOfMemory does so for an error.
+func IsOutOfMemory(err error) bool {
+	return err != nil && (errors.Is(err, unix.ENOMEM) || OutOfMemoryText(err.Error()))
 }

@@ -1,4 +1,5 @@
 #include "shim.h"
+#include "workspace.h"
 
 #include <dlfcn.h>
 #include <signal.h>
@@ -57,6 +58,7 @@ enum {
 	SetGlobalIntraOpNumThreads = 147,
 	SetGlobalInterOpNumThreads = 148,
 	SetGlobalSpinControl = 149,
+	RegisterAllocator = 176,
 	GetResizedStringTensorElementBuffer = 252,
 	SessionOptionsSetLoadCancellationFlag = 293,
 	TensorTypeAndShape_HasShape = 390,
@@ -114,6 +116,8 @@ static OrtStatus *make_env(int threads) {
 		s = CALL(CreateCpuMemoryInfo, int, int, void **)(ALLOCATOR_DEVICE, MEMORY_DEFAULT, &memory);
 	if (!s)
 		s = CALL(GetAllocatorWithDefaultOptions, void **)(&allocator);
+	if (!s)
+		s = CALL(RegisterAllocator, void *, struct workspace *)(env, workspace_of(memory, allocator));
 	return s;
 }
 
@@ -303,11 +307,11 @@ OrtStatus *ort_strings(OrtValue *value, void *buffer, size_t size, size_t *offse
 void ort_release_value(OrtValue *value) { DROP(ReleaseValue, value); }
 
 int ort_trim(void) {
+	int some = workspace_trim() > 0;
 #ifdef __GLIBC__
-	return malloc_trim(0);
-#else
-	return 0;
+	some |= malloc_trim(0);
 #endif
+	return some;
 }
 
 int ort_die_by_signal(void) {

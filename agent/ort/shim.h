@@ -90,8 +90,8 @@ OrtStatus *ort_strings_size(OrtValue *value, size_t *size);
 OrtStatus *ort_strings(OrtValue *value, void *buffer, size_t size, size_t *offsets, size_t count);
 void ort_release_value(OrtValue *value);
 
-// Gives free memory of the C heap back to the system, where the C library
-// can, and says whether there was some.
+// Gives free memory of the workspace and of the C heap back to the system,
+// where the C library can, and says whether there was some.
 int ort_trim(void);
 
 // Has a fault in this process kill it by its signal and without a core dump,
