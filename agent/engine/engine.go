@@ -54,6 +54,7 @@ type Spec struct {
 type Info struct {
 	Inputs, Outputs []tensor.Info
 	LoadTime        time.Duration
+	Need            Need
 	// Batch says that the graph calls the first dimension of each input and
 	// output by one name, and that a batch.
 	Batch bool

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math"
 	"runtime"
 	"time"
 
@@ -12,7 +13,7 @@ import (
 
 // CheckLimit is how long Check and Probe may take where their context does
 // not end before. It also bounds how long a new child may take to open the
-// runtime, and to load a version again.
+// runtime, and to activate a version again.
 const CheckLimit = 2 * time.Minute
 
 // Runtime describes the runtime that the child has opened.
@@ -38,13 +39,15 @@ func (p *process) open(ctx context.Context, cfg *Config) error {
 	return nil
 }
 
-// load has the child load a version.
-func (p *process) load(ctx context.Context, s engine.Spec, session uint64) (engine.Info, error) {
-	m, err := p.call(ctx, s.ID, &message{kind: kindLoad, session: session, strings: []string{s.Dir, s.Entry}})
+// load has the child open a version as the kindActivate question says, and
+// gives what it is like and by how many bytes the child has grown.
+func (p *process) load(ctx context.Context, id engine.VersionID, question *message) (info engine.Info, grown int64, err error) {
+	m, err := p.call(ctx, id, question)
 	if err != nil {
-		return engine.Info{}, err
+		return engine.Info{}, 0, err
 	}
-	return engine.Info{Inputs: m.inputs, Outputs: m.outputs, Batch: m.batch, LoadTime: time.Duration(m.number)}, nil
+	info = engine.Info{Inputs: m.inputs, Outputs: m.outputs, Batch: m.batch, LoadTime: time.Duration(m.number)}
+	return info, int64(min(m.memory, math.MaxInt64)), nil
 }
 
 // once gives what f gives for a short-lived child of its own.
@@ -55,13 +58,13 @@ func once[T any](ctx context.Context, cfg Config, f func(context.Context, *proce
 	ctx, cancel := context.WithTimeoutCause(ctx, CheckLimit, fmt.Errorf("not done within %v: %w", CheckLimit, context.DeadlineExceeded))
 	defer cancel()
 	cfg = cfg.withDefaults()
-	p, err := startProcess(&cfg)
+	p, err := startProcess(&cfg, nil)
 	if err != nil {
 		return result, err
 	}
 	defer p.stop()
 	// A child that hangs does not hear of the end of ctx.
-	defer context.AfterFunc(ctx, func() { p.kill("stopped") })()
+	defer context.AfterFunc(ctx, func() { p.kill(verdictStopped) })()
 	if err = p.open(ctx, &cfg); err == nil {
 		result, err = f(ctx, p)
 	}
@@ -79,7 +82,8 @@ func Check(ctx context.Context, cfg Config, s engine.Spec) (engine.Info, error) 
 	began := false
 	info, err := once(ctx, cfg, func(ctx context.Context, p *process) (engine.Info, error) {
 		began = true
-		return p.load(ctx, s, 1)
+		info, _, err := p.load(ctx, s.ID, &message{kind: kindActivate, session: 1, strings: []string{s.Dir, s.Entry}})
+		return info, err
 	})
 	if err != nil {
 		if !began && ctx.Err() == nil {

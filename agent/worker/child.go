@@ -26,8 +26,9 @@ const (
 // when the parent closes the socket or dies, and prints only to stderr.
 func Child() int { return runChild(nil) }
 
-// runChild calls loading, where not nil, before each load.
-func runChild(loading func(entry string)) int {
+// runChild calls opening, where not nil, with each file that is opened, before
+// and after it.
+func runChild(opening func(file string, opened bool)) int {
 	// The Go side of this process only passes messages on.
 	debug.SetMemoryLimit(childHeap)
 	if err := ort.DieBySignal(); err != nil {
@@ -43,7 +44,7 @@ func runChild(loading func(entry string)) int {
 		fmt.Fprintf(os.Stderr, "dunlin-agent worker is started by dunlin-agent only: %v\n", err)
 		return 2
 	}
-	c := &sessions{socket: s, memory: memory, loading: loading, cancels: make(map[uint64]context.CancelFunc)}
+	c := &sessions{socket: s, memory: memory, opening: opening, cancels: make(map[uint64]context.CancelFunc)}
 	if err := c.serve(); err != nil {
 		fmt.Fprintf(os.Stderr, "worker: %v\n", err)
 		return 1
@@ -116,7 +117,7 @@ func lowerPriority() error {
 type sessions struct {
 	socket  *socket
 	memory  []byte // of the region
-	loading func(entry string)
+	opening func(file string, opened bool)
 	lanes   *ort.Lanes // set by init
 
 	mu      sync.Mutex                    // guards what follows
@@ -207,8 +208,8 @@ func (c *sessions) cancel(seq uint64) {
 // answer works on one question. Its error is that of the socket.
 func (c *sessions) answer(ctx context.Context, m *message) error {
 	switch m.kind {
-	case kindLoad:
-		done, err := c.load(ctx, m)
+	case kindActivate:
+		done, err := c.activate(ctx, m)
 		if err == nil {
 			if err = c.socket.send(done, nil); !errors.Is(err, errTooLong) {
 				return err
@@ -216,28 +217,55 @@ func (c *sessions) answer(ctx context.Context, m *message) error {
 			c.lanes.Close(m.session)
 		}
 		return c.socket.send(failure(m.seq, err), nil)
-	case kindUnload:
+	case kindDeactivate:
 		c.lanes.Close(m.session)
 		return c.socket.send(&message{kind: kindDone, seq: m.seq}, nil)
 	}
 	return fmt.Errorf("%w: kind %d is not a question", errMalformed, m.kind)
 }
 
-func (c *sessions) load(ctx context.Context, m *message) (*message, error) {
-	if len(m.strings) != 2 {
-		return nil, fmt.Errorf("%w: load has %d strings", errMalformed, len(m.strings))
+func (c *sessions) activate(ctx context.Context, m *message) (*message, error) {
+	n := len(m.strings)
+	if n != 1 && n != 2 {
+		return nil, fmt.Errorf("%w: activate has %d strings", errMalformed, n)
 	}
-	if c.loading != nil {
-		c.loading(m.strings[1])
+	if c.opening != nil {
+		c.opening(m.strings[n-1], false)
+		defer c.opening(m.strings[n-1], true)
 	}
+	before := ownMemory()
 	start := time.Now()
-	s, err := ort.Open(ctx, m.strings[0], m.strings[1])
+	var s *ort.Session
+	var err error
+	if n == 1 {
+		s, err = ort.OpenCompiled(ctx, m.strings[0], m.number == 1)
+	} else {
+		s, err = ort.Open(ctx, m.strings[0], m.strings[1])
+	}
 	if err != nil {
 		return nil, err
 	}
 	took := time.Since(start)
+	grown := max(0, ownMemory()-before)
 	c.lanes.Open(m.session, s)
-	return &message{kind: kindDone, seq: m.seq, number: uint64(took), batch: s.Batch(), inputs: s.Inputs(), outputs: s.Outputs()}, nil
+	return &message{
+		kind: kindDone, seq: m.seq, number: uint64(took), memory: uint64(grown),
+		batch: s.Batch(), inputs: s.Inputs(), outputs: s.Outputs(),
+	}, nil
+}
+
+// ownMemory gives the bytes that this process has in memory and that are not
+// those of a file; 0 where the system does not say.
+func ownMemory() int64 {
+	var size, resident, shared int64
+	b, err := os.ReadFile("/proc/self/statm")
+	if err == nil {
+		_, err = fmt.Sscan(string(b), &size, &resident, &shared)
+	}
+	if err != nil {
+		return 0
+	}
+	return (resident - shared) * int64(os.Getpagesize())
 }
 
 // maxReason bounds the text of a failure, which may quote a model.
@@ -246,8 +274,11 @@ const maxReason = 4 << 10
 // failure answers a question that failed.
 func failure(seq uint64, err error) *message {
 	k := kindFailed
-	if errors.Is(err, context.Canceled) {
+	switch {
+	case errors.Is(err, context.Canceled):
 		k = kindCancelled
+	case ort.IsOutOfMemory(err):
+		k = kindOutOfMemory
 	}
 	reason := err.Error()
 	return &message{kind: k, seq: seq, strings: []string{reason[:min(len(reason), maxReason)]}}

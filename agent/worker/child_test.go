@@ -105,7 +105,7 @@ func (p *plain) hello(t *testing.T) {
 	}
 	for _, m := range []*message{
 		{kind: kindInit, seq: 1, strings: []string{lib}},
-		{kind: kindLoad, seq: 2, session: 1, strings: []string{spec(t, "passthrough.onnx").Dir, "passthrough.onnx"}},
+		{kind: kindActivate, seq: 2, session: 1, strings: []string{spec(t, "passthrough.onnx").Dir, "passthrough.onnx"}},
 	} {
 		if err := p.socket.send(m, nil); err != nil {
 			t.Fatal(err)
@@ -142,7 +142,7 @@ func TestSocketCloses(t *testing.T) {
 // leaves with status 1.
 func TestChildRefuses(t *testing.T) {
 	for name, send := range map[string]func(p *plain) error{
-		"no init": func(p *plain) error { return p.socket.send(&message{kind: kindLoad, seq: 1}, nil) },
+		"no init": func(p *plain) error { return p.socket.send(&message{kind: kindActivate, seq: 1}, nil) },
 		"bytes":   func(p *plain) error { return p.socket.write([]byte("hello"), nil) },
 		"an answer": func(p *plain) error {
 			p.hello(t)

@@ -2,6 +2,7 @@ package worker
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -52,7 +53,7 @@ type lane struct {
 	err     error
 
 	// For cancellation.
-	grace  *time.Timer   // nil until needed
+	grace  *time.Timer
 	gaveUp chan struct{} // holds one once giveUp is done
 }
 
@@ -214,7 +215,7 @@ func (l *lane) watch(ctx context.Context) (over func()) {
 	if ctx.Done() == nil {
 		return func() {}
 	}
-	stop := context.AfterFunc(ctx, l.giveUp)
+	stop := context.AfterFunc(ctx, func() { l.giveUp(context.Cause(ctx)) })
 	return func() {
 		if !stop() {
 			<-l.gaveUp
@@ -224,15 +225,14 @@ func (l *lane) watch(ctx context.Context) (over func()) {
 }
 
 // giveUp asks for the early end of the run that has the lane.
-func (l *lane) giveUp() {
-	p := l.process
-	if l.grace == nil {
-		l.grace = time.AfterFunc(p.grace, func() {
-			p.kill(fmt.Sprintf("gave no answer for %v after a request was cancelled", p.grace))
-		})
-	} else {
-		l.grace.Reset(p.grace)
+func (l *lane) giveUp(cause error) {
+	p, id, grace, what := l.process, l.id, l.process.grace, "was cancelled"
+	if errors.Is(cause, engine.ErrStalled) {
+		grace, what = p.stall, "had stalled and was cancelled"
 	}
+	l.grace = time.AfterFunc(grace, func() {
+		p.killFor(id, fmt.Sprintf("gave no answer for %v after a request %s", grace, what))
+	})
 	// Where that fails, the child is dead or about to be, and so is the run.
 	p.send(&message{kind: kindCancelRun, number: l.number, seq: l.seq}, nil)
 	l.gaveUp <- struct{}{}

@@ -60,7 +60,7 @@ func liar(answer func(*lie)) {
 				}
 			}()
 			continue
-		case kindLoad:
+		case kindActivate:
 			done.inputs = []tensor.Info{{Name: "x", Type: tensor.Float32, Shape: []int64{-1, 64}}}
 			done.outputs = []tensor.Info{{Name: "y", Type: tensor.Float32, Shape: []int64{-1}}, {Name: "s", Type: tensor.String, Shape: []int64{-1}}}
 		}

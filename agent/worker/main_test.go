@@ -44,26 +44,60 @@ func TestMain(m *testing.M) {
 	case mode == "late":
 		liar((*lie).late)
 	case mode == "kill-on-load":
-		os.Exit(runChild(func(entry string) {
-			if entry == arg {
+		os.Exit(runChild(func(file string, opened bool) {
+			if !opened && file == arg {
 				syscall.Kill(os.Getpid(), syscall.SIGKILL)
 				select {}
 			}
 		}))
-	case mode == "kill-on-second-load": // arg is a file that notes the first one
-		os.Exit(runChild(func(string) {
-			if _, err := os.Stat(arg); err == nil {
-				syscall.Kill(os.Getpid(), syscall.SIGKILL)
+	case mode == "abort-on-load":
+		os.Exit(runChild(func(file string, opened bool) {
+			if !opened && file == arg {
+				syscall.Kill(os.Getpid(), syscall.SIGABRT)
 				select {}
 			}
-			os.WriteFile(arg, nil, 0o600)
+		}))
+	case mode == "abort-on-later-load": // arg is a file that notes the first two: Load's and Activate's
+		os.Exit(runChild(func(_ string, opened bool) {
+			if opened {
+				return
+			}
+			seen, _ := os.ReadFile(arg)
+			if len(seen) == 2 {
+				syscall.Kill(os.Getpid(), syscall.SIGABRT)
+				select {}
+			}
+			os.WriteFile(arg, append(seen, '.'), 0o600)
 		}))
 	case mode == "fault-on-load":
-		os.Exit(runChild(func(string) { syscall.Kill(os.Getpid(), syscall.SIGSEGV); select {} }))
+		os.Exit(runChild(func(string, bool) { syscall.Kill(os.Getpid(), syscall.SIGSEGV); select {} }))
 	case mode == "hang-on-load":
-		os.Exit(runChild(func(string) { select {} }))
+		os.Exit(runChild(func(string, bool) { select {} }))
+	case mode == "fault-on-run": // arg is the compiled file whose weights nobody may read
+		os.Exit(runChild(func(file string, opened bool) {
+			if opened && file == arg {
+				forbid(file)
+			}
+		}))
 	default:
 		os.Exit(Child())
+	}
+}
+
+// forbid takes the right to read a mapped file from this process.
+func forbid(file string) {
+	maps, err := os.ReadFile("/proc/self/maps")
+	if err != nil {
+		panic(err)
+	}
+	for line := range strings.Lines(string(maps)) {
+		var from, to uintptr
+		if _, err := fmt.Sscanf(line, "%x-%x", &from, &to); err != nil || !strings.HasSuffix(line, file+"\n") {
+			continue
+		}
+		if _, _, failed := syscall.Syscall(syscall.SYS_MPROTECT, from, to-from, syscall.PROT_NONE); failed != 0 {
+			panic(failed)
+		}
 	}
 }
 
@@ -116,10 +150,14 @@ func spec(t testing.TB, entry string) engine.Spec {
 	return engine.Spec{ID: engine.VersionID{Model: strings.TrimSuffix(entry, ".onnx"), Version: 1}, Dir: dir, Entry: entry}
 }
 
+// load loads a version and activates it.
 func load(t testing.TB, w *Worker, entry string) (engine.VersionID, engine.Info) {
 	s := spec(t, entry)
 	info, err := w.Load(t.Context(), s)
 	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := w.Activate(t.Context(), s.ID); err != nil {
 		t.Fatal(err)
 	}
 	return s.ID, info

@@ -18,10 +18,11 @@ type kind byte
 const (
 	// kindInit opens the runtime: strings = library; number = threads.
 	kindInit kind = iota + 1
-	// kindLoad loads a model as session: strings = folder, entry.
-	kindLoad
-	// kindUnload closes session.
-	kindUnload
+	// kindActivate opens a model as session: strings = folder, entry; or
+	// strings = compiled file, and number = 1 has its weights prepacked.
+	kindActivate
+	// kindDeactivate closes session.
+	kindDeactivate
 	// kindCancel asks for the early end of the question with this sequence number.
 	kindCancel
 	// kindLane begins the lane number on the socket that comes with it.
@@ -29,11 +30,14 @@ const (
 	// kindCancelRun asks for the early end of the lane number's run with this
 	// sequence number.
 	kindCancelRun
-	// kindDone answers: init with strings = version, providers...; load with
-	// inputs, outputs, batch, number = nanoseconds.
+	// kindDone answers: init with strings = version, providers...; activate
+	// with inputs, outputs, batch, number = nanoseconds, memory.
 	kindDone
 	// kindFailed answers: strings = what went wrong.
 	kindFailed
+	// kindOutOfMemory answers what failed for want of memory: strings = what
+	// the runtime said.
+	kindOutOfMemory
 	// kindCancelled answers a question that was cancelled.
 	kindCancelled
 	kinds // one past the last
@@ -47,6 +51,7 @@ type message struct {
 	seq             uint64
 	session         uint64
 	number          uint64
+	memory          uint64 // bytes that the child grew by, apart from what is mapped
 	strings         []string
 	inputs, outputs []tensor.Info
 }
@@ -62,7 +67,7 @@ func (m *message) encode() []byte {
 	if m.batch {
 		b[1] = 1
 	}
-	for _, n := range []uint64{m.seq, m.session, m.number} {
+	for _, n := range []uint64{m.seq, m.session, m.number, m.memory} {
 		b = binary.AppendUvarint(b, n)
 	}
 	b = binary.AppendUvarint(b, uint64(len(m.strings)))
@@ -108,7 +113,7 @@ func decode(b []byte) (*message, error) {
 		return nil, fmt.Errorf("%w: kind %d", errMalformed, m.kind)
 	}
 	m.batch = batch == 1
-	for _, n := range []*uint64{&m.seq, &m.session, &m.number} {
+	for _, n := range []*uint64{&m.seq, &m.session, &m.number, &m.memory} {
 		*n = d.uvarint()
 	}
 	for range d.count() {

@@ -14,11 +14,12 @@ import (
 
 var messages = []*message{
 	{kind: kindInit, seq: 1, number: 2, strings: []string{"/lib/libonnxruntime.so"}},
-	{kind: kindLoad, seq: 2, session: 3, strings: []string{"/models/digits", "model.onnx"}},
-	{kind: kindDone, seq: math.MaxUint64, number: 123456, batch: true,
+	{kind: kindActivate, seq: 2, session: 3, strings: []string{"/models/digits", "model.onnx"}},
+	{kind: kindDone, seq: math.MaxUint64, number: 123456, memory: 1 << 40, batch: true,
 		inputs:  []tensor.Info{{Name: "x", Type: tensor.Bool, Shape: []int64{-1, math.MaxInt64}}},
 		outputs: []tensor.Info{{Name: "any", Type: tensor.Float32}, {Name: "scalar", Type: tensor.Int8, Shape: []int64{}}}},
 	{kind: kindFailed, seq: 2, strings: []string{"no such file", ""}},
+	{kind: kindOutOfMemory, seq: 3, strings: []string{"no room"}},
 	{kind: kindCancel, seq: 9},
 	{kind: kindLane, number: 63},
 	{kind: kindCancelRun, number: 63, seq: 9},

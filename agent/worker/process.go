@@ -43,21 +43,28 @@ type process struct {
 	socket  *socket
 	region  *region
 	stderr  *stderr
-	grace   time.Duration // see Config.grace
-	runtime Runtime       // what it has opened; set by open
+	onDeath func(p *process, culprit engine.VersionID) // told of its death before others are, where not nil
+	grace   time.Duration                              // see Config.grace
+	stall   time.Duration                              // see Config.StallGrace
+	runtime Runtime                                    // what it has opened; set by open
 
 	mu      sync.Mutex // guards what follows
 	seq     uint64
 	pending map[uint64]question
-	verdict string  // why the parent killed it
-	lanes   []*lane // by number
-	free    []*lane // that no run has
-	running int     // lanes that one has
-	ended   bool    // lanes are closed, and there will be no more
+	verdict string           // why the parent killed it
+	culprit engine.VersionID // which it was killed for; zero where it was for none
+	lanes   []*lane          // by number
+	free    []*lane          // that no run has
+	running int              // lanes that one has
+	ended   bool             // lanes are closed, and there will be no more
 
 	dead     chan struct{}      // closed when the process has been waited for
 	death    *DeathError        // set before dead is closed, as is
 	inFlight []engine.VersionID // what it was working on then
+	weak     bool               // a kill that the parent did not send
+	blamed   []engine.VersionID // what its death was put down to
+
+	proved bool // it has run something; guarded by Worker.mu
 }
 
 // question is one that the child has not answered yet.
@@ -69,7 +76,7 @@ type question struct {
 // startProcess starts a child and a goroutine that reads from it; stop ends
 // both. The child dies with the calling thread: the caller has locked it
 // until then.
-func startProcess(cfg *Config) (*process, error) {
+func startProcess(cfg *Config, onDeath func(*process, engine.VersionID)) (*process, error) {
 	end, theirs, err := socketPair()
 	if err != nil {
 		return nil, fmt.Errorf("start worker: %w", err)
@@ -94,7 +101,7 @@ func startProcess(cfg *Config) (*process, error) {
 	}
 	cmd.WaitDelay = time.Second
 	p := &process{
-		command: cmd, socket: ours, region: shared, grace: cfg.grace,
+		command: cmd, socket: ours, region: shared, onDeath: onDeath, grace: cfg.grace, stall: cfg.StallGrace,
 		stderr:  &stderr{log: cfg.Log},
 		pending: make(map[uint64]question),
 		dead:    make(chan struct{}),
@@ -115,6 +122,9 @@ func startProcess(cfg *Config) (*process, error) {
 func childEnvironment() []string {
 	env := []string{
 		"MALLOC_ARENA_MAX=2",
+		// It would go up with the first large block that is freed, and weights
+		// would then lie, and leave holes, among small blocks.
+		"MALLOC_MMAP_THRESHOLD_=131072",
 		"GOTRACEBACK=none",
 		"GOGC=50",
 		"GOMAXPROCS=" + strconv.Itoa(min(4, runtime.NumCPU())),
@@ -157,7 +167,7 @@ func (p *process) read() {
 	err := p.command.Wait()
 	p.mu.Lock()
 	p.ended = true
-	status := p.verdict
+	verdict, culprit := p.verdict, p.culprit
 	for _, q := range p.pending {
 		p.inFlight = append(p.inFlight, q.id)
 	}
@@ -172,21 +182,33 @@ func (p *process) read() {
 	p.inFlight = slices.DeleteFunc(p.inFlight, func(id engine.VersionID) bool { return id == engine.VersionID{} })
 	slices.SortFunc(p.inFlight, engine.VersionID.Compare)
 	p.inFlight = slices.Compact(p.inFlight)
-	if status == "" && p.command.ProcessState != nil {
-		status = p.command.ProcessState.String()
+	status, state := verdict, p.command.ProcessState
+	if status == "" && state != nil {
+		status = state.String()
+		ended, ok := state.Sys().(syscall.WaitStatus)
+		p.weak = ok && ended.Signaled() && ended.Signal() == syscall.SIGKILL
 	} else if status == "" {
 		status = err.Error()
 	}
 	p.death = &DeathError{Status: status, Reason: p.stderr.reason}
+	if p.onDeath != nil && verdict != verdictStopped {
+		p.onDeath(p, culprit)
+	}
 	close(p.dead)
 }
 
+// verdictStopped is the verdict on a child that is not needed any more.
+const verdictStopped = "stopped"
+
 // kill ends the child; the reason, where there is one, is what its death is
 // put down to.
-func (p *process) kill(reason string) {
+func (p *process) kill(reason string) { p.killFor(engine.VersionID{}, reason) }
+
+// killFor ends the child because of a version.
+func (p *process) killFor(culprit engine.VersionID, reason string) {
 	p.mu.Lock()
 	if p.verdict == "" {
-		p.verdict = reason
+		p.verdict, p.culprit = reason, culprit
 	}
 	p.mu.Unlock()
 	p.command.Process.Kill()
@@ -194,8 +216,15 @@ func (p *process) kill(reason string) {
 
 // stop ends the child and waits for its end.
 func (p *process) stop() {
-	p.kill("stopped")
+	p.kill(verdictStopped)
 	<-p.dead
+}
+
+// quiet says that the child has nothing to do.
+func (p *process) quiet() bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.running == 0 && len(p.pending) == 0
 }
 
 func (p *process) isDead() bool {
@@ -249,7 +278,7 @@ func (p *process) call(ctx context.Context, id engine.VersionID, m *message) (*m
 		}
 		return a, a.err()
 	case <-timer.C:
-		p.kill(fmt.Sprintf("gave no answer for %v after a request was cancelled", p.grace))
+		p.killFor(id, fmt.Sprintf("gave no answer for %v after a request was cancelled", p.grace))
 		<-p.dead
 	case <-p.dead:
 	}
@@ -273,9 +302,12 @@ func (m *message) err() error {
 		return nil
 	case kindCancelled:
 		return context.Canceled
-	default:
-		return errors.New(strings.ToValidUTF8(strings.Join(m.strings, " "), "\uFFFD"))
 	}
+	reason := strings.ToValidUTF8(strings.Join(m.strings, " "), "\uFFFD")
+	if m.kind == kindOutOfMemory {
+		return fmt.Errorf("%w: %s", engine.ErrOutOfMemory, reason)
+	}
+	return errors.New(reason)
 }
 
 // send sends a message, with kindLane and the lane's socket. A socket that

@@ -14,48 +14,54 @@ import (
 	"github.com/dunlin/dunlin/models/tensor"
 )
 
-// Run runs a loaded version, see engine.Runtime. Inputs that the runtime
+// Run runs an active version, see engine.Runtime. Inputs that the runtime
 // refuses give engine.ErrInvalidInput. Outputs of more than a few kB lie in
 // memory that is shared with the child until the Outcome is released; nothing
 // that the child does can change more than their numbers.
+//
+// A run that was cancelled for engine.ErrStalled and whose child had to be
+// killed for it is tried again for as long as it was given.
 func (w *Worker) Run(ctx context.Context, id engine.VersionID, requests [][]tensor.Tensor, outputs []string) (engine.Outcome, error) {
 	called := clock()
 	if len(requests) == 0 {
 		return engine.Outcome{}, fmt.Errorf("%w: no request", engine.ErrInvalidInput)
 	}
-	for again := false; ; again = true {
-		out, err := w.attempt(ctx, called, id, requests, outputs)
-		if _, died := errors.AsType[*DeathError](err); died && !again {
-			continue
+	for g := (guilt{}); ; {
+		u, err := w.begin(ctx, id, g, true)
+		if err != nil {
+			return engine.Outcome{}, err
 		}
-		return out, err
+		out, err := w.attempt(ctx, called, u, requests, outputs)
+		w.end(u, err == nil)
+		if _, died := errors.AsType[*DeathError](err); !died {
+			return out, err
+		}
+		if err := w.again(&g, id, u.process, err); err != nil {
+			return engine.Outcome{}, err
+		}
+		if errors.Is(context.Cause(ctx), engine.ErrStalled) {
+			// It may take as long as it was given before.
+			again, cancel := context.WithTimeoutCause(context.WithoutCancel(ctx), clock()-called, engine.ErrStalled)
+			defer cancel()
+			ctx = again
+		}
 	}
 }
 
-func (w *Worker) attempt(ctx context.Context, called time.Duration, id engine.VersionID, requests [][]tensor.Tensor, outputs []string) (engine.Outcome, error) {
+func (w *Worker) attempt(ctx context.Context, called time.Duration, u use, requests [][]tensor.Tensor, outputs []string) (engine.Outcome, error) {
 	if ctx.Err() != nil {
 		return engine.Outcome{}, context.Cause(ctx)
-	}
-	p, err := w.acquire(ctx)
-	if err != nil {
-		return engine.Outcome{}, err
-	}
-	w.mu.Lock()
-	v := w.loaded[id]
-	w.mu.Unlock()
-	if v == nil {
-		return engine.Outcome{}, engine.ErrNotLoaded
 	}
 	if err := take(ctx, w.turn); err != nil {
 		return engine.Outcome{}, err
 	}
 	defer func() { <-w.turn }()
-	l, err := p.lane(id)
+	l, err := u.process.lane(u.version.spec.ID)
 	if err != nil {
 		return engine.Outcome{}, err
 	}
 	defer l.release()
-	r := run{lane: l, version: v, limit: uint64(w.cfg.MaxBytes), called: called}
+	r := run{lane: l, version: u.version, session: u.session.number, limit: uint64(w.cfg.MaxBytes), called: called}
 	return r.do(ctx, requests, outputs)
 }
 
@@ -66,6 +72,7 @@ var errTooLarge = errors.New("tensors are too large")
 type run struct {
 	*lane
 	version *version
+	session uint64
 	limit   uint64 // bytes of the inputs, and of the outputs
 	called  time.Duration
 }
@@ -73,7 +80,7 @@ type run struct {
 func (r *run) do(ctx context.Context, requests [][]tensor.Tensor, outputs []string) (engine.Outcome, error) {
 	q, v := &r.question, r.version
 	r.seq++
-	*q = ort.Question{Kind: ort.AskRun, Sequence: r.seq, Session: v.session, Outputs: q.Outputs, Inputs: q.Inputs}
+	*q = ort.Question{Kind: ort.AskRun, Sequence: r.seq, Session: r.session, Outputs: q.Outputs, Inputs: q.Inputs}
 	if err := r.plan.make(q, &v.info, requests, outputs); err != nil {
 		return engine.Outcome{}, err
 	}
@@ -102,6 +109,9 @@ func (r *run) do(ctx context.Context, requests [][]tensor.Tensor, outputs []stri
 	case ort.AnswerRefused:
 		return engine.Outcome{}, fmt.Errorf("%w: %s", engine.ErrInvalidInput, text)
 	case ort.AnswerFailed:
+		if ort.OutOfMemoryText(text) {
+			return engine.Outcome{}, fmt.Errorf("%w: %s", engine.ErrOutOfMemory, text)
+		}
 		return engine.Outcome{}, errors.New(text)
 	case ort.AnswerCancelled:
 		if ctx.Err() != nil {

@@ -138,7 +138,7 @@ func TestOutputsNobodyWrites(t *testing.T) {
 		in := []tensor.Tensor{floats("x", 1, rows, 2048)}
 		for range 3 {
 			got, err := one(t.Context(), w, id, in, nil)
-			if want := inProcess(t, "constant.onnx", in, nil); err != nil || !reflect.DeepEqual(got, want) {
+			if want := inProcess(t, spec(t, "constant.onnx"), in, nil); err != nil || !reflect.DeepEqual(got, want) {
 				t.Errorf("%d rows: the child's outputs differ from those in-process, or %v", rows, err)
 			}
 		}
@@ -156,7 +156,7 @@ func TestSurprise(t *testing.T) {
 	in := []tensor.Tensor{floats("x", 1, 2000, 2), index}
 	for range 3 {
 		got, err := one(t.Context(), w, id, in, nil)
-		if want := inProcess(t, "gather.onnx", in, nil); err != nil || !reflect.DeepEqual(got, want) {
+		if want := inProcess(t, spec(t, "gather.onnx"), in, nil); err != nil || !reflect.DeepEqual(got, want) {
 			t.Errorf("the child's outputs differ from those in-process, or %v", err)
 		}
 	}
@@ -179,7 +179,7 @@ func TestLending(t *testing.T) {
 	w := start(t, cfg)
 	id, _ := load(t, w, "digits-size.onnx")
 	x := []tensor.Tensor{floats("x", 1, 300, 64)} // a slot of three units, with the outputs
-	want := inProcess(t, "digits-size.onnx", x, nil)
+	want := inProcess(t, spec(t, "digits-size.onnx"), x, nil)
 	var kept []engine.Outcome
 	lent := 0
 	for range 20 {
@@ -236,7 +236,7 @@ func TestMemfd(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			want := inProcess(t, entry, x, nil)
+			want := inProcess(t, spec(t, entry), x, nil)
 			for _, got := range out.Outputs {
 				if !reflect.DeepEqual(got, want) {
 					t.Errorf("%s, %d rows: the child's outputs differ from those in-process", entry, rows)

@@ -8,11 +8,8 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"maps"
 	"runtime"
-	"slices"
 	"sync"
-	"sync/atomic"
 	"time"
 
 	"github.com/dunlin/dunlin/agent/engine"
@@ -31,9 +28,6 @@ const (
 	// maxRunning bounds the runs that the child works on at a time; further
 	// ones wait for their turn.
 	maxRunning = min(64, ort.MaxLanes)
-	// maxReloads is how often in a row the child may die while it loads a
-	// version again; the version is then given up.
-	maxReloads = 2
 	// maxBackoff is the longest pause before a child is started again that did
 	// not come to be ready, maxPause before one that was: what it loaded and
 	// answered, the next one can load and answer too.
@@ -48,6 +42,12 @@ const (
 	// grace is how long a child may take to give up what was cancelled: ONNX
 	// Runtime ends a run between two nodes, and a node may be large.
 	grace = 30 * time.Second
+	// DefaultStallGrace is how long it may take to give up a run that has
+	// stalled.
+	DefaultStallGrace = 2 * time.Second
+	// maxDeaths bounds how often a call is made again, whatever the children
+	// died of.
+	maxDeaths = 20
 )
 
 // Config configures a Worker.
@@ -57,13 +57,20 @@ type Config struct {
 	Threads     int      // of the runtime, for all models together; 0 for one per core
 	SharedBytes int      // see DefaultSharedBytes; larger tensors pass too, more slowly
 	MaxBytes    int      // see DefaultMaxBytes
-	Log         *slog.Logger
+	// StallGrace is how long a run that was cancelled for engine.ErrStalled may
+	// take to end before the child is killed for it; see DefaultStallGrace.
+	StallGrace time.Duration
+	// Compile, where not nil, gives a version as it was compiled for this
+	// device, and compiles it where it was not yet. It is called once at a time.
+	// After ort.ErrNotCompilable the version is opened as it is.
+	Compile func(context.Context, engine.Spec) (Image, error)
+	Log     *slog.Logger
 	// OnDeath, where not nil, is told of each death of the child, before the
 	// next one is started. It must be quick.
 	OnDeath func(Death)
-	// OnLost, where not nil, is told of each version that was loaded and that
-	// a new child could not load again: it is not loaded any more. It must be
-	// quick.
+	// OnLost, where not nil, is told of each version that is not loaded any
+	// more because a new child could not open it again, or because it is in
+	// quarantine: the reason is engine.ErrQuarantined then. It must be quick.
 	OnLost func(id engine.VersionID, reason error)
 
 	settled, grace time.Duration
@@ -79,6 +86,9 @@ func (c Config) withDefaults() Config {
 	if c.Log == nil {
 		c.Log = slog.New(slog.DiscardHandler)
 	}
+	if c.StallGrace <= 0 {
+		c.StallGrace = DefaultStallGrace
+	}
 	if c.settled == 0 {
 		c.settled = settled
 	}
@@ -89,20 +99,25 @@ func (c Config) withDefaults() Config {
 }
 
 // Death tells how a child ended and which versions it was working on: each
-// that was being loaded, run or unloaded, once.
+// that was being run, activated, prepacked or deactivated, once.
 type Death struct {
 	Err      *DeathError
 	InFlight []engine.VersionID
 }
 
 // Worker is an engine.Runtime whose models live in a child process. Its calls
-// wait until a child is ready; engine.ErrUnavailable says why none can be. A
-// request in flight when the child dies is run once more on the next child; a
-// load is not, and fails with a DeathError.
+// wait until a child is ready; engine.ErrUnavailable says why none can be.
+//
+// What is in flight when the child dies is done again on the next child: once,
+// after a kill that this process did not send up to three times, and however
+// often another version was the cause. What was in flight at a death is under
+// suspicion until a run of it succeeds; meanwhile only one of the suspects
+// works at a time. So at the next death it is known which one it is due to: it
+// is put into quarantine, and its calls give engine.ErrQuarantined.
 type Worker struct {
 	cfg     Config
 	turn    chan struct{} // holds one for each run that goes on
-	loading chan struct{} // holds one while a version is loaded: a death is put down to it
+	loading chan struct{} // holds one while a version is loaded
 
 	mu       sync.Mutex    // guards what follows
 	current  *process      // the ready child, nil while there is none
@@ -110,22 +125,12 @@ type Worker struct {
 	stopped  bool          // Supervise has ended
 	changed  chan struct{} // closed and replaced when one of the above changes
 	loaded   map[engine.VersionID]*version
-	sessions uint64 // the last session number given
-	deaths   int    // before the runtime was open, in a row
-}
+	sessions uint64   // the last session number given
+	deaths   int      // before the runtime was open, in a row
+	trial    *version // the suspect that works; nil for none
+	lost     []lost   // that OnLost has yet to be told of
 
-// version is one that every child is to hold.
-type version struct {
-	spec    engine.Spec
-	info    engine.Info
-	session uint64 // its number in every child
-	deaths  int    // of children that were loading it again, in a row
-
-	// What is known of its outputs: the bytes of the largest ones so far that
-	// did not fit a packet, which the next ones may need too, and whether they
-	// had other shapes than the model says.
-	room       atomic.Uint64
-	surprising atomic.Bool
+	quarantined map[engine.VersionID]error // with the reason
 }
 
 // New gives a Worker; Supervise starts its child.
@@ -136,6 +141,8 @@ func New(cfg Config) *Worker {
 		loading: make(chan struct{}, 1),
 		changed: make(chan struct{}),
 		loaded:  make(map[engine.VersionID]*version),
+
+		quarantined: make(map[engine.VersionID]error),
 	}
 }
 
@@ -147,11 +154,11 @@ func (w *Worker) Supervise(ctx context.Context) error {
 	defer runtime.UnlockOSThread()
 	defer w.update(func() { w.stopped, w.current = true, nil })
 	for row := 0; ; row++ {
-		ready, err := w.once(ctx)
+		ready, proved, err := w.once(ctx)
 		if ctx.Err() != nil {
 			return nil
 		}
-		if ready >= w.cfg.settled {
+		if ready >= w.cfg.settled || proved {
 			row = 0
 		}
 		level := slog.LevelWarn
@@ -186,20 +193,25 @@ func (w *Worker) update(change func()) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	change()
+	w.wake()
+}
+
+// wake is called with mu held.
+func (w *Worker) wake() {
 	close(w.changed)
 	w.changed = make(chan struct{})
 }
 
 // once runs one child from its start to its end, and gives how long it was
-// ready and how it ended.
-func (w *Worker) once(ctx context.Context) (time.Duration, error) {
-	p, err := startProcess(&w.cfg)
+// ready, whether it has run something, and how it ended.
+func (w *Worker) once(ctx context.Context) (ready time.Duration, proved bool, err error) {
+	p, err := startProcess(&w.cfg, w.blame)
 	if err != nil {
 		w.update(func() { w.failure = err })
-		return 0, err
+		return 0, false, err
 	}
 	defer p.stop()
-	defer context.AfterFunc(ctx, func() { p.kill("stopped") })()
+	defer context.AfterFunc(ctx, func() { p.kill(verdictStopped) })()
 	began := time.Now()
 	err = p.open(ctx, &w.cfg)
 	opened := err == nil
@@ -208,27 +220,33 @@ func (w *Worker) once(ctx context.Context) (time.Duration, error) {
 	}
 	if err != nil {
 		if ctx.Err() != nil {
-			return 0, nil
+			return 0, false, nil
 		}
 		w.ended(p, opened, err)
-		return 0, err
+		return 0, false, err
 	}
 	w.cfg.Log.Info("worker process is ready", "pid", p.command.Process.Pid, "runtime", p.runtime.Version, "took", time.Since(began).Round(time.Millisecond))
-	ready := time.Now()
+	began = time.Now()
+	stop := whileAlive(ctx, func(ctx context.Context) { w.rebuild(ctx, p) })
 	<-p.dead
+	stop()
 	if ctx.Err() != nil {
-		return 0, nil
+		return 0, false, nil
 	}
-	err = p.death
-	w.ended(p, true, err)
-	return time.Since(ready), err
+	w.ended(p, true, p.death)
+	w.mu.Lock()
+	proved = p.proved
+	w.mu.Unlock()
+	return time.Since(began), proved, p.death
 }
 
 // ended takes note of a child that is dead or did not come to be ready;
 // opened says whether it opened the runtime.
 func (w *Worker) ended(p *process, opened bool, err error) {
 	death, died := errors.AsType[*DeathError](err)
+	var gone []lost
 	w.update(func() {
+		gone, w.lost = w.lost, nil
 		w.current = nil
 		if w.deaths++; opened {
 			w.deaths = 0
@@ -240,43 +258,17 @@ func (w *Worker) ended(p *process, opened bool, err error) {
 	if died && w.cfg.OnDeath != nil {
 		w.cfg.OnDeath(Death{death, p.inFlight})
 	}
-}
-
-// reload brings back what was loaded and makes the child the current one.
-func (w *Worker) reload(ctx context.Context, p *process) error {
-	// Versions leave only while a child is current, so none does meanwhile.
-	w.mu.Lock()
-	versions := slices.SortedFunc(maps.Values(w.loaded), func(a, b *version) int { return a.spec.ID.Compare(b.spec.ID) })
-	w.mu.Unlock()
-	for _, v := range versions {
-		limited, cancel := context.WithTimeout(ctx, CheckLimit)
-		_, err := p.load(limited, v.spec, v.session)
-		cancel()
-		if ctx.Err() != nil {
-			return err
+	if w.cfg.OnLost != nil {
+		for _, l := range gone {
+			w.cfg.OnLost(l.id, l.reason)
 		}
-		death, died := errors.AsType[*DeathError](err)
-		if died {
-			if v.deaths++; v.deaths < maxReloads {
-				return death
-			}
-		}
-		if err != nil {
-			w.lose(v, fmt.Errorf("load %s again: %w", v.spec.ID, err))
-		}
-		if died {
-			return death
-		}
-		v.deaths = 0
 	}
-	w.update(func() { w.current, w.failure = p, nil })
-	return nil
 }
 
 // lose gives a version up.
 func (w *Worker) lose(v *version, reason error) {
 	w.mu.Lock()
-	delete(w.loaded, v.spec.ID)
+	w.remove(v)
 	w.mu.Unlock()
 	if w.cfg.OnLost != nil {
 		w.cfg.OnLost(v.spec.ID, reason)
@@ -326,76 +318,5 @@ func take(ctx context.Context, semaphore chan struct{}) error {
 		return nil
 	case <-ctx.Done():
 		return context.Cause(ctx)
-	}
-}
-
-// Load loads a version, in this child and all that follow. A load during
-// which the child dies is not done again: its error is a DeathError. Unless
-// the load was all that the child was doing, it is engine.ErrUnavailable too:
-// another version may have killed it.
-func (w *Worker) Load(ctx context.Context, s engine.Spec) (engine.Info, error) {
-	if err := take(ctx, w.loading); err != nil {
-		return engine.Info{}, err
-	}
-	defer func() { <-w.loading }()
-	w.mu.Lock()
-	v := w.loaded[s.ID]
-	w.sessions++
-	session := w.sessions
-	w.mu.Unlock()
-	if v != nil {
-		return v.info, nil
-	}
-	for {
-		p, err := w.acquire(ctx)
-		if err != nil {
-			return engine.Info{}, err
-		}
-		info, err := p.load(ctx, s, session)
-		if _, died := errors.AsType[*DeathError](err); died && !slices.Equal(p.inFlight, []engine.VersionID{s.ID}) {
-			err = fmt.Errorf("%w: %w", engine.ErrUnavailable, err)
-		}
-		if err != nil {
-			return engine.Info{}, err
-		}
-		w.mu.Lock()
-		current := w.current == p
-		if current {
-			w.loaded[s.ID] = &version{spec: s, info: info, session: session}
-		}
-		w.mu.Unlock()
-		if current {
-			return info, nil
-		}
-		// The child died after it: the next one has not heard of the version.
-	}
-}
-
-// Unload closes a version, in this child and all that follow.
-func (w *Worker) Unload(ctx context.Context, id engine.VersionID) error {
-	for {
-		p, err := w.acquire(ctx)
-		if err != nil {
-			return err
-		}
-		w.mu.Lock()
-		v, current := w.loaded[id], w.current == p
-		if current {
-			delete(w.loaded, id)
-		}
-		w.mu.Unlock()
-		if !current {
-			continue // the next child is loading it just now, and must be told
-		}
-		if v == nil {
-			return engine.ErrNotLoaded
-		}
-		// From here on it is gone for the children to come; this one closes it
-		// whatever becomes of ctx.
-		_, err = p.call(context.WithoutCancel(ctx), id, &message{kind: kindUnload, session: v.session})
-		if _, died := errors.AsType[*DeathError](err); died {
-			return nil
-		}
-		return errors.Join(err, p.region.trim())
 	}
 }

@@ -1,0 +1,443 @@
+package worker
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"path/filepath"
+	"slices"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/dunlin/dunlin/agent/engine"
+	"github.com/dunlin/dunlin/agent/ort"
+)
+
+// Image is a version as it was compiled for this device.
+type Image struct {
+	File    string // that ort.OpenCompiled opens; it stays until Release
+	Info    engine.Info
+	Release func() // nil where nobody waits for it
+}
+
+// version is one that is loaded: it can be opened in every child.
+type version struct {
+	spec    engine.Spec
+	info    engine.Info
+	image   Image         // without a file where it could not be compiled
+	lane    chan struct{} // holds one while what it has open in the child changes
+	unload  context.Context
+	unloads context.CancelFunc // ends unload: it is going to be closed
+
+	// Guarded by Worker.mu.
+	active    bool     // every child is to have it open
+	prepacked bool     // with its weights prepacked
+	session   *session // that it runs on, in the child that is ready; nil for none
+	failure   error    // of an active one that the child could not open
+	guilt     guilt
+
+	// What is known of its outputs: the bytes of the largest ones so far that
+	// did not fit a packet, which the next ones may need too, and whether they
+	// had other shapes than the model says.
+	room       atomic.Uint64
+	surprising atomic.Bool
+}
+
+// session is one that the child has open for a version.
+type session struct {
+	number    uint64
+	prepacked bool
+
+	// Guarded by Worker.mu.
+	users  int           // runs that have it
+	unused chan struct{} // closed when there are none any more; nil until somebody waits
+}
+
+// Load makes a version ready to be activated: it is compiled where it can be,
+// and described, in a short-lived child of its own, one version at a time.
+// Nothing of it is in the child that serves. A version in quarantine stays
+// there until it is unloaded.
+func (w *Worker) Load(ctx context.Context, s engine.Spec) (engine.Info, error) {
+	if _, err := w.acquire(ctx); err != nil {
+		return engine.Info{}, err
+	}
+	if err := take(ctx, w.loading); err != nil {
+		return engine.Info{}, err
+	}
+	defer func() { <-w.loading }()
+	w.mu.Lock()
+	v, quarantined := w.loaded[s.ID], w.quarantined[s.ID]
+	w.mu.Unlock()
+	if v != nil {
+		return v.info, nil
+	}
+	if quarantined != nil {
+		return engine.Info{}, quarantined
+	}
+	image, err := w.compile(ctx, s)
+	if err != nil {
+		return engine.Info{}, err
+	}
+	v = &version{spec: s, info: image.Info, image: image, lane: make(chan struct{}, 1)}
+	v.unload, v.unloads = context.WithCancel(context.Background())
+	w.mu.Lock()
+	w.loaded[s.ID] = v
+	w.mu.Unlock()
+	return v.info, nil
+}
+
+// compile gives the image of a version, without a file where there is none.
+func (w *Worker) compile(ctx context.Context, s engine.Spec) (Image, error) {
+	if w.cfg.Compile != nil {
+		image, err := w.cfg.Compile(ctx, s)
+		if !errors.Is(err, ort.ErrNotCompilable) {
+			return image, err
+		}
+		w.cfg.Log.Info("model is not compiled; it is opened as it is", "model", s.ID.Model, "version", s.ID.Version, "reason", err)
+	}
+	cfg := w.cfg
+	cfg.Threads = 1 // others are being served
+	info, err := Check(ctx, cfg, s)
+	if err != nil {
+		return Image{}, err
+	}
+	info.Need, err = estimate(s)
+	return Image{Info: info}, err
+}
+
+// estimate takes what a version's files take on disk for what its weights
+// take in memory.
+func estimate(s engine.Spec) (n engine.Need, err error) {
+	err = filepath.WalkDir(s.Dir, func(_ string, e fs.DirEntry, err error) error {
+		if err != nil || !e.Type().IsRegular() {
+			return err
+		}
+		info, err := e.Info()
+		if err == nil {
+			n.Weights += info.Size()
+		}
+		return err
+	})
+	if err != nil {
+		return n, fmt.Errorf("size of %s: %w", s.ID, err)
+	}
+	return n, nil
+}
+
+// remove forgets a version; it is called with mu held. What the child has
+// open of it stays open.
+func (w *Worker) remove(v *version) {
+	if w.loaded[v.spec.ID] != v {
+		return
+	}
+	delete(w.loaded, v.spec.ID)
+	v.active, v.session = false, nil
+	v.unloads()
+	if v.image.Release != nil {
+		v.image.Release()
+	}
+}
+
+// Activate has a version be open in this child and all that follow, and gives
+// what it takes there. engine.ErrOutOfMemory says that there was no room. A
+// death of the child meanwhile is like one of Run.
+func (w *Worker) Activate(ctx context.Context, id engine.VersionID) (engine.Need, error) {
+	var need engine.Need
+	err := w.change(ctx, id, func(u use) error {
+		v := u.version
+		w.mu.Lock()
+		active, failed := v.active, v.failure != nil
+		w.mu.Unlock()
+		if need = v.info.Need; active && !failed {
+			return nil
+		}
+		s, taken, err := w.open(ctx, u, false)
+		if err != nil {
+			return err
+		}
+		need = taken
+		return w.commit(u, func() { v.active, v.session, v.failure = true, s, nil })
+	})
+	return need, err
+}
+
+// Prepack has a version's weights be laid out anew in this child and all that
+// follow, which makes the runs of some faster. It goes on running meanwhile.
+// The version must be active; one that was not compiled is prepacked already.
+func (w *Worker) Prepack(ctx context.Context, id engine.VersionID) error {
+	return w.change(ctx, id, func(u use) error {
+		ctx, cancel := context.WithCancel(ctx)
+		defer cancel()
+		defer context.AfterFunc(u.version.unload, cancel)()
+		return w.prepack(ctx, u)
+	})
+}
+
+func (w *Worker) prepack(ctx context.Context, u use) error {
+	v := u.version
+	w.mu.Lock()
+	before := v.session
+	w.mu.Unlock()
+	if before == nil {
+		return fmt.Errorf("%w: its weights are out", engine.ErrNotLoaded)
+	}
+	if before.prepacked {
+		return nil
+	}
+	s, _, err := w.open(ctx, u, true)
+	if err != nil {
+		return err
+	}
+	if err := w.commit(u, func() { v.session, v.prepacked = s, true }); err != nil {
+		return err
+	}
+	return w.close(u.process, v, before)
+}
+
+// Deactivate closes a version in this child and all that follow, when the
+// runs that go on are over, and gives its memory back to the system.
+func (w *Worker) Deactivate(ctx context.Context, id engine.VersionID) error {
+	return w.change(ctx, id, func(u use) error { return w.deactivate(u) })
+}
+
+func (w *Worker) deactivate(u use) error {
+	v := u.version
+	var s *session
+	err := w.commit(u, func() {
+		s = v.session
+		v.active, v.prepacked, v.session, v.failure = false, false, nil, nil
+	})
+	if err != nil || s == nil {
+		return err
+	}
+	return errors.Join(w.close(u.process, v, s), u.process.region.trim())
+}
+
+// Unload forgets a version, and closes it where it is active. One that was in
+// quarantine may be loaded again afterwards.
+func (w *Worker) Unload(ctx context.Context, id engine.VersionID) error {
+	if _, err := w.acquire(ctx); err != nil {
+		return err
+	}
+	w.mu.Lock()
+	quarantined := w.quarantined[id] != nil
+	delete(w.quarantined, id)
+	if v := w.loaded[id]; v != nil {
+		v.unloads() // what is being prepacked need not be
+	}
+	w.mu.Unlock()
+	if quarantined {
+		return nil
+	}
+	return w.change(ctx, id, func(u use) error {
+		err := w.deactivate(u)
+		if errors.Is(err, errSucceeded) {
+			return err
+		}
+		w.mu.Lock()
+		w.remove(u.version)
+		w.mu.Unlock()
+		return err
+	})
+}
+
+// errSucceeded is the error of what was not committed because another child
+// has succeeded the one that it was done in.
+var errSucceeded = errors.New("another worker process has succeeded this one")
+
+// commit makes a change to a version known, unless another child than u's is,
+// or will be, the current one: that one has not heard of it.
+func (w *Worker) commit(u use, change func()) error {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.current != u.process || w.loaded[u.version.spec.ID] != u.version {
+		return errSucceeded
+	}
+	change()
+	return nil
+}
+
+// change has f change what a version has open in the child, one change of it
+// at a time, again where the child dies or has died.
+func (w *Worker) change(ctx context.Context, id engine.VersionID, f func(use) error) error {
+	w.mu.Lock()
+	v := w.loaded[id]
+	w.mu.Unlock()
+	if v != nil {
+		if err := take(ctx, v.lane); err != nil {
+			return err
+		}
+		defer func() { <-v.lane }()
+	}
+	for g := (guilt{}); ; {
+		u, err := w.begin(ctx, id, g, false)
+		if err != nil {
+			return err
+		}
+		if u.version != v { // it was loaded anew meanwhile
+			w.end(u, false)
+			return engine.ErrNotLoaded
+		}
+		err = f(u)
+		w.end(u, false)
+		if _, died := errors.AsType[*DeathError](err); died {
+			if err = w.again(&g, id, u.process, err); err != nil {
+				return err
+			}
+		} else if !errors.Is(err, errSucceeded) {
+			return err
+		}
+	}
+}
+
+// open has the child open a version's model as a new session, and gives what
+// it takes.
+func (w *Worker) open(ctx context.Context, u use, prepack bool) (*session, engine.Need, error) {
+	w.mu.Lock()
+	w.sessions++
+	s := &session{number: w.sessions, prepacked: prepack}
+	w.mu.Unlock()
+	need, err := u.process.activate(ctx, u.version, s)
+	return s, need, err
+}
+
+// activate has the child open a version's model as a session, and gives what
+// it takes. A compiled file that the runtime refuses is not missed where the
+// model itself is there.
+func (p *process) activate(ctx context.Context, v *version, s *session) (need engine.Need, err error) {
+	original := []string{v.spec.Dir, v.spec.Entry}
+	m := &message{kind: kindActivate, session: s.number, strings: original}
+	if v.image.File != "" {
+		m.strings = []string{v.image.File}
+	}
+	if s.prepacked {
+		m.number = 1
+	}
+	quiet := p.quiet()
+	_, grown, err := p.load(ctx, v.spec.ID, m)
+	if _, died := errors.AsType[*DeathError](err); err != nil && !died && len(m.strings) == 1 &&
+		ctx.Err() == nil && !errors.Is(err, engine.ErrOutOfMemory) {
+		p.stderr.log.Warn("compiled model cannot be opened; the model itself is", "model", v.spec.ID.Model, "version", v.spec.ID.Version, "error", err)
+		m.strings = original
+		_, grown, err = p.load(ctx, v.spec.ID, m)
+	}
+	if err != nil {
+		return need, err
+	}
+	need = v.info.Need
+	compiled := len(m.strings) == 1
+	s.prepacked = s.prepacked || !compiled // the runtime does so by itself
+	if quiet && p.quiet() {
+		need.Measured, need.Session = true, grown
+		if !compiled { // its weights are the child's own
+			need.Session = max(0, grown-need.Weights)
+		}
+	}
+	return need, nil
+}
+
+// close closes a session that no run can begin with any more, when those that
+// go on are over.
+func (w *Worker) close(p *process, v *version, s *session) error {
+	w.mu.Lock()
+	unused := make(chan struct{})
+	if s.unused = unused; s.users == 0 {
+		close(unused)
+	}
+	w.mu.Unlock()
+	select {
+	case <-unused:
+	case <-p.dead:
+		return nil
+	}
+	// It is gone for the children to come; this one closes it whatever becomes
+	// of the caller.
+	_, err := p.call(context.Background(), v.spec.ID, &message{kind: kindDeactivate, session: s.number})
+	if _, died := errors.AsType[*DeathError](err); died {
+		return nil
+	}
+	return err
+}
+
+// reload brings back what was active and makes the child the current one.
+func (w *Worker) reload(ctx context.Context, p *process) error {
+	// Versions change only while a child is current, so none does meanwhile.
+	type opened struct {
+		version *version
+		session *session
+		failure error
+	}
+	var all []opened
+	w.mu.Lock()
+	for _, v := range w.loaded {
+		if v.active {
+			w.sessions++
+			all = append(all, opened{version: v, session: &session{number: w.sessions}})
+		}
+		v.session = nil
+	}
+	w.mu.Unlock()
+	slices.SortFunc(all, func(a, b opened) int { return a.version.spec.ID.Compare(b.version.spec.ID) })
+	for i := range all {
+		o := &all[i]
+		limited, cancel := context.WithTimeout(ctx, CheckLimit)
+		_, err := p.activate(limited, o.version, o.session)
+		cancel()
+		if _, died := errors.AsType[*DeathError](err); died || ctx.Err() != nil {
+			return err
+		}
+		if err == nil {
+			continue
+		}
+		o.session, o.failure = nil, fmt.Errorf("activate %s again: %w", o.version.spec.ID, err)
+		if !errors.Is(err, engine.ErrOutOfMemory) { // there may be memory later
+			w.lose(o.version, o.failure)
+		}
+	}
+	w.update(func() {
+		w.current, w.failure = p, nil
+		for _, o := range all {
+			if w.loaded[o.version.spec.ID] == o.version {
+				o.version.session, o.version.failure = o.session, o.failure
+			}
+		}
+	})
+	return nil
+}
+
+// rebuild prepacks again what was prepacked before the child was started, one
+// version after the other, until the child is dead.
+func (w *Worker) rebuild(ctx context.Context, p *process) {
+	var again []*version
+	w.mu.Lock()
+	for _, v := range w.loaded {
+		if v.prepacked && v.session != nil {
+			again = append(again, v)
+		}
+	}
+	w.mu.Unlock()
+	slices.SortFunc(again, func(a, b *version) int { return a.spec.ID.Compare(b.spec.ID) })
+	for _, v := range again {
+		began := time.Now()
+		err := w.Prepack(ctx, v.spec.ID)
+		if p.isDead() || ctx.Err() != nil {
+			return
+		}
+		if err != nil && v.unload.Err() == nil {
+			w.cfg.Log.Warn("weights are not prepacked again; runs may be slower", "model", v.spec.ID.Model, "version", v.spec.ID.Version, "error", err)
+			continue
+		}
+		w.cfg.Log.Debug("weights prepacked again", "model", v.spec.ID.Model, "version", v.spec.ID.Version, "took", time.Since(began).Round(time.Millisecond))
+	}
+}
+
+// whileAlive runs f while the child lives; the function that it gives ends f
+// and waits for it.
+func whileAlive(ctx context.Context, f func(context.Context)) (stop func()) {
+	ctx, cancel := context.WithCancel(ctx)
+	var wg sync.WaitGroup
+	wg.Go(func() { f(ctx) })
+	return func() { cancel(); wg.Wait() }
+}
