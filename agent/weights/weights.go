@@ -398,6 +398,9 @@ func (p *Pool) begin(ctx context.Context, copies bool) (end func(), err error) {
 // valid until Close.
 func (p *Pool) Memory() unsafe.Pointer { return unsafe.Pointer(C.pool_memory(p.pool)) }
 
+// Base is the first of the pool's addresses, where its first block begins.
+func (p *Pool) Base() uintptr { return uintptr(C.pool_memory(p.pool).base) }
+
 // Refused says what the last allocation that found no memory was refused
 // for, and forgets it; nil where none was. A runtime does not pass it on.
 func (p *Pool) Refused() error {
