@@ -51,7 +51,7 @@ func TestDoctor(t *testing.T) {
 	if err != nil {
 		t.Error(err)
 	}
-	expect(t, found, map[string]Verdict{"runtime": Pass, "providers": Pass, "disk": Pass, "clock": Pass, "broker": Warn, "registry": Warn})
+	expect(t, found, map[string]Verdict{"runtime": Pass, "providers": Pass, "weights": Pass, "disk": Pass, "clock": Pass, "broker": Warn, "registry": Warn})
 	if f := found["runtime"]; !strings.Contains(f.Detail, "ONNX Runtime 1.") {
 		t.Errorf("runtime: %v", f)
 	}
@@ -89,7 +89,7 @@ func TestDoctor(t *testing.T) {
 	if !errors.Is(err, ErrUnhealthy) {
 		t.Errorf("got %v", err)
 	}
-	expect(t, found, map[string]Verdict{"runtime": Fail, "clock": Warn, "broker": Fail, "registry": Fail})
+	expect(t, found, map[string]Verdict{"runtime": Fail, "weights": Warn, "clock": Warn, "broker": Fail, "registry": Fail})
 	if err := store.Close(); err != nil {
 		t.Error(err)
 	}

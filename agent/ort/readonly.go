@@ -8,7 +8,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"os"
 	"path/filepath"
 	"runtime"
 	"strconv"
@@ -43,15 +42,19 @@ func OpenPooled(ctx context.Context, dir, entry string, pool *weights.Pool, plac
 	if !filepath.IsLocal(entry) {
 		return nil, fmt.Errorf("open model: entry %q leaves the model's folder", entry)
 	}
-	s, _, err := openPooled(ctx, filepath.Join(dir, entry), pool, place)
+	path := filepath.Join(dir, entry)
+	s, _, err := openPooled(ctx, path, pool, place, func(o *binding.SessionOptions) (*binding.DynamicAdvancedSession, error) {
+		return binding.NewDynamicAdvancedSession(path, nil, nil, o)
+	})
 	if err != nil {
 		return nil, fmt.Errorf("open model: %w", err)
 	}
 	return s, nil
 }
 
-// openPooled also gives how many allocations the pool was asked for.
-func openPooled(ctx context.Context, path string, pool *weights.Pool, place Placement) (*Session, int, error) {
+// openPooled has f make the session, and gives how many allocations the pool
+// was asked for.
+func openPooled(ctx context.Context, path string, pool *weights.Pool, place Placement, f func(*binding.SessionOptions) (*binding.DynamicAdvancedSession, error)) (*Session, int, error) {
 	kind := "Cpu"
 	if place.CUDA {
 		kind = "Cuda"
@@ -78,7 +81,7 @@ func openPooled(ctx context.Context, path string, pool *weights.Pool, place Plac
 				return nil, provider
 			}
 		}
-		return binding.NewDynamicAdvancedSession(path, nil, nil, o)
+		return f(o)
 	})
 	if err != nil {
 		if provider != nil {
@@ -131,33 +134,46 @@ func addCUDA(o *binding.SessionOptions, place Placement) error {
 
 // Pooling says whether the runtime puts weights into a pool, and why not.
 type Pooling struct {
+	Device string // the GPU's name; "" for the CPU
 	Works  bool
 	Reason string // "" where it works
 }
 
-// ProbePooling opens a small model with its weights in a pool of the driver's
-// device, runs it, takes its weights out and in, and runs it again. Init must
-// have succeeded. A runtime that does it badly may kill the process.
-func ProbePooling(ctx context.Context, driver weights.Driver, place Placement) Pooling {
-	if err := probe(ctx, driver, place); err != nil {
-		return Pooling{Reason: err.Error()}
+// ProbePooling opens a small model with its weights in a pool, runs it, takes
+// its weights out and in, and runs it again: on the first GPU, or, where there
+// is none, on the CPU. Init must have succeeded. A runtime that does it badly
+// may kill the process.
+func ProbePooling(ctx context.Context) Pooling {
+	d, err := weights.Open(weights.CUDA(0), weights.Settings{})
+	if errors.Is(err, weights.ErrNoGPU) {
+		fake, err := weights.NewFake(weights.FakeConfig{Capacity: 16 << 20})
+		if err == nil {
+			defer fake.Close()
+			err = probe(ctx, fake, Placement{})
+		}
+		return pooling("", err)
 	}
-	return Pooling{Works: true}
+	if err != nil {
+		return pooling("GPU 0", err)
+	}
+	name := d.Info().Name
+	if err := d.Close(); err != nil {
+		return pooling(name, err)
+	}
+	return pooling(name, probe(ctx, weights.CUDA(0), Placement{CUDA: true}))
+}
+
+func pooling(device string, err error) Pooling {
+	if err != nil {
+		return Pooling{Device: device, Reason: err.Error()}
+	}
+	return Pooling{Device: device, Works: true}
 }
 
 // probed is the width of the probe's weights.
 const probed = 64
 
 func probe(ctx context.Context, driver weights.Driver, place Placement) (err error) {
-	dir, err := os.MkdirTemp("", "dunlin-probe-")
-	if err != nil {
-		return err
-	}
-	defer func() { err = errors.Join(err, os.RemoveAll(dir)) }()
-	path := filepath.Join(dir, "probe.onnx")
-	if err := os.WriteFile(path, probeModel(), 0o600); err != nil {
-		return err
-	}
 	device, err := weights.Open(driver, weights.Settings{Recycled: 8 << 20})
 	if err != nil {
 		return err
@@ -168,7 +184,9 @@ func probe(ctx context.Context, driver weights.Driver, place Placement) (err err
 		return err
 	}
 	defer func() { err = errors.Join(err, pool.Close()) }()
-	s, blocks, err := openPooled(ctx, path, pool, place)
+	s, blocks, err := openPooled(ctx, "probe", pool, place, func(o *binding.SessionOptions) (*binding.DynamicAdvancedSession, error) {
+		return binding.NewDynamicAdvancedSessionWithONNXData(probeModel(), nil, nil, o)
+	})
 	if err != nil {
 		return err
 	}

@@ -40,6 +40,9 @@ const (
 	kindOutOfMemory
 	// kindCancelled answers a question that was cancelled.
 	kindCancelled
+	// kindPooling asks whether the runtime puts weights into a pool; kindDone
+	// answers with number = 1 for yes, strings = device, reason.
+	kindPooling
 	kinds // one past the last
 )
 
