@@ -85,7 +85,7 @@ func openPooled(ctx context.Context, path string, pool *weights.Pool, place Plac
 	})
 	if err != nil {
 		if provider != nil {
-			err = fmt.Errorf("CUDA provider: %w", provider)
+			err = fmt.Errorf("CUDA provider: %s", clean(provider.Error()))
 		}
 		if refused := pool.Refused(); refused != nil {
 			err = fmt.Errorf("%w: %w", err, refused)

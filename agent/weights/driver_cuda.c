@@ -56,7 +56,7 @@ enum {
 	F(device_count, "cuDeviceGetCount", int *) \
 	F(device_get, "cuDeviceGet", int *, int) \
 	F(device_name, "cuDeviceGetName", char *, int, int) \
-	F(device_uuid, "cuDeviceGetUuid", unsigned char *, int) \
+	F(device_uuid, "cuDeviceGetUuid_v2", unsigned char *, int) \
 	F(device_attribute, "cuDeviceGetAttribute", int *, int, int) \
 	F(context_retain, "cuDevicePrimaryCtxRetain", void **, int) \
 	F(context_release, "cuDevicePrimaryCtxRelease_v2", int) \
