@@ -348,6 +348,134 @@ func TestPooledSideBySide(t *testing.T) {
 	expectLedger(t, fake, d)
 }
 
+// TestPooledSequences loads, runs, takes out and in, cancels and unloads
+// sessions of a small net in random order, while the driver fails at random.
+func TestPooledSequences(t *testing.T) {
+	initialise(t)
+	const seed, sequences, steps = 11, 40, 60
+	t.Logf("seed %d", seed)
+	r := rand.New(rand.NewPCG(seed, 0))
+	dir, entry := write(t, layers(3, 32))
+	in := floats("x", []int64{1, 32}, make([]float32, 32)...)
+	for i := range in.Data {
+		in.Data[i] = 0x3d
+	}
+	plain, err := Open(t.Context(), dir, entry)
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := mustRun(t, plain, in)
+	plain.Close()
+	type tenant struct {
+		s        *Session
+		p        *weights.Pool
+		captured bool
+	}
+	done := make(map[string]int)
+	sequence := func() {
+		fake, err := weights.NewFake(weights.FakeConfig{Capacity: 24 << 12, Granularity: 1 << 12})
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer fake.Close()
+		d, err := weights.Open(fake, weights.Settings{Pinned: r.Int64N(40 << 12), Recycled: r.Int64N(24 << 12), Largest: 1 << (12 + r.IntN(4))})
+		if err != nil {
+			t.Fatal(err)
+		}
+		var all []*tenant
+		unload := func(x *tenant) error {
+			if x.s != nil {
+				x.s.Close()
+				x.s = nil
+			}
+			return x.p.Close()
+		}
+		defer func() {
+			fake.Fail("", 0, 0, 0)
+			for _, x := range all {
+				if err := unload(x); err != nil {
+					t.Error(err)
+				}
+			}
+			if err := d.Close(); err != nil {
+				t.Error(err)
+			}
+			c := fake.Count()
+			if c.Calls, c.Copies = 0, 0; c != (weights.FakeCount{}) || fake.Breach() != "" {
+				t.Errorf("left behind: %+v, %s", c, fake.Breach())
+			}
+		}()
+		calls := append(fake.Calls(), "", "", "")
+		for range steps {
+			expectLedger(t, fake, d)
+			if r.IntN(4) == 0 {
+				fake.Fail(calls[r.IntN(len(calls))], 1+r.IntN(12), 1+r.IntN(3), []int{weights.CodeOutOfMemory, weights.CodeUnknown}[r.IntN(2)])
+			}
+			what := r.IntN(8)
+			if len(all) == 0 || (what == 0 && len(all) < 5) {
+				p, err := d.NewPool(1 << 20)
+				if err != nil {
+					continue
+				}
+				x := &tenant{p: p}
+				all = append(all, x)
+				if x.s, err = OpenPooled(t.Context(), dir, entry, p, Placement{}); err != nil {
+					done["not loaded"]++
+					continue // to be closed by a later step
+				}
+				done["loaded"]++
+			}
+			i := r.IntN(len(all))
+			x := all[i]
+			state := x.p.Stats().State
+			switch {
+			case what == 7 || x.s == nil:
+				if unload(x) == nil {
+					all = slices.Delete(all, i, i+1)
+					done["unloaded"]++
+				}
+				continue
+			case !x.captured:
+				x.captured = x.p.Capture() == nil
+			case what < 3 && state == weights.In:
+				if x.p.Out() == nil {
+					done["out"]++
+				}
+			case what < 6:
+				ctx, cancel := context.WithCancel(t.Context())
+				if r.IntN(4) == 0 {
+					go cancel()
+				}
+				err := x.p.In(ctx)
+				cancel()
+				if now := x.p.Stats().State; state == weights.Out && (err == nil) != (now == weights.In) {
+					t.Fatalf("%v after %v", now, err)
+				}
+				if err != nil {
+					done["not in"]++
+				} else if state == weights.Out {
+					done["in"]++
+				}
+			}
+			if x.p.Stats().State != weights.Out {
+				if got := mustRun(t, x.s, in); !bytes.Equal(got, want) {
+					t.Fatal("the answer has changed")
+				}
+				done["run"]++
+			}
+		}
+	}
+	for range sequences {
+		sequence()
+	}
+	t.Log(done)
+	for _, what := range []string{"loaded", "not loaded", "unloaded", "out", "in", "not in", "run"} {
+		if done[what] < 10 {
+			t.Errorf("%q came up %d times", what, done[what])
+		}
+	}
+}
+
 func TestProbePooling(t *testing.T) {
 	initialise(t)
 	fake, err := weights.NewFake(weights.FakeConfig{Capacity: 16 << 20})

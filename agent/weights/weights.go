@@ -569,8 +569,8 @@ func (p *Pool) Out() error {
 	return nil
 }
 
-// In brings the content back. After an error, which is ctx's cause where that
-// has ended, the pool is out.
+// In brings the content back; where it is in, nothing happens. After an error,
+// which is ctx's cause where that has ended, content that was out is out.
 func (p *Pool) In(ctx context.Context) error {
 	end, err := p.begin(ctx, true)
 	if err != nil {
