@@ -98,7 +98,7 @@ func printFindings(w io.Writer, findings []Finding) error {
 }
 
 func examine(ctx context.Context, cfg Config) []Finding {
-	findings := append(checkRuntime(ctx, cfg), checkWeights(ctx, cfg))
+	findings := checkRuntime(ctx, cfg)
 	findings = append(findings, checkNVML(), checkDisk(cfg.Data))
 	id, err := storedIdentity(ctx, cfg.Data)
 	if err != nil {
@@ -107,6 +107,7 @@ func examine(ctx context.Context, cfg Config) []Finding {
 	if id.ControllerURL == "" {
 		id.ControllerURL = cfg.Controller
 	}
+	findings = append(findings, checkWeights(ctx, cfg))
 	return append(findings, checkClock(ctx, id.ControllerURL, time.Now), checkBroker(ctx, id), checkRegistry(ctx, id))
 }
 
