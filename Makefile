@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help build runtime test lint lint-go lint-proto lint-vuln proto proto-release fuzz demo up bench-footprint bench-serving bench-swap gpu-check clean
+.PHONY: help build runtime test lint lint-go lint-proto lint-vuln proto proto-release fuzz demo up bench-footprint bench-serving clean
 
 # Tools run from the module cache at these versions; nothing is installed.
 BUF         := go run github.com/bufbuild/buf/cmd/buf@v1.71.0
@@ -68,6 +68,13 @@ fuzz: ## Run each fuzz test for FUZZTIME (default 30s)
 demo: ## Show the whole path: push, deploy, classify, roll out; then clean up
 	@go run ./internal/e2e/demo
 
+.PHONY: bench-swap gpu-check
+bench-swap: ## Measure how fast weights leave a GPU and come back; on a fake one, whether they do
+	@go run ./bench/swap
+
+gpu-check: ## Check pools of weights and ONNX Runtime's CUDA provider on a GPU, where there is one
+	@go run ./bench/gpucheck
+
 up: ## The demo, left running, with its URLs
 	@go run ./internal/e2e/demo --stay
 
@@ -76,12 +83,6 @@ bench-footprint: build ## Measure memory, start time and idle CPU of agent and c
 
 bench-serving: build ## Compare serving with the bare runtime, a bare gRPC server and MLServer
 	@$(WITH_RUNTIME) go run ./bench/serving
-
-bench-swap: ## Measure how fast weights leave a GPU and come back; on a fake one, whether they do
-	@go run ./bench/swap
-
-gpu-check: ## Check pools of weights and ONNX Runtime's CUDA provider on a GPU, where there is one
-	@go run ./bench/gpucheck
 
 clean: ## Remove bin/ (the library in .cache/ stays)
 	rm -rf bin

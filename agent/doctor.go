@@ -156,26 +156,6 @@ func checkRuntime(ctx context.Context, cfg Config) []Finding {
 	return append(findings, providers)
 }
 
-// checkWeights says how weights leave the memory and come back.
-func checkWeights(ctx context.Context, cfg Config) Finding {
-	const remedy = "install ONNX Runtime 1.24 or newer, with its CUDA provider where there is a GPU"
-	if cfg.RuntimeLib == "" {
-		return Finding{"weights", Warn, "not examined: no ONNX Runtime library is named", remedy}
-	}
-	ctx, cancel := context.WithTimeout(ctx, doctorTimeout)
-	defer cancel()
-	pooling, err := worker.ProbePooling(ctx, worker.Config{Command: cfg.Worker, RuntimeLib: cfg.RuntimeLib, Log: cfg.Log})
-	switch {
-	case err != nil:
-		return Finding{"weights", Warn, "not examined: " + err.Error(), remedy}
-	case !pooling.Works:
-		return Finding{"weights", Warn, "they do not stay at their addresses, so that models are opened anew from compiled files: " + pooling.Reason, remedy}
-	case pooling.Device == "":
-		return Finding{Check: "weights", Verdict: Pass, Detail: "no GPU: models are opened anew from compiled files; the runtime would put weights into pools"}
-	}
-	return Finding{Check: "weights", Verdict: Pass, Detail: "the runtime puts them into pools on " + pooling.Device + ", from where they leave and come back"}
-}
-
 func checkNVML() Finding {
 	const remedy = "install the NVIDIA driver, if this device has an NVIDIA GPU"
 	lib := nvml.New()
@@ -196,6 +176,26 @@ func checkNVML() Finding {
 		driver = "unknown"
 	}
 	return Finding{Check: "nvml", Verdict: Pass, Detail: fmt.Sprintf("%d GPUs, driver %s", n, driver)}
+}
+
+// checkWeights says how weights leave the memory and come back.
+func checkWeights(ctx context.Context, cfg Config) Finding {
+	const remedy = "install ONNX Runtime 1.24 or newer, with its CUDA provider where there is a GPU"
+	if cfg.RuntimeLib == "" {
+		return Finding{"weights", Warn, "not examined: no ONNX Runtime library is named", remedy}
+	}
+	ctx, cancel := context.WithTimeout(ctx, doctorTimeout)
+	defer cancel()
+	pooling, err := worker.ProbePooling(ctx, worker.Config{Command: cfg.Worker, RuntimeLib: cfg.RuntimeLib, Log: cfg.Log})
+	switch {
+	case err != nil:
+		return Finding{"weights", Warn, "not examined: " + err.Error(), remedy}
+	case !pooling.Works:
+		return Finding{"weights", Warn, "they do not stay at their addresses, so that models are opened anew from compiled files: " + pooling.Reason, remedy}
+	case pooling.Device == "":
+		return Finding{Check: "weights", Verdict: Pass, Detail: "no GPU: models are opened anew from compiled files; the runtime would put weights into pools"}
+	}
+	return Finding{Check: "weights", Verdict: Pass, Detail: "the runtime puts them into pools on " + pooling.Device + ", from where they leave and come back"}
 }
 
 func checkDisk(data string) Finding {

@@ -51,7 +51,7 @@ func TestDoctor(t *testing.T) {
 	if err != nil {
 		t.Error(err)
 	}
-	expect(t, found, map[string]Verdict{"runtime": Pass, "providers": Pass, "weights": Pass, "disk": Pass, "clock": Pass, "broker": Warn, "registry": Warn})
+	expect(t, found, map[string]Verdict{"runtime": Pass, "providers": Pass, "disk": Pass, "clock": Pass, "broker": Warn, "registry": Warn})
 	if f := found["runtime"]; !strings.Contains(f.Detail, "ONNX Runtime 1.") {
 		t.Errorf("runtime: %v", f)
 	}
@@ -89,7 +89,7 @@ func TestDoctor(t *testing.T) {
 	if !errors.Is(err, ErrUnhealthy) {
 		t.Errorf("got %v", err)
 	}
-	expect(t, found, map[string]Verdict{"runtime": Fail, "weights": Warn, "clock": Warn, "broker": Fail, "registry": Fail})
+	expect(t, found, map[string]Verdict{"runtime": Fail, "clock": Warn, "broker": Fail, "registry": Fail})
 	if err := store.Close(); err != nil {
 		t.Error(err)
 	}
@@ -111,6 +111,17 @@ func TestDoctorClock(t *testing.T) {
 	for _, tt := range tests {
 		if f := checkClock(t.Context(), server.URL, func() time.Time { return tt.at }); f.Verdict != tt.want {
 			t.Errorf("at %v: %v, want %s", tt.at, f, tt.want)
+		}
+	}
+}
+
+func TestDoctorWeights(t *testing.T) {
+	lib := runtimeLibrary(t)
+	for args, want := range map[string]Verdict{lib: Pass, "/missing.so": Warn, "": Warn} {
+		found, _ := diagnose(t, "--data", t.TempDir(), "--runtime-lib", args)
+		// With a GPU it depends on the library's providers.
+		if f := found["weights"]; f.Verdict != want && !strings.Contains(f.Detail, "CUDA") || f.Detail == "" {
+			t.Errorf("%q: %v, want %s", args, f, want)
 		}
 	}
 }
