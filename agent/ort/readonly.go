@@ -64,10 +64,14 @@ func openPooled(ctx context.Context, path string, pool *weights.Pool, place Plac
 	if err := check(C.ort_readonly_register(name, C.int(place.Device))); err != nil {
 		return nil, 0, fmt.Errorf("register an allocator of weights: %w", err)
 	}
+	memory := pool.Memory()
+	if memory == nil {
+		return nil, 0, fmt.Errorf("pool: %w", weights.ErrClosed)
+	}
 	// The runtime allocates weights in the thread that makes the session.
 	runtime.LockOSThread()
 	defer runtime.UnlockOSThread()
-	C.ort_readonly_use((*C.struct_weights_memory)(pool.Memory()))
+	C.ort_readonly_use((*C.struct_weights_memory)(memory))
 	defer C.ort_readonly_use(nil)
 	entries := map[string]string{"session.use_env_allocators": "1"}
 	if place.CUDA {

@@ -286,6 +286,16 @@ func TestOpenPooledRefuses(t *testing.T) {
 	if _, err := OpenPooled(ctx, "testdata", "add.onnx", p, Placement{}); !errors.Is(err, context.Canceled) {
 		t.Errorf("cancelled: %v", err)
 	}
+	closed, err := d.NewPool(1 << 20)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := closed.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := OpenPooled(t.Context(), "testdata", "add.onnx", closed, Placement{}); !errors.Is(err, weights.ErrClosed) {
+		t.Errorf("a closed pool: %v", err)
+	}
 }
 
 // TestPooledSideBySide opens, swaps and closes sessions in many goroutines:

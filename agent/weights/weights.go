@@ -395,8 +395,13 @@ func (p *Pool) begin(ctx context.Context, copies bool) (end func(), err error) {
 }
 
 // Memory is where a runtime allocates: a struct weights_memory of memory.h,
-// valid until Close.
-func (p *Pool) Memory() unsafe.Pointer { return unsafe.Pointer(C.pool_memory(p.pool)) }
+// valid until Close, and nil afterwards.
+func (p *Pool) Memory() unsafe.Pointer {
+	if p.pool == nil {
+		return nil
+	}
+	return unsafe.Pointer(C.pool_memory(p.pool))
+}
 
 // Base is the first of the pool's addresses, where its first block begins.
 func (p *Pool) Base() uintptr { return uintptr(C.pool_memory(p.pool).base) }

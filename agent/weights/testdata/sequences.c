@@ -1,7 +1,9 @@
 // Runs random sequences of calls on pools of a fake device, of which any may
-// fail, and compares content and books: sequences SEED COUNT.
+// fail, and compares content and books: sequences SEED COUNT. With COUNT 0,
+// threads do so side by side, each with a pool, without failures.
 #include "../pool.h"
 
+#include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -149,8 +151,73 @@ static void step(struct driver *driver, struct device *device, struct tenant *t)
 	check(driver, device);
 }
 
+static struct device *common;
+static pthread_mutex_t copies = PTHREAD_MUTEX_INITIALIZER; // one at a time
+
+static void *side_by_side(void *number) {
+	unsigned char first = (unsigned char)(uintptr_t)number;
+	for (int round = 0; round < 50; round++) {
+		struct failure f = {0};
+		struct tenant t = {.pool = pool_open(common, 20 * PAGE, &f)};
+		CHECK(t.pool, "%s: %d", f.call, f.code);
+		for (int i = 0; i < 3; i++) {
+			struct block b = {.size = 2 * PAGE + 100, .first = first};
+			b.at = pool_allocate(t.pool, b.size);
+			if (!b.at)
+				break; // the others have it all
+			unsigned char data[2 * PAGE + 100];
+			for (size_t j = 0; j < sizeof data; j++)
+				data[j] = (unsigned char)(first + j);
+			pthread_mutex_lock(&copies);
+			CHECK(!pool_put(t.pool, b.at, data, b.size, &f), "%s: %d", f.call, f.code);
+			pthread_mutex_unlock(&copies);
+			t.blocks[t.count++] = b;
+		}
+		pthread_mutex_lock(&copies);
+		CHECK(!pool_capture(t.pool, &f), "%s: %d", f.call, f.code);
+		pthread_mutex_unlock(&copies);
+		for (int i = 0; i < 5; i++) {
+			struct failure refused = {0};
+			struct device_ledger l;
+			CHECK(!pool_out(t.pool, &f), "%s: %d", f.call, f.code);
+			device_ledger(common, &l);
+			pthread_mutex_lock(&copies);
+			pool_in(t.pool, &refused);
+			if (state(&t) == POOL_IN)
+				compare(&t);
+			pthread_mutex_unlock(&copies);
+			CHECK(refused.code == 0 || refused.code == DRIVER_OUT_OF_MEMORY, "%s: %d", refused.call, refused.code);
+		}
+		while (t.count)
+			drop(&t, 0);
+		CHECK(!pool_close(t.pool, &f), "%s: %d", f.call, f.code);
+	}
+	return NULL;
+}
+
+static int run_side_by_side(void) {
+	enum { THREADS = 6 };
+	struct fake_config config = {.capacity = 40 * PAGE, .granularity = PAGE};
+	struct driver *driver = driver_fake(&config);
+	struct device_settings settings = {.pinned = 30 * PAGE, .recycled = 10 * PAGE, .largest = 4 * PAGE};
+	struct failure f = {0};
+	common = device_open(driver, &settings, &f);
+	CHECK(common, "%s: %d", f.call, f.code);
+	pthread_t threads[THREADS];
+	for (uintptr_t i = 0; i < THREADS; i++)
+		CHECK(!pthread_create(&threads[i], NULL, side_by_side, (void *)i), "no thread");
+	for (int i = 0; i < THREADS; i++)
+		pthread_join(threads[i], NULL);
+	check(driver, common);
+	CHECK(!device_close(common, &f), "%s: %d", f.call, f.code);
+	fake_free(driver);
+	return 0;
+}
+
 int main(int argc, char **argv) {
 	CHECK(argc == 3, "two arguments");
+	if (!strcmp(argv[2], "0"))
+		return run_side_by_side();
 	seed = strtoull(argv[1], NULL, 10) * 2654435761u + 1;
 	for (long n = strtol(argv[2], NULL, 10); n > 0; n--) {
 		struct fake_config config = {.capacity = 48 * PAGE, .granularity = PAGE};
