@@ -242,7 +242,7 @@ func TestRecycled(t *testing.T) {
 		t.Fatal(err)
 	}
 	err = a.In(t.Context())
-	if !errors.Is(err, ErrOutOfMemory) || !strings.Contains(err.Error(), fmt.Sprintf("%d bytes are needed", 40*page)) {
+	if !errors.Is(err, ErrOutOfMemory) || !strings.Contains(err.Error(), fmt.Sprintf("%d bytes are needed, and %d of the device's %d are free", 40*page, 64*page-b.Stats().Mapped, 64*page)) {
 		t.Errorf("in beyond capacity: %v", err)
 	}
 	if s := a.Stats(); s.State != Out || s.Mapped != 0 {
