@@ -68,6 +68,13 @@ fuzz: ## Run each fuzz test for FUZZTIME (default 30s)
 demo: ## Show the whole path: push, deploy, classify, roll out; then clean up
 	@go run ./internal/e2e/demo
 
+.PHONY: bench-swap gpu-check
+bench-swap: ## Measure how fast weights leave a GPU and come back; on a fake one, whether they do
+	@go run ./bench/swap
+
+gpu-check: ## Check pools of weights and ONNX Runtime's CUDA provider on a GPU, where there is one
+	@go run ./bench/gpucheck
+
 up: ## The demo, left running, with its URLs
 	@go run ./internal/e2e/demo --stay
 

@@ -107,6 +107,7 @@ func examine(ctx context.Context, cfg Config) []Finding {
 	if id.ControllerURL == "" {
 		id.ControllerURL = cfg.Controller
 	}
+	findings = append(findings, checkWeights(ctx, cfg))
 	return append(findings, checkClock(ctx, id.ControllerURL, time.Now), checkBroker(ctx, id), checkRegistry(ctx, id))
 }
 
@@ -210,6 +211,26 @@ func checkMemory(cfg Config) Finding {
 		f.Verdict, f.Remedy = Warn, "stop what else takes memory: models leave until there is more"
 	}
 	return f
+}
+
+// checkWeights says how weights leave the memory and come back.
+func checkWeights(ctx context.Context, cfg Config) Finding {
+	const remedy = "install ONNX Runtime 1.24 or newer, with its CUDA provider where there is a GPU"
+	if cfg.RuntimeLib == "" {
+		return Finding{"weights", Warn, "not examined: no ONNX Runtime library is named", remedy}
+	}
+	ctx, cancel := context.WithTimeout(ctx, doctorTimeout)
+	defer cancel()
+	pooling, err := worker.ProbePooling(ctx, worker.Config{Command: cfg.Worker, RuntimeLib: cfg.RuntimeLib, Log: cfg.Log})
+	switch {
+	case err != nil:
+		return Finding{"weights", Warn, "not examined: " + err.Error(), remedy}
+	case !pooling.Works:
+		return Finding{"weights", Warn, "they do not stay at their addresses, so that models are opened anew from compiled files: " + pooling.Reason, remedy}
+	case pooling.Device == "":
+		return Finding{Check: "weights", Verdict: Pass, Detail: "no GPU: models are opened anew from compiled files; the runtime would put weights into pools"}
+	}
+	return Finding{Check: "weights", Verdict: Pass, Detail: "the runtime puts them into pools on " + pooling.Device + ", from where they leave and come back"}
 }
 
 func checkDisk(data string) Finding {

@@ -119,6 +119,17 @@ func TestDoctorClock(t *testing.T) {
 	}
 }
 
+func TestDoctorWeights(t *testing.T) {
+	lib := runtimeLibrary(t)
+	for args, want := range map[string]Verdict{lib: Pass, "/missing.so": Warn, "": Warn} {
+		found, _ := diagnose(t, "--data", t.TempDir(), "--runtime-lib", args)
+		// With a GPU it depends on the library's providers.
+		if f := found["weights"]; f.Verdict != want && !strings.Contains(f.Detail, "CUDA") || f.Detail == "" {
+			t.Errorf("%q: %v, want %s", args, f, want)
+		}
+	}
+}
+
 func TestDoctorKnowsWhatIsNoBroker(t *testing.T) {
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {

@@ -86,12 +86,17 @@ func (s *Session) outputNames(outputs []string) ([]*C.char, error) {
 
 func (s *Session) run(ctx context.Context, in []C.struct_ort_tensor, names []*C.char, values []*C.OrtValue) error {
 	var options *C.OrtRunOptions // the runtime's default
-	if ctx.Done() != nil {
+	if ctx.Done() != nil || s.shrink != "" {
 		o, err := binding.NewRunOptions()
 		if err != nil {
 			return err
 		}
 		defer o.Destroy()
+		if s.shrink != "" {
+			if err := shrinkAfter(o, s.shrink); err != nil {
+				return err
+			}
+		}
 		defer whenDone(ctx, func() { o.Terminate() })()
 		options = runOptionsPointer(o)
 	}

@@ -104,3 +104,19 @@ func TestSanitized(t *testing.T) {
 		t.Errorf("only %d verdicts", len(verdicts))
 	}
 }
+
+// TestSanitizedPools has threads allocate weights from memories of their own,
+// and free each other's, built with the sanitizers.
+func TestSanitizedPools(t *testing.T) {
+	for _, sanitizers := range []string{"address,undefined", "thread"} {
+		exe := filepath.Join(t.TempDir(), "pools")
+		build := exec.CommandContext(t.Context(), "cc", "-std=gnu11", "-g", "-O1", "-Wall", "-Wextra", "-Werror", "-fsanitize="+sanitizers, "-fno-sanitize-recover=all",
+			"-o", exe, "testdata/pools.c", "readonly.c", "-lpthread")
+		if out, err := build.CombinedOutput(); err != nil {
+			t.Fatalf("%v\n%s", err, out)
+		}
+		if out, err := exec.CommandContext(t.Context(), exe).CombinedOutput(); err != nil {
+			t.Errorf("%s: %v\n%s", sanitizers, err, out)
+		}
+	}
+}

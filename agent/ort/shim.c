@@ -100,6 +100,9 @@ static char *text(const char *format, const char *what) {
 	return s;
 }
 
+const void *ort_table(void) { return api; }
+void *ort_env(void) { return env; }
+
 static OrtStatus *make_env(int threads) {
 	void *options = NULL;
 	OrtStatus *s = CALL(CreateThreadingOptions, void **)(&options);

@@ -43,6 +43,11 @@ struct ort_info {
 // went wrong, to be freed.
 char *ort_init(const char *library, int threads);
 
+// The runtime's function table and its environment, for the other C of this
+// package; NULL before ort_init.
+const void *ort_table(void);
+void *ort_env(void);
+
 // The binding does not list the providers.
 OrtStatus *ort_providers(char ***names, int *count);
 void ort_release_providers(char **names, int count);

@@ -244,6 +244,8 @@ func (c *sessions) answer(ctx context.Context, m *message) error {
 	case kindDeactivate:
 		c.lanes.Close(m.session)
 		return c.socket.send(&message{kind: kindDone, seq: m.seq}, nil)
+	case kindPooling:
+		return c.socket.send(pooling(ctx, m.seq), nil)
 	}
 	return fmt.Errorf("%w: kind %d is not a question", errMalformed, m.kind)
 }

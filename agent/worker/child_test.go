@@ -163,3 +163,15 @@ func TestChildRefuses(t *testing.T) {
 		}
 	}
 }
+
+func TestProbePooling(t *testing.T) {
+	p, err := ProbePooling(t.Context(), testConfig(t, ""))
+	if err != nil || (p.Device == "" && (!p.Works || p.Reason != "")) {
+		t.Errorf("%+v, %v", p, err)
+	}
+	cfg := testConfig(t, "")
+	cfg.RuntimeLib = "/nowhere.so"
+	if p, err := ProbePooling(t.Context(), cfg); err == nil {
+		t.Errorf("without a library: %+v", p)
+	}
+}

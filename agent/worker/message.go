@@ -23,6 +23,9 @@ const (
 	kindActivate
 	// kindDeactivate closes session.
 	kindDeactivate
+	// kindPooling asks whether the runtime puts weights into a pool; kindDone
+	// answers with number = 1 for yes, strings = device, reason.
+	kindPooling
 	// kindCancel asks for the early end of the question with this sequence number.
 	kindCancel
 	// kindLane begins the lane number on the socket that comes with it.
