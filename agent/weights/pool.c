@@ -343,10 +343,14 @@ static int take_all(struct pool *p, struct failure *f) {
 		struct chunk *c = &p->chunks[i];
 		if (c->handle || (c->handle = take(p->device, c->size, f)))
 			continue;
+		for (size_t j = 0; j < i; j++) {
+			// What was free when the driver was asked, and this besides.
+			if (!p->chunks[j].mapped)
+				f->free += p->chunks[j].size;
+			unmap_chunk(p, &p->chunks[j], f);
+		}
 		if (f->code == DRIVER_OUT_OF_MEMORY)
 			f->asked = asked;
-		for (size_t j = 0; j < i; j++)
-			unmap_chunk(p, &p->chunks[j], f);
 		return f->code;
 	}
 	return 0;
@@ -560,12 +564,12 @@ int pool_close(struct pool *p, struct failure *f) {
 	pthread_mutex_unlock(&p->mutex);
 	if (blocks)
 		return fail(f, POOL_IN_USE, "pool_close");
-	if (CALL(d, f, enter) || (p->mapped && CALL(d, f, synchronize)))
-		return f->code;
 	p->state = POOL_OUT;
 	pthread_mutex_lock(&p->mutex);
 	drop_image(p);
 	pthread_mutex_unlock(&p->mutex);
+	if (CALL(d, f, enter) || (p->mapped && CALL(d, f, synchronize)))
+		return f->code;
 	unmap_all(p, f);
 	if (f->code || CALL(d, f, unreserve, p->base, p->reserve))
 		return f->code;

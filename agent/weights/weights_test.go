@@ -242,7 +242,7 @@ func TestRecycled(t *testing.T) {
 		t.Fatal(err)
 	}
 	err = a.In(t.Context())
-	if !errors.Is(err, ErrOutOfMemory) || !strings.Contains(err.Error(), fmt.Sprintf("%d bytes are needed", 40*page)) {
+	if !errors.Is(err, ErrOutOfMemory) || !strings.Contains(err.Error(), fmt.Sprintf("%d bytes are needed, and %d of the device's %d are free", 40*page, 64*page-b.Stats().Mapped, 64*page)) {
 		t.Errorf("in beyond capacity: %v", err)
 	}
 	if s := a.Stats(); s.State != Out || s.Mapped != 0 {
@@ -591,9 +591,10 @@ func TestSequences(t *testing.T) {
 				if p.captured && err == nil {
 					t.Fatal("captured again")
 				}
+				if p.closing && err == nil {
+					t.Fatal("captured what is lost")
+				}
 				if p.captured || p.closing {
-					p.captured = p.captured || err == nil
-					p.image = p.image || (err == nil && !toFile)
 					return
 				}
 				count(err, "captured")
@@ -643,8 +644,9 @@ func TestSequences(t *testing.T) {
 				p.closing = true
 				err := p.pool.Close()
 				count(err, "closed")
-				if p.pool.pool != nil && p.pool.Stats().State == Out {
-					p.image = false
+				p.captured, p.image = false, false
+				if s := p.pool; err != nil && s.Stats().State != Out {
+					t.Fatalf("%v after a close that failed", s.Stats().State)
 				}
 				if err == nil {
 					m.pools = slices.DeleteFunc(m.pools, func(o *tenant) bool { return o == p })
