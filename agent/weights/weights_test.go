@@ -531,6 +531,12 @@ func TestSequences(t *testing.T) {
 			_ = d.Close()
 		}()
 		calls := append(fake.Calls(), "")
+		// arm has one of the next few calls fail, now and then.
+		arm := func(t *rapid.T) {
+			if rapid.IntRange(0, 3).Draw(t, "arm") == 0 {
+				fake.Fail("", rapid.IntRange(1, 8).Draw(t, "n"), 1, CodeUnknown)
+			}
+		}
 		t.Repeat(map[string]func(*rapid.T){
 			"": m.check,
 			"load": func(t *rapid.T) {
@@ -582,6 +588,7 @@ func TestSequences(t *testing.T) {
 				p := m.pick(t)
 				before := p.pool.Stats().State
 				var err error
+				arm(t)
 				toFile := rapid.Bool().Draw(t, "file")
 				if toFile {
 					err = p.pool.CaptureTo(&file{})
@@ -605,6 +612,7 @@ func TestSequences(t *testing.T) {
 			"out": func(t *rapid.T) {
 				p := m.pick(t)
 				before := p.pool.Stats().State
+				arm(t)
 				err := p.pool.Out()
 				if !p.captured && !errors.Is(err, ErrState) {
 					t.Fatalf("out before capture: %v", err)
@@ -621,6 +629,7 @@ func TestSequences(t *testing.T) {
 				if rapid.IntRange(0, 4).Draw(t, "cancel") == 0 {
 					go cancel()
 				}
+				arm(t)
 				err := p.pool.In(ctx)
 				if !p.captured && err == nil {
 					t.Fatal("in before capture")
