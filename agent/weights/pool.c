@@ -564,12 +564,12 @@ int pool_close(struct pool *p, struct failure *f) {
 	pthread_mutex_unlock(&p->mutex);
 	if (blocks)
 		return fail(f, POOL_IN_USE, "pool_close");
-	if (CALL(d, f, enter) || (p->mapped && CALL(d, f, synchronize)))
-		return f->code;
 	p->state = POOL_OUT;
 	pthread_mutex_lock(&p->mutex);
 	drop_image(p);
 	pthread_mutex_unlock(&p->mutex);
+	if (CALL(d, f, enter) || (p->mapped && CALL(d, f, synchronize)))
+		return f->code;
 	unmap_all(p, f);
 	if (f->code || CALL(d, f, unreserve, p->base, p->reserve))
 		return f->code;

@@ -70,8 +70,8 @@ int device_memory(struct device *, size_t *free, size_t *total, struct failure *
 // allocated and released by any, and pool_cancel and pool_stats be called by
 // any. Captures and arrivals of one device's pools come one at a time too.
 struct pool *pool_open(struct device *, size_t reserve, struct failure *);
-// Refused while blocks are in use; after another failure the pool is out and
-// it may be tried again.
+// Refused while blocks are in use; after another failure the content is lost
+// and it may be tried again.
 int pool_close(struct pool *, struct failure *);
 void pool_stats(struct pool *, struct pool_stats *);
 // What the last refused allocation was refused for, once.

@@ -650,8 +650,8 @@ func whenDone(ctx context.Context, f func()) (release func()) {
 }
 
 // Close gives everything back. It refuses with ErrInUse while blocks are
-// allocated: the session goes first. After another error the content is out
-// or lost, and Close may be called again; after none it does nothing.
+// allocated: the session goes first. After another error the content is lost,
+// and Close may be called again; after none it does nothing.
 func (p *Pool) Close() error {
 	end, err := p.begin(context.Background(), true)
 	if errors.Is(err, ErrClosed) {
@@ -662,6 +662,7 @@ func (p *Pool) Close() error {
 	defer end()
 	var f C.struct_failure
 	if C.pool_close(p.pool, &f) != 0 {
+		p.ready = p.ready && f.code == C.POOL_IN_USE
 		return fmt.Errorf("close pool: %w", p.device.failure(&f))
 	}
 	p.pool = nil
