@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"runtime"
 	"runtime/debug"
 	"strconv"
 	"sync"
@@ -80,11 +81,13 @@ const idle = time.Second
 // core, the parent's network must not wait until a model has run.
 const niceness = 5
 
+// idlest is the niceness of who gives way to everybody.
+const idlest = 19
+
 // lowerPriority does so for all threads there are, and so for all to come: a
 // thread has the niceness of the one that began it. Others begin meanwhile,
 // so it looks again until there was none without.
 func lowerPriority() error {
-	const idlest = 19
 	// The system call gives 20 less the niceness.
 	raw, err := unix.Getpriority(unix.PRIO_PROCESS, os.Getpid())
 	if err != nil {
@@ -263,8 +266,10 @@ func (c *sessions) activate(ctx context.Context, m *message) (*message, error) {
 	start := time.Now()
 	var s *ort.Session
 	var err error
-	if n == 1 {
-		s, err = ort.OpenCompiled(ctx, m.strings[0], m.number == 1)
+	if n == 1 && m.number == 1 {
+		aside(func() { s, err = ort.OpenCompiled(ctx, m.strings[0], true) })
+	} else if n == 1 {
+		s, err = ort.OpenCompiled(ctx, m.strings[0], false)
 	} else {
 		s, err = ort.Open(ctx, m.strings[0], m.strings[1])
 	}
@@ -278,6 +283,19 @@ func (c *sessions) activate(ctx context.Context, m *message) (*message, error) {
 		kind: kindDone, seq: m.seq, number: uint64(took), memory: uint64(grown),
 		batch: s.Batch(), inputs: s.Inputs(), outputs: s.Outputs(),
 	}, nil
+}
+
+// aside runs f on a thread of its own that gives way to all others: what f does
+// makes something better that goes on without it.
+func aside(f func()) {
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		runtime.LockOSThread()                                         // and ends with it: priority does not come back
+		_ = unix.Setpriority(unix.PRIO_PROCESS, unix.Gettid(), idlest) // it can be done without
+		f()
+	}()
+	<-done
 }
 
 // ownMemory gives the bytes that this process has in memory and that are not
