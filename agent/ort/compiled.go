@@ -1,5 +1,8 @@
 package ort
 
+// #include "shim.h"
+import "C"
+
 import (
 	"context"
 	"errors"
@@ -55,7 +58,7 @@ func compile(ctx context.Context, path, out string) error {
 		return err
 	}
 	session.Destroy()
-	Trim()
+	C.ort_trim_heap()
 	info, err := os.Stat(out)
 	if err == nil && info.Size() > MaxCompiled {
 		err = fmt.Errorf("%w: it has %d bytes, more than %d", ErrNotCompilable, info.Size(), MaxCompiled)
@@ -97,6 +100,9 @@ func openCompiled(ctx context.Context, file string, prepack bool) (*Session, err
 	if err != nil {
 		unix.Munmap(mapped)
 		return nil, err
+	}
+	if prepack {
+		C.ort_trim_heap() // packing leaves much behind, and nobody waits
 	}
 	return newSession(session, mapped)
 }

@@ -191,7 +191,7 @@ func Open(ctx context.Context, dir, entry string) (*Session, error) {
 		return nil, fmt.Errorf("open model: %w", err)
 	}
 	s, err := newSession(session, nil)
-	Trim() // loading leaves much behind
+	C.ort_trim_heap() // loading leaves much behind
 	if err != nil {
 		return nil, fmt.Errorf("open model: %w", err)
 	}
@@ -351,7 +351,7 @@ func (s *Session) Close() {
 	for _, name := range s.names {
 		C.free(unsafe.Pointer(name))
 	}
-	Trim()
+	C.ort_trim_heap() // what others work in stays
 }
 
 // Trim gives the system back what runs have worked in, and what else is free
@@ -359,11 +359,11 @@ func (s *Session) Close() {
 // goes on may wait for it, for less than a millisecond.
 func Trim() { C.ort_trim() }
 
-// TrimWhenIdle has a thread of this process do what Trim does when nothing was
-// taken to work in for so long, after each time that something was. It is
+// TrimWhenIdle has a thread of this process give back what no run has worked
+// in for the interval, or up to twice as long, also while others run. It is
 // called once.
-func TrimWhenIdle(quiet time.Duration) error {
-	if failed := C.ort_trim_when_idle(C.int64_t(quiet)); failed != 0 {
+func TrimWhenIdle(interval time.Duration) error {
+	if failed := C.ort_trim_when_idle(C.int64_t(interval)); failed != 0 {
 		return fmt.Errorf("trim when idle: %w", unix.Errno(failed))
 	}
 	return nil

@@ -8,6 +8,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/resource.h>
+#include <time.h>
 
 #ifdef __GLIBC__
 #include <malloc.h>
@@ -307,27 +308,35 @@ OrtStatus *ort_strings(OrtValue *value, void *buffer, size_t size, size_t *offse
 
 void ort_release_value(OrtValue *value) { DROP(ReleaseValue, value); }
 
-int ort_trim(void) {
-	int some = workspace_trim() > 0;
+int ort_trim_heap(void) {
 #ifdef __GLIBC__
-	some |= malloc_trim(0);
+	return malloc_trim(0);
+#else
+	return 0;
 #endif
-	return some;
 }
 
-static void *trim_when_idle(void *quiet) {
+int ort_trim(void) {
+	int some = workspace_trim() > 0;
+	return ort_trim_heap() || some;
+}
+
+static void *trim_when_idle(void *interval) {
 	for (;;) {
-		workspace_wait(*(int64_t *)quiet);
-		ort_trim();
+		workspace_wait();
+		nanosleep(interval, NULL);
+		if (workspace_age() > 0 && workspace_free() == 0)
+			ort_trim_heap(); // nothing runs
 	}
 	return NULL;
 }
 
-int ort_trim_when_idle(int64_t quiet) {
-	static int64_t kept;
-	kept = quiet;
+int ort_trim_when_idle(int64_t interval) {
+	static struct timespec pause;
+	pause.tv_sec = interval / 1000000000;
+	pause.tv_nsec = interval % 1000000000;
 	pthread_t thread;
-	int failed = pthread_create(&thread, NULL, trim_when_idle, &kept);
+	int failed = pthread_create(&thread, NULL, trim_when_idle, &pause);
 	return failed ? failed : pthread_detach(thread);
 }
 

@@ -90,13 +90,15 @@ OrtStatus *ort_strings_size(OrtValue *value, size_t *size);
 OrtStatus *ort_strings(OrtValue *value, void *buffer, size_t size, size_t *offsets, size_t count);
 void ort_release_value(OrtValue *value);
 
-// Gives free memory of the workspace and of the C heap back to the system,
-// where the C library can, and says whether there was some.
+// Gives free memory of the C heap back to the system, where the C library
+// can; ort_trim that of the workspace too. Both say whether there was some.
+int ort_trim_heap(void);
 int ort_trim(void);
 
-// Begins a thread that trims when the workspace was not used for so many
-// nanoseconds. Returns 0 or an error number.
-int ort_trim_when_idle(int64_t quiet);
+// Begins a thread that gives back blocks of the workspace that were not used
+// for so many nanoseconds, or twice as many, and trims the heap when there are
+// none left. Returns 0 or an error number.
+int ort_trim_when_idle(int64_t interval);
 
 // Has a fault in this process kill it by its signal and without a core dump,
 // whatever handlers there are. Returns 0, or -1 with errno set.

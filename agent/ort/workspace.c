@@ -4,7 +4,6 @@
 #include <pthread.h>
 #include <stdlib.h>
 #include <sys/mman.h>
-#include <time.h>
 
 enum {
 	ALIGNMENT = 64,
@@ -24,6 +23,7 @@ union head {
 		size_t size;      // of the whole mapping, 0 for one of the C heap
 		size_t number;    // of its class, CLASSES for one that was reserved
 		union head *next; // in the list of its class
+		uint64_t given;   // when it came into the list
 	} block;
 	char room[ALIGNMENT];
 };
@@ -31,16 +31,9 @@ union head {
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER; // guards what follows
 static union head *lists[CLASSES];
 static size_t kept;
-static uint64_t uses;
-static pthread_cond_t used = PTHREAD_COND_INITIALIZER;
-static int waiting; // for used
-
-// use notes that a block was taken or given. lock is held.
-static void use(void) {
-	uses++;
-	if (waiting)
-		pthread_cond_signal(&used);
-}
+static uint64_t now; // counts calls of workspace_age
+static pthread_cond_t some = PTHREAD_COND_INITIALIZER; // is kept
+static int waiting;                                    // for some
 
 // class_of gives the number of the first class whose size is at least so much,
 // and the size.
@@ -93,7 +86,6 @@ static void *take(struct workspace *w, size_t size) {
 		return small(size);
 	size_t number = class_of(all, &rounded);
 	pthread_mutex_lock(&lock);
-	use();
 	for (size_t i = number; i < CLASSES && i <= number + GENEROUS; i++) {
 		union head *h = lists[i];
 		if (!h)
@@ -137,7 +129,9 @@ static void give(struct workspace *w, void *p) {
 		h->block.next = lists[h->block.number];
 		lists[h->block.number] = h;
 		kept += h->block.size;
-		use();
+		h->block.given = now;
+		if (waiting)
+			pthread_cond_signal(&some);
 		pthread_mutex_unlock(&lock);
 	}
 }
@@ -156,17 +150,22 @@ struct workspace *workspace_of(const void *of, void *own) {
 	return &only;
 }
 
-size_t workspace_trim(void) {
+// drop gives back the free blocks that were given before a time. It releases
+// lock, which is held.
+static size_t drop(uint64_t before) {
 	union head *all = NULL;
-	pthread_mutex_lock(&lock);
 	for (size_t i = 0; i < CLASSES; i++)
-		while (lists[i]) {
-			union head *h = lists[i];
-			lists[i] = h->block.next;
+		for (union head **at = &lists[i]; *at;) {
+			union head *h = *at;
+			if (h->block.given >= before) {
+				at = &h->block.next;
+				continue;
+			}
+			*at = h->block.next;
 			h->block.next = all;
 			all = h;
+			kept -= h->block.size;
 		}
-	kept = 0;
 	pthread_mutex_unlock(&lock);
 	size_t freed = 0;
 	while (all) {
@@ -178,20 +177,22 @@ size_t workspace_trim(void) {
 	return freed;
 }
 
-void workspace_wait(int64_t quiet) {
-	static uint64_t seen;
-	struct timespec pause = {quiet / 1000000000, quiet % 1000000000};
+size_t workspace_trim(void) {
+	pthread_mutex_lock(&lock);
+	return drop(UINT64_MAX);
+}
+
+size_t workspace_age(void) {
+	pthread_mutex_lock(&lock);
+	return drop(now++);
+}
+
+void workspace_wait(void) {
 	pthread_mutex_lock(&lock);
 	waiting = 1;
-	while (uses == seen)
-		pthread_cond_wait(&used, &lock);
+	while (kept == 0)
+		pthread_cond_wait(&some, &lock);
 	waiting = 0;
-	while (uses != seen) {
-		seen = uses;
-		pthread_mutex_unlock(&lock);
-		nanosleep(&pause, NULL);
-		pthread_mutex_lock(&lock);
-	}
 	pthread_mutex_unlock(&lock);
 }
 

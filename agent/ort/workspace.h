@@ -1,7 +1,7 @@
 // The memory that runs work in. The runtime's own arenas keep what the largest
 // run so far took, one for each session, and the C heap maps large blocks anew
 // for each run. This one keeps free blocks for the next run, whichever
-// session's it is, until it is told to give them back.
+// session's it is, until none has used them for a while.
 
 #ifndef DUNLIN_ORT_WORKSPACE_H
 #define DUNLIN_ORT_WORKSPACE_H
@@ -28,9 +28,11 @@ struct workspace *workspace_of(const void *info, void *own);
 // Gives the blocks that nobody has back to the system, and their bytes.
 size_t workspace_trim(void);
 
-// Waits until a block was taken or given, and then none for so many
-// nanoseconds. For one thread.
-void workspace_wait(int64_t quiet);
+// Gives those back that nobody had between the last two calls.
+size_t workspace_age(void);
+
+// Waits until there is a block that nobody has. For one thread.
+void workspace_wait(void);
 
 // The bytes of the blocks that nobody has.
 size_t workspace_free(void);

@@ -73,7 +73,7 @@ func childSocket() (*socket, []byte, error) {
 // childHeap is where the child's garbage collector begins to work harder.
 const childHeap = 16 << 20
 
-// idle is how long no run has begun before the memory that runs worked in is
+// idle is how long no run has used the memory that runs work in before it is
 // given back to the system.
 const idle = time.Second
 

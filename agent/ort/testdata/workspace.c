@@ -82,7 +82,18 @@ int main(int argc, char **argv) {
 	// No memory is the runtime's to tell.
 	if (w->alloc(w, SIZE_MAX) || w->reserve(w, SIZE_MAX / 2) || w->alloc(w, (size_t)1 << 45) || refused != 3)
 		fail("memory came from nowhere");
-	workspace_wait(1000);
+	// What was not used between two looks goes, and only that.
+	void *old = w->alloc(w, 1 << 20), *busy = w->alloc(w, 1 << 26);
+	w->free(w, old);
+	w->free(w, busy);
+	workspace_wait();
+	if (workspace_age() != 0)
+		fail("a block that was just used was given back");
+	w->free(w, w->alloc(w, 1 << 26));
+	if (workspace_age() < 1 << 20 || workspace_free() < 1 << 26)
+		fail("the wrong block was given back");
+	if (workspace_age() < 1 << 26 || workspace_free() != 0)
+		fail("a block that nobody used was kept");
 	puts("ok");
 	return 0;
 }
