@@ -454,14 +454,14 @@ func (c *core) harmed(v *version, r *run) bool {
 			}
 		}
 	case c.stopped:
+	case errors.Is(r.err, ErrQuarantined):
+		c.lose(v, r.err)
 	case r.stalled:
 		r.err = fmt.Errorf("run %s: %w: it took %v", v.id, ErrStalled, (c.now - r.started).Round(time.Millisecond))
 		return true
 	case errors.Is(r.err, ErrOutOfMemory):
 		c.outOfMemory(v, r)
 		return true
-	case errors.Is(r.err, ErrQuarantined):
-		c.lose(v, r.err)
 	case errors.Is(r.err, ErrNotLoaded) && h.residency == resident:
 		// The runtime could not bring it back after a death.
 		h.residency, h.since, h.prepacked = out, c.now, false
