@@ -33,6 +33,7 @@ type plan struct {
 	dir         string // for the models; a temporary one where empty
 	lib         string
 	group       bool // also under a memory control group
+	only        bool // only that, and what it is compared with
 }
 
 func main() {
@@ -55,6 +56,7 @@ func run(ctx context.Context, args []string) error {
 	flags := flag.NewFlagSet("overcommit", flag.ContinueOnError)
 	quick := flags.Bool("quick", false, "small nets and short rounds, to see that everything works")
 	flags.Uint64Var(&p.seed, "seed", 1, "of weights, order and requests")
+	flags.BoolVar(&p.only, "only-group", false, "measure only under a memory control group")
 	flags.StringVar(&p.dir, "dir", "", "`folder` for the models and their compiled forms, kept for the next run; without it, a temporary one")
 	if err := flags.Parse(args); errors.Is(err, flag.ErrHelp) {
 		return nil

@@ -33,17 +33,20 @@ func (b *bench) measure(ctx context.Context) (result, error) {
 	few := whole / int64(len(b.fleet)) * int64(b.plan.fit)
 	fmt.Printf("%d models compiled and loaded in %s; together they need %d MB, the budget for %d of middling size is %d MB\n",
 		len(b.fleet), time.Since(began).Round(time.Second), whole/1e6, b.plan.fit, few/1e6)
-	warm, err := b.start(ctx, "budget for few", few, cache, false)
-	if err != nil {
-		return none, err
+	sides := []*side{all}
+	if !b.plan.only {
+		warm, err := b.start(ctx, "budget for few", few, cache, false)
+		if err != nil {
+			return none, err
+		}
+		defer warm.stop()
+		naive, err := b.start(ctx, "made anew, LRU", few, nil, true)
+		if err != nil {
+			return none, err
+		}
+		defer naive.stop()
+		sides = append(sides, warm, naive)
 	}
-	defer warm.stop()
-	naive, err := b.start(ctx, "made anew, LRU", few, nil, true)
-	if err != nil {
-		return none, err
-	}
-	defer naive.stop()
-	sides := []*side{all, warm, naive}
 	rates := make([][]float64, len(sides))
 	for round := range b.plan.rounds + 1 {
 		for i, s := range sides {
@@ -61,15 +64,18 @@ func (b *bench) measure(ctx context.Context) (result, error) {
 			}
 		}
 	}
-	var toAll, toNaive []float64
-	for i := range rates[0] {
-		toAll = append(toAll, rates[1][i]/rates[0][i])
-		toNaive = append(toNaive, rates[1][i]/rates[2][i])
+	r := none
+	if !b.plan.only {
+		var toAll, toNaive []float64
+		for i := range rates[0] {
+			toAll = append(toAll, rates[1][i]/rates[0][i])
+			toNaive = append(toNaive, rates[1][i]/rates[2][i])
+		}
+		r.warm, r.naive = median(toAll), median(toNaive)
 	}
-	r := result{warm: median(toAll), naive: median(toNaive), bound: math.NaN()}
-	naive.stop()
-	warm.stop()
-	all.stop()
+	for _, s := range sides {
+		s.stop()
+	}
 	if b.plan.group {
 		r.bound, err = b.bounded(ctx, cache, folder, few, median(rates[0]))
 		if errors.Is(err, errNoGroup) {
