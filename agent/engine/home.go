@@ -113,8 +113,12 @@ func (c *core) charge(v *version, n int64) {
 	v.home.charged = n
 }
 
-// workspace is what a run of so many rows takes.
-func (v *version) workspace(rows int) int64 { return v.home.need.Workspace * int64(max(rows, 1)) }
+// workspace is what a run of so many rows is taken to need. Of a first dimension
+// that is no batch, or is longer than a batch gets, nothing is known: it counts
+// as much as the largest batch, so that no guess refuses it.
+func (v *version) workspace(rows int) int64 {
+	return v.home.need.Workspace * int64(max(min(rows, v.info.Options.MaxBatchSize), 1))
+}
 
 // pinnedBeside is what pinned versions other than v, and than those that v is
 // taking the place of, hold.

@@ -237,18 +237,18 @@ func simpleNeed(int) Need { return Need{Weights: 100, Session: 10, Workspace: 10
 func quick(*run) time.Duration { return time.Millisecond }
 
 func TestTooLarge(t *testing.T) {
-	c := newCrowd(t, 1, 200, simpleNeed, time.Millisecond, quick)
+	c := newCrowd(t, 1, 180, simpleNeed, time.Millisecond, quick)
 	err := (<-c.add(VersionID{Model: "big", Version: 1}, serving.Options{}, Need{Weights: 300, Session: 5, Workspace: 7}).answer).err
 	if !errors.Is(err, ErrTooLarge) {
 		t.Fatal(err)
 	}
-	for _, number := range []string{"305 bytes", "7 of workspace", "budget is 200"} {
+	for _, number := range []string{"305 bytes", "7 of workspace", "budget is 180"} {
 		if !strings.Contains(err.Error(), number) {
 			t.Errorf("%q does not name %s", err, number)
 		}
 	}
 	r := c.ask(2*time.Second, 0)
-	r.rows = 10 // 110, and 100 of workspace
+	r.rows = 10 // 110, and 80 of workspace: more rows than a batch has are guessed no further
 	c.run(3 * time.Second)
 	if !errors.Is(r.err, ErrTooLarge) {
 		t.Error(r.err)
