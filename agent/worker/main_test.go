@@ -71,6 +71,10 @@ func TestMain(m *testing.M) {
 			}
 			os.WriteFile(arg, append(seen, '.'), 0o600)
 		}))
+	case mode == "pools": // arg is the folder in which the test is told of them
+		os.Exit((&sessions{watch: watched(arg)}).run())
+	case mode == "abort-on-pools":
+		os.Exit((&sessions{watch: func(*pools, bool) { syscall.Kill(os.Getpid(), syscall.SIGABRT); select {} }}).run())
 	case mode == "fault-on-load":
 		os.Exit(runChild(func(string, bool) { syscall.Kill(os.Getpid(), syscall.SIGSEGV); select {} }))
 	case mode == "hang-on-load":
