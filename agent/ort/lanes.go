@@ -55,7 +55,9 @@ func (l *Lanes) Open(number uint64, s *Session) {
 		return all
 	}
 	in, out := names(s.inputs), names(s.outputs)
-	C.lanes_open(l.c, C.uint64_t(number), s.pointer,
+	arenas := C.CString(s.shrink)
+	defer C.free(unsafe.Pointer(arenas))
+	C.lanes_open(l.c, C.uint64_t(number), s.pointer, arenas,
 		unsafe.SliceData(in), C.size_t(len(in)), unsafe.SliceData(out), C.size_t(len(out)))
 	l.mu.Lock()
 	l.sessions[number] = s

@@ -167,7 +167,7 @@ type Session struct {
 	inputs, outputs []tensor.Info
 	batch           bool
 	mapped          []byte             // the file that the runtime reads in place; nil for Open's
-	shrink          string             // the arenas that a Run leaves as it found them, "gpu:0"
+	shrink          string             // the arenas that a run leaves as it found them, "gpu:0"
 	names           map[string]*C.char // of inputs and outputs
 	alarm           runtime.Cleanup
 
