@@ -383,6 +383,14 @@ func OutOfMemoryText(text string) bool {
 	return slices.ContainsFunc(outOfMemory, func(s string) bool { return strings.Contains(text, s) })
 }
 
+// poisoned has the errors after which CUDA does nothing more in a process, as
+// ONNX Runtime and weights write them.
+var poisoned = regexp.MustCompile(`\bCUDA(?: failure |_ERROR_[A-Z_]+ \()(?:214|700|702|71[0-9])\b`)
+
+// PoisonedText says whether the text of a failure is that of a GPU which does
+// nothing more for the process that it occurred in.
+func PoisonedText(text string) bool { return poisoned.MatchString(text) }
+
 // IsOutOfMemory does so for an error.
 func IsOutOfMemory(err error) bool {
 	return err != nil && (errors.Is(err, unix.ENOMEM) || OutOfMemoryText(err.Error()))

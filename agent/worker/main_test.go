@@ -43,6 +43,8 @@ func TestMain(m *testing.M) {
 	case mode == "garbage":
 		kind, _ := strconv.Atoi(arg)
 		liar(func(l *lie) { l.answer(kind) })
+	case mode == "poisoned":
+		liar((*lie).poisoned)
 	case mode == "late":
 		liar((*lie).late)
 	case mode == "kill-on-load":

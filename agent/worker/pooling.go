@@ -107,8 +107,11 @@ func (w *Worker) comeIn(ctx context.Context, u use) (*session, engine.Need, erro
 	if err == nil {
 		return s, s.need, nil
 	}
-	if _, died := errors.AsType[*DeathError](err); died || ctx.Err() != nil || errors.Is(err, engine.ErrOutOfMemory) {
+	if _, died := errors.AsType[*DeathError](err); died || errors.Is(err, engine.ErrOutOfMemory) {
 		return nil, engine.Need{}, err // it is still there for the next time
+	}
+	if ctx.Err() != nil {
+		return nil, engine.Need{}, context.Cause(ctx)
 	}
 	w.cfg.Log.Warn("weights do not come back in place; the model is opened anew", "model", v.spec.ID.Model, "version", v.spec.ID.Version, "error", err)
 	_ = w.drop(u) // what the driver does not take back now is tried again
@@ -123,15 +126,11 @@ func (w *Worker) goOut(u use, s *session) error {
 	if !w.drain(p, s) {
 		return nil
 	}
-	// It is out for the children to come; in this one it leaves whatever
-	// becomes of the caller.
-	_, err := p.call(context.Background(), v.spec.ID, &message{kind: kindOut, session: s.number})
+	err := p.settle(v, kindOut, s)
 	if err == nil {
-		// A child that has succeeded this one has nothing of it.
+		// A child that has died meanwhile, or succeeded this one, has nothing
+		// of it.
 		_ = w.commit(u, func() { w.outs++; v.warm, v.out = s, w.outs })
-		return nil
-	}
-	if _, died := errors.AsType[*DeathError](err); died {
 		return nil
 	}
 	w.cfg.Log.Warn("weights do not leave in good order; the session is closed", "model", v.spec.ID.Model, "version", v.spec.ID.Version, "error", err)
@@ -157,8 +156,15 @@ func (w *Worker) drop(u use) error {
 }
 
 // closeSession has the child close a session that nothing runs on.
-func (p *process) closeSession(v *version, s *session) error {
-	_, err := p.call(context.Background(), v.spec.ID, &message{kind: kindDeactivate, session: s.number})
+func (p *process) closeSession(v *version, s *session) error { return p.settle(v, kindDeactivate, s) }
+
+// settle asks what is done whatever becomes of the caller: for the children to
+// come it is so already. There is no error where the child dies, which it must
+// where it takes longer than CheckLimit.
+func (p *process) settle(v *version, k kind, s *session) error {
+	ctx, cancel := context.WithTimeout(context.Background(), CheckLimit)
+	defer cancel()
+	_, err := p.call(ctx, v.spec.ID, &message{kind: k, session: s.number})
 	if _, died := errors.AsType[*DeathError](err); died {
 		return nil
 	}

@@ -282,7 +282,7 @@ func TestPooledSequences(t *testing.T) {
 		steps = 120
 	}
 	missing := func() string {
-		for _, what := range []string{"load", "activate", "deactivate", "unload", "run", "fail", "kill", "out of memory"} {
+		for _, what := range []string{"load", "activate", "deactivate", "unload", "run", "fail", "kill", "cancel", "out of memory"} {
 			if done[what] == 0 {
 				return what
 			}
@@ -305,14 +305,23 @@ func TestPooledSequences(t *testing.T) {
 		}
 		switch what := r.IntN(20); {
 		case what < 8:
-			_, err := w.Activate(t.Context(), v.ID)
-			if err != nil && !errors.Is(err, engine.ErrOutOfMemory) {
-				t.Fatalf("step %d: activate: %v", step, err)
+			ctx, cancel := context.WithCancel(t.Context())
+			if r.IntN(4) == 0 {
+				go cancel()
 			}
-			if v.active = err == nil; err != nil {
-				done["out of memory"]++
-			} else {
+			_, err := w.Activate(ctx, v.ID)
+			cancel()
+			switch {
+			case err == nil:
+				v.active = true
 				done["activate"]++
+			case errors.Is(err, engine.ErrOutOfMemory):
+				v.active = false
+				done["out of memory"]++
+			case errors.Is(err, context.Canceled): // it is as before
+				done["cancel"]++
+			default:
+				t.Fatalf("step %d: activate: %v", step, err)
 			}
 		case what < 16:
 			// Where the driver takes nothing back, that is said; it is out all
@@ -530,6 +539,39 @@ func TestPoolProtocol(t *testing.T) {
 	activate(t, w, s) // its session is gone, and opened anew
 	if got, err := one(t.Context(), w, s.ID, x, nil); err != nil || !bytes.Equal(got[0].Data, want[0].Data) || child(t, w) != p {
 		t.Errorf("opened anew: %v", err)
+	}
+}
+
+// TestPoisoned has a GPU do nothing more for the child: the next one goes on,
+// and a version that does it again is put into quarantine.
+func TestPoisoned(t *testing.T) {
+	w, dir := pooledWorker(t, 64<<20, nil)
+	net := zoo.MLP(1)
+	leaving, staying, x := write(t, net), write(t, net), input(net, 1)
+	staying.ID.Version = 2
+	activate(t, w, leaving)
+	activate(t, w, staying)
+	p := child(t, w)
+	b, err := json.Marshal(failing{"synchronize", 1, 1, 700})
+	must(t, err)
+	must(t, os.WriteFile(filepath.Join(dir, "fail"), b, 0o600))
+	must(t, w.Deactivate(t.Context(), leaving.ID))
+	if _, err := one(t.Context(), w, staying.ID, x, nil); err != nil || !p.isDead() {
+		t.Errorf("after it: %v", err)
+	}
+	if n := read(t, dir).Count.Mapped; n != granule {
+		t.Errorf("%d bytes mapped", n)
+	}
+	activate(t, w, leaving)
+	if _, err := one(t.Context(), w, leaving.ID, x, nil); err != nil {
+		t.Error(err)
+	}
+
+	w = start(t, testConfig(t, "poisoned"))
+	id, _ := load(t, w, "digits-size.onnx")
+	_, err = one(t.Context(), w, id, []tensor.Tensor{floats("x", 1, 1, 64)}, nil)
+	if !errors.Is(err, engine.ErrQuarantined) || !strings.Contains(err.Error(), "CUDA failure 700") {
+		t.Errorf("each time: %v", err)
 	}
 }
 

@@ -371,8 +371,11 @@ func (p *process) activate(ctx context.Context, v *version, s *session) (need en
 	if p.runtime.Pooling.Works && !s.prepacked && v.unpooled.Load() != p {
 		need, err := p.fill(ctx, v, s)
 		_, died := errors.AsType[*DeathError](err)
-		if err == nil || died || ctx.Err() != nil || errors.Is(err, engine.ErrOutOfMemory) {
+		if err == nil || died || errors.Is(err, engine.ErrOutOfMemory) {
 			return need, err
+		}
+		if ctx.Err() != nil {
+			return need, context.Cause(ctx)
 		}
 		v.unpooled.Store(p)
 		p.stderr.log.Warn("model cannot be opened in a pool; its weights stay on the host", "model", v.spec.ID.Model, "version", v.spec.ID.Version, "error", err)
@@ -409,8 +412,7 @@ func (p *process) activate(ctx context.Context, v *version, s *session) (need en
 }
 
 // close closes a session that no run can begin with any more, when those that
-// go on are over. It is gone for the children to come; this one closes it
-// whatever becomes of the caller.
+// go on are over.
 func (w *Worker) close(p *process, v *version, s *session) error {
 	if !w.drain(p, s) {
 		return nil

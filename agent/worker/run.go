@@ -109,6 +109,9 @@ func (r *run) do(ctx context.Context, requests [][]tensor.Tensor, outputs []stri
 	case ort.AnswerRefused:
 		return engine.Outcome{}, fmt.Errorf("%w: %s", engine.ErrInvalidInput, text)
 	case ort.AnswerFailed:
+		if ort.PoisonedText(text) {
+			return engine.Outcome{}, r.process.fail(errors.New(text))
+		}
 		if ort.OutOfMemoryText(text) {
 			return engine.Outcome{}, fmt.Errorf("%w: %s", engine.ErrOutOfMemory, text)
 		}
