@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help build runtime test lint lint-go lint-proto lint-vuln proto proto-release fuzz demo up bench-footprint bench-serving bench-activate bench-crash clean
+.PHONY: help bench-overcommit build runtime test lint lint-go lint-proto lint-vuln proto proto-release fuzz demo up bench-footprint bench-serving bench-activate bench-crash clean
 
 # Tools run from the module cache at these versions; nothing is installed.
 BUF         := go run github.com/bufbuild/buf/cmd/buf@v1.71.0
@@ -89,6 +89,9 @@ bench-activate: ## Measure the first answer of models whose weights are out
 
 bench-crash: ## Measure how long callers wait when the worker process is killed
 	@$(WITH_RUNTIME) go run ./bench/crash
+
+bench-overcommit: ## Serve 40 models in memory for 5: against memory for all, sessions made anew, the disk
+	@$(WITH_RUNTIME) go build -o bin/overcommit ./bench/overcommit && bin/overcommit
 
 clean: ## Remove bin/ (the library in .cache/ stays)
 	rm -rf bin

@@ -177,7 +177,9 @@ func (a *agent) registry() reconcile.Registry {
 }
 
 // passing says whether an error of loading is not the version's own.
-func passing(err error) bool { return errors.Is(err, engine.ErrUnavailable) }
+func passing(err error) bool {
+	return errors.Is(err, engine.ErrUnavailable) || errors.Is(err, engine.ErrOutOfMemory)
+}
 
 // describe adds the runtime to what the device says of itself.
 func (a *agent) describe(found worker.Runtime) {

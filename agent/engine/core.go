@@ -66,6 +66,7 @@ type run struct {
 	ends     moment // as predicted
 	live     int    // requests that somebody waits for
 	memory   int64  // of its workspace
+	life     uint64 // of its version's weights, at its start
 	stalled  bool   // it was interrupted for want of progress
 
 	// Known when it is over.
@@ -169,8 +170,7 @@ type core struct {
 	ledger    ledger
 	trials    int    // versions that are being loaded, and come in for that
 	dirty     bool   // the memory is to be arranged
-	hungry    bool   // requests wait for workspace
-	presses   bool   // a version waits for room
+	presses   bool   // something waits for memory
 	arrangeAt moment // when the memory is to be arranged again
 	calm      moment // until when nothing is brought in ahead of demand
 
@@ -219,6 +219,9 @@ func (c *core) step(ev event, now time.Time) []effect {
 	case prepacked:
 		c.dirty = true
 		c.prepacked(ev)
+	case giveUp:
+		c.dirty = true
+		c.giveUp(ev)
 	case setMemory:
 		c.dirty = true
 		c.ledger.budget = ev.budget
@@ -229,7 +232,7 @@ func (c *core) step(ev event, now time.Time) []effect {
 	case stop:
 		c.stop()
 	}
-	if c.dirty {
+	for n := 0; c.dirty && n < maxArrange; n++ {
 		c.arrange()
 	}
 	return c.effects
@@ -275,6 +278,9 @@ func (c *core) arrive(r *request) {
 		r.turn = l.order.PushBack(r)
 	}
 	c.enqueue(v, r)
+	if v.home.residency != resident && v.queue.first() == r {
+		c.dirty = true
+	}
 	c.schedule(v)
 }
 
@@ -305,8 +311,7 @@ func (c *core) schedule(v *version) {
 			c.leave(v, r, v.expired(r, start+v.queue.ahead(r), 0, c.now))
 		}
 		v.hold = never
-		if v.home.residency != resident || v.home.yields {
-			c.dirty = c.dirty || v.queue.len > 0
+		if h := &v.home; h.residency != resident || h.yields || h.ends {
 			break
 		}
 		if !v.free() {
@@ -341,7 +346,7 @@ func (c *core) start(v *version, members []*request) {
 		}
 	}
 	r.ends = c.now + v.predict.mean(r.size)
-	r.memory = v.workspace(r.rows)
+	r.memory, r.life = v.workspace(r.rows), v.home.life
 	c.ledger.used += r.memory
 	v.runs = append(v.runs, r)
 	if v.home.runsSince++; v.home.runsSince == prepackAfter && v.home.need.Prepacked > 0 {
@@ -360,6 +365,7 @@ func (c *core) tick() {
 	}
 	for _, v := range c.versions {
 		c.interruptStalled(v)
+		c.interruptHung(v)
 		if v.wake() <= c.now {
 			c.schedule(v)
 		} else if at := v.wake(); at < c.alarm {
@@ -397,7 +403,8 @@ func (c *core) finish(r *run) {
 	v.runs = slices.DeleteFunc(v.runs, func(o *run) bool { return o == r })
 	took := c.now - r.started
 	c.ledger.used -= r.memory
-	c.dirty = c.dirty || c.presses || c.hungry || v.home.yields || c.ledger.free() < 0
+	defer c.end(v)
+	c.dirty = c.dirty || c.presses || v.home.yields || c.ledger.free() < 0
 	v.figures.ran(r, c.time)
 	// A run that was cancelled after its predicted end took at least so long.
 	if r.err == nil || r.live == 0 && took > v.predict.mean(r.size) {
@@ -411,7 +418,7 @@ func (c *core) finish(r *run) {
 		c.emit(separate{v.id, r.err})
 	}
 	retry := c.harmed(v, r)
-	again := !retry && len(r.requests) > 1 && !c.stopped && r.err != nil &&
+	again := !retry && v.home.lost == nil && len(r.requests) > 1 && !c.stopped && r.err != nil &&
 		!errors.Is(r.err, context.Canceled) && !errors.Is(r.err, ErrUnavailable)
 	r.holders.Store(int32(1 + r.live)) // and the one that reports it
 	for i, m := range r.requests {
@@ -445,27 +452,24 @@ func (c *core) harmed(v *version, r *run) bool {
 	h := &v.home
 	switch {
 	case r.err == nil:
-		if h.most == 0 {
-			break
-		}
-		if h.good++; h.good >= growBatches {
-			if h.good, h.most = 0, 2*h.most; h.most >= v.info.Options.MaxBatchSize {
-				h.most = 0
-			}
+		if h.most > 0 {
+			h.grow(v.info.Options.MaxBatchSize)
 		}
 	case c.stopped:
+	case errors.Is(r.err, ErrQuarantined):
+		c.lose(v, r.err)
 	case r.stalled:
 		r.err = fmt.Errorf("run %s: %w: it took %v", v.id, ErrStalled, (c.now - r.started).Round(time.Millisecond))
 		return true
 	case errors.Is(r.err, ErrOutOfMemory):
 		c.outOfMemory(v, r)
 		return true
-	case errors.Is(r.err, ErrQuarantined):
-		c.lose(v, r.err)
-	case errors.Is(r.err, ErrNotLoaded) && h.residency == resident:
-		// The runtime could not bring it back after a death.
-		h.residency, h.since, h.prepacked = out, c.now, false
-		c.charge(v, 0)
+	case errors.Is(r.err, ErrNotLoaded):
+		// The runtime could not bring it back after a death; unless that was in
+		// an earlier life of it.
+		if r.life == h.life {
+			c.gone(v)
+		}
 		return true
 	}
 	return false

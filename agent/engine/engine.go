@@ -163,7 +163,7 @@ func New(cfg Config) *Engine {
 	e := &Engine{
 		runtime: cfg.Runtime,
 		log:     cfg.Log,
-		ledger:  ledger{budget: cfg.Memory, oversize: cfg.Oversize},
+		ledger:  ledger{budget: cfg.Memory, most: cfg.Memory, oversize: cfg.Oversize},
 		core:    make(chan *core, 1),
 		running: make(chan struct{}),
 	}
@@ -398,7 +398,7 @@ func (e *Engine) load(ctx context.Context, s Spec, replace bool) (Info, error) {
 	// The claim must not outlive this call, whatever has become of ctx.
 	c = newCall()
 	e.must(loaded{c, s.ID, info, err})
-	if r := <-c.answer; r.err != nil {
+	if r := e.tried(ctx, c, s.ID); r.err != nil {
 		if err == nil { // the runtime has it
 			if err := e.runtime.Unload(context.WithoutCancel(ctx), s.ID); err != nil && !errors.Is(err, ErrNotLoaded) {
 				e.log.Warn("a version that cannot run is not unloaded", "model", s.ID.Model, "version", s.ID.Version, "error", err)
@@ -409,6 +409,18 @@ func (e *Engine) load(ctx context.Context, s Spec, replace bool) (Info, error) {
 	}
 	e.log.Debug("version loaded", "model", s.ID.Model, "version", s.ID.Version)
 	return info, nil
+}
+
+// tried waits for the answer to a load. When ctx is done, the version is not
+// tried any longer.
+func (e *Engine) tried(ctx context.Context, c *call, id VersionID) reply {
+	select {
+	case r := <-c.answer:
+		return r
+	case <-ctx.Done():
+		e.must(giveUp{id, context.Cause(ctx)})
+		return <-c.answer
+	}
 }
 
 // Unload admits no more requests to a version, waits until those admitted
@@ -534,8 +546,8 @@ func (e *Engine) Memory() Memory {
 	return r.memory
 }
 
-// SetMemory changes how many bytes the loaded versions may take; 0 sets no
-// bound. What is above leaves as soon as nothing runs on it. It waits until Run
+// SetMemory changes how many bytes the loaded versions may take for now; 0 sets
+// no bound. What may be loaded at all is measured by Config.Memory. What is above leaves as soon as nothing runs on it. It waits until Run
 // runs.
 func (e *Engine) SetMemory(ctx context.Context, bytes int64) error {
 	return e.do(ctx, setMemory{bytes})

@@ -75,7 +75,8 @@ func (c *core) loaded(ev loaded) {
 	for i := range v.levels {
 		v.levels[i].policy = o.Policy(i + 1)
 	}
-	if err := c.tooLarge(v, 1); err != nil {
+	v.home.measured = v.home.need.Workspace
+	if err := c.tooLarge(v, 1, c.ledger.most); err != nil {
 		c.emit(reply{call: ev.call, err: err})
 		return
 	}
@@ -149,6 +150,7 @@ func (c *core) unloaded(ev unloaded) {
 	v := c.versions[ev.id]
 	waiters := v.waiters
 	v.waiters = nil
+	c.dirty = true
 	if ev.err != nil {
 		v.phase = draining
 		for _, w := range waiters {
@@ -157,7 +159,6 @@ func (c *core) unloaded(ev unloaded) {
 		return
 	}
 	c.charge(v, 0)
-	c.dirty = true
 	c.put(ev.id, nil)
 	if c.current[v.spec.ID] == v {
 		delete(c.current, v.spec.ID)

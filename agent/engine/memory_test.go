@@ -36,7 +36,7 @@ func newCrowd(t failer, models int, budget int64, need func(i int) Need, enters 
 		simulation: &simulation{core: newCore(start), takes: takes, enters: enters},
 		t:          t, answers: map[*request]int{}, failed: map[*request]error{},
 	}
-	c.core.ledger.budget = budget
+	c.core.ledger.budget, c.core.ledger.most = budget, budget
 	c.moved = func(f effect) {
 		switch f := f.(type) {
 		case startActivate:
@@ -101,11 +101,11 @@ func (c *crowd) ask(at time.Duration, i int) *request {
 // String shows where everything is.
 func (c *crowd) String() string {
 	var b strings.Builder
-	fmt.Fprintf(&b, "at %v: ledger %+v, presses %v, hungry %v\n", c.now, c.core.ledger, c.core.presses, c.core.hungry)
+	fmt.Fprintf(&b, "at %v: ledger %+v, presses %v\n", c.now, c.core.ledger, c.core.presses)
 	for _, v := range c.core.sorted() {
 		h := &v.home
-		fmt.Fprintf(&b, "%s: phase %d, %s, need %+v, charged %d, pinned %v, prepacked %v (now: %v), yields %v, %d run, %d wait\n",
-			v.id, v.phase, h.residency, h.need, h.charged, v.info.Options.Pinned, h.prepacked, h.prepacking, h.yields, len(v.runs), v.queue.len)
+		fmt.Fprintf(&b, "%s: phase %d, %s, need %+v, charged %d, pinned %v, prepacked %v (now: %v), yields %v, hungry %v, ends %v, %d run, %d wait\n",
+			v.id, v.phase, h.residency, h.need, h.charged, v.info.Options.Pinned, h.prepacked, h.prepacking, h.yields, h.hungry, h.ends, len(v.runs), v.queue.len)
 	}
 	return b.String()
 }
@@ -512,14 +512,15 @@ func TestRandomMemory(t *testing.T) {
 		random := rand.New(rand.NewPCG(seed, 2))
 		chance := func(p float64) bool { return random.Float64() < p }
 		pick := func(errs ...error) error { return errs[random.IntN(len(errs))] }
-		models := 2 + random.IntN(5)
+		models := 2 + random.IntN(9)
 		need := func(int) Need {
-			return Need{Weights: random.Int64N(100), Session: random.Int64N(20), Prepacked: random.Int64N(2) * 30, Workspace: random.Int64N(20)}
+			return Need{Weights: random.Int64N(100), Session: random.Int64N(20), Prepacked: random.Int64N(2) * 30, Workspace: random.Int64N(60)}
 		}
 		c := newCrowd(t, models, 160, need, time.Duration(1+random.IntN(20))*time.Millisecond, func(*run) time.Duration {
 			return time.Duration(random.IntN(30)) * time.Millisecond
 		})
 		lowered := false
+		var drains []*call
 		check := func() {
 			if !lowered {
 				c.check()
@@ -553,14 +554,14 @@ func TestRandomMemory(t *testing.T) {
 			case chance(0.02):
 				c.at(at, func() event { lowered = true; return setMemory{100 + random.Int64N(200)} })
 			case chance(0.02):
-				c.at(at, func() event { return drain{newCall(), c.ids[i], false} })
+				c.at(at, func() event { d := newCall(); drains = append(drains, d); return drain{d, c.ids[i], false} })
 			case chance(0.05):
 				c.at(at, func() event {
 					if v := c.core.versions[c.ids[i]]; v != nil && v.phase == loading && v.trial == nil { // its load has failed
 						c.step(abandoned{c.ids[i]})
 					}
 					if c.core.versions[c.ids[i]] == nil {
-						c.add(c.ids[i], serving.Options{MaxBatchSize: 4, DynamicBatching: true, Pinned: chance(0.1)}, need(i))
+						c.add(c.ids[i], serving.Options{MaxBatchSize: 4, DynamicBatching: true, Instances: 1 + random.IntN(2), Pinned: chance(0.1)}, need(i))
 					}
 					return nil
 				})
@@ -596,6 +597,13 @@ func TestRandomMemory(t *testing.T) {
 		for _, v := range c.core.versions {
 			if !v.settled() || len(v.runs) > 0 || v.queue.len > 0 || v.trial != nil {
 				t.Fatalf("%s: %s, %d runs, %d requests, phase %d", v.id, v.home.residency, len(v.runs), v.queue.len, v.phase)
+			}
+		}
+		for _, d := range drains {
+			select {
+			case <-d.answer:
+			default:
+				t.Fatalf("a drain is not answered\n%s", c)
 			}
 		}
 		c.core.ledger.budget = 0

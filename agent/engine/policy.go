@@ -360,6 +360,9 @@ func (v *version) wake() moment {
 			wake = min(wake, r.started+v.patienceFor(r)+1)
 		}
 	}
+	if h := &v.home; h.residency == entering && !h.hung {
+		wake = min(wake, h.since+h.patience()+1)
+	}
 	if slack := v.queue.slack(); !v.free() && slack < never/2 { // no deadline is as far off as that
 		wake = min(wake, slack+v.lag()+1)
 	}
@@ -379,6 +382,17 @@ func (c *core) interruptStalled(v *version) {
 			r.stalled = true
 			c.emit(interrupt{&r.job, ErrStalled})
 		}
+	}
+}
+
+// patience is how long an activation may go on.
+func (h *home) patience() time.Duration { return max(hungAfter, stuckFactor*h.takes) }
+
+// interruptHung ends an activation that makes no progress.
+func (c *core) interruptHung(v *version) {
+	if h := &v.home; h.residency == entering && !h.hung && c.now-h.since > h.patience() {
+		h.hung = true
+		c.emit(interrupt{&h.move, ErrStalled})
 	}
 }
 

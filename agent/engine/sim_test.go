@@ -24,7 +24,8 @@ type simulation struct {
 	failing     func() error     // how an activation ends
 	ends        func(*run) error // how a run ends
 	interrupted func(interrupt)
-	alarms      int // the number of the latest wake
+	hangs       func(*version) bool // its activation never ends
+	alarms      int                 // the number of the latest wake
 }
 
 type occurrence struct {
@@ -103,6 +104,9 @@ func (s *simulation) step(ev event) {
 		case startActivate:
 			if s.moved != nil {
 				s.moved(f)
+			}
+			if s.hangs != nil && s.hangs(f.version) {
+				break
 			}
 			if s.enters == 0 {
 				defer s.step(activated{f.version, f.version.home.need, 0, nil})

@@ -419,5 +419,5 @@ func classify(err error) error {
 
 // passing says whether an error of loading is not the model's own.
 func passing(err error) bool {
-	return errors.Is(err, engine.ErrUnavailable) || errors.Is(err, engine.ErrDraining)
+	return errors.Is(err, engine.ErrUnavailable) || errors.Is(err, engine.ErrDraining) || errors.Is(err, engine.ErrOutOfMemory)
 }

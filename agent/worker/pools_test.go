@@ -540,6 +540,18 @@ func TestPoolProtocol(t *testing.T) {
 	if got, err := one(t.Context(), w, s.ID, x, nil); err != nil || !bytes.Equal(got[0].Data, want[0].Data) || child(t, w) != p {
 		t.Errorf("opened anew: %v", err)
 	}
+	before, _ := poolSessions(w, s.ID)
+	if err := w.Deactivate(ctx, s.ID); !errors.Is(err, context.Canceled) {
+		t.Errorf("cancelled: %v", err)
+	}
+	activate(t, w, s)
+	if now, _ := poolSessions(w, s.ID); now != before {
+		t.Error("its session was opened beside the one that is open")
+	}
+	must(t, w.Unload(t.Context(), s.ID))
+	if c := read(t, dir).Count; c.Reservations != 0 {
+		t.Errorf("unloaded: %+v", c)
+	}
 }
 
 // TestPoisoned has a GPU do nothing more for the child: the next one goes on,

@@ -176,11 +176,11 @@ func (w *Worker) Activate(ctx context.Context, id engine.VersionID) (engine.Need
 		w.mu.Lock()
 		active, failed, s := v.active, v.failure != nil, v.session
 		w.mu.Unlock()
-		if active && !failed {
+		if s != nil || active && !failed { // also where a Deactivate was given up
 			if need = v.image.Info.Need; s != nil && s.pooled {
 				need = s.need
 			}
-			return nil
+			return w.commit(u, func() { v.active = true })
 		}
 		s, taken, err := w.comeIn(ctx, u)
 		if err != nil {
@@ -199,7 +199,19 @@ func (w *Worker) Activate(ctx context.Context, id engine.VersionID) (engine.Need
 // follow, which makes the runs of some faster. It goes on running meanwhile.
 // The version must be active; one that was not compiled is prepacked already.
 func (w *Worker) Prepack(ctx context.Context, id engine.VersionID) error {
+	return w.prepackVersion(ctx, id, false)
+}
+
+// prepackVersion is Prepack or, with again, leaves a version alone that was not
+// prepacked before: it has left meanwhile, and come back.
+func (w *Worker) prepackVersion(ctx context.Context, id engine.VersionID, again bool) error {
 	return w.change(ctx, id, func(u use) error {
+		w.mu.Lock()
+		before := u.version.prepacked
+		w.mu.Unlock()
+		if again && !before {
+			return nil
+		}
 		ctx, cancel := context.WithCancel(ctx)
 		defer cancel()
 		w.setEnough(u.version, cancel)
@@ -251,6 +263,13 @@ func (w *Worker) prepack(ctx context.Context, u use) error {
 func (w *Worker) Deactivate(ctx context.Context, id engine.VersionID) error {
 	w.leave(id)
 	err := w.change(ctx, id, func(u use) error { return w.deactivate(u, true) })
+	if err != nil && !errors.Is(err, engine.ErrNotLoaded) {
+		w.mu.Lock()
+		if v := w.loaded[id]; v != nil { // no child to come is to have it
+			v.active, v.prepacked = false, false
+		}
+		w.mu.Unlock()
+	}
 	w.cool(ctx)
 	return err
 }
@@ -277,14 +296,21 @@ func (w *Worker) deactivate(u use, stay bool) error {
 // Unload forgets a version, and closes it where it is active. One that was in
 // quarantine may be loaded again afterwards.
 func (w *Worker) Unload(ctx context.Context, id engine.VersionID) error {
-	if _, err := w.acquire(ctx); err != nil {
+	_, err := w.acquire(ctx)
+	if err != nil && !errors.Is(err, engine.ErrUnavailable) {
 		return err
 	}
 	w.mu.Lock()
-	quarantined := w.quarantined[id] != nil
+	quarantined, v := w.quarantined[id] != nil, w.loaded[id]
 	delete(w.quarantined, id)
+	if err != nil && v != nil { // no child has it, and none to come is to have it
+		w.remove(v)
+	}
 	w.mu.Unlock()
-	if quarantined {
+	if err != nil && v != nil {
+		v.release()
+	}
+	if quarantined || err != nil {
 		return nil
 	}
 	w.leave(id)
@@ -402,7 +428,7 @@ func (p *process) activate(ctx context.Context, v *version, s *session) (need en
 	need = v.image.Info.Need
 	compiled := len(m.strings) == 1
 	s.prepacked = s.prepacked || !compiled // the runtime does so by itself
-	if quiet && p.quiet() {
+	if !need.Measured && quiet && p.quiet() {
 		need.Measured, need.Session = true, grown
 		if !compiled { // its weights are the child's own
 			need.Session = max(0, grown-need.Weights)
@@ -444,7 +470,7 @@ func (w *Worker) drain(p *process, s *session) bool {
 
 // reload brings back what was active and makes the child the current one.
 func (w *Worker) reload(ctx context.Context, p *process) error {
-	// Versions change only while a child is current, so none does meanwhile.
+	// Versions come in only while a child is current, so none does meanwhile.
 	type opened struct {
 		version *version
 		session *session
@@ -477,14 +503,22 @@ func (w *Worker) reload(ctx context.Context, p *process) error {
 			w.lose(o.version, o.failure)
 		}
 	}
+	var left []opened // what went out while there was no child
 	w.update(func() {
 		w.current, w.failure = p, nil
 		for _, o := range all {
-			if w.loaded[o.version.spec.ID] == o.version {
+			if w.loaded[o.version.spec.ID] == o.version && o.version.active {
 				o.version.session, o.version.failure = o.session, o.failure
+			} else if o.session != nil {
+				left = append(left, o)
 			}
 		}
 	})
+	for _, o := range left {
+		if err := w.close(p, o.version, o.session); err != nil {
+			return err
+		}
+	}
 	return nil
 }
 
@@ -512,7 +546,7 @@ func (w *Worker) rebuild(ctx context.Context, p *process) {
 	slices.SortFunc(again, func(a, b *version) int { return a.spec.ID.Compare(b.spec.ID) })
 	for _, v := range again {
 		began := time.Now()
-		err := w.Prepack(ctx, v.spec.ID)
+		err := w.prepackVersion(ctx, v.spec.ID, true)
 		if p.isDead() || ctx.Err() != nil {
 			return
 		}

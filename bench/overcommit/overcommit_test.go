@@ -46,7 +46,7 @@ func library(t *testing.T) string {
 // TestMeasure runs a small form of the benchmark.
 func TestMeasure(t *testing.T) {
 	p := plan{
-		nets: []string{"mlp", "mobilenet"}, copies: 3, fit: 2, concurrency: 4,
+		nets: []string{"mlp", "mobilenet"}, copies: 3, fit: 4, concurrency: 4,
 		rounds: 1, slice: time.Second, dir: t.TempDir(), lib: library(t), seed: 1,
 	}
 	fleet, err := writeFleet(p)

@@ -1,0 +1,56 @@
+package worker
+
+import (
+	"errors"
+	"testing"
+
+	"github.com/dunlin/dunlin/agent/engine"
+	"github.com/dunlin/dunlin/bench/zoo"
+)
+
+// TestRebuildLeavesNewcomersAlone holds a rebuild up until a version that was
+// prepacked has left and come back: nobody has asked for that to be prepacked.
+func TestRebuildLeavesNewcomersAlone(t *testing.T) {
+	w := start(t, compiling(t, testConfig(t, "")))
+	a, b := write(t, zoo.MLP(1)), write(t, zoo.MLP(1))
+	a.ID.Model, b.ID.Model = "a", "b"
+	for _, s := range []engine.Spec{a, b} {
+		activate(t, w, s)
+		if err := w.Prepack(t.Context(), s.ID); err != nil {
+			t.Fatal(err)
+		}
+	}
+	w.mu.Lock()
+	vb := w.loaded[b.ID]
+	w.mu.Unlock()
+	if err := w.Deactivate(t.Context(), b.ID); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := w.Activate(t.Context(), b.ID); err != nil {
+		t.Fatal(err)
+	}
+	if err := w.prepackVersion(t.Context(), b.ID, true); err != nil {
+		t.Fatal(err)
+	}
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if vb.prepacked {
+		t.Error("b was activated only, and is prepacked")
+	}
+}
+
+// TestDeactivateWithoutChild puts a version out while there is no child: those
+// to come do not open it.
+func TestDeactivateWithoutChild(t *testing.T) {
+	w := New(Config{})
+	id := of("a")
+	v := &version{spec: engine.Spec{ID: id}, active: true, prepacked: true, lane: make(chan struct{}, 1)}
+	w.loaded[id] = v
+	w.failure = errors.New("three stillborn children")
+	if err := w.Deactivate(t.Context(), id); !errors.Is(err, engine.ErrUnavailable) || v.active || v.prepacked {
+		t.Errorf("%v; active %v", err, v.active)
+	}
+	if err := w.Unload(t.Context(), id); err != nil || w.loaded[id] != nil {
+		t.Errorf("%v; it is loaded still", err)
+	}
+}
