@@ -541,9 +541,14 @@ func TestPoolProtocol(t *testing.T) {
 		t.Errorf("opened anew: %v", err)
 	}
 	before, _ := poolSessions(w, s.ID)
+	w.mu.Lock()
+	lane := w.loaded[s.ID].lane
+	w.mu.Unlock()
+	lane <- struct{}{} // another change goes on
 	if err := w.Deactivate(ctx, s.ID); !errors.Is(err, context.Canceled) {
 		t.Errorf("cancelled: %v", err)
 	}
+	<-lane
 	activate(t, w, s)
 	if now, _ := poolSessions(w, s.ID); now != before {
 		t.Error("its session was opened beside the one that is open")
