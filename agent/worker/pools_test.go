@@ -13,6 +13,8 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/dunlin/dunlin/agent/engine"
 	"github.com/dunlin/dunlin/agent/weights"
 	"github.com/dunlin/dunlin/bench/zoo"
@@ -454,6 +456,31 @@ func TestPoolTooSmall(t *testing.T) {
 	activate(t, w, first)
 	if _, err := one(t.Context(), w, first.ID, input(net, 1), nil); err != nil {
 		t.Error(err)
+	}
+}
+
+// TestSpent has a run find too little memory: its session does not stay when
+// the weights leave.
+func TestSpent(t *testing.T) {
+	w, dir := pooledWorker(t, 64<<20, nil)
+	id, _ := load(t, w, "chain.onnx")
+	_, err := one(t.Context(), w, id, []tensor.Tensor{floats("x", 1, 2, 2)}, nil)
+	must(t, err)
+	pid := child(t, w).command.Process.Pid
+	var before unix.Rlimit
+	limit := unix.Rlimit{Cur: dataSize(t, pid) + 6<<20, Max: unix.RLIM_INFINITY}
+	must(t, unix.Prlimit(pid, unix.RLIMIT_DATA, &limit, &before))
+	if _, err := one(t.Context(), w, id, []tensor.Tensor{floats("x", 1, 2000, 2000)}, nil); !errors.Is(err, engine.ErrOutOfMemory) {
+		t.Errorf("run: %v", err)
+	}
+	must(t, unix.Prlimit(pid, unix.RLIMIT_DATA, &before, nil))
+	for n := range 2 {
+		must(t, w.Deactivate(t.Context(), id))
+		if c := read(t, dir).Count; c.Reservations != n {
+			t.Errorf("%d times out: %+v", n+1, c)
+		}
+		_, err := w.Activate(t.Context(), id)
+		must(t, err)
 	}
 }
 

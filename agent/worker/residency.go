@@ -61,6 +61,7 @@ type session struct {
 	host   int64
 
 	// Guarded by Worker.mu.
+	spent  bool          // a run found too little memory: it does not stay
 	users  int           // runs that have it
 	unused chan struct{} // closed when there are none any more; nil until somebody waits
 }
@@ -274,18 +275,20 @@ func (w *Worker) Deactivate(ctx context.Context, id engine.VersionID) error {
 	return err
 }
 
-// deactivate keeps the session open where it is in a pool, if stay.
+// deactivate keeps the session open, if stay, where it is in a pool and has
+// not run out of memory: what it has worked in is then given back too.
 func (w *Worker) deactivate(u use, stay bool) error {
 	v := u.version
 	var s *session
 	err := w.commit(u, func() {
 		s = v.session
+		stay = stay && s != nil && s.pooled && !s.spent
 		v.active, v.prepacked, v.session, v.failure = false, false, nil, nil
 	})
 	if err != nil || s == nil {
 		return err
 	}
-	if stay && s.pooled {
+	if stay {
 		err = w.goOut(u, s)
 	} else {
 		err = w.close(u.process, v, s)
