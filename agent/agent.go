@@ -187,6 +187,7 @@ func (a *agent) describe(found worker.Runtime) {
 	defer a.mu.Unlock()
 	info := proto.CloneOf(a.info)
 	info.RuntimeVersion, info.Providers = found.Version, usable(a.profile, found.Providers)
+	info.WeightPools = a.weightPools(found)
 	a.info = info
 }
 

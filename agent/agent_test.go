@@ -117,7 +117,7 @@ func TestAgent(t *testing.T) {
 	stop := startAgent(t, cfg)
 	c.until("says hello", func(m proto.Message) bool {
 		h, ok := m.(*dunlinv1.Hello)
-		if ok && (h.Info.RuntimeVersion == "" || h.Info.ServingUrl != url || h.Labels["site"] != "test" || h.HaveGeneration != nil) {
+		if ok && (h.Info.RuntimeVersion == "" || h.Info.ServingUrl != url || h.Info.WeightPools != "none: models run on the CPU" || h.Labels["site"] != "test" || h.HaveGeneration != nil) {
 			t.Errorf("hello: %v", h)
 		}
 		return ok

@@ -68,7 +68,8 @@ type host struct {
 	opened  func(worker.Runtime) // told of the runtime; nil: nobody is
 	tried   chan struct{}        // closed when the runtime has started, or failed to once
 	loads   atomic.Bool          // models can be loaded
-	budget  int64                // bytes that models may take
+	budget  int64                // bytes that models may take of the host's memory
+	pools   string               // see worker.Config.Pools
 	// compile gives a version as it was compiled for this device.
 	compile func(context.Context, worker.Runtime, engine.Spec) (worker.Image, error)
 }
@@ -147,6 +148,10 @@ func newHost(s Serving, profile profiles.Profile, cache string, cfg worker.Confi
 	if err != nil {
 		return nil, err
 	}
+	if len(profile.Providers) > 0 && profile.Providers[0] == cudaProvider {
+		cfg.Pools, cfg.WarmBytes, cfg.PinnedBytes = "cuda:0", h.budget, min(h.budget/4, maxPinned)
+	}
+	h.pools = cfg.Pools
 	// A model of which more than the budget is needed to look at it could not
 	// run either.
 	cfg.CheckMemory = checkMemoryFactor*h.budget + checkMemoryRoom
@@ -321,6 +326,11 @@ func (h *host) awaitRuntime(ctx context.Context) error {
 		if err == nil {
 			if h.opened != nil {
 				h.opened(found)
+			}
+			if found.Pooling.Works {
+				if err := h.engine.SetMemory(ctx, h.serving.deviceBudget(found.PoolBytes)); err != nil {
+					return nil // ctx is done
+				}
 			}
 			h.loads.Store(true)
 			return nil

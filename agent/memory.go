@@ -5,6 +5,7 @@ import (
 	"time"
 
 	"github.com/dunlin/dunlin/agent/device"
+	"github.com/dunlin/dunlin/agent/worker"
 	profiles "github.com/dunlin/dunlin/firmware-profiles"
 )
 
@@ -15,7 +16,13 @@ const (
 	spareFraction = 0.05
 	// A budget that differs by less than this part is left as it is.
 	budgetStep = 0.02
+	// maxPinned bounds the host memory that is taken at each start of the
+	// process that runs models, for weights that a GPU reads.
+	maxPinned = 1 << 30
 )
+
+// cudaProvider is ONNX Runtime's name of what runs models on NVIDIA's GPUs.
+const cudaProvider = "CUDAExecutionProvider"
 
 // memoryBudget gives how many bytes models may take: what the settings say, or
 // the firmware profile's part of the memory.
@@ -38,6 +45,36 @@ func observedBudget(configured, held, available, total int64) int64 {
 	return max(min(configured, held+available-spare), 1)
 }
 
+// deviceBudget gives how many bytes models may take of a GPU's memory of which
+// so many were free: all but a spare part, or what the settings say.
+func (s *Serving) deviceBudget(free int64) int64 {
+	budget := max(free-int64(float64(free)*spareFraction), 1)
+	if s.MemoryMiB > 0 {
+		budget = min(budget, int64(s.MemoryMiB)<<20)
+	}
+	return budget
+}
+
+// pooling waits for a ready child where weights are to be in pools, and says
+// whether they are, and how much of the device's memory was free for them.
+func (h *host) pooling(ctx context.Context) (found worker.Runtime) {
+	if h.pools != "" {
+		found, _ = h.worker.Runtime(ctx)
+	}
+	return found
+}
+
+// weightPools says in words where weights leave and come back in place.
+func (h *host) weightPools(found worker.Runtime) string {
+	switch {
+	case h.pools == "":
+		return "none: models run on the CPU"
+	case !found.Pooling.Works:
+		return "none: " + found.Pooling.Reason
+	}
+	return h.pools + " " + found.Pooling.Device
+}
+
 // followMemory keeps the engine's budget within what the device has.
 func (h *host) followMemory(ctx context.Context) error {
 	last := h.budget
@@ -53,6 +90,7 @@ func (h *host) followMemory(ctx context.Context) error {
 		if err != nil {
 			continue // then only the budget counts that was asked for
 		}
+		pooled := h.pooling(ctx)
 		held := int64(0)
 		if pid := h.worker.PID(); pid != 0 {
 			if n, err := device.Anonymous(pid); err == nil {
@@ -60,6 +98,9 @@ func (h *host) followMemory(ctx context.Context) error {
 			}
 		}
 		now := observedBudget(h.budget, held, int64(available), int64(total))
+		if pooled.Pooling.Works {
+			now = h.serving.deviceBudget(pooled.PoolBytes)
+		}
 		if diff := float64(now-last) / float64(last); diff < -budgetStep || diff > budgetStep || now == h.budget && now != last {
 			h.serving.Log.Info("memory for models changes", "bytes", now, "before", last, "available", available)
 			if err := h.engine.SetMemory(ctx, now); err != nil {

@@ -1,6 +1,10 @@
 package agent
 
 import (
+	"context"
+	"os"
+	"strings"
+	"sync"
 	"testing"
 
 	profiles "github.com/dunlin/dunlin/firmware-profiles"
@@ -18,6 +22,44 @@ func TestMemoryBudget(t *testing.T) {
 	}
 	if n, err := (&Serving{MemoryMiB: 3}).memoryBudget(profile); n != 3<<20 || err != nil {
 		t.Errorf("3 MiB are %d bytes, %v", n, err)
+	}
+}
+
+func TestDeviceBudget(t *testing.T) {
+	for _, tt := range []struct {
+		mib        int
+		free, want int64
+	}{{0, 100 << 20, 95 << 20}, {50, 100 << 20, 50 << 20}, {200, 100 << 20, 95 << 20}, {0, -5, 1}} {
+		if got := (&Serving{MemoryMiB: tt.mib}).deviceBudget(tt.free); got != tt.want {
+			t.Errorf("%d free, %d MiB asked for: %d, want %d", tt.free, tt.mib, got, tt.want)
+		}
+	}
+}
+
+// TestPools has a profile ask for a GPU that the machine, or the runtime of
+// the tests, does not have: that is said, and the rest is as without.
+func TestPools(t *testing.T) {
+	serving := Serving{RuntimeLib: runtimeLibrary(t), Worker: []string{os.Args[0], "worker"}, CacheMiB: 64}
+	for _, tt := range []struct {
+		providers []string
+		pools     string
+	}{{[]string{"CPUExecutionProvider"}, ""}, {[]string{"CUDAExecutionProvider", "CPUExecutionProvider"}, "cuda:0"}} {
+		profile := profiles.Profile{Providers: tt.providers, Memory: profiles.Memory{HostFraction: 0.5}}
+		h, err := newHost(serving, profile, t.TempDir(), serving.workerConfig(1))
+		if err != nil {
+			t.Fatal(err)
+		}
+		ctx, cancel := context.WithCancel(t.Context())
+		var wg sync.WaitGroup
+		wg.Go(func() { h.worker.Supervise(ctx) })
+		found, err := h.worker.Runtime(ctx)
+		text := h.weightPools(found)
+		if err != nil || h.pools != tt.pools || found.Pooling.Works || h.pooled() != 0 ||
+			!strings.HasPrefix(text, "none: ") || (tt.pools != "") != (found.Pooling.Reason != "") {
+			t.Errorf("%v: %q, %q, %+v, %v", tt.providers, h.pools, text, found, err)
+		}
+		cancel()
+		wg.Wait()
 	}
 }
 

@@ -1,6 +1,7 @@
 package agent
 
 import (
+	"context"
 	"net/http"
 	"strconv"
 	"sync"
@@ -17,10 +18,22 @@ import (
 func (h *host) metrics(more ...prometheus.Collector) http.Handler {
 	handler := sync.OnceValue(func() http.Handler {
 		r := telemetry.NewMetrics()
-		r.MustRegister(append(more, versionMetrics{h.engine})...)
+		r.MustRegister(append(more, versionMetrics{h.engine}, prometheus.NewGaugeFunc(prometheus.GaugeOpts{
+			Name: "dunlin_weight_pools", Help: "1 while weights leave and come back in place, in pools of device memory.",
+		}, h.pooled))...)
 		return telemetry.Handler(r)
 	})
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { handler().ServeHTTP(w, r) })
+}
+
+// pooled is 1 while weights are in pools.
+func (h *host) pooled() float64 {
+	now, cancel := context.WithCancel(context.Background())
+	cancel() // a child that is not ready is not waited for
+	if h.pooling(now).Pooling.Works {
+		return 1
+	}
+	return 0
 }
 
 // metrics adds those of the link to a host's.

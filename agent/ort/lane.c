@@ -1,4 +1,5 @@
 #include "lane_internal.h"
+#include "readonly.h"
 
 #include <errno.h>
 #include <stdio.h>
@@ -228,6 +229,16 @@ static int expect(struct lane *l, const struct lane_question *q, unsigned char *
 	return some;
 }
 
+// arenas has options say which arenas a run leaves as it found them.
+static OrtStatus *arenas(struct lane *l) {
+	if (strcmp(l->arenas, l->session->arenas) == 0)
+		return NULL;
+	OrtStatus *s = ort_shrink_after(l->options, l->session->arenas);
+	if (!s)
+		memcpy(l->arenas, l->session->arenas, sizeof l->arenas);
+	return s;
+}
+
 // run answers a LANE_RUN.
 static int run(struct lane *l, const struct lane_question *q) {
 	unsigned char *memory = NULL;
@@ -252,6 +263,8 @@ static int run(struct lane *l, const struct lane_question *q) {
 	OrtStatus *s = NULL;
 	int expected = expect(l, q, memory, &s);
 	l->began = now();
+	if (!s)
+		s = arenas(l);
 	if (!s)
 		s = ort_run(l->session->session, l->options, l->in, q->inputs, l->names, q->outputs, l->values);
 	if (s && expected) {

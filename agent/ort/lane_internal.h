@@ -14,6 +14,7 @@
 struct session {
 	uint64_t number;
 	OrtSession *session;
+	char arenas[LANES_ARENAS]; // that its runs leave as they found them; "" for none
 	const char **inputs, **outputs; // inputs is the array of both
 	size_t input_count, output_count;
 	size_t users; // lanes that use it, and one for itself until it is closed
@@ -62,6 +63,7 @@ struct lane {
 	_Alignas(LANE_ALIGNMENT) unsigned char packet[LANE_PACKET];
 	_Alignas(LANE_ALIGNMENT) unsigned char answer[LANE_PACKET];
 	struct lane_question question;
+	char arenas[LANES_ARENAS]; // those that options say
 	struct ort_tensor *in;
 	const char **names;
 	size_t in_capacity, out_capacity;

@@ -3,6 +3,7 @@
 #include <errno.h>
 #include <sched.h>
 #include <signal.h>
+#include <stdio.h>
 #include <string.h>
 #include <sys/socket.h>
 #include <unistd.h>
@@ -25,11 +26,12 @@ struct lanes *lanes_new(void *memory, size_t size) {
 	return all;
 }
 
-void lanes_open(struct lanes *all, uint64_t number, OrtSession *session,
+void lanes_open(struct lanes *all, uint64_t number, OrtSession *session, const char *arenas,
 	const char *const *inputs, size_t input_count, const char *const *outputs, size_t output_count) {
 	struct session *s = must(calloc(1, sizeof *s));
 	s->number = number;
 	s->session = session;
+	snprintf(s->arenas, sizeof s->arenas, "%s", arenas);
 	s->inputs = must(calloc(input_count + output_count + 1, sizeof *s->inputs));
 	s->outputs = s->inputs + input_count;
 	for (size_t i = 0; i < input_count; i++)

@@ -55,25 +55,34 @@ func (l *Lanes) Open(number uint64, s *Session) {
 		return all
 	}
 	in, out := names(s.inputs), names(s.outputs)
-	C.lanes_open(l.c, C.uint64_t(number), s.pointer,
+	arenas := C.CString(s.shrink)
+	defer C.free(unsafe.Pointer(arenas))
+	C.lanes_open(l.c, C.uint64_t(number), s.pointer, arenas,
 		unsafe.SliceData(in), C.size_t(len(in)), unsafe.SliceData(out), C.size_t(len(out)))
 	l.mu.Lock()
 	l.sessions[number] = s
 	l.mu.Unlock()
 }
 
-// Close closes the session of a number when the runs that go on are over. It
-// does nothing where there is none.
-func (l *Lanes) Close(number uint64) {
+// Take gives back the session of a number when the runs that go on are over;
+// lanes refuse the number from then on. It gives nil where there is none.
+func (l *Lanes) Take(number uint64) *Session {
 	l.mu.Lock()
 	s := l.sessions[number]
 	delete(l.sessions, number)
 	l.mu.Unlock()
-	if s == nil {
-		return
+	if s != nil {
+		C.lanes_close(l.c, C.uint64_t(number))
 	}
-	C.lanes_close(l.c, C.uint64_t(number))
-	s.Close()
+	return s
+}
+
+// Close closes the session of a number when the runs that go on are over. It
+// does nothing where there is none.
+func (l *Lanes) Close(number uint64) {
+	if s := l.Take(number); s != nil {
+		s.Close()
+	}
 }
 
 // Cancel ends a run after the node that is being computed, also one that the

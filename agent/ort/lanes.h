@@ -20,8 +20,12 @@ struct lanes *lanes_new(void *memory, size_t size);
 // closed then.
 int lanes_add(struct lanes *all, size_t number, int socket);
 
-// Has a session answer to a number. The names live until lanes_close.
-void lanes_open(struct lanes *all, uint64_t number, OrtSession *session,
+enum { LANES_ARENAS = 32 };
+
+// Has a session answer to a number. Its runs give back what the arenas have
+// grown by that are named, by less than LANES_ARENAS characters; "" for none.
+// The names live until lanes_close.
+void lanes_open(struct lanes *all, uint64_t number, OrtSession *session, const char *arenas,
 	const char *const *inputs, size_t input_count, const char *const *outputs, size_t output_count);
 
 // Ends that, and returns when no lane uses the session any more.

@@ -67,11 +67,15 @@ func newTestLane(t testing.TB) *testLane {
 }
 
 // open has a model answer to a number of its own.
-func (l *testLane) open(entry string) uint64 {
+func (l *testLane) open(entry string) uint64 { return l.openShrinking(entry, "") }
+
+// openShrinking has its runs leave arenas as they found them.
+func (l *testLane) openShrinking(entry, arenas string) uint64 {
 	s, err := Open(l.t.Context(), "testdata", entry)
 	if err != nil {
 		l.t.Fatal(err)
 	}
+	s.shrink = arenas
 	numbers.Lock()
 	numbers.session++
 	n := numbers.session
@@ -191,6 +195,46 @@ func TestLane(t *testing.T) {
 
 // TestLaneRoom has outputs that are too large for what the question brought,
 // one of which is the input that lies in the packet.
+// TestLaneArenas has a session whose runs are to leave an arena as they found
+// it that there is none of: the runtime says so, of its runs and no others.
+func TestLaneArenas(t *testing.T) {
+	l := newTestLane(t)
+	plain, shrinking := l.open("add.onnx"), l.openShrinking("add.onnx", "gpu:0")
+	for range 2 {
+		for _, session := range []uint64{plain, shrinking} {
+			want := AnswerDone
+			if session == shrinking {
+				want = AnswerRefused
+			}
+			_, packet := l.question(session, 1, ones("a", 1, 2), ones("b", 2, 2))
+			l.send(packet, -1)
+			if a := l.receive(want, 0); session == shrinking && !strings.Contains(a.Text, "gpu:0") {
+				t.Errorf("%q", a.Text)
+			}
+		}
+	}
+}
+
+// TestLaneTake takes a session from its lanes and gives it back.
+func TestLaneTake(t *testing.T) {
+	l := newTestLane(t)
+	n := l.open("add.onnx")
+	ask := func(want AnswerKind) {
+		t.Helper()
+		_, packet := l.question(n, 1, ones("a", 1, 2), ones("b", 2, 2))
+		l.send(packet, -1)
+		l.receive(want, 0)
+	}
+	ask(AnswerDone)
+	s := l.lanes.Take(n)
+	ask(AnswerFailed)
+	if s == nil || l.lanes.Take(n) != nil {
+		t.Error("it was not there, or twice")
+	}
+	l.lanes.Open(n, s)
+	ask(AnswerDone)
+}
+
 func TestLaneRoom(t *testing.T) {
 	l := newTestLane(t)
 	passthrough := l.open("passthrough.onnx")

@@ -167,7 +167,7 @@ type Session struct {
 	inputs, outputs []tensor.Info
 	batch           bool
 	mapped          []byte             // the file that the runtime reads in place; nil for Open's
-	shrink          string             // the arenas that a Run leaves as it found them, "gpu:0"
+	shrink          string             // the arenas that a run leaves as it found them, "gpu:0"
 	names           map[string]*C.char // of inputs and outputs
 	alarm           runtime.Cleanup
 
@@ -382,6 +382,14 @@ func OutOfMemoryText(text string) bool {
 	text = strings.ToLower(text)
 	return slices.ContainsFunc(outOfMemory, func(s string) bool { return strings.Contains(text, s) })
 }
+
+// poisoned has the errors after which CUDA does nothing more in a process, as
+// ONNX Runtime and weights write them.
+var poisoned = regexp.MustCompile(`\bCUDA(?: failure |_ERROR_[A-Z_]+ \()(?:214|700|702|71[0-9])\b`)
+
+// PoisonedText says whether the text of a failure is that of a GPU which does
+// nothing more for the process that it occurred in.
+func PoisonedText(text string) bool { return poisoned.MatchString(text) }
 
 // IsOutOfMemory does so for an error.
 func IsOutOfMemory(err error) bool {

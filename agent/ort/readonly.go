@@ -174,6 +174,9 @@ func pooling(device string, err error) Pooling {
 	return Pooling{Device: device, Works: true}
 }
 
+// ProbeBytes are the addresses that a pool for ProbePool has.
+const ProbeBytes = 64 << 20
+
 // probed is the width of the probe's weights.
 const probed = 64
 
@@ -183,11 +186,18 @@ func probe(ctx context.Context, driver weights.Driver, place Placement) (err err
 		return err
 	}
 	defer func() { err = errors.Join(err, device.Close()) }()
-	pool, err := device.NewPool(64 << 20)
+	pool, err := device.NewPool(ProbeBytes)
 	if err != nil {
 		return err
 	}
 	defer func() { err = errors.Join(err, pool.Close()) }()
+	return ProbePool(ctx, pool, place)
+}
+
+// ProbePool is ProbePooling for an empty pool of ProbeBytes, in the place to
+// which it belongs. Its error says why the runtime does not put weights there.
+// The pool is to be closed afterwards.
+func ProbePool(ctx context.Context, pool *weights.Pool, place Placement) error {
 	s, blocks, err := openPooled(ctx, "probe", pool, place, func(o *binding.SessionOptions) (*binding.DynamicAdvancedSession, error) {
 		return binding.NewDynamicAdvancedSessionWithONNXData(probeModel(), nil, nil, o)
 	})

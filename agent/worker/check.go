@@ -2,6 +2,7 @@ package worker
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"math"
@@ -9,6 +10,7 @@ import (
 	"time"
 
 	"github.com/dunlin/dunlin/agent/engine"
+	"github.com/dunlin/dunlin/agent/ort"
 )
 
 // CheckLimit is how long Check and Probe may take where their context does
@@ -21,22 +23,40 @@ type Runtime struct {
 	Version   string
 	Providers []string // that the library was built with
 	Sandbox   Sandbox  // that the child is in
+	// Pooling says whether sessions stay while their weights are out, as
+	// Config.Pools asks, and PoolBytes how much of the device's memory was free
+	// for them when the child began.
+	Pooling   ort.Pooling
+	PoolBytes int64
 }
 
 // open has the child open the runtime.
 func (p *process) open(ctx context.Context, cfg *Config) error {
 	ctx, cancel := context.WithTimeout(ctx, CheckLimit)
 	defer cancel()
-	m, err := p.call(ctx, engine.VersionID{}, &message{
-		kind: kindInit, strings: []string{cfg.RuntimeLib}, number: uint64(max(cfg.Threads, 0)),
-	})
+	question := &message{kind: kindInit, strings: []string{cfg.RuntimeLib}, number: uint64(max(cfg.Threads, 0))}
+	if cfg.Pools != "" {
+		text, err := json.Marshal(poolSettings{Device: cfg.Pools, Bytes: cfg.PoolBytes, Pinned: cfg.PinnedBytes})
+		if err != nil {
+			return err
+		}
+		question.strings = append(question.strings, string(text))
+	}
+	m, err := p.call(ctx, engine.VersionID{}, question)
 	if err != nil {
 		return err
 	}
-	if len(m.strings) == 0 {
-		return fmt.Errorf("%w: the runtime has no version", errMalformed)
+	if len(m.strings) < len(question.strings) {
+		return fmt.Errorf("%w: the runtime is described by %d strings", errMalformed, len(m.strings))
 	}
-	p.runtime = Runtime{m.strings[0], m.strings[1:], sandboxOf(m.number)}
+	p.runtime = Runtime{Version: m.strings[0], Providers: m.strings[len(question.strings):], Sandbox: sandboxOf(m.number)}
+	if cfg.Pools != "" {
+		var found poolsFound
+		if err := json.Unmarshal([]byte(m.strings[1]), &found); err != nil {
+			return fmt.Errorf("%w: pools: %w", errMalformed, err)
+		}
+		p.runtime.Pooling, p.runtime.PoolBytes = found.Pooling, found.Bytes
+	}
 	return nil
 }
 
@@ -59,6 +79,7 @@ func once[T any](ctx context.Context, cfg Config, f func(context.Context, *proce
 	ctx, cancel := context.WithTimeoutCause(ctx, CheckLimit, fmt.Errorf("not done within %v: %w", CheckLimit, context.DeadlineExceeded))
 	defer cancel()
 	cfg = cfg.withDefaults()
+	cfg.Pools = "" // they are for the one that serves
 	p, err := startProcess(&cfg, nil)
 	if err != nil {
 		return result, err

@@ -15,6 +15,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/dunlin/dunlin/agent/ort"
+	"github.com/dunlin/dunlin/agent/weights"
 )
 
 // Where the child finds its end of the socket, and the region.
@@ -30,6 +31,11 @@ func Child() int { return runChild(nil) }
 // runChild calls opening, where not nil, with each file that is opened, before
 // and after it.
 func runChild(opening func(file string, opened bool)) int {
+	return (&sessions{opening: opening}).run()
+}
+
+// run is Child for a side of the socket that has yet to find it.
+func (c *sessions) run() int {
 	box, err := enterSandbox()
 	if err != nil {
 		fmt.Fprintf(os.Stderr, "worker: %v\n", err)
@@ -50,7 +56,7 @@ func runChild(opening func(file string, opened bool)) int {
 		fmt.Fprintf(os.Stderr, "dunlin-agent worker is started by dunlin-agent only: %v\n", err)
 		return 2
 	}
-	c := &sessions{socket: s, memory: memory, box: box, opening: opening, cancels: make(map[uint64]context.CancelFunc)}
+	c.socket, c.memory, c.box, c.cancels = s, memory, box, make(map[uint64]context.CancelFunc)
 	if err := c.serve(); err != nil {
 		fmt.Fprintf(os.Stderr, "worker: %v\n", err)
 		return 1
@@ -131,7 +137,10 @@ type sessions struct {
 	memory  []byte // of the region
 	box     Sandbox
 	opening func(file string, opened bool)
-	lanes   *ort.Lanes // set by init
+	watch   func(p *pools, done bool) // see pools
+	lanes   *ort.Lanes                // set by init
+	pools   *pools                    // nil for none; set by init, as is
+	device  *pools                    // these, or what could not be used as such
 
 	mu      sync.Mutex                    // guards what follows
 	cancels map[uint64]context.CancelFunc // of the questions being worked on
@@ -182,7 +191,7 @@ func (c *sessions) init() error {
 	if err != nil {
 		return err
 	}
-	if m.kind != kindInit || len(m.strings) != 1 {
+	if m.kind != kindInit || len(m.strings) < 1 || len(m.strings) > 2 {
 		return fmt.Errorf("%w: kind %d comes first", errMalformed, m.kind)
 	}
 	err = ort.Init(m.strings[0], int(m.number))
@@ -193,12 +202,20 @@ func (c *sessions) init() error {
 	if err != nil {
 		return c.socket.send(failure(m.seq, err), nil)
 	}
+	found := []string{ort.Version()}
+	if len(m.strings) == 2 {
+		text, err := c.openPools(m.strings[1])
+		if err != nil {
+			return err
+		}
+		found = append(found, text)
+	}
 	c.lanes = ort.NewLanes(c.memory)
 	if err := ort.TrimWhenIdle(idle); err != nil {
 		return err
 	}
 	debug.FreeOSMemory()
-	return c.socket.send(&message{kind: kindDone, seq: m.seq, number: c.box.number(), strings: append([]string{ort.Version()}, providers...)}, nil)
+	return c.socket.send(&message{kind: kindDone, seq: m.seq, number: c.box.number(), strings: append(found, providers...)}, nil)
 }
 
 // lane begins a lane on a copy of a socket's descriptor.
@@ -230,7 +247,7 @@ func (c *sessions) answer(ctx context.Context, m *message) error {
 			if err = c.socket.send(done, nil); !errors.Is(err, errTooLong) {
 				return err
 			}
-			c.lanes.Close(m.session)
+			_ = c.close(m.session) // what stays is tried again
 		}
 		return c.socket.send(failure(m.seq, err), nil)
 	case kindCompile:
@@ -245,12 +262,23 @@ func (c *sessions) answer(ctx context.Context, m *message) error {
 		}
 		return c.socket.send(failure(m.seq, err), nil)
 	case kindDeactivate:
-		c.lanes.Close(m.session)
-		return c.socket.send(&message{kind: kindDone, seq: m.seq}, nil)
+		return c.done(m, c.close(m.session))
+	case kindOut:
+		return c.done(m, c.out(m.session))
+	case kindIn:
+		return c.done(m, c.in(ctx, m.session))
 	case kindPooling:
 		return c.socket.send(pooling(ctx, m.seq), nil)
 	}
 	return fmt.Errorf("%w: kind %d is not a question", errMalformed, m.kind)
+}
+
+// done answers what has no answer but whether it was done.
+func (c *sessions) done(m *message, err error) error {
+	if err != nil {
+		return c.socket.send(failure(m.seq, err), nil)
+	}
+	return c.socket.send(&message{kind: kindDone, seq: m.seq}, nil)
 }
 
 func (c *sessions) activate(ctx context.Context, m *message) (*message, error) {
@@ -261,6 +289,9 @@ func (c *sessions) activate(ctx context.Context, m *message) (*message, error) {
 	if c.opening != nil {
 		c.opening(m.strings[n-1], false)
 		defer c.opening(m.strings[n-1], true)
+	}
+	if n == 2 && m.number == inPool {
+		return c.fill(ctx, m)
 	}
 	before := ownMemory()
 	start := time.Now()
@@ -321,7 +352,8 @@ func failure(seq uint64, err error) *message {
 	switch {
 	case errors.Is(err, context.Canceled):
 		k = kindCancelled
-	case ort.IsOutOfMemory(err):
+	case errors.Is(err, weights.ErrFull): // the runtime calls it out of memory
+	case ort.IsOutOfMemory(err), errors.Is(err, weights.ErrOutOfMemory):
 		k = kindOutOfMemory
 	}
 	reason := err.Error()

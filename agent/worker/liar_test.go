@@ -183,6 +183,12 @@ func (l *lie) answer(kind int) {
 	l.lane.Write(b)
 }
 
+// poisoned answers as the runtime does when its GPU does nothing more for it.
+func (l *lie) poisoned() {
+	const text = "Non-zero status code returned while running Conv node. CUDA failure 700: an illegal memory access was encountered ; GPU=0"
+	l.lane.Write(append(packet(failed, l.seq, 0, uint64(len(text))), text...))
+}
+
 // late answers rightly, with all outputs in the region, but has written over
 // what was there before.
 func (l *lie) late() {

@@ -43,6 +43,8 @@ func TestMain(m *testing.M) {
 	case mode == "garbage":
 		kind, _ := strconv.Atoi(arg)
 		liar(func(l *lie) { l.answer(kind) })
+	case mode == "poisoned":
+		liar((*lie).poisoned)
 	case mode == "late":
 		liar((*lie).late)
 	case mode == "kill-on-load":
@@ -71,6 +73,10 @@ func TestMain(m *testing.M) {
 			}
 			os.WriteFile(arg, append(seen, '.'), 0o600)
 		}))
+	case mode == "pools": // arg is the folder in which the test is told of them
+		os.Exit((&sessions{watch: watched(arg)}).run())
+	case mode == "abort-on-pools":
+		os.Exit((&sessions{watch: func(*pools, bool) { syscall.Kill(os.Getpid(), syscall.SIGABRT); select {} }}).run())
 	case mode == "fault-on-load":
 		os.Exit(runChild(func(string, bool) { syscall.Kill(os.Getpid(), syscall.SIGSEGV); select {} }))
 	case mode == "hang-on-load":

@@ -16,13 +16,19 @@ type kind byte
 // lane and cancelRun once, with the question's sequence number. Runs have
 // packets and sockets of their own, see ort.Lanes.
 const (
-	// kindInit opens the runtime: strings = library; number = threads.
+	// kindInit opens the runtime: strings = library; or library, poolSettings
+	// in JSON; number = threads.
 	kindInit kind = iota + 1
 	// kindActivate opens a model as session: strings = folder, entry; or
-	// strings = compiled file, and number = 1 has its weights prepacked.
+	// strings = compiled file, and number = 1 has its weights prepacked. With
+	// folder, entry, number = inPool puts them into a pool of memory addresses.
 	kindActivate
-	// kindDeactivate closes session.
+	// kindDeactivate closes session, and its pool.
 	kindDeactivate
+	// kindOut has the weights of a session leave its pool, and kindIn brings
+	// them back; between them it cannot be run.
+	kindOut
+	kindIn
 	// kindPooling asks whether the runtime puts weights into a pool; kindDone
 	// answers with number = 1 for yes, strings = device, reason.
 	kindPooling
@@ -37,8 +43,9 @@ const (
 	// file to write.
 	kindCompile
 	// kindDone answers: init with strings = version, providers..., number =
-	// sandbox; activate with inputs, outputs, batch, number = nanoseconds, memory;
-	// compile likewise, with strings = findings in JSON.
+	// sandbox, where pools were asked for after poolsFound in JSON; activate with
+	// inputs, outputs, batch, number = nanoseconds, memory, and of one in a pool
+	// strings = holding in JSON; compile likewise, with findings.
 	kindDone
 	// kindFailed answers: strings = what went wrong.
 	kindFailed

@@ -21,6 +21,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/dunlin/dunlin/agent/engine"
+	"github.com/dunlin/dunlin/agent/ort"
 )
 
 // DeathError is the error of what was in flight when the child died.
@@ -261,7 +262,7 @@ func (p *process) call(ctx context.Context, id engine.VersionID, m *message) (*m
 	}
 	select {
 	case a := <-answer:
-		return a, a.err()
+		return a, p.judge(id, a)
 	case <-p.dead:
 		return p.last(answer)
 	case <-ctx.Done():
@@ -277,7 +278,7 @@ func (p *process) call(ctx context.Context, id engine.VersionID, m *message) (*m
 		if a.kind == kindCancelled {
 			return nil, context.Cause(ctx)
 		}
-		return a, a.err()
+		return a, p.judge(id, a)
 	case <-timer.C:
 		p.killFor(id, fmt.Sprintf("gave no answer for %v after a request was cancelled", grace))
 		<-p.dead
@@ -304,6 +305,22 @@ func (p *process) last(answer <-chan *message) (*message, error) {
 	}
 }
 
+// judge gives the error of an answer about a version that is one: the child's
+// death where it can do nothing more.
+func (p *process) judge(id engine.VersionID, a *message) error {
+	err := a.err()
+	if !errors.Is(err, errPoisoned) {
+		return err
+	}
+	p.mu.Lock()
+	p.pending[a.seq] = question{id, make(chan *message, 1)} // it was at work on it
+	p.mu.Unlock()
+	return p.fail(err)
+}
+
+// errPoisoned is the error of a child whose GPU does nothing more for it.
+var errPoisoned = errors.New("the GPU's state is lost")
+
 // err gives the error of an answer that is one.
 func (m *message) err() error {
 	switch m.kind {
@@ -313,6 +330,9 @@ func (m *message) err() error {
 		return context.Canceled
 	}
 	reason := strings.ToValidUTF8(strings.Join(m.strings, " "), "\uFFFD")
+	if ort.PoisonedText(reason) {
+		return fmt.Errorf("%w: %s", errPoisoned, reason)
+	}
 	if m.kind == kindOutOfMemory {
 		return fmt.Errorf("%w: %s", engine.ErrOutOfMemory, reason)
 	}

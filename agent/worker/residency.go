@@ -27,6 +27,7 @@ type version struct {
 	spec  engine.Spec
 	info  engine.Info
 	image Image         // without a file where it could not be compiled
+	files int64         // bytes on disk, where there may be pools
 	lane  chan struct{} // holds one while what it has open in the child changes
 
 	// Guarded by Worker.mu.
@@ -34,8 +35,12 @@ type version struct {
 	active    bool               // every child is to have it open
 	prepacked bool               // with its weights prepacked
 	session   *session           // that it runs on, in the child that is ready; nil for none
+	warm      *session           // that has stayed there while its weights are out of its pool
+	out       uint64             // Worker.outs when they left
 	failure   error              // of an active one that the child could not open
 	guilt     guilt
+
+	unpooled atomic.Pointer[process] // the child that could not open it in a pool
 
 	// What is known of its outputs: the bytes of the largest ones so far that
 	// did not fit a packet, which the next ones may need too, and whether they
@@ -49,7 +54,14 @@ type session struct {
 	number    uint64
 	prepacked bool
 
+	// Of one with its weights in a pool: that it is, what it takes there, and
+	// its bytes on the host.
+	pooled bool
+	need   engine.Need
+	host   int64
+
 	// Guarded by Worker.mu.
+	spent  bool          // a run found too little memory: it does not stay
 	users  int           // runs that have it
 	unused chan struct{} // closed when there are none any more; nil until somebody waits
 }
@@ -76,6 +88,16 @@ func (w *Worker) Load(ctx context.Context, s engine.Spec) (engine.Info, error) {
 		return engine.Info{}, err
 	}
 	v = &version{spec: s, info: image.Info, image: image, lane: make(chan struct{}, 1)}
+	if w.cfg.Pools != "" {
+		files, err := estimate(s)
+		if err != nil {
+			v.release()
+			return engine.Info{}, err
+		}
+		if v.files = files.Weights; p.runtime.Pooling.Works {
+			v.info.Need = engine.Need{Weights: (v.files/granule + 1) * granule, Workspace: image.Info.Need.Workspace}
+		}
+	}
 	w.mu.Lock()
 	other := w.loaded[s.ID]
 	if other == nil {
@@ -142,7 +164,7 @@ func estimate(s engine.Spec) (n engine.Need, err error) {
 // held. What the child has open of it stays open.
 func (w *Worker) remove(v *version) {
 	delete(w.loaded, v.spec.ID)
-	v.active, v.session = false, nil
+	v.active, v.session, v.warm = false, nil, nil
 }
 
 // Activate has a version be open in this child and all that follow, and gives
@@ -153,18 +175,24 @@ func (w *Worker) Activate(ctx context.Context, id engine.VersionID) (engine.Need
 	err := w.change(ctx, id, func(u use) error {
 		v := u.version
 		w.mu.Lock()
-		active, failed := v.active, v.failure != nil
+		active, failed, s := v.active, v.failure != nil, v.session
 		w.mu.Unlock()
-		if need = v.info.Need; active && !failed {
-			return nil
+		if s != nil || active && !failed { // also where a Deactivate was given up
+			if need = v.image.Info.Need; s != nil && s.pooled {
+				need = s.need
+			}
+			return w.commit(u, func() { v.active = true })
 		}
-		s, taken, err := w.open(ctx, u, false)
+		s, taken, err := w.comeIn(ctx, u)
 		if err != nil {
 			return err
 		}
 		need = taken
-		return w.commit(u, func() { v.active, v.session, v.failure = true, s, nil })
+		return w.commit(u, func() { v.active, v.session, v.warm, v.failure = true, s, nil, nil })
 	})
+	if err == nil {
+		w.cool(ctx)
+	}
 	return need, err
 }
 
@@ -230,11 +258,12 @@ func (w *Worker) prepack(ctx context.Context, u use) error {
 }
 
 // Deactivate closes a version in this child and all that follow, when the
-// runs that go on are over, and gives its memory back to the system. A Prepack
-// that goes on ends with context.Canceled.
+// runs that go on are over, and gives its memory back to the system; one in a
+// pool gives the device's back, and stays open. A Prepack that goes on ends
+// with context.Canceled.
 func (w *Worker) Deactivate(ctx context.Context, id engine.VersionID) error {
 	w.leave(id)
-	err := w.change(ctx, id, func(u use) error { return w.deactivate(u) })
+	err := w.change(ctx, id, func(u use) error { return w.deactivate(u, true) })
 	if err != nil && !errors.Is(err, engine.ErrNotLoaded) {
 		w.mu.Lock()
 		if v := w.loaded[id]; v != nil { // no child to come is to have it
@@ -242,20 +271,29 @@ func (w *Worker) Deactivate(ctx context.Context, id engine.VersionID) error {
 		}
 		w.mu.Unlock()
 	}
+	w.cool(ctx)
 	return err
 }
 
-func (w *Worker) deactivate(u use) error {
+// deactivate keeps the session open, if stay, where it is in a pool and has
+// not run out of memory: what it has worked in is then given back too.
+func (w *Worker) deactivate(u use, stay bool) error {
 	v := u.version
 	var s *session
 	err := w.commit(u, func() {
 		s = v.session
+		stay = stay && s != nil && s.pooled && !s.spent
 		v.active, v.prepacked, v.session, v.failure = false, false, nil, nil
 	})
 	if err != nil || s == nil {
 		return err
 	}
-	return errors.Join(w.close(u.process, v, s), u.process.region.trim())
+	if stay {
+		err = w.goOut(u, s)
+	} else {
+		err = w.close(u.process, v, s)
+	}
+	return errors.Join(err, u.process.region.trim())
 }
 
 // Unload forgets a version, and closes it where it is active. One that was in
@@ -280,7 +318,10 @@ func (w *Worker) Unload(ctx context.Context, id engine.VersionID) error {
 	}
 	w.leave(id)
 	return w.change(ctx, id, func(u use) error {
-		err := w.deactivate(u)
+		err := w.deactivate(u, false)
+		if err == nil {
+			err = w.drop(u)
+		}
 		if errors.Is(err, errSucceeded) {
 			return err
 		}
@@ -354,8 +395,20 @@ func (w *Worker) open(ctx context.Context, u use, prepack bool) (*session, engin
 
 // activate has the child open a version's model as a session, and gives what
 // it takes. A compiled file that the runtime refuses is not missed where the
-// model itself is there.
+// model itself is there, nor is a pool.
 func (p *process) activate(ctx context.Context, v *version, s *session) (need engine.Need, err error) {
+	if p.runtime.Pooling.Works && !s.prepacked && v.unpooled.Load() != p {
+		need, err := p.fill(ctx, v, s)
+		_, died := errors.AsType[*DeathError](err)
+		if err == nil || died || errors.Is(err, engine.ErrOutOfMemory) {
+			return need, err
+		}
+		if ctx.Err() != nil {
+			return need, context.Cause(ctx)
+		}
+		v.unpooled.Store(p)
+		p.stderr.log.Warn("model cannot be opened in a pool; its weights stay on the host", "model", v.spec.ID.Model, "version", v.spec.ID.Version, "error", err)
+	}
 	original := []string{v.spec.Dir, v.spec.Entry}
 	m := &message{kind: kindActivate, session: s.number, strings: original}
 	if v.image.File != "" {
@@ -375,7 +428,7 @@ func (p *process) activate(ctx context.Context, v *version, s *session) (need en
 	if err != nil {
 		return need, err
 	}
-	need = v.info.Need
+	need = v.image.Info.Need
 	compiled := len(m.strings) == 1
 	s.prepacked = s.prepacked || !compiled // the runtime does so by itself
 	if !need.Measured && quiet && p.quiet() {
@@ -390,24 +443,32 @@ func (p *process) activate(ctx context.Context, v *version, s *session) (need en
 // close closes a session that no run can begin with any more, when those that
 // go on are over.
 func (w *Worker) close(p *process, v *version, s *session) error {
-	w.mu.Lock()
+	if !w.drain(p, s) {
+		return nil
+	}
+	return p.closeSession(v, s)
+}
+
+// drain waits until the runs that go on with a session are over, and says
+// whether its child still lives.
+func (w *Worker) drain(p *process, s *session) bool {
 	unused := make(chan struct{})
+	w.mu.Lock()
 	if s.unused = unused; s.users == 0 {
 		close(unused)
 	}
 	w.mu.Unlock()
+	defer func() {
+		w.mu.Lock()
+		s.unused = nil
+		w.mu.Unlock()
+	}()
 	select {
 	case <-unused:
+		return true
 	case <-p.dead:
-		return nil
+		return false
 	}
-	// It is gone for the children to come; this one closes it whatever becomes
-	// of the caller.
-	_, err := p.call(context.Background(), v.spec.ID, &message{kind: kindDeactivate, session: s.number})
-	if _, died := errors.AsType[*DeathError](err); died {
-		return nil
-	}
-	return err
 }
 
 // reload brings back what was active and makes the child the current one.
@@ -425,7 +486,7 @@ func (w *Worker) reload(ctx context.Context, p *process) error {
 			w.sessions++
 			all = append(all, opened{version: v, session: &session{number: w.sessions}})
 		}
-		v.session = nil
+		v.session, v.warm = nil, nil
 	}
 	w.mu.Unlock()
 	slices.SortFunc(all, func(a, b opened) int { return a.version.spec.ID.Compare(b.version.spec.ID) })

@@ -62,7 +62,13 @@ func (w *Worker) attempt(ctx context.Context, called time.Duration, u use, reque
 	}
 	defer l.release()
 	r := run{lane: l, version: u.version, session: u.session.number, limit: uint64(w.cfg.MaxBytes), called: called}
-	return r.do(ctx, requests, outputs)
+	out, err := r.do(ctx, requests, outputs)
+	if errors.Is(err, engine.ErrOutOfMemory) {
+		w.mu.Lock()
+		u.session.spent = true
+		w.mu.Unlock()
+	}
+	return out, err
 }
 
 // errTooLarge is the error of tensors over the limit.
@@ -109,6 +115,9 @@ func (r *run) do(ctx context.Context, requests [][]tensor.Tensor, outputs []stri
 	case ort.AnswerRefused:
 		return engine.Outcome{}, fmt.Errorf("%w: %s", engine.ErrInvalidInput, text)
 	case ort.AnswerFailed:
+		if ort.PoisonedText(text) {
+			return engine.Outcome{}, r.process.fail(errors.New(text))
+		}
 		if ort.OutOfMemoryText(text) {
 			return engine.Outcome{}, fmt.Errorf("%w: %s", engine.ErrOutOfMemory, text)
 		}

@@ -81,6 +81,22 @@ type Config struct {
 	// allocate; 0 for what the machine has.
 	CheckMemory int64
 
+	// Pools names a device in whose memory the child that serves keeps weights,
+	// so that a version's session stays while they leave and come back: "" for
+	// none, "cuda:N" for a GPU, FakePools for tests. Where that cannot be had,
+	// Runtime.Pooling says why, and all is as without.
+	Pools string
+	// PoolBytes is the size of a fake device.
+	PoolBytes int64
+	// PinnedBytes is host memory from which a GPU reads weights at full speed;
+	// the child takes it when it starts.
+	PinnedBytes int64
+	// WarmBytes bounds what sessions in pools have on the host, copies of their
+	// weights included; 0 for no bound. Beyond it, those whose weights have been
+	// out for the longest time are closed, and opened anew when they are
+	// activated.
+	WarmBytes int64
+
 	settled, grace, rebuildAfter time.Duration
 	sandbox                      *sandbox // of the child; nil for one that serves
 }
@@ -109,6 +125,9 @@ func (c Config) withDefaults() Config {
 	}
 	return c
 }
+
+// FakePools has a Config.Pools that is made of the child's own memory.
+const FakePools = "fake"
 
 // Death tells how a child ended and which versions it was working on: each
 // that was being run, activated, prepacked or deactivated, once.
@@ -142,6 +161,9 @@ type Worker struct {
 	trial    *version // the suspect that works; nil for none
 	accused  guilt    // of the call that trial works on
 	lost     []lost   // that OnLost has yet to be told of
+	outs     uint64   // how often weights have left a pool, and their session stayed
+	noPools  string   // why children open none; "": they do as Config says
+	said     string   // why there are none, as it was logged last
 
 	quarantined map[engine.VersionID]error // with the reason
 }
@@ -218,7 +240,14 @@ func (w *Worker) wake() {
 // once runs one child from its start to its end, and gives how long it was
 // ready, whether it has run something, and how it ended.
 func (w *Worker) once(ctx context.Context) (ready time.Duration, proved bool, err error) {
-	p, err := startProcess(&w.cfg, w.blame)
+	cfg := w.cfg
+	w.mu.Lock()
+	noPools := w.noPools
+	w.mu.Unlock()
+	if noPools != "" {
+		cfg.Pools = ""
+	}
+	p, err := startProcess(&cfg, w.blame)
 	if err != nil {
 		w.update(func() { w.failure = err })
 		return 0, false, err
@@ -226,9 +255,16 @@ func (w *Worker) once(ctx context.Context) (ready time.Duration, proved bool, er
 	defer p.stop()
 	defer context.AfterFunc(ctx, func() { p.kill(verdictStopped) })()
 	began := time.Now()
-	err = p.open(ctx, &w.cfg)
+	err = p.open(ctx, &cfg)
 	opened := err == nil
+	if cfg.Pools != "" && !opened && ctx.Err() == nil {
+		w.doubtPools(p, err)
+	}
 	if opened {
+		if noPools != "" {
+			p.runtime.Pooling.Reason = noPools
+		}
+		w.sayPools(p.runtime.Pooling)
 		err = w.reload(ctx, p)
 	}
 	if err != nil {

@@ -241,7 +241,10 @@ type DeviceInfo struct {
 	// Execution providers in order of preference, as ONNX Runtime names them.
 	Providers []string `protobuf:"bytes,12,rep,name=providers,proto3" json:"providers,omitempty"`
 	// Base URL of the agent's inference port.
-	ServingUrl    string `protobuf:"bytes,13,opt,name=serving_url,json=servingUrl,proto3" json:"serving_url,omitempty"`
+	ServingUrl string `protobuf:"bytes,13,opt,name=serving_url,json=servingUrl,proto3" json:"serving_url,omitempty"`
+	// The device in whose memory weights leave and come back in place, as
+	// "cuda:0 NAME"; or "none: " and why there is none.
+	WeightPools   string `protobuf:"bytes,14,opt,name=weight_pools,json=weightPools,proto3" json:"weight_pools,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -363,6 +366,13 @@ func (x *DeviceInfo) GetProviders() []string {
 func (x *DeviceInfo) GetServingUrl() string {
 	if x != nil {
 		return x.ServingUrl
+	}
+	return ""
+}
+
+func (x *DeviceInfo) GetWeightPools() string {
+	if x != nil {
+		return x.WeightPools
 	}
 	return ""
 }
@@ -1927,7 +1937,7 @@ const file_dunlin_v1_wire_proto_rawDesc = "" +
 	"\n" +
 	"Generation\x12 \n" +
 	"\vincarnation\x18\x01 \x01(\tR\vincarnation\x12\x16\n" +
-	"\x06number\x18\x02 \x01(\x04R\x06number\"\x98\x03\n" +
+	"\x06number\x18\x02 \x01(\x04R\x06number\"\xbb\x03\n" +
 	"\n" +
 	"DeviceInfo\x12\x1a\n" +
 	"\bhostname\x18\x01 \x01(\tR\bhostname\x12\x0e\n" +
@@ -1945,7 +1955,8 @@ const file_dunlin_v1_wire_proto_rawDesc = "" +
 	"\x0fruntime_version\x18\v \x01(\tR\x0eruntimeVersion\x12\x1c\n" +
 	"\tproviders\x18\f \x03(\tR\tproviders\x12\x1f\n" +
 	"\vserving_url\x18\r \x01(\tR\n" +
-	"servingUrl\"\x96\x02\n" +
+	"servingUrl\x12!\n" +
+	"\fweight_pools\x18\x0e \x01(\tR\vweightPools\"\x96\x02\n" +
 	"\x05Hello\x12\x17\n" +
 	"\aboot_id\x18\x01 \x01(\tR\x06bootId\x12\x18\n" +
 	"\asession\x18\x02 \x01(\tR\asession\x12>\n" +
