@@ -11,6 +11,7 @@ import (
 	"os"
 	"path/filepath"
 	"strconv"
+	"unsafe"
 
 	binding "github.com/yalue/onnxruntime_go"
 	"golang.org/x/sys/unix"
@@ -125,12 +126,31 @@ func mapFile(file string) ([]byte, error) {
 	if err != nil {
 		return nil, fmt.Errorf("map %s: %w", file, err)
 	}
-	// One call is much cheaper than the faults of the first run; before it, the
-	// disk is asked for everything at once. Where the kernel cannot, the faults
-	// do it.
-	_ = unix.Madvise(mapped, unix.MADV_WILLNEED)
+	// One call is much cheaper than the faults of the first run. Where the
+	// kernel cannot, these do it. What is not in the page cache is asked of the
+	// disk all at once before.
+	if !cached(mapped) {
+		_ = unix.Madvise(mapped, unix.MADV_WILLNEED)
+	}
 	_ = unix.Madvise(mapped, unix.MADV_POPULATE_READ)
 	return mapped, nil
+}
+
+// cached looks at a few pages of a mapped file, and says whether all of them are
+// in the page cache.
+func cached(mapped []byte) bool {
+	const looks = 16
+	page := os.Getpagesize()
+	pages := (len(mapped) + page - 1) / page
+	for i := range looks {
+		at := pages * i / looks * page
+		var in [1]byte
+		_, _, errno := unix.Syscall(unix.SYS_MINCORE, uintptr(unsafe.Pointer(&mapped[at])), 1, uintptr(unsafe.Pointer(&in[0])))
+		if errno != 0 || in[0]&1 == 0 {
+			return false
+		}
+	}
+	return true
 }
 
 // Mapped gives the bytes that the session reads from a mapped file, 0 for

@@ -4,6 +4,7 @@
 #include <pthread.h>
 #include <stdlib.h>
 #include <sys/mman.h>
+#include <unistd.h>
 
 enum {
 	ALIGNMENT = 64,
@@ -13,6 +14,7 @@ enum {
 	STEP_BITS = 3,
 	STEPS = 1 << STEP_BITS,
 	CLASSES = (47 - SMALLEST_BITS) << STEP_BITS,
+	HUGE_PAGE = 2 << 20,
 	// A block may be so many steps larger than what it is taken for.
 	GENEROUS = 3 * STEPS,
 };
@@ -55,8 +57,28 @@ static void *none(void) {
 	return runtimes->alloc(runtimes, SIZE_MAX >> 1);
 }
 
+// pages maps memory. Blocks as large as a huge page begin at a multiple of one,
+// so that the kernel can use them where it has some: kernels that stream
+// through weights or large activations miss the TLB less.
+static void *pages(size_t size) {
+	if (size < HUGE_PAGE)
+		return mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	size_t page = (size_t)sysconf(_SC_PAGESIZE);
+	size = (size + page - 1) & ~(page - 1);
+	char *p = mmap(NULL, size + HUGE_PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	if (p == MAP_FAILED)
+		return p;
+	size_t before = -(size_t)p & (HUGE_PAGE - 1);
+	if (before > 0)
+		munmap(p, before);
+	if (before < HUGE_PAGE)
+		munmap(p + before + size, HUGE_PAGE - before);
+	madvise(p + before, size, MADV_HUGEPAGE);
+	return p + before;
+}
+
 static void *map(size_t size, size_t number) {
-	union head *h = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	union head *h = pages(size);
 	if (h == MAP_FAILED)
 		return NULL;
 	h->block.size = size;
