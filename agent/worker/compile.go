@@ -31,7 +31,7 @@ const (
 	measureBytes = 256 << 20 // of the inputs of a run
 	// faster is how much faster a prepacked session has to be to be worth its
 	// memory.
-	faster = 1.05
+	faster = 1.02
 	// estimatedWorkspace is that of a model that could not be run, at least.
 	estimatedWorkspace = 4 << 20
 	// maxCompiledFile bounds what a child writes.
@@ -44,7 +44,7 @@ type Compiled struct {
 	// Need has what was measured in a child with nothing else in it, in which
 	// all runs were on one thread.
 	Need engine.Need
-	// Prepack says that runs are faster by more than a twentieth with the
+	// Prepack says that runs are faster by more than a fiftieth with the
 	// memory that Need.Prepacked has; otherwise that is 0.
 	Prepack bool
 	// Speedup is the median by which a prepacked session was faster, 0 where

@@ -26,7 +26,7 @@ const (
 	seed = 1
 	// packedFaster is how much faster prepacked weights have to be for the
 	// session to be replaced, as worker.Compile has it.
-	packedFaster = 1.05
+	packedFaster = 1.02
 )
 
 func main() {
