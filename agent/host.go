@@ -45,9 +45,6 @@ const (
 	// progressLimit is how long the scheduler may take to say that it makes
 	// progress.
 	progressLimit = time.Second
-	// A process that compiles may allocate so many times the budget, and so
-	// much more: it has the model several times.
-	checkMemoryFactor, checkMemoryRoom = 4, 512 << 20
 )
 
 // source is where the models of a host come from.
@@ -152,9 +149,7 @@ func newHost(s Serving, profile profiles.Profile, cache string, cfg worker.Confi
 		cfg.Pools, cfg.WarmBytes, cfg.PinnedBytes = "cuda:0", h.budget, min(h.budget/4, maxPinned)
 	}
 	h.pools = cfg.Pools
-	// A model of which more than the budget is needed to look at it could not
-	// run either.
-	cfg.CheckMemory = checkMemoryFactor*h.budget + checkMemoryRoom
+	cfg.CheckMemory = compileMemory
 	h.compile = worker.Cached(kept, cfg)
 	cfg.Compile = h.compile
 	h.worker = worker.New(cfg)
@@ -173,6 +168,9 @@ func (s *Serving) workerConfig(threads int) worker.Config {
 // check compiles a version in a process of its own, on one thread: its load
 // then finds it compiled. One that cannot be is loaded there.
 func (h *host) check(ctx context.Context, spec engine.Spec) (engine.Info, error) {
+	if err := h.fits(spec); err != nil {
+		return engine.Info{}, err
+	}
 	found, err := h.worker.Runtime(ctx)
 	if err != nil {
 		return engine.Info{}, err

@@ -2,11 +2,15 @@ package agent
 
 import (
 	"context"
+	"fmt"
+	"path/filepath"
 	"time"
 
 	"github.com/dunlin/dunlin/agent/device"
+	"github.com/dunlin/dunlin/agent/engine"
 	"github.com/dunlin/dunlin/agent/worker"
 	profiles "github.com/dunlin/dunlin/firmware-profiles"
+	"github.com/dunlin/dunlin/models"
 )
 
 const (
@@ -109,4 +113,33 @@ func (h *host) followMemory(ctx context.Context) error {
 			last = now
 		}
 	}
+}
+
+// compileMemory is what a process that looks at a new model may allocate: what is
+// available now, less a spare part. It has the model several times over.
+func compileMemory() int64 {
+	available, total, err := device.Memory()
+	if err != nil {
+		return 0
+	}
+	return max(int64(available)-int64(spareFraction*float64(total)), 1)
+}
+
+// fits says why a version could not run in any case, before anything is done
+// with it: its weights alone are more than the budget. What cannot be read is
+// left to those who load it.
+func (h *host) fits(spec engine.Spec) error {
+	if h.pools != "" { // which have another budget
+		return nil
+	}
+	graph, err := models.Inspect(filepath.Join(spec.Dir, spec.Entry))
+	if err != nil || graph.WeightBytes <= uint64(h.budget) {
+		return nil
+	}
+	if h.serving.Oversize == "map" {
+		h.serving.Log.Warn("a model's weights are more than the budget of memory: they stay in their file and are read as they are needed",
+			"model", spec.ID.Model, "version", spec.ID.Version, "weights", graph.WeightBytes, "budget", h.budget)
+		return nil
+	}
+	return fmt.Errorf("%s: %w: its weights have %d bytes, the budget is %d; --oversize map lets it run from its file", spec.ID, engine.ErrTooLarge, graph.WeightBytes, h.budget)
 }

@@ -2,11 +2,15 @@ package agent
 
 import (
 	"context"
+	"errors"
+	"log/slog"
 	"os"
+	"path/filepath"
 	"strings"
 	"sync"
 	"testing"
 
+	"github.com/dunlin/dunlin/agent/engine"
 	profiles "github.com/dunlin/dunlin/firmware-profiles"
 )
 
@@ -73,5 +77,29 @@ func TestObservedBudget(t *testing.T) {
 		if got := observedBudget(tt.configured, tt.held, tt.available, tt.total); got != tt.want {
 			t.Errorf("of %d configured, %d held, %d available of %d: %d, want %d", tt.configured, tt.held, tt.available, tt.total, got, tt.want)
 		}
+	}
+}
+
+// A model that is larger than the budget is refused with the numbers, before it
+// is looked at any further, or allowed and said so.
+func TestLargerThanMemory(t *testing.T) {
+	dir, err := filepath.Abs("../models/examples/digits")
+	if err != nil {
+		t.Fatal(err)
+	}
+	spec := engine.Spec{ID: engine.VersionID{Model: "digits", Version: 2}, Dir: dir, Entry: "v2.onnx"}
+	var log strings.Builder
+	h := &host{budget: 1000, serving: Serving{Oversize: "refuse", Log: slog.New(slog.NewTextHandler(&log, nil))}}
+	refused := h.fits(spec)
+	if !errors.Is(refused, engine.ErrTooLarge) || !strings.Contains(refused.Error(), "the budget is 1000") || passing(refused) {
+		t.Error(refused)
+	}
+	h.serving.Oversize = "map"
+	if err := h.fits(spec); err != nil || !strings.Contains(log.String(), "stay in their file") {
+		t.Error(err, log.String())
+	}
+	h.budget, h.serving.Oversize = 1<<30, "refuse"
+	if err := h.fits(spec); err != nil {
+		t.Error(err)
 	}
 }

@@ -225,6 +225,7 @@ func (c *core) step(ev event, now time.Time) []effect {
 	case setMemory:
 		c.dirty = true
 		c.ledger.budget = ev.budget
+		c.ledger.most = max(c.ledger.most, ev.budget)
 	case inspect:
 		c.emit(c.inspect(ev.call))
 	case health:

@@ -105,7 +105,7 @@ func TestBrokenFiles(t *testing.T) {
 	}
 	t.Logf("seed %d, %d cases", seed, cases)
 	cfg := testConfig(t, "")
-	cfg.Log, cfg.CheckMemory, cfg.grace = nil, 1<<30, time.Second
+	cfg.Log, cfg.CheckMemory, cfg.grace = nil, func() int64 { return 1 << 30 }, time.Second
 
 	good := written(t, zoo.MLP(1).Model)
 	ort := filepath.Join(t.TempDir(), "model.ort")

@@ -132,7 +132,7 @@ func TestCompileFails(t *testing.T) {
 		Outputs: []onnxwriter.Value{onnxwriter.Float("y", 16<<10, 16<<10)},
 		Nodes:   []onnxwriter.Node{{Op: "Expand", In: []string{"x", "shape"}, Out: []string{"y"}}},
 		Weights: []onnxwriter.Weight{{Name: "shape", Type: tensor.Int64, Shape: []int64{2}, Data: []byte{0, 64, 0, 0, 0, 0, 0, 0, 0, 64, 0, 0, 0, 0, 0, 0}}}})
-	cfg.CheckMemory = 300 << 20
+	cfg.CheckMemory = func() int64 { return 300 << 20 }
 	if err := fails(cfg, large, "out of memory"); !errors.Is(err, engine.ErrOutOfMemory) {
 		t.Errorf("got %v", err)
 	}

@@ -113,7 +113,7 @@ func (s *sandbox) environment() []string {
 // version and writes into the folder write; either may be none.
 func (c *Config) confined(v engine.Spec, write string) *sandbox {
 	s := &sandbox{
-		Confined: true, Memory: c.CheckMemory, FileSize: 1 << 20,
+		Confined: true, FileSize: 1 << 20,
 		CPU: CheckLimit * time.Duration(max(c.Threads, 1)),
 		Read: []string{
 			filepath.Dir(c.RuntimeLib), "/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/local/lib", "/usr/local/cuda", "/opt", "/nix/store", "/gnu/store",
@@ -134,6 +134,9 @@ func (c *Config) confined(v engine.Spec, write string) *sandbox {
 		if real, err := filepath.EvalSymlinks(filepath.Join(v.Dir, v.Entry)); err == nil {
 			s.Read = append(s.Read, real)
 		}
+	}
+	if c.CheckMemory != nil {
+		s.Memory = c.CheckMemory()
 	}
 	if s.Memory <= 0 {
 		var machine unix.Sysinfo_t

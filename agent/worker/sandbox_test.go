@@ -105,7 +105,7 @@ func escapeChild(folders string) int {
 
 func TestSandbox(t *testing.T) {
 	cfg := testConfig(t, "")
-	cfg.CheckMemory = 256 << 20
+	cfg.CheckMemory = func() int64 { return 256 << 20 }
 	read, write, elsewhere := t.TempDir(), t.TempDir(), t.TempDir()
 	for _, path := range []string{filepath.Join(read, "model"), filepath.Join(elsewhere, "secret")} {
 		if err := os.WriteFile(path, []byte("text"), 0o600); err != nil {

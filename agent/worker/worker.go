@@ -77,9 +77,9 @@ type Config struct {
 	// quarantine: the reason is engine.ErrQuarantined then. It must be quick.
 	OnLost func(id engine.VersionID, reason error)
 
-	// CheckMemory bounds the bytes that the child of a Check or Compile may
-	// allocate; 0 for what the machine has.
-	CheckMemory int64
+	// CheckMemory gives how many bytes the child of a Check or Compile may
+	// allocate that is about to be started; nil for what the machine has.
+	CheckMemory func() int64
 
 	// Pools names a device in whose memory the child that serves keeps weights,
 	// so that a version's session stays while they leave and come back: "" for
