@@ -58,7 +58,7 @@ const (
 	arrangeAgain = time.Millisecond
 	// An activation that has gone on for longer than hungAfter, and than
 	// stuckFactor times what it takes, is ended.
-	hungAfter = time.Minute
+	hungAfter = 3 * time.Minute
 	// calmAfter is how long nothing is brought in ahead of demand after the
 	// device has shown to have less memory than the ledger says.
 	calmAfter = 30 * time.Second
