@@ -547,8 +547,8 @@ func (e *Engine) Memory() Memory {
 }
 
 // SetMemory changes how many bytes the loaded versions may take for now; 0 sets
-// no bound. What may be loaded at all is measured by Config.Memory. What is above leaves as soon as nothing runs on it. It waits until Run
-// runs.
+// no bound. What is above leaves as soon as nothing runs on it. A version may be
+// loaded that fits the largest budget there has been. It waits until Run runs.
 func (e *Engine) SetMemory(ctx context.Context, bytes int64) error {
 	return e.do(ctx, setMemory{bytes})
 }

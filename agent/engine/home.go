@@ -79,7 +79,7 @@ type home struct {
 // ledger is the account of the memory.
 type ledger struct {
 	budget   int64 // bytes; 0: no bound
-	most     int64 // that the budget will be again
+	most     int64 // the largest budget so far, by which loads are judged
 	oversize bool  // weights that do not fit may stay in their files
 	used     int64
 	pinned   int64 // of used
@@ -196,7 +196,7 @@ type giveUp struct {
 	cause error
 }
 
-// What the core has done to memory.
+// What the core decides about memory.
 type (
 	startActivate   struct{ version *version }
 	startDeactivate struct{ version *version }
@@ -345,7 +345,7 @@ func (c *core) outOfMemory(v *version, r *run) {
 // end closes a session that is to be closed, as soon as nothing goes on with
 // it.
 func (c *core) end(v *version) {
-	if h := &v.home; h.ends && len(v.runs) == 0 && h.residency == resident && v.phase != unloading && !h.prepacking {
+	if h := &v.home; h.ends && !c.stopped && len(v.runs) == 0 && h.residency == resident && v.phase != unloading && !h.prepacking {
 		c.putOut(v, ForMemory)
 	}
 }
