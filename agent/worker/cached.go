@@ -8,6 +8,7 @@ import (
 
 	"github.com/dunlin/dunlin/agent/compiled"
 	"github.com/dunlin/dunlin/agent/engine"
+	"github.com/dunlin/dunlin/agent/ort"
 )
 
 // compiledAs are the options by which Compile compiles, and compiledFor the
@@ -18,7 +19,9 @@ const (
 )
 
 // Cached gives a Config.Compile that looks into a cache first, and keeps there
-// what it compiles, one version at a time, in children as cfg says.
+// what it compiles, one version at a time, in children as cfg says. What can be
+// compiled and not be kept, for want of room, is as what cannot be compiled:
+// ort.ErrNotCompilable.
 func Cached(cache *compiled.Cache, cfg Config) func(context.Context, Runtime, engine.Spec) (Image, error) {
 	lane := make(chan struct{}, 1)
 	return func(ctx context.Context, r Runtime, s engine.Spec) (Image, error) {
@@ -36,12 +39,17 @@ func Cached(cache *compiled.Cache, cfg Config) func(context.Context, Runtime, en
 				return Image{}, err
 			}
 			defer func() { <-lane }()
+			made := false
 			e, err = cache.Put(ctx, key, func(dir string) (compiled.Model, error) {
 				c, err := Compile(ctx, cfg, s, filepath.Join(dir, compiled.FileName))
+				made = err == nil
 				return compiled.Model{
 					Inputs: c.Info.Inputs, Outputs: c.Info.Outputs, Batch: c.Info.Batch, Need: c.Need, Prepack: c.Prepack,
 				}, err
 			})
+			if err != nil && made && ctx.Err() == nil {
+				err = fmt.Errorf("compile %s: %w, or rather kept: %w", s.ID, ort.ErrNotCompilable, err)
+			}
 		}
 		if err != nil {
 			return Image{}, err

@@ -4,7 +4,9 @@ import (
 	"errors"
 	"testing"
 
+	"github.com/dunlin/dunlin/agent/compiled"
 	"github.com/dunlin/dunlin/agent/engine"
+	"github.com/dunlin/dunlin/agent/ort"
 	"github.com/dunlin/dunlin/bench/zoo"
 )
 
@@ -52,5 +54,29 @@ func TestDeactivateWithoutChild(t *testing.T) {
 	}
 	if err := w.Unload(t.Context(), id); err != nil || w.loaded[id] != nil {
 		t.Errorf("%v; it is loaded still", err)
+	}
+}
+
+// TestNoRoomInCache serves a model that was compiled and is too large for the
+// cache, from its own file.
+func TestNoRoomInCache(t *testing.T) {
+	cache, err := compiled.Open(t.TempDir(), 1)
+	if err != nil {
+		t.Fatal(err)
+	}
+	cfg := testConfig(t, "")
+	cfg.Compile = Cached(cache, cfg)
+	w := start(t, cfg)
+	s := write(t, zoo.MLP(1))
+	found, err := w.Runtime(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := cfg.Compile(t.Context(), found, s); !errors.Is(err, ort.ErrNotCompilable) {
+		t.Errorf("got %v", err)
+	}
+	activate(t, w, s)
+	if _, err := one(t.Context(), w, s.ID, input(zoo.MLP(1), 1), nil); err != nil {
+		t.Error(err)
 	}
 }
