@@ -149,8 +149,8 @@ func checkRuntime(ctx context.Context, cfg Config) []Finding {
 	}
 	providers := Finding{Check: "providers", Verdict: Pass, Detail: fmt.Sprintf("%s, by firmware profile %s", strings.Join(usable(profile, found.Providers), ", "), profile.Name)}
 	for _, p := range profile.Providers {
-		if !slices.Contains(found.Providers, p) {
-			providers.Verdict, providers.Detail = Warn, providers.Detail+"; the library lacks "+p
+		if !slices.Contains(found.Providers, p.Name) {
+			providers.Verdict, providers.Detail = Warn, providers.Detail+"; the library lacks "+p.Name
 			providers.Remedy = "install an ONNX Runtime that was built with it"
 		}
 	}
@@ -357,5 +357,11 @@ func checkRegistry(ctx context.Context, id state.Identity) Finding {
 // usable gives the execution providers that models run on here: those of the
 // firmware profile, in its order, that the library was built with.
 func usable(profile profiles.Profile, built []string) []string {
-	return slices.DeleteFunc(slices.Clone(profile.Providers), func(p string) bool { return !slices.Contains(built, p) })
+	var names []string
+	for _, p := range profile.Providers {
+		if slices.Contains(built, p.Name) {
+			names = append(names, p.Name)
+		}
+	}
+	return names
 }

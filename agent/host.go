@@ -145,7 +145,7 @@ func newHost(s Serving, profile profiles.Profile, cache string, cfg worker.Confi
 	if err != nil {
 		return nil, err
 	}
-	if len(profile.Providers) > 0 && profile.Providers[0] == cudaProvider {
+	if len(profile.Providers) > 0 && profile.Providers[0].Name == cudaProvider {
 		cfg.Pools, cfg.WarmBytes, cfg.PinnedBytes = "cuda:0", h.budget, min(h.budget/4, maxPinned)
 	}
 	h.pools = cfg.Pools

@@ -45,9 +45,9 @@ func TestDeviceBudget(t *testing.T) {
 func TestPools(t *testing.T) {
 	serving := Serving{RuntimeLib: runtimeLibrary(t), Worker: []string{os.Args[0], "worker"}, CacheMiB: 64}
 	for _, tt := range []struct {
-		providers []string
+		providers []profiles.Provider
 		pools     string
-	}{{[]string{"CPUExecutionProvider"}, ""}, {[]string{"CUDAExecutionProvider", "CPUExecutionProvider"}, "cuda:0"}} {
+	}{{[]profiles.Provider{{Name: "CPUExecutionProvider"}}, ""}, {[]profiles.Provider{{Name: "CUDAExecutionProvider"}, {Name: "CPUExecutionProvider"}}, "cuda:0"}} {
 		profile := profiles.Profile{Providers: tt.providers, Memory: profiles.Memory{HostFraction: 0.5}}
 		h, err := newHost(serving, profile, t.TempDir(), serving.workerConfig(1))
 		if err != nil {

@@ -9,7 +9,7 @@ import (
 func TestMatch(t *testing.T) {
 	for arch, want := range map[string]string{"amd64": "generic-x86-64", "arm64": "generic-arm64"} {
 		p, err := Match(arch)
-		if err != nil || p.Name != want || p.Providers[0] != "CPUExecutionProvider" {
+		if err != nil || p.Name != want || p.Providers[0].Name != "CPUExecutionProvider" {
 			t.Errorf("Match(%q) = %+v, %v", arch, p, err)
 		}
 	}
@@ -41,7 +41,7 @@ func TestParseRefuses(t *testing.T) {
 		{"threads: 0", "threads: many", "threads"},
 		{"host_fraction: 0.5", "host_fraction: 1.5", "memory.host_fraction: 1.5"},
 		{"host_fraction: 0.5", "host_fraction: .nan", "memory.host_fraction: NaN"},
-		{"[CPUExecutionProvider]", "[]", "providers"},
+		{"- name: CPUExecutionProvider", "[]", "providers"},
 		{"arch: arm64", `arch: ""`, "match.arch"},
 		{"Any 64-bit Arm machine without a known accelerator", "", "description"},
 		{"reserve_bytes: 268435456", "reserve_bytes: -1", "storage.reserve_bytes: -1"},

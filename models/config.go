@@ -35,6 +35,9 @@ type Config struct {
 	// Serving says how requests for the model are scheduled; nil leaves that
 	// to the device.
 	Serving *serving.Options `json:"serving,omitempty"`
+	// Costs is what the graph's shapes tell of its runs; nil where they were
+	// not looked at.
+	Costs *Costs `json:"costs,omitempty"`
 }
 
 // LabelsByOutput gives the labels to the outputs that they fit: the only one,

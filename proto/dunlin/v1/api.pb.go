@@ -141,6 +141,116 @@ func (ObjectChange_Action) EnumDescriptor() ([]byte, []int) {
 	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{16, 0}
 }
 
+type DevicePlan_Verdict int32
+
+const (
+	DevicePlan_VERDICT_UNSPECIFIED DevicePlan_Verdict = 0
+	// In memory together with all else that the device should have.
+	DevicePlan_VERDICT_FITS DevicePlan_Verdict = 1
+	// In memory by itself; with all else only by turns.
+	DevicePlan_VERDICT_FITS_WITH_SWAPPING DevicePlan_Verdict = 2
+	DevicePlan_VERDICT_DOES_NOT_FIT       DevicePlan_Verdict = 3
+)
+
+// Enum value maps for DevicePlan_Verdict.
+var (
+	DevicePlan_Verdict_name = map[int32]string{
+		0: "VERDICT_UNSPECIFIED",
+		1: "VERDICT_FITS",
+		2: "VERDICT_FITS_WITH_SWAPPING",
+		3: "VERDICT_DOES_NOT_FIT",
+	}
+	DevicePlan_Verdict_value = map[string]int32{
+		"VERDICT_UNSPECIFIED":        0,
+		"VERDICT_FITS":               1,
+		"VERDICT_FITS_WITH_SWAPPING": 2,
+		"VERDICT_DOES_NOT_FIT":       3,
+	}
+)
+
+func (x DevicePlan_Verdict) Enum() *DevicePlan_Verdict {
+	p := new(DevicePlan_Verdict)
+	*p = x
+	return p
+}
+
+func (x DevicePlan_Verdict) String() string {
+	return protoimpl.X.EnumStringOf(x.Descriptor(), protoreflect.EnumNumber(x))
+}
+
+func (DevicePlan_Verdict) Descriptor() protoreflect.EnumDescriptor {
+	return file_dunlin_v1_api_proto_enumTypes[2].Descriptor()
+}
+
+func (DevicePlan_Verdict) Type() protoreflect.EnumType {
+	return &file_dunlin_v1_api_proto_enumTypes[2]
+}
+
+func (x DevicePlan_Verdict) Number() protoreflect.EnumNumber {
+	return protoreflect.EnumNumber(x)
+}
+
+// Deprecated: Use DevicePlan_Verdict.Descriptor instead.
+func (DevicePlan_Verdict) EnumDescriptor() ([]byte, []int) {
+	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{30, 0}
+}
+
+type DevicePlan_Source int32
+
+const (
+	DevicePlan_SOURCE_UNSPECIFIED       DevicePlan_Source = 0
+	DevicePlan_SOURCE_MEASURED_HERE     DevicePlan_Source = 1
+	DevicePlan_SOURCE_MEASURED_ON_CLASS DevicePlan_Source = 2
+	DevicePlan_SOURCE_ESTIMATED         DevicePlan_Source = 3
+	// Nothing is known: the bundle does not say.
+	DevicePlan_SOURCE_UNKNOWN DevicePlan_Source = 4
+)
+
+// Enum value maps for DevicePlan_Source.
+var (
+	DevicePlan_Source_name = map[int32]string{
+		0: "SOURCE_UNSPECIFIED",
+		1: "SOURCE_MEASURED_HERE",
+		2: "SOURCE_MEASURED_ON_CLASS",
+		3: "SOURCE_ESTIMATED",
+		4: "SOURCE_UNKNOWN",
+	}
+	DevicePlan_Source_value = map[string]int32{
+		"SOURCE_UNSPECIFIED":       0,
+		"SOURCE_MEASURED_HERE":     1,
+		"SOURCE_MEASURED_ON_CLASS": 2,
+		"SOURCE_ESTIMATED":         3,
+		"SOURCE_UNKNOWN":           4,
+	}
+)
+
+func (x DevicePlan_Source) Enum() *DevicePlan_Source {
+	p := new(DevicePlan_Source)
+	*p = x
+	return p
+}
+
+func (x DevicePlan_Source) String() string {
+	return protoimpl.X.EnumStringOf(x.Descriptor(), protoreflect.EnumNumber(x))
+}
+
+func (DevicePlan_Source) Descriptor() protoreflect.EnumDescriptor {
+	return file_dunlin_v1_api_proto_enumTypes[3].Descriptor()
+}
+
+func (DevicePlan_Source) Type() protoreflect.EnumType {
+	return &file_dunlin_v1_api_proto_enumTypes[3]
+}
+
+func (x DevicePlan_Source) Number() protoreflect.EnumNumber {
+	return protoreflect.EnumNumber(x)
+}
+
+// Deprecated: Use DevicePlan_Source.Descriptor instead.
+func (DevicePlan_Source) EnumDescriptor() ([]byte, []int) {
+	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{30, 1}
+}
+
 type RolloutDevice_Phase int32
 
 const (
@@ -180,11 +290,11 @@ func (x RolloutDevice_Phase) String() string {
 }
 
 func (RolloutDevice_Phase) Descriptor() protoreflect.EnumDescriptor {
-	return file_dunlin_v1_api_proto_enumTypes[2].Descriptor()
+	return file_dunlin_v1_api_proto_enumTypes[4].Descriptor()
 }
 
 func (RolloutDevice_Phase) Type() protoreflect.EnumType {
-	return &file_dunlin_v1_api_proto_enumTypes[2]
+	return &file_dunlin_v1_api_proto_enumTypes[4]
 }
 
 func (x RolloutDevice_Phase) Number() protoreflect.EnumNumber {
@@ -193,7 +303,7 @@ func (x RolloutDevice_Phase) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use RolloutDevice_Phase.Descriptor instead.
 func (RolloutDevice_Phase) EnumDescriptor() ([]byte, []int) {
-	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{32, 0}
+	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{38, 0}
 }
 
 type WhoAmIRequest struct {
@@ -1644,6 +1754,426 @@ func (x *Route) GetYaml() string {
 	return ""
 }
 
+type ListProfilesRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Only of this model, version, device or firmware profile, where set.
+	Model           string `protobuf:"bytes,1,opt,name=model,proto3" json:"model,omitempty"`
+	Version         int64  `protobuf:"varint,2,opt,name=version,proto3" json:"version,omitempty"`
+	Device          string `protobuf:"bytes,3,opt,name=device,proto3" json:"device,omitempty"`
+	FirmwareProfile string `protobuf:"bytes,4,opt,name=firmware_profile,json=firmwareProfile,proto3" json:"firmware_profile,omitempty"`
+	unknownFields   protoimpl.UnknownFields
+	sizeCache       protoimpl.SizeCache
+}
+
+func (x *ListProfilesRequest) Reset() {
+	*x = ListProfilesRequest{}
+	mi := &file_dunlin_v1_api_proto_msgTypes[25]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListProfilesRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListProfilesRequest) ProtoMessage() {}
+
+func (x *ListProfilesRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_dunlin_v1_api_proto_msgTypes[25]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListProfilesRequest.ProtoReflect.Descriptor instead.
+func (*ListProfilesRequest) Descriptor() ([]byte, []int) {
+	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{25}
+}
+
+func (x *ListProfilesRequest) GetModel() string {
+	if x != nil {
+		return x.Model
+	}
+	return ""
+}
+
+func (x *ListProfilesRequest) GetVersion() int64 {
+	if x != nil {
+		return x.Version
+	}
+	return 0
+}
+
+func (x *ListProfilesRequest) GetDevice() string {
+	if x != nil {
+		return x.Device
+	}
+	return ""
+}
+
+func (x *ListProfilesRequest) GetFirmwareProfile() string {
+	if x != nil {
+		return x.FirmwareProfile
+	}
+	return ""
+}
+
+type ListProfilesResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// By model, version, device.
+	Profiles      []*DeviceProfile `protobuf:"bytes,1,rep,name=profiles,proto3" json:"profiles,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListProfilesResponse) Reset() {
+	*x = ListProfilesResponse{}
+	mi := &file_dunlin_v1_api_proto_msgTypes[26]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListProfilesResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListProfilesResponse) ProtoMessage() {}
+
+func (x *ListProfilesResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_dunlin_v1_api_proto_msgTypes[26]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListProfilesResponse.ProtoReflect.Descriptor instead.
+func (*ListProfilesResponse) Descriptor() ([]byte, []int) {
+	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{26}
+}
+
+func (x *ListProfilesResponse) GetProfiles() []*DeviceProfile {
+	if x != nil {
+		return x.Profiles
+	}
+	return nil
+}
+
+type DeviceProfile struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Device        string                 `protobuf:"bytes,1,opt,name=device,proto3" json:"device,omitempty"`
+	Profile       *ModelProfile          `protobuf:"bytes,2,opt,name=profile,proto3" json:"profile,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DeviceProfile) Reset() {
+	*x = DeviceProfile{}
+	mi := &file_dunlin_v1_api_proto_msgTypes[27]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DeviceProfile) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DeviceProfile) ProtoMessage() {}
+
+func (x *DeviceProfile) ProtoReflect() protoreflect.Message {
+	mi := &file_dunlin_v1_api_proto_msgTypes[27]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DeviceProfile.ProtoReflect.Descriptor instead.
+func (*DeviceProfile) Descriptor() ([]byte, []int) {
+	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{27}
+}
+
+func (x *DeviceProfile) GetDevice() string {
+	if x != nil {
+		return x.Device
+	}
+	return ""
+}
+
+func (x *DeviceProfile) GetProfile() *ModelProfile {
+	if x != nil {
+		return x.Profile
+	}
+	return nil
+}
+
+type PlanRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// As ApplyRequest.documents; documents of other kinds than Deployment count
+	// as applied.
+	Documents     string `protobuf:"bytes,1,opt,name=documents,proto3" json:"documents,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PlanRequest) Reset() {
+	*x = PlanRequest{}
+	mi := &file_dunlin_v1_api_proto_msgTypes[28]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PlanRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PlanRequest) ProtoMessage() {}
+
+func (x *PlanRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_dunlin_v1_api_proto_msgTypes[28]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PlanRequest.ProtoReflect.Descriptor instead.
+func (*PlanRequest) Descriptor() ([]byte, []int) {
+	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{28}
+}
+
+func (x *PlanRequest) GetDocuments() string {
+	if x != nil {
+		return x.Documents
+	}
+	return ""
+}
+
+type PlanResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// By deployment, then device.
+	Devices       []*DevicePlan `protobuf:"bytes,1,rep,name=devices,proto3" json:"devices,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PlanResponse) Reset() {
+	*x = PlanResponse{}
+	mi := &file_dunlin_v1_api_proto_msgTypes[29]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PlanResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PlanResponse) ProtoMessage() {}
+
+func (x *PlanResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_dunlin_v1_api_proto_msgTypes[29]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PlanResponse.ProtoReflect.Descriptor instead.
+func (*PlanResponse) Descriptor() ([]byte, []int) {
+	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{29}
+}
+
+func (x *PlanResponse) GetDevices() []*DevicePlan {
+	if x != nil {
+		return x.Devices
+	}
+	return nil
+}
+
+// DevicePlan is whether a version fits on a device.
+type DevicePlan struct {
+	state      protoimpl.MessageState `protogen:"open.v1"`
+	Deployment string                 `protobuf:"bytes,1,opt,name=deployment,proto3" json:"deployment,omitempty"`
+	Device     string                 `protobuf:"bytes,2,opt,name=device,proto3" json:"device,omitempty"`
+	Model      string                 `protobuf:"bytes,3,opt,name=model,proto3" json:"model,omitempty"`
+	Version    int64                  `protobuf:"varint,4,opt,name=version,proto3" json:"version,omitempty"`
+	Verdict    DevicePlan_Verdict     `protobuf:"varint,5,opt,name=verdict,proto3,enum=dunlin.v1.DevicePlan_Verdict" json:"verdict,omitempty"`
+	// Names figure, need and limit where it does not fit; what leaves by turns
+	// where it swaps.
+	Reason string `protobuf:"bytes,6,opt,name=reason,proto3" json:"reason,omitempty"`
+	// What the version takes with its largest run, what all that the device
+	// should have takes together, and the budget.
+	MemoryBytes  uint64            `protobuf:"varint,7,opt,name=memory_bytes,json=memoryBytes,proto3" json:"memory_bytes,omitempty"`
+	TotalBytes   uint64            `protobuf:"varint,8,opt,name=total_bytes,json=totalBytes,proto3" json:"total_bytes,omitempty"`
+	BudgetBytes  uint64            `protobuf:"varint,9,opt,name=budget_bytes,json=budgetBytes,proto3" json:"budget_bytes,omitempty"`
+	MemorySource DevicePlan_Source `protobuf:"varint,10,opt,name=memory_source,json=memorySource,proto3,enum=dunlin.v1.DevicePlan_Source" json:"memory_source,omitempty"`
+	// Of one run of one row.
+	LatencySeconds *float64          `protobuf:"fixed64,11,opt,name=latency_seconds,json=latencySeconds,proto3,oneof" json:"latency_seconds,omitempty"`
+	LatencySource  DevicePlan_Source `protobuf:"varint,12,opt,name=latency_source,json=latencySource,proto3,enum=dunlin.v1.DevicePlan_Source" json:"latency_source,omitempty"`
+	Joules         *float64          `protobuf:"fixed64,13,opt,name=joules,proto3,oneof" json:"joules,omitempty"`
+	EnergySource   DevicePlan_Source `protobuf:"varint,14,opt,name=energy_source,json=energySource,proto3,enum=dunlin.v1.DevicePlan_Source" json:"energy_source,omitempty"`
+	// The device or class whose measurement it is.
+	MeasuredOn    string `protobuf:"bytes,15,opt,name=measured_on,json=measuredOn,proto3" json:"measured_on,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DevicePlan) Reset() {
+	*x = DevicePlan{}
+	mi := &file_dunlin_v1_api_proto_msgTypes[30]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DevicePlan) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DevicePlan) ProtoMessage() {}
+
+func (x *DevicePlan) ProtoReflect() protoreflect.Message {
+	mi := &file_dunlin_v1_api_proto_msgTypes[30]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DevicePlan.ProtoReflect.Descriptor instead.
+func (*DevicePlan) Descriptor() ([]byte, []int) {
+	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{30}
+}
+
+func (x *DevicePlan) GetDeployment() string {
+	if x != nil {
+		return x.Deployment
+	}
+	return ""
+}
+
+func (x *DevicePlan) GetDevice() string {
+	if x != nil {
+		return x.Device
+	}
+	return ""
+}
+
+func (x *DevicePlan) GetModel() string {
+	if x != nil {
+		return x.Model
+	}
+	return ""
+}
+
+func (x *DevicePlan) GetVersion() int64 {
+	if x != nil {
+		return x.Version
+	}
+	return 0
+}
+
+func (x *DevicePlan) GetVerdict() DevicePlan_Verdict {
+	if x != nil {
+		return x.Verdict
+	}
+	return DevicePlan_VERDICT_UNSPECIFIED
+}
+
+func (x *DevicePlan) GetReason() string {
+	if x != nil {
+		return x.Reason
+	}
+	return ""
+}
+
+func (x *DevicePlan) GetMemoryBytes() uint64 {
+	if x != nil {
+		return x.MemoryBytes
+	}
+	return 0
+}
+
+func (x *DevicePlan) GetTotalBytes() uint64 {
+	if x != nil {
+		return x.TotalBytes
+	}
+	return 0
+}
+
+func (x *DevicePlan) GetBudgetBytes() uint64 {
+	if x != nil {
+		return x.BudgetBytes
+	}
+	return 0
+}
+
+func (x *DevicePlan) GetMemorySource() DevicePlan_Source {
+	if x != nil {
+		return x.MemorySource
+	}
+	return DevicePlan_SOURCE_UNSPECIFIED
+}
+
+func (x *DevicePlan) GetLatencySeconds() float64 {
+	if x != nil && x.LatencySeconds != nil {
+		return *x.LatencySeconds
+	}
+	return 0
+}
+
+func (x *DevicePlan) GetLatencySource() DevicePlan_Source {
+	if x != nil {
+		return x.LatencySource
+	}
+	return DevicePlan_SOURCE_UNSPECIFIED
+}
+
+func (x *DevicePlan) GetJoules() float64 {
+	if x != nil && x.Joules != nil {
+		return *x.Joules
+	}
+	return 0
+}
+
+func (x *DevicePlan) GetEnergySource() DevicePlan_Source {
+	if x != nil {
+		return x.EnergySource
+	}
+	return DevicePlan_SOURCE_UNSPECIFIED
+}
+
+func (x *DevicePlan) GetMeasuredOn() string {
+	if x != nil {
+		return x.MeasuredOn
+	}
+	return ""
+}
+
 type ListRolloutsRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Only of this deployment, where set.
@@ -1654,7 +2184,7 @@ type ListRolloutsRequest struct {
 
 func (x *ListRolloutsRequest) Reset() {
 	*x = ListRolloutsRequest{}
-	mi := &file_dunlin_v1_api_proto_msgTypes[25]
+	mi := &file_dunlin_v1_api_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1666,7 +2196,7 @@ func (x *ListRolloutsRequest) String() string {
 func (*ListRolloutsRequest) ProtoMessage() {}
 
 func (x *ListRolloutsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_api_proto_msgTypes[25]
+	mi := &file_dunlin_v1_api_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1679,7 +2209,7 @@ func (x *ListRolloutsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListRolloutsRequest.ProtoReflect.Descriptor instead.
 func (*ListRolloutsRequest) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{25}
+	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *ListRolloutsRequest) GetDeployment() string {
@@ -1699,7 +2229,7 @@ type ListRolloutsResponse struct {
 
 func (x *ListRolloutsResponse) Reset() {
 	*x = ListRolloutsResponse{}
-	mi := &file_dunlin_v1_api_proto_msgTypes[26]
+	mi := &file_dunlin_v1_api_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1711,7 +2241,7 @@ func (x *ListRolloutsResponse) String() string {
 func (*ListRolloutsResponse) ProtoMessage() {}
 
 func (x *ListRolloutsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_api_proto_msgTypes[26]
+	mi := &file_dunlin_v1_api_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1724,7 +2254,7 @@ func (x *ListRolloutsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListRolloutsResponse.ProtoReflect.Descriptor instead.
 func (*ListRolloutsResponse) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{26}
+	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *ListRolloutsResponse) GetRollouts() []*Rollout {
@@ -1745,7 +2275,7 @@ type GetRolloutRequest struct {
 
 func (x *GetRolloutRequest) Reset() {
 	*x = GetRolloutRequest{}
-	mi := &file_dunlin_v1_api_proto_msgTypes[27]
+	mi := &file_dunlin_v1_api_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1757,7 +2287,7 @@ func (x *GetRolloutRequest) String() string {
 func (*GetRolloutRequest) ProtoMessage() {}
 
 func (x *GetRolloutRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_api_proto_msgTypes[27]
+	mi := &file_dunlin_v1_api_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1770,7 +2300,7 @@ func (x *GetRolloutRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetRolloutRequest.ProtoReflect.Descriptor instead.
 func (*GetRolloutRequest) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{27}
+	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *GetRolloutRequest) GetId() string {
@@ -1796,7 +2326,7 @@ type GetRolloutResponse struct {
 
 func (x *GetRolloutResponse) Reset() {
 	*x = GetRolloutResponse{}
-	mi := &file_dunlin_v1_api_proto_msgTypes[28]
+	mi := &file_dunlin_v1_api_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1808,7 +2338,7 @@ func (x *GetRolloutResponse) String() string {
 func (*GetRolloutResponse) ProtoMessage() {}
 
 func (x *GetRolloutResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_api_proto_msgTypes[28]
+	mi := &file_dunlin_v1_api_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1821,7 +2351,7 @@ func (x *GetRolloutResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetRolloutResponse.ProtoReflect.Descriptor instead.
 func (*GetRolloutResponse) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{28}
+	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *GetRolloutResponse) GetRollout() *Rollout {
@@ -1841,7 +2371,7 @@ type WatchRolloutRequest struct {
 
 func (x *WatchRolloutRequest) Reset() {
 	*x = WatchRolloutRequest{}
-	mi := &file_dunlin_v1_api_proto_msgTypes[29]
+	mi := &file_dunlin_v1_api_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1853,7 +2383,7 @@ func (x *WatchRolloutRequest) String() string {
 func (*WatchRolloutRequest) ProtoMessage() {}
 
 func (x *WatchRolloutRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_api_proto_msgTypes[29]
+	mi := &file_dunlin_v1_api_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1866,7 +2396,7 @@ func (x *WatchRolloutRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchRolloutRequest.ProtoReflect.Descriptor instead.
 func (*WatchRolloutRequest) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{29}
+	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *WatchRolloutRequest) GetId() string {
@@ -1892,7 +2422,7 @@ type WatchRolloutResponse struct {
 
 func (x *WatchRolloutResponse) Reset() {
 	*x = WatchRolloutResponse{}
-	mi := &file_dunlin_v1_api_proto_msgTypes[30]
+	mi := &file_dunlin_v1_api_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1904,7 +2434,7 @@ func (x *WatchRolloutResponse) String() string {
 func (*WatchRolloutResponse) ProtoMessage() {}
 
 func (x *WatchRolloutResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_api_proto_msgTypes[30]
+	mi := &file_dunlin_v1_api_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1917,7 +2447,7 @@ func (x *WatchRolloutResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchRolloutResponse.ProtoReflect.Descriptor instead.
 func (*WatchRolloutResponse) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{30}
+	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *WatchRolloutResponse) GetRollout() *Rollout {
@@ -1945,7 +2475,7 @@ type Rollout struct {
 
 func (x *Rollout) Reset() {
 	*x = Rollout{}
-	mi := &file_dunlin_v1_api_proto_msgTypes[31]
+	mi := &file_dunlin_v1_api_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1957,7 +2487,7 @@ func (x *Rollout) String() string {
 func (*Rollout) ProtoMessage() {}
 
 func (x *Rollout) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_api_proto_msgTypes[31]
+	mi := &file_dunlin_v1_api_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1970,7 +2500,7 @@ func (x *Rollout) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Rollout.ProtoReflect.Descriptor instead.
 func (*Rollout) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{31}
+	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *Rollout) GetId() string {
@@ -2057,7 +2587,7 @@ type RolloutDevice struct {
 
 func (x *RolloutDevice) Reset() {
 	*x = RolloutDevice{}
-	mi := &file_dunlin_v1_api_proto_msgTypes[32]
+	mi := &file_dunlin_v1_api_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2069,7 +2599,7 @@ func (x *RolloutDevice) String() string {
 func (*RolloutDevice) ProtoMessage() {}
 
 func (x *RolloutDevice) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_api_proto_msgTypes[32]
+	mi := &file_dunlin_v1_api_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2082,7 +2612,7 @@ func (x *RolloutDevice) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RolloutDevice.ProtoReflect.Descriptor instead.
 func (*RolloutDevice) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{32}
+	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *RolloutDevice) GetDevice() string {
@@ -2132,7 +2662,7 @@ type ListDevicesRequest struct {
 
 func (x *ListDevicesRequest) Reset() {
 	*x = ListDevicesRequest{}
-	mi := &file_dunlin_v1_api_proto_msgTypes[33]
+	mi := &file_dunlin_v1_api_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2144,7 +2674,7 @@ func (x *ListDevicesRequest) String() string {
 func (*ListDevicesRequest) ProtoMessage() {}
 
 func (x *ListDevicesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_api_proto_msgTypes[33]
+	mi := &file_dunlin_v1_api_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2157,7 +2687,7 @@ func (x *ListDevicesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListDevicesRequest.ProtoReflect.Descriptor instead.
 func (*ListDevicesRequest) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{33}
+	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *ListDevicesRequest) GetDevice() string {
@@ -2184,7 +2714,7 @@ type ListDevicesResponse struct {
 
 func (x *ListDevicesResponse) Reset() {
 	*x = ListDevicesResponse{}
-	mi := &file_dunlin_v1_api_proto_msgTypes[34]
+	mi := &file_dunlin_v1_api_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2196,7 +2726,7 @@ func (x *ListDevicesResponse) String() string {
 func (*ListDevicesResponse) ProtoMessage() {}
 
 func (x *ListDevicesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_api_proto_msgTypes[34]
+	mi := &file_dunlin_v1_api_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2209,7 +2739,7 @@ func (x *ListDevicesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListDevicesResponse.ProtoReflect.Descriptor instead.
 func (*ListDevicesResponse) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{34}
+	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *ListDevicesResponse) GetDevices() []*Device {
@@ -2236,7 +2766,7 @@ type Device struct {
 
 func (x *Device) Reset() {
 	*x = Device{}
-	mi := &file_dunlin_v1_api_proto_msgTypes[35]
+	mi := &file_dunlin_v1_api_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2248,7 +2778,7 @@ func (x *Device) String() string {
 func (*Device) ProtoMessage() {}
 
 func (x *Device) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_api_proto_msgTypes[35]
+	mi := &file_dunlin_v1_api_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2261,7 +2791,7 @@ func (x *Device) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Device.ProtoReflect.Descriptor instead.
 func (*Device) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{35}
+	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{41}
 }
 
 func (x *Device) GetName() string {
@@ -2336,7 +2866,7 @@ type RemoveDeviceRequest struct {
 
 func (x *RemoveDeviceRequest) Reset() {
 	*x = RemoveDeviceRequest{}
-	mi := &file_dunlin_v1_api_proto_msgTypes[36]
+	mi := &file_dunlin_v1_api_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2348,7 +2878,7 @@ func (x *RemoveDeviceRequest) String() string {
 func (*RemoveDeviceRequest) ProtoMessage() {}
 
 func (x *RemoveDeviceRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_api_proto_msgTypes[36]
+	mi := &file_dunlin_v1_api_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2361,7 +2891,7 @@ func (x *RemoveDeviceRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveDeviceRequest.ProtoReflect.Descriptor instead.
 func (*RemoveDeviceRequest) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{36}
+	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{42}
 }
 
 func (x *RemoveDeviceRequest) GetDevice() string {
@@ -2379,7 +2909,7 @@ type RemoveDeviceResponse struct {
 
 func (x *RemoveDeviceResponse) Reset() {
 	*x = RemoveDeviceResponse{}
-	mi := &file_dunlin_v1_api_proto_msgTypes[37]
+	mi := &file_dunlin_v1_api_proto_msgTypes[43]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2391,7 +2921,7 @@ func (x *RemoveDeviceResponse) String() string {
 func (*RemoveDeviceResponse) ProtoMessage() {}
 
 func (x *RemoveDeviceResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_api_proto_msgTypes[37]
+	mi := &file_dunlin_v1_api_proto_msgTypes[43]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2404,7 +2934,7 @@ func (x *RemoveDeviceResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveDeviceResponse.ProtoReflect.Descriptor instead.
 func (*RemoveDeviceResponse) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{37}
+	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{43}
 }
 
 type ListEventsRequest struct {
@@ -2419,7 +2949,7 @@ type ListEventsRequest struct {
 
 func (x *ListEventsRequest) Reset() {
 	*x = ListEventsRequest{}
-	mi := &file_dunlin_v1_api_proto_msgTypes[38]
+	mi := &file_dunlin_v1_api_proto_msgTypes[44]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2431,7 +2961,7 @@ func (x *ListEventsRequest) String() string {
 func (*ListEventsRequest) ProtoMessage() {}
 
 func (x *ListEventsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_api_proto_msgTypes[38]
+	mi := &file_dunlin_v1_api_proto_msgTypes[44]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2444,7 +2974,7 @@ func (x *ListEventsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListEventsRequest.ProtoReflect.Descriptor instead.
 func (*ListEventsRequest) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{38}
+	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{44}
 }
 
 func (x *ListEventsRequest) GetDevice() string {
@@ -2470,7 +3000,7 @@ type ListEventsResponse struct {
 
 func (x *ListEventsResponse) Reset() {
 	*x = ListEventsResponse{}
-	mi := &file_dunlin_v1_api_proto_msgTypes[39]
+	mi := &file_dunlin_v1_api_proto_msgTypes[45]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2482,7 +3012,7 @@ func (x *ListEventsResponse) String() string {
 func (*ListEventsResponse) ProtoMessage() {}
 
 func (x *ListEventsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_api_proto_msgTypes[39]
+	mi := &file_dunlin_v1_api_proto_msgTypes[45]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2495,7 +3025,7 @@ func (x *ListEventsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListEventsResponse.ProtoReflect.Descriptor instead.
 func (*ListEventsResponse) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{39}
+	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{45}
 }
 
 func (x *ListEventsResponse) GetEvents() []*DeviceEvent {
@@ -2517,7 +3047,7 @@ type DeviceEvent struct {
 
 func (x *DeviceEvent) Reset() {
 	*x = DeviceEvent{}
-	mi := &file_dunlin_v1_api_proto_msgTypes[40]
+	mi := &file_dunlin_v1_api_proto_msgTypes[46]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2529,7 +3059,7 @@ func (x *DeviceEvent) String() string {
 func (*DeviceEvent) ProtoMessage() {}
 
 func (x *DeviceEvent) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_api_proto_msgTypes[40]
+	mi := &file_dunlin_v1_api_proto_msgTypes[46]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2542,7 +3072,7 @@ func (x *DeviceEvent) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeviceEvent.ProtoReflect.Descriptor instead.
 func (*DeviceEvent) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{40}
+	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{46}
 }
 
 func (x *DeviceEvent) GetDevice() string {
@@ -2697,7 +3227,56 @@ const file_dunlin_v1_api_proto_rawDesc = "" +
 	"\atargets\x18\x02 \x03(\v2\x16.dunlin.v1.RouteTargetR\atargets\x129\n" +
 	"\n" +
 	"updated_at\x18\x03 \x01(\v2\x1a.google.protobuf.TimestampR\tupdatedAt\x12\x12\n" +
-	"\x04yaml\x18\x04 \x01(\tR\x04yaml\"5\n" +
+	"\x04yaml\x18\x04 \x01(\tR\x04yaml\"\x88\x01\n" +
+	"\x13ListProfilesRequest\x12\x14\n" +
+	"\x05model\x18\x01 \x01(\tR\x05model\x12\x18\n" +
+	"\aversion\x18\x02 \x01(\x03R\aversion\x12\x16\n" +
+	"\x06device\x18\x03 \x01(\tR\x06device\x12)\n" +
+	"\x10firmware_profile\x18\x04 \x01(\tR\x0ffirmwareProfile\"L\n" +
+	"\x14ListProfilesResponse\x124\n" +
+	"\bprofiles\x18\x01 \x03(\v2\x18.dunlin.v1.DeviceProfileR\bprofiles\"Z\n" +
+	"\rDeviceProfile\x12\x16\n" +
+	"\x06device\x18\x01 \x01(\tR\x06device\x121\n" +
+	"\aprofile\x18\x02 \x01(\v2\x17.dunlin.v1.ModelProfileR\aprofile\"+\n" +
+	"\vPlanRequest\x12\x1c\n" +
+	"\tdocuments\x18\x01 \x01(\tR\tdocuments\"?\n" +
+	"\fPlanResponse\x12/\n" +
+	"\adevices\x18\x01 \x03(\v2\x15.dunlin.v1.DevicePlanR\adevices\"\xf7\x06\n" +
+	"\n" +
+	"DevicePlan\x12\x1e\n" +
+	"\n" +
+	"deployment\x18\x01 \x01(\tR\n" +
+	"deployment\x12\x16\n" +
+	"\x06device\x18\x02 \x01(\tR\x06device\x12\x14\n" +
+	"\x05model\x18\x03 \x01(\tR\x05model\x12\x18\n" +
+	"\aversion\x18\x04 \x01(\x03R\aversion\x127\n" +
+	"\averdict\x18\x05 \x01(\x0e2\x1d.dunlin.v1.DevicePlan.VerdictR\averdict\x12\x16\n" +
+	"\x06reason\x18\x06 \x01(\tR\x06reason\x12!\n" +
+	"\fmemory_bytes\x18\a \x01(\x04R\vmemoryBytes\x12\x1f\n" +
+	"\vtotal_bytes\x18\b \x01(\x04R\n" +
+	"totalBytes\x12!\n" +
+	"\fbudget_bytes\x18\t \x01(\x04R\vbudgetBytes\x12A\n" +
+	"\rmemory_source\x18\n" +
+	" \x01(\x0e2\x1c.dunlin.v1.DevicePlan.SourceR\fmemorySource\x12,\n" +
+	"\x0flatency_seconds\x18\v \x01(\x01H\x00R\x0elatencySeconds\x88\x01\x01\x12C\n" +
+	"\x0elatency_source\x18\f \x01(\x0e2\x1c.dunlin.v1.DevicePlan.SourceR\rlatencySource\x12\x1b\n" +
+	"\x06joules\x18\r \x01(\x01H\x01R\x06joules\x88\x01\x01\x12A\n" +
+	"\renergy_source\x18\x0e \x01(\x0e2\x1c.dunlin.v1.DevicePlan.SourceR\fenergySource\x12\x1f\n" +
+	"\vmeasured_on\x18\x0f \x01(\tR\n" +
+	"measuredOn\"n\n" +
+	"\aVerdict\x12\x17\n" +
+	"\x13VERDICT_UNSPECIFIED\x10\x00\x12\x10\n" +
+	"\fVERDICT_FITS\x10\x01\x12\x1e\n" +
+	"\x1aVERDICT_FITS_WITH_SWAPPING\x10\x02\x12\x18\n" +
+	"\x14VERDICT_DOES_NOT_FIT\x10\x03\"\x82\x01\n" +
+	"\x06Source\x12\x16\n" +
+	"\x12SOURCE_UNSPECIFIED\x10\x00\x12\x18\n" +
+	"\x14SOURCE_MEASURED_HERE\x10\x01\x12\x1c\n" +
+	"\x18SOURCE_MEASURED_ON_CLASS\x10\x02\x12\x14\n" +
+	"\x10SOURCE_ESTIMATED\x10\x03\x12\x12\n" +
+	"\x0eSOURCE_UNKNOWN\x10\x04B\x12\n" +
+	"\x10_latency_secondsB\t\n" +
+	"\a_joules\"5\n" +
 	"\x13ListRolloutsRequest\x12\x1e\n" +
 	"\n" +
 	"deployment\x18\x01 \x01(\tR\n" +
@@ -2803,7 +3382,10 @@ const file_dunlin_v1_api_proto_rawDesc = "" +
 	"\x06Delete\x12\x18.dunlin.v1.DeleteRequest\x1a\x19.dunlin.v1.DeleteResponse\x12X\n" +
 	"\x0fListDeployments\x12!.dunlin.v1.ListDeploymentsRequest\x1a\".dunlin.v1.ListDeploymentsResponse\x12I\n" +
 	"\n" +
-	"ListRoutes\x12\x1c.dunlin.v1.ListRoutesRequest\x1a\x1d.dunlin.v1.ListRoutesResponse2\xff\x01\n" +
+	"ListRoutes\x12\x1c.dunlin.v1.ListRoutesRequest\x1a\x1d.dunlin.v1.ListRoutesResponse2\x9a\x01\n" +
+	"\x0eProfileService\x12O\n" +
+	"\fListProfiles\x12\x1e.dunlin.v1.ListProfilesRequest\x1a\x1f.dunlin.v1.ListProfilesResponse\x127\n" +
+	"\x04Plan\x12\x16.dunlin.v1.PlanRequest\x1a\x17.dunlin.v1.PlanResponse2\xff\x01\n" +
 	"\x0eRolloutService\x12O\n" +
 	"\fListRollouts\x12\x1e.dunlin.v1.ListRolloutsRequest\x1a\x1f.dunlin.v1.ListRolloutsResponse\x12I\n" +
 	"\n" +
@@ -2827,146 +3409,166 @@ func file_dunlin_v1_api_proto_rawDescGZIP() []byte {
 	return file_dunlin_v1_api_proto_rawDescData
 }
 
-var file_dunlin_v1_api_proto_enumTypes = make([]protoimpl.EnumInfo, 3)
-var file_dunlin_v1_api_proto_msgTypes = make([]protoimpl.MessageInfo, 47)
+var file_dunlin_v1_api_proto_enumTypes = make([]protoimpl.EnumInfo, 5)
+var file_dunlin_v1_api_proto_msgTypes = make([]protoimpl.MessageInfo, 53)
 var file_dunlin_v1_api_proto_goTypes = []any{
 	(RolloutState)(0),               // 0: dunlin.v1.RolloutState
 	(ObjectChange_Action)(0),        // 1: dunlin.v1.ObjectChange.Action
-	(RolloutDevice_Phase)(0),        // 2: dunlin.v1.RolloutDevice.Phase
-	(*WhoAmIRequest)(nil),           // 3: dunlin.v1.WhoAmIRequest
-	(*WhoAmIResponse)(nil),          // 4: dunlin.v1.WhoAmIResponse
-	(*JoinRequest)(nil),             // 5: dunlin.v1.JoinRequest
-	(*JoinResponse)(nil),            // 6: dunlin.v1.JoinResponse
-	(*CreateJoinTokenRequest)(nil),  // 7: dunlin.v1.CreateJoinTokenRequest
-	(*CreateJoinTokenResponse)(nil), // 8: dunlin.v1.CreateJoinTokenResponse
-	(*ListJoinTokensRequest)(nil),   // 9: dunlin.v1.ListJoinTokensRequest
-	(*ListJoinTokensResponse)(nil),  // 10: dunlin.v1.ListJoinTokensResponse
-	(*JoinToken)(nil),               // 11: dunlin.v1.JoinToken
-	(*CreateVersionRequest)(nil),    // 12: dunlin.v1.CreateVersionRequest
-	(*CreateVersionResponse)(nil),   // 13: dunlin.v1.CreateVersionResponse
-	(*ListModelsRequest)(nil),       // 14: dunlin.v1.ListModelsRequest
-	(*ListModelsResponse)(nil),      // 15: dunlin.v1.ListModelsResponse
-	(*ModelVersion)(nil),            // 16: dunlin.v1.ModelVersion
-	(*ApplyRequest)(nil),            // 17: dunlin.v1.ApplyRequest
-	(*ApplyResponse)(nil),           // 18: dunlin.v1.ApplyResponse
-	(*ObjectChange)(nil),            // 19: dunlin.v1.ObjectChange
-	(*DeleteRequest)(nil),           // 20: dunlin.v1.DeleteRequest
-	(*DeleteResponse)(nil),          // 21: dunlin.v1.DeleteResponse
-	(*ListDeploymentsRequest)(nil),  // 22: dunlin.v1.ListDeploymentsRequest
-	(*ListDeploymentsResponse)(nil), // 23: dunlin.v1.ListDeploymentsResponse
-	(*Deployment)(nil),              // 24: dunlin.v1.Deployment
-	(*ListRoutesRequest)(nil),       // 25: dunlin.v1.ListRoutesRequest
-	(*ListRoutesResponse)(nil),      // 26: dunlin.v1.ListRoutesResponse
-	(*Route)(nil),                   // 27: dunlin.v1.Route
-	(*ListRolloutsRequest)(nil),     // 28: dunlin.v1.ListRolloutsRequest
-	(*ListRolloutsResponse)(nil),    // 29: dunlin.v1.ListRolloutsResponse
-	(*GetRolloutRequest)(nil),       // 30: dunlin.v1.GetRolloutRequest
-	(*GetRolloutResponse)(nil),      // 31: dunlin.v1.GetRolloutResponse
-	(*WatchRolloutRequest)(nil),     // 32: dunlin.v1.WatchRolloutRequest
-	(*WatchRolloutResponse)(nil),    // 33: dunlin.v1.WatchRolloutResponse
-	(*Rollout)(nil),                 // 34: dunlin.v1.Rollout
-	(*RolloutDevice)(nil),           // 35: dunlin.v1.RolloutDevice
-	(*ListDevicesRequest)(nil),      // 36: dunlin.v1.ListDevicesRequest
-	(*ListDevicesResponse)(nil),     // 37: dunlin.v1.ListDevicesResponse
-	(*Device)(nil),                  // 38: dunlin.v1.Device
-	(*RemoveDeviceRequest)(nil),     // 39: dunlin.v1.RemoveDeviceRequest
-	(*RemoveDeviceResponse)(nil),    // 40: dunlin.v1.RemoveDeviceResponse
-	(*ListEventsRequest)(nil),       // 41: dunlin.v1.ListEventsRequest
-	(*ListEventsResponse)(nil),      // 42: dunlin.v1.ListEventsResponse
-	(*DeviceEvent)(nil),             // 43: dunlin.v1.DeviceEvent
-	nil,                             // 44: dunlin.v1.JoinRequest.LabelsEntry
-	nil,                             // 45: dunlin.v1.CreateJoinTokenRequest.LabelsEntry
-	nil,                             // 46: dunlin.v1.JoinToken.LabelsEntry
-	nil,                             // 47: dunlin.v1.Deployment.SelectorEntry
-	nil,                             // 48: dunlin.v1.ListDevicesRequest.SelectorEntry
-	nil,                             // 49: dunlin.v1.Device.LabelsEntry
-	(*DeviceInfo)(nil),              // 50: dunlin.v1.DeviceInfo
-	(*durationpb.Duration)(nil),     // 51: google.protobuf.Duration
-	(*timestamppb.Timestamp)(nil),   // 52: google.protobuf.Timestamp
-	(*RouteTarget)(nil),             // 53: dunlin.v1.RouteTarget
-	(*Generation)(nil),              // 54: dunlin.v1.Generation
-	(*Reported)(nil),                // 55: dunlin.v1.Reported
-	(*Telemetry)(nil),               // 56: dunlin.v1.Telemetry
-	(*Event)(nil),                   // 57: dunlin.v1.Event
+	(DevicePlan_Verdict)(0),         // 2: dunlin.v1.DevicePlan.Verdict
+	(DevicePlan_Source)(0),          // 3: dunlin.v1.DevicePlan.Source
+	(RolloutDevice_Phase)(0),        // 4: dunlin.v1.RolloutDevice.Phase
+	(*WhoAmIRequest)(nil),           // 5: dunlin.v1.WhoAmIRequest
+	(*WhoAmIResponse)(nil),          // 6: dunlin.v1.WhoAmIResponse
+	(*JoinRequest)(nil),             // 7: dunlin.v1.JoinRequest
+	(*JoinResponse)(nil),            // 8: dunlin.v1.JoinResponse
+	(*CreateJoinTokenRequest)(nil),  // 9: dunlin.v1.CreateJoinTokenRequest
+	(*CreateJoinTokenResponse)(nil), // 10: dunlin.v1.CreateJoinTokenResponse
+	(*ListJoinTokensRequest)(nil),   // 11: dunlin.v1.ListJoinTokensRequest
+	(*ListJoinTokensResponse)(nil),  // 12: dunlin.v1.ListJoinTokensResponse
+	(*JoinToken)(nil),               // 13: dunlin.v1.JoinToken
+	(*CreateVersionRequest)(nil),    // 14: dunlin.v1.CreateVersionRequest
+	(*CreateVersionResponse)(nil),   // 15: dunlin.v1.CreateVersionResponse
+	(*ListModelsRequest)(nil),       // 16: dunlin.v1.ListModelsRequest
+	(*ListModelsResponse)(nil),      // 17: dunlin.v1.ListModelsResponse
+	(*ModelVersion)(nil),            // 18: dunlin.v1.ModelVersion
+	(*ApplyRequest)(nil),            // 19: dunlin.v1.ApplyRequest
+	(*ApplyResponse)(nil),           // 20: dunlin.v1.ApplyResponse
+	(*ObjectChange)(nil),            // 21: dunlin.v1.ObjectChange
+	(*DeleteRequest)(nil),           // 22: dunlin.v1.DeleteRequest
+	(*DeleteResponse)(nil),          // 23: dunlin.v1.DeleteResponse
+	(*ListDeploymentsRequest)(nil),  // 24: dunlin.v1.ListDeploymentsRequest
+	(*ListDeploymentsResponse)(nil), // 25: dunlin.v1.ListDeploymentsResponse
+	(*Deployment)(nil),              // 26: dunlin.v1.Deployment
+	(*ListRoutesRequest)(nil),       // 27: dunlin.v1.ListRoutesRequest
+	(*ListRoutesResponse)(nil),      // 28: dunlin.v1.ListRoutesResponse
+	(*Route)(nil),                   // 29: dunlin.v1.Route
+	(*ListProfilesRequest)(nil),     // 30: dunlin.v1.ListProfilesRequest
+	(*ListProfilesResponse)(nil),    // 31: dunlin.v1.ListProfilesResponse
+	(*DeviceProfile)(nil),           // 32: dunlin.v1.DeviceProfile
+	(*PlanRequest)(nil),             // 33: dunlin.v1.PlanRequest
+	(*PlanResponse)(nil),            // 34: dunlin.v1.PlanResponse
+	(*DevicePlan)(nil),              // 35: dunlin.v1.DevicePlan
+	(*ListRolloutsRequest)(nil),     // 36: dunlin.v1.ListRolloutsRequest
+	(*ListRolloutsResponse)(nil),    // 37: dunlin.v1.ListRolloutsResponse
+	(*GetRolloutRequest)(nil),       // 38: dunlin.v1.GetRolloutRequest
+	(*GetRolloutResponse)(nil),      // 39: dunlin.v1.GetRolloutResponse
+	(*WatchRolloutRequest)(nil),     // 40: dunlin.v1.WatchRolloutRequest
+	(*WatchRolloutResponse)(nil),    // 41: dunlin.v1.WatchRolloutResponse
+	(*Rollout)(nil),                 // 42: dunlin.v1.Rollout
+	(*RolloutDevice)(nil),           // 43: dunlin.v1.RolloutDevice
+	(*ListDevicesRequest)(nil),      // 44: dunlin.v1.ListDevicesRequest
+	(*ListDevicesResponse)(nil),     // 45: dunlin.v1.ListDevicesResponse
+	(*Device)(nil),                  // 46: dunlin.v1.Device
+	(*RemoveDeviceRequest)(nil),     // 47: dunlin.v1.RemoveDeviceRequest
+	(*RemoveDeviceResponse)(nil),    // 48: dunlin.v1.RemoveDeviceResponse
+	(*ListEventsRequest)(nil),       // 49: dunlin.v1.ListEventsRequest
+	(*ListEventsResponse)(nil),      // 50: dunlin.v1.ListEventsResponse
+	(*DeviceEvent)(nil),             // 51: dunlin.v1.DeviceEvent
+	nil,                             // 52: dunlin.v1.JoinRequest.LabelsEntry
+	nil,                             // 53: dunlin.v1.CreateJoinTokenRequest.LabelsEntry
+	nil,                             // 54: dunlin.v1.JoinToken.LabelsEntry
+	nil,                             // 55: dunlin.v1.Deployment.SelectorEntry
+	nil,                             // 56: dunlin.v1.ListDevicesRequest.SelectorEntry
+	nil,                             // 57: dunlin.v1.Device.LabelsEntry
+	(*DeviceInfo)(nil),              // 58: dunlin.v1.DeviceInfo
+	(*durationpb.Duration)(nil),     // 59: google.protobuf.Duration
+	(*timestamppb.Timestamp)(nil),   // 60: google.protobuf.Timestamp
+	(*RouteTarget)(nil),             // 61: dunlin.v1.RouteTarget
+	(*ModelProfile)(nil),            // 62: dunlin.v1.ModelProfile
+	(*Generation)(nil),              // 63: dunlin.v1.Generation
+	(*Reported)(nil),                // 64: dunlin.v1.Reported
+	(*Telemetry)(nil),               // 65: dunlin.v1.Telemetry
+	(*Event)(nil),                   // 66: dunlin.v1.Event
 }
 var file_dunlin_v1_api_proto_depIdxs = []int32{
-	44, // 0: dunlin.v1.JoinRequest.labels:type_name -> dunlin.v1.JoinRequest.LabelsEntry
-	50, // 1: dunlin.v1.JoinRequest.info:type_name -> dunlin.v1.DeviceInfo
-	51, // 2: dunlin.v1.CreateJoinTokenRequest.valid_for:type_name -> google.protobuf.Duration
-	45, // 3: dunlin.v1.CreateJoinTokenRequest.labels:type_name -> dunlin.v1.CreateJoinTokenRequest.LabelsEntry
-	11, // 4: dunlin.v1.CreateJoinTokenResponse.info:type_name -> dunlin.v1.JoinToken
-	11, // 5: dunlin.v1.ListJoinTokensResponse.join_tokens:type_name -> dunlin.v1.JoinToken
-	52, // 6: dunlin.v1.JoinToken.expires_at:type_name -> google.protobuf.Timestamp
-	46, // 7: dunlin.v1.JoinToken.labels:type_name -> dunlin.v1.JoinToken.LabelsEntry
-	16, // 8: dunlin.v1.CreateVersionResponse.version:type_name -> dunlin.v1.ModelVersion
-	16, // 9: dunlin.v1.ListModelsResponse.versions:type_name -> dunlin.v1.ModelVersion
-	52, // 10: dunlin.v1.ModelVersion.created_at:type_name -> google.protobuf.Timestamp
-	19, // 11: dunlin.v1.ApplyResponse.changes:type_name -> dunlin.v1.ObjectChange
+	52, // 0: dunlin.v1.JoinRequest.labels:type_name -> dunlin.v1.JoinRequest.LabelsEntry
+	58, // 1: dunlin.v1.JoinRequest.info:type_name -> dunlin.v1.DeviceInfo
+	59, // 2: dunlin.v1.CreateJoinTokenRequest.valid_for:type_name -> google.protobuf.Duration
+	53, // 3: dunlin.v1.CreateJoinTokenRequest.labels:type_name -> dunlin.v1.CreateJoinTokenRequest.LabelsEntry
+	13, // 4: dunlin.v1.CreateJoinTokenResponse.info:type_name -> dunlin.v1.JoinToken
+	13, // 5: dunlin.v1.ListJoinTokensResponse.join_tokens:type_name -> dunlin.v1.JoinToken
+	60, // 6: dunlin.v1.JoinToken.expires_at:type_name -> google.protobuf.Timestamp
+	54, // 7: dunlin.v1.JoinToken.labels:type_name -> dunlin.v1.JoinToken.LabelsEntry
+	18, // 8: dunlin.v1.CreateVersionResponse.version:type_name -> dunlin.v1.ModelVersion
+	18, // 9: dunlin.v1.ListModelsResponse.versions:type_name -> dunlin.v1.ModelVersion
+	60, // 10: dunlin.v1.ModelVersion.created_at:type_name -> google.protobuf.Timestamp
+	21, // 11: dunlin.v1.ApplyResponse.changes:type_name -> dunlin.v1.ObjectChange
 	1,  // 12: dunlin.v1.ObjectChange.action:type_name -> dunlin.v1.ObjectChange.Action
-	19, // 13: dunlin.v1.DeleteResponse.change:type_name -> dunlin.v1.ObjectChange
-	24, // 14: dunlin.v1.ListDeploymentsResponse.deployments:type_name -> dunlin.v1.Deployment
-	47, // 15: dunlin.v1.Deployment.selector:type_name -> dunlin.v1.Deployment.SelectorEntry
-	52, // 16: dunlin.v1.Deployment.updated_at:type_name -> google.protobuf.Timestamp
-	27, // 17: dunlin.v1.ListRoutesResponse.routes:type_name -> dunlin.v1.Route
-	53, // 18: dunlin.v1.Route.targets:type_name -> dunlin.v1.RouteTarget
-	52, // 19: dunlin.v1.Route.updated_at:type_name -> google.protobuf.Timestamp
-	34, // 20: dunlin.v1.ListRolloutsResponse.rollouts:type_name -> dunlin.v1.Rollout
-	34, // 21: dunlin.v1.GetRolloutResponse.rollout:type_name -> dunlin.v1.Rollout
-	34, // 22: dunlin.v1.WatchRolloutResponse.rollout:type_name -> dunlin.v1.Rollout
-	0,  // 23: dunlin.v1.Rollout.state:type_name -> dunlin.v1.RolloutState
-	52, // 24: dunlin.v1.Rollout.started_at:type_name -> google.protobuf.Timestamp
-	52, // 25: dunlin.v1.Rollout.ended_at:type_name -> google.protobuf.Timestamp
-	35, // 26: dunlin.v1.Rollout.devices:type_name -> dunlin.v1.RolloutDevice
-	2,  // 27: dunlin.v1.RolloutDevice.phase:type_name -> dunlin.v1.RolloutDevice.Phase
-	48, // 28: dunlin.v1.ListDevicesRequest.selector:type_name -> dunlin.v1.ListDevicesRequest.SelectorEntry
-	38, // 29: dunlin.v1.ListDevicesResponse.devices:type_name -> dunlin.v1.Device
-	49, // 30: dunlin.v1.Device.labels:type_name -> dunlin.v1.Device.LabelsEntry
-	50, // 31: dunlin.v1.Device.info:type_name -> dunlin.v1.DeviceInfo
-	52, // 32: dunlin.v1.Device.last_heard_at:type_name -> google.protobuf.Timestamp
-	52, // 33: dunlin.v1.Device.joined_at:type_name -> google.protobuf.Timestamp
-	54, // 34: dunlin.v1.Device.desired:type_name -> dunlin.v1.Generation
-	55, // 35: dunlin.v1.Device.reported:type_name -> dunlin.v1.Reported
-	56, // 36: dunlin.v1.Device.telemetry:type_name -> dunlin.v1.Telemetry
-	43, // 37: dunlin.v1.ListEventsResponse.events:type_name -> dunlin.v1.DeviceEvent
-	57, // 38: dunlin.v1.DeviceEvent.event:type_name -> dunlin.v1.Event
-	52, // 39: dunlin.v1.DeviceEvent.received_at:type_name -> google.protobuf.Timestamp
-	3,  // 40: dunlin.v1.AuthService.WhoAmI:input_type -> dunlin.v1.WhoAmIRequest
-	5,  // 41: dunlin.v1.EnrollmentService.Join:input_type -> dunlin.v1.JoinRequest
-	7,  // 42: dunlin.v1.EnrollmentService.CreateJoinToken:input_type -> dunlin.v1.CreateJoinTokenRequest
-	9,  // 43: dunlin.v1.EnrollmentService.ListJoinTokens:input_type -> dunlin.v1.ListJoinTokensRequest
-	12, // 44: dunlin.v1.ModelService.CreateVersion:input_type -> dunlin.v1.CreateVersionRequest
-	14, // 45: dunlin.v1.ModelService.ListModels:input_type -> dunlin.v1.ListModelsRequest
-	17, // 46: dunlin.v1.ObjectService.Apply:input_type -> dunlin.v1.ApplyRequest
-	20, // 47: dunlin.v1.ObjectService.Delete:input_type -> dunlin.v1.DeleteRequest
-	22, // 48: dunlin.v1.ObjectService.ListDeployments:input_type -> dunlin.v1.ListDeploymentsRequest
-	25, // 49: dunlin.v1.ObjectService.ListRoutes:input_type -> dunlin.v1.ListRoutesRequest
-	28, // 50: dunlin.v1.RolloutService.ListRollouts:input_type -> dunlin.v1.ListRolloutsRequest
-	30, // 51: dunlin.v1.RolloutService.GetRollout:input_type -> dunlin.v1.GetRolloutRequest
-	32, // 52: dunlin.v1.RolloutService.WatchRollout:input_type -> dunlin.v1.WatchRolloutRequest
-	36, // 53: dunlin.v1.DeviceService.ListDevices:input_type -> dunlin.v1.ListDevicesRequest
-	39, // 54: dunlin.v1.DeviceService.RemoveDevice:input_type -> dunlin.v1.RemoveDeviceRequest
-	41, // 55: dunlin.v1.DeviceService.ListEvents:input_type -> dunlin.v1.ListEventsRequest
-	4,  // 56: dunlin.v1.AuthService.WhoAmI:output_type -> dunlin.v1.WhoAmIResponse
-	6,  // 57: dunlin.v1.EnrollmentService.Join:output_type -> dunlin.v1.JoinResponse
-	8,  // 58: dunlin.v1.EnrollmentService.CreateJoinToken:output_type -> dunlin.v1.CreateJoinTokenResponse
-	10, // 59: dunlin.v1.EnrollmentService.ListJoinTokens:output_type -> dunlin.v1.ListJoinTokensResponse
-	13, // 60: dunlin.v1.ModelService.CreateVersion:output_type -> dunlin.v1.CreateVersionResponse
-	15, // 61: dunlin.v1.ModelService.ListModels:output_type -> dunlin.v1.ListModelsResponse
-	18, // 62: dunlin.v1.ObjectService.Apply:output_type -> dunlin.v1.ApplyResponse
-	21, // 63: dunlin.v1.ObjectService.Delete:output_type -> dunlin.v1.DeleteResponse
-	23, // 64: dunlin.v1.ObjectService.ListDeployments:output_type -> dunlin.v1.ListDeploymentsResponse
-	26, // 65: dunlin.v1.ObjectService.ListRoutes:output_type -> dunlin.v1.ListRoutesResponse
-	29, // 66: dunlin.v1.RolloutService.ListRollouts:output_type -> dunlin.v1.ListRolloutsResponse
-	31, // 67: dunlin.v1.RolloutService.GetRollout:output_type -> dunlin.v1.GetRolloutResponse
-	33, // 68: dunlin.v1.RolloutService.WatchRollout:output_type -> dunlin.v1.WatchRolloutResponse
-	37, // 69: dunlin.v1.DeviceService.ListDevices:output_type -> dunlin.v1.ListDevicesResponse
-	40, // 70: dunlin.v1.DeviceService.RemoveDevice:output_type -> dunlin.v1.RemoveDeviceResponse
-	42, // 71: dunlin.v1.DeviceService.ListEvents:output_type -> dunlin.v1.ListEventsResponse
-	56, // [56:72] is the sub-list for method output_type
-	40, // [40:56] is the sub-list for method input_type
-	40, // [40:40] is the sub-list for extension type_name
-	40, // [40:40] is the sub-list for extension extendee
-	0,  // [0:40] is the sub-list for field type_name
+	21, // 13: dunlin.v1.DeleteResponse.change:type_name -> dunlin.v1.ObjectChange
+	26, // 14: dunlin.v1.ListDeploymentsResponse.deployments:type_name -> dunlin.v1.Deployment
+	55, // 15: dunlin.v1.Deployment.selector:type_name -> dunlin.v1.Deployment.SelectorEntry
+	60, // 16: dunlin.v1.Deployment.updated_at:type_name -> google.protobuf.Timestamp
+	29, // 17: dunlin.v1.ListRoutesResponse.routes:type_name -> dunlin.v1.Route
+	61, // 18: dunlin.v1.Route.targets:type_name -> dunlin.v1.RouteTarget
+	60, // 19: dunlin.v1.Route.updated_at:type_name -> google.protobuf.Timestamp
+	32, // 20: dunlin.v1.ListProfilesResponse.profiles:type_name -> dunlin.v1.DeviceProfile
+	62, // 21: dunlin.v1.DeviceProfile.profile:type_name -> dunlin.v1.ModelProfile
+	35, // 22: dunlin.v1.PlanResponse.devices:type_name -> dunlin.v1.DevicePlan
+	2,  // 23: dunlin.v1.DevicePlan.verdict:type_name -> dunlin.v1.DevicePlan.Verdict
+	3,  // 24: dunlin.v1.DevicePlan.memory_source:type_name -> dunlin.v1.DevicePlan.Source
+	3,  // 25: dunlin.v1.DevicePlan.latency_source:type_name -> dunlin.v1.DevicePlan.Source
+	3,  // 26: dunlin.v1.DevicePlan.energy_source:type_name -> dunlin.v1.DevicePlan.Source
+	42, // 27: dunlin.v1.ListRolloutsResponse.rollouts:type_name -> dunlin.v1.Rollout
+	42, // 28: dunlin.v1.GetRolloutResponse.rollout:type_name -> dunlin.v1.Rollout
+	42, // 29: dunlin.v1.WatchRolloutResponse.rollout:type_name -> dunlin.v1.Rollout
+	0,  // 30: dunlin.v1.Rollout.state:type_name -> dunlin.v1.RolloutState
+	60, // 31: dunlin.v1.Rollout.started_at:type_name -> google.protobuf.Timestamp
+	60, // 32: dunlin.v1.Rollout.ended_at:type_name -> google.protobuf.Timestamp
+	43, // 33: dunlin.v1.Rollout.devices:type_name -> dunlin.v1.RolloutDevice
+	4,  // 34: dunlin.v1.RolloutDevice.phase:type_name -> dunlin.v1.RolloutDevice.Phase
+	56, // 35: dunlin.v1.ListDevicesRequest.selector:type_name -> dunlin.v1.ListDevicesRequest.SelectorEntry
+	46, // 36: dunlin.v1.ListDevicesResponse.devices:type_name -> dunlin.v1.Device
+	57, // 37: dunlin.v1.Device.labels:type_name -> dunlin.v1.Device.LabelsEntry
+	58, // 38: dunlin.v1.Device.info:type_name -> dunlin.v1.DeviceInfo
+	60, // 39: dunlin.v1.Device.last_heard_at:type_name -> google.protobuf.Timestamp
+	60, // 40: dunlin.v1.Device.joined_at:type_name -> google.protobuf.Timestamp
+	63, // 41: dunlin.v1.Device.desired:type_name -> dunlin.v1.Generation
+	64, // 42: dunlin.v1.Device.reported:type_name -> dunlin.v1.Reported
+	65, // 43: dunlin.v1.Device.telemetry:type_name -> dunlin.v1.Telemetry
+	51, // 44: dunlin.v1.ListEventsResponse.events:type_name -> dunlin.v1.DeviceEvent
+	66, // 45: dunlin.v1.DeviceEvent.event:type_name -> dunlin.v1.Event
+	60, // 46: dunlin.v1.DeviceEvent.received_at:type_name -> google.protobuf.Timestamp
+	5,  // 47: dunlin.v1.AuthService.WhoAmI:input_type -> dunlin.v1.WhoAmIRequest
+	7,  // 48: dunlin.v1.EnrollmentService.Join:input_type -> dunlin.v1.JoinRequest
+	9,  // 49: dunlin.v1.EnrollmentService.CreateJoinToken:input_type -> dunlin.v1.CreateJoinTokenRequest
+	11, // 50: dunlin.v1.EnrollmentService.ListJoinTokens:input_type -> dunlin.v1.ListJoinTokensRequest
+	14, // 51: dunlin.v1.ModelService.CreateVersion:input_type -> dunlin.v1.CreateVersionRequest
+	16, // 52: dunlin.v1.ModelService.ListModels:input_type -> dunlin.v1.ListModelsRequest
+	19, // 53: dunlin.v1.ObjectService.Apply:input_type -> dunlin.v1.ApplyRequest
+	22, // 54: dunlin.v1.ObjectService.Delete:input_type -> dunlin.v1.DeleteRequest
+	24, // 55: dunlin.v1.ObjectService.ListDeployments:input_type -> dunlin.v1.ListDeploymentsRequest
+	27, // 56: dunlin.v1.ObjectService.ListRoutes:input_type -> dunlin.v1.ListRoutesRequest
+	30, // 57: dunlin.v1.ProfileService.ListProfiles:input_type -> dunlin.v1.ListProfilesRequest
+	33, // 58: dunlin.v1.ProfileService.Plan:input_type -> dunlin.v1.PlanRequest
+	36, // 59: dunlin.v1.RolloutService.ListRollouts:input_type -> dunlin.v1.ListRolloutsRequest
+	38, // 60: dunlin.v1.RolloutService.GetRollout:input_type -> dunlin.v1.GetRolloutRequest
+	40, // 61: dunlin.v1.RolloutService.WatchRollout:input_type -> dunlin.v1.WatchRolloutRequest
+	44, // 62: dunlin.v1.DeviceService.ListDevices:input_type -> dunlin.v1.ListDevicesRequest
+	47, // 63: dunlin.v1.DeviceService.RemoveDevice:input_type -> dunlin.v1.RemoveDeviceRequest
+	49, // 64: dunlin.v1.DeviceService.ListEvents:input_type -> dunlin.v1.ListEventsRequest
+	6,  // 65: dunlin.v1.AuthService.WhoAmI:output_type -> dunlin.v1.WhoAmIResponse
+	8,  // 66: dunlin.v1.EnrollmentService.Join:output_type -> dunlin.v1.JoinResponse
+	10, // 67: dunlin.v1.EnrollmentService.CreateJoinToken:output_type -> dunlin.v1.CreateJoinTokenResponse
+	12, // 68: dunlin.v1.EnrollmentService.ListJoinTokens:output_type -> dunlin.v1.ListJoinTokensResponse
+	15, // 69: dunlin.v1.ModelService.CreateVersion:output_type -> dunlin.v1.CreateVersionResponse
+	17, // 70: dunlin.v1.ModelService.ListModels:output_type -> dunlin.v1.ListModelsResponse
+	20, // 71: dunlin.v1.ObjectService.Apply:output_type -> dunlin.v1.ApplyResponse
+	23, // 72: dunlin.v1.ObjectService.Delete:output_type -> dunlin.v1.DeleteResponse
+	25, // 73: dunlin.v1.ObjectService.ListDeployments:output_type -> dunlin.v1.ListDeploymentsResponse
+	28, // 74: dunlin.v1.ObjectService.ListRoutes:output_type -> dunlin.v1.ListRoutesResponse
+	31, // 75: dunlin.v1.ProfileService.ListProfiles:output_type -> dunlin.v1.ListProfilesResponse
+	34, // 76: dunlin.v1.ProfileService.Plan:output_type -> dunlin.v1.PlanResponse
+	37, // 77: dunlin.v1.RolloutService.ListRollouts:output_type -> dunlin.v1.ListRolloutsResponse
+	39, // 78: dunlin.v1.RolloutService.GetRollout:output_type -> dunlin.v1.GetRolloutResponse
+	41, // 79: dunlin.v1.RolloutService.WatchRollout:output_type -> dunlin.v1.WatchRolloutResponse
+	45, // 80: dunlin.v1.DeviceService.ListDevices:output_type -> dunlin.v1.ListDevicesResponse
+	48, // 81: dunlin.v1.DeviceService.RemoveDevice:output_type -> dunlin.v1.RemoveDeviceResponse
+	50, // 82: dunlin.v1.DeviceService.ListEvents:output_type -> dunlin.v1.ListEventsResponse
+	65, // [65:83] is the sub-list for method output_type
+	47, // [47:65] is the sub-list for method input_type
+	47, // [47:47] is the sub-list for extension type_name
+	47, // [47:47] is the sub-list for extension extendee
+	0,  // [0:47] is the sub-list for field type_name
 }
 
 func init() { file_dunlin_v1_api_proto_init() }
@@ -2975,15 +3577,16 @@ func file_dunlin_v1_api_proto_init() {
 		return
 	}
 	file_dunlin_v1_wire_proto_init()
+	file_dunlin_v1_api_proto_msgTypes[30].OneofWrappers = []any{}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_dunlin_v1_api_proto_rawDesc), len(file_dunlin_v1_api_proto_rawDesc)),
-			NumEnums:      3,
-			NumMessages:   47,
+			NumEnums:      5,
+			NumMessages:   53,
 			NumExtensions: 0,
-			NumServices:   6,
+			NumServices:   7,
 		},
 		GoTypes:           file_dunlin_v1_api_proto_goTypes,
 		DependencyIndexes: file_dunlin_v1_api_proto_depIdxs,

@@ -244,7 +244,21 @@ type DeviceInfo struct {
 	ServingUrl string `protobuf:"bytes,13,opt,name=serving_url,json=servingUrl,proto3" json:"serving_url,omitempty"`
 	// The device in whose memory weights leave and come back in place, as
 	// "cuda:0 NAME"; or "none: " and why there is none.
-	WeightPools   string `protobuf:"bytes,14,opt,name=weight_pools,json=weightPools,proto3" json:"weight_pools,omitempty"`
+	WeightPools string `protobuf:"bytes,14,opt,name=weight_pools,json=weightPools,proto3" json:"weight_pools,omitempty"`
+	// By NVML's index; none where no GPU was found.
+	Gpus []*GpuInfo `protobuf:"bytes,15,rep,name=gpus,proto3" json:"gpus,omitempty"`
+	// Versions of NVIDIA's driver and of the CUDA that it speaks; empty without
+	// one.
+	DriverVersion string `protobuf:"bytes,16,opt,name=driver_version,json=driverVersion,proto3" json:"driver_version,omitempty"`
+	CudaVersion   string `protobuf:"bytes,17,opt,name=cuda_version,json=cudaVersion,proto3" json:"cuda_version,omitempty"`
+	// What the board says of itself: the device tree's model, or DMI's vendor
+	// and product.
+	Board string `protobuf:"bytes,18,opt,name=board,proto3" json:"board,omitempty"`
+	// Why the firmware profile was chosen: the rules that it matched by.
+	FirmwareProfileReason string        `protobuf:"bytes,19,opt,name=firmware_profile_reason,json=firmwareProfileReason,proto3" json:"firmware_profile_reason,omitempty"`
+	Limits                *DeviceLimits `protobuf:"bytes,20,opt,name=limits,proto3" json:"limits,omitempty"`
+	// True where the device is simulated.
+	Simulated     bool `protobuf:"varint,21,opt,name=simulated,proto3" json:"simulated,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -377,6 +391,294 @@ func (x *DeviceInfo) GetWeightPools() string {
 	return ""
 }
 
+func (x *DeviceInfo) GetGpus() []*GpuInfo {
+	if x != nil {
+		return x.Gpus
+	}
+	return nil
+}
+
+func (x *DeviceInfo) GetDriverVersion() string {
+	if x != nil {
+		return x.DriverVersion
+	}
+	return ""
+}
+
+func (x *DeviceInfo) GetCudaVersion() string {
+	if x != nil {
+		return x.CudaVersion
+	}
+	return ""
+}
+
+func (x *DeviceInfo) GetBoard() string {
+	if x != nil {
+		return x.Board
+	}
+	return ""
+}
+
+func (x *DeviceInfo) GetFirmwareProfileReason() string {
+	if x != nil {
+		return x.FirmwareProfileReason
+	}
+	return ""
+}
+
+func (x *DeviceInfo) GetLimits() *DeviceLimits {
+	if x != nil {
+		return x.Limits
+	}
+	return nil
+}
+
+func (x *DeviceInfo) GetSimulated() bool {
+	if x != nil {
+		return x.Simulated
+	}
+	return false
+}
+
+// GpuInfo describes one GPU.
+type GpuInfo struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Index uint32                 `protobuf:"varint,1,opt,name=index,proto3" json:"index,omitempty"`
+	Name  string                 `protobuf:"bytes,2,opt,name=name,proto3" json:"name,omitempty"`
+	Uuid  string                 `protobuf:"bytes,3,opt,name=uuid,proto3" json:"uuid,omitempty"`
+	// "8.9"
+	ComputeCapability string `protobuf:"bytes,4,opt,name=compute_capability,json=computeCapability,proto3" json:"compute_capability,omitempty"`
+	MemoryBytes       uint64 `protobuf:"varint,5,opt,name=memory_bytes,json=memoryBytes,proto3" json:"memory_bytes,omitempty"`
+	PciBusId          string `protobuf:"bytes,6,opt,name=pci_bus_id,json=pciBusId,proto3" json:"pci_bus_id,omitempty"`
+	// True where CPU and GPU share their memory.
+	UnifiedMemory bool `protobuf:"varint,7,opt,name=unified_memory,json=unifiedMemory,proto3" json:"unified_memory,omitempty"`
+	// True where the GPU is divided; its parts follow by name.
+	MigEnabled    bool     `protobuf:"varint,8,opt,name=mig_enabled,json=migEnabled,proto3" json:"mig_enabled,omitempty"`
+	MigDevices    []string `protobuf:"bytes,9,rep,name=mig_devices,json=migDevices,proto3" json:"mig_devices,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *GpuInfo) Reset() {
+	*x = GpuInfo{}
+	mi := &file_dunlin_v1_wire_proto_msgTypes[2]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *GpuInfo) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*GpuInfo) ProtoMessage() {}
+
+func (x *GpuInfo) ProtoReflect() protoreflect.Message {
+	mi := &file_dunlin_v1_wire_proto_msgTypes[2]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use GpuInfo.ProtoReflect.Descriptor instead.
+func (*GpuInfo) Descriptor() ([]byte, []int) {
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{2}
+}
+
+func (x *GpuInfo) GetIndex() uint32 {
+	if x != nil {
+		return x.Index
+	}
+	return 0
+}
+
+func (x *GpuInfo) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *GpuInfo) GetUuid() string {
+	if x != nil {
+		return x.Uuid
+	}
+	return ""
+}
+
+func (x *GpuInfo) GetComputeCapability() string {
+	if x != nil {
+		return x.ComputeCapability
+	}
+	return ""
+}
+
+func (x *GpuInfo) GetMemoryBytes() uint64 {
+	if x != nil {
+		return x.MemoryBytes
+	}
+	return 0
+}
+
+func (x *GpuInfo) GetPciBusId() string {
+	if x != nil {
+		return x.PciBusId
+	}
+	return ""
+}
+
+func (x *GpuInfo) GetUnifiedMemory() bool {
+	if x != nil {
+		return x.UnifiedMemory
+	}
+	return false
+}
+
+func (x *GpuInfo) GetMigEnabled() bool {
+	if x != nil {
+		return x.MigEnabled
+	}
+	return false
+}
+
+func (x *GpuInfo) GetMigDevices() []string {
+	if x != nil {
+		return x.MigDevices
+	}
+	return nil
+}
+
+// DeviceLimits bound what models the device takes: its firmware profile's
+// figures, and the settings.
+type DeviceLimits struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// What models may take of the host's memory.
+	HostMemoryBytes uint64 `protobuf:"varint,1,opt,name=host_memory_bytes,json=hostMemoryBytes,proto3" json:"host_memory_bytes,omitempty"`
+	// What they may take of a GPU's; 0 where no model runs on a GPU.
+	DeviceMemoryBytes uint64 `protobuf:"varint,2,opt,name=device_memory_bytes,json=deviceMemoryBytes,proto3" json:"device_memory_bytes,omitempty"`
+	// Free space that stays on the disk.
+	DiskReserveBytes uint64 `protobuf:"varint,3,opt,name=disk_reserve_bytes,json=diskReserveBytes,proto3" json:"disk_reserve_bytes,omitempty"`
+	// Newest version of the default operator set; 0 sets no bound.
+	MaxOpset int64 `protobuf:"varint,4,opt,name=max_opset,json=maxOpset,proto3" json:"max_opset,omitempty"`
+	// Element types that models may compute in, as Triton names them; none sets
+	// no bound.
+	Precisions []string `protobuf:"bytes,5,rep,name=precisions,proto3" json:"precisions,omitempty"`
+	// True where a model's weights may stay in their file when they are more
+	// than the memory.
+	Oversize bool `protobuf:"varint,6,opt,name=oversize,proto3" json:"oversize,omitempty"`
+	// The class's figures, for predictions; 0 where they are not known.
+	Fp32Gflops         float64 `protobuf:"fixed64,7,opt,name=fp32_gflops,json=fp32Gflops,proto3" json:"fp32_gflops,omitempty"`
+	MemoryGbPerSecond  float64 `protobuf:"fixed64,8,opt,name=memory_gb_per_second,json=memoryGbPerSecond,proto3" json:"memory_gb_per_second,omitempty"`
+	RunOverheadSeconds float64 `protobuf:"fixed64,9,opt,name=run_overhead_seconds,json=runOverheadSeconds,proto3" json:"run_overhead_seconds,omitempty"`
+	ActiveWatts        float64 `protobuf:"fixed64,10,opt,name=active_watts,json=activeWatts,proto3" json:"active_watts,omitempty"`
+	unknownFields      protoimpl.UnknownFields
+	sizeCache          protoimpl.SizeCache
+}
+
+func (x *DeviceLimits) Reset() {
+	*x = DeviceLimits{}
+	mi := &file_dunlin_v1_wire_proto_msgTypes[3]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DeviceLimits) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DeviceLimits) ProtoMessage() {}
+
+func (x *DeviceLimits) ProtoReflect() protoreflect.Message {
+	mi := &file_dunlin_v1_wire_proto_msgTypes[3]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DeviceLimits.ProtoReflect.Descriptor instead.
+func (*DeviceLimits) Descriptor() ([]byte, []int) {
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{3}
+}
+
+func (x *DeviceLimits) GetHostMemoryBytes() uint64 {
+	if x != nil {
+		return x.HostMemoryBytes
+	}
+	return 0
+}
+
+func (x *DeviceLimits) GetDeviceMemoryBytes() uint64 {
+	if x != nil {
+		return x.DeviceMemoryBytes
+	}
+	return 0
+}
+
+func (x *DeviceLimits) GetDiskReserveBytes() uint64 {
+	if x != nil {
+		return x.DiskReserveBytes
+	}
+	return 0
+}
+
+func (x *DeviceLimits) GetMaxOpset() int64 {
+	if x != nil {
+		return x.MaxOpset
+	}
+	return 0
+}
+
+func (x *DeviceLimits) GetPrecisions() []string {
+	if x != nil {
+		return x.Precisions
+	}
+	return nil
+}
+
+func (x *DeviceLimits) GetOversize() bool {
+	if x != nil {
+		return x.Oversize
+	}
+	return false
+}
+
+func (x *DeviceLimits) GetFp32Gflops() float64 {
+	if x != nil {
+		return x.Fp32Gflops
+	}
+	return 0
+}
+
+func (x *DeviceLimits) GetMemoryGbPerSecond() float64 {
+	if x != nil {
+		return x.MemoryGbPerSecond
+	}
+	return 0
+}
+
+func (x *DeviceLimits) GetRunOverheadSeconds() float64 {
+	if x != nil {
+		return x.RunOverheadSeconds
+	}
+	return 0
+}
+
+func (x *DeviceLimits) GetActiveWatts() float64 {
+	if x != nil {
+		return x.ActiveWatts
+	}
+	return 0
+}
+
 // Hello is an agent's first message on every connection.
 type Hello struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -394,7 +696,7 @@ type Hello struct {
 
 func (x *Hello) Reset() {
 	*x = Hello{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[2]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[4]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -406,7 +708,7 @@ func (x *Hello) String() string {
 func (*Hello) ProtoMessage() {}
 
 func (x *Hello) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[2]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[4]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -419,7 +721,7 @@ func (x *Hello) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Hello.ProtoReflect.Descriptor instead.
 func (*Hello) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{2}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{4}
 }
 
 func (x *Hello) GetBootId() string {
@@ -468,7 +770,7 @@ type Gone struct {
 
 func (x *Gone) Reset() {
 	*x = Gone{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[3]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -480,7 +782,7 @@ func (x *Gone) String() string {
 func (*Gone) ProtoMessage() {}
 
 func (x *Gone) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[3]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -493,7 +795,7 @@ func (x *Gone) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Gone.ProtoReflect.Descriptor instead.
 func (*Gone) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{3}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *Gone) GetBootId() string {
@@ -527,7 +829,7 @@ type Desired struct {
 
 func (x *Desired) Reset() {
 	*x = Desired{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[4]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -539,7 +841,7 @@ func (x *Desired) String() string {
 func (*Desired) ProtoMessage() {}
 
 func (x *Desired) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[4]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -552,7 +854,7 @@ func (x *Desired) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Desired.ProtoReflect.Descriptor instead.
 func (*Desired) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{4}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *Desired) GetGeneration() *Generation {
@@ -594,7 +896,7 @@ type DesiredDocument struct {
 
 func (x *DesiredDocument) Reset() {
 	*x = DesiredDocument{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[5]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -606,7 +908,7 @@ func (x *DesiredDocument) String() string {
 func (*DesiredDocument) ProtoMessage() {}
 
 func (x *DesiredDocument) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[5]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -619,7 +921,7 @@ func (x *DesiredDocument) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DesiredDocument.ProtoReflect.Descriptor instead.
 func (*DesiredDocument) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{5}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *DesiredDocument) GetVersions() []*DesiredVersion {
@@ -653,7 +955,7 @@ type DesiredVersion struct {
 
 func (x *DesiredVersion) Reset() {
 	*x = DesiredVersion{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[6]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -665,7 +967,7 @@ func (x *DesiredVersion) String() string {
 func (*DesiredVersion) ProtoMessage() {}
 
 func (x *DesiredVersion) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[6]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -678,7 +980,7 @@ func (x *DesiredVersion) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DesiredVersion.ProtoReflect.Descriptor instead.
 func (*DesiredVersion) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{6}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *DesiredVersion) GetDeployment() string {
@@ -727,7 +1029,7 @@ type DesiredRoute struct {
 
 func (x *DesiredRoute) Reset() {
 	*x = DesiredRoute{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[7]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -739,7 +1041,7 @@ func (x *DesiredRoute) String() string {
 func (*DesiredRoute) ProtoMessage() {}
 
 func (x *DesiredRoute) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[7]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -752,7 +1054,7 @@ func (x *DesiredRoute) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DesiredRoute.ProtoReflect.Descriptor instead.
 func (*DesiredRoute) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{7}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *DesiredRoute) GetName() string {
@@ -783,7 +1085,7 @@ type RouteTarget struct {
 
 func (x *RouteTarget) Reset() {
 	*x = RouteTarget{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[8]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -795,7 +1097,7 @@ func (x *RouteTarget) String() string {
 func (*RouteTarget) ProtoMessage() {}
 
 func (x *RouteTarget) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[8]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -808,7 +1110,7 @@ func (x *RouteTarget) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RouteTarget.ProtoReflect.Descriptor instead.
 func (*RouteTarget) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{8}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *RouteTarget) GetModel() string {
@@ -854,7 +1156,7 @@ type VersionStatus struct {
 
 func (x *VersionStatus) Reset() {
 	*x = VersionStatus{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[9]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -866,7 +1168,7 @@ func (x *VersionStatus) String() string {
 func (*VersionStatus) ProtoMessage() {}
 
 func (x *VersionStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[9]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -879,7 +1181,7 @@ func (x *VersionStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VersionStatus.ProtoReflect.Descriptor instead.
 func (*VersionStatus) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{9}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *VersionStatus) GetModel() string {
@@ -964,7 +1266,7 @@ type RouteStatus struct {
 
 func (x *RouteStatus) Reset() {
 	*x = RouteStatus{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[10]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -976,7 +1278,7 @@ func (x *RouteStatus) String() string {
 func (*RouteStatus) ProtoMessage() {}
 
 func (x *RouteStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[10]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -989,7 +1291,7 @@ func (x *RouteStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RouteStatus.ProtoReflect.Descriptor instead.
 func (*RouteStatus) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{10}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *RouteStatus) GetName() string {
@@ -1031,7 +1333,7 @@ type Reported struct {
 
 func (x *Reported) Reset() {
 	*x = Reported{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[11]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1043,7 +1345,7 @@ func (x *Reported) String() string {
 func (*Reported) ProtoMessage() {}
 
 func (x *Reported) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[11]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1056,7 +1358,7 @@ func (x *Reported) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Reported.ProtoReflect.Descriptor instead.
 func (*Reported) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{11}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *Reported) GetSession() string {
@@ -1108,18 +1410,22 @@ type Event struct {
 	Sequence uint64                 `protobuf:"varint,1,opt,name=sequence,proto3" json:"sequence,omitempty"`
 	At       *timestamppb.Timestamp `protobuf:"bytes,2,opt,name=at,proto3" json:"at,omitempty"`
 	// Dotted lower-case name: "version.resident", "worker.died".
-	Kind          string   `protobuf:"bytes,3,opt,name=kind,proto3" json:"kind,omitempty"`
-	Severity      Severity `protobuf:"varint,4,opt,name=severity,proto3,enum=dunlin.v1.Severity" json:"severity,omitempty"`
-	Model         string   `protobuf:"bytes,5,opt,name=model,proto3" json:"model,omitempty"`
-	Version       int64    `protobuf:"varint,6,opt,name=version,proto3" json:"version,omitempty"`
-	Message       string   `protobuf:"bytes,7,opt,name=message,proto3" json:"message,omitempty"`
+	Kind     string   `protobuf:"bytes,3,opt,name=kind,proto3" json:"kind,omitempty"`
+	Severity Severity `protobuf:"varint,4,opt,name=severity,proto3,enum=dunlin.v1.Severity" json:"severity,omitempty"`
+	Model    string   `protobuf:"bytes,5,opt,name=model,proto3" json:"model,omitempty"`
+	Version  int64    `protobuf:"varint,6,opt,name=version,proto3" json:"version,omitempty"`
+	Message  string   `protobuf:"bytes,7,opt,name=message,proto3" json:"message,omitempty"`
+	// With "profile.measured": what was measured.
+	Profile *ModelProfile `protobuf:"bytes,8,opt,name=profile,proto3" json:"profile,omitempty"`
+	// With "alarm.raised" and "alarm.cleared".
+	Alarm         *Alarm `protobuf:"bytes,9,opt,name=alarm,proto3" json:"alarm,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *Event) Reset() {
 	*x = Event{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[12]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1131,7 +1437,7 @@ func (x *Event) String() string {
 func (*Event) ProtoMessage() {}
 
 func (x *Event) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[12]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1144,7 +1450,7 @@ func (x *Event) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Event.ProtoReflect.Descriptor instead.
 func (*Event) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{12}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *Event) GetSequence() uint64 {
@@ -1196,6 +1502,20 @@ func (x *Event) GetMessage() string {
 	return ""
 }
 
+func (x *Event) GetProfile() *ModelProfile {
+	if x != nil {
+		return x.Profile
+	}
+	return nil
+}
+
+func (x *Event) GetAlarm() *Alarm {
+	if x != nil {
+		return x.Alarm
+	}
+	return nil
+}
+
 // EventBatch carries events in order from one outbox, from the oldest on that
 // is not acknowledged. The events of an outbox that overflowed are replaced by
 // a "gap" event with the range's last sequence. A store that knows nothing of
@@ -1211,7 +1531,7 @@ type EventBatch struct {
 
 func (x *EventBatch) Reset() {
 	*x = EventBatch{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[13]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1223,7 +1543,7 @@ func (x *EventBatch) String() string {
 func (*EventBatch) ProtoMessage() {}
 
 func (x *EventBatch) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[13]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1236,7 +1556,7 @@ func (x *EventBatch) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EventBatch.ProtoReflect.Descriptor instead.
 func (*EventBatch) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{13}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *EventBatch) GetOutboxId() string {
@@ -1264,7 +1584,7 @@ type EventAck struct {
 
 func (x *EventAck) Reset() {
 	*x = EventAck{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[14]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1276,7 +1596,7 @@ func (x *EventAck) String() string {
 func (*EventAck) ProtoMessage() {}
 
 func (x *EventAck) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[14]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1289,7 +1609,7 @@ func (x *EventAck) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EventAck.ProtoReflect.Descriptor instead.
 func (*EventAck) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{14}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *EventAck) GetOutboxId() string {
@@ -1320,7 +1640,7 @@ type Command struct {
 
 func (x *Command) Reset() {
 	*x = Command{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[15]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1332,7 +1652,7 @@ func (x *Command) String() string {
 func (*Command) ProtoMessage() {}
 
 func (x *Command) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[15]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1345,7 +1665,7 @@ func (x *Command) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Command.ProtoReflect.Descriptor instead.
 func (*Command) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{15}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *Command) GetCommand() isCommand_Command {
@@ -1399,7 +1719,7 @@ type HelloAgain struct {
 
 func (x *HelloAgain) Reset() {
 	*x = HelloAgain{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[16]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1411,7 +1731,7 @@ func (x *HelloAgain) String() string {
 func (*HelloAgain) ProtoMessage() {}
 
 func (x *HelloAgain) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[16]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1424,7 +1744,7 @@ func (x *HelloAgain) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HelloAgain.ProtoReflect.Descriptor instead.
 func (*HelloAgain) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{16}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{18}
 }
 
 // Telemetry is one sample of a device's figures. A figure that the device
@@ -1443,15 +1763,34 @@ type Telemetry struct {
 	// Samples that were dropped before this one.
 	Dropped uint64 `protobuf:"varint,8,opt,name=dropped,proto3" json:"dropped,omitempty"`
 	// What models may take of the memory, and what they take.
-	ModelMemoryBudgetBytes *uint64 `protobuf:"varint,9,opt,name=model_memory_budget_bytes,json=modelMemoryBudgetBytes,proto3,oneof" json:"model_memory_budget_bytes,omitempty"`
-	ModelMemoryUsedBytes   *uint64 `protobuf:"varint,10,opt,name=model_memory_used_bytes,json=modelMemoryUsedBytes,proto3,oneof" json:"model_memory_used_bytes,omitempty"`
-	unknownFields          protoimpl.UnknownFields
-	sizeCache              protoimpl.SizeCache
+	ModelMemoryBudgetBytes *uint64         `protobuf:"varint,9,opt,name=model_memory_budget_bytes,json=modelMemoryBudgetBytes,proto3,oneof" json:"model_memory_budget_bytes,omitempty"`
+	ModelMemoryUsedBytes   *uint64         `protobuf:"varint,10,opt,name=model_memory_used_bytes,json=modelMemoryUsedBytes,proto3,oneof" json:"model_memory_used_bytes,omitempty"`
+	Gpus                   []*GpuTelemetry `protobuf:"bytes,11,rep,name=gpus,proto3" json:"gpus,omitempty"`
+	Temperatures           []*Temperature  `protobuf:"bytes,12,rep,name=temperatures,proto3" json:"temperatures,omitempty"`
+	// Of the whole device, or of its processor where only that is known, which
+	// power_source says: "ina3221 VDD_IN", "rapl package-0".
+	PowerWatts *float64 `protobuf:"fixed64,13,opt,name=power_watts,json=powerWatts,proto3,oneof" json:"power_watts,omitempty"`
+	// Since some moment before the agent's start; it only grows in one boot.
+	EnergyJoules *float64 `protobuf:"fixed64,14,opt,name=energy_joules,json=energyJoules,proto3,oneof" json:"energy_joules,omitempty"`
+	PowerSource  string   `protobuf:"bytes,15,opt,name=power_source,json=powerSource,proto3" json:"power_source,omitempty"`
+	// Sources of figures that do not answer now, and why: "nvml: GPU is lost".
+	Faults []string `protobuf:"bytes,16,rep,name=faults,proto3" json:"faults,omitempty"`
+	// Those that are raised now.
+	Alarms []*Alarm `protobuf:"bytes,17,rep,name=alarms,proto3" json:"alarms,omitempty"`
+	// Share of the disk's rated writes that is used up, 0 to 1 or more.
+	DiskWear *float64 `protobuf:"fixed64,18,opt,name=disk_wear,json=diskWear,proto3,oneof" json:"disk_wear,omitempty"`
+	// Requests per second, failed ones of them, and the 99th percentile of their
+	// time, since the last sample.
+	RequestsPerSecond *float64 `protobuf:"fixed64,19,opt,name=requests_per_second,json=requestsPerSecond,proto3,oneof" json:"requests_per_second,omitempty"`
+	FailuresPerSecond *float64 `protobuf:"fixed64,20,opt,name=failures_per_second,json=failuresPerSecond,proto3,oneof" json:"failures_per_second,omitempty"`
+	RequestP99Seconds *float64 `protobuf:"fixed64,21,opt,name=request_p99_seconds,json=requestP99Seconds,proto3,oneof" json:"request_p99_seconds,omitempty"`
+	unknownFields     protoimpl.UnknownFields
+	sizeCache         protoimpl.SizeCache
 }
 
 func (x *Telemetry) Reset() {
 	*x = Telemetry{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[17]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1463,7 +1802,7 @@ func (x *Telemetry) String() string {
 func (*Telemetry) ProtoMessage() {}
 
 func (x *Telemetry) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[17]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1476,7 +1815,7 @@ func (x *Telemetry) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Telemetry.ProtoReflect.Descriptor instead.
 func (*Telemetry) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{17}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *Telemetry) GetAt() *timestamppb.Timestamp {
@@ -1549,6 +1888,1189 @@ func (x *Telemetry) GetModelMemoryUsedBytes() uint64 {
 	return 0
 }
 
+func (x *Telemetry) GetGpus() []*GpuTelemetry {
+	if x != nil {
+		return x.Gpus
+	}
+	return nil
+}
+
+func (x *Telemetry) GetTemperatures() []*Temperature {
+	if x != nil {
+		return x.Temperatures
+	}
+	return nil
+}
+
+func (x *Telemetry) GetPowerWatts() float64 {
+	if x != nil && x.PowerWatts != nil {
+		return *x.PowerWatts
+	}
+	return 0
+}
+
+func (x *Telemetry) GetEnergyJoules() float64 {
+	if x != nil && x.EnergyJoules != nil {
+		return *x.EnergyJoules
+	}
+	return 0
+}
+
+func (x *Telemetry) GetPowerSource() string {
+	if x != nil {
+		return x.PowerSource
+	}
+	return ""
+}
+
+func (x *Telemetry) GetFaults() []string {
+	if x != nil {
+		return x.Faults
+	}
+	return nil
+}
+
+func (x *Telemetry) GetAlarms() []*Alarm {
+	if x != nil {
+		return x.Alarms
+	}
+	return nil
+}
+
+func (x *Telemetry) GetDiskWear() float64 {
+	if x != nil && x.DiskWear != nil {
+		return *x.DiskWear
+	}
+	return 0
+}
+
+func (x *Telemetry) GetRequestsPerSecond() float64 {
+	if x != nil && x.RequestsPerSecond != nil {
+		return *x.RequestsPerSecond
+	}
+	return 0
+}
+
+func (x *Telemetry) GetFailuresPerSecond() float64 {
+	if x != nil && x.FailuresPerSecond != nil {
+		return *x.FailuresPerSecond
+	}
+	return 0
+}
+
+func (x *Telemetry) GetRequestP99Seconds() float64 {
+	if x != nil && x.RequestP99Seconds != nil {
+		return *x.RequestP99Seconds
+	}
+	return 0
+}
+
+// Temperature is one sensor's.
+type Temperature struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// As the kernel names the zone or the chip: "cpu-thermal", "nvme Composite".
+	Sensor        string  `protobuf:"bytes,1,opt,name=sensor,proto3" json:"sensor,omitempty"`
+	Celsius       float64 `protobuf:"fixed64,2,opt,name=celsius,proto3" json:"celsius,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Temperature) Reset() {
+	*x = Temperature{}
+	mi := &file_dunlin_v1_wire_proto_msgTypes[20]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Temperature) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Temperature) ProtoMessage() {}
+
+func (x *Temperature) ProtoReflect() protoreflect.Message {
+	mi := &file_dunlin_v1_wire_proto_msgTypes[20]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Temperature.ProtoReflect.Descriptor instead.
+func (*Temperature) Descriptor() ([]byte, []int) {
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{20}
+}
+
+func (x *Temperature) GetSensor() string {
+	if x != nil {
+		return x.Sensor
+	}
+	return ""
+}
+
+func (x *Temperature) GetCelsius() float64 {
+	if x != nil {
+		return x.Celsius
+	}
+	return 0
+}
+
+// GpuTelemetry are the figures of one GPU, as NVML or the kernel has them.
+type GpuTelemetry struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Index uint32                 `protobuf:"varint,1,opt,name=index,proto3" json:"index,omitempty"`
+	Uuid  string                 `protobuf:"bytes,2,opt,name=uuid,proto3" json:"uuid,omitempty"`
+	// Shares of time in the last sample period, 0 to 1.
+	Utilisation       *float64 `protobuf:"fixed64,3,opt,name=utilisation,proto3,oneof" json:"utilisation,omitempty"`
+	MemoryUtilisation *float64 `protobuf:"fixed64,4,opt,name=memory_utilisation,json=memoryUtilisation,proto3,oneof" json:"memory_utilisation,omitempty"`
+	MemoryUsedBytes   *uint64  `protobuf:"varint,5,opt,name=memory_used_bytes,json=memoryUsedBytes,proto3,oneof" json:"memory_used_bytes,omitempty"`
+	MemoryTotalBytes  *uint64  `protobuf:"varint,6,opt,name=memory_total_bytes,json=memoryTotalBytes,proto3,oneof" json:"memory_total_bytes,omitempty"`
+	PowerWatts        *float64 `protobuf:"fixed64,7,opt,name=power_watts,json=powerWatts,proto3,oneof" json:"power_watts,omitempty"`
+	PowerLimitWatts   *float64 `protobuf:"fixed64,8,opt,name=power_limit_watts,json=powerLimitWatts,proto3,oneof" json:"power_limit_watts,omitempty"`
+	// Since the driver was loaded.
+	EnergyJoules    *float64 `protobuf:"fixed64,9,opt,name=energy_joules,json=energyJoules,proto3,oneof" json:"energy_joules,omitempty"`
+	Celsius         *float64 `protobuf:"fixed64,10,opt,name=celsius,proto3,oneof" json:"celsius,omitempty"`
+	MemoryCelsius   *float64 `protobuf:"fixed64,11,opt,name=memory_celsius,json=memoryCelsius,proto3,oneof" json:"memory_celsius,omitempty"`
+	SlowdownCelsius *float64 `protobuf:"fixed64,12,opt,name=slowdown_celsius,json=slowdownCelsius,proto3,oneof" json:"slowdown_celsius,omitempty"`
+	SmClockMhz      *uint32  `protobuf:"varint,13,opt,name=sm_clock_mhz,json=smClockMhz,proto3,oneof" json:"sm_clock_mhz,omitempty"`
+	MemoryClockMhz  *uint32  `protobuf:"varint,14,opt,name=memory_clock_mhz,json=memoryClockMhz,proto3,oneof" json:"memory_clock_mhz,omitempty"`
+	// Why clocks are lowered: "sw_thermal", "hw_slowdown", "sw_power_cap".
+	ThrottleReasons []string `protobuf:"bytes,15,rep,name=throttle_reasons,json=throttleReasons,proto3" json:"throttle_reasons,omitempty"`
+	// Since the GPU was made, or its counters were reset.
+	EccCorrected            *uint64  `protobuf:"varint,16,opt,name=ecc_corrected,json=eccCorrected,proto3,oneof" json:"ecc_corrected,omitempty"`
+	EccUncorrected          *uint64  `protobuf:"varint,17,opt,name=ecc_uncorrected,json=eccUncorrected,proto3,oneof" json:"ecc_uncorrected,omitempty"`
+	RetiredPages            *uint32  `protobuf:"varint,18,opt,name=retired_pages,json=retiredPages,proto3,oneof" json:"retired_pages,omitempty"`
+	RemappedRowsCorrected   *uint32  `protobuf:"varint,19,opt,name=remapped_rows_corrected,json=remappedRowsCorrected,proto3,oneof" json:"remapped_rows_corrected,omitempty"`
+	RemappedRowsUncorrected *uint32  `protobuf:"varint,20,opt,name=remapped_rows_uncorrected,json=remappedRowsUncorrected,proto3,oneof" json:"remapped_rows_uncorrected,omitempty"`
+	RemapPending            *bool    `protobuf:"varint,21,opt,name=remap_pending,json=remapPending,proto3,oneof" json:"remap_pending,omitempty"`
+	RemapFailed             *bool    `protobuf:"varint,22,opt,name=remap_failed,json=remapFailed,proto3,oneof" json:"remap_failed,omitempty"`
+	PcieTxBytesPerSecond    *float64 `protobuf:"fixed64,23,opt,name=pcie_tx_bytes_per_second,json=pcieTxBytesPerSecond,proto3,oneof" json:"pcie_tx_bytes_per_second,omitempty"`
+	PcieRxBytesPerSecond    *float64 `protobuf:"fixed64,24,opt,name=pcie_rx_bytes_per_second,json=pcieRxBytesPerSecond,proto3,oneof" json:"pcie_rx_bytes_per_second,omitempty"`
+	PcieReplays             *uint64  `protobuf:"varint,25,opt,name=pcie_replays,json=pcieReplays,proto3,oneof" json:"pcie_replays,omitempty"`
+	// XID errors seen since the agent's start, and the last one.
+	XidCount      *uint64       `protobuf:"varint,26,opt,name=xid_count,json=xidCount,proto3,oneof" json:"xid_count,omitempty"`
+	LastXid       *uint64       `protobuf:"varint,27,opt,name=last_xid,json=lastXid,proto3,oneof" json:"last_xid,omitempty"`
+	Processes     []*GpuProcess `protobuf:"bytes,28,rep,name=processes,proto3" json:"processes,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *GpuTelemetry) Reset() {
+	*x = GpuTelemetry{}
+	mi := &file_dunlin_v1_wire_proto_msgTypes[21]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *GpuTelemetry) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*GpuTelemetry) ProtoMessage() {}
+
+func (x *GpuTelemetry) ProtoReflect() protoreflect.Message {
+	mi := &file_dunlin_v1_wire_proto_msgTypes[21]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use GpuTelemetry.ProtoReflect.Descriptor instead.
+func (*GpuTelemetry) Descriptor() ([]byte, []int) {
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{21}
+}
+
+func (x *GpuTelemetry) GetIndex() uint32 {
+	if x != nil {
+		return x.Index
+	}
+	return 0
+}
+
+func (x *GpuTelemetry) GetUuid() string {
+	if x != nil {
+		return x.Uuid
+	}
+	return ""
+}
+
+func (x *GpuTelemetry) GetUtilisation() float64 {
+	if x != nil && x.Utilisation != nil {
+		return *x.Utilisation
+	}
+	return 0
+}
+
+func (x *GpuTelemetry) GetMemoryUtilisation() float64 {
+	if x != nil && x.MemoryUtilisation != nil {
+		return *x.MemoryUtilisation
+	}
+	return 0
+}
+
+func (x *GpuTelemetry) GetMemoryUsedBytes() uint64 {
+	if x != nil && x.MemoryUsedBytes != nil {
+		return *x.MemoryUsedBytes
+	}
+	return 0
+}
+
+func (x *GpuTelemetry) GetMemoryTotalBytes() uint64 {
+	if x != nil && x.MemoryTotalBytes != nil {
+		return *x.MemoryTotalBytes
+	}
+	return 0
+}
+
+func (x *GpuTelemetry) GetPowerWatts() float64 {
+	if x != nil && x.PowerWatts != nil {
+		return *x.PowerWatts
+	}
+	return 0
+}
+
+func (x *GpuTelemetry) GetPowerLimitWatts() float64 {
+	if x != nil && x.PowerLimitWatts != nil {
+		return *x.PowerLimitWatts
+	}
+	return 0
+}
+
+func (x *GpuTelemetry) GetEnergyJoules() float64 {
+	if x != nil && x.EnergyJoules != nil {
+		return *x.EnergyJoules
+	}
+	return 0
+}
+
+func (x *GpuTelemetry) GetCelsius() float64 {
+	if x != nil && x.Celsius != nil {
+		return *x.Celsius
+	}
+	return 0
+}
+
+func (x *GpuTelemetry) GetMemoryCelsius() float64 {
+	if x != nil && x.MemoryCelsius != nil {
+		return *x.MemoryCelsius
+	}
+	return 0
+}
+
+func (x *GpuTelemetry) GetSlowdownCelsius() float64 {
+	if x != nil && x.SlowdownCelsius != nil {
+		return *x.SlowdownCelsius
+	}
+	return 0
+}
+
+func (x *GpuTelemetry) GetSmClockMhz() uint32 {
+	if x != nil && x.SmClockMhz != nil {
+		return *x.SmClockMhz
+	}
+	return 0
+}
+
+func (x *GpuTelemetry) GetMemoryClockMhz() uint32 {
+	if x != nil && x.MemoryClockMhz != nil {
+		return *x.MemoryClockMhz
+	}
+	return 0
+}
+
+func (x *GpuTelemetry) GetThrottleReasons() []string {
+	if x != nil {
+		return x.ThrottleReasons
+	}
+	return nil
+}
+
+func (x *GpuTelemetry) GetEccCorrected() uint64 {
+	if x != nil && x.EccCorrected != nil {
+		return *x.EccCorrected
+	}
+	return 0
+}
+
+func (x *GpuTelemetry) GetEccUncorrected() uint64 {
+	if x != nil && x.EccUncorrected != nil {
+		return *x.EccUncorrected
+	}
+	return 0
+}
+
+func (x *GpuTelemetry) GetRetiredPages() uint32 {
+	if x != nil && x.RetiredPages != nil {
+		return *x.RetiredPages
+	}
+	return 0
+}
+
+func (x *GpuTelemetry) GetRemappedRowsCorrected() uint32 {
+	if x != nil && x.RemappedRowsCorrected != nil {
+		return *x.RemappedRowsCorrected
+	}
+	return 0
+}
+
+func (x *GpuTelemetry) GetRemappedRowsUncorrected() uint32 {
+	if x != nil && x.RemappedRowsUncorrected != nil {
+		return *x.RemappedRowsUncorrected
+	}
+	return 0
+}
+
+func (x *GpuTelemetry) GetRemapPending() bool {
+	if x != nil && x.RemapPending != nil {
+		return *x.RemapPending
+	}
+	return false
+}
+
+func (x *GpuTelemetry) GetRemapFailed() bool {
+	if x != nil && x.RemapFailed != nil {
+		return *x.RemapFailed
+	}
+	return false
+}
+
+func (x *GpuTelemetry) GetPcieTxBytesPerSecond() float64 {
+	if x != nil && x.PcieTxBytesPerSecond != nil {
+		return *x.PcieTxBytesPerSecond
+	}
+	return 0
+}
+
+func (x *GpuTelemetry) GetPcieRxBytesPerSecond() float64 {
+	if x != nil && x.PcieRxBytesPerSecond != nil {
+		return *x.PcieRxBytesPerSecond
+	}
+	return 0
+}
+
+func (x *GpuTelemetry) GetPcieReplays() uint64 {
+	if x != nil && x.PcieReplays != nil {
+		return *x.PcieReplays
+	}
+	return 0
+}
+
+func (x *GpuTelemetry) GetXidCount() uint64 {
+	if x != nil && x.XidCount != nil {
+		return *x.XidCount
+	}
+	return 0
+}
+
+func (x *GpuTelemetry) GetLastXid() uint64 {
+	if x != nil && x.LastXid != nil {
+		return *x.LastXid
+	}
+	return 0
+}
+
+func (x *GpuTelemetry) GetProcesses() []*GpuProcess {
+	if x != nil {
+		return x.Processes
+	}
+	return nil
+}
+
+// GpuProcess is what a process has of a GPU's memory.
+type GpuProcess struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Pid           uint32                 `protobuf:"varint,1,opt,name=pid,proto3" json:"pid,omitempty"`
+	MemoryBytes   uint64                 `protobuf:"varint,2,opt,name=memory_bytes,json=memoryBytes,proto3" json:"memory_bytes,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *GpuProcess) Reset() {
+	*x = GpuProcess{}
+	mi := &file_dunlin_v1_wire_proto_msgTypes[22]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *GpuProcess) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*GpuProcess) ProtoMessage() {}
+
+func (x *GpuProcess) ProtoReflect() protoreflect.Message {
+	mi := &file_dunlin_v1_wire_proto_msgTypes[22]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use GpuProcess.ProtoReflect.Descriptor instead.
+func (*GpuProcess) Descriptor() ([]byte, []int) {
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{22}
+}
+
+func (x *GpuProcess) GetPid() uint32 {
+	if x != nil {
+		return x.Pid
+	}
+	return 0
+}
+
+func (x *GpuProcess) GetMemoryBytes() uint64 {
+	if x != nil {
+		return x.MemoryBytes
+	}
+	return 0
+}
+
+// Alarm is one cause for concern on a device, with what it rests on.
+type Alarm struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// What it is about: "temperature", "ecc", "remapped_rows", "disk_space",
+	// "disk_wear", "memory", "latency", "throughput", "error_rate", "power".
+	Kind string `protobuf:"bytes,1,opt,name=kind,proto3" json:"kind,omitempty"`
+	// Which one of these: a sensor, "gpu:0", "digits:2".
+	Subject  string                 `protobuf:"bytes,2,opt,name=subject,proto3" json:"subject,omitempty"`
+	Severity Severity               `protobuf:"varint,3,opt,name=severity,proto3,enum=dunlin.v1.Severity" json:"severity,omitempty"`
+	RaisedAt *timestamppb.Timestamp `protobuf:"bytes,4,opt,name=raised_at,json=raisedAt,proto3" json:"raised_at,omitempty"`
+	// Unset while it is raised.
+	ClearedAt *timestamppb.Timestamp `protobuf:"bytes,5,opt,name=cleared_at,json=clearedAt,proto3" json:"cleared_at,omitempty"`
+	Message   string                 `protobuf:"bytes,6,opt,name=message,proto3" json:"message,omitempty"`
+	// How it was found: "threshold", "theil-sen", "page-hinkley", "counter".
+	Method    string   `protobuf:"bytes,7,opt,name=method,proto3" json:"method,omitempty"`
+	Unit      string   `protobuf:"bytes,8,opt,name=unit,proto3" json:"unit,omitempty"`
+	Threshold *float64 `protobuf:"fixed64,9,opt,name=threshold,proto3,oneof" json:"threshold,omitempty"`
+	// Change per hour, and the time until threshold if that goes on.
+	SlopePerHour     *float64 `protobuf:"fixed64,10,opt,name=slope_per_hour,json=slopePerHour,proto3,oneof" json:"slope_per_hour,omitempty"`
+	HoursToThreshold *float64 `protobuf:"fixed64,11,opt,name=hours_to_threshold,json=hoursToThreshold,proto3,oneof" json:"hours_to_threshold,omitempty"`
+	// The samples that it rests on, at most 64.
+	Samples []*AlarmSample `protobuf:"bytes,12,rep,name=samples,proto3" json:"samples,omitempty"`
+	// What the device did about it: "duty 0.5", "cordon"; empty: nothing.
+	Action        string `protobuf:"bytes,13,opt,name=action,proto3" json:"action,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Alarm) Reset() {
+	*x = Alarm{}
+	mi := &file_dunlin_v1_wire_proto_msgTypes[23]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Alarm) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Alarm) ProtoMessage() {}
+
+func (x *Alarm) ProtoReflect() protoreflect.Message {
+	mi := &file_dunlin_v1_wire_proto_msgTypes[23]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Alarm.ProtoReflect.Descriptor instead.
+func (*Alarm) Descriptor() ([]byte, []int) {
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{23}
+}
+
+func (x *Alarm) GetKind() string {
+	if x != nil {
+		return x.Kind
+	}
+	return ""
+}
+
+func (x *Alarm) GetSubject() string {
+	if x != nil {
+		return x.Subject
+	}
+	return ""
+}
+
+func (x *Alarm) GetSeverity() Severity {
+	if x != nil {
+		return x.Severity
+	}
+	return Severity_SEVERITY_UNSPECIFIED
+}
+
+func (x *Alarm) GetRaisedAt() *timestamppb.Timestamp {
+	if x != nil {
+		return x.RaisedAt
+	}
+	return nil
+}
+
+func (x *Alarm) GetClearedAt() *timestamppb.Timestamp {
+	if x != nil {
+		return x.ClearedAt
+	}
+	return nil
+}
+
+func (x *Alarm) GetMessage() string {
+	if x != nil {
+		return x.Message
+	}
+	return ""
+}
+
+func (x *Alarm) GetMethod() string {
+	if x != nil {
+		return x.Method
+	}
+	return ""
+}
+
+func (x *Alarm) GetUnit() string {
+	if x != nil {
+		return x.Unit
+	}
+	return ""
+}
+
+func (x *Alarm) GetThreshold() float64 {
+	if x != nil && x.Threshold != nil {
+		return *x.Threshold
+	}
+	return 0
+}
+
+func (x *Alarm) GetSlopePerHour() float64 {
+	if x != nil && x.SlopePerHour != nil {
+		return *x.SlopePerHour
+	}
+	return 0
+}
+
+func (x *Alarm) GetHoursToThreshold() float64 {
+	if x != nil && x.HoursToThreshold != nil {
+		return *x.HoursToThreshold
+	}
+	return 0
+}
+
+func (x *Alarm) GetSamples() []*AlarmSample {
+	if x != nil {
+		return x.Samples
+	}
+	return nil
+}
+
+func (x *Alarm) GetAction() string {
+	if x != nil {
+		return x.Action
+	}
+	return ""
+}
+
+type AlarmSample struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	At            *timestamppb.Timestamp `protobuf:"bytes,1,opt,name=at,proto3" json:"at,omitempty"`
+	Value         float64                `protobuf:"fixed64,2,opt,name=value,proto3" json:"value,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *AlarmSample) Reset() {
+	*x = AlarmSample{}
+	mi := &file_dunlin_v1_wire_proto_msgTypes[24]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AlarmSample) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AlarmSample) ProtoMessage() {}
+
+func (x *AlarmSample) ProtoReflect() protoreflect.Message {
+	mi := &file_dunlin_v1_wire_proto_msgTypes[24]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AlarmSample.ProtoReflect.Descriptor instead.
+func (*AlarmSample) Descriptor() ([]byte, []int) {
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{24}
+}
+
+func (x *AlarmSample) GetAt() *timestamppb.Timestamp {
+	if x != nil {
+		return x.At
+	}
+	return nil
+}
+
+func (x *AlarmSample) GetValue() float64 {
+	if x != nil {
+		return x.Value
+	}
+	return 0
+}
+
+// ModelProfile is what was measured of a version on a device.
+type ModelProfile struct {
+	state   protoimpl.MessageState `protogen:"open.v1"`
+	Model   string                 `protobuf:"bytes,1,opt,name=model,proto3" json:"model,omitempty"`
+	Version int64                  `protobuf:"varint,2,opt,name=version,proto3" json:"version,omitempty"`
+	// Digest of the bundle's manifest; empty without a controller.
+	Digest string `protobuf:"bytes,3,opt,name=digest,proto3" json:"digest,omitempty"`
+	// Digest of the model's files, "sha256:" and 64 hexadecimal digits.
+	ModelDigest     string                 `protobuf:"bytes,4,opt,name=model_digest,json=modelDigest,proto3" json:"model_digest,omitempty"`
+	FirmwareProfile string                 `protobuf:"bytes,5,opt,name=firmware_profile,json=firmwareProfile,proto3" json:"firmware_profile,omitempty"`
+	RuntimeVersion  string                 `protobuf:"bytes,6,opt,name=runtime_version,json=runtimeVersion,proto3" json:"runtime_version,omitempty"`
+	DriverVersion   string                 `protobuf:"bytes,7,opt,name=driver_version,json=driverVersion,proto3" json:"driver_version,omitempty"`
+	CpuModel        string                 `protobuf:"bytes,8,opt,name=cpu_model,json=cpuModel,proto3" json:"cpu_model,omitempty"`
+	MeasuredAt      *timestamppb.Timestamp `protobuf:"bytes,9,opt,name=measured_at,json=measuredAt,proto3" json:"measured_at,omitempty"`
+	// How long measuring took, waiting for idle time not counted.
+	MeasuredSeconds float64 `protobuf:"fixed64,10,opt,name=measured_seconds,json=measuredSeconds,proto3" json:"measured_seconds,omitempty"`
+	WeightBytes     uint64  `protobuf:"varint,11,opt,name=weight_bytes,json=weightBytes,proto3" json:"weight_bytes,omitempty"`
+	SessionBytes    uint64  `protobuf:"varint,12,opt,name=session_bytes,json=sessionBytes,proto3" json:"session_bytes,omitempty"`
+	PrepackedBytes  uint64  `protobuf:"varint,13,opt,name=prepacked_bytes,json=prepackedBytes,proto3" json:"prepacked_bytes,omitempty"`
+	// Of a run: so much, and so much for each row.
+	WorkspaceFixedBytes uint64 `protobuf:"varint,14,opt,name=workspace_fixed_bytes,json=workspaceFixedBytes,proto3" json:"workspace_fixed_bytes,omitempty"`
+	WorkspaceRowBytes   uint64 `protobuf:"varint,15,opt,name=workspace_row_bytes,json=workspaceRowBytes,proto3" json:"workspace_row_bytes,omitempty"`
+	// The first run after activation included: from disk, and from memory.
+	ActivationColdSeconds float64         `protobuf:"fixed64,16,opt,name=activation_cold_seconds,json=activationColdSeconds,proto3" json:"activation_cold_seconds,omitempty"`
+	ActivationWarmSeconds float64         `protobuf:"fixed64,17,opt,name=activation_warm_seconds,json=activationWarmSeconds,proto3" json:"activation_warm_seconds,omitempty"`
+	Points                []*ProfilePoint `protobuf:"bytes,18,rep,name=points,proto3" json:"points,omitempty"`
+	Recommended           *ModelSetting   `protobuf:"bytes,19,opt,name=recommended,proto3" json:"recommended,omitempty"`
+	// Run time of one run by its rows, with the recommended setting.
+	Latency   []*LatencyPoint  `protobuf:"bytes,20,rep,name=latency,proto3" json:"latency,omitempty"`
+	Providers []*ProviderCheck `protobuf:"bytes,21,rep,name=providers,proto3" json:"providers,omitempty"`
+	// Why it could not be measured; then only memory is known.
+	Unmeasured    string `protobuf:"bytes,22,opt,name=unmeasured,proto3" json:"unmeasured,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ModelProfile) Reset() {
+	*x = ModelProfile{}
+	mi := &file_dunlin_v1_wire_proto_msgTypes[25]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ModelProfile) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ModelProfile) ProtoMessage() {}
+
+func (x *ModelProfile) ProtoReflect() protoreflect.Message {
+	mi := &file_dunlin_v1_wire_proto_msgTypes[25]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ModelProfile.ProtoReflect.Descriptor instead.
+func (*ModelProfile) Descriptor() ([]byte, []int) {
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{25}
+}
+
+func (x *ModelProfile) GetModel() string {
+	if x != nil {
+		return x.Model
+	}
+	return ""
+}
+
+func (x *ModelProfile) GetVersion() int64 {
+	if x != nil {
+		return x.Version
+	}
+	return 0
+}
+
+func (x *ModelProfile) GetDigest() string {
+	if x != nil {
+		return x.Digest
+	}
+	return ""
+}
+
+func (x *ModelProfile) GetModelDigest() string {
+	if x != nil {
+		return x.ModelDigest
+	}
+	return ""
+}
+
+func (x *ModelProfile) GetFirmwareProfile() string {
+	if x != nil {
+		return x.FirmwareProfile
+	}
+	return ""
+}
+
+func (x *ModelProfile) GetRuntimeVersion() string {
+	if x != nil {
+		return x.RuntimeVersion
+	}
+	return ""
+}
+
+func (x *ModelProfile) GetDriverVersion() string {
+	if x != nil {
+		return x.DriverVersion
+	}
+	return ""
+}
+
+func (x *ModelProfile) GetCpuModel() string {
+	if x != nil {
+		return x.CpuModel
+	}
+	return ""
+}
+
+func (x *ModelProfile) GetMeasuredAt() *timestamppb.Timestamp {
+	if x != nil {
+		return x.MeasuredAt
+	}
+	return nil
+}
+
+func (x *ModelProfile) GetMeasuredSeconds() float64 {
+	if x != nil {
+		return x.MeasuredSeconds
+	}
+	return 0
+}
+
+func (x *ModelProfile) GetWeightBytes() uint64 {
+	if x != nil {
+		return x.WeightBytes
+	}
+	return 0
+}
+
+func (x *ModelProfile) GetSessionBytes() uint64 {
+	if x != nil {
+		return x.SessionBytes
+	}
+	return 0
+}
+
+func (x *ModelProfile) GetPrepackedBytes() uint64 {
+	if x != nil {
+		return x.PrepackedBytes
+	}
+	return 0
+}
+
+func (x *ModelProfile) GetWorkspaceFixedBytes() uint64 {
+	if x != nil {
+		return x.WorkspaceFixedBytes
+	}
+	return 0
+}
+
+func (x *ModelProfile) GetWorkspaceRowBytes() uint64 {
+	if x != nil {
+		return x.WorkspaceRowBytes
+	}
+	return 0
+}
+
+func (x *ModelProfile) GetActivationColdSeconds() float64 {
+	if x != nil {
+		return x.ActivationColdSeconds
+	}
+	return 0
+}
+
+func (x *ModelProfile) GetActivationWarmSeconds() float64 {
+	if x != nil {
+		return x.ActivationWarmSeconds
+	}
+	return 0
+}
+
+func (x *ModelProfile) GetPoints() []*ProfilePoint {
+	if x != nil {
+		return x.Points
+	}
+	return nil
+}
+
+func (x *ModelProfile) GetRecommended() *ModelSetting {
+	if x != nil {
+		return x.Recommended
+	}
+	return nil
+}
+
+func (x *ModelProfile) GetLatency() []*LatencyPoint {
+	if x != nil {
+		return x.Latency
+	}
+	return nil
+}
+
+func (x *ModelProfile) GetProviders() []*ProviderCheck {
+	if x != nil {
+		return x.Providers
+	}
+	return nil
+}
+
+func (x *ModelProfile) GetUnmeasured() string {
+	if x != nil {
+		return x.Unmeasured
+	}
+	return ""
+}
+
+// ModelSetting is a way to run a version.
+type ModelSetting struct {
+	state    protoimpl.MessageState `protogen:"open.v1"`
+	Provider string                 `protobuf:"bytes,1,opt,name=provider,proto3" json:"provider,omitempty"`
+	// Most rows of a run.
+	Batch uint32 `protobuf:"varint,2,opt,name=batch,proto3" json:"batch,omitempty"`
+	// Runs at a time.
+	Instances uint32 `protobuf:"varint,3,opt,name=instances,proto3" json:"instances,omitempty"`
+	// Threads of a run; 0: those that all models share.
+	Threads       uint32 `protobuf:"varint,4,opt,name=threads,proto3" json:"threads,omitempty"`
+	Prepacked     bool   `protobuf:"varint,5,opt,name=prepacked,proto3" json:"prepacked,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ModelSetting) Reset() {
+	*x = ModelSetting{}
+	mi := &file_dunlin_v1_wire_proto_msgTypes[26]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ModelSetting) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ModelSetting) ProtoMessage() {}
+
+func (x *ModelSetting) ProtoReflect() protoreflect.Message {
+	mi := &file_dunlin_v1_wire_proto_msgTypes[26]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ModelSetting.ProtoReflect.Descriptor instead.
+func (*ModelSetting) Descriptor() ([]byte, []int) {
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{26}
+}
+
+func (x *ModelSetting) GetProvider() string {
+	if x != nil {
+		return x.Provider
+	}
+	return ""
+}
+
+func (x *ModelSetting) GetBatch() uint32 {
+	if x != nil {
+		return x.Batch
+	}
+	return 0
+}
+
+func (x *ModelSetting) GetInstances() uint32 {
+	if x != nil {
+		return x.Instances
+	}
+	return 0
+}
+
+func (x *ModelSetting) GetThreads() uint32 {
+	if x != nil {
+		return x.Threads
+	}
+	return 0
+}
+
+func (x *ModelSetting) GetPrepacked() bool {
+	if x != nil {
+		return x.Prepacked
+	}
+	return false
+}
+
+// ProfilePoint is what was measured with one setting.
+type ProfilePoint struct {
+	state   protoimpl.MessageState `protogen:"open.v1"`
+	Setting *ModelSetting          `protobuf:"bytes,1,opt,name=setting,proto3" json:"setting,omitempty"`
+	Runs    uint32                 `protobuf:"varint,2,opt,name=runs,proto3" json:"runs,omitempty"`
+	// Of one run.
+	P50Seconds    float64  `protobuf:"fixed64,3,opt,name=p50_seconds,json=p50Seconds,proto3" json:"p50_seconds,omitempty"`
+	P95Seconds    float64  `protobuf:"fixed64,4,opt,name=p95_seconds,json=p95Seconds,proto3" json:"p95_seconds,omitempty"`
+	P99Seconds    float64  `protobuf:"fixed64,5,opt,name=p99_seconds,json=p99Seconds,proto3" json:"p99_seconds,omitempty"`
+	RowsPerSecond float64  `protobuf:"fixed64,6,opt,name=rows_per_second,json=rowsPerSecond,proto3" json:"rows_per_second,omitempty"`
+	PeakBytes     *uint64  `protobuf:"varint,7,opt,name=peak_bytes,json=peakBytes,proto3,oneof" json:"peak_bytes,omitempty"`
+	JoulesPerRow  *float64 `protobuf:"fixed64,8,opt,name=joules_per_row,json=joulesPerRow,proto3,oneof" json:"joules_per_row,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ProfilePoint) Reset() {
+	*x = ProfilePoint{}
+	mi := &file_dunlin_v1_wire_proto_msgTypes[27]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ProfilePoint) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ProfilePoint) ProtoMessage() {}
+
+func (x *ProfilePoint) ProtoReflect() protoreflect.Message {
+	mi := &file_dunlin_v1_wire_proto_msgTypes[27]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ProfilePoint.ProtoReflect.Descriptor instead.
+func (*ProfilePoint) Descriptor() ([]byte, []int) {
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{27}
+}
+
+func (x *ProfilePoint) GetSetting() *ModelSetting {
+	if x != nil {
+		return x.Setting
+	}
+	return nil
+}
+
+func (x *ProfilePoint) GetRuns() uint32 {
+	if x != nil {
+		return x.Runs
+	}
+	return 0
+}
+
+func (x *ProfilePoint) GetP50Seconds() float64 {
+	if x != nil {
+		return x.P50Seconds
+	}
+	return 0
+}
+
+func (x *ProfilePoint) GetP95Seconds() float64 {
+	if x != nil {
+		return x.P95Seconds
+	}
+	return 0
+}
+
+func (x *ProfilePoint) GetP99Seconds() float64 {
+	if x != nil {
+		return x.P99Seconds
+	}
+	return 0
+}
+
+func (x *ProfilePoint) GetRowsPerSecond() float64 {
+	if x != nil {
+		return x.RowsPerSecond
+	}
+	return 0
+}
+
+func (x *ProfilePoint) GetPeakBytes() uint64 {
+	if x != nil && x.PeakBytes != nil {
+		return *x.PeakBytes
+	}
+	return 0
+}
+
+func (x *ProfilePoint) GetJoulesPerRow() float64 {
+	if x != nil && x.JoulesPerRow != nil {
+		return *x.JoulesPerRow
+	}
+	return 0
+}
+
+type LatencyPoint struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Rows          uint32                 `protobuf:"varint,1,opt,name=rows,proto3" json:"rows,omitempty"`
+	Seconds       float64                `protobuf:"fixed64,2,opt,name=seconds,proto3" json:"seconds,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *LatencyPoint) Reset() {
+	*x = LatencyPoint{}
+	mi := &file_dunlin_v1_wire_proto_msgTypes[28]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *LatencyPoint) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*LatencyPoint) ProtoMessage() {}
+
+func (x *LatencyPoint) ProtoReflect() protoreflect.Message {
+	mi := &file_dunlin_v1_wire_proto_msgTypes[28]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use LatencyPoint.ProtoReflect.Descriptor instead.
+func (*LatencyPoint) Descriptor() ([]byte, []int) {
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{28}
+}
+
+func (x *LatencyPoint) GetRows() uint32 {
+	if x != nil {
+		return x.Rows
+	}
+	return 0
+}
+
+func (x *LatencyPoint) GetSeconds() float64 {
+	if x != nil {
+		return x.Seconds
+	}
+	return 0
+}
+
+// ProviderCheck is how the outputs of an execution provider compare with the
+// reference.
+type ProviderCheck struct {
+	state            protoimpl.MessageState `protogen:"open.v1"`
+	Provider         string                 `protobuf:"bytes,1,opt,name=provider,proto3" json:"provider,omitempty"`
+	Accepted         bool                   `protobuf:"varint,2,opt,name=accepted,proto3" json:"accepted,omitempty"`
+	Reason           string                 `protobuf:"bytes,3,opt,name=reason,proto3" json:"reason,omitempty"`
+	MaxAbsoluteError float64                `protobuf:"fixed64,4,opt,name=max_absolute_error,json=maxAbsoluteError,proto3" json:"max_absolute_error,omitempty"`
+	MaxRelativeError float64                `protobuf:"fixed64,5,opt,name=max_relative_error,json=maxRelativeError,proto3" json:"max_relative_error,omitempty"`
+	unknownFields    protoimpl.UnknownFields
+	sizeCache        protoimpl.SizeCache
+}
+
+func (x *ProviderCheck) Reset() {
+	*x = ProviderCheck{}
+	mi := &file_dunlin_v1_wire_proto_msgTypes[29]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ProviderCheck) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ProviderCheck) ProtoMessage() {}
+
+func (x *ProviderCheck) ProtoReflect() protoreflect.Message {
+	mi := &file_dunlin_v1_wire_proto_msgTypes[29]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ProviderCheck.ProtoReflect.Descriptor instead.
+func (*ProviderCheck) Descriptor() ([]byte, []int) {
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{29}
+}
+
+func (x *ProviderCheck) GetProvider() string {
+	if x != nil {
+		return x.Provider
+	}
+	return ""
+}
+
+func (x *ProviderCheck) GetAccepted() bool {
+	if x != nil {
+		return x.Accepted
+	}
+	return false
+}
+
+func (x *ProviderCheck) GetReason() string {
+	if x != nil {
+		return x.Reason
+	}
+	return ""
+}
+
+func (x *ProviderCheck) GetMaxAbsoluteError() float64 {
+	if x != nil {
+		return x.MaxAbsoluteError
+	}
+	return 0
+}
+
+func (x *ProviderCheck) GetMaxRelativeError() float64 {
+	if x != nil {
+		return x.MaxRelativeError
+	}
+	return 0
+}
+
 // ModelTelemetry counts the requests of one version since the agent's start.
 type ModelTelemetry struct {
 	state     protoimpl.MessageState `protogen:"open.v1"`
@@ -1574,7 +3096,7 @@ type ModelTelemetry struct {
 
 func (x *ModelTelemetry) Reset() {
 	*x = ModelTelemetry{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[18]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1586,7 +3108,7 @@ func (x *ModelTelemetry) String() string {
 func (*ModelTelemetry) ProtoMessage() {}
 
 func (x *ModelTelemetry) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[18]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1599,7 +3121,7 @@ func (x *ModelTelemetry) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ModelTelemetry.ProtoReflect.Descriptor instead.
 func (*ModelTelemetry) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{18}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *ModelTelemetry) GetModel() string {
@@ -1693,7 +3215,7 @@ type SwapCount struct {
 
 func (x *SwapCount) Reset() {
 	*x = SwapCount{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[19]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1705,7 +3227,7 @@ func (x *SwapCount) String() string {
 func (*SwapCount) ProtoMessage() {}
 
 func (x *SwapCount) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[19]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1718,7 +3240,7 @@ func (x *SwapCount) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SwapCount.ProtoReflect.Descriptor instead.
 func (*SwapCount) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{19}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *SwapCount) GetReason() string {
@@ -1755,7 +3277,7 @@ type BlockRequest struct {
 
 func (x *BlockRequest) Reset() {
 	*x = BlockRequest{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[20]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1767,7 +3289,7 @@ func (x *BlockRequest) String() string {
 func (*BlockRequest) ProtoMessage() {}
 
 func (x *BlockRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[20]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1780,7 +3302,7 @@ func (x *BlockRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BlockRequest.ProtoReflect.Descriptor instead.
 func (*BlockRequest) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{20}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *BlockRequest) GetSha256() []byte {
@@ -1816,7 +3338,7 @@ type Block struct {
 
 func (x *Block) Reset() {
 	*x = Block{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[21]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1828,7 +3350,7 @@ func (x *Block) String() string {
 func (*Block) ProtoMessage() {}
 
 func (x *Block) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[21]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1841,7 +3363,7 @@ func (x *Block) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Block.ProtoReflect.Descriptor instead.
 func (*Block) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{21}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *Block) GetSha256() []byte {
@@ -1880,7 +3402,7 @@ type Epoch struct {
 
 func (x *Epoch) Reset() {
 	*x = Epoch{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[22]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1892,7 +3414,7 @@ func (x *Epoch) String() string {
 func (*Epoch) ProtoMessage() {}
 
 func (x *Epoch) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[22]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1905,7 +3427,7 @@ func (x *Epoch) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Epoch.ProtoReflect.Descriptor instead.
 func (*Epoch) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{22}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *Epoch) GetIncarnation() string {
@@ -1937,7 +3459,7 @@ const file_dunlin_v1_wire_proto_rawDesc = "" +
 	"\n" +
 	"Generation\x12 \n" +
 	"\vincarnation\x18\x01 \x01(\tR\vincarnation\x12\x16\n" +
-	"\x06number\x18\x02 \x01(\x04R\x06number\"\xbb\x03\n" +
+	"\x06number\x18\x02 \x01(\x04R\x06number\"\xca\x05\n" +
 	"\n" +
 	"DeviceInfo\x12\x1a\n" +
 	"\bhostname\x18\x01 \x01(\tR\bhostname\x12\x0e\n" +
@@ -1956,7 +3478,42 @@ const file_dunlin_v1_wire_proto_rawDesc = "" +
 	"\tproviders\x18\f \x03(\tR\tproviders\x12\x1f\n" +
 	"\vserving_url\x18\r \x01(\tR\n" +
 	"servingUrl\x12!\n" +
-	"\fweight_pools\x18\x0e \x01(\tR\vweightPools\"\x96\x02\n" +
+	"\fweight_pools\x18\x0e \x01(\tR\vweightPools\x12&\n" +
+	"\x04gpus\x18\x0f \x03(\v2\x12.dunlin.v1.GpuInfoR\x04gpus\x12%\n" +
+	"\x0edriver_version\x18\x10 \x01(\tR\rdriverVersion\x12!\n" +
+	"\fcuda_version\x18\x11 \x01(\tR\vcudaVersion\x12\x14\n" +
+	"\x05board\x18\x12 \x01(\tR\x05board\x126\n" +
+	"\x17firmware_profile_reason\x18\x13 \x01(\tR\x15firmwareProfileReason\x12/\n" +
+	"\x06limits\x18\x14 \x01(\v2\x17.dunlin.v1.DeviceLimitsR\x06limits\x12\x1c\n" +
+	"\tsimulated\x18\x15 \x01(\bR\tsimulated\"\xa0\x02\n" +
+	"\aGpuInfo\x12\x14\n" +
+	"\x05index\x18\x01 \x01(\rR\x05index\x12\x12\n" +
+	"\x04name\x18\x02 \x01(\tR\x04name\x12\x12\n" +
+	"\x04uuid\x18\x03 \x01(\tR\x04uuid\x12-\n" +
+	"\x12compute_capability\x18\x04 \x01(\tR\x11computeCapability\x12!\n" +
+	"\fmemory_bytes\x18\x05 \x01(\x04R\vmemoryBytes\x12\x1c\n" +
+	"\n" +
+	"pci_bus_id\x18\x06 \x01(\tR\bpciBusId\x12%\n" +
+	"\x0eunified_memory\x18\a \x01(\bR\runifiedMemory\x12\x1f\n" +
+	"\vmig_enabled\x18\b \x01(\bR\n" +
+	"migEnabled\x12\x1f\n" +
+	"\vmig_devices\x18\t \x03(\tR\n" +
+	"migDevices\"\x98\x03\n" +
+	"\fDeviceLimits\x12*\n" +
+	"\x11host_memory_bytes\x18\x01 \x01(\x04R\x0fhostMemoryBytes\x12.\n" +
+	"\x13device_memory_bytes\x18\x02 \x01(\x04R\x11deviceMemoryBytes\x12,\n" +
+	"\x12disk_reserve_bytes\x18\x03 \x01(\x04R\x10diskReserveBytes\x12\x1b\n" +
+	"\tmax_opset\x18\x04 \x01(\x03R\bmaxOpset\x12\x1e\n" +
+	"\n" +
+	"precisions\x18\x05 \x03(\tR\n" +
+	"precisions\x12\x1a\n" +
+	"\boversize\x18\x06 \x01(\bR\boversize\x12\x1f\n" +
+	"\vfp32_gflops\x18\a \x01(\x01R\n" +
+	"fp32Gflops\x12/\n" +
+	"\x14memory_gb_per_second\x18\b \x01(\x01R\x11memoryGbPerSecond\x120\n" +
+	"\x14run_overhead_seconds\x18\t \x01(\x01R\x12runOverheadSeconds\x12!\n" +
+	"\factive_watts\x18\n" +
+	" \x01(\x01R\vactiveWatts\"\x96\x02\n" +
 	"\x05Hello\x12\x17\n" +
 	"\aboot_id\x18\x01 \x01(\tR\x06bootId\x12\x18\n" +
 	"\asession\x18\x02 \x01(\tR\asession\x12>\n" +
@@ -2021,7 +3578,7 @@ const file_dunlin_v1_wire_proto_rawDesc = "" +
 	"\x02at\x18\x03 \x01(\v2\x1a.google.protobuf.TimestampR\x02at\x124\n" +
 	"\bversions\x18\x04 \x03(\v2\x18.dunlin.v1.VersionStatusR\bversions\x12.\n" +
 	"\x06routes\x18\x05 \x03(\v2\x16.dunlin.v1.RouteStatusR\x06routes\x12\x1a\n" +
-	"\bsequence\x18\x06 \x01(\x04R\bsequence\"\xde\x01\n" +
+	"\bsequence\x18\x06 \x01(\x04R\bsequence\"\xb9\x02\n" +
 	"\x05Event\x12\x1a\n" +
 	"\bsequence\x18\x01 \x01(\x04R\bsequence\x12*\n" +
 	"\x02at\x18\x02 \x01(\v2\x1a.google.protobuf.TimestampR\x02at\x12\x12\n" +
@@ -2029,7 +3586,9 @@ const file_dunlin_v1_wire_proto_rawDesc = "" +
 	"\bseverity\x18\x04 \x01(\x0e2\x13.dunlin.v1.SeverityR\bseverity\x12\x14\n" +
 	"\x05model\x18\x05 \x01(\tR\x05model\x12\x18\n" +
 	"\aversion\x18\x06 \x01(\x03R\aversion\x12\x18\n" +
-	"\amessage\x18\a \x01(\tR\amessage\"S\n" +
+	"\amessage\x18\a \x01(\tR\amessage\x121\n" +
+	"\aprofile\x18\b \x01(\v2\x17.dunlin.v1.ModelProfileR\aprofile\x12&\n" +
+	"\x05alarm\x18\t \x01(\v2\x10.dunlin.v1.AlarmR\x05alarm\"S\n" +
 	"\n" +
 	"EventBatch\x12\x1b\n" +
 	"\toutbox_id\x18\x01 \x01(\tR\boutboxId\x12(\n" +
@@ -2043,7 +3602,7 @@ const file_dunlin_v1_wire_proto_rawDesc = "" +
 	"helloAgainB\t\n" +
 	"\acommand\"\f\n" +
 	"\n" +
-	"HelloAgain\"\xa1\x05\n" +
+	"HelloAgain\"\xf8\t\n" +
 	"\tTelemetry\x12*\n" +
 	"\x02at\x18\x01 \x01(\v2\x1a.google.protobuf.TimestampR\x02at\x12,\n" +
 	"\x0fcpu_utilisation\x18\x02 \x01(\x01H\x00R\x0ecpuUtilisation\x88\x01\x01\x12/\n" +
@@ -2055,14 +3614,180 @@ const file_dunlin_v1_wire_proto_rawDesc = "" +
 	"\adropped\x18\b \x01(\x04R\adropped\x12>\n" +
 	"\x19model_memory_budget_bytes\x18\t \x01(\x04H\x05R\x16modelMemoryBudgetBytes\x88\x01\x01\x12:\n" +
 	"\x17model_memory_used_bytes\x18\n" +
-	" \x01(\x04H\x06R\x14modelMemoryUsedBytes\x88\x01\x01B\x12\n" +
+	" \x01(\x04H\x06R\x14modelMemoryUsedBytes\x88\x01\x01\x12+\n" +
+	"\x04gpus\x18\v \x03(\v2\x17.dunlin.v1.GpuTelemetryR\x04gpus\x12:\n" +
+	"\ftemperatures\x18\f \x03(\v2\x16.dunlin.v1.TemperatureR\ftemperatures\x12$\n" +
+	"\vpower_watts\x18\r \x01(\x01H\aR\n" +
+	"powerWatts\x88\x01\x01\x12(\n" +
+	"\renergy_joules\x18\x0e \x01(\x01H\bR\fenergyJoules\x88\x01\x01\x12!\n" +
+	"\fpower_source\x18\x0f \x01(\tR\vpowerSource\x12\x16\n" +
+	"\x06faults\x18\x10 \x03(\tR\x06faults\x12(\n" +
+	"\x06alarms\x18\x11 \x03(\v2\x10.dunlin.v1.AlarmR\x06alarms\x12 \n" +
+	"\tdisk_wear\x18\x12 \x01(\x01H\tR\bdiskWear\x88\x01\x01\x123\n" +
+	"\x13requests_per_second\x18\x13 \x01(\x01H\n" +
+	"R\x11requestsPerSecond\x88\x01\x01\x123\n" +
+	"\x13failures_per_second\x18\x14 \x01(\x01H\vR\x11failuresPerSecond\x88\x01\x01\x123\n" +
+	"\x13request_p99_seconds\x18\x15 \x01(\x01H\fR\x11requestP99Seconds\x88\x01\x01B\x12\n" +
 	"\x10_cpu_utilisationB\x14\n" +
 	"\x12_memory_used_bytesB\x15\n" +
 	"\x13_memory_total_bytesB\x12\n" +
 	"\x10_disk_free_bytesB\x18\n" +
 	"\x16_agent_anonymous_bytesB\x1c\n" +
 	"\x1a_model_memory_budget_bytesB\x1a\n" +
-	"\x18_model_memory_used_bytes\"\x85\x03\n" +
+	"\x18_model_memory_used_bytesB\x0e\n" +
+	"\f_power_wattsB\x10\n" +
+	"\x0e_energy_joulesB\f\n" +
+	"\n" +
+	"_disk_wearB\x16\n" +
+	"\x14_requests_per_secondB\x16\n" +
+	"\x14_failures_per_secondB\x16\n" +
+	"\x14_request_p99_seconds\"?\n" +
+	"\vTemperature\x12\x16\n" +
+	"\x06sensor\x18\x01 \x01(\tR\x06sensor\x12\x18\n" +
+	"\acelsius\x18\x02 \x01(\x01R\acelsius\"\xc0\r\n" +
+	"\fGpuTelemetry\x12\x14\n" +
+	"\x05index\x18\x01 \x01(\rR\x05index\x12\x12\n" +
+	"\x04uuid\x18\x02 \x01(\tR\x04uuid\x12%\n" +
+	"\vutilisation\x18\x03 \x01(\x01H\x00R\vutilisation\x88\x01\x01\x122\n" +
+	"\x12memory_utilisation\x18\x04 \x01(\x01H\x01R\x11memoryUtilisation\x88\x01\x01\x12/\n" +
+	"\x11memory_used_bytes\x18\x05 \x01(\x04H\x02R\x0fmemoryUsedBytes\x88\x01\x01\x121\n" +
+	"\x12memory_total_bytes\x18\x06 \x01(\x04H\x03R\x10memoryTotalBytes\x88\x01\x01\x12$\n" +
+	"\vpower_watts\x18\a \x01(\x01H\x04R\n" +
+	"powerWatts\x88\x01\x01\x12/\n" +
+	"\x11power_limit_watts\x18\b \x01(\x01H\x05R\x0fpowerLimitWatts\x88\x01\x01\x12(\n" +
+	"\renergy_joules\x18\t \x01(\x01H\x06R\fenergyJoules\x88\x01\x01\x12\x1d\n" +
+	"\acelsius\x18\n" +
+	" \x01(\x01H\aR\acelsius\x88\x01\x01\x12*\n" +
+	"\x0ememory_celsius\x18\v \x01(\x01H\bR\rmemoryCelsius\x88\x01\x01\x12.\n" +
+	"\x10slowdown_celsius\x18\f \x01(\x01H\tR\x0fslowdownCelsius\x88\x01\x01\x12%\n" +
+	"\fsm_clock_mhz\x18\r \x01(\rH\n" +
+	"R\n" +
+	"smClockMhz\x88\x01\x01\x12-\n" +
+	"\x10memory_clock_mhz\x18\x0e \x01(\rH\vR\x0ememoryClockMhz\x88\x01\x01\x12)\n" +
+	"\x10throttle_reasons\x18\x0f \x03(\tR\x0fthrottleReasons\x12(\n" +
+	"\recc_corrected\x18\x10 \x01(\x04H\fR\feccCorrected\x88\x01\x01\x12,\n" +
+	"\x0fecc_uncorrected\x18\x11 \x01(\x04H\rR\x0eeccUncorrected\x88\x01\x01\x12(\n" +
+	"\rretired_pages\x18\x12 \x01(\rH\x0eR\fretiredPages\x88\x01\x01\x12;\n" +
+	"\x17remapped_rows_corrected\x18\x13 \x01(\rH\x0fR\x15remappedRowsCorrected\x88\x01\x01\x12?\n" +
+	"\x19remapped_rows_uncorrected\x18\x14 \x01(\rH\x10R\x17remappedRowsUncorrected\x88\x01\x01\x12(\n" +
+	"\rremap_pending\x18\x15 \x01(\bH\x11R\fremapPending\x88\x01\x01\x12&\n" +
+	"\fremap_failed\x18\x16 \x01(\bH\x12R\vremapFailed\x88\x01\x01\x12;\n" +
+	"\x18pcie_tx_bytes_per_second\x18\x17 \x01(\x01H\x13R\x14pcieTxBytesPerSecond\x88\x01\x01\x12;\n" +
+	"\x18pcie_rx_bytes_per_second\x18\x18 \x01(\x01H\x14R\x14pcieRxBytesPerSecond\x88\x01\x01\x12&\n" +
+	"\fpcie_replays\x18\x19 \x01(\x04H\x15R\vpcieReplays\x88\x01\x01\x12 \n" +
+	"\txid_count\x18\x1a \x01(\x04H\x16R\bxidCount\x88\x01\x01\x12\x1e\n" +
+	"\blast_xid\x18\x1b \x01(\x04H\x17R\alastXid\x88\x01\x01\x123\n" +
+	"\tprocesses\x18\x1c \x03(\v2\x15.dunlin.v1.GpuProcessR\tprocessesB\x0e\n" +
+	"\f_utilisationB\x15\n" +
+	"\x13_memory_utilisationB\x14\n" +
+	"\x12_memory_used_bytesB\x15\n" +
+	"\x13_memory_total_bytesB\x0e\n" +
+	"\f_power_wattsB\x14\n" +
+	"\x12_power_limit_wattsB\x10\n" +
+	"\x0e_energy_joulesB\n" +
+	"\n" +
+	"\b_celsiusB\x11\n" +
+	"\x0f_memory_celsiusB\x13\n" +
+	"\x11_slowdown_celsiusB\x0f\n" +
+	"\r_sm_clock_mhzB\x13\n" +
+	"\x11_memory_clock_mhzB\x10\n" +
+	"\x0e_ecc_correctedB\x12\n" +
+	"\x10_ecc_uncorrectedB\x10\n" +
+	"\x0e_retired_pagesB\x1a\n" +
+	"\x18_remapped_rows_correctedB\x1c\n" +
+	"\x1a_remapped_rows_uncorrectedB\x10\n" +
+	"\x0e_remap_pendingB\x0f\n" +
+	"\r_remap_failedB\x1b\n" +
+	"\x19_pcie_tx_bytes_per_secondB\x1b\n" +
+	"\x19_pcie_rx_bytes_per_secondB\x0f\n" +
+	"\r_pcie_replaysB\f\n" +
+	"\n" +
+	"_xid_countB\v\n" +
+	"\t_last_xid\"A\n" +
+	"\n" +
+	"GpuProcess\x12\x10\n" +
+	"\x03pid\x18\x01 \x01(\rR\x03pid\x12!\n" +
+	"\fmemory_bytes\x18\x02 \x01(\x04R\vmemoryBytes\"\xa3\x04\n" +
+	"\x05Alarm\x12\x12\n" +
+	"\x04kind\x18\x01 \x01(\tR\x04kind\x12\x18\n" +
+	"\asubject\x18\x02 \x01(\tR\asubject\x12/\n" +
+	"\bseverity\x18\x03 \x01(\x0e2\x13.dunlin.v1.SeverityR\bseverity\x127\n" +
+	"\traised_at\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\braisedAt\x129\n" +
+	"\n" +
+	"cleared_at\x18\x05 \x01(\v2\x1a.google.protobuf.TimestampR\tclearedAt\x12\x18\n" +
+	"\amessage\x18\x06 \x01(\tR\amessage\x12\x16\n" +
+	"\x06method\x18\a \x01(\tR\x06method\x12\x12\n" +
+	"\x04unit\x18\b \x01(\tR\x04unit\x12!\n" +
+	"\tthreshold\x18\t \x01(\x01H\x00R\tthreshold\x88\x01\x01\x12)\n" +
+	"\x0eslope_per_hour\x18\n" +
+	" \x01(\x01H\x01R\fslopePerHour\x88\x01\x01\x121\n" +
+	"\x12hours_to_threshold\x18\v \x01(\x01H\x02R\x10hoursToThreshold\x88\x01\x01\x120\n" +
+	"\asamples\x18\f \x03(\v2\x16.dunlin.v1.AlarmSampleR\asamples\x12\x16\n" +
+	"\x06action\x18\r \x01(\tR\x06actionB\f\n" +
+	"\n" +
+	"_thresholdB\x11\n" +
+	"\x0f_slope_per_hourB\x15\n" +
+	"\x13_hours_to_threshold\"O\n" +
+	"\vAlarmSample\x12*\n" +
+	"\x02at\x18\x01 \x01(\v2\x1a.google.protobuf.TimestampR\x02at\x12\x14\n" +
+	"\x05value\x18\x02 \x01(\x01R\x05value\"\xb5\a\n" +
+	"\fModelProfile\x12\x14\n" +
+	"\x05model\x18\x01 \x01(\tR\x05model\x12\x18\n" +
+	"\aversion\x18\x02 \x01(\x03R\aversion\x12\x16\n" +
+	"\x06digest\x18\x03 \x01(\tR\x06digest\x12!\n" +
+	"\fmodel_digest\x18\x04 \x01(\tR\vmodelDigest\x12)\n" +
+	"\x10firmware_profile\x18\x05 \x01(\tR\x0ffirmwareProfile\x12'\n" +
+	"\x0fruntime_version\x18\x06 \x01(\tR\x0eruntimeVersion\x12%\n" +
+	"\x0edriver_version\x18\a \x01(\tR\rdriverVersion\x12\x1b\n" +
+	"\tcpu_model\x18\b \x01(\tR\bcpuModel\x12;\n" +
+	"\vmeasured_at\x18\t \x01(\v2\x1a.google.protobuf.TimestampR\n" +
+	"measuredAt\x12)\n" +
+	"\x10measured_seconds\x18\n" +
+	" \x01(\x01R\x0fmeasuredSeconds\x12!\n" +
+	"\fweight_bytes\x18\v \x01(\x04R\vweightBytes\x12#\n" +
+	"\rsession_bytes\x18\f \x01(\x04R\fsessionBytes\x12'\n" +
+	"\x0fprepacked_bytes\x18\r \x01(\x04R\x0eprepackedBytes\x122\n" +
+	"\x15workspace_fixed_bytes\x18\x0e \x01(\x04R\x13workspaceFixedBytes\x12.\n" +
+	"\x13workspace_row_bytes\x18\x0f \x01(\x04R\x11workspaceRowBytes\x126\n" +
+	"\x17activation_cold_seconds\x18\x10 \x01(\x01R\x15activationColdSeconds\x126\n" +
+	"\x17activation_warm_seconds\x18\x11 \x01(\x01R\x15activationWarmSeconds\x12/\n" +
+	"\x06points\x18\x12 \x03(\v2\x17.dunlin.v1.ProfilePointR\x06points\x129\n" +
+	"\vrecommended\x18\x13 \x01(\v2\x17.dunlin.v1.ModelSettingR\vrecommended\x121\n" +
+	"\alatency\x18\x14 \x03(\v2\x17.dunlin.v1.LatencyPointR\alatency\x126\n" +
+	"\tproviders\x18\x15 \x03(\v2\x18.dunlin.v1.ProviderCheckR\tproviders\x12\x1e\n" +
+	"\n" +
+	"unmeasured\x18\x16 \x01(\tR\n" +
+	"unmeasured\"\x96\x01\n" +
+	"\fModelSetting\x12\x1a\n" +
+	"\bprovider\x18\x01 \x01(\tR\bprovider\x12\x14\n" +
+	"\x05batch\x18\x02 \x01(\rR\x05batch\x12\x1c\n" +
+	"\tinstances\x18\x03 \x01(\rR\tinstances\x12\x18\n" +
+	"\athreads\x18\x04 \x01(\rR\athreads\x12\x1c\n" +
+	"\tprepacked\x18\x05 \x01(\bR\tprepacked\"\xd1\x02\n" +
+	"\fProfilePoint\x121\n" +
+	"\asetting\x18\x01 \x01(\v2\x17.dunlin.v1.ModelSettingR\asetting\x12\x12\n" +
+	"\x04runs\x18\x02 \x01(\rR\x04runs\x12\x1f\n" +
+	"\vp50_seconds\x18\x03 \x01(\x01R\n" +
+	"p50Seconds\x12\x1f\n" +
+	"\vp95_seconds\x18\x04 \x01(\x01R\n" +
+	"p95Seconds\x12\x1f\n" +
+	"\vp99_seconds\x18\x05 \x01(\x01R\n" +
+	"p99Seconds\x12&\n" +
+	"\x0frows_per_second\x18\x06 \x01(\x01R\rrowsPerSecond\x12\"\n" +
+	"\n" +
+	"peak_bytes\x18\a \x01(\x04H\x00R\tpeakBytes\x88\x01\x01\x12)\n" +
+	"\x0ejoules_per_row\x18\b \x01(\x01H\x01R\fjoulesPerRow\x88\x01\x01B\r\n" +
+	"\v_peak_bytesB\x11\n" +
+	"\x0f_joules_per_row\"<\n" +
+	"\fLatencyPoint\x12\x12\n" +
+	"\x04rows\x18\x01 \x01(\rR\x04rows\x12\x18\n" +
+	"\aseconds\x18\x02 \x01(\x01R\aseconds\"\xbb\x01\n" +
+	"\rProviderCheck\x12\x1a\n" +
+	"\bprovider\x18\x01 \x01(\tR\bprovider\x12\x1a\n" +
+	"\baccepted\x18\x02 \x01(\bR\baccepted\x12\x16\n" +
+	"\x06reason\x18\x03 \x01(\tR\x06reason\x12,\n" +
+	"\x12max_absolute_error\x18\x04 \x01(\x01R\x10maxAbsoluteError\x12,\n" +
+	"\x12max_relative_error\x18\x05 \x01(\x01R\x10maxRelativeError\"\x85\x03\n" +
 	"\x0eModelTelemetry\x12\x14\n" +
 	"\x05model\x18\x01 \x01(\tR\x05model\x12\x18\n" +
 	"\aversion\x18\x02 \x01(\x03R\aversion\x12\x1c\n" +
@@ -2121,64 +3846,95 @@ func file_dunlin_v1_wire_proto_rawDescGZIP() []byte {
 }
 
 var file_dunlin_v1_wire_proto_enumTypes = make([]protoimpl.EnumInfo, 2)
-var file_dunlin_v1_wire_proto_msgTypes = make([]protoimpl.MessageInfo, 24)
+var file_dunlin_v1_wire_proto_msgTypes = make([]protoimpl.MessageInfo, 36)
 var file_dunlin_v1_wire_proto_goTypes = []any{
 	(VersionState)(0),             // 0: dunlin.v1.VersionState
 	(Severity)(0),                 // 1: dunlin.v1.Severity
 	(*Generation)(nil),            // 2: dunlin.v1.Generation
 	(*DeviceInfo)(nil),            // 3: dunlin.v1.DeviceInfo
-	(*Hello)(nil),                 // 4: dunlin.v1.Hello
-	(*Gone)(nil),                  // 5: dunlin.v1.Gone
-	(*Desired)(nil),               // 6: dunlin.v1.Desired
-	(*DesiredDocument)(nil),       // 7: dunlin.v1.DesiredDocument
-	(*DesiredVersion)(nil),        // 8: dunlin.v1.DesiredVersion
-	(*DesiredRoute)(nil),          // 9: dunlin.v1.DesiredRoute
-	(*RouteTarget)(nil),           // 10: dunlin.v1.RouteTarget
-	(*VersionStatus)(nil),         // 11: dunlin.v1.VersionStatus
-	(*RouteStatus)(nil),           // 12: dunlin.v1.RouteStatus
-	(*Reported)(nil),              // 13: dunlin.v1.Reported
-	(*Event)(nil),                 // 14: dunlin.v1.Event
-	(*EventBatch)(nil),            // 15: dunlin.v1.EventBatch
-	(*EventAck)(nil),              // 16: dunlin.v1.EventAck
-	(*Command)(nil),               // 17: dunlin.v1.Command
-	(*HelloAgain)(nil),            // 18: dunlin.v1.HelloAgain
-	(*Telemetry)(nil),             // 19: dunlin.v1.Telemetry
-	(*ModelTelemetry)(nil),        // 20: dunlin.v1.ModelTelemetry
-	(*SwapCount)(nil),             // 21: dunlin.v1.SwapCount
-	(*BlockRequest)(nil),          // 22: dunlin.v1.BlockRequest
-	(*Block)(nil),                 // 23: dunlin.v1.Block
-	(*Epoch)(nil),                 // 24: dunlin.v1.Epoch
-	nil,                           // 25: dunlin.v1.Hello.LabelsEntry
-	(*timestamppb.Timestamp)(nil), // 26: google.protobuf.Timestamp
+	(*GpuInfo)(nil),               // 4: dunlin.v1.GpuInfo
+	(*DeviceLimits)(nil),          // 5: dunlin.v1.DeviceLimits
+	(*Hello)(nil),                 // 6: dunlin.v1.Hello
+	(*Gone)(nil),                  // 7: dunlin.v1.Gone
+	(*Desired)(nil),               // 8: dunlin.v1.Desired
+	(*DesiredDocument)(nil),       // 9: dunlin.v1.DesiredDocument
+	(*DesiredVersion)(nil),        // 10: dunlin.v1.DesiredVersion
+	(*DesiredRoute)(nil),          // 11: dunlin.v1.DesiredRoute
+	(*RouteTarget)(nil),           // 12: dunlin.v1.RouteTarget
+	(*VersionStatus)(nil),         // 13: dunlin.v1.VersionStatus
+	(*RouteStatus)(nil),           // 14: dunlin.v1.RouteStatus
+	(*Reported)(nil),              // 15: dunlin.v1.Reported
+	(*Event)(nil),                 // 16: dunlin.v1.Event
+	(*EventBatch)(nil),            // 17: dunlin.v1.EventBatch
+	(*EventAck)(nil),              // 18: dunlin.v1.EventAck
+	(*Command)(nil),               // 19: dunlin.v1.Command
+	(*HelloAgain)(nil),            // 20: dunlin.v1.HelloAgain
+	(*Telemetry)(nil),             // 21: dunlin.v1.Telemetry
+	(*Temperature)(nil),           // 22: dunlin.v1.Temperature
+	(*GpuTelemetry)(nil),          // 23: dunlin.v1.GpuTelemetry
+	(*GpuProcess)(nil),            // 24: dunlin.v1.GpuProcess
+	(*Alarm)(nil),                 // 25: dunlin.v1.Alarm
+	(*AlarmSample)(nil),           // 26: dunlin.v1.AlarmSample
+	(*ModelProfile)(nil),          // 27: dunlin.v1.ModelProfile
+	(*ModelSetting)(nil),          // 28: dunlin.v1.ModelSetting
+	(*ProfilePoint)(nil),          // 29: dunlin.v1.ProfilePoint
+	(*LatencyPoint)(nil),          // 30: dunlin.v1.LatencyPoint
+	(*ProviderCheck)(nil),         // 31: dunlin.v1.ProviderCheck
+	(*ModelTelemetry)(nil),        // 32: dunlin.v1.ModelTelemetry
+	(*SwapCount)(nil),             // 33: dunlin.v1.SwapCount
+	(*BlockRequest)(nil),          // 34: dunlin.v1.BlockRequest
+	(*Block)(nil),                 // 35: dunlin.v1.Block
+	(*Epoch)(nil),                 // 36: dunlin.v1.Epoch
+	nil,                           // 37: dunlin.v1.Hello.LabelsEntry
+	(*timestamppb.Timestamp)(nil), // 38: google.protobuf.Timestamp
 }
 var file_dunlin_v1_wire_proto_depIdxs = []int32{
-	2,  // 0: dunlin.v1.Hello.have_generation:type_name -> dunlin.v1.Generation
-	3,  // 1: dunlin.v1.Hello.info:type_name -> dunlin.v1.DeviceInfo
-	25, // 2: dunlin.v1.Hello.labels:type_name -> dunlin.v1.Hello.LabelsEntry
-	2,  // 3: dunlin.v1.Desired.generation:type_name -> dunlin.v1.Generation
-	8,  // 4: dunlin.v1.DesiredDocument.versions:type_name -> dunlin.v1.DesiredVersion
-	9,  // 5: dunlin.v1.DesiredDocument.routes:type_name -> dunlin.v1.DesiredRoute
-	10, // 6: dunlin.v1.DesiredRoute.targets:type_name -> dunlin.v1.RouteTarget
-	0,  // 7: dunlin.v1.VersionStatus.state:type_name -> dunlin.v1.VersionState
-	26, // 8: dunlin.v1.VersionStatus.since:type_name -> google.protobuf.Timestamp
-	2,  // 9: dunlin.v1.Reported.observed:type_name -> dunlin.v1.Generation
-	26, // 10: dunlin.v1.Reported.at:type_name -> google.protobuf.Timestamp
-	11, // 11: dunlin.v1.Reported.versions:type_name -> dunlin.v1.VersionStatus
-	12, // 12: dunlin.v1.Reported.routes:type_name -> dunlin.v1.RouteStatus
-	26, // 13: dunlin.v1.Event.at:type_name -> google.protobuf.Timestamp
-	1,  // 14: dunlin.v1.Event.severity:type_name -> dunlin.v1.Severity
-	14, // 15: dunlin.v1.EventBatch.events:type_name -> dunlin.v1.Event
-	16, // 16: dunlin.v1.Command.event_ack:type_name -> dunlin.v1.EventAck
-	18, // 17: dunlin.v1.Command.hello_again:type_name -> dunlin.v1.HelloAgain
-	26, // 18: dunlin.v1.Telemetry.at:type_name -> google.protobuf.Timestamp
-	20, // 19: dunlin.v1.Telemetry.models:type_name -> dunlin.v1.ModelTelemetry
-	21, // 20: dunlin.v1.ModelTelemetry.activations:type_name -> dunlin.v1.SwapCount
-	21, // 21: dunlin.v1.ModelTelemetry.evictions:type_name -> dunlin.v1.SwapCount
-	22, // [22:22] is the sub-list for method output_type
-	22, // [22:22] is the sub-list for method input_type
-	22, // [22:22] is the sub-list for extension type_name
-	22, // [22:22] is the sub-list for extension extendee
-	0,  // [0:22] is the sub-list for field type_name
+	4,  // 0: dunlin.v1.DeviceInfo.gpus:type_name -> dunlin.v1.GpuInfo
+	5,  // 1: dunlin.v1.DeviceInfo.limits:type_name -> dunlin.v1.DeviceLimits
+	2,  // 2: dunlin.v1.Hello.have_generation:type_name -> dunlin.v1.Generation
+	3,  // 3: dunlin.v1.Hello.info:type_name -> dunlin.v1.DeviceInfo
+	37, // 4: dunlin.v1.Hello.labels:type_name -> dunlin.v1.Hello.LabelsEntry
+	2,  // 5: dunlin.v1.Desired.generation:type_name -> dunlin.v1.Generation
+	10, // 6: dunlin.v1.DesiredDocument.versions:type_name -> dunlin.v1.DesiredVersion
+	11, // 7: dunlin.v1.DesiredDocument.routes:type_name -> dunlin.v1.DesiredRoute
+	12, // 8: dunlin.v1.DesiredRoute.targets:type_name -> dunlin.v1.RouteTarget
+	0,  // 9: dunlin.v1.VersionStatus.state:type_name -> dunlin.v1.VersionState
+	38, // 10: dunlin.v1.VersionStatus.since:type_name -> google.protobuf.Timestamp
+	2,  // 11: dunlin.v1.Reported.observed:type_name -> dunlin.v1.Generation
+	38, // 12: dunlin.v1.Reported.at:type_name -> google.protobuf.Timestamp
+	13, // 13: dunlin.v1.Reported.versions:type_name -> dunlin.v1.VersionStatus
+	14, // 14: dunlin.v1.Reported.routes:type_name -> dunlin.v1.RouteStatus
+	38, // 15: dunlin.v1.Event.at:type_name -> google.protobuf.Timestamp
+	1,  // 16: dunlin.v1.Event.severity:type_name -> dunlin.v1.Severity
+	27, // 17: dunlin.v1.Event.profile:type_name -> dunlin.v1.ModelProfile
+	25, // 18: dunlin.v1.Event.alarm:type_name -> dunlin.v1.Alarm
+	16, // 19: dunlin.v1.EventBatch.events:type_name -> dunlin.v1.Event
+	18, // 20: dunlin.v1.Command.event_ack:type_name -> dunlin.v1.EventAck
+	20, // 21: dunlin.v1.Command.hello_again:type_name -> dunlin.v1.HelloAgain
+	38, // 22: dunlin.v1.Telemetry.at:type_name -> google.protobuf.Timestamp
+	32, // 23: dunlin.v1.Telemetry.models:type_name -> dunlin.v1.ModelTelemetry
+	23, // 24: dunlin.v1.Telemetry.gpus:type_name -> dunlin.v1.GpuTelemetry
+	22, // 25: dunlin.v1.Telemetry.temperatures:type_name -> dunlin.v1.Temperature
+	25, // 26: dunlin.v1.Telemetry.alarms:type_name -> dunlin.v1.Alarm
+	24, // 27: dunlin.v1.GpuTelemetry.processes:type_name -> dunlin.v1.GpuProcess
+	1,  // 28: dunlin.v1.Alarm.severity:type_name -> dunlin.v1.Severity
+	38, // 29: dunlin.v1.Alarm.raised_at:type_name -> google.protobuf.Timestamp
+	38, // 30: dunlin.v1.Alarm.cleared_at:type_name -> google.protobuf.Timestamp
+	26, // 31: dunlin.v1.Alarm.samples:type_name -> dunlin.v1.AlarmSample
+	38, // 32: dunlin.v1.AlarmSample.at:type_name -> google.protobuf.Timestamp
+	38, // 33: dunlin.v1.ModelProfile.measured_at:type_name -> google.protobuf.Timestamp
+	29, // 34: dunlin.v1.ModelProfile.points:type_name -> dunlin.v1.ProfilePoint
+	28, // 35: dunlin.v1.ModelProfile.recommended:type_name -> dunlin.v1.ModelSetting
+	30, // 36: dunlin.v1.ModelProfile.latency:type_name -> dunlin.v1.LatencyPoint
+	31, // 37: dunlin.v1.ModelProfile.providers:type_name -> dunlin.v1.ProviderCheck
+	28, // 38: dunlin.v1.ProfilePoint.setting:type_name -> dunlin.v1.ModelSetting
+	33, // 39: dunlin.v1.ModelTelemetry.activations:type_name -> dunlin.v1.SwapCount
+	33, // 40: dunlin.v1.ModelTelemetry.evictions:type_name -> dunlin.v1.SwapCount
+	41, // [41:41] is the sub-list for method output_type
+	41, // [41:41] is the sub-list for method input_type
+	41, // [41:41] is the sub-list for extension type_name
+	41, // [41:41] is the sub-list for extension extendee
+	0,  // [0:41] is the sub-list for field type_name
 }
 
 func init() { file_dunlin_v1_wire_proto_init() }
@@ -2186,18 +3942,21 @@ func file_dunlin_v1_wire_proto_init() {
 	if File_dunlin_v1_wire_proto != nil {
 		return
 	}
-	file_dunlin_v1_wire_proto_msgTypes[15].OneofWrappers = []any{
+	file_dunlin_v1_wire_proto_msgTypes[17].OneofWrappers = []any{
 		(*Command_EventAck)(nil),
 		(*Command_HelloAgain)(nil),
 	}
-	file_dunlin_v1_wire_proto_msgTypes[17].OneofWrappers = []any{}
+	file_dunlin_v1_wire_proto_msgTypes[19].OneofWrappers = []any{}
+	file_dunlin_v1_wire_proto_msgTypes[21].OneofWrappers = []any{}
+	file_dunlin_v1_wire_proto_msgTypes[23].OneofWrappers = []any{}
+	file_dunlin_v1_wire_proto_msgTypes[27].OneofWrappers = []any{}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_dunlin_v1_wire_proto_rawDesc), len(file_dunlin_v1_wire_proto_rawDesc)),
 			NumEnums:      2,
-			NumMessages:   24,
+			NumMessages:   36,
 			NumExtensions: 0,
 			NumServices:   0,
 		},

@@ -36,6 +36,8 @@ const (
 	ModelServiceName = "dunlin.v1.ModelService"
 	// ObjectServiceName is the fully-qualified name of the ObjectService service.
 	ObjectServiceName = "dunlin.v1.ObjectService"
+	// ProfileServiceName is the fully-qualified name of the ProfileService service.
+	ProfileServiceName = "dunlin.v1.ProfileService"
 	// RolloutServiceName is the fully-qualified name of the RolloutService service.
 	RolloutServiceName = "dunlin.v1.RolloutService"
 	// DeviceServiceName is the fully-qualified name of the DeviceService service.
@@ -75,6 +77,11 @@ const (
 	// ObjectServiceListRoutesProcedure is the fully-qualified name of the ObjectService's ListRoutes
 	// RPC.
 	ObjectServiceListRoutesProcedure = "/dunlin.v1.ObjectService/ListRoutes"
+	// ProfileServiceListProfilesProcedure is the fully-qualified name of the ProfileService's
+	// ListProfiles RPC.
+	ProfileServiceListProfilesProcedure = "/dunlin.v1.ProfileService/ListProfiles"
+	// ProfileServicePlanProcedure is the fully-qualified name of the ProfileService's Plan RPC.
+	ProfileServicePlanProcedure = "/dunlin.v1.ProfileService/Plan"
 	// RolloutServiceListRolloutsProcedure is the fully-qualified name of the RolloutService's
 	// ListRollouts RPC.
 	RolloutServiceListRolloutsProcedure = "/dunlin.v1.RolloutService/ListRollouts"
@@ -543,6 +550,106 @@ func (UnimplementedObjectServiceHandler) ListDeployments(context.Context, *conne
 
 func (UnimplementedObjectServiceHandler) ListRoutes(context.Context, *connect.Request[v1.ListRoutesRequest]) (*connect.Response[v1.ListRoutesResponse], error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("dunlin.v1.ObjectService.ListRoutes is not implemented"))
+}
+
+// ProfileServiceClient is a client for the dunlin.v1.ProfileService service.
+type ProfileServiceClient interface {
+	ListProfiles(context.Context, *connect.Request[v1.ListProfilesRequest]) (*connect.Response[v1.ListProfilesResponse], error)
+	// Plan says for each device that the documents' deployments match whether
+	// the version fits there. Nothing is applied.
+	Plan(context.Context, *connect.Request[v1.PlanRequest]) (*connect.Response[v1.PlanResponse], error)
+}
+
+// NewProfileServiceClient constructs a client for the dunlin.v1.ProfileService service. By default,
+// it uses the Connect protocol with the binary Protobuf Codec, asks for gzipped responses, and
+// sends uncompressed requests. To use the gRPC or gRPC-Web protocols, supply the connect.WithGRPC()
+// or connect.WithGRPCWeb() options.
+//
+// The URL supplied here should be the base URL for the Connect or gRPC server (for example,
+// http://api.acme.com or https://acme.com/grpc).
+func NewProfileServiceClient(httpClient connect.HTTPClient, baseURL string, opts ...connect.ClientOption) ProfileServiceClient {
+	baseURL = strings.TrimRight(baseURL, "/")
+	profileServiceMethods := v1.File_dunlin_v1_api_proto.Services().ByName("ProfileService").Methods()
+	return &profileServiceClient{
+		listProfiles: connect.NewClient[v1.ListProfilesRequest, v1.ListProfilesResponse](
+			httpClient,
+			baseURL+ProfileServiceListProfilesProcedure,
+			connect.WithSchema(profileServiceMethods.ByName("ListProfiles")),
+			connect.WithClientOptions(opts...),
+		),
+		plan: connect.NewClient[v1.PlanRequest, v1.PlanResponse](
+			httpClient,
+			baseURL+ProfileServicePlanProcedure,
+			connect.WithSchema(profileServiceMethods.ByName("Plan")),
+			connect.WithClientOptions(opts...),
+		),
+	}
+}
+
+// profileServiceClient implements ProfileServiceClient.
+type profileServiceClient struct {
+	listProfiles *connect.Client[v1.ListProfilesRequest, v1.ListProfilesResponse]
+	plan         *connect.Client[v1.PlanRequest, v1.PlanResponse]
+}
+
+// ListProfiles calls dunlin.v1.ProfileService.ListProfiles.
+func (c *profileServiceClient) ListProfiles(ctx context.Context, req *connect.Request[v1.ListProfilesRequest]) (*connect.Response[v1.ListProfilesResponse], error) {
+	return c.listProfiles.CallUnary(ctx, req)
+}
+
+// Plan calls dunlin.v1.ProfileService.Plan.
+func (c *profileServiceClient) Plan(ctx context.Context, req *connect.Request[v1.PlanRequest]) (*connect.Response[v1.PlanResponse], error) {
+	return c.plan.CallUnary(ctx, req)
+}
+
+// ProfileServiceHandler is an implementation of the dunlin.v1.ProfileService service.
+type ProfileServiceHandler interface {
+	ListProfiles(context.Context, *connect.Request[v1.ListProfilesRequest]) (*connect.Response[v1.ListProfilesResponse], error)
+	// Plan says for each device that the documents' deployments match whether
+	// the version fits there. Nothing is applied.
+	Plan(context.Context, *connect.Request[v1.PlanRequest]) (*connect.Response[v1.PlanResponse], error)
+}
+
+// NewProfileServiceHandler builds an HTTP handler from the service implementation. It returns the
+// path on which to mount the handler and the handler itself.
+//
+// By default, handlers support the Connect, gRPC, and gRPC-Web protocols with the binary Protobuf
+// and JSON codecs. They also support gzip compression.
+func NewProfileServiceHandler(svc ProfileServiceHandler, opts ...connect.HandlerOption) (string, http.Handler) {
+	profileServiceMethods := v1.File_dunlin_v1_api_proto.Services().ByName("ProfileService").Methods()
+	profileServiceListProfilesHandler := connect.NewUnaryHandler(
+		ProfileServiceListProfilesProcedure,
+		svc.ListProfiles,
+		connect.WithSchema(profileServiceMethods.ByName("ListProfiles")),
+		connect.WithHandlerOptions(opts...),
+	)
+	profileServicePlanHandler := connect.NewUnaryHandler(
+		ProfileServicePlanProcedure,
+		svc.Plan,
+		connect.WithSchema(profileServiceMethods.ByName("Plan")),
+		connect.WithHandlerOptions(opts...),
+	)
+	return "/dunlin.v1.ProfileService/", http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		switch r.URL.Path {
+		case ProfileServiceListProfilesProcedure:
+			profileServiceListProfilesHandler.ServeHTTP(w, r)
+		case ProfileServicePlanProcedure:
+			profileServicePlanHandler.ServeHTTP(w, r)
+		default:
+			http.NotFound(w, r)
+		}
+	})
+}
+
+// UnimplementedProfileServiceHandler returns CodeUnimplemented from all methods.
+type UnimplementedProfileServiceHandler struct{}
+
+func (UnimplementedProfileServiceHandler) ListProfiles(context.Context, *connect.Request[v1.ListProfilesRequest]) (*connect.Response[v1.ListProfilesResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("dunlin.v1.ProfileService.ListProfiles is not implemented"))
+}
+
+func (UnimplementedProfileServiceHandler) Plan(context.Context, *connect.Request[v1.PlanRequest]) (*connect.Response[v1.PlanResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("dunlin.v1.ProfileService.Plan is not implemented"))
 }
 
 // RolloutServiceClient is a client for the dunlin.v1.RolloutService service.
