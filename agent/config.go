@@ -10,6 +10,7 @@ import (
 	"log/slog"
 	"maps"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"regexp"
 	"runtime"
@@ -36,6 +37,7 @@ type Serving struct {
 	Oversize     string `yaml:"oversize"`      // what becomes of a model that is larger: refuse or map
 	CacheMiB     int    `yaml:"cache-mib"`     // bound of the models compiled for this device, on disk
 	RuntimeLib   string `yaml:"runtime-lib"`   // path of ONNX Runtime's shared library
+	WorkerBy     string `yaml:"worker-by"`     // command that starts the worker process, words apart; "": the program itself does
 	LogLevel     string `yaml:"log-level"`
 	LogFormat    string `yaml:"log-format"`
 
@@ -71,6 +73,7 @@ func (s *Serving) settings() []program.Setting {
 		{Name: "oversize", Usage: "`what` becomes of a model that is larger than that: refuse, or map: its weights stay in their file and are read as they are needed", Value: &s.Oversize},
 		{Name: "cache-mib", Usage: "`MiB` of disk for models compiled for this device", Value: &s.CacheMiB},
 		{Name: "runtime-lib", Usage: "`path` of ONNX Runtime's shared library; also DUNLIN_ORT_LIB", Value: &s.RuntimeLib, Environment: "DUNLIN_ORT_LIB"},
+		{Name: "worker-by", Usage: "`command` that this program is started by as a process that holds the runtime, such as \"numactl -N 0\"", Value: &s.WorkerBy},
 		{Name: "log-level", Usage: "`level` of the log: debug, info, warn or error", Value: &s.LogLevel},
 		{Name: "log-format", Usage: "`format` of the log: text or json", Value: &s.LogFormat},
 	}
@@ -115,7 +118,9 @@ func (s *Serving) check(add func(name string, err error)) {
 	if len(s.Worker) == 0 {
 		self, err := os.Executable()
 		add("worker", err)
-		s.Worker = []string{self, "worker"}
+		s.Worker = append(strings.Fields(s.WorkerBy), self, "worker")
+		s.Worker[0], err = exec.LookPath(s.Worker[0]) // the process has no PATH
+		add("worker-by", err)
 	}
 }
 
