@@ -235,6 +235,12 @@ func create(ctx context.Context, path string, entries map[string]string, f func(
 	if err := options.AddSessionConfigEntry("session.use_env_allocators", "1"); err != nil {
 		return nil, err // see workspace.h
 	}
+	// From the second run of the same shapes on, the runtime would take what
+	// the first one took piece by piece in one piece. That allocator keeps
+	// pieces for the next run already, and would have both at once.
+	if err := options.SetMemPattern(false); err != nil {
+		return nil, err
+	}
 	for key, value := range entries {
 		if err := options.AddSessionConfigEntry(key, value); err != nil {
 			return nil, err

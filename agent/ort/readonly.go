@@ -84,6 +84,11 @@ func openPooled(ctx context.Context, path string, pool *weights.Pool, place Plac
 			if provider = addCUDA(o, place); provider != nil {
 				return nil, provider
 			}
+			// Its arena, which gives back what a run has taken, has no use
+			// for many pieces.
+			if err := o.SetMemPattern(true); err != nil {
+				return nil, err
+			}
 		}
 		return f(o)
 	})
