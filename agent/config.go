@@ -38,8 +38,12 @@ type Serving struct {
 	CacheMiB     int    `yaml:"cache-mib"`     // bound of the models compiled for this device, on disk
 	RuntimeLib   string `yaml:"runtime-lib"`   // path of ONNX Runtime's shared library
 	WorkerBy     string `yaml:"worker-by"`     // command that starts the worker process, words apart; "": the program itself does
-	LogLevel     string `yaml:"log-level"`
-	LogFormat    string `yaml:"log-format"`
+
+	FirmwareProfiles string `yaml:"firmware-profiles"` // folder of the site's own; "": none
+	FirmwareProfile  string `yaml:"firmware-profile"`  // name of the one to go by; "": the one that matches
+
+	LogLevel  string `yaml:"log-level"`
+	LogFormat string `yaml:"log-format"`
 
 	Log    *slog.Logger   `yaml:"-"`
 	Worker []string       `yaml:"-"` // command of the worker process; this program with "worker" where empty
@@ -74,6 +78,8 @@ func (s *Serving) settings() []program.Setting {
 		{Name: "cache-mib", Usage: "`MiB` of disk for models compiled for this device", Value: &s.CacheMiB},
 		{Name: "runtime-lib", Usage: "`path` of ONNX Runtime's shared library; also DUNLIN_ORT_LIB", Value: &s.RuntimeLib, Environment: "DUNLIN_ORT_LIB"},
 		{Name: "worker-by", Usage: "`command` that this program is started by as a process that holds the runtime, such as \"numactl -N 0\"", Value: &s.WorkerBy},
+		{Name: "firmware-profiles", Usage: "`folder` of firmware profiles beside the built-in ones", Value: &s.FirmwareProfiles},
+		{Name: "firmware-profile", Usage: "`name` of the firmware profile to go by; without one, the most specific that matches", Value: &s.FirmwareProfile},
 		{Name: "log-level", Usage: "`level` of the log: debug, info, warn or error", Value: &s.LogLevel},
 		{Name: "log-format", Usage: "`format` of the log: text or json", Value: &s.LogFormat},
 	}
