@@ -298,11 +298,11 @@ func (c *sessions) activate(ctx context.Context, m *message) (*message, error) {
 	var s *ort.Session
 	var err error
 	if n == 1 && m.number == 1 {
-		aside(func() { s, err = ort.OpenCompiled(ctx, m.strings[0], true) })
+		aside(func() { s, err = ort.OpenCompiled(ctx, m.strings[0], ort.Setting{Prepack: true}) })
 	} else if n == 1 {
-		s, err = ort.OpenCompiled(ctx, m.strings[0], false)
+		s, err = ort.OpenCompiled(ctx, m.strings[0], ort.Setting{})
 	} else {
-		s, err = ort.Open(ctx, m.strings[0], m.strings[1])
+		s, err = ort.Open(ctx, m.strings[0], m.strings[1], ort.Setting{})
 	}
 	if err != nil {
 		return nil, err
