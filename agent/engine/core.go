@@ -166,9 +166,9 @@ type core struct {
 	stopped    bool
 	number     uint64 // of requests that have been admitted
 	waiting    int    // requests, in all queues
-	running    int    // runs, of all versions
 
 	order     []*version // as sorted gives them; nil: to be made
+	pace      pace
 	ledger    ledger
 	trials    int    // versions that are being loaded, and come in for that
 	dirty     bool   // the memory is to be arranged
@@ -230,6 +230,8 @@ func (c *core) step(ev event, now time.Time) []effect {
 		c.dirty = true
 		c.ledger.budget = ev.budget
 		c.ledger.most = max(c.ledger.most, ev.budget)
+	case setThrottle:
+		c.throttle(ev.throttle)
 	case inspect:
 		c.emit(c.inspect(ev.call))
 	case health:
@@ -244,7 +246,7 @@ func (c *core) step(ev event, now time.Time) []effect {
 }
 
 // idle says that no request waits and nothing runs.
-func (c *core) idle() bool { return c.waiting+c.running == 0 }
+func (c *core) idle() bool { return c.waiting+c.pace.running == 0 }
 
 func (c *core) emit(f effect) { c.effects = append(c.effects, f) }
 
@@ -266,7 +268,11 @@ func (c *core) arrive(r *request) {
 		return
 	}
 	v.home.demand.observe(c.now, c.time)
-	if err := c.cannotCome(v, r); err != nil {
+	err = c.cannotCome(v, r)
+	if c.pace.Cordon {
+		err = &RefusedError{fmt.Errorf("%s: %w", v.id, ErrCordoned), retryCordoned}
+	}
+	if err != nil {
 		v.figures.refused(err)
 		c.answer(r, err)
 		return
@@ -327,6 +333,12 @@ func (c *core) schedule(v *version) {
 		if !v.free() {
 			break
 		}
+		if at := v.closed(c.now); at > c.now {
+			if c.pace.running == 0 { // else there will be another row to wait for
+				v.hold = at
+			}
+			break
+		}
 		members := c.afford(v, v.next(c.now))
 		if len(members) == 0 {
 			break
@@ -359,7 +371,7 @@ func (c *core) start(v *version, members []*request) {
 	r.memory, r.life = v.workspace(r.rows), v.home.life
 	c.ledger.used += r.memory
 	v.runs = append(v.runs, r)
-	c.running++
+	c.pace.starts(c.now, r.ends)
 	if v.home.runsSince++; v.home.runsSince == prepackAfter && v.worthPrepacking() {
 		c.dirty = true
 	}
@@ -412,7 +424,11 @@ func (c *core) cancel(r *request) {
 func (c *core) finish(r *run) {
 	v := r.version
 	v.runs = slices.DeleteFunc(v.runs, func(o *run) bool { return o == r })
-	c.running--
+	over := false // a row of runs, after which all pause
+	if c.pace.finishes(c.now); c.pace.throttled() {
+		c.pace.ends = c.lastEnd()
+		over = c.pace.running == 0
+	}
 	took := c.now - r.started
 	c.ledger.used -= r.memory
 	defer c.end(v)
@@ -456,6 +472,9 @@ func (c *core) finish(r *run) {
 		}
 	}
 	c.schedule(v)
+	if over {
+		c.rest()
+	}
 }
 
 // harmed takes in what a run's error says of its version beyond this run, and

@@ -171,7 +171,8 @@ type Engine struct {
 	tick    *time.Timer   // reset by the owner of the core
 	work    sync.WaitGroup
 	activity
-	infos atomic.Pointer[map[VersionID]*Info]
+	throttle atomic.Pointer[Throttle]
+	infos    atomic.Pointer[map[VersionID]*Info]
 }
 
 // New gives an Engine; Run starts it.
@@ -255,6 +256,8 @@ func (e *Engine) do(ctx context.Context, ev event) error {
 			e.work.Go(func() {
 				e.log.Warn("requests run alone: those of a batch cannot be told apart", "model", f.id.Model, "version", f.id.Version, "error", f.err)
 			})
+		case throttled:
+			e.throttle.Store(&f.Throttle)
 		case wake:
 			e.tick.Reset(time.Until(f.at))
 		}

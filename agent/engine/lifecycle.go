@@ -57,7 +57,7 @@ func (c *core) claim(s Spec, replace bool) (VersionID, error) {
 		c.generation++
 		id.Generation = c.generation
 	}
-	c.put(id, &version{id: id, spec: s, phase: loading, info: new(Info), hold: never})
+	c.put(id, &version{id: id, spec: s, phase: loading, info: new(Info), pace: &c.pace, hold: never})
 	return id, nil
 }
 
