@@ -73,6 +73,15 @@ func (e *Engine) Throttled() Throttle {
 	return Throttle{}
 }
 
+// Admits says why new requests are refused whatever version they are for, and
+// nil where they are not: ErrCordoned.
+func (e *Engine) Admits() error {
+	if e.Throttled().Cordon {
+		return ErrCordoned
+	}
+	return nil
+}
+
 // pace is the account of the Throttle: of rows of runs, each of which begins
 // when nothing runs, and ends when nothing runs any more. What it means for the
 // next run is in policy.go.
