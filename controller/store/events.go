@@ -42,7 +42,11 @@ type DeviceEvent struct {
 // which nothing is known starts with the first event that it sends: what came
 // before was acknowledged, by another store or before the device was removed.
 // Of a device that is not known it is ErrNotFound.
-func (s *Store) AddEvents(ctx context.Context, device, outbox string, events []*dunlinv1.Event) (stored uint64, err error) {
+//
+// The profile that an event carries is kept as the device's newest of that
+// version, and not with the event; measured says whether one told something
+// new of what a version needs.
+func (s *Store) AddEvents(ctx context.Context, device, outbox string, events []*dunlinv1.Event) (stored uint64, measured bool, err error) {
 	err = s.write(ctx, "events", func(tx *sql.Tx) error {
 		var known bool
 		if err := tx.QueryRowContext(ctx, "SELECT EXISTS (SELECT 1 FROM devices WHERE name = ?)", device).Scan(&known); err != nil {
@@ -68,6 +72,15 @@ func (s *Store) AddEvents(ctx context.Context, device, outbox string, events []*
 			if e.GetSequence() > stored+1 && e.GetKind() != GapKind || e.GetSequence() > math.MaxInt64 {
 				break
 			}
+			if p := e.GetProfile(); p != nil {
+				news, err := s.putProfile(ctx, tx, device, p)
+				if err != nil {
+					return err
+				}
+				measured = measured || news
+				e = proto.CloneOf(e)
+				e.Profile = nil
+			}
 			blob, err := proto.Marshal(e)
 			if err != nil {
 				return fmt.Errorf("encode event %d: %w", e.GetSequence(), err)
@@ -88,7 +101,7 @@ func (s *Store) AddEvents(ctx context.Context, device, outbox string, events []*
 		_, err = tx.ExecContext(ctx, "DELETE FROM outboxes WHERE device = ? AND outbox IN (SELECT outbox FROM outboxes WHERE device = ? ORDER BY heard_at DESC, outbox LIMIT -1 OFFSET ?)", device, device, MaxOutboxes)
 		return err
 	})
-	return stored, err
+	return stored, measured, err
 }
 
 // Events gives the newest events first, of a device or, where device is
