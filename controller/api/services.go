@@ -11,6 +11,7 @@ import (
 
 	"connectrpc.com/connect"
 
+	"github.com/dunlin/dunlin/controller/dispatch"
 	"github.com/dunlin/dunlin/controller/fleet"
 	"github.com/dunlin/dunlin/controller/identity"
 	"github.com/dunlin/dunlin/controller/store"
@@ -57,6 +58,9 @@ func (s *server) Join(ctx context.Context, req *connect.Request[v1.JoinRequest])
 	}
 	if n := sizeOf(m.GetInfo()); n > maxInfoBytes {
 		return nil, invalid("info has %d bytes, the limit is %d", n, maxInfoBytes)
+	}
+	if err := dispatch.CheckNumbers(m.GetInfo()); err != nil {
+		return nil, invalid("info: %w", err)
 	}
 	hash, err := s.HashPassword(m.GetSecret())
 	if err != nil {

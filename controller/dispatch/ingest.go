@@ -43,7 +43,7 @@ func decode(kind string, payload []byte) (proto.Message, error) {
 	case link.Hello:
 		v := &dunlinv1.Hello{}
 		m, check = v, func() error {
-			return errors.Join(checkID("session", v.GetSession()), checkID("boot_id", v.GetBootId()), fleet.CheckLabels(v.GetLabels()))
+			return errors.Join(checkID("session", v.GetSession()), checkID("boot_id", v.GetBootId()), fleet.CheckLabels(v.GetLabels()), CheckNumbers(v.GetInfo()))
 		}
 	case link.Reported:
 		v := &dunlinv1.Reported{}
@@ -128,10 +128,20 @@ func checkTelemetry(t *dunlinv1.Telemetry) error {
 			return fmt.Errorf("alarms[%d].samples has %d entries, the limit is %d", i, n, maxSamples)
 		}
 	}
-	return checkNumbers(t.ProtoReflect(), "")
+	return CheckNumbers(t)
 }
 
-// checkNumbers says which field of m, or of what m holds, is no finite number.
+// checkAlarm says what is wrong with the alarm of an event.
+func checkAlarm(a *dunlinv1.Alarm) error {
+	if n := len(a.GetSamples()); n > maxSamples {
+		return fmt.Errorf("samples has %d entries, the limit is %d", n, maxSamples)
+	}
+	return CheckNumbers(a)
+}
+
+// CheckNumbers says which field of m, or of what m holds, is no finite number.
+func CheckNumbers(m proto.Message) error { return checkNumbers(m.ProtoReflect(), "") }
+
 func checkNumbers(m protoreflect.Message, path string) (err error) {
 	m.Range(func(f protoreflect.FieldDescriptor, v protoreflect.Value) bool {
 		name := path + string(f.Name())
@@ -208,7 +218,7 @@ func checkProfile(p *dunlinv1.ModelProfile) error {
 			}
 		}
 	}
-	return checkNumbers(p.ProtoReflect(), "")
+	return CheckNumbers(p)
 }
 
 // take does what one message asks for.
@@ -364,15 +374,26 @@ func (d *Dispatcher) ask(device string) {
 }
 
 func (d *Dispatcher) events(ctx context.Context, device string, b *dunlinv1.EventBatch) error {
+	// What is wrong within an event is left out, and the event acknowledged all
+	// the same: sent again it would be no better.
 	for _, e := range b.GetEvents() {
-		if e.GetProfile() == nil {
-			continue
+		if p := e.GetProfile(); p != nil {
+			err := checkProfile(p)
+			if err == nil && e.GetKind() != ProfileKind {
+				err = fmt.Errorf("kind %q carries no profile", e.GetKind())
+			}
+			if err != nil {
+				d.malformed.WithLabelValues("profile").Inc()
+				d.log.Warn("left out a malformed profile", "device", device, "event", e.GetSequence(), "error", err)
+				e.Profile = nil
+			}
 		}
-		// It is acknowledged all the same: sent again it would be no better.
-		if err := checkProfile(e.GetProfile()); err != nil || e.GetKind() != ProfileKind {
-			d.malformed.WithLabelValues("profile").Inc()
-			d.log.Warn("dropped a malformed profile", "device", device, "event", e.GetSequence(), "error", err)
-			e.Profile = nil
+		if a := e.GetAlarm(); a != nil {
+			if err := checkAlarm(a); err != nil {
+				d.malformed.WithLabelValues("alarm").Inc()
+				d.log.Warn("left out a malformed alarm", "device", device, "event", e.GetSequence(), "error", err)
+				e.Alarm = nil
+			}
 		}
 	}
 	stored, measured, err := d.store.AddEvents(ctx, device, b.GetOutboxId(), b.GetEvents())
