@@ -160,16 +160,30 @@ func (s *server) Apply(ctx context.Context, req *connect.Request[v1.ApplyRequest
 	if !req.Msg.GetDryRun() {
 		s.changed()
 	}
-	plans, err := s.plan(ctx, objects)
-	if err != nil { // what was applied stays so, and rollouts say it too
+	if resp.Refused, err = s.refused(ctx, objects); err != nil {
+		// What was applied stays so, and rollouts say it too.
 		s.Log.Warn("cannot say on which devices the deployments do not fit", "error", err)
 	}
-	for _, p := range plans {
-		if p.GetVerdict() == v1.DevicePlan_VERDICT_DOES_NOT_FIT {
-			resp.Refused = append(resp.Refused, p)
-		}
-	}
 	return connect.NewResponse(resp), nil
+}
+
+// refused gives the devices that are not given a version because of objects:
+// it does not fit, and they were not given it before.
+func (s *server) refused(ctx context.Context, objects []fleet.Object) ([]*v1.DevicePlan, error) {
+	plans, err := s.plan(ctx, objects)
+	if err != nil {
+		return nil, err
+	}
+	plans = slices.DeleteFunc(plans, func(p *v1.DevicePlan) bool { return p.GetVerdict() != v1.DevicePlan_VERDICT_DOES_NOT_FIT })
+	had, err := s.Store.Documents(ctx, convert(plans, (*v1.DevicePlan).GetDevice))
+	if err != nil {
+		return nil, err
+	}
+	return slices.DeleteFunc(plans, func(p *v1.DevicePlan) bool {
+		return slices.ContainsFunc(had[p.GetDevice()].GetVersions(), func(v *v1.DesiredVersion) bool {
+			return v.GetModel() == p.GetModel() && v.GetVersion() == p.GetVersion()
+		})
+	}), nil
 }
 
 // plan says of each deployment among objects on which devices it fits, once
