@@ -8,13 +8,12 @@ import (
 	"io"
 	"os"
 	"path/filepath"
-	"runtime"
 	"time"
 
+	"github.com/dunlin/dunlin/agent/device"
 	"github.com/dunlin/dunlin/agent/engine"
 	"github.com/dunlin/dunlin/agent/repository"
 	"github.com/dunlin/dunlin/agent/worker"
-	profiles "github.com/dunlin/dunlin/firmware-profiles"
 	"github.com/dunlin/dunlin/internal/program"
 )
 
@@ -120,11 +119,8 @@ func ServeMain(ctx context.Context, args []string, getenv func(string) string, h
 // Serve serves the models of a folder, or one model, without a controller,
 // until ctx is done, and gives nil then, or until a part of it fails.
 func Serve(ctx context.Context, cfg Alone) (err error) {
-	profile, err := profiles.Match(runtime.GOARCH)
-	if err != nil {
-		return err
-	}
 	if cfg.Data == "" {
+		var err error
 		if cfg.Data, err = os.MkdirTemp("", "dunlin-agent-*"); err != nil {
 			return fmt.Errorf("data folder: %w", err)
 		}
@@ -137,6 +133,11 @@ func Serve(ctx context.Context, cfg Alone) (err error) {
 		return err
 	}
 	defer lock.Close()
+	class, err := cfg.classify(ctx, device.Info(cfg.Data))
+	if err != nil {
+		return err
+	}
+	profile := class.Profile
 	l, err := listen(&cfg.Serving)
 	if err != nil {
 		return err
