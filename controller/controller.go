@@ -228,7 +228,7 @@ func writeFile(path, text string) error {
 type versions struct{ store *store.Store }
 
 func (v versions) CreateVersion(ctx context.Context, n registry.NewVersion) (int64, bool, error) {
-	s := store.Version{Model: n.Model, Version: n.Want, Digest: n.Digest, Size: n.Manifest.Size, Opset: n.Config.Opset, Bundle: fleet.BundleOf(n.Config), CreatedBy: n.By}
+	s := store.Version{Model: n.Model, Version: n.Want, Digest: n.Digest, Size: n.Manifest.Size, Opset: n.Config.Opset, Bundle: fleet.BundleOf(n.Config, n.WeightTypes), CreatedBy: n.By}
 	if n.Source != n.Digest {
 		s.Source = n.Source
 	}

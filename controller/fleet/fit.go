@@ -10,6 +10,7 @@ import (
 	"strings"
 	"time"
 
+	profiles "github.com/dunlin/dunlin/firmware-profiles"
 	"github.com/dunlin/dunlin/internal/estimate"
 	"github.com/dunlin/dunlin/models"
 	"github.com/dunlin/dunlin/models/tensor"
@@ -59,39 +60,35 @@ type Bundle struct {
 	WeightBytes uint64        `json:"weightBytes"`
 	Costs       *models.Costs `json:"costs,omitempty"` // nil: not known
 	Opset       int64         `json:"opset"`
-	Precisions  []string      `json:"precisions,omitempty"` // as Precisions gives them
-	MaxBatch    int           `json:"maxBatch,omitempty"`   // rows of a run; 0: the bundle does not say
+	// Precisions are the element types that its weights are of, and the
+	// floating-point ones that come in or go out: sorted, as Triton names them.
+	Precisions []string `json:"precisions,omitempty"`
+	MaxBatch   int      `json:"maxBatch,omitempty"` // rows of a run; 0: the bundle does not say
 }
 
-// BundleOf gives what a bundle's config tells.
-func BundleOf(c *models.Config) *Bundle {
-	b := &Bundle{WeightBytes: c.WeightBytes, Costs: c.Costs, Opset: c.Opset, Precisions: Precisions(c)}
+// BundleOf gives what a bundle's config tells, and the element types of its
+// weights.
+func BundleOf(c *models.Config, weights []tensor.Type) *Bundle {
+	b := &Bundle{WeightBytes: c.WeightBytes, Costs: c.Costs, Opset: c.Opset}
 	if c.Serving != nil {
 		b.MaxBatch = c.Serving.MaxBatchSize
 	}
-	return b
-}
-
-// Precisions gives the element types that a model computes in, as far as its
-// config shows them: the floating-point types of its inputs and outputs, and
-// INT8 where an operator is quantised. They are sorted, as Triton names them.
-func Precisions(c *models.Config) []string {
+	// As devices judge it: 8-bit integers that come in or go out are images.
 	found := map[string]bool{}
-	for _, infos := range [][]tensor.Info{c.Inputs, c.Outputs} {
-		for _, i := range infos {
-			switch i.Type {
-			case tensor.Float16, tensor.BFloat16, tensor.Float32, tensor.Float64:
-				found[i.Type.String()] = true
-			}
+	for _, t := range weights {
+		found[t.String()] = slices.Contains(profiles.Precisions, t.String())
+	}
+	for _, info := range slices.Concat(c.Inputs, c.Outputs) {
+		if t := info.Type; t != tensor.Uint8 && t != tensor.Int8 && slices.Contains(profiles.Precisions, t.String()) {
+			found[t.String()] = true
 		}
 	}
-	for _, op := range c.Operators {
-		name := op[strings.LastIndexByte(op, '.')+1:]
-		if strings.Contains(name, "Quantize") || strings.HasPrefix(name, "QLinear") || strings.HasSuffix(name, "Integer") {
-			found["INT8"] = true
+	for _, name := range slices.Sorted(maps.Keys(found)) {
+		if found[name] {
+			b.Precisions = append(b.Precisions, name)
 		}
 	}
-	return slices.Sorted(maps.Keys(found))
+	return b
 }
 
 // Measurement is what a device measured of a version, as far as fit needs it.

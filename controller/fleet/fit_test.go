@@ -151,16 +151,15 @@ func TestNeed(t *testing.T) {
 
 func TestBundleOf(t *testing.T) {
 	c := &models.Config{
-		Inputs:    []tensor.Info{{Name: "image", Type: tensor.Uint8}, {Name: "x", Type: tensor.Float16}},
-		Outputs:   []tensor.Info{{Name: "y", Type: tensor.Float32}, {Name: "label", Type: tensor.Int64}},
-		Operators: []string{"Conv", "com.microsoft.QLinearAdd"}, WeightBytes: 5, Opset: 13, Serving: &serving.Options{MaxBatchSize: 8},
+		Inputs:      []tensor.Info{{Name: "image", Type: tensor.Uint8}, {Name: "x", Type: tensor.Float16}},
+		Outputs:     []tensor.Info{{Name: "y", Type: tensor.Float32}, {Name: "label", Type: tensor.Int64}},
+		WeightBytes: 5, Opset: 13, Serving: &serving.Options{MaxBatchSize: 8},
 	}
-	b := BundleOf(c)
+	b := BundleOf(c, []tensor.Type{tensor.Int8, tensor.Int64, 77})
 	if got := strings.Join(b.Precisions, " "); got != "FP16 FP32 INT8" || b.MaxBatch != 8 || b.WeightBytes != 5 || b.Opset != 13 || b.Costs != nil {
 		t.Errorf("got %+v", b)
 	}
-	c.Operators = []string{"Integers", "MatMul"}
-	if got := strings.Join(Precisions(c), " "); got != "FP16 FP32" {
+	if got := strings.Join(BundleOf(c, nil).Precisions, " "); got != "FP16 FP32" {
 		t.Errorf("got %s", got)
 	}
 }
