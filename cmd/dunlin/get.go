@@ -368,7 +368,7 @@ func evidence(a *dunlinv1.Alarm) string {
 	}
 	if n := len(a.GetSamples()); a.GetMethod() != "" && n > 0 {
 		add("%s over %d samples", a.GetMethod(), n)
-	} else if a.GetMethod() != "" {
+	} else if a.GetMethod() != "" && a.Threshold == nil {
 		add("%s", a.GetMethod())
 	}
 	return strings.Join(parts, ", ")

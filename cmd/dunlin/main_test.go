@@ -236,8 +236,16 @@ func measuredProfile(model string, version int64, digest string) *dunlinv1.Model
 func join(ts *testscript.TestScript, url, name, token string, limits *dunlinv1.DeviceLimits) *device {
 	d, err := joinDevice(url, name, token, limits)
 	ts.Check(err)
-	for d.last == nil { // the answer to its hello: the controller knows that it is there
-		d.last, _ = d.next(ts, "desired document").(*dunlinv1.Desired)
+	// What a device sends is taken in in order: with the answer to this, the
+	// controller knows that it is there.
+	ts.Check(d.link.Send(link.Request, &dunlinv1.BlockRequest{Sha256: make([]byte, 32), Length: 1}))
+	for known := false; !known || d.last == nil; {
+		switch m := d.next(ts, "answer to its hello").(type) {
+		case *dunlinv1.Desired:
+			d.last = m
+		case *dunlinv1.Block:
+			known = true
+		}
 	}
 	return d
 }

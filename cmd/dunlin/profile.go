@@ -216,7 +216,7 @@ func threadsText(s *dunlinv1.ModelSetting) string {
 }
 
 func pointsTable(p *dunlinv1.ModelProfile) *table {
-	t := &table{header: []string{"", "PROVIDER", "BATCH", "INSTANCES", "THREADS", "PREPACKED", "RUNS", "P50", "P95", "P99", "ROWS/S", "PEAK", "PER ROW"}}
+	t := &table{header: []string{"", "PROVIDER", "BATCH", "INSTANCES", "THREADS", "PREPACKED", "RUNS", "P50", "P95", "P99", "ROWS/S", "PEAK", "ENERGY/ROW"}}
 	for _, q := range p.GetPoints() {
 		s := q.GetSetting()
 		mark := " "
@@ -252,7 +252,7 @@ func (c *cli) getProfiles(ctx context.Context, ctl *client, name, device, class 
 }
 
 func profilesTable(now time.Time, profiles []*dunlinv1.DeviceProfile) *table {
-	t := &table{header: []string{"MODEL", "DEVICE", "CLASS", "WEIGHTS", "SESSION", "WORKSPACE/ROW", "BATCH", "INSTANCES", "PROVIDER", "P50", "P99", "ROWS/S", "PER ROW", "MEASURED"}}
+	t := &table{header: []string{"MODEL", "DEVICE", "CLASS", "WEIGHTS", "SESSION", "WORKSPACE/ROW", "BATCH", "INSTANCES", "PROVIDER", "P50", "P99", "ROWS/S", "ENERGY/ROW", "MEASURED"}}
 	for _, d := range profiles {
 		p := d.GetProfile()
 		r := p.GetRecommended()
