@@ -64,7 +64,7 @@ func (s *Store) AddEvents(ctx context.Context, device, outbox string, events []*
 			last.V = int64(min(max(events[0].GetSequence(), 1), math.MaxInt64)) - 1
 		}
 		stored = uint64(last.V)
-		now := s.now().UnixNano()
+		now, profiles := s.now().UnixNano(), false
 		for _, e := range events {
 			if e.GetSequence() <= stored {
 				continue
@@ -77,7 +77,7 @@ func (s *Store) AddEvents(ctx context.Context, device, outbox string, events []*
 				if err != nil {
 					return err
 				}
-				measured = measured || news
+				measured, profiles = measured || news, true
 				e = proto.CloneOf(e)
 				e.Profile = nil
 			}
@@ -93,6 +93,11 @@ func (s *Store) AddEvents(ctx context.Context, device, outbox string, events []*
 		}
 		if stored == uint64(last.V) {
 			return nil
+		}
+		if profiles {
+			if err := boundProfiles(ctx, tx, device); err != nil {
+				return err
+			}
 		}
 		if _, err := tx.ExecContext(ctx, "INSERT INTO outboxes (device, outbox, last_sequence, heard_at) VALUES (?, ?, ?, ?) ON CONFLICT (device, outbox) DO UPDATE SET last_sequence = excluded.last_sequence, heard_at = excluded.heard_at",
 			device, outbox, int64(stored), now); err != nil {

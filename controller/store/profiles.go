@@ -83,9 +83,14 @@ func (s *Store) putProfile(ctx context.Context, tx *sql.Tx, device string, p *du
 		m.Batch, int64(m.Latency), m.Joules, blob); err != nil {
 		return false, fmt.Errorf("profile of %s:%d on device %s: %w", m.Model, p.GetVersion(), device, err)
 	}
-	_, err = tx.ExecContext(ctx, `DELETE FROM profiles WHERE device = ? AND (model, digest) IN
+	return news, nil
+}
+
+// boundProfiles forgets what a device has beyond MaxProfiles.
+func boundProfiles(ctx context.Context, tx *sql.Tx, device string) error {
+	_, err := tx.ExecContext(ctx, `DELETE FROM profiles WHERE device = ? AND (model, digest) IN
 		(SELECT model, digest FROM profiles WHERE device = ? ORDER BY received_at DESC, model, digest LIMIT -1 OFFSET ?)`, device, device, MaxProfiles)
-	return news, err
+	return err
 }
 
 // measured adds what devices measured of a version.

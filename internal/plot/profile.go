@@ -6,6 +6,7 @@ import (
 	"maps"
 	"math"
 	"slices"
+	"strings"
 
 	"github.com/dunlin/dunlin/internal/estimate"
 	dunlinv1 "github.com/dunlin/dunlin/proto/dunlin/v1"
@@ -136,14 +137,14 @@ func describe(name string, p *dunlinv1.ModelProfile, shown key, points []*dunlin
 	if len(points) == 0 {
 		return fmt.Sprintf("Nothing was measured of %s. %s", name, p.GetUnmeasured())
 	}
-	first, last := points[0], points[len(points)-1]
-	s := fmt.Sprintf("Measured of %s with %s. ", name, settingText(shown))
-	for _, q := range slices.Compact([]*dunlinv1.ProfilePoint{first, last}) {
-		s += fmt.Sprintf("A batch of %d takes %.3g ms (p50), %.3g ms (p95) and %.3g ms (p99), and gives %.3g rows per second. ",
+	var s strings.Builder
+	fmt.Fprintf(&s, "Measured of %s with %s.", name, settingText(shown))
+	for _, q := range slices.Compact([]*dunlinv1.ProfilePoint{points[0], points[len(points)-1]}) {
+		fmt.Fprintf(&s, " A batch of %d takes %.3g ms (p50), %.3g ms (p95) and %.3g ms (p99), and gives %.3g rows per second.",
 			rows(q.GetSetting()), q.GetP50Seconds()*1e3, q.GetP95Seconds()*1e3, q.GetP99Seconds()*1e3, q.GetRowsPerSecond())
 	}
 	if b := p.GetRecommended().GetBatch(); b > 0 {
-		s += fmt.Sprintf("Recommended are %d rows.", b)
+		fmt.Fprintf(&s, " Recommended are %d rows.", b)
 	}
-	return s
+	return s.String()
 }
