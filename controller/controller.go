@@ -18,6 +18,7 @@ import (
 	"github.com/dunlin/dunlin/controller/api"
 	"github.com/dunlin/dunlin/controller/broker"
 	"github.com/dunlin/dunlin/controller/dispatch"
+	"github.com/dunlin/dunlin/controller/fleet"
 	"github.com/dunlin/dunlin/controller/identity"
 	"github.com/dunlin/dunlin/controller/registry"
 	"github.com/dunlin/dunlin/controller/store"
@@ -227,7 +228,7 @@ func writeFile(path, text string) error {
 type versions struct{ store *store.Store }
 
 func (v versions) CreateVersion(ctx context.Context, n registry.NewVersion) (int64, bool, error) {
-	s := store.Version{Model: n.Model, Version: n.Want, Digest: n.Digest, Size: n.Manifest.Size, Opset: n.Config.Opset, CreatedBy: n.By}
+	s := store.Version{Model: n.Model, Version: n.Want, Digest: n.Digest, Size: n.Manifest.Size, Opset: n.Config.Opset, Bundle: fleet.BundleOf(n.Config, n.WeightTypes), CreatedBy: n.By}
 	if n.Source != n.Digest {
 		s.Source = n.Source
 	}

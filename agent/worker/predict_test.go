@@ -28,7 +28,7 @@ func measureNet(args []string) {
 			return need, err
 		}
 		start := ownBytes()
-		s, err := ort.OpenCompiled(context.Background(), args[1], false)
+		s, err := ort.OpenCompiled(context.Background(), args[1], ort.Setting{})
 		if err != nil {
 			return need, err
 		}

@@ -51,6 +51,9 @@ func (c *client) models() dunlinv1connect.ModelServiceClient {
 func (c *client) objects() dunlinv1connect.ObjectServiceClient {
 	return dunlinv1connect.NewObjectServiceClient(c.http, c.URL, c.opts...)
 }
+func (c *client) profiles() dunlinv1connect.ProfileServiceClient {
+	return dunlinv1connect.NewProfileServiceClient(c.http, c.URL, c.opts...)
+}
 func (c *client) rollouts() dunlinv1connect.RolloutServiceClient {
 	return dunlinv1connect.NewRolloutServiceClient(c.http, c.URL, c.opts...)
 }

@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"fmt"
+	"slices"
 	"strings"
 	"time"
 
@@ -18,6 +19,7 @@ func (c *cli) getCommand() *cobra.Command {
 	out := format("table")
 	var selector []string
 	var limit uint32
+	var device, class string
 	kinds := map[string]getter{
 		"devices": func(ctx context.Context, ctl *client, name string) error {
 			return c.getDevices(ctx, ctl, name, selector, out)
@@ -33,17 +35,22 @@ func (c *cli) getCommand() *cobra.Command {
 		"events": func(ctx context.Context, ctl *client, name string) error {
 			return c.getEvents(ctx, ctl, name, limit, out)
 		},
+		"alarms": func(ctx context.Context, ctl *client, name string) error { return c.getAlarms(ctx, ctl, name, out) },
+		"profiles": func(ctx context.Context, ctl *client, name string) error {
+			return c.getProfiles(ctx, ctl, name, device, class, out)
+		},
 		"join-tokens": func(ctx context.Context, ctl *client, name string) error {
 			return c.getJoinTokens(ctx, ctl, name, out)
 		},
 	}
-	names := []string{"devices", "models", "deployments", "routes", "rollouts", "events", "join-tokens"}
+	names := []string{"devices", "models", "deployments", "routes", "rollouts", "events", "alarms", "profiles", "join-tokens"}
 	cmd := &cobra.Command{
 		Use:   "get KIND [NAME]",
 		Short: "Show " + strings.Join(names, ", "),
 		Long: "KIND is one of " + strings.Join(names, ", ") + `.
 NAME narrows it down: to a device, model, deployment or route of that name,
-the rollouts of a deployment, the events of a device.
+the rollouts of a deployment, the events or alarms of a device, the profiles of
+a model (NAME or NAME:VERSION).
 
 With -o yaml, deployments and routes are written as documents for apply.`,
 		Example:   "  dunlin get devices\n  dunlin get models digits -o json",
@@ -74,6 +81,8 @@ With -o yaml, deployments and routes are written as documents for apply.`,
 	}
 	cmd.Flags().VarP(&out, "output", "o", "how to write it")
 	cmd.Flags().StringArrayVarP(&selector, "selector", "l", nil, "only devices with this label, KEY=VALUE (repeat for more)")
+	cmd.Flags().StringVar(&device, "device", "", "only profiles of this device")
+	cmd.Flags().StringVar(&class, "class", "", "only profiles of this class of devices, a firmware profile")
 	cmd.Flags().Uint32Var(&limit, "limit", 0, "the most events to show, 1 to 10000 (default 100)")
 	return cmd
 }
@@ -118,6 +127,9 @@ func devicesTable(now time.Time, devices []*dunlinv1.Device) *table {
 			if !r.GetReady() {
 				trouble = append(trouble, "route "+r.GetName()+" not ready")
 			}
+		}
+		for _, a := range d.GetTelemetry().GetAlarms() {
+			trouble = append(trouble, "alarm "+strings.TrimSpace(a.GetKind()+" "+a.GetSubject()))
 		}
 		info := d.GetInfo()
 		t.add(d.GetName(), state, strings.Join(serving, ","), strings.Join(trouble, ", "), info.GetArch(), info.GetRuntimeVersion(), ago(now, d.GetLastHeardAt()), labelsText(d.GetLabels()))
@@ -306,6 +318,60 @@ func eventsTable(now time.Time, events []*dunlinv1.DeviceEvent) *table {
 		t.add(ago(now, ev.GetAt()), e.GetDevice(), enumText(ev.GetSeverity(), "SEVERITY_"), ev.GetKind(), model, ev.GetMessage())
 	}
 	return t
+}
+
+func (c *cli) getAlarms(ctx context.Context, ctl *client, name string, f format) error {
+	res, err := call(ctx, ctl.devices().ListDevices, &dunlinv1.ListDevicesRequest{Device: name})
+	if err != nil {
+		return err
+	}
+	res.Devices = slices.DeleteFunc(res.GetDevices(), func(d *dunlinv1.Device) bool { return len(d.GetTelemetry().GetAlarms()) == 0 })
+	if f == "table" {
+		return alarmsTable(time.Now(), res.GetDevices()).write(c.out)
+	}
+	// Alarms have no list of their own on the wire.
+	for i, d := range res.GetDevices() {
+		res.Devices[i] = &dunlinv1.Device{Name: d.GetName(), Telemetry: &dunlinv1.Telemetry{At: d.GetTelemetry().GetAt(), Alarms: d.GetTelemetry().GetAlarms()}}
+	}
+	return c.print(f, res, nil)
+}
+
+func alarmsTable(now time.Time, devices []*dunlinv1.Device) *table {
+	t := &table{header: []string{"DEVICE", "SEVERITY", "ALARM", "SUBJECT", "SINCE", "ACTION", "MESSAGE", "EVIDENCE"}}
+	for _, d := range devices {
+		for _, a := range d.GetTelemetry().GetAlarms() {
+			t.add(d.GetName(), enumText(a.GetSeverity(), "SEVERITY_"), a.GetKind(), a.GetSubject(), ago(now, a.GetRaisedAt()), a.GetAction(), a.GetMessage(), evidence(a))
+		}
+	}
+	return t
+}
+
+// evidence says in short what an alarm rests on.
+func evidence(a *dunlinv1.Alarm) string {
+	var parts []string
+	add := func(format string, args ...any) { parts = append(parts, fmt.Sprintf(format, args...)) }
+	unit := ""
+	if a.GetUnit() != "" {
+		unit = " " + a.GetUnit()
+	}
+	if s := a.GetSamples(); len(s) > 0 {
+		add("%.4g%s", s[len(s)-1].GetValue(), unit)
+	}
+	if a.Threshold != nil {
+		add("threshold %.4g%s", a.GetThreshold(), unit)
+	}
+	if a.SlopePerHour != nil {
+		add("%+.3g%s an hour", a.GetSlopePerHour(), unit)
+	}
+	if a.HoursToThreshold != nil {
+		add("%.3g h to the threshold", a.GetHoursToThreshold())
+	}
+	if n := len(a.GetSamples()); a.GetMethod() != "" && n > 0 {
+		add("%s over %d samples", a.GetMethod(), n)
+	} else if a.GetMethod() != "" && a.Threshold == nil {
+		add("%s", a.GetMethod())
+	}
+	return strings.Join(parts, ", ")
 }
 
 func (c *cli) getJoinTokens(ctx context.Context, ctl *client, name string, f format) error {

@@ -124,6 +124,7 @@ type device struct {
 	running  sync.WaitGroup
 	last     *dunlinv1.Desired
 	sequence uint64
+	event    uint64
 }
 
 func (f *fleetOf) stop() {
@@ -136,8 +137,9 @@ func (f *fleetOf) stop() {
 	clear(f.devices)
 }
 
-// deviceCommand: device NAME join TOKEN_FILE | desires MODEL VERSION |
-// serves MODEL VERSION | refuses MODEL VERSION REASON | event KIND MESSAGE | leave
+// deviceCommand: device NAME join TOKEN_FILE [BUDGET_BYTES] | desires MODEL VERSION |
+// serves MODEL VERSION | refuses MODEL VERSION REASON | event KIND MESSAGE |
+// measures MODEL VERSION | alarm KIND SUBJECT | leave
 func deviceCommand(ts *testscript.TestScript, neg bool, args []string) {
 	if neg || len(args) < 2 {
 		ts.Fatalf("usage: device NAME VERB ...")
@@ -147,7 +149,13 @@ func deviceCommand(ts *testscript.TestScript, neg bool, args []string) {
 	defer f.mu.Unlock()
 	name, verb, args := args[0], args[1], args[2:]
 	if verb == "join" {
-		f.devices[name] = join(ts, f.url, name, strings.TrimSpace(ts.ReadFile(args[0])))
+		var limits *dunlinv1.DeviceLimits
+		if len(args) > 1 {
+			n, err := strconv.ParseUint(args[1], 10, 64)
+			ts.Check(err)
+			limits = &dunlinv1.DeviceLimits{HostMemoryBytes: n}
+		}
+		f.devices[name] = join(ts, f.url, name, strings.TrimSpace(ts.ReadFile(args[0])), limits)
 		return
 	}
 	d := f.devices[name]
@@ -167,10 +175,16 @@ func deviceCommand(ts *testscript.TestScript, neg bool, args []string) {
 	case "refuses":
 		d.report(ts, &dunlinv1.VersionStatus{Model: args[0], Version: version(), State: dunlinv1.VersionState_VERSION_STATE_QUARANTINED, Reason: args[2]})
 	case "event":
-		ts.Check(d.link.Send(link.Events, &dunlinv1.EventBatch{OutboxId: "o-" + name, Events: []*dunlinv1.Event{
-			{Sequence: 1, At: timestamppb.Now(), Kind: args[0], Severity: dunlinv1.Severity_SEVERITY_ERROR, Model: "digits", Version: 1, Message: args[1]},
-		}}))
-		d.waitAck(ts)
+		d.send(ts, &dunlinv1.Event{Kind: args[0], Severity: dunlinv1.Severity_SEVERITY_ERROR, Model: "digits", Version: 1, Message: args[1]})
+	case "measures":
+		d.waitDesired(ts, args[0], version())
+		d.send(ts, &dunlinv1.Event{Kind: "profile.measured", Severity: dunlinv1.Severity_SEVERITY_INFO, Model: args[0], Version: version(), Message: "measured",
+			Profile: measuredProfile(args[0], version(), d.digest(ts, args[0]))})
+	case "alarm":
+		alarm := &dunlinv1.Alarm{Kind: args[0], Subject: args[1], Severity: dunlinv1.Severity_SEVERITY_WARNING, RaisedAt: timestamppb.Now(), Message: "it rises",
+			Method: "theil-sen", Unit: "°C", Threshold: new(80.0), SlopePerHour: new(4.0), HoursToThreshold: new(1.5), Samples: []*dunlinv1.AlarmSample{{Value: 73}, {Value: 74}}}
+		ts.Check(d.link.Send(link.Telemetry, &dunlinv1.Telemetry{At: timestamppb.Now(), Alarms: []*dunlinv1.Alarm{alarm}}))
+		d.send(ts, &dunlinv1.Event{Kind: "alarm.raised", Severity: alarm.Severity, Message: alarm.Message, Alarm: alarm})
 	case "leave":
 		d.cancel()
 		d.running.Wait()
@@ -180,30 +194,76 @@ func deviceCommand(ts *testscript.TestScript, neg bool, args []string) {
 	}
 }
 
-func join(ts *testscript.TestScript, url, name, token string) *device {
-	d, err := joinDevice(url, name, token)
+// send sends the next event, and waits until the controller has it.
+func (d *device) send(ts *testscript.TestScript, e *dunlinv1.Event) {
+	d.event++
+	e.Sequence, e.At = d.event, timestamppb.Now()
+	ts.Check(d.link.Send(link.Events, &dunlinv1.EventBatch{OutboxId: "o-" + d.name, Events: []*dunlinv1.Event{e}}))
+	d.waitAck(ts)
+}
+
+// digest gives that of the version of a model that the device should have.
+func (d *device) digest(ts *testscript.TestScript, model string) string {
+	var document dunlinv1.DesiredDocument
+	ts.Check(proto.Unmarshal(d.last.GetDocument(), &document))
+	for _, v := range document.GetVersions() {
+		if v.GetModel() == model {
+			return v.GetDigest()
+		}
+	}
+	ts.Fatalf("device %s should not have %s", d.name, model)
+	return ""
+}
+
+func measuredProfile(model string, version int64, digest string) *dunlinv1.ModelProfile {
+	setting := func(batch uint32) *dunlinv1.ModelSetting {
+		return &dunlinv1.ModelSetting{Provider: "CPUExecutionProvider", Batch: batch, Instances: 1}
+	}
+	return &dunlinv1.ModelProfile{
+		Model: model, Version: version, Digest: digest, FirmwareProfile: "board", RuntimeVersion: "1.30.0", CpuModel: "Cortex-A76",
+		MeasuredAt: timestamppb.New(time.Date(2026, 11, 20, 12, 0, 0, 0, time.UTC)), MeasuredSeconds: 12.5,
+		WeightBytes: 3 << 20, SessionBytes: 1 << 20, WorkspaceFixedBytes: 1 << 19, WorkspaceRowBytes: 1 << 18,
+		ActivationColdSeconds: 0.021, ActivationWarmSeconds: 0.004,
+		Points: []*dunlinv1.ProfilePoint{
+			{Setting: setting(1), Runs: 100, P50Seconds: 0.00125, P95Seconds: 0.0014, P99Seconds: 0.002, RowsPerSecond: 790, JoulesPerRow: new(0.005)},
+			{Setting: setting(4), Runs: 100, P50Seconds: 0.003, P95Seconds: 0.0032, P99Seconds: 0.004, RowsPerSecond: 1310, PeakBytes: new(uint64(6 << 20)), JoulesPerRow: new(0.0035)},
+		},
+		Recommended: setting(4), Latency: []*dunlinv1.LatencyPoint{{Rows: 1, Seconds: 0.00125}, {Rows: 4, Seconds: 0.003}},
+		Providers: []*dunlinv1.ProviderCheck{{Provider: "CPUExecutionProvider", Accepted: true}, {Provider: "CUDAExecutionProvider", Reason: "a <NaN>", MaxAbsoluteError: 2}},
+	}
+}
+
+func join(ts *testscript.TestScript, url, name, token string, limits *dunlinv1.DeviceLimits) *device {
+	d, err := joinDevice(url, name, token, limits)
 	ts.Check(err)
-	for d.last == nil { // the answer to its hello: the controller knows that it is there
-		d.last, _ = d.next(ts, "desired document").(*dunlinv1.Desired)
+	// What a device sends is taken in in order: with the answer to this, the
+	// controller knows that it is there.
+	ts.Check(d.link.Send(link.Request, &dunlinv1.BlockRequest{Sha256: make([]byte, 32), Length: 1}))
+	for known := false; !known || d.last == nil; {
+		switch m := d.next(ts, "answer to its hello").(type) {
+		case *dunlinv1.Desired:
+			d.last = m
+		case *dunlinv1.Block:
+			known = true
+		}
 	}
 	return d
 }
 
-func joinDevice(url, name, token string) (*device, error) {
+func joinDevice(url, name, token string, limits *dunlinv1.DeviceLimits) (*device, error) {
+	info := &dunlinv1.DeviceInfo{Arch: "arm64", RuntimeVersion: "1.30.0", ServingUrl: "http://127.0.0.1:1", FirmwareProfile: "board", Limits: limits}
 	secret, _ := identity.NewToken("")
 	ctx, cancel := context.WithTimeout(context.Background(), patience)
 	defer cancel()
 	res, err := dunlinv1connect.NewEnrollmentServiceClient(newClient(settings{}).http, url).Join(ctx, connect.NewRequest(&dunlinv1.JoinRequest{
-		JoinToken: token, Name: name, Secret: secret, Info: &dunlinv1.DeviceInfo{Arch: "arm64", RuntimeVersion: "1.30.0"},
+		JoinToken: token, Name: name, Secret: secret, Info: info,
 	}))
 	if err != nil {
 		return nil, err
 	}
 	l, err := link.New(link.Config{
 		BrokerURL: res.Msg.GetBrokerUrl(), Device: name, Secret: secret, BootID: "boot-" + name, Log: slog.New(slog.DiscardHandler),
-		Hello: func() *dunlinv1.Hello {
-			return &dunlinv1.Hello{Info: &dunlinv1.DeviceInfo{Arch: "arm64", RuntimeVersion: "1.30.0", ServingUrl: "http://127.0.0.1:1"}}
-		},
+		Hello: func() *dunlinv1.Hello { return &dunlinv1.Hello{Info: info} },
 	})
 	if err != nil {
 		return nil, err

@@ -28,7 +28,8 @@ func (c *cli) applyCommand() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "apply -f FILE|-|DIR",
 		Short: "Apply deployments and routes",
-		Long:  "apply checks all documents and applies all of them or none.\n\n" + documentsHelp,
+		Long: "apply checks all documents and applies all of them or none. Devices on which a\n" +
+			"version does not fit are named; they keep what they have. See: dunlin plan\n\n" + documentsHelp,
 		Example: "  dunlin apply -f digits.yaml\n" +
 			"  dunlin apply -f fleet/",
 		Args: arguments(0, 0),
@@ -39,6 +40,9 @@ func (c *cli) applyCommand() *cobra.Command {
 			}
 			for _, ch := range res.GetChanges() {
 				c.printChange(ch, dryRun)
+			}
+			for _, p := range res.GetRefused() {
+				fmt.Fprintf(c.out, "deployment/%s refused on %s: %s:%d does not fit: %s\n", p.GetDeployment(), plain(p.GetDevice()), p.GetModel(), p.GetVersion(), plain(p.GetReason()))
 			}
 			return nil
 		},

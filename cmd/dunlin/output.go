@@ -41,18 +41,23 @@ type table struct {
 
 func (t *table) add(cells ...string) {
 	for i, c := range cells {
-		// What devices and pushers name must not move the cursor.
-		cells[i] = strings.Map(func(r rune) rune {
-			if unicode.IsControl(r) {
-				return unicode.ReplacementChar
-			}
-			return r
-		}, c)
+		cells[i] = plain(c)
 		if cells[i] == "" {
 			cells[i] = "-"
 		}
 	}
 	t.rows = append(t.rows, cells)
+}
+
+// plain is s without control characters: what devices and pushers name must not
+// move the cursor.
+func plain(s string) string {
+	return strings.Map(func(r rune) rune {
+		if unicode.IsControl(r) {
+			return unicode.ReplacementChar
+		}
+		return r
+	}, s)
 }
 
 func (t *table) write(w io.Writer) error {

@@ -34,7 +34,8 @@ const exitCodesHelp = `Exit codes of dunlin:
   6  --timeout passed
 
 "dunlin diff" is different, as diff is: 0 where nothing differs, 1 where
-something does, 2 on trouble (4 where it is not allowed).
+something does, 2 on trouble (4 where it is not allowed). So is "dunlin plan":
+1 where a version does not fit on a device, 2 on trouble.
 `
 
 // codeError is an error that has an exit code of its own.
@@ -163,8 +164,8 @@ Environment: DUNLIN_URL and DUNLIN_TOKEN override what "dunlin login" stored.`,
 		},
 	}
 	root.AddCommand(
-		c.loginCommand(), c.pushCommand(), c.applyCommand(), c.diffCommand(), c.deleteCommand(),
-		c.getCommand(), c.joinTokenCommand(), c.deviceCommand(), c.rolloutCommand(), c.inferCommand(),
+		c.loginCommand(), c.pushCommand(), c.applyCommand(), c.diffCommand(), c.planCommand(), c.deleteCommand(),
+		c.getCommand(), c.profileCommand(), c.joinTokenCommand(), c.deviceCommand(), c.rolloutCommand(), c.inferCommand(),
 		c.versionCommand(),
 		&cobra.Command{Use: "exit-codes", Short: "What the exit codes mean", Long: exitCodesHelp},
 	)

@@ -86,7 +86,7 @@ func TestRolloutWatch(t *testing.T) {
 	must(t, "push", filepath.Join(digits, "v1.onnx"), "digits")
 	must(t, "push", filepath.Join(digits, "v2.onnx"), "digits")
 	// A device that is there and does not come to its end holds the rollout.
-	d, err := joinDevice(url, "cam-1", strings.TrimSpace(must(t, "join-token", "create", "--label", "site=demo")))
+	d, err := joinDevice(url, "cam-1", strings.TrimSpace(must(t, "join-token", "create", "--label", "site=demo")), nil)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -131,7 +131,7 @@ func TestRolloutWatchOutlivesRestart(t *testing.T) {
 	digits := filepath.Join("..", "..", "models", "examples", "digits")
 	must(t, "push", filepath.Join(digits, "v1.onnx"), "digits")
 	must(t, "push", filepath.Join(digits, "v2.onnx"), "digits")
-	d, err := joinDevice(url, "cam-1", strings.TrimSpace(must(t, "join-token", "create", "--label", "site=demo")))
+	d, err := joinDevice(url, "cam-1", strings.TrimSpace(must(t, "join-token", "create", "--label", "site=demo")), nil)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -174,7 +174,7 @@ func TestRolloutWatchGivesUp(t *testing.T) {
 	t.Setenv("DUNLIN_URL", url)
 	t.Setenv("DUNLIN_TOKEN", token)
 	must(t, "push", filepath.Join("..", "..", "models", "examples", "digits", "v1.onnx"), "digits")
-	d, err := joinDevice(url, "cam-1", strings.TrimSpace(must(t, "join-token", "create", "--label", "site=demo")))
+	d, err := joinDevice(url, "cam-1", strings.TrimSpace(must(t, "join-token", "create", "--label", "site=demo")), nil)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -63,6 +63,31 @@ func TestTables(t *testing.T) {
 			{Device: "cam-1", Event: &dunlinv1.Event{At: before(time.Hour), Kind: "version.quarantined", Severity: dunlinv1.Severity_SEVERITY_ERROR, Model: "digits", Version: 2, Message: "line one\nline two"}},
 			{Device: "cam-2", Event: &dunlinv1.Event{At: before(26 * time.Hour), Kind: "worker.died", Severity: dunlinv1.Severity_SEVERITY_WARNING}},
 		}),
+		"alarms": alarmsTable(now, []*dunlinv1.Device{
+			{Name: "cam-1", Telemetry: &dunlinv1.Telemetry{Alarms: []*dunlinv1.Alarm{
+				{Kind: "temperature", Subject: "cpu-thermal", Severity: dunlinv1.Severity_SEVERITY_WARNING, RaisedAt: before(2 * time.Hour), Message: "it rises", Method: "theil-sen", Unit: "°C",
+					Threshold: new(80.0), SlopePerHour: new(4.25), HoursToThreshold: new(1.5), Samples: []*dunlinv1.AlarmSample{{Value: 70}, {Value: 74}}, Action: "duty 0.5"},
+				{Kind: "disk_wear", Severity: dunlinv1.Severity_SEVERITY_ERROR, Message: "worn", Method: "threshold", Threshold: new(0.9)},
+				{Kind: "ecc", Subject: "gpu:0"},
+			}}},
+			{Name: "cam-2"},
+		}),
+		"plan": planTable([]*dunlinv1.DevicePlan{
+			{Deployment: "digits", Device: "cam-1", Model: "digits", Version: 2, Verdict: dunlinv1.DevicePlan_VERDICT_FITS, MemoryBytes: 9 << 20, TotalBytes: 12 << 20, BudgetBytes: 1 << 30,
+				MemorySource: dunlinv1.DevicePlan_SOURCE_MEASURED_HERE, LatencySeconds: new(0.00125), LatencySource: dunlinv1.DevicePlan_SOURCE_MEASURED_HERE,
+				Joules: new(0.0052), EnergySource: dunlinv1.DevicePlan_SOURCE_ESTIMATED, MeasuredOn: "cam-1"},
+			{Deployment: "digits", Device: "cam-2", Model: "digits", Version: 2, Verdict: dunlinv1.DevicePlan_VERDICT_FITS_WITH_SWAPPING, MemoryBytes: 9 << 20, TotalBytes: 12 << 20, BudgetBytes: 10 << 20,
+				MemorySource: dunlinv1.DevicePlan_SOURCE_MEASURED_ON_CLASS, MeasuredOn: "cam-1", LatencySeconds: new(13.0), LatencySource: dunlinv1.DevicePlan_SOURCE_ESTIMATED,
+				Joules: new(2.0), EnergySource: dunlinv1.DevicePlan_SOURCE_ESTIMATED, Reason: "together with faces:1 it needs 12.0 MiB, 2.0 MiB more than the budget"},
+			{Deployment: "digits", Device: "cam-3", Model: "digits", Version: 2, Verdict: dunlinv1.DevicePlan_VERDICT_DOES_NOT_FIT, MemoryBytes: 9 << 20, TotalBytes: 9 << 20, BudgetBytes: 1 << 20,
+				MemorySource: dunlinv1.DevicePlan_SOURCE_ESTIMATED, Reason: "it needs more"},
+			{Deployment: "digits", Device: "cam-4", Model: "digits", Version: 2, MemorySource: dunlinv1.DevicePlan_SOURCE_UNKNOWN, Reason: "its bundle does not say what it needs"},
+		}),
+		"profiles": profilesTable(now, []*dunlinv1.DeviceProfile{
+			{Device: "cam-1", Profile: measuredProfile("digits", 2, "sha256:1")},
+			{Device: "cam-2", Profile: &dunlinv1.ModelProfile{Model: "faces", Version: 1, Unmeasured: "no inputs", WeightBytes: 512}},
+		}),
+		"points": pointsTable(measuredProfile("digits", 2, "sha256:1")),
 		"join-tokens": joinTokensTable(now, []*dunlinv1.JoinToken{
 			{Id: "e6daa951bc63", UsesLeft: 2, ExpiresAt: before(-time.Hour), Labels: map[string]string{"site": "demo"}},
 			{Id: "ed7087257406", ExpiresAt: before(time.Hour)},
@@ -88,6 +113,36 @@ func TestTables(t *testing.T) {
 			}
 			if !bytes.Equal(got.Bytes(), want) {
 				t.Errorf("got\n%swant\n%s", got.Bytes(), want)
+			}
+		})
+	}
+}
+
+// TestProfilePage compares the forms of a profile with testdata/profiles.
+func TestProfilePage(t *testing.T) {
+	p := measuredProfile("digits", 2, "sha256:1")
+	p.CpuModel = "a\x1b[31m <b>board</b>"
+	for _, f := range []figureFormat{"table", "html"} {
+		t.Run(string(f), func(t *testing.T) {
+			got, err := renderProfile(f, "cam-1", p)
+			if err != nil {
+				t.Fatal(err)
+			}
+			path := filepath.Join("testdata", "profiles", string(f)+".golden")
+			if *update {
+				if err := os.MkdirAll(filepath.Dir(path), 0o777); err != nil {
+					t.Fatal(err)
+				}
+				if err := os.WriteFile(path, got, 0o666); err != nil {
+					t.Fatal(err)
+				}
+			}
+			want, err := os.ReadFile(path)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if !bytes.Equal(got, want) {
+				t.Errorf("got\n%swant\n%s", got, want)
 			}
 		})
 	}

@@ -57,6 +57,7 @@ func New(c Config) http.Handler {
 	mux.Handle(v1connect.NewEnrollmentServiceHandler(s, options))
 	mux.Handle(v1connect.NewModelServiceHandler(s, options))
 	mux.Handle(v1connect.NewObjectServiceHandler(s, options))
+	mux.Handle(v1connect.NewProfileServiceHandler(s, options))
 	mux.Handle(v1connect.NewRolloutServiceHandler(s, options))
 	mux.Handle(v1connect.NewDeviceServiceHandler(s, options))
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
@@ -101,6 +102,9 @@ var roles = map[string]identity.Role{
 	v1connect.ObjectServiceDeleteProcedure:          identity.Operator,
 	v1connect.ObjectServiceListDeploymentsProcedure: identity.Viewer,
 	v1connect.ObjectServiceListRoutesProcedure:      identity.Viewer,
+
+	v1connect.ProfileServiceListProfilesProcedure: identity.Viewer,
+	v1connect.ProfileServicePlanProcedure:         identity.Viewer,
 
 	v1connect.RolloutServiceListRolloutsProcedure: identity.Viewer,
 	v1connect.RolloutServiceGetRolloutProcedure:   identity.Viewer,

@@ -388,7 +388,7 @@ func TestDevices(t *testing.T) {
 		t.Errorf("got %v", got)
 	}
 	refused(t, c.ListDevices, &v1.ListDevicesRequest{Device: "x"}, connect.CodeNotFound, "device x")
-	_, err := w.store.AddEvents(t.Context(), "a", "o", []*v1.Event{{Sequence: 1, Kind: "k"}, {Sequence: 2, Kind: "l"}})
+	_, _, err := w.store.AddEvents(t.Context(), "a", "o", []*v1.Event{{Sequence: 1, Kind: "k"}, {Sequence: 2, Kind: "l"}})
 	must(t, err)
 	events := call(t, c.ListEvents, &v1.ListEventsRequest{Device: "a", Limit: 1}).Events
 	if len(events) != 1 || events[0].Event.Kind != "l" || events[0].OutboxId != "o" || events[0].ReceivedAt == nil {

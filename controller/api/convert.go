@@ -106,3 +106,37 @@ func device(d *store.Device, incarnation string, t *v1.Telemetry) *v1.Device {
 func deviceEvent(e store.DeviceEvent) *v1.DeviceEvent {
 	return &v1.DeviceEvent{Device: e.Device, OutboxId: e.OutboxID, Event: e.Event, ReceivedAt: timestamp(e.ReceivedAt)}
 }
+
+var verdicts = map[fleet.Verdict]v1.DevicePlan_Verdict{
+	fleet.Unknown:          v1.DevicePlan_VERDICT_UNSPECIFIED,
+	fleet.Fits:             v1.DevicePlan_VERDICT_FITS,
+	fleet.FitsWithSwapping: v1.DevicePlan_VERDICT_FITS_WITH_SWAPPING,
+	fleet.DoesNotFit:       v1.DevicePlan_VERDICT_DOES_NOT_FIT,
+}
+
+var sources = map[fleet.Source]v1.DevicePlan_Source{
+	fleet.SourceUnknown:   v1.DevicePlan_SOURCE_UNKNOWN,
+	fleet.Estimated:       v1.DevicePlan_SOURCE_ESTIMATED,
+	fleet.MeasuredOnClass: v1.DevicePlan_SOURCE_MEASURED_ON_CLASS,
+	fleet.MeasuredHere:    v1.DevicePlan_SOURCE_MEASURED_HERE,
+}
+
+func devicePlan(device, deployment string, f fleet.Fit) *v1.DevicePlan {
+	p := &v1.DevicePlan{
+		Deployment: deployment, Device: device, Model: f.Version.Model, Version: f.Version.Version,
+		Verdict: verdicts[f.Verdict], Reason: f.Reason, MemoryBytes: f.Need.Peak(), TotalBytes: f.Total, BudgetBytes: f.Budget,
+		MemorySource: sources[f.Need.Memory], LatencySource: sources[f.Need.LatencyFrom], EnergySource: sources[f.Need.JoulesFrom],
+		MeasuredOn: f.Need.MeasuredOn,
+	}
+	if f.Need.Latency > 0 {
+		p.LatencySeconds = new(f.Need.Latency.Seconds())
+	}
+	if f.Need.Joules > 0 {
+		p.Joules = new(f.Need.Joules)
+	}
+	return p
+}
+
+func deviceProfile(p store.DeviceProfile) *v1.DeviceProfile {
+	return &v1.DeviceProfile{Device: p.Device, Profile: p.Profile}
+}

@@ -1,14 +1,17 @@
 package api
 
 import (
+	"cmp"
 	"context"
 	"encoding/base64"
 	"errors"
 	"fmt"
+	"slices"
 	"time"
 
 	"connectrpc.com/connect"
 
+	"github.com/dunlin/dunlin/controller/dispatch"
 	"github.com/dunlin/dunlin/controller/fleet"
 	"github.com/dunlin/dunlin/controller/identity"
 	"github.com/dunlin/dunlin/controller/store"
@@ -55,6 +58,9 @@ func (s *server) Join(ctx context.Context, req *connect.Request[v1.JoinRequest])
 	}
 	if n := sizeOf(m.GetInfo()); n > maxInfoBytes {
 		return nil, invalid("info has %d bytes, the limit is %d", n, maxInfoBytes)
+	}
+	if err := dispatch.CheckNumbers(m.GetInfo()); err != nil {
+		return nil, invalid("info: %w", err)
 	}
 	hash, err := s.HashPassword(m.GetSecret())
 	if err != nil {
@@ -150,10 +156,88 @@ func (s *server) Apply(ctx context.Context, req *connect.Request[v1.ApplyRequest
 	if err != nil {
 		return nil, err
 	}
+	resp := &v1.ApplyResponse{Changes: convert(changes, objectChange)}
 	if !req.Msg.GetDryRun() {
 		s.changed()
 	}
-	return connect.NewResponse(&v1.ApplyResponse{Changes: convert(changes, objectChange)}), nil
+	if resp.Refused, err = s.refused(ctx, objects); err != nil {
+		// What was applied stays so, and rollouts say it too.
+		s.Log.Warn("cannot say on which devices the deployments do not fit", "error", err)
+	}
+	return connect.NewResponse(resp), nil
+}
+
+// refused gives the devices that are not given a version because of objects:
+// it does not fit, and they were not given it before.
+func (s *server) refused(ctx context.Context, objects []fleet.Object) ([]*v1.DevicePlan, error) {
+	plans, err := s.plan(ctx, objects)
+	if err != nil {
+		return nil, err
+	}
+	plans = slices.DeleteFunc(plans, func(p *v1.DevicePlan) bool { return p.GetVerdict() != v1.DevicePlan_VERDICT_DOES_NOT_FIT })
+	had, err := s.Store.Documents(ctx, convert(plans, (*v1.DevicePlan).GetDevice))
+	if err != nil {
+		return nil, err
+	}
+	return slices.DeleteFunc(plans, func(p *v1.DevicePlan) bool {
+		return slices.ContainsFunc(had[p.GetDevice()].GetVersions(), func(v *v1.DesiredVersion) bool {
+			return v.GetModel() == p.GetModel() && v.GetVersion() == p.GetVersion()
+		})
+	}), nil
+}
+
+// plan says of each deployment among objects on which devices it fits, once
+// all of them are applied.
+func (s *server) plan(ctx context.Context, objects []fleet.Object) ([]*v1.DevicePlan, error) {
+	snap, err := s.Store.Suppose(ctx, objects)
+	if err != nil {
+		return nil, err
+	}
+	asked := map[string]bool{}
+	for _, o := range objects {
+		if o.Deployment != nil {
+			asked[o.Name()] = true
+		}
+	}
+	compiler := fleet.NewCompiler(snap.Objects)
+	var plans []*v1.DevicePlan
+	for _, dev := range snap.Devices {
+		d := dev.Fleet()
+		if t := s.Dispatch.Telemetry(dev.Name); t != nil && t.DiskFreeBytes != nil {
+			d.DiskFree = t.DiskFreeBytes
+		}
+		fits, deployments := compiler.Plan(d)
+		for i, fit := range fits {
+			if asked[deployments[i].Name] {
+				plans = append(plans, devicePlan(dev.Name, deployments[i].Name, fit))
+			}
+		}
+	}
+	slices.SortFunc(plans, func(a, b *v1.DevicePlan) int {
+		return cmp.Or(cmp.Compare(a.GetDeployment(), b.GetDeployment()), cmp.Compare(a.GetDevice(), b.GetDevice()))
+	})
+	return plans, nil
+}
+
+func (s *server) Plan(ctx context.Context, req *connect.Request[v1.PlanRequest]) (*connect.Response[v1.PlanResponse], error) {
+	objects, err := fleet.Parse(req.Msg.GetDocuments())
+	if err != nil {
+		return nil, err
+	}
+	plans, err := s.plan(ctx, objects)
+	if err != nil {
+		return nil, err
+	}
+	return connect.NewResponse(&v1.PlanResponse{Devices: plans}), nil
+}
+
+func (s *server) ListProfiles(ctx context.Context, req *connect.Request[v1.ListProfilesRequest]) (*connect.Response[v1.ListProfilesResponse], error) {
+	m := req.Msg
+	profiles, err := s.Store.Profiles(ctx, store.ProfileFilter{Model: m.GetModel(), Version: m.GetVersion(), Device: m.GetDevice(), Class: m.GetFirmwareProfile()})
+	if err != nil {
+		return nil, err
+	}
+	return connect.NewResponse(&v1.ListProfilesResponse{Profiles: convert(profiles, deviceProfile)}), nil
 }
 
 // changed starts what follows from a change of the objects.
@@ -196,10 +280,13 @@ func (s *server) ListDeployments(ctx context.Context, _ *connect.Request[v1.List
 		for _, dep := range fleet.Assign(dev.Fleet(), deployments) {
 			d := byName[dep.Name]
 			d.Devices++
+			refused := slices.ContainsFunc(s.Dispatch.Refused(dev.Name), func(r fleet.Refusal) bool {
+				return r.Deployment == dep.Name && r.Version == dep.Version
+			})
 			switch o := dev.Observe(s.Store.Incarnation(), dep.Model, dep.Version); {
 			case o.Serving:
 				d.Ready++
-			case o.Quarantined:
+			case o.Quarantined, refused:
 				d.Failed++
 			}
 		}

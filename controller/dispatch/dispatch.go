@@ -8,6 +8,7 @@ import (
 	"errors"
 	"hash/fnv"
 	"log/slog"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -15,6 +16,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 	"google.golang.org/protobuf/proto"
 
+	"github.com/dunlin/dunlin/controller/fleet"
 	"github.com/dunlin/dunlin/controller/store"
 	"github.com/dunlin/dunlin/internal/link"
 	dunlinv1 "github.com/dunlin/dunlin/proto/dunlin/v1"
@@ -81,6 +83,7 @@ type Dispatcher struct {
 
 	mu      sync.Mutex // guards what follows; held for memory only
 	live    map[string]*live
+	refused map[string][]fleet.Refusal // by device, as of the last documents; replaced, never changed
 	bootID  string
 	changed chan struct{}
 }
@@ -99,6 +102,7 @@ type live struct {
 	saved     time.Time // heard as the store has it
 	asked     time.Time // to say hello again, or given its desired state
 	telemetry *dunlinv1.Telemetry
+	free      *uint64 // bytes on its disk as the store has it; nil: not saved yet
 	// A generation that the device has not reported as observed.
 	pending uint64 // 0: none
 	attempt int
@@ -217,6 +221,14 @@ func (d *Dispatcher) Telemetry(device string) *dunlinv1.Telemetry {
 	return nil
 }
 
+// Refused gives the versions that a device is not given because they do not
+// fit, as of the newest desired documents.
+func (d *Dispatcher) Refused(device string) []fleet.Refusal {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return d.refused[device]
+}
+
 // Changed gives a channel that is closed when a rollout changes next. To miss
 // nothing, take it before reading the store.
 func (d *Dispatcher) Changed() <-chan struct{} {
@@ -281,6 +293,8 @@ func (d *Dispatcher) sweep(ctx context.Context) error {
 	now := d.now()
 	heard := map[string]time.Time{}
 	away := map[string]time.Time{}
+	free := map[string]uint64{}
+	room := false // on the disk of a device that lacked it
 	d.mu.Lock()
 	for device, l := range d.live {
 		if l.heard.After(l.saved) {
@@ -289,13 +303,25 @@ func (d *Dispatcher) sweep(ctx context.Context) error {
 		if now.Sub(l.heard) > d.timing.silence {
 			away[device] = l.heard
 		}
+		if t := l.telemetry; t != nil && t.DiskFreeBytes != nil && (l.free == nil || *l.free != t.GetDiskFreeBytes()) {
+			free[device] = t.GetDiskFreeBytes()
+			room = room || slices.ContainsFunc(d.refused[device], func(r fleet.Refusal) bool { return r.Disk })
+		}
 	}
 	d.mu.Unlock()
 	// The store first: while it fails, they are found again.
-	if err := d.store.Heard(ctx, heard, away); err != nil {
+	if err := d.store.Heard(ctx, heard, away, free); err != nil {
 		return err
 	}
+	if room {
+		d.Replan()
+	}
 	d.mu.Lock()
+	for device, n := range free {
+		if l := d.live[device]; l != nil {
+			l.free = &n
+		}
+	}
 	for device, at := range away {
 		if l := d.live[device]; l != nil && l.heard.Equal(at) {
 			delete(d.live, device)

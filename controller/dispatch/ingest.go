@@ -6,11 +6,14 @@ import (
 	"fmt"
 	"math"
 
+	"github.com/opencontainers/go-digest"
 	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/reflect/protoreflect"
 
 	"github.com/dunlin/dunlin/controller/fleet"
 	"github.com/dunlin/dunlin/controller/store"
 	"github.com/dunlin/dunlin/internal/link"
+	"github.com/dunlin/dunlin/models"
 	dunlinv1 "github.com/dunlin/dunlin/proto/dunlin/v1"
 )
 
@@ -19,7 +22,18 @@ const (
 	maxID       = 64   // characters of a session, boot or outbox id
 	maxVersions = 1000 // that a device reports
 	maxKind     = 64   // characters of an event's kind
+	maxAlarms   = 256  // that are raised at a time
+	maxSamples  = 64   // that an alarm rests on
+	// Of a profile:
+	maxText    = 1024 // bytes of a text
+	maxBytes   = 1 << 48
+	maxPoints  = 4096
+	maxRows    = 1 << 20
+	maxSeconds = 86400
 )
+
+// ProfileKind is the kind of an event that carries a profile.
+const ProfileKind = "profile.measured"
 
 // decode gives the message of a kind, checked.
 func decode(kind string, payload []byte) (proto.Message, error) {
@@ -29,7 +43,7 @@ func decode(kind string, payload []byte) (proto.Message, error) {
 	case link.Hello:
 		v := &dunlinv1.Hello{}
 		m, check = v, func() error {
-			return errors.Join(checkID("session", v.GetSession()), checkID("boot_id", v.GetBootId()), fleet.CheckLabels(v.GetLabels()))
+			return errors.Join(checkID("session", v.GetSession()), checkID("boot_id", v.GetBootId()), fleet.CheckLabels(v.GetLabels()), CheckNumbers(v.GetInfo()))
 		}
 	case link.Reported:
 		v := &dunlinv1.Reported{}
@@ -39,12 +53,7 @@ func decode(kind string, payload []byte) (proto.Message, error) {
 		m, check = v, func() error { return checkEvents(v) }
 	case link.Telemetry:
 		v := &dunlinv1.Telemetry{}
-		m, check = v, func() error {
-			if u := v.GetCpuUtilisation(); math.IsNaN(u) || math.IsInf(u, 0) {
-				return fmt.Errorf("cpu_utilisation %v is not a number", u)
-			}
-			return nil
-		}
+		m, check = v, func() error { return checkTelemetry(v) }
 	case link.Request:
 		v := &dunlinv1.BlockRequest{}
 		m, check = v, func() error {
@@ -110,6 +119,108 @@ func checkEvents(b *dunlinv1.EventBatch) error {
 	return nil
 }
 
+func checkTelemetry(t *dunlinv1.Telemetry) error {
+	if n := len(t.GetAlarms()); n > maxAlarms {
+		return fmt.Errorf("alarms has %d entries, the limit is %d", n, maxAlarms)
+	}
+	for i, a := range t.GetAlarms() {
+		if n := len(a.GetSamples()); n > maxSamples {
+			return fmt.Errorf("alarms[%d].samples has %d entries, the limit is %d", i, n, maxSamples)
+		}
+	}
+	return CheckNumbers(t)
+}
+
+// checkAlarm says what is wrong with the alarm of an event.
+func checkAlarm(a *dunlinv1.Alarm) error {
+	if n := len(a.GetSamples()); n > maxSamples {
+		return fmt.Errorf("samples has %d entries, the limit is %d", n, maxSamples)
+	}
+	return CheckNumbers(a)
+}
+
+// CheckNumbers says which field of m, or of what m holds, is no finite number.
+func CheckNumbers(m proto.Message) error { return checkNumbers(m.ProtoReflect(), "") }
+
+func checkNumbers(m protoreflect.Message, path string) (err error) {
+	m.Range(func(f protoreflect.FieldDescriptor, v protoreflect.Value) bool {
+		name := path + string(f.Name())
+		one := func(v protoreflect.Value) error {
+			switch f.Kind() {
+			case protoreflect.DoubleKind, protoreflect.FloatKind:
+				if x := v.Float(); math.IsNaN(x) || math.IsInf(x, 0) {
+					return fmt.Errorf("%s %v is not a number", name, x)
+				}
+			case protoreflect.MessageKind:
+				return checkNumbers(v.Message(), name+".")
+			}
+			return nil
+		}
+		switch {
+		case f.IsMap(): // none of these messages has one with numbers
+		case f.IsList():
+			for i := 0; i < v.List().Len() && err == nil; i++ {
+				err = one(v.List().Get(i))
+			}
+		default:
+			err = one(v)
+		}
+		return err == nil
+	})
+	return err
+}
+
+// checkProfile says what is wrong with a profile that a device sends.
+func checkProfile(p *dunlinv1.ModelProfile) error {
+	if err := models.CheckName(p.GetModel()); err != nil {
+		return fmt.Errorf("model: %w", err)
+	}
+	if v := p.GetVersion(); v < 1 || v > models.MaxVersion {
+		return fmt.Errorf("version %d, allowed are 1 to %d", v, int64(models.MaxVersion))
+	}
+	if d := digest.Digest(p.GetDigest()); d.Validate() != nil || d.Algorithm() != digest.SHA256 {
+		return fmt.Errorf("digest %.100q is not sha256: and 64 hexadecimal digits", p.GetDigest())
+	}
+	for field, s := range map[string]string{
+		"model_digest": p.GetModelDigest(), "firmware_profile": p.GetFirmwareProfile(), "runtime_version": p.GetRuntimeVersion(),
+		"driver_version": p.GetDriverVersion(), "cpu_model": p.GetCpuModel(), "unmeasured": p.GetUnmeasured(),
+	} {
+		if len(s) > maxText {
+			return fmt.Errorf("%s has %d bytes, the limit is %d", field, len(s), maxText)
+		}
+	}
+	for field, n := range map[string]uint64{
+		"weight_bytes": p.GetWeightBytes(), "session_bytes": p.GetSessionBytes(), "prepacked_bytes": p.GetPrepackedBytes(),
+		"workspace_fixed_bytes": p.GetWorkspaceFixedBytes(), "workspace_row_bytes": p.GetWorkspaceRowBytes(),
+	} {
+		if n > maxBytes {
+			return fmt.Errorf("%s is %d, the limit is %d", field, n, uint64(maxBytes))
+		}
+	}
+	if n := len(p.GetPoints()) + len(p.GetLatency()) + len(p.GetProviders()); n > maxPoints {
+		return fmt.Errorf("points, latency and providers have %d entries together, the limit is %d", n, maxPoints)
+	}
+	if b := p.GetRecommended().GetBatch(); b > maxRows {
+		return fmt.Errorf("recommended.batch is %d, the limit is %d", b, maxRows)
+	}
+	for i, l := range p.GetLatency() {
+		if l.GetRows() < 1 || l.GetRows() > maxRows || l.GetSeconds() < 0 || l.GetSeconds() > maxSeconds {
+			return fmt.Errorf("latency[%d] is %v s of %d rows, allowed are 0 to %d s and 1 to %d rows", i, l.GetSeconds(), l.GetRows(), maxSeconds, maxRows)
+		}
+	}
+	for i, q := range p.GetPoints() {
+		if b := q.GetSetting().GetBatch(); b > maxRows {
+			return fmt.Errorf("points[%d].setting.batch is %d, the limit is %d", i, b, maxRows)
+		}
+		for field, x := range map[string]float64{"p50_seconds": q.GetP50Seconds(), "p95_seconds": q.GetP95Seconds(), "p99_seconds": q.GetP99Seconds(), "joules_per_row": q.GetJoulesPerRow(), "rows_per_second": q.GetRowsPerSecond() / 1e9} {
+			if x < 0 || x > maxSeconds {
+				return fmt.Errorf("points[%d].%s is out of bounds", i, field)
+			}
+		}
+	}
+	return CheckNumbers(p)
+}
+
 // take does what one message asks for.
 func (d *Dispatcher) take(ctx context.Context, in message) {
 	m, err := decode(in.kind, in.payload)
@@ -163,7 +274,7 @@ func (d *Dispatcher) hello(ctx context.Context, device string, h *dunlinv1.Hello
 	// Live first: a generation that the planner makes while the store is
 	// asked is then published by the planner.
 	d.touch(device, func(*live) {})
-	dev, relabelled, err := d.store.Hello(ctx, device, h)
+	dev, changed, err := d.store.Hello(ctx, device, h)
 	if errors.Is(err, store.ErrNotFound) {
 		d.mu.Lock()
 		delete(d.live, device)
@@ -175,7 +286,7 @@ func (d *Dispatcher) hello(ctx context.Context, device string, h *dunlinv1.Hello
 	// Heard not before the store has it: it counts as away by this time.
 	d.touch(device, func(l *live) { l.greeted = true })
 	d.log.Info("device connected", "device", device)
-	if relabelled {
+	if changed {
 		d.Replan()
 	}
 	if d.running.Load() {
@@ -263,9 +374,34 @@ func (d *Dispatcher) ask(device string) {
 }
 
 func (d *Dispatcher) events(ctx context.Context, device string, b *dunlinv1.EventBatch) error {
-	stored, err := d.store.AddEvents(ctx, device, b.GetOutboxId(), b.GetEvents())
+	// What is wrong within an event is left out, and the event acknowledged all
+	// the same: sent again it would be no better.
+	for _, e := range b.GetEvents() {
+		if p := e.GetProfile(); p != nil {
+			err := checkProfile(p)
+			if err == nil && e.GetKind() != ProfileKind {
+				err = fmt.Errorf("kind %q carries no profile", e.GetKind())
+			}
+			if err != nil {
+				d.malformed.WithLabelValues("profile").Inc()
+				d.log.Warn("left out a malformed profile", "device", device, "event", e.GetSequence(), "error", err)
+				e.Profile = nil
+			}
+		}
+		if a := e.GetAlarm(); a != nil {
+			if err := checkAlarm(a); err != nil {
+				d.malformed.WithLabelValues("alarm").Inc()
+				d.log.Warn("left out a malformed alarm", "device", device, "event", e.GetSequence(), "error", err)
+				e.Alarm = nil
+			}
+		}
+	}
+	stored, measured, err := d.store.AddEvents(ctx, device, b.GetOutboxId(), b.GetEvents())
 	if err != nil {
 		return err
+	}
+	if measured {
+		d.Replan()
 	}
 	d.send(link.Down(device, link.Command), link.Command, &dunlinv1.Command{Command: &dunlinv1.Command_EventAck{
 		EventAck: &dunlinv1.EventAck{OutboxId: b.GetOutboxId(), Sequence: stored},

@@ -4,12 +4,14 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"math/rand/v2"
 	"slices"
 	"time"
 
 	"github.com/dunlin/dunlin/controller/fleet"
 	"github.com/dunlin/dunlin/controller/store"
+	dunlinv1 "github.com/dunlin/dunlin/proto/dunlin/v1"
 )
 
 // batch bounds the generations that are persisted in one transaction.
@@ -105,9 +107,28 @@ func (d *Dispatcher) compile(ctx context.Context, snap *store.Snapshot) error {
 	compiler := fleet.NewCompiler(snap.Objects)
 	var changed []store.Desired
 	byName := make(map[string]*store.Device, len(snap.Devices))
+	documents := make(map[string]*dunlinv1.DesiredDocument, len(snap.Devices))
+	refused := map[string][]fleet.Refusal{}
 	for _, dev := range snap.Devices {
 		byName[dev.Name] = dev
-		data, sum, err := fleet.Encode(compiler.Compile(dev.Fleet()))
+		doc, refuses := compiler.Compile(dev.Fleet(), nil)
+		if documents[dev.Name] = doc; len(refuses) > 0 {
+			refused[dev.Name] = refuses
+		}
+	}
+	// Only these depend on what they were given before.
+	had, err := d.store.Documents(ctx, slices.Sorted(maps.Keys(refused)))
+	if err != nil {
+		return fmt.Errorf("read desired documents: %w", err)
+	}
+	for name := range refused {
+		if documents[name], refused[name] = compiler.Compile(byName[name].Fleet(), had[name]); len(refused[name]) == 0 {
+			delete(refused, name)
+		}
+	}
+	d.refuse(refused)
+	for _, dev := range snap.Devices {
+		data, sum, err := fleet.Encode(documents[dev.Name])
 		if err != nil {
 			return fmt.Errorf("device %s: %w", dev.Name, err)
 		}
@@ -132,6 +153,21 @@ func (d *Dispatcher) compile(ctx context.Context, snap *store.Snapshot) error {
 		}
 	}
 	return nil
+}
+
+// refuse keeps what devices are not given, and says so once.
+func (d *Dispatcher) refuse(refused map[string][]fleet.Refusal) {
+	d.mu.Lock()
+	before := d.refused
+	d.refused = refused
+	d.mu.Unlock()
+	for device, all := range refused {
+		for _, r := range all {
+			if !slices.Contains(before[device], r) {
+				d.log.Warn("a device is not given a version", "device", device, "deployment", r.Deployment, "model", r.Model, "version", r.Version, "reason", r.Reason)
+			}
+		}
+	}
 }
 
 func (d *Dispatcher) isLive(device string) bool {
@@ -173,7 +209,13 @@ func (d *Dispatcher) step(ctx context.Context, snap store.Snapshot) (wake time.T
 	for _, before := range snap.Rollouts {
 		var observations []fleet.Observation
 		for _, dev := range assigned[before.Deployment] {
-			observations = append(observations, dev.Observe(d.store.Incarnation(), before.Model, before.To))
+			o := dev.Observe(d.store.Incarnation(), before.Model, before.To)
+			for _, r := range d.Refused(dev.Name) {
+				if r.Deployment == before.Deployment && r.Version == before.To {
+					o.Refused = r.Reason
+				}
+			}
+			observations = append(observations, o)
 		}
 		after, actions := before.Step(d.now().UTC(), observations)
 		if !after.Equal(before) {

@@ -26,7 +26,10 @@ func objects() Objects {
 			{Name: "r2", Targets: []Target{{"other", 0, 1}}},
 			{Name: "r1", Targets: []Target{{"digits", 0, 90}, {"other", 7, 10}}},
 		},
-		Versions: []Version{{"digits", 1, "sha256:1", 10}, {"digits", 2, "sha256:2", 20}, {"other", 7, "sha256:7", 70}},
+		Versions: []Version{
+			{Model: "digits", Version: 1, Digest: "sha256:1", SizeBytes: 10}, {Model: "digits", Version: 2, Digest: "sha256:2", SizeBytes: 20},
+			{Model: "other", Version: 7, Digest: "sha256:7", SizeBytes: 70},
+		},
 	}
 }
 
@@ -46,7 +49,10 @@ func TestCompile(t *testing.T) {
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
-			got := NewCompiler(objects()).Compile(Device{"d", tt.labels})
+			got, refused := NewCompiler(objects()).Compile(Device{Name: "d", Labels: tt.labels}, nil)
+			if len(refused) > 0 {
+				t.Errorf("refused %v", refused)
+			}
 			if diff := cmp.Diff(tt.want, got, protocmp.Transform()); diff != "" {
 				t.Error(diff)
 			}
@@ -57,7 +63,8 @@ func TestCompile(t *testing.T) {
 // The bytes must stay the same over builds: another hash is another generation
 // for the whole fleet.
 func TestEncodeIsPinned(t *testing.T) {
-	_, sum, err := Encode(NewCompiler(objects()).Compile(Device{"d", map[string]string{"site": "demo", "tier": "1"}}))
+	doc, _ := NewCompiler(objects()).Compile(Device{Name: "d", Labels: map[string]string{"site": "demo", "tier": "1"}}, nil)
+	_, sum, err := Encode(doc)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -68,8 +75,9 @@ func TestEncodeIsPinned(t *testing.T) {
 }
 
 func TestCompileIgnoresOrder(t *testing.T) {
-	device := Device{"d", map[string]string{"site": "demo", "tier": "1"}}
-	want, _, err := Encode(NewCompiler(objects()).Compile(device))
+	device := Device{Name: "d", Labels: map[string]string{"site": "demo", "tier": "1"}}
+	doc, _ := NewCompiler(objects()).Compile(device, nil)
+	want, _, err := Encode(doc)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -77,7 +85,8 @@ func TestCompileIgnoresOrder(t *testing.T) {
 		o := objects()
 		rand.Shuffle(len(o.Deployments), func(i, j int) { o.Deployments[i], o.Deployments[j] = o.Deployments[j], o.Deployments[i] })
 		rand.Shuffle(len(o.Routes), func(i, j int) { o.Routes[i], o.Routes[j] = o.Routes[j], o.Routes[i] })
-		got, _, err := Encode(NewCompiler(o).Compile(device))
+		doc, _ := NewCompiler(o).Compile(device, nil)
+		got, _, err := Encode(doc)
 		if err != nil || string(got) != string(want) {
 			t.Fatalf("the order %v gives other bytes", o)
 		}
@@ -92,9 +101,9 @@ func TestRoutesSatisfyPolicy(t *testing.T) {
 			t.Skip("a deployment")
 		}
 		model := o.Route.Targets[0].Model
-		doc := NewCompiler(Objects{
+		doc, _ := NewCompiler(Objects{
 			Deployments: []Deployment{{Name: "d", Model: model, Version: 1}}, Versions: []Version{{Model: model, Version: 1}}, Routes: []Route{*o.Route},
-		}).Compile(Device{Name: "d"})
+		}).Compile(Device{Name: "d"}, nil)
 		if _, err := policy.Compile(doc.Routes[0]); err != nil {
 			t.Fatal(err)
 		}
@@ -103,7 +112,7 @@ func TestRoutesSatisfyPolicy(t *testing.T) {
 
 func TestFindConflict(t *testing.T) {
 	all := objects().Deployments
-	devices := []Device{{"y", map[string]string{"site": "demo"}}, {"x", map[string]string{"site": "demo"}}, {"n", nil}}
+	devices := []Device{{Name: "y", Labels: map[string]string{"site": "demo"}}, {Name: "x", Labels: map[string]string{"site": "demo"}}, {Name: "n", Labels: nil}}
 	if c, ok := FindConflict(all[1], all, devices); !ok || c != (Conflict{"x", "digits", "z", "a"}) {
 		t.Errorf("got %v, %v", c, ok)
 	}

@@ -11,6 +11,8 @@ import (
 	"slices"
 	"strings"
 	"time"
+
+	dunlinv1 "github.com/dunlin/dunlin/proto/dunlin/v1"
 )
 
 // The limits of labels and selectors.
@@ -20,10 +22,22 @@ const (
 	MaxLabelValue = 63
 )
 
-// Device is what selectors look at.
+// Device is what selectors look at, and what is known of its limits.
 type Device struct {
 	Name   string
 	Labels map[string]string
+
+	Class     string                 // its firmware profile
+	Limits    *dunlinv1.DeviceLimits // nil: it does not say
+	DiskBytes uint64                 // of the file system with its files; 0: not known
+	DiskFree  *uint64                // of that; nil: not known
+	Has       map[string]Holding     // by the digest of a version's manifest
+}
+
+// Holding is what a device has of a version.
+type Holding struct {
+	Resident bool
+	Bytes    uint64 // of its files
 }
 
 // Version is an immutable version of a model.
@@ -32,6 +46,7 @@ type Version struct {
 	Version   int64
 	Digest    string // of its bundle's manifest
 	SizeBytes uint64
+	Bundle    *Bundle // nil: it was pushed before this was kept
 }
 
 // Deployment gives a model version to every device that its selector matches.

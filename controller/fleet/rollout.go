@@ -68,6 +68,8 @@ type RolloutDevice struct {
 type Observation struct {
 	Device    string
 	Connected bool
+	// Refused says why the device is not given the version; empty: it is.
+	Refused string
 	// Observed: what it reports follows from its current desired document.
 	// All below counts only then.
 	Observed     bool
@@ -172,6 +174,10 @@ func (r Rollout) Step(now time.Time, observations []Observation) (Rollout, []Act
 
 func progress(o Observation) RolloutDevice {
 	d := RolloutDevice{Device: o.Device, Phase: DevicePending}
+	if o.Refused != "" {
+		d.Phase, d.Reason = DeviceFailed, o.Refused
+		return d
+	}
 	if o.Observed {
 		d.BytesPresent, d.BytesTotal, d.Reason = o.BytesPresent, o.BytesTotal, o.Reason
 		switch {

@@ -23,6 +23,9 @@ func working(d string) Observation {
 func refused(d string) Observation {
 	return Observation{Device: d, Connected: true, Observed: true, Quarantined: true, Reason: "opset 99"}
 }
+func unfit(d string) Observation {
+	return Observation{Device: d, Refused: "does not fit: it is large", Connected: true, Observed: true, Serving: true}
+}
 func unaware(d string) Observation {
 	return Observation{Device: d, Connected: true, Serving: true, Quarantined: true}
 }
@@ -51,6 +54,8 @@ func TestRolloutStep(t *testing.T) {
 		{"one away refused", 0, soon, []Observation{ready("a"), gone(refused("b"))}, Failed, "1 device refused the version"},
 		{"one may refuse", 1, soon, []Observation{ready("a"), refused("b")}, Succeeded, "1 device of 2 ready, 1 refused it"},
 		{"one may refuse, one works", 1, soon, []Observation{working("a"), refused("b")}, Running, "waits for 1 of 2 devices: a"},
+		{"it does not fit on one", 0, soon, []Observation{ready("a"), unfit("b")}, Failed, "1 device refused the version, allowed are 0: b (does not fit: it is large)"},
+		{"it does not fit on one away", 1, soon, []Observation{ready("a"), gone(unfit("b"))}, Succeeded, "1 device of 2 ready, 1 refused it"},
 		{"all may refuse", 2, soon, []Observation{refused("a"), refused("b")}, Failed, "no device serves the version: 2 devices refused"},
 		{"deadline", 0, late, []Observation{ready("a"), working("b")}, Failed, "the deadline of 1m0s passed: waits for 1 of 2 devices: b"},
 		{"ready at the deadline", 0, late, []Observation{ready("a")}, Succeeded, "1 device of 1 ready"},
@@ -112,10 +117,11 @@ func TestRolloutHistory(t *testing.T) {
 				o := Observation{
 					Device: string(rune('a' + i)), Connected: rapid.Bool().Draw(t, "connected"), Observed: rapid.Bool().Draw(t, "observed"),
 					Quarantined: rapid.Bool().Draw(t, "quarantined"), Serving: rapid.Bool().Draw(t, "serving"),
+					Refused: rapid.SampledFrom([]string{"", "", "does not fit"}).Draw(t, "refused"),
 				}
 				observations = append(observations, o)
 				switch {
-				case o.Observed && o.Quarantined:
+				case o.Refused != "", o.Observed && o.Quarantined:
 					quarantined++
 				case o.Observed && o.Serving:
 					serving++

@@ -56,8 +56,9 @@ type version struct {
 
 // checked is a bundle whose files are in the registry and are what it says.
 type checked struct {
-	manifest *models.Manifest
-	config   *models.Config
+	manifest    *models.Manifest
+	config      *models.Config
+	weightTypes []tensor.Type
 	// Of a bundle that was made from a plain artifact: what is to be stored.
 	manifestBytes, configBytes, indexBytes []byte
 }
@@ -141,7 +142,7 @@ func (r *Registry) ingest(ctx context.Context, p pushed) (version, error) {
 	}
 	n, created, err := r.versions.CreateVersion(ctx, NewVersion{
 		Model: p.model, Digest: d.String(), Source: digest.FromBytes(p.manifest).String(),
-		Want: p.want, By: p.by, Manifest: c.manifest, Config: c.config,
+		Want: p.want, By: p.by, Manifest: c.manifest, Config: c.config, WeightTypes: c.weightTypes,
 	})
 	if err != nil {
 		return version{}, fmt.Errorf("register bundle %s of model %s: %w", d, p.model, err)
@@ -318,6 +319,7 @@ func (r *Registry) checkBundle(ctx context.Context, repo distribution.Repository
 	if said != is {
 		return nil, fmt.Errorf("%w: the config says %s, the model is %s", ErrInvalid, said, is)
 	}
+	config.WeightBytes = g.WeightBytes
 	if config.Costs, err = models.EstimateCosts(entry); err != nil {
 		return nil, err
 	}
@@ -333,7 +335,7 @@ func (r *Registry) checkBundle(ctx context.Context, repo distribution.Repository
 			return nil, invalid(err)
 		}
 	}
-	return &checked{manifest: m, config: config}, nil
+	return &checked{manifest: m, config: config, weightTypes: g.WeightTypes}, nil
 }
 
 // signature writes what requests and runtimes go by, as a config does.
@@ -387,7 +389,12 @@ func (r *Registry) fromPlain(ctx context.Context, repo distribution.Repository, 
 		return nil, err
 	}
 	defer remove()
-	bundle, err := models.Pack(ctx, filepath.Join(dir, plainName), models.PackOptions{})
+	file := filepath.Join(dir, plainName)
+	bundle, err := models.Pack(ctx, file, models.PackOptions{})
+	if err != nil {
+		return nil, invalid(err)
+	}
+	g, err := models.Inspect(file)
 	if err != nil {
 		return nil, invalid(err)
 	}
@@ -395,7 +402,10 @@ func (r *Registry) fromPlain(ctx context.Context, repo distribution.Repository, 
 	if err != nil {
 		return nil, invalid(err)
 	}
-	return &checked{manifest: m, config: &bundle.Config, manifestBytes: bundle.ManifestBytes, configBytes: bundle.ConfigBytes, indexBytes: bundle.IndexBytes}, nil
+	return &checked{
+		manifest: m, config: &bundle.Config, weightTypes: g.WeightTypes,
+		manifestBytes: bundle.ManifestBytes, configBytes: bundle.ConfigBytes, indexBytes: bundle.IndexBytes,
+	}, nil
 }
 
 // link makes a folder of hard links to blobs, by path in the folder. It lies

@@ -7,6 +7,7 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
@@ -14,6 +15,7 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"github.com/dunlin/dunlin/models"
+	"github.com/dunlin/dunlin/models/tensor"
 )
 
 func TestPlainArtifactBecomesVersion(t *testing.T) {
@@ -29,7 +31,8 @@ func TestPlainArtifactBecomesVersion(t *testing.T) {
 		}
 	}
 	last := f.versions.last
-	if last.By != "user:ada" || last.Source != digest.FromBytes(v1).String() || len(last.Config.Inputs) == 0 || last.Config.Costs == nil || last.Config.Costs.FLOPs.PerRow == 0 {
+	if last.By != "user:ada" || last.Source != digest.FromBytes(v1).String() || len(last.Config.Inputs) == 0 || last.Config.Costs == nil || last.Config.Costs.FLOPs.PerRow == 0 ||
+		!slices.Contains(last.WeightTypes, tensor.Float32) || last.Config.WeightBytes == 0 {
 		t.Errorf("registered as %+v", last)
 	}
 	v2 := f.plain("digits", read1(t, digits("v2.onnx")))

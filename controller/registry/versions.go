@@ -6,6 +6,7 @@ import (
 	"fmt"
 
 	"github.com/dunlin/dunlin/models"
+	"github.com/dunlin/dunlin/models/tensor"
 )
 
 // Versions keeps which bundle is which version of a model. The store behind
@@ -27,9 +28,11 @@ type NewVersion struct {
 	Source string // of the pushed manifest; differs from Digest where the bundle was made from a plain artifact
 	Want   int64  // 0: the next one
 	By     string // who pushed it
-	// What the bundle holds.
-	Manifest *models.Manifest
-	Config   *models.Config
+	// What the bundle holds. WeightBytes and Costs of the config are those of
+	// the model itself.
+	Manifest    *models.Manifest
+	Config      *models.Config
+	WeightTypes []tensor.Type
 }
 
 // ErrVersionExists says that a version is taken by another bundle.

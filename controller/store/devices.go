@@ -5,7 +5,9 @@ import (
 	"database/sql"
 	"errors"
 	"fmt"
+	"maps"
 	"math"
+	"slices"
 	"time"
 
 	"google.golang.org/protobuf/proto"
@@ -26,10 +28,33 @@ type Device struct {
 	Desired     uint64 // number of its generation; 0 where it has none yet
 	DesiredSHA  [32]byte
 	Reported    *dunlinv1.Reported // nil: none yet
+	DiskFree    *uint64            // bytes, as it said last; nil: it has not
 }
 
-// Fleet gives what selectors look at.
-func (d *Device) Fleet() fleet.Device { return fleet.Device{Name: d.Name, Labels: d.Labels} }
+// Fleet gives what selectors and plans look at.
+func (d *Device) Fleet() fleet.Device {
+	f := fleet.Device{
+		Name: d.Name, Labels: d.Labels, Class: d.Info.GetFirmwareProfile(), Limits: d.Info.GetLimits(),
+		DiskBytes: d.Info.GetDiskBytes(), DiskFree: d.DiskFree,
+	}
+	for _, v := range d.Reported.GetVersions() {
+		if v.GetDigest() == "" {
+			continue
+		}
+		h := fleet.Holding{Bytes: v.GetBytesPresent()}
+		switch v.GetState() {
+		case dunlinv1.VersionState_VERSION_STATE_RESIDENT, dunlinv1.VersionState_VERSION_STATE_DRAINING:
+			h.Resident, h.Bytes = true, max(h.Bytes, v.GetBytesTotal(), 1)
+		case dunlinv1.VersionState_VERSION_STATE_STORED, dunlinv1.VersionState_VERSION_STATE_COMPILED, dunlinv1.VersionState_VERSION_STATE_WARM:
+			h.Bytes = max(h.Bytes, v.GetBytesTotal(), 1)
+		}
+		if f.Has == nil {
+			f.Has = map[string]fleet.Holding{}
+		}
+		f.Has[v.GetDigest()] = h
+	}
+	return f
+}
 
 // Observe gives what d is known to do with a version of a model. Only what it
 // reports of its current generation counts.
@@ -50,7 +75,7 @@ func (d *Device) Observe(incarnation, model string, version int64) fleet.Observa
 	return o
 }
 
-const selectDevices = `SELECT name, own_labels, token_labels, info, joined_at, last_heard_at, connected, session, reported,
+const selectDevices = `SELECT name, own_labels, token_labels, info, joined_at, last_heard_at, connected, session, reported, disk_free,
 	coalesce(number, 0), coalesce(sha256, zeroblob(32)) FROM devices LEFT JOIN desired ON desired.device = devices.name `
 
 func scanDevice(scan func(...any) error) (*Device, error) {
@@ -58,7 +83,8 @@ func scanDevice(scan func(...any) error) (*Device, error) {
 	var own, token string
 	var info, reported, sum []byte
 	var joined, heard int64
-	if err := scan(&d.Name, &own, &token, &info, &joined, &heard, &d.Connected, &d.Session, &reported, &d.Desired, &sum); err != nil {
+	var free sql.Null[int64]
+	if err := scan(&d.Name, &own, &token, &info, &joined, &heard, &d.Connected, &d.Session, &reported, &free, &d.Desired, &sum); err != nil {
 		return nil, err
 	}
 	var err error
@@ -76,6 +102,9 @@ func scanDevice(scan func(...any) error) (*Device, error) {
 	}
 	d.JoinedAt, d.LastHeardAt = instant(joined), instant(heard)
 	copy(d.DesiredSHA[:], sum)
+	if free.Valid {
+		d.DiskFree = new(uint64(free.V))
+	}
 	return d, nil
 }
 
@@ -108,15 +137,17 @@ func (s *Store) Device(ctx context.Context, name string) (*Device, error) {
 
 // Hello begins a device's session: it is connected, and reports are numbered
 // anew if the session is. Without labels it keeps those that it had. It says
-// whether its labels changed.
-func (s *Store) Hello(ctx context.Context, device string, h *dunlinv1.Hello) (d *Device, relabelled bool, err error) {
+// whether anything changed that desired documents follow from: its labels, its
+// class, its limits or the size of its disk.
+func (s *Store) Hello(ctx context.Context, device string, h *dunlinv1.Hello) (d *Device, changed bool, err error) {
 	info, err := proto.Marshal(h.GetInfo())
 	if err != nil {
 		return nil, false, fmt.Errorf("encode device info: %w", err)
 	}
 	err = s.write(ctx, "hello", func(tx *sql.Tx) error {
 		var own, session string
-		err := tx.QueryRowContext(ctx, "SELECT own_labels, session FROM devices WHERE name = ?", device).Scan(&own, &session)
+		var known []byte
+		err := tx.QueryRowContext(ctx, "SELECT own_labels, session, info FROM devices WHERE name = ?", device).Scan(&own, &session, &known)
 		if errors.Is(err, sql.ErrNoRows) {
 			return fmt.Errorf("device %s: %w", device, ErrNotFound)
 		}
@@ -125,7 +156,15 @@ func (s *Store) Hello(ctx context.Context, device string, h *dunlinv1.Hello) (d 
 		}
 		if len(h.GetLabels()) > 0 {
 			labels := jsonText(h.GetLabels())
-			relabelled, own = labels != own, labels
+			changed, own = labels != own, labels
+		}
+		if len(info) > 0 {
+			was := &dunlinv1.DeviceInfo{}
+			if err := proto.Unmarshal(known, was); err != nil {
+				return fmt.Errorf("info of device %s: %w", device, err)
+			}
+			now := h.GetInfo()
+			changed = changed || was.GetFirmwareProfile() != now.GetFirmwareProfile() || was.GetDiskBytes() != now.GetDiskBytes() || !proto.Equal(was.GetLimits(), now.GetLimits())
 		}
 		if _, err = tx.ExecContext(ctx, `UPDATE devices SET connected = 1, last_heard_at = ?, own_labels = ?, session = ?,
 			report_number = CASE WHEN session = ? THEN report_number ELSE 0 END,
@@ -139,7 +178,7 @@ func (s *Store) Hello(ctx context.Context, device string, h *dunlinv1.Hello) (d 
 	if err != nil {
 		return nil, false, err
 	}
-	return d, relabelled, nil
+	return d, changed, nil
 }
 
 // Report keeps what a device reports. One of another session than the
@@ -168,9 +207,10 @@ func (s *Store) Gone(ctx context.Context, device, session string) error {
 }
 
 // Heard keeps when devices were last heard, and which are away now for want of
-// it: those that were not heard after the time that away has for them.
-func (s *Store) Heard(ctx context.Context, heard, away map[string]time.Time) error {
-	if len(heard) == 0 && len(away) == 0 {
+// it: those that were not heard after the time that away has for them. It also
+// keeps how many bytes are free on the disks of devices.
+func (s *Store) Heard(ctx context.Context, heard, away map[string]time.Time, free map[string]uint64) error {
+	if len(heard) == 0 && len(away) == 0 && len(free) == 0 {
 		return nil
 	}
 	return s.write(ctx, "heard", func(tx *sql.Tx) error {
@@ -181,6 +221,11 @@ func (s *Store) Heard(ctx context.Context, heard, away map[string]time.Time) err
 		}
 		for device, at := range away {
 			if _, err := tx.ExecContext(ctx, "UPDATE devices SET connected = 0 WHERE name = ? AND last_heard_at <= ?", device, nanos(at)); err != nil {
+				return err
+			}
+		}
+		for device, n := range free {
+			if _, err := tx.ExecContext(ctx, "UPDATE devices SET disk_free = ? WHERE name = ?", int64(min(n, math.MaxInt64)), device); err != nil {
 				return err
 			}
 		}
@@ -249,6 +294,31 @@ func (s *Store) Desired(ctx context.Context, device string) (d Desired, err erro
 	return d, err
 }
 
+// Documents gives the desired documents of devices; those that have none yet
+// are left out.
+func (s *Store) Documents(ctx context.Context, names []string) (map[string]*dunlinv1.DesiredDocument, error) {
+	documents := make(map[string]*dunlinv1.DesiredDocument, len(names))
+	err := s.read(ctx, func(tx *sql.Tx) error {
+		for _, name := range names {
+			var b []byte
+			err := tx.QueryRowContext(ctx, "SELECT document FROM desired WHERE device = ?", name).Scan(&b)
+			if errors.Is(err, sql.ErrNoRows) {
+				continue
+			}
+			if err != nil {
+				return err
+			}
+			doc := &dunlinv1.DesiredDocument{}
+			if err := proto.Unmarshal(b, doc); err != nil {
+				return fmt.Errorf("desired document of device %s: %w", name, err)
+			}
+			documents[name] = doc
+		}
+		return nil
+	})
+	return documents, err
+}
+
 // Snapshot is one state of all that desired documents and rollouts follow from.
 type Snapshot struct {
 	Devices  []*Device
@@ -259,30 +329,58 @@ type Snapshot struct {
 // Snapshot reads one state of the store.
 func (s *Store) Snapshot(ctx context.Context) (snap Snapshot, err error) {
 	err = s.read(ctx, func(tx *sql.Tx) error {
-		if snap.Devices, err = devices(ctx, tx, ""); err != nil {
-			return err
-		}
+		snap, err = snapshot(ctx, tx, nil)
+		return err
+	})
+	return snap, err
+}
+
+// Suppose gives the state that there would be once objects were applied; its
+// error is that of Apply.
+func (s *Store) Suppose(ctx context.Context, apply []fleet.Object) (snap Snapshot, err error) {
+	err = s.read(ctx, func(tx *sql.Tx) error {
 		stored, err := objects(ctx, tx)
 		if err != nil {
 			return err
 		}
-		for _, o := range stored {
-			if o.Deployment != nil {
-				snap.Objects.Deployments = append(snap.Objects.Deployments, *o.Deployment)
-			} else {
-				snap.Objects.Routes = append(snap.Objects.Routes, *o.Route)
-			}
+		if err := check(ctx, tx, byName(stored), apply); err != nil {
+			return err
 		}
-		for _, d := range snap.Objects.Deployments {
-			v := fleet.Version{Model: d.Model, Version: d.Version}
-			err := tx.QueryRowContext(ctx, "SELECT digest, size FROM versions WHERE model = ? AND version = ?", d.Model, d.Version).Scan(&v.Digest, &v.SizeBytes)
-			if err != nil {
-				return fmt.Errorf("version %d of model %s: %w", d.Version, d.Model, err)
-			}
-			snap.Objects.Versions = append(snap.Objects.Versions, v)
-		}
-		snap.Rollouts, err = rollouts(ctx, tx, "WHERE state = 1 ORDER BY number")
+		snap, err = snapshot(ctx, tx, apply)
 		return err
 	})
+	return snap, err
+}
+
+func snapshot(ctx context.Context, tx *sql.Tx, apply []fleet.Object) (snap Snapshot, err error) {
+	if snap.Devices, err = devices(ctx, tx, ""); err != nil {
+		return snap, err
+	}
+	stored, err := objects(ctx, tx)
+	if err != nil {
+		return snap, err
+	}
+	after := byName(stored)
+	for _, o := range apply {
+		after[[2]string{o.Kind(), o.Name()}] = o
+	}
+	for _, key := range slices.SortedFunc(maps.Keys(after), func(a, b [2]string) int { return slices.Compare(a[:], b[:]) }) {
+		if o := after[key]; o.Deployment != nil {
+			snap.Objects.Deployments = append(snap.Objects.Deployments, *o.Deployment)
+		} else {
+			snap.Objects.Routes = append(snap.Objects.Routes, *o.Route)
+		}
+	}
+	for _, d := range snap.Objects.Deployments {
+		v, err := scanVersion(tx.QueryRowContext(ctx, selectVersions+"WHERE model = ? AND version = ?", d.Model, d.Version).Scan)
+		if err != nil {
+			return snap, fmt.Errorf("version %d of model %s: %w", d.Version, d.Model, err)
+		}
+		snap.Objects.Versions = append(snap.Objects.Versions, v.Fleet())
+		if snap.Objects.Measured, err = measured(ctx, tx, v.Model, v.Digest, snap.Objects.Measured); err != nil {
+			return snap, err
+		}
+	}
+	snap.Rollouts, err = rollouts(ctx, tx, "WHERE state = 1 ORDER BY number")
 	return snap, err
 }

@@ -161,7 +161,7 @@ func TestEvents(t *testing.T) {
 	join(t, s, "d", nil)
 	add := func(outbox string, batch []*dunlinv1.Event, want uint64) {
 		t.Helper()
-		if got, err := s.AddEvents(ctx, "d", outbox, batch); got != want || err != nil {
+		if got, _, err := s.AddEvents(ctx, "d", outbox, batch); got != want || err != nil {
 			t.Fatalf("stored up to %d, %v, want %d", got, err, want)
 		}
 	}
@@ -186,7 +186,7 @@ func TestEvents(t *testing.T) {
 	if all, err := s.Events(ctx, "", 2); err != nil || len(all) != 2 {
 		t.Errorf("got %v, %v", all, err)
 	}
-	_, err = s.AddEvents(ctx, "unknown", "o", events(1))
+	_, _, err = s.AddEvents(ctx, "unknown", "o", events(1))
 	is(t, err, ErrNotFound)
 	for i := range 2 * MaxOutboxes {
 		add(fmt.Sprint("many", i), events(1), 1)
@@ -208,7 +208,7 @@ func TestEventsOfUnknownOutbox(t *testing.T) {
 	join(t, s, "d", nil)
 	add := func(batch []*dunlinv1.Event, want uint64) {
 		t.Helper()
-		if got, err := s.AddEvents(ctx, "d", "o", batch); got != want || err != nil {
+		if got, _, err := s.AddEvents(ctx, "d", "o", batch); got != want || err != nil {
 			t.Fatalf("stored up to %d, %v, want %d", got, err, want)
 		}
 	}
@@ -235,7 +235,7 @@ func TestHeardMeanwhile(t *testing.T) {
 	before := clock.now
 	clock.now = clock.now.Add(time.Hour)
 	must(t, s.Report(ctx, "a", &dunlinv1.Reported{Session: "s", Sequence: 1}))
-	must(t, s.Heard(ctx, nil, map[string]time.Time{"a": before}))
+	must(t, s.Heard(ctx, nil, map[string]time.Time{"a": before}, nil))
 	if d, err := s.Device(ctx, "a"); err != nil || !d.Connected {
 		t.Errorf("got %+v, %v", d, err)
 	}
@@ -261,9 +261,9 @@ func TestPrune(t *testing.T) {
 	for i := range MaxEvents + 5 {
 		batch = append(batch, uint64(i+1))
 	}
-	_, err := s.AddEvents(t.Context(), "d", "o", events(batch...))
+	_, _, err := s.AddEvents(t.Context(), "d", "o", events(batch...))
 	must(t, err)
-	_, err = s.AddEvents(t.Context(), "e", "o", events(1))
+	_, _, err = s.AddEvents(t.Context(), "e", "o", events(1))
 	must(t, err)
 	must(t, s.Prune(t.Context()))
 	var n, least int
@@ -271,7 +271,7 @@ func TestPrune(t *testing.T) {
 	if n != MaxEvents || least != 6 {
 		t.Errorf("%d events from %d are kept", n, least)
 	}
-	if got, err := s.AddEvents(t.Context(), "d", "o", events(1, 2)); err != nil || got != MaxEvents+5 {
+	if got, _, err := s.AddEvents(t.Context(), "d", "o", events(1, 2)); err != nil || got != MaxEvents+5 {
 		t.Errorf("forgotten events came again: %d, %v", got, err)
 	}
 }
@@ -283,8 +283,8 @@ func TestHeard(t *testing.T) {
 	_, _, err := s.Hello(ctx, "a", &dunlinv1.Hello{Session: "s"})
 	must(t, err)
 	later := clock.now.Add(time.Hour)
-	must(t, s.Heard(ctx, map[string]time.Time{"a": later}, map[string]time.Time{"a": later}))
-	must(t, s.Heard(ctx, map[string]time.Time{"a": clock.now}, nil))
+	must(t, s.Heard(ctx, map[string]time.Time{"a": later}, map[string]time.Time{"a": later}, nil))
+	must(t, s.Heard(ctx, map[string]time.Time{"a": clock.now}, nil, nil))
 	d, err := s.Device(ctx, "a")
 	if err != nil || d.Connected || !d.LastHeardAt.Equal(later) {
 		t.Errorf("got %+v, %v", d, err)

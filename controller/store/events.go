@@ -42,7 +42,11 @@ type DeviceEvent struct {
 // which nothing is known starts with the first event that it sends: what came
 // before was acknowledged, by another store or before the device was removed.
 // Of a device that is not known it is ErrNotFound.
-func (s *Store) AddEvents(ctx context.Context, device, outbox string, events []*dunlinv1.Event) (stored uint64, err error) {
+//
+// The profile that an event carries is kept as the device's newest of that
+// version, and not with the event; measured says whether one told something
+// new of what a version needs.
+func (s *Store) AddEvents(ctx context.Context, device, outbox string, events []*dunlinv1.Event) (stored uint64, measured bool, err error) {
 	err = s.write(ctx, "events", func(tx *sql.Tx) error {
 		var known bool
 		if err := tx.QueryRowContext(ctx, "SELECT EXISTS (SELECT 1 FROM devices WHERE name = ?)", device).Scan(&known); err != nil {
@@ -60,13 +64,22 @@ func (s *Store) AddEvents(ctx context.Context, device, outbox string, events []*
 			last.V = int64(min(max(events[0].GetSequence(), 1), math.MaxInt64)) - 1
 		}
 		stored = uint64(last.V)
-		now := s.now().UnixNano()
+		now, profiles := s.now().UnixNano(), false
 		for _, e := range events {
 			if e.GetSequence() <= stored {
 				continue
 			}
 			if e.GetSequence() > stored+1 && e.GetKind() != GapKind || e.GetSequence() > math.MaxInt64 {
 				break
+			}
+			if p := e.GetProfile(); p != nil {
+				news, err := s.putProfile(ctx, tx, device, p)
+				if err != nil {
+					return err
+				}
+				measured, profiles = measured || news, true
+				e = proto.CloneOf(e)
+				e.Profile = nil
 			}
 			blob, err := proto.Marshal(e)
 			if err != nil {
@@ -81,6 +94,11 @@ func (s *Store) AddEvents(ctx context.Context, device, outbox string, events []*
 		if stored == uint64(last.V) {
 			return nil
 		}
+		if profiles {
+			if err := boundProfiles(ctx, tx, device); err != nil {
+				return err
+			}
+		}
 		if _, err := tx.ExecContext(ctx, "INSERT INTO outboxes (device, outbox, last_sequence, heard_at) VALUES (?, ?, ?, ?) ON CONFLICT (device, outbox) DO UPDATE SET last_sequence = excluded.last_sequence, heard_at = excluded.heard_at",
 			device, outbox, int64(stored), now); err != nil {
 			return err
@@ -88,7 +106,7 @@ func (s *Store) AddEvents(ctx context.Context, device, outbox string, events []*
 		_, err = tx.ExecContext(ctx, "DELETE FROM outboxes WHERE device = ? AND outbox IN (SELECT outbox FROM outboxes WHERE device = ? ORDER BY heard_at DESC, outbox LIMIT -1 OFFSET ?)", device, device, MaxOutboxes)
 		return err
 	})
-	return stored, err
+	return stored, measured, err
 }
 
 // Events gives the newest events first, of a device or, where device is

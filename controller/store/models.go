@@ -6,6 +6,8 @@ import (
 	"errors"
 	"fmt"
 	"time"
+
+	"github.com/dunlin/dunlin/controller/fleet"
 )
 
 // Version is an immutable version of a model.
@@ -18,8 +20,14 @@ type Version struct {
 	Inputs    []string
 	Outputs   []string
 	Opset     int64
+	Bundle    *fleet.Bundle // nil: not kept
 	CreatedAt time.Time
 	CreatedBy string
+}
+
+// Fleet gives what plans look at.
+func (v *Version) Fleet() fleet.Version {
+	return fleet.Version{Model: v.Model, Version: v.Version, Digest: v.Digest, SizeBytes: uint64(max(v.Size, 0)), Bundle: v.Bundle}
 }
 
 // VersionExistsError says that a version exists with other bytes. It is an ErrExists.
@@ -36,15 +44,22 @@ func (e *VersionExistsError) Error() string {
 // Is says that the error is an ErrExists.
 func (e *VersionExistsError) Is(target error) bool { return target == ErrExists }
 
-const selectVersions = "SELECT model, version, digest, coalesce(source, ''), size, inputs, outputs, opset, created_at, created_by FROM versions "
+const selectVersions = "SELECT model, version, digest, coalesce(source, ''), size, inputs, outputs, opset, bundle, created_at, created_by FROM versions "
 
 func scanVersion(scan func(...any) error) (v Version, err error) {
 	var inputs, outputs string
+	var bundle sql.Null[string]
 	var created int64
-	if err := scan(&v.Model, &v.Version, &v.Digest, &v.Source, &v.Size, &inputs, &outputs, &v.Opset, &created, &v.CreatedBy); err != nil {
+	if err := scan(&v.Model, &v.Version, &v.Digest, &v.Source, &v.Size, &inputs, &outputs, &v.Opset, &bundle, &created, &v.CreatedBy); err != nil {
 		return v, err
 	}
 	v.CreatedAt = instant(created)
+	if bundle.Valid {
+		v.Bundle = &fleet.Bundle{}
+		if err := fromJSON(bundle.V, v.Bundle); err != nil {
+			return v, err
+		}
+	}
 	return v, errors.Join(fromJSON(inputs, &v.Inputs), fromJSON(outputs, &v.Outputs))
 }
 
@@ -76,8 +91,12 @@ func (s *Store) CreateVersion(ctx context.Context, v Version) (made Version, cre
 			}
 		}
 		v.CreatedAt = s.now().UTC()
-		if _, err := tx.ExecContext(ctx, "INSERT INTO versions (model, version, digest, source, size, inputs, outputs, opset, created_at, created_by) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-			v.Model, v.Version, v.Digest, sql.Null[string]{V: v.Source, Valid: v.Source != ""}, v.Size, jsonText(v.Inputs), jsonText(v.Outputs), v.Opset, nanos(v.CreatedAt), v.CreatedBy); err != nil {
+		bundle := sql.Null[string]{Valid: v.Bundle != nil}
+		if bundle.Valid {
+			bundle.V = jsonText(v.Bundle)
+		}
+		if _, err := tx.ExecContext(ctx, "INSERT INTO versions (model, version, digest, source, size, inputs, outputs, opset, bundle, created_at, created_by) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+			v.Model, v.Version, v.Digest, sql.Null[string]{V: v.Source, Valid: v.Source != ""}, v.Size, jsonText(v.Inputs), jsonText(v.Outputs), v.Opset, bundle, nanos(v.CreatedAt), v.CreatedBy); err != nil {
 			return fmt.Errorf("add version %d of model %s: %w", v.Version, v.Model, err)
 		}
 		made, created = v, true

@@ -44,6 +44,15 @@ func objects(ctx context.Context, tx *sql.Tx) (all []StoredObject, err error) {
 	return all, err
 }
 
+// byName gives objects by kind and name.
+func byName(stored []StoredObject) map[[2]string]fleet.Object {
+	by := make(map[[2]string]fleet.Object, len(stored))
+	for _, o := range stored {
+		by[[2]string{o.Kind(), o.Name()}] = o.Object
+	}
+	return by
+}
+
 // Objects gives all objects of a kind by name.
 func (s *Store) Objects(ctx context.Context, kind string) (all []StoredObject, err error) {
 	err = s.read(ctx, func(tx *sql.Tx) error {
@@ -63,10 +72,7 @@ func (s *Store) Apply(ctx context.Context, by string, apply []fleet.Object, dryR
 		if err != nil {
 			return err
 		}
-		before := map[[2]string]fleet.Object{}
-		for _, o := range stored {
-			before[[2]string{o.Kind(), o.Name()}] = o.Object
-		}
+		before := byName(stored)
 		if err := check(ctx, tx, before, apply); err != nil {
 			return err
 		}

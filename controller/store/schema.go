@@ -127,4 +127,33 @@ CREATE TABLE events (
 	UNIQUE (device, outbox, sequence)
 ) STRICT;
 CREATE INDEX events_by_device ON events (device, id);
+`, `
+-- What the bundle tells, as JSON; NULL in rows that are older than the column.
+ALTER TABLE versions ADD COLUMN bundle TEXT;
+-- Bytes on the disk of a device; NULL: it has not said.
+ALTER TABLE devices ADD COLUMN disk_free INTEGER;
+
+CREATE TABLE profiles (
+	device           TEXT NOT NULL REFERENCES devices (name) ON DELETE CASCADE,
+	model            TEXT NOT NULL,
+	version          INTEGER NOT NULL,
+	digest           TEXT NOT NULL,
+	firmware_profile TEXT NOT NULL,
+	received_at      INTEGER NOT NULL,
+	-- Of the profile, so that planning need not decode it: bytes, rows,
+	-- nanoseconds and joules of one row.
+	weights          INTEGER NOT NULL,
+	session          INTEGER NOT NULL,
+	fixed            INTEGER NOT NULL,
+	row              INTEGER NOT NULL,
+	batch            INTEGER NOT NULL,
+	latency          INTEGER NOT NULL,
+	joules           REAL NOT NULL,
+	profile          BLOB NOT NULL,
+	PRIMARY KEY (device, model, digest)
+) STRICT, WITHOUT ROWID;
+CREATE INDEX profiles_by_version ON profiles (model, digest);
+CREATE TRIGGER profiles_of_version AFTER DELETE ON versions BEGIN
+	DELETE FROM profiles WHERE model = old.model AND digest = old.digest;
+END;
 `}

@@ -1191,8 +1191,11 @@ func (x *ApplyRequest) GetDryRun() bool {
 }
 
 type ApplyResponse struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Changes       []*ObjectChange        `protobuf:"bytes,1,rep,name=changes,proto3" json:"changes,omitempty"`
+	state   protoimpl.MessageState `protogen:"open.v1"`
+	Changes []*ObjectChange        `protobuf:"bytes,1,rep,name=changes,proto3" json:"changes,omitempty"`
+	// Devices on which a version of the applied deployments does not fit, by
+	// deployment, then device: they are not given it.
+	Refused       []*DevicePlan `protobuf:"bytes,2,rep,name=refused,proto3" json:"refused,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1230,6 +1233,13 @@ func (*ApplyResponse) Descriptor() ([]byte, []int) {
 func (x *ApplyResponse) GetChanges() []*ObjectChange {
 	if x != nil {
 		return x.Changes
+	}
+	return nil
+}
+
+func (x *ApplyResponse) GetRefused() []*DevicePlan {
+	if x != nil {
+		return x.Refused
 	}
 	return nil
 }
@@ -3180,9 +3190,10 @@ const file_dunlin_v1_api_proto_rawDesc = "" +
 	"\x05opset\x18\t \x01(\x03R\x05opset\"E\n" +
 	"\fApplyRequest\x12\x1c\n" +
 	"\tdocuments\x18\x01 \x01(\tR\tdocuments\x12\x17\n" +
-	"\adry_run\x18\x02 \x01(\bR\x06dryRun\"B\n" +
+	"\adry_run\x18\x02 \x01(\bR\x06dryRun\"s\n" +
 	"\rApplyResponse\x121\n" +
-	"\achanges\x18\x01 \x03(\v2\x17.dunlin.v1.ObjectChangeR\achanges\"\xaa\x02\n" +
+	"\achanges\x18\x01 \x03(\v2\x17.dunlin.v1.ObjectChangeR\achanges\x12/\n" +
+	"\arefused\x18\x02 \x03(\v2\x15.dunlin.v1.DevicePlanR\arefused\"\xaa\x02\n" +
 	"\fObjectChange\x12\x12\n" +
 	"\x04kind\x18\x01 \x01(\tR\x04kind\x12\x12\n" +
 	"\x04name\x18\x02 \x01(\tR\x04name\x126\n" +
@@ -3493,82 +3504,83 @@ var file_dunlin_v1_api_proto_depIdxs = []int32{
 	18, // 9: dunlin.v1.ListModelsResponse.versions:type_name -> dunlin.v1.ModelVersion
 	60, // 10: dunlin.v1.ModelVersion.created_at:type_name -> google.protobuf.Timestamp
 	21, // 11: dunlin.v1.ApplyResponse.changes:type_name -> dunlin.v1.ObjectChange
-	1,  // 12: dunlin.v1.ObjectChange.action:type_name -> dunlin.v1.ObjectChange.Action
-	21, // 13: dunlin.v1.DeleteResponse.change:type_name -> dunlin.v1.ObjectChange
-	26, // 14: dunlin.v1.ListDeploymentsResponse.deployments:type_name -> dunlin.v1.Deployment
-	55, // 15: dunlin.v1.Deployment.selector:type_name -> dunlin.v1.Deployment.SelectorEntry
-	60, // 16: dunlin.v1.Deployment.updated_at:type_name -> google.protobuf.Timestamp
-	29, // 17: dunlin.v1.ListRoutesResponse.routes:type_name -> dunlin.v1.Route
-	61, // 18: dunlin.v1.Route.targets:type_name -> dunlin.v1.RouteTarget
-	60, // 19: dunlin.v1.Route.updated_at:type_name -> google.protobuf.Timestamp
-	32, // 20: dunlin.v1.ListProfilesResponse.profiles:type_name -> dunlin.v1.DeviceProfile
-	62, // 21: dunlin.v1.DeviceProfile.profile:type_name -> dunlin.v1.ModelProfile
-	35, // 22: dunlin.v1.PlanResponse.devices:type_name -> dunlin.v1.DevicePlan
-	2,  // 23: dunlin.v1.DevicePlan.verdict:type_name -> dunlin.v1.DevicePlan.Verdict
-	3,  // 24: dunlin.v1.DevicePlan.memory_source:type_name -> dunlin.v1.DevicePlan.Source
-	3,  // 25: dunlin.v1.DevicePlan.latency_source:type_name -> dunlin.v1.DevicePlan.Source
-	3,  // 26: dunlin.v1.DevicePlan.energy_source:type_name -> dunlin.v1.DevicePlan.Source
-	42, // 27: dunlin.v1.ListRolloutsResponse.rollouts:type_name -> dunlin.v1.Rollout
-	42, // 28: dunlin.v1.GetRolloutResponse.rollout:type_name -> dunlin.v1.Rollout
-	42, // 29: dunlin.v1.WatchRolloutResponse.rollout:type_name -> dunlin.v1.Rollout
-	0,  // 30: dunlin.v1.Rollout.state:type_name -> dunlin.v1.RolloutState
-	60, // 31: dunlin.v1.Rollout.started_at:type_name -> google.protobuf.Timestamp
-	60, // 32: dunlin.v1.Rollout.ended_at:type_name -> google.protobuf.Timestamp
-	43, // 33: dunlin.v1.Rollout.devices:type_name -> dunlin.v1.RolloutDevice
-	4,  // 34: dunlin.v1.RolloutDevice.phase:type_name -> dunlin.v1.RolloutDevice.Phase
-	56, // 35: dunlin.v1.ListDevicesRequest.selector:type_name -> dunlin.v1.ListDevicesRequest.SelectorEntry
-	46, // 36: dunlin.v1.ListDevicesResponse.devices:type_name -> dunlin.v1.Device
-	57, // 37: dunlin.v1.Device.labels:type_name -> dunlin.v1.Device.LabelsEntry
-	58, // 38: dunlin.v1.Device.info:type_name -> dunlin.v1.DeviceInfo
-	60, // 39: dunlin.v1.Device.last_heard_at:type_name -> google.protobuf.Timestamp
-	60, // 40: dunlin.v1.Device.joined_at:type_name -> google.protobuf.Timestamp
-	63, // 41: dunlin.v1.Device.desired:type_name -> dunlin.v1.Generation
-	64, // 42: dunlin.v1.Device.reported:type_name -> dunlin.v1.Reported
-	65, // 43: dunlin.v1.Device.telemetry:type_name -> dunlin.v1.Telemetry
-	51, // 44: dunlin.v1.ListEventsResponse.events:type_name -> dunlin.v1.DeviceEvent
-	66, // 45: dunlin.v1.DeviceEvent.event:type_name -> dunlin.v1.Event
-	60, // 46: dunlin.v1.DeviceEvent.received_at:type_name -> google.protobuf.Timestamp
-	5,  // 47: dunlin.v1.AuthService.WhoAmI:input_type -> dunlin.v1.WhoAmIRequest
-	7,  // 48: dunlin.v1.EnrollmentService.Join:input_type -> dunlin.v1.JoinRequest
-	9,  // 49: dunlin.v1.EnrollmentService.CreateJoinToken:input_type -> dunlin.v1.CreateJoinTokenRequest
-	11, // 50: dunlin.v1.EnrollmentService.ListJoinTokens:input_type -> dunlin.v1.ListJoinTokensRequest
-	14, // 51: dunlin.v1.ModelService.CreateVersion:input_type -> dunlin.v1.CreateVersionRequest
-	16, // 52: dunlin.v1.ModelService.ListModels:input_type -> dunlin.v1.ListModelsRequest
-	19, // 53: dunlin.v1.ObjectService.Apply:input_type -> dunlin.v1.ApplyRequest
-	22, // 54: dunlin.v1.ObjectService.Delete:input_type -> dunlin.v1.DeleteRequest
-	24, // 55: dunlin.v1.ObjectService.ListDeployments:input_type -> dunlin.v1.ListDeploymentsRequest
-	27, // 56: dunlin.v1.ObjectService.ListRoutes:input_type -> dunlin.v1.ListRoutesRequest
-	30, // 57: dunlin.v1.ProfileService.ListProfiles:input_type -> dunlin.v1.ListProfilesRequest
-	33, // 58: dunlin.v1.ProfileService.Plan:input_type -> dunlin.v1.PlanRequest
-	36, // 59: dunlin.v1.RolloutService.ListRollouts:input_type -> dunlin.v1.ListRolloutsRequest
-	38, // 60: dunlin.v1.RolloutService.GetRollout:input_type -> dunlin.v1.GetRolloutRequest
-	40, // 61: dunlin.v1.RolloutService.WatchRollout:input_type -> dunlin.v1.WatchRolloutRequest
-	44, // 62: dunlin.v1.DeviceService.ListDevices:input_type -> dunlin.v1.ListDevicesRequest
-	47, // 63: dunlin.v1.DeviceService.RemoveDevice:input_type -> dunlin.v1.RemoveDeviceRequest
-	49, // 64: dunlin.v1.DeviceService.ListEvents:input_type -> dunlin.v1.ListEventsRequest
-	6,  // 65: dunlin.v1.AuthService.WhoAmI:output_type -> dunlin.v1.WhoAmIResponse
-	8,  // 66: dunlin.v1.EnrollmentService.Join:output_type -> dunlin.v1.JoinResponse
-	10, // 67: dunlin.v1.EnrollmentService.CreateJoinToken:output_type -> dunlin.v1.CreateJoinTokenResponse
-	12, // 68: dunlin.v1.EnrollmentService.ListJoinTokens:output_type -> dunlin.v1.ListJoinTokensResponse
-	15, // 69: dunlin.v1.ModelService.CreateVersion:output_type -> dunlin.v1.CreateVersionResponse
-	17, // 70: dunlin.v1.ModelService.ListModels:output_type -> dunlin.v1.ListModelsResponse
-	20, // 71: dunlin.v1.ObjectService.Apply:output_type -> dunlin.v1.ApplyResponse
-	23, // 72: dunlin.v1.ObjectService.Delete:output_type -> dunlin.v1.DeleteResponse
-	25, // 73: dunlin.v1.ObjectService.ListDeployments:output_type -> dunlin.v1.ListDeploymentsResponse
-	28, // 74: dunlin.v1.ObjectService.ListRoutes:output_type -> dunlin.v1.ListRoutesResponse
-	31, // 75: dunlin.v1.ProfileService.ListProfiles:output_type -> dunlin.v1.ListProfilesResponse
-	34, // 76: dunlin.v1.ProfileService.Plan:output_type -> dunlin.v1.PlanResponse
-	37, // 77: dunlin.v1.RolloutService.ListRollouts:output_type -> dunlin.v1.ListRolloutsResponse
-	39, // 78: dunlin.v1.RolloutService.GetRollout:output_type -> dunlin.v1.GetRolloutResponse
-	41, // 79: dunlin.v1.RolloutService.WatchRollout:output_type -> dunlin.v1.WatchRolloutResponse
-	45, // 80: dunlin.v1.DeviceService.ListDevices:output_type -> dunlin.v1.ListDevicesResponse
-	48, // 81: dunlin.v1.DeviceService.RemoveDevice:output_type -> dunlin.v1.RemoveDeviceResponse
-	50, // 82: dunlin.v1.DeviceService.ListEvents:output_type -> dunlin.v1.ListEventsResponse
-	65, // [65:83] is the sub-list for method output_type
-	47, // [47:65] is the sub-list for method input_type
-	47, // [47:47] is the sub-list for extension type_name
-	47, // [47:47] is the sub-list for extension extendee
-	0,  // [0:47] is the sub-list for field type_name
+	35, // 12: dunlin.v1.ApplyResponse.refused:type_name -> dunlin.v1.DevicePlan
+	1,  // 13: dunlin.v1.ObjectChange.action:type_name -> dunlin.v1.ObjectChange.Action
+	21, // 14: dunlin.v1.DeleteResponse.change:type_name -> dunlin.v1.ObjectChange
+	26, // 15: dunlin.v1.ListDeploymentsResponse.deployments:type_name -> dunlin.v1.Deployment
+	55, // 16: dunlin.v1.Deployment.selector:type_name -> dunlin.v1.Deployment.SelectorEntry
+	60, // 17: dunlin.v1.Deployment.updated_at:type_name -> google.protobuf.Timestamp
+	29, // 18: dunlin.v1.ListRoutesResponse.routes:type_name -> dunlin.v1.Route
+	61, // 19: dunlin.v1.Route.targets:type_name -> dunlin.v1.RouteTarget
+	60, // 20: dunlin.v1.Route.updated_at:type_name -> google.protobuf.Timestamp
+	32, // 21: dunlin.v1.ListProfilesResponse.profiles:type_name -> dunlin.v1.DeviceProfile
+	62, // 22: dunlin.v1.DeviceProfile.profile:type_name -> dunlin.v1.ModelProfile
+	35, // 23: dunlin.v1.PlanResponse.devices:type_name -> dunlin.v1.DevicePlan
+	2,  // 24: dunlin.v1.DevicePlan.verdict:type_name -> dunlin.v1.DevicePlan.Verdict
+	3,  // 25: dunlin.v1.DevicePlan.memory_source:type_name -> dunlin.v1.DevicePlan.Source
+	3,  // 26: dunlin.v1.DevicePlan.latency_source:type_name -> dunlin.v1.DevicePlan.Source
+	3,  // 27: dunlin.v1.DevicePlan.energy_source:type_name -> dunlin.v1.DevicePlan.Source
+	42, // 28: dunlin.v1.ListRolloutsResponse.rollouts:type_name -> dunlin.v1.Rollout
+	42, // 29: dunlin.v1.GetRolloutResponse.rollout:type_name -> dunlin.v1.Rollout
+	42, // 30: dunlin.v1.WatchRolloutResponse.rollout:type_name -> dunlin.v1.Rollout
+	0,  // 31: dunlin.v1.Rollout.state:type_name -> dunlin.v1.RolloutState
+	60, // 32: dunlin.v1.Rollout.started_at:type_name -> google.protobuf.Timestamp
+	60, // 33: dunlin.v1.Rollout.ended_at:type_name -> google.protobuf.Timestamp
+	43, // 34: dunlin.v1.Rollout.devices:type_name -> dunlin.v1.RolloutDevice
+	4,  // 35: dunlin.v1.RolloutDevice.phase:type_name -> dunlin.v1.RolloutDevice.Phase
+	56, // 36: dunlin.v1.ListDevicesRequest.selector:type_name -> dunlin.v1.ListDevicesRequest.SelectorEntry
+	46, // 37: dunlin.v1.ListDevicesResponse.devices:type_name -> dunlin.v1.Device
+	57, // 38: dunlin.v1.Device.labels:type_name -> dunlin.v1.Device.LabelsEntry
+	58, // 39: dunlin.v1.Device.info:type_name -> dunlin.v1.DeviceInfo
+	60, // 40: dunlin.v1.Device.last_heard_at:type_name -> google.protobuf.Timestamp
+	60, // 41: dunlin.v1.Device.joined_at:type_name -> google.protobuf.Timestamp
+	63, // 42: dunlin.v1.Device.desired:type_name -> dunlin.v1.Generation
+	64, // 43: dunlin.v1.Device.reported:type_name -> dunlin.v1.Reported
+	65, // 44: dunlin.v1.Device.telemetry:type_name -> dunlin.v1.Telemetry
+	51, // 45: dunlin.v1.ListEventsResponse.events:type_name -> dunlin.v1.DeviceEvent
+	66, // 46: dunlin.v1.DeviceEvent.event:type_name -> dunlin.v1.Event
+	60, // 47: dunlin.v1.DeviceEvent.received_at:type_name -> google.protobuf.Timestamp
+	5,  // 48: dunlin.v1.AuthService.WhoAmI:input_type -> dunlin.v1.WhoAmIRequest
+	7,  // 49: dunlin.v1.EnrollmentService.Join:input_type -> dunlin.v1.JoinRequest
+	9,  // 50: dunlin.v1.EnrollmentService.CreateJoinToken:input_type -> dunlin.v1.CreateJoinTokenRequest
+	11, // 51: dunlin.v1.EnrollmentService.ListJoinTokens:input_type -> dunlin.v1.ListJoinTokensRequest
+	14, // 52: dunlin.v1.ModelService.CreateVersion:input_type -> dunlin.v1.CreateVersionRequest
+	16, // 53: dunlin.v1.ModelService.ListModels:input_type -> dunlin.v1.ListModelsRequest
+	19, // 54: dunlin.v1.ObjectService.Apply:input_type -> dunlin.v1.ApplyRequest
+	22, // 55: dunlin.v1.ObjectService.Delete:input_type -> dunlin.v1.DeleteRequest
+	24, // 56: dunlin.v1.ObjectService.ListDeployments:input_type -> dunlin.v1.ListDeploymentsRequest
+	27, // 57: dunlin.v1.ObjectService.ListRoutes:input_type -> dunlin.v1.ListRoutesRequest
+	30, // 58: dunlin.v1.ProfileService.ListProfiles:input_type -> dunlin.v1.ListProfilesRequest
+	33, // 59: dunlin.v1.ProfileService.Plan:input_type -> dunlin.v1.PlanRequest
+	36, // 60: dunlin.v1.RolloutService.ListRollouts:input_type -> dunlin.v1.ListRolloutsRequest
+	38, // 61: dunlin.v1.RolloutService.GetRollout:input_type -> dunlin.v1.GetRolloutRequest
+	40, // 62: dunlin.v1.RolloutService.WatchRollout:input_type -> dunlin.v1.WatchRolloutRequest
+	44, // 63: dunlin.v1.DeviceService.ListDevices:input_type -> dunlin.v1.ListDevicesRequest
+	47, // 64: dunlin.v1.DeviceService.RemoveDevice:input_type -> dunlin.v1.RemoveDeviceRequest
+	49, // 65: dunlin.v1.DeviceService.ListEvents:input_type -> dunlin.v1.ListEventsRequest
+	6,  // 66: dunlin.v1.AuthService.WhoAmI:output_type -> dunlin.v1.WhoAmIResponse
+	8,  // 67: dunlin.v1.EnrollmentService.Join:output_type -> dunlin.v1.JoinResponse
+	10, // 68: dunlin.v1.EnrollmentService.CreateJoinToken:output_type -> dunlin.v1.CreateJoinTokenResponse
+	12, // 69: dunlin.v1.EnrollmentService.ListJoinTokens:output_type -> dunlin.v1.ListJoinTokensResponse
+	15, // 70: dunlin.v1.ModelService.CreateVersion:output_type -> dunlin.v1.CreateVersionResponse
+	17, // 71: dunlin.v1.ModelService.ListModels:output_type -> dunlin.v1.ListModelsResponse
+	20, // 72: dunlin.v1.ObjectService.Apply:output_type -> dunlin.v1.ApplyResponse
+	23, // 73: dunlin.v1.ObjectService.Delete:output_type -> dunlin.v1.DeleteResponse
+	25, // 74: dunlin.v1.ObjectService.ListDeployments:output_type -> dunlin.v1.ListDeploymentsResponse
+	28, // 75: dunlin.v1.ObjectService.ListRoutes:output_type -> dunlin.v1.ListRoutesResponse
+	31, // 76: dunlin.v1.ProfileService.ListProfiles:output_type -> dunlin.v1.ListProfilesResponse
+	34, // 77: dunlin.v1.ProfileService.Plan:output_type -> dunlin.v1.PlanResponse
+	37, // 78: dunlin.v1.RolloutService.ListRollouts:output_type -> dunlin.v1.ListRolloutsResponse
+	39, // 79: dunlin.v1.RolloutService.GetRollout:output_type -> dunlin.v1.GetRolloutResponse
+	41, // 80: dunlin.v1.RolloutService.WatchRollout:output_type -> dunlin.v1.WatchRolloutResponse
+	45, // 81: dunlin.v1.DeviceService.ListDevices:output_type -> dunlin.v1.ListDevicesResponse
+	48, // 82: dunlin.v1.DeviceService.RemoveDevice:output_type -> dunlin.v1.RemoveDeviceResponse
+	50, // 83: dunlin.v1.DeviceService.ListEvents:output_type -> dunlin.v1.ListEventsResponse
+	66, // [66:84] is the sub-list for method output_type
+	48, // [48:66] is the sub-list for method input_type
+	48, // [48:48] is the sub-list for extension type_name
+	48, // [48:48] is the sub-list for extension extendee
+	0,  // [0:48] is the sub-list for field type_name
 }
 
 func init() { file_dunlin_v1_api_proto_init() }
