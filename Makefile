@@ -19,6 +19,10 @@ build: ## Build the three programs into bin/
 	CGO_ENABLED=0 $(GOBUILD) -o bin/ ./cmd/dunlin ./cmd/dunlin-controller
 	CGO_ENABLED=1 $(GOBUILD) -o bin/ ./cmd/dunlin-agent
 
+.PHONY: cross
+cross: ## Build the agent for linux/arm64, glibc 2.31 or newer, into bin/linux-arm64/
+	@sh internal/cross/build.sh
+
 runtime: ## Fetch the ONNX Runtime library into .cache/ and print its path
 	@sh agent/ort/fetch-runtime.sh
 

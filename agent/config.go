@@ -10,6 +10,7 @@ import (
 	"log/slog"
 	"maps"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"regexp"
 	"runtime"
@@ -36,6 +37,7 @@ type Serving struct {
 	Oversize     string `yaml:"oversize"`      // what becomes of a model that is larger: refuse or map
 	CacheMiB     int    `yaml:"cache-mib"`     // bound of the models compiled for this device, on disk
 	RuntimeLib   string `yaml:"runtime-lib"`   // path of ONNX Runtime's shared library
+	WorkerBy     string `yaml:"worker-by"`     // command that starts the worker process, words apart; "": the program itself does
 
 	FirmwareProfiles string `yaml:"firmware-profiles"` // folder of the site's own; "": none
 	FirmwareProfile  string `yaml:"firmware-profile"`  // name of the one to go by; "": the one that matches
@@ -75,6 +77,7 @@ func (s *Serving) settings() []program.Setting {
 		{Name: "oversize", Usage: "`what` becomes of a model that is larger than that: refuse, or map: its weights stay in their file and are read as they are needed", Value: &s.Oversize},
 		{Name: "cache-mib", Usage: "`MiB` of disk for models compiled for this device", Value: &s.CacheMiB},
 		{Name: "runtime-lib", Usage: "`path` of ONNX Runtime's shared library; also DUNLIN_ORT_LIB", Value: &s.RuntimeLib, Environment: "DUNLIN_ORT_LIB"},
+		{Name: "worker-by", Usage: "`command` that this program is started by as a process that holds the runtime, such as \"numactl -N 0\"", Value: &s.WorkerBy},
 		{Name: "firmware-profiles", Usage: "`folder` of firmware profiles beside the built-in ones", Value: &s.FirmwareProfiles},
 		{Name: "firmware-profile", Usage: "`name` of the firmware profile to go by; without one, the most specific that matches", Value: &s.FirmwareProfile},
 		{Name: "log-level", Usage: "`level` of the log: debug, info, warn or error", Value: &s.LogLevel},
@@ -121,7 +124,9 @@ func (s *Serving) check(add func(name string, err error)) {
 	if len(s.Worker) == 0 {
 		self, err := os.Executable()
 		add("worker", err)
-		s.Worker = []string{self, "worker"}
+		s.Worker = append(strings.Fields(s.WorkerBy), self, "worker")
+		s.Worker[0], err = exec.LookPath(s.Worker[0]) // the process has no PATH
+		add("worker-by", err)
 	}
 }
 

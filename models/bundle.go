@@ -51,6 +51,9 @@ type PackOptions struct {
 	// Serving says how requests for the model are scheduled; nil leaves that
 	// to the device.
 	Serving *serving.Options
+	// Reference is the path of a file with inputs and the outputs that they
+	// have, as ParseReference reads it; empty: none.
+	Reference string
 }
 
 // Pack inspects the ONNX file at onnxPath and makes a bundle of it and its
@@ -66,7 +69,21 @@ func Pack(ctx context.Context, onnxPath string, opts PackOptions) (*Bundle, erro
 		return nil, err
 	}
 	b.Files = append(b.Files, BundleFile{File{Path: entryName}, onnxPath})
+	if opts.Reference != "" {
+		r, err := readReference(opts.Reference)
+		if err == nil {
+			err = r.Fits(g.Inputs, g.Outputs)
+		}
+		if err != nil {
+			return nil, fmt.Errorf("reference %s: %w", opts.Reference, err)
+		}
+		b.Config.Reference = ReferenceFile
+		b.Files = append(b.Files, BundleFile{File{Path: ReferenceFile}, opts.Reference})
+	}
 	for _, location := range g.External {
+		if location == ReferenceFile {
+			return nil, invalid("external data location %q: this name is the reference's in a bundle", location)
+		}
 		if location == entryName || strings.HasPrefix(location, entryName+"/") {
 			return nil, invalid("external data location %q: this name is the ONNX file's in a bundle", location)
 		}

@@ -35,6 +35,9 @@ type Config struct {
 	// Serving says how requests for the model are scheduled; nil leaves that
 	// to the device.
 	Serving *serving.Options `json:"serving,omitempty"`
+	// Reference is the path of the file with inputs and the outputs that they
+	// have: ReferenceFile; empty where there is none.
+	Reference string `json:"reference,omitempty"`
 	// Costs is what the graph's shapes tell of its runs; nil where nobody has
 	// looked at them. Pack does not write them into the bundle, whose digest
 	// would then change when the way of counting gets better: who needs them
@@ -151,6 +154,9 @@ func (c *Config) check() error {
 		if err := checkCosts(c.Costs); err != nil {
 			return err
 		}
+	}
+	if c.Reference != "" && c.Reference != ReferenceFile {
+		return invalid("reference is %q, allowed is %q", shorten(c.Reference), ReferenceFile)
 	}
 	for _, l := range c.Labels {
 		if err := checkString("label", l); err != nil {

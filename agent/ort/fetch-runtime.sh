@@ -3,24 +3,28 @@
 # DUNLIN_ORT_LIB names a library of your own instead. Otherwise the pinned
 # version lies in .cache/onnxruntime, from the first way that works: npm, pip,
 # or the release archive. What arrives is checked by SHA-256 before it is used.
+# With "arm64" it fetches that of linux/arm64, for tests of programs that were
+# built for it elsewhere.
 # shellcheck disable=SC2317 # the from_ functions are called by name
 set -eu
 
 version=1.30.0
 root=$(cd "$(dirname "$0")/../.." && pwd)
-cache=$root/.cache/onnxruntime
+cache=$root/.cache/onnxruntime${1:+/$1}
 lib=$cache/libonnxruntime.so.$version
 
 say() { echo "runtime: $*" >&2; }
 die() { say "$*"; exit 1; }
 
-if [ -n "${DUNLIN_ORT_LIB:-}" ]; then
+if [ -z "${1:-}" ] && [ -n "${DUNLIN_ORT_LIB:-}" ]; then
 	[ -f "$DUNLIN_ORT_LIB" ] || die "DUNLIN_ORT_LIB=$DUNLIN_ORT_LIB is not a file"
 	echo "$(cd "$(dirname "$DUNLIN_ORT_LIB")" && pwd)/$(basename "$DUNLIN_ORT_LIB")"
 	exit
 fi
 
-case $(uname -sm) in
+machine=$(uname -sm)
+[ -z "${1:-}" ] || machine="Linux $1"
+case $machine in
 "Linux x86_64")
 	npm_arch=x64 pip_arch=x86_64 release_arch=x64
 	npm_sha=ffb75a925ba05e47b235bb66e3e3911714a80b328a9c9425539feb204aa32a23
@@ -34,7 +38,7 @@ case $(uname -sm) in
 	release_sha=e16a27a8ed330bbc698df7330b0cf56e722f354e3bcc92118682c74ef3c3e3da
 	;;
 *)
-	die "no pinned library for $(uname -sm): set DUNLIN_ORT_LIB to ONNX Runtime $version"
+	die "no pinned library for $machine: set DUNLIN_ORT_LIB to ONNX Runtime $version"
 	;;
 esac
 

@@ -149,7 +149,7 @@ func compileModel(ctx context.Context, m *message) (*message, error) {
 // a session of it.
 func profile(ctx context.Context, file string) (f findings, s *ort.Session, err error) {
 	start := ownBytes()
-	plain, err := ort.OpenCompiled(ctx, file, false)
+	plain, err := ort.OpenCompiled(ctx, file, ort.Setting{})
 	if err != nil {
 		return f, nil, err
 	}
@@ -160,7 +160,7 @@ func profile(ctx context.Context, file string) (f findings, s *ort.Session, err 
 	}()
 	f.Need = engine.Need{Weights: plain.Mapped(), Session: max(ownBytes()-start, 0), Measured: true}
 	before := ownBytes()
-	packed, err := ort.OpenCompiled(ctx, file, true)
+	packed, err := ort.OpenCompiled(ctx, file, ort.Setting{Prepack: true})
 	if err != nil {
 		return f, nil, err
 	}
@@ -229,23 +229,9 @@ func (f *findings) run(ctx context.Context, plain, packed *ort.Session, prepacke
 	// What a run takes: it is kept for the next one until it is trimmed. Runs
 	// of other shapes take more the first time.
 	perRow := func(rows int64) error {
-		in, err := madeUp(plain.Inputs(), rows, integer)
-		if err != nil {
-			return err
-		}
-		without := ownBytes()
-		for range 2 {
-			if _, err := timed(ctx, plain, in); err != nil {
-				return err
-			}
-		}
-		took, err := statusBytes("RssAnon:")
-		if err != nil {
-			return err
-		}
-		f.Need.Workspace = max(f.Need.Workspace, (took-without+rows-1)/rows)
-		runtime.KeepAlive(in)
-		return nil
+		took, err := workspace(ctx, plain, rows, integer)
+		f.Need.Workspace = max(f.Need.Workspace, (took+rows-1)/rows)
+		return err
 	}
 	if err := perRow(1); err != nil {
 		return err
@@ -254,6 +240,24 @@ func (f *findings) run(ctx context.Context, plain, packed *ort.Session, prepacke
 		_ = perRow(measureRows) // one row is known
 	}
 	return nil
+}
+
+// workspace gives the bytes that this process has taken after two runs of so
+// many rows, made up with an integer, for which it had nothing before.
+func workspace(ctx context.Context, s *ort.Session, rows int64, integer byte) (int64, error) {
+	in, err := madeUp(s.Inputs(), rows, integer)
+	if err != nil {
+		return 0, err
+	}
+	without := ownBytes()
+	for range 2 {
+		if _, err := timed(ctx, s, in); err != nil {
+			return 0, err
+		}
+	}
+	took, err := statusBytes("RssAnon:")
+	runtime.KeepAlive(in)
+	return took - without, err
 }
 
 // ownBytes gives the memory that is this process's own, without what is free

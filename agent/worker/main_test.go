@@ -25,7 +25,7 @@ import (
 // TestMain runs the tests, or is the child of one: os.Args[2] then says how
 // it misbehaves.
 func TestMain(m *testing.M) {
-	if len(os.Args) < 2 || !slices.Contains([]string{"worker", "parent", "echo"}, os.Args[1]) {
+	if len(os.Args) < 2 || !slices.Contains([]string{"worker", "parent", "echo", "measure"}, os.Args[1]) {
 		goleak.VerifyTestMain(m)
 		return
 	}
@@ -38,6 +38,8 @@ func TestMain(m *testing.M) {
 		parent()
 	case os.Args[1] == "echo":
 		echoes()
+	case os.Args[1] == "measure":
+		measureNet(os.Args[2:])
 	case mode == "escape":
 		os.Exit(escapeChild(arg))
 	case mode == "garbage":
@@ -165,7 +167,7 @@ func load(t testing.TB, w *Worker, entry string) (engine.VersionID, engine.Info)
 	if err != nil {
 		t.Fatal(err)
 	}
-	if _, err := w.Activate(t.Context(), s.ID); err != nil {
+	if _, err := w.Activate(t.Context(), s.ID, engine.Setting{}); err != nil {
 		t.Fatal(err)
 	}
 	return s.ID, info

@@ -36,6 +36,8 @@ type sandbox struct {
 	// taken away, as far as ABI says.
 	Entered bool
 	ABI     int
+	// Command is what started the process; its first word is a path.
+	Command []string
 }
 
 // sandboxVariable holds the sandbox in JSON.
@@ -113,7 +115,7 @@ func (s *sandbox) environment() []string {
 // version and writes into the folder write; either may be none.
 func (c *Config) confined(v engine.Spec, write string) *sandbox {
 	s := &sandbox{
-		Confined: true, FileSize: 1 << 20,
+		Confined: true, FileSize: 1 << 20, Command: c.Command,
 		CPU: CheckLimit * time.Duration(max(c.Threads, 1)),
 		Read: []string{
 			filepath.Dir(c.RuntimeLib), "/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/local/lib", "/usr/local/cuda", "/opt", "/nix/store", "/gnu/store",
@@ -191,7 +193,11 @@ func (s *sandbox) restart() error {
 	}
 	others := slices.DeleteFunc(os.Environ(), func(v string) bool { return strings.HasPrefix(v, sandboxVariable+"=") })
 	env := append(others, s.environment()...)
-	return fmt.Errorf("enter sandbox: start again: %w", unix.Exec("/proc/self/exe", os.Args, env))
+	program, args := "/proc/self/exe", os.Args
+	if s.ABI == 0 { // any file can be executed, and what runs this one may be an emulator
+		program, args = s.Command[0], s.Command
+	}
+	return fmt.Errorf("enter sandbox: start again: %w", unix.Exec(program, args, env))
 }
 
 // Rights of Landlock's interface by its versions.

@@ -18,6 +18,7 @@ import (
 	"github.com/dunlin/dunlin/controller"
 	"github.com/dunlin/dunlin/controller/broker"
 	"github.com/dunlin/dunlin/controller/fleet"
+	profiles "github.com/dunlin/dunlin/firmware-profiles"
 )
 
 // document is a page for users.
@@ -194,7 +195,7 @@ func (c commands) flag(name string) bool {
 	return found || strings.Contains(help.String(), "  "+name+" ")
 }
 
-// TestDocsYAML: documents are valid, and configurations are taken.
+// TestDocsYAML: documents and profiles are valid, and configurations are taken.
 func TestDocsYAML(t *testing.T) {
 	none := func(string) string { return "" }
 	kinds := map[string]int{}
@@ -214,6 +215,10 @@ func TestDocsYAML(t *testing.T) {
 				_, err = agent.ParseConfig([]string{"--config", file}, none, io.Discard)
 			case "# dunlin-controller --config":
 				_, err = controller.LoadConfig([]string{"--config", file}, none, io.Discard)
+			case "# firmware profile packing-line":
+				if err = os.Rename(file, filepath.Join(filepath.Dir(file), "packing-line.yaml")); err == nil {
+					_, err = profiles.Load(filepath.Dir(file))
+				}
 			default:
 				first = "document"
 				_, err = fleet.Parse(b.text)
@@ -224,7 +229,7 @@ func TestDocsYAML(t *testing.T) {
 			}
 		}
 	}
-	if len(kinds) != 3 || kinds["document"] < 2 {
+	if len(kinds) != 4 || kinds["document"] < 2 {
 		t.Errorf("found only %v", kinds)
 	}
 }

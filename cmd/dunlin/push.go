@@ -28,7 +28,7 @@ const registerTimeout = 30 * time.Minute
 const maxLabelsFile = 4 << 20
 
 func (c *cli) pushCommand() *cobra.Command {
-	var labels, config string
+	var labels, config, reference string
 	cmd := &cobra.Command{
 		Use:   "push FILE NAME[:VERSION]",
 		Short: "Push an ONNX model and make it a version",
@@ -36,15 +36,22 @@ func (c *cli) pushCommand() *cobra.Command {
 registry lacks, and makes it a version of the model: VERSION, or the next one.
 Versions are immutable; the same bytes again change nothing.
 
+With --reference, the version has inputs and the outputs that they have, in the
+form of an inference request and its answer, with what they may differ by:
+
+  {"inputs": [{"name": "x", "datatype": "FP32", "shape": [1, 2], "data": [0.5, 1]}],
+   "outputs": [...], "tolerance": {"relative": 0.001, "absolute": 0.00001}}
+
 It prints "NAME:VERSION DIGEST".`,
 		Example: "  dunlin push digits.onnx digits\n  dunlin push resnet50.onnx resnet50:3 --labels imagenet.txt --config config.pbtxt",
 		Args:    arguments(2, 2),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			return c.push(cmd.Context(), args[0], args[1], labels, config)
+			return c.push(cmd.Context(), args[0], args[1], labels, config, reference)
 		},
 	}
 	cmd.Flags().StringVar(&labels, "labels", "", "file with the names of the model's classes, one a line")
 	cmd.Flags().StringVar(&config, "config", "", "Triton model configuration (config.pbtxt) that says how requests are scheduled")
+	cmd.Flags().StringVar(&reference, "reference", "", "JSON file with inputs and the outputs that they have, by which devices see that they compute the same")
 	return cmd
 }
 
@@ -56,7 +63,7 @@ type blob struct {
 	open   func() (io.ReaderAt, io.Closer, error)
 }
 
-func (c *cli) push(ctx context.Context, file, ref, labelsFile, configFile string) error {
+func (c *cli) push(ctx context.Context, file, ref, labelsFile, configFile, referenceFile string) error {
 	name, version, err := models.ParseRef(ref)
 	if err != nil {
 		return usagef("%v", err)
@@ -81,7 +88,7 @@ func (c *cli) push(ctx context.Context, file, ref, labelsFile, configFile string
 	if err != nil {
 		return fmt.Errorf("the controller's registry: %w", err)
 	}
-	bundle, err := models.Pack(ctx, file, models.PackOptions{Labels: labels, Serving: options})
+	bundle, err := models.Pack(ctx, file, models.PackOptions{Labels: labels, Serving: options, Reference: referenceFile})
 	if err != nil {
 		return fmt.Errorf("pack %s: %w", file, err)
 	}

@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"log/slog"
 	"mime"
 	"os"
@@ -321,6 +322,18 @@ func (r *Registry) checkBundle(ctx context.Context, repo distribution.Repository
 	config.WeightBytes = g.WeightBytes
 	if config.Costs, err = models.EstimateCosts(entry); err != nil {
 		return nil, err
+	}
+	if config.Reference != "" {
+		ref, err := models.ReadReference(dir)
+		if errors.Is(err, fs.ErrNotExist) {
+			return nil, fmt.Errorf("%w: config: reference %q is not a file of the bundle", ErrInvalid, config.Reference)
+		}
+		if err == nil {
+			err = ref.Fits(config.Inputs, config.Outputs)
+		}
+		if err != nil {
+			return nil, invalid(err)
+		}
 	}
 	return &checked{manifest: m, config: config, weightTypes: g.WeightTypes}, nil
 }

@@ -2,6 +2,7 @@ package registry
 
 import (
 	"bytes"
+	"crypto/sha256"
 	"encoding/json"
 	"errors"
 	"log/slog"
@@ -152,13 +153,15 @@ func TestBundleThatLies(t *testing.T) {
 		index  func(*dunlinv1.ChunkIndex)
 		want   string
 	}{
-		"chunk":   {index: func(i *dunlinv1.ChunkIndex) { i.Files[0].Chunks[0].Sha256[0] ^= 1 }, want: "chunk 0 of model.onnx"},
-		"length":  {index: func(i *dunlinv1.ChunkIndex) { i.Files[0].Chunks[0].Length-- }, want: "chunk"},
-		"file":    {index: func(i *dunlinv1.ChunkIndex) { i.Files[0].Sha256[0] ^= 1 }, want: "model.onnx"},
-		"input":   {config: func(c *models.Config) { c.Inputs[0].Name = "other" }, want: "the config says"},
-		"opset":   {config: func(c *models.Config) { c.Opset++ }, want: "the config says"},
-		"entry":   {config: func(c *models.Config) { c.Entry = "other.onnx" }, want: "entry"},
-		"escapes": {config: func(c *models.Config) { c.Entry = "../../upload-secret" }, want: "entry"},
+		"chunk":                       {index: func(i *dunlinv1.ChunkIndex) { i.Files[0].Chunks[0].Sha256[0] ^= 1 }, want: "chunk 0 of model.onnx"},
+		"length":                      {index: func(i *dunlinv1.ChunkIndex) { i.Files[0].Chunks[0].Length-- }, want: "chunk"},
+		"file":                        {index: func(i *dunlinv1.ChunkIndex) { i.Files[0].Sha256[0] ^= 1 }, want: "model.onnx"},
+		"input":                       {config: func(c *models.Config) { c.Inputs[0].Name = "other" }, want: "the config says"},
+		"opset":                       {config: func(c *models.Config) { c.Opset++ }, want: "the config says"},
+		"reference that is not there": {config: func(c *models.Config) { c.Reference = models.ReferenceFile }, want: "is not a file of the bundle"},
+		"reference of another name":   {config: func(c *models.Config) { c.Reference = "model.onnx" }, want: "reference is"},
+		"entry":                       {config: func(c *models.Config) { c.Entry = "other.onnx" }, want: "entry"},
+		"escapes":                     {config: func(c *models.Config) { c.Entry = "../../upload-secret" }, want: "entry"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			f := start(t)
@@ -325,4 +328,57 @@ func FuzzPutManifest(f *testing.F) {
 			t.Errorf("%d %s, %d versions", w.Code, w.Body, v.count())
 		}
 	})
+}
+
+// A reference is checked again here: whoever pushed may have made it by hand.
+func TestIngestReference(t *testing.T) {
+	image := strings.TrimSuffix(strings.Repeat("0,", 64), ",")
+	good := `{"inputs": [{"name": "image", "datatype": "FP32", "shape": [1, 1, 8, 8], "data": [` + image + `]}],
+		"outputs": [{"name": "label", "datatype": "INT64", "shape": [1], "data": [0]}]}`
+	path := filepath.Join(t.TempDir(), "reference.json")
+	if err := os.WriteFile(path, []byte(good), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	b, err := models.Pack(t.Context(), digits("v1.onnx"), models.PackOptions{Reference: path})
+	if err != nil {
+		t.Fatal(err)
+	}
+	f := start(t)
+	f.putBlob("digits", b.ConfigBytes)
+	f.putBlob("digits", b.IndexBytes)
+	for _, file := range b.Files {
+		f.putBlob("digits", read1(t, file.Source))
+	}
+	if _, _, err := f.registry.Ingest(t.Context(), "digits", f.putManifest("digits", b.ManifestBytes), 0, "ada"); err != nil {
+		t.Fatal(err)
+	}
+	// The same with another output: a file of the same size, of one chunk.
+	bad := []byte(strings.Replace(good, "label", "lable", 1))
+	sum := sha256.Sum256(bad)
+	var index dunlinv1.ChunkIndex
+	var m ocispec.Manifest
+	if err := errors.Join(proto.Unmarshal(b.IndexBytes, &index), json.Unmarshal(b.ManifestBytes, &m)); err != nil {
+		t.Fatal(err)
+	}
+	for _, file := range index.Files {
+		if file.Path == models.ReferenceFile {
+			file.Sha256, file.Chunks[0].Sha256 = sum[:], sum[:]
+		}
+	}
+	raw, err := proto.Marshal(&index)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for i := range m.Layers {
+		switch l := &m.Layers[i]; {
+		case l.Annotations[ocispec.AnnotationTitle] == models.ReferenceFile:
+			l.Digest = f.putBlob("digits", bad).Digest
+		case l.MediaType == models.MediaTypeChunkIndex:
+			n := f.putBlob("digits", raw)
+			l.Digest, l.Size = n.Digest, n.Size
+		}
+	}
+	if _, _, err := f.registry.Ingest(t.Context(), "digits", f.putManifest("digits", f.encode(m)), 0, "ada"); !errors.Is(err, ErrInvalid) || !strings.Contains(err.Error(), `the model has no output "lable"`) {
+		t.Errorf("a reference that does not fit: %v", err)
+	}
 }

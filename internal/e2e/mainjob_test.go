@@ -19,20 +19,6 @@ import (
 func TestMainJob(t *testing.T) {
 	onEachBroker(t, func(t *testing.T, f *Fleet) {
 		a := startAgent(t, f, "device-1", "--label", "site=here")
-		accuracy := func() float64 {
-			images, labels := digits.HeldOut()
-			answer, err := Classify(within(t), a.URL, "digits-route", images)
-			if err != nil {
-				t.Fatal(err)
-			}
-			right := 0
-			for i, l := range labels {
-				if int(answer.Labels[i]) == l {
-					right++
-				}
-			}
-			return float64(right) / float64(len(labels))
-		}
 		var got [3]float64
 		for v := 1; v <= 2; v++ {
 			out := cli(t, f, "push", digitsFile(fmt.Sprintf("v%d", v)), "digits")
@@ -44,7 +30,7 @@ func TestMainJob(t *testing.T) {
 			if problem := serves(t, a, v); problem != "" {
 				t.Fatal(problem)
 			}
-			got[v] = accuracy()
+			got[v] = accuracy(t, a.URL)
 		}
 		if got[1] < 0.9 || got[2] < got[1]+0.03 {
 			t.Errorf("accuracy %.3f, then %.3f; the model card says 0.922 and 0.982", got[1], got[2])
@@ -57,6 +43,24 @@ func TestMainJob(t *testing.T) {
 			t.Errorf("devices %+v", d)
 		}
 	})
+}
+
+// accuracy gives the share of the held-out digits that a device's digits-route
+// reads rightly.
+func accuracy(t *testing.T, url string) float64 {
+	t.Helper()
+	images, labels := digits.HeldOut()
+	answer, err := Classify(within(t), url, "digits-route", images)
+	if err != nil {
+		t.Fatal(err)
+	}
+	right := 0
+	for i, l := range labels {
+		if int(answer.Labels[i]) == l {
+			right++
+		}
+	}
+	return float64(right) / float64(len(labels))
 }
 
 // oneImage writes one held-out image as a .npy file of FP32.

@@ -1,6 +1,7 @@
 #!/bin/sh
 # Sets up what the tests need beyond Go: a C compiler, the MQTT broker
-# Mosquitto, Python, and clients for it. Installs missing Debian packages when
+# Mosquitto, Python, and clients for it; on other machines than arm64, QEMU's
+# emulation of a program of it, and the libraries that such a program needs. Installs missing Debian packages when
 # it may, else lists what to do.
 set -eu
 
@@ -10,6 +11,9 @@ missing() {
 	command -v "$(go env CC)" >/dev/null || echo gcc libc6-dev
 	command -v mosquitto >/dev/null || [ -x /usr/sbin/mosquitto ] || echo mosquitto
 	command -v python3 >/dev/null || echo python3 python3-venv
+	case $(uname -m) in aarch64 | arm64) return ;; esac
+	command -v qemu-aarch64 >/dev/null || echo qemu-user
+	[ -f /usr/aarch64-linux-gnu/lib/libstdc++.so.6 ] || echo libc6-arm64-cross libstdc++6-arm64-cross libgcc-s1-arm64-cross
 }
 
 command -v go >/dev/null || { echo "setup: Go is missing: https://go.dev/dl" >&2; exit 1; }

@@ -23,6 +23,7 @@ type step struct {
 	alias   bool
 	act     bool // an activation has been taken in
 	sum     bool // an addition has
+	at      int  // its place among the steps
 	index   int  // the runtime works in this order where it may choose
 	gone    bool
 }
@@ -138,7 +139,8 @@ func (p *program) index() {
 	p.steps = slices.DeleteFunc(p.steps, func(s *step) bool { return s.gone })
 	clear(p.by)
 	clear(p.uses)
-	for _, s := range p.steps {
+	for i, s := range p.steps {
+		s.at = i
 		for _, v := range s.out {
 			p.by[v] = s
 		}
@@ -220,7 +222,7 @@ func (p *program) replace(op string, in []string, all ...*step) *step {
 	for _, v := range in {
 		p.uses[v] = append(p.uses[v], &one)
 	}
-	p.steps[slices.Index(p.steps, last)] = &one
+	p.steps[one.at] = &one
 	return &one
 }
 
@@ -495,7 +497,7 @@ func (p *program) block() {
 	var all []*step
 	for i, s := range p.steps {
 		out := s.out
-		can := len(out) == 1 && p.four(out[0]) && !p.final[out[0]]
+		can := len(out) == 1 && p.four(out[0])
 		isConv := s.op == "Conv" && len(out) == 1 && p.four(out[0]) && p.blockable(s)
 		switch {
 		case isConv:
