@@ -175,9 +175,13 @@ func (f *Fitter) Need(d Device, v Version) Need {
 		ok = ok && d.Class != ""
 	}
 	n.Rows = max(cmp.Or(b.MaxBatch, m.Batch), 1)
+	costs := models.Costs{}
+	if b.Costs != nil {
+		costs = *b.Costs
+	}
+	guess := estimate.Memory(b.WeightBytes, costs, n.Rows)
 	if ok {
-		n.MeasuredOn, n.Memory = m.Device, from
-		n.Weights, n.Session, n.Workspace = m.Weights, m.Session, sum(m.Fixed, times(m.Row, uint64(n.Rows)))
+		n.MeasuredOn = m.Device
 		if m.Latency > 0 {
 			n.Latency, n.LatencyFrom = m.Latency, from
 		}
@@ -185,16 +189,18 @@ func (f *Fitter) Need(d Device, v Version) Need {
 			n.Joules, n.JoulesFrom = m.Joules, from
 		}
 	}
+	if n.Weights, n.Session = m.Weights, m.Session; n.Held() > 0 {
+		n.Memory = from
+		// Of a version that could not be run, only what it holds was measured.
+		if n.Workspace = sum(m.Fixed, times(m.Row, uint64(n.Rows))); n.Workspace == 0 {
+			n.Workspace = uint64(guess.Workspace)
+		}
+	}
 	if v.Bundle == nil {
 		return n
 	}
-	costs := models.Costs{}
-	if b.Costs != nil {
-		costs = *b.Costs
-	}
-	if !ok {
-		e := estimate.Memory(b.WeightBytes, costs, n.Rows)
-		n.Weights, n.Session, n.Workspace = uint64(e.Weights), uint64(e.Session), uint64(e.Workspace)
+	if n.Memory == SourceUnknown {
+		n.Weights, n.Session, n.Workspace = uint64(guess.Weights), uint64(guess.Session), uint64(guess.Workspace)
 		n.Memory, n.Partly = Estimated, b.Costs == nil || len(costs.Unknown) > 0
 	}
 	l := d.Limits
@@ -260,7 +266,9 @@ func (f *Fitter) alone(d Device, fit *Fit) {
 	case fit.Budget == 0:
 		fit.Reason = "the device has no budget of memory"
 	case sum(need, n.Workspace) <= fit.Budget:
-		fit.Verdict = Fits
+		if fit.Verdict = Fits; n.Partly {
+			fit.Reason = "it may need more: the graph does not tell all shapes"
+		}
 		if need < n.Held() {
 			fit.Verdict, fit.Reason = FitsWithSwapping, fmt.Sprintf("its weights of %s stay in their file", size(n.Weights))
 		}

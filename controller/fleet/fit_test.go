@@ -11,6 +11,7 @@ import (
 	"google.golang.org/protobuf/proto"
 	"pgregory.net/rapid"
 
+	"github.com/dunlin/dunlin/internal/estimate"
 	"github.com/dunlin/dunlin/models"
 	"github.com/dunlin/dunlin/models/serving"
 	"github.com/dunlin/dunlin/models/tensor"
@@ -39,6 +40,10 @@ func TestFit(t *testing.T) {
 			Weights: weights * mib, Session: 1 * mib, Fixed: 1 * mib, Row: 2 * mib, Batch: 4, Latency: 5 * time.Millisecond, Joules: 0.25,
 		}
 	}
+	// What the estimate adds for a session, in as many versions.
+	with := func(n, sessions uint64) string {
+		return size(n*mib + sessions*uint64(estimate.Memory(0, models.Costs{}, 1).Session))
+	}
 	free := func(n uint64) *uint64 { n *= mib; return &n }
 	tests := []struct {
 		name     string
@@ -53,7 +58,7 @@ func TestFit(t *testing.T) {
 	}{
 		{name: "it fits", device: limited(200), want: Fits, memory: Estimated},
 		{name: "its weights alone are too much", device: limited(90), want: DoesNotFit, memory: Estimated,
-			reason: []string{"needs 110.2 MiB of memory", "weights 100.0 MiB", "a run of 1 row 10.0 MiB", "the budget is 90.0 MiB"}},
+			reason: []string{"needs " + with(110, 1) + " of memory", "weights 100.0 MiB", "a run of 1 row 10.0 MiB", "the budget is 90.0 MiB"}},
 		{name: "its run is too much", device: limited(105), want: DoesNotFit, memory: Estimated},
 		{name: "its largest run is too much", device: limited(200), edit: func(_ *Device, v *Version) { v.Bundle.MaxBatch = 16 }, want: DoesNotFit,
 			memory: Estimated, reason: []string{"a run of 16 rows 160.0 MiB"}},
@@ -72,7 +77,7 @@ func TestFit(t *testing.T) {
 			memory: Estimated, reason: []string{"weights of 100.0 MiB stay in their file"}},
 		{name: "but the run may not", device: limited(9), edit: func(d *Device, _ *Version) { d.Limits.Oversize = true }, want: DoesNotFit, memory: Estimated},
 		{name: "together they are too much", device: limited(200), others: []Version{net("a", 60, 1), net("b", 60, 20)}, want: FitsWithSwapping, memory: Estimated,
-			reason: []string{"together with a:1, b:1 it needs 240.8 MiB, 40.8 MiB more than the budget"}},
+			reason: []string{"together with a:1, b:1 it needs " + with(240, 3) + ", " + with(40, 3) + " more than the budget"}},
 		{name: "what does not fit is not there", device: limited(200), others: []Version{net("a", 900, 1)}, want: Fits, memory: Estimated},
 		{name: "an opset that is too new", device: limited(200), edit: func(d *Device, _ *Version) { d.Limits.MaxOpset = 16 }, want: DoesNotFit, memory: Estimated,
 			reason: []string{"its opset is 17, the device takes 16 at most"}},
@@ -84,6 +89,12 @@ func TestFit(t *testing.T) {
 			reason: []string{"its bundle does not say"}},
 		{name: "an old bundle that was measured", device: limited(200), edit: func(_ *Device, v *Version) { v.Bundle = nil }, want: Fits, memory: MeasuredHere, peak: 110,
 			measured: []Measurement{measurement("d", 100, 1)}},
+		{name: "measured but never run", device: limited(200), edit: func(_ *Device, v *Version) { v.Bundle.MaxBatch = 4 }, want: Fits, memory: MeasuredHere, peak: 160,
+			measured: []Measurement{{Device: "d", Class: "board", Model: "m", Digest: "sha256:m", Weights: 100 * mib, Session: 20 * mib}}},
+		{name: "nothing was measured", device: limited(105), want: DoesNotFit, memory: Estimated,
+			measured: []Measurement{{Device: "d", Class: "board", Model: "m", Digest: "sha256:m"}}},
+		{name: "some shapes are not known", device: limited(200), edit: func(_ *Device, v *Version) { v.Bundle.Costs.Unknown = []string{"Loop"} }, want: Fits, memory: Estimated,
+			reason: []string{"it may need more"}},
 		{name: "no costs", device: limited(90), edit: func(_ *Device, v *Version) { v.Bundle.Costs = nil }, want: DoesNotFit, memory: Estimated},
 		{name: "resident though too large", device: limited(100), want: Fits, memory: MeasuredHere, reason: []string{"is resident there"},
 			edit:     func(d *Device, v *Version) { d.Has = map[string]Holding{v.Digest: {Resident: true, Bytes: 1}} },
