@@ -54,10 +54,22 @@ type source interface {
 	Ready() error
 }
 
+// runner is what a host runs models with: a worker process, or what stands for
+// one.
+type runner interface {
+	engine.Runtime
+	// Supervise keeps it running until ctx is done, and gives nil then.
+	Supervise(ctx context.Context) error
+	// Runtime waits until models can be loaded, and says by what.
+	Runtime(ctx context.Context) (worker.Runtime, error)
+	// PID is the process that holds the models; 0 where there is none.
+	PID() int
+}
+
 // host runs models and answers requests for them.
 type host struct {
 	serving Serving
-	worker  *worker.Worker
+	worker  runner
 	engine  *engine.Engine
 	front   *serve.Server
 	source  source
