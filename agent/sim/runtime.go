@@ -12,7 +12,7 @@ import (
 	"time"
 
 	"github.com/dunlin/dunlin/agent/engine"
-	profiles "github.com/dunlin/dunlin/firmware-profiles"
+	"github.com/dunlin/dunlin/internal/estimate"
 	"github.com/dunlin/dunlin/models"
 	"github.com/dunlin/dunlin/models/tensor"
 )
@@ -20,16 +20,10 @@ import (
 // Model is what a Device has to know of a version.
 type Model struct {
 	Inputs, Outputs []tensor.Info
-	WeightBytes     int64
+	WeightBytes     uint64
 	// Costs are those of a run; nil takes them from the weights.
 	Costs *models.Costs
 }
-
-// What a version takes besides its weights and its runs.
-const (
-	sessionBytes     = 256 << 10
-	sessionNodeBytes = 1 << 10
-)
 
 // version is one that is loaded.
 type version struct {
@@ -50,7 +44,7 @@ func read(s engine.Spec) (Model, error) {
 	if err != nil {
 		return Model{}, err
 	}
-	return Model{Inputs: g.Inputs, Outputs: g.Outputs, WeightBytes: int64(min(g.WeightBytes, math.MaxInt64))}, nil
+	return Model{Inputs: g.Inputs, Outputs: g.Outputs, WeightBytes: g.WeightBytes}, nil
 }
 
 // Inspect gives what Load would, without loading.
@@ -72,12 +66,10 @@ func (d *Device) describe(s engine.Spec) (*version, error) {
 		return nil, fmt.Errorf("simulate %s: %w", s.ID, err)
 	}
 	v := &version{costs: costs(m)}
+	need := estimate.Memory(m.WeightBytes, v.costs, 1)
 	v.info = engine.Info{
 		Inputs: m.Inputs, Outputs: m.Outputs, Batch: batch(m.Inputs) && batch(m.Outputs),
-		Need: engine.Need{
-			Weights: m.WeightBytes, Session: sessionBytes + sessionNodeBytes*int64(v.costs.Nodes),
-			Workspace: int64(math.Ceil(v.costs.Workspace.At(1))), Measured: true,
-		},
+		Need: engine.Need{Weights: need.Weights, Session: need.Session, Workspace: need.Workspace, Measured: true},
 	}
 	id := fnv.New64a()
 	fmt.Fprint(id, s.ID)
@@ -101,9 +93,11 @@ func costs(m Model) models.Costs {
 	return models.Costs{FLOPs: models.Linear{PerRow: weights / 2}, Traffic: models.Linear{Fixed: weights}}
 }
 
-// runSeconds is how long a run takes with the device for itself at full clock.
-func runSeconds(hw *profiles.Hardware, c *models.Costs, rows int) float64 {
-	return c.FLOPs.At(rows)/(hw.FP32GFLOPS*1e9) + c.Traffic.At(rows)/(hw.MemoryGBPerSecond*1e9) + hw.OverheadMicros*1e-6
+// runTime is how long a run takes with the device for itself at full clock.
+func (d *Device) runTime(c models.Costs, rows int) time.Duration {
+	hw := &d.cfg.Profile.Hardware
+	overhead := time.Duration(hw.OverheadMicros * float64(time.Microsecond))
+	return max(estimate.RunTime(c, rows, estimate.Hardware{FP32GFLOPS: hw.FP32GFLOPS, MemoryGBPerSecond: hw.MemoryGBPerSecond, Overhead: overhead}), overhead)
 }
 
 // Load reads what a version is like, and takes the time of reading its weights
@@ -224,14 +218,14 @@ func (d *Device) Run(ctx context.Context, id engine.VersionID, requests [][]tens
 	}
 	work := int64(0)
 	if err == nil {
-		work = int64(v.costs.Workspace.At(rows))
+		work = estimate.Memory(0, v.costs, rows).Workspace
 		err = d.take(work)
 	}
 	if err != nil {
 		d.unlock()
 		return engine.Outcome{}, err
 	}
-	seconds := runSeconds(&d.cfg.Profile.Hardware, &v.costs, rows)
+	seconds := d.runTime(v.costs, rows).Seconds()
 	if d.cfg.Jitter > 0 {
 		seconds *= 1 + min(d.cfg.Jitter*(math.Pow(1-v.random(), -1/jitterShape)-1), 10)
 	}

@@ -208,7 +208,7 @@ func TestActivate(t *testing.T) {
 			t.Errorf("4 GB over 10 GB/s took %v", took)
 		}
 		g := d.Sample().Gpus[0]
-		if !near(*g.PcieRxBytesPerSecond, 10e9, 10) || *g.MemoryUsedBytes != uint64(10<<30-d.capacity)+4e9+2*sessionBytes {
+		if !near(*g.PcieRxBytesPerSecond, 10e9, 10) || *g.MemoryUsedBytes != uint64(10<<30-d.capacity)+4e9+2*(256<<10) {
 			t.Errorf("%v", g)
 		}
 	})
