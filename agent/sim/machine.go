@@ -21,16 +21,16 @@ type reading struct {
 	joules, busy, moved float64
 }
 
-// Info describes the device: what its profile says of it, and nothing else.
+// Info describes the device by what its profile says, or has assumed for it.
 func (d *Device) Info() *dunlinv1.DeviceInfo {
 	p, hw := &d.cfg.Profile, &d.cfg.Profile.Hardware
 	info := &dunlinv1.DeviceInfo{
 		Hostname: p.Name, Os: runtime.GOOS, Arch: p.Match.Arch, CpuCount: uint32(hw.Cores), MemoryBytes: uint64(hw.HostBytes), DiskBytes: diskBytes,
 		CpuModel: p.Description, FirmwareProfile: p.Name, FirmwareProfileReason: "simulated", Simulated: true,
-		Board: plain(p.Match.DeviceTree, plain(p.Match.DMI, "")),
+		Board: plain(p.Match.DeviceTree, plain(p.Match.DMI, p.Description)),
 	}
 	if d.gpu {
-		gpu := &dunlinv1.GpuInfo{Name: plain(p.Match.GPU, p.Description), Uuid: d.uuid(), MemoryBytes: uint64(hw.DeviceBytes), UnifiedMemory: p.Memory.Unified}
+		gpu := &dunlinv1.GpuInfo{Name: d.GPU(), Uuid: d.uuid(), MemoryBytes: uint64(hw.DeviceBytes), UnifiedMemory: p.Memory.Unified}
 		if !d.discrete() {
 			gpu.MemoryBytes = uint64(hw.HostBytes)
 		}

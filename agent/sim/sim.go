@@ -67,35 +67,55 @@ var (
 	errCrashed = fmt.Errorf("%w: the simulated worker crashed", engine.ErrNotLoaded)
 )
 
-// New gives a Device of a class. All faults of the profile and of the script
-// are reported together.
+// assumed gives a profile figures in place of those that it does not have, as
+// far as a device cannot be without them. Power is left as it is: a class
+// without has no sensor for it.
+func assumed(p profiles.Profile) profiles.Profile {
+	set(&p.Match.Arch, "amd64")
+	hw := &p.Hardware
+	set(&hw.Cores, 8)
+	set(&hw.HostBytes, max(8<<30, 2*hw.DeviceBytes))
+	set(&hw.DeviceBytes, hw.HostBytes)
+	set(&hw.FP32GFLOPS, 100)
+	set(&hw.MemoryGBPerSecond, 20)
+	set(&hw.LinkGBPerSecond, 16)
+	set(&hw.StorageMBPerSecond, 500)
+	set(&p.Power.IdleWatts, p.Power.LimitWatts/5)
+	set(&p.Thermal.SlowdownCelsius, 90)
+	set(&p.Thermal.WarnCelsius, p.Thermal.SlowdownCelsius-5)
+	set(&p.Thermal.ShutdownCelsius, p.Thermal.SlowdownCelsius+15)
+	return p
+}
+
+// set sets what is not set.
+func set[T comparable](to *T, v T) { *to = cmp.Or(*to, v) }
+
+// New gives a Device of a class. All that is wrong with the Config is reported
+// together.
 func New(cfg Config) (*Device, error) {
+	cfg.Profile = assumed(cfg.Profile)
 	p, hw := &cfg.Profile, &cfg.Profile.Hardware
 	d := &Device{cfg: cfg, began: time.Now(), off: make(chan struct{}), armed: never}
 	d.gpu = len(p.Providers) > 0 && p.Providers[0].Name != "CPUExecutionProvider"
-	var errs []error
-	need := func(name string, v float64) {
-		if !(v > 0) {
-			errs = append(errs, fmt.Errorf("profile %s: hardware.%s: is %v, a simulated device needs one above 0", p.Name, name, v))
-		}
-	}
-	need("cores", float64(hw.Cores))
-	need("host_bytes", float64(hw.HostBytes))
-	need("fp32_gflops", hw.FP32GFLOPS)
-	need("memory_gb_per_second", hw.MemoryGBPerSecond)
-	need("storage_mb_per_second", hw.StorageMBPerSecond)
-	memory := hw.HostBytes
-	d.core = core{
-		idle: p.Power.IdleWatts, most: max(p.Power.LimitWatts, p.Power.IdleWatts), slowdown: p.Thermal.SlowdownCelsius, shutdown: p.Thermal.ShutdownCelsius,
-		busBytes: hw.StorageMBPerSecond * 1e6, versions: map[engine.VersionID]*version{},
-		faults: faults{ambient: ambientCelsius, slow: 1},
-	}
+	memory, bus := hw.HostBytes, hw.StorageMBPerSecond*1e6
 	if d.discrete() {
-		need("device_bytes", float64(hw.DeviceBytes))
-		need("link_gb_per_second", hw.LinkGBPerSecond)
-		memory, d.core.busBytes = hw.DeviceBytes, hw.LinkGBPerSecond*1e9
+		memory, bus = hw.DeviceBytes, hw.LinkGBPerSecond*1e9
 	}
 	d.capacity = memory - int64(systemPart*float64(memory))
+	var errs []error
+	for _, f := range []struct {
+		name  string
+		value float64
+	}{
+		{"hardware.cores", float64(hw.Cores)}, {"hardware.host_bytes", float64(hw.HostBytes)}, {"hardware.device_bytes", float64(hw.DeviceBytes)},
+		{"hardware.fp32_gflops", hw.FP32GFLOPS}, {"hardware.memory_gb_per_second", hw.MemoryGBPerSecond},
+		{"hardware.link_gb_per_second", hw.LinkGBPerSecond}, {"hardware.storage_mb_per_second", hw.StorageMBPerSecond},
+		{"power.idle_watts", p.Power.IdleWatts}, {"power.limit_watts", p.Power.LimitWatts},
+	} {
+		if !(f.value >= 0) {
+			errs = append(errs, fmt.Errorf("profile %s: %s: is %v, allowed are 0 and more", p.Name, f.name, f.value))
+		}
+	}
 	if !(cfg.Jitter >= 0) {
 		errs = append(errs, fmt.Errorf("jitter: is %v, allowed are 0 and more", cfg.Jitter))
 	}
@@ -107,15 +127,17 @@ func New(cfg Config) (*Device, error) {
 	if err := errors.Join(errs...); err != nil {
 		return nil, err
 	}
+	d.core = core{
+		idle: p.Power.IdleWatts, most: max(p.Power.LimitWatts, p.Power.IdleWatts), busBytes: bus,
+		versions: map[engine.VersionID]*version{}, faults: faults{ambient: ambientCelsius, slow: 1},
+		script: slices.SortedStableFunc(slices.Values(cfg.Script), func(a, b Event) int { return cmp.Compare(a.At, b.At) }),
+	}
 	c := &d.core
-	if warm := cmp.Or(p.Thermal.WarnCelsius, p.Thermal.SlowdownCelsius); p.Power.LimitWatts > 0 && warm > ambientCelsius {
-		c.resistance = settledPart * (warm - ambientCelsius) / p.Power.LimitWatts
-	} else {
-		c.slowdown, c.shutdown = 0, 0
+	if c.most > 0 {
+		c.slowdown, c.shutdown = p.Thermal.SlowdownCelsius, p.Thermal.ShutdownCelsius
+		c.resistance = settledPart * max(p.Thermal.WarnCelsius-ambientCelsius, 1) / c.most
 	}
 	c.celsius = c.balance()
-	c.script = slices.Clone(cfg.Script)
-	slices.SortStableFunc(c.script, func(a, b Event) int { return cmp.Compare(a.At, b.At) })
 	c.settle()
 	return d, nil
 }

@@ -518,8 +518,8 @@ func TestInfo(t *testing.T) {
 		want string
 	}{
 		{board, "arm64 4 1073741824 vendor,board []"},
-		{jetson, "arm64 6 8589934592  [Orin true 8589934592]"},
-		{card, "amd64 16 68719476736  [NVIDIA C1 false 10737418240]"},
+		{jetson, "arm64 6 8589934592 A Jetson [Orin true 8589934592]"},
+		{card, "amd64 16 68719476736 A server [NVIDIA C1 false 10737418240]"},
 	} {
 		d := start(t, tt.p, "")
 		i := d.Info()
@@ -551,16 +551,28 @@ func TestInfo(t *testing.T) {
 
 func TestNewRefuses(t *testing.T) {
 	p := card
-	p.Hardware = profiles.Hardware{Cores: 1}
+	p.Hardware.Cores, p.Hardware.LinkGBPerSecond, p.Power.LimitWatts = -1, math.NaN(), -2
 	_, err := New(Config{Profile: p, Jitter: -1, Script: []Event{{Fault: "teapot"}, {Fault: "xid", Value: 1.5}, {At: -1, Fault: "nvml"}, {Fault: "nvml", Value: 7}}})
 	for _, want := range []string{
-		"profile card: hardware.host_bytes: is 0", "hardware.fp32_gflops", "hardware.memory_gb_per_second", "hardware.storage_mb_per_second", "hardware.device_bytes", "hardware.link_gb_per_second",
+		"profile card: hardware.cores: is -1, allowed are 0 and more", "hardware.link_gb_per_second: is NaN", "power.limit_watts: is -2",
 		"jitter: is -1", `script event 0: fault "teapot": known are`, "script event 1: xid: is 1.5, it must be whole", "script event 2: at: is -1ns", "script event 3: nvml: is 7, allowed are 0 to 1",
 	} {
 		if err == nil || !strings.Contains(err.Error(), want) {
 			t.Errorf("no %q in %v", want, err)
 		}
 	}
+}
+
+// A profile that says nothing of the hardware gives a device all the same,
+// without sensors.
+func TestAssumed(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		d := start(t, profiles.Profile{Name: "any"}, "")
+		run(t, d, load(t, d, "m", "1000,5"), rows(1))
+		if s := d.Sample(); s.PowerWatts != nil || len(s.Temperatures) > 0 || *s.MemoryTotalBytes != 8<<30 || d.Info().CpuCount != 8 {
+			t.Errorf("%v", s)
+		}
+	})
 }
 
 // Two hundred devices with an engine each, in one process: each loads three
