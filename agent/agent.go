@@ -8,13 +8,11 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
-	"runtime"
 	"strconv"
 	"sync"
 
 	"google.golang.org/protobuf/proto"
 
-	"github.com/dunlin/dunlin/agent/device"
 	"github.com/dunlin/dunlin/agent/engine"
 	"github.com/dunlin/dunlin/agent/oip"
 	"github.com/dunlin/dunlin/agent/reconcile"
@@ -42,7 +40,7 @@ type agent struct {
 	profile   profiles.Profile
 	store     *state.Store
 	reconcile *reconcile.Reconciler
-	sampler   *device.Sampler
+	machine   machine
 	outbox    chan struct{} // an event was appended
 
 	mu       sync.Mutex // guards what follows
@@ -63,7 +61,7 @@ func Run(ctx context.Context, cfg Config) (err error) {
 		return err
 	}
 	defer lock.Close()
-	profile, err := profiles.Match(runtime.GOARCH)
+	profile, err := cfg.classify()
 	if err != nil {
 		return err
 	}
@@ -81,15 +79,16 @@ func Run(ctx context.Context, cfg Config) (err error) {
 	if err != nil {
 		return err
 	}
+	defer func() { err = errors.Join(err, a.machine.Close()) }()
 	return a.run(ctx, l, a.metrics(), part{"reconcile", a.reconcile.Run}, part{"controller", a.control})
 }
 
 // newAgent puts the parts together; url is where the device answers.
 func newAgent(ctx context.Context, cfg Config, profile profiles.Profile, store *state.Store, url string) (*agent, error) {
 	a := &agent{
-		cfg: cfg, profile: profile, store: store, sampler: device.NewSampler(cfg.Data), outbox: make(chan struct{}, 1),
-		info: device.Info(cfg.Data),
+		cfg: cfg, profile: profile, store: store, machine: cfg.openMachine(cfg.Data), outbox: make(chan struct{}, 1),
 	}
+	a.info = a.machine.Info()
 	a.info.FirmwareProfile, a.info.AgentVersion, a.info.ServingUrl = profile.Name, program.Version(), url
 	var err error
 	if a.identity, err = store.Identity(ctx); err != nil && !errors.Is(err, state.ErrNone) {

@@ -8,13 +8,11 @@ import (
 	"io"
 	"os"
 	"path/filepath"
-	"runtime"
 	"time"
 
 	"github.com/dunlin/dunlin/agent/engine"
 	"github.com/dunlin/dunlin/agent/repository"
 	"github.com/dunlin/dunlin/agent/worker"
-	profiles "github.com/dunlin/dunlin/firmware-profiles"
 	"github.com/dunlin/dunlin/internal/program"
 )
 
@@ -120,7 +118,7 @@ func ServeMain(ctx context.Context, args []string, getenv func(string) string, h
 // Serve serves the models of a folder, or one model, without a controller,
 // until ctx is done, and gives nil then, or until a part of it fails.
 func Serve(ctx context.Context, cfg Alone) (err error) {
-	profile, err := profiles.Match(runtime.GOARCH)
+	profile, err := cfg.classify()
 	if err != nil {
 		return err
 	}
@@ -156,6 +154,9 @@ func Serve(ctx context.Context, cfg Alone) (err error) {
 	})
 	if err != nil {
 		return err
+	}
+	if cfg.sim != nil {
+		defer func() { err = errors.Join(err, cfg.sim.Close()) }()
 	}
 	h.source = models
 	return h.run(ctx, l, h.metrics(), part{"models", models.Run})

@@ -79,7 +79,8 @@ type host struct {
 	loads   atomic.Bool          // models can be loaded
 	budget  int64                // bytes that models may take of the host's memory
 	pools   string               // see worker.Config.Pools
-	// compile gives a version as it was compiled for this device.
+	// compile gives a version as it was compiled for this device; nil where that
+	// is simulated.
 	compile func(context.Context, worker.Runtime, engine.Spec) (worker.Image, error)
 }
 
@@ -153,18 +154,22 @@ func newHost(s Serving, profile profiles.Profile, cache string, cfg worker.Confi
 	if h.budget, err = s.memoryBudget(profile); err != nil {
 		return nil, err
 	}
-	kept, err := compiled.Open(cache, int64(s.CacheMiB)<<20)
-	if err != nil {
-		return nil, err
-	}
 	if len(profile.Providers) > 0 && profile.Providers[0].Name == cudaProvider {
 		cfg.Pools, cfg.WarmBytes, cfg.PinnedBytes = "cuda:0", h.budget, min(h.budget/4, maxPinned)
 	}
 	h.pools = cfg.Pools
-	cfg.CheckMemory = compileMemory
-	h.compile = worker.Cached(kept, cfg)
-	cfg.Compile = h.compile
-	h.worker = worker.New(cfg)
+	if s.sim != nil {
+		h.worker = newSimulated(s.sim, profile, cfg)
+	} else {
+		kept, err := compiled.Open(cache, int64(s.CacheMiB)<<20)
+		if err != nil {
+			return nil, err
+		}
+		cfg.CheckMemory = compileMemory
+		h.compile = worker.Cached(kept, cfg)
+		cfg.Compile = h.compile
+		h.worker = worker.New(cfg)
+	}
 	h.engine = engine.New(engine.Config{Runtime: h.worker, Memory: h.budget, Oversize: s.Oversize == "map", Log: s.Log})
 	h.front = serve.New(h.engine)
 	return h, nil
@@ -182,6 +187,9 @@ func (s *Serving) workerConfig(threads int) worker.Config {
 func (h *host) check(ctx context.Context, spec engine.Spec) (engine.Info, error) {
 	if err := h.fits(spec); err != nil {
 		return engine.Info{}, err
+	}
+	if h.compile == nil {
+		return h.serving.sim.Inspect(spec)
 	}
 	found, err := h.worker.Runtime(ctx)
 	if err != nil {

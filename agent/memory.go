@@ -34,7 +34,7 @@ func (s *Serving) memoryBudget(profile profiles.Profile) (int64, error) {
 	if s.MemoryMiB > 0 {
 		return int64(s.MemoryMiB) << 20, nil
 	}
-	_, total, err := device.Memory()
+	_, total, err := s.memory()
 	if err != nil {
 		return 0, err
 	}
@@ -90,7 +90,7 @@ func (h *host) followMemory(ctx context.Context) error {
 			return nil
 		case <-tick.C:
 		}
-		available, total, err := device.Memory()
+		available, total, err := h.serving.memory()
 		if err != nil {
 			continue // then only the budget counts that was asked for
 		}

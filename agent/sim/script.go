@@ -4,8 +4,10 @@ import (
 	"cmp"
 	"errors"
 	"fmt"
+	"io"
 	"maps"
 	"math"
+	"os"
 	"slices"
 	"strconv"
 	"strings"
@@ -292,4 +294,18 @@ func clip(s string) string {
 		return s[:most] + "..."
 	}
 	return s
+}
+
+// ReadScript is ParseScript for a file.
+func ReadScript(path string) ([]Event, error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	b, err := io.ReadAll(io.LimitReader(f, MaxScript+1))
+	if err != nil {
+		return nil, err
+	}
+	return ParseScript(path, b)
 }

@@ -33,9 +33,6 @@ type Config struct {
 	Jitter float64
 	// Describe tells what a version is like; nil reads its ONNX file.
 	Describe func(engine.Spec) (Model, error)
-	// Died, where not nil, is told of each crash in the script, and of the
-	// versions that ran then. It must be quick.
-	Died func(running []engine.VersionID)
 }
 
 // Device is an engine.Runtime and a machine. It is on from New on, by package
@@ -53,6 +50,7 @@ type Device struct {
 	armed  moment      // when it fires
 	closed bool
 	last   reading
+	died   func([]engine.VersionID)
 }
 
 // What a device has besides what its profile says.
@@ -161,6 +159,15 @@ func (d *Device) Close() error {
 	return nil
 }
 
+// OnCrash has f be told of each crash in the script from now on, and of the
+// versions that ran then. It must be quick, and is called by whoever uses the
+// device, or by its timer.
+func (d *Device) OnCrash(f func(running []engine.VersionID)) {
+	d.lock()
+	defer d.unlock()
+	d.died = f
+}
+
 // lock takes the state to the present.
 func (d *Device) lock() {
 	d.mu.Lock()
@@ -169,7 +176,7 @@ func (d *Device) lock() {
 
 // unlock has the device go on by itself.
 func (d *Device) unlock() {
-	deaths := d.core.deaths
+	deaths, died := d.core.deaths, d.died
 	d.core.deaths = nil
 	if d.core.down {
 		select {
@@ -180,9 +187,9 @@ func (d *Device) unlock() {
 	}
 	d.arm()
 	d.mu.Unlock()
-	if d.cfg.Died != nil {
+	if died != nil {
 		for _, running := range deaths {
-			d.cfg.Died(running)
+			died(running)
 		}
 	}
 }

@@ -460,15 +460,15 @@ func TestFaults(t *testing.T) {
 }
 
 // A crash is told with what ran.
-func TestDied(t *testing.T) {
+func TestOnCrash(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var told []string
-		d, err := New(Config{Profile: board, Describe: describe, Script: []Event{{At: time.Minute, Fault: "worker"}, {At: time.Hour, Fault: "worker"}},
-			Died: func(running []engine.VersionID) { told = append(told, fmt.Sprint(running)) }})
+		d, err := New(Config{Profile: board, Describe: describe, Script: []Event{{At: time.Minute, Fault: "worker"}, {At: time.Hour, Fault: "worker"}}})
 		if err != nil {
 			t.Fatal(err)
 		}
 		defer d.Close()
+		d.OnCrash(func(running []engine.VersionID) { told = append(told, fmt.Sprint(running)) })
 		id := load(t, d, "m", "1000,100000")
 		if _, err := d.Run(t.Context(), id, [][]tensor.Tensor{rows(1)}, nil); !errors.Is(err, engine.ErrNotLoaded) {
 			t.Error(err)
