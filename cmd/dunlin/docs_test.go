@@ -15,6 +15,7 @@ import (
 	"github.com/spf13/pflag"
 
 	"github.com/dunlin/dunlin/agent"
+	"github.com/dunlin/dunlin/agent/sim"
 	"github.com/dunlin/dunlin/controller"
 	"github.com/dunlin/dunlin/controller/broker"
 	"github.com/dunlin/dunlin/controller/fleet"
@@ -214,6 +215,8 @@ func TestDocsYAML(t *testing.T) {
 				_, err = agent.ParseConfig([]string{"--config", file}, none, io.Discard)
 			case "# dunlin-controller --config":
 				_, err = controller.LoadConfig([]string{"--config", file}, none, io.Discard)
+			case "# dunlin-agent --sim-script":
+				_, err = sim.ParseScript(file, []byte(b.text))
 			default:
 				first = "document"
 				_, err = fleet.Parse(b.text)
@@ -224,7 +227,7 @@ func TestDocsYAML(t *testing.T) {
 			}
 		}
 	}
-	if len(kinds) != 3 || kinds["document"] < 2 {
+	if len(kinds) != 4 || kinds["document"] < 2 {
 		t.Errorf("found only %v", kinds)
 	}
 }
