@@ -14,6 +14,7 @@ import (
 	"github.com/dunlin/dunlin/agent/engine"
 	"github.com/dunlin/dunlin/internal/estimate"
 	"github.com/dunlin/dunlin/models"
+	"github.com/dunlin/dunlin/models/serving"
 	"github.com/dunlin/dunlin/models/tensor"
 )
 
@@ -21,6 +22,7 @@ import (
 type Model struct {
 	Inputs, Outputs []tensor.Info
 	WeightBytes     uint64
+	Batch           bool // see engine.Info
 	// Costs are those of a run; nil takes them from the weights.
 	Costs *models.Costs
 }
@@ -40,11 +42,29 @@ func (v *version) random() float64 { return float64(v.rng.Uint64()>>11) / (1 << 
 
 // read describes a version by its ONNX file.
 func read(s engine.Spec) (Model, error) {
-	g, err := models.Inspect(filepath.Join(s.Dir, s.Entry))
+	path := filepath.Join(s.Dir, s.Entry)
+	about, err := models.Inspect(path)
 	if err != nil {
 		return Model{}, err
 	}
-	return Model{Inputs: g.Inputs, Outputs: g.Outputs, WeightBytes: g.WeightBytes}, nil
+	m := Model{Inputs: about.Inputs, Outputs: about.Outputs, WeightBytes: about.WeightBytes}
+	if m.Costs, err = models.EstimateCosts(path); err != nil || m.Costs == nil {
+		return m, err
+	}
+	g, err := models.ReadGraph(path)
+	if err != nil {
+		return m, err
+	}
+	var names [][]string
+	for _, v := range slices.Concat(g.Inputs, g.Outputs) {
+		of := make([]string, len(v.Dims))
+		for i, d := range v.Dims {
+			of[i] = d.Name
+		}
+		names = append(names, of)
+	}
+	m.Batch = len(g.Inputs) > 0 && len(g.Outputs) > 0 && serving.Batch(names)
+	return m, nil
 }
 
 // Inspect gives what Load would, without loading.
@@ -68,19 +88,13 @@ func (d *Device) describe(s engine.Spec) (*version, error) {
 	v := &version{costs: costs(m)}
 	need := estimate.Memory(m.WeightBytes, v.costs, 1)
 	v.info = engine.Info{
-		Inputs: m.Inputs, Outputs: m.Outputs, Batch: batch(m.Inputs) && batch(m.Outputs),
+		Inputs: m.Inputs, Outputs: m.Outputs, Batch: m.Batch,
 		Need: engine.Need{Weights: need.Weights, Session: need.Session, Workspace: need.Workspace, Measured: true},
 	}
 	id := fnv.New64a()
 	fmt.Fprint(id, s.ID)
 	v.rng.Seed(d.cfg.Seed, id.Sum64())
 	return v, nil
-}
-
-// batch says whether the first dimension of each is open: then it is taken for
-// the rows, as nothing tells its name.
-func batch(all []tensor.Info) bool {
-	return len(all) > 0 && !slices.ContainsFunc(all, func(i tensor.Info) bool { return len(i.Shape) == 0 || i.Shape[0] >= 0 })
 }
 
 // costs gives those that a model says it has. Else each weight is taken to be

@@ -45,7 +45,7 @@ var (
 // describe gives models whose entry says the bytes of their weights and the
 // GFLOP of a row: "1000,2.5".
 func describe(s engine.Spec) (Model, error) {
-	var m Model
+	m := Model{Batch: true}
 	var gflop float64
 	if _, err := fmt.Sscanf(s.Entry, "%d,%f", &m.WeightBytes, &gflop); err != nil {
 		return m, err
@@ -179,6 +179,22 @@ func TestRun(t *testing.T) {
 			t.Errorf("%d bytes are still used", d.core.used)
 		}
 	})
+}
+
+// A version is described by its file.
+func TestDescribe(t *testing.T) {
+	d, err := New(Config{Profile: board})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer d.Close()
+	info, err := d.Inspect(engine.Spec{ID: engine.VersionID{Model: "digits", Version: 1}, Dir: "../../models/examples/digits", Entry: "v2.onnx"})
+	if err != nil || !info.Batch || len(info.Inputs) != 1 || len(info.Outputs) != 2 || info.Need.Weights < 10_000 || info.Need.Workspace == 0 {
+		t.Errorf("%+v, %v", info, err)
+	}
+	if _, err := d.Inspect(engine.Spec{Dir: ".", Entry: "sim.go"}); !errors.Is(err, models.ErrInvalid) {
+		t.Error(err)
+	}
 }
 
 // Weights come over the link of a card, and share it.
