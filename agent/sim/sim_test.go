@@ -496,6 +496,49 @@ func TestOnCrash(t *testing.T) {
 	})
 }
 
+// Under an engine, a crash costs no request, and too little memory for all
+// versions only time.
+func TestUnderEngine(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		d := start(t, board, "- {at: 20s, worker: crash}\n- {at: 20500ms, worker: crash}\n- {at: 40s, slow_factor: 2}")
+		e := engine.New(engine.Config{Runtime: d, Memory: 500_000_000})
+		ctx, cancel := context.WithCancel(t.Context())
+		var done, work sync.WaitGroup
+		done.Go(func() { e.Run(ctx) })
+		began := time.Now()
+		for i := range 4 {
+			id := engine.VersionID{Model: fmt.Sprint("m", i), Version: 1}
+			if _, err := e.Load(ctx, engine.Spec{ID: id, Entry: "200000000,5"}); err != nil {
+				t.Fatal(err)
+			}
+			work.Go(func() {
+				for time.Since(began) < time.Minute {
+					r, err := e.Infer(ctx, id, engine.Request{Inputs: rows(2)})
+					if err != nil {
+						t.Errorf("after %v: %v", time.Since(began), err)
+						return
+					}
+					r.Release()
+					time.Sleep(time.Second)
+				}
+			})
+		}
+		work.Wait()
+		swapped := uint64(0)
+		for _, v := range e.Versions() {
+			swapped += v.Swaps.BytesIn
+			if v.Figures.Success.Count < 5 || v.Figures.Failure.Count > 0 {
+				t.Errorf("%s: %+v", v.ID, v.Figures)
+			}
+		}
+		if swapped < 1e9 {
+			t.Errorf("%d bytes came in", swapped)
+		}
+		cancel()
+		done.Wait()
+	})
+}
+
 // The same seed gives the same times, another seed others; their tail is heavy.
 func TestJitter(t *testing.T) {
 	times := func(seed uint64, jitter float64) (all []float64) {
