@@ -61,10 +61,11 @@ func Run(ctx context.Context, cfg Config) (err error) {
 		return err
 	}
 	defer lock.Close()
-	profile, err := cfg.classify()
+	info, class, err := cfg.begin(ctx, cfg.Data)
 	if err != nil {
 		return err
 	}
+	profile := class.Profile
 	l, err := listen(&cfg.Serving)
 	if err != nil {
 		return err
@@ -75,7 +76,7 @@ func Run(ctx context.Context, cfg Config) (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, store.Close()) }()
-	a, err := newAgent(ctx, cfg, profile, store, l.url())
+	a, err := newAgent(ctx, cfg, profile, info, store, l.url())
 	if err != nil {
 		return err
 	}
@@ -83,13 +84,14 @@ func Run(ctx context.Context, cfg Config) (err error) {
 	return a.run(ctx, l, a.metrics(), part{"reconcile", a.reconcile.Run}, part{"controller", a.control})
 }
 
-// newAgent puts the parts together; url is where the device answers.
-func newAgent(ctx context.Context, cfg Config, profile profiles.Profile, store *state.Store, url string) (*agent, error) {
+// newAgent puts the parts together; info describes the device, and url is where
+// it answers.
+func newAgent(ctx context.Context, cfg Config, profile profiles.Profile, info *dunlinv1.DeviceInfo, store *state.Store, url string) (*agent, error) {
 	a := &agent{
 		cfg: cfg, profile: profile, store: store, machine: cfg.openMachine(cfg.Data), outbox: make(chan struct{}, 1),
+		info: info,
 	}
-	a.info = a.machine.Info()
-	a.info.FirmwareProfile, a.info.AgentVersion, a.info.ServingUrl = profile.Name, program.Version(), url
+	a.info.AgentVersion, a.info.ServingUrl = program.Version(), url
 	var err error
 	if a.identity, err = store.Identity(ctx); err != nil && !errors.Is(err, state.ErrNone) {
 		return nil, err
@@ -99,6 +101,7 @@ func newAgent(ctx context.Context, cfg Config, profile profiles.Profile, store *
 	if a.host, err = newHost(cfg.Serving, profile, filepath.Join(cfg.Data, cacheFolder), w); err != nil {
 		return nil, err
 	}
+	a.info.Limits = a.limits(worker.Runtime{})
 	a.source, a.opened = following{a}, a.describe
 	a.reconcile, err = reconcile.New(reconcile.Config{
 		Dir: filepath.Join(cfg.Data, bundlesFolder), Registry: a.registry, Reserve: uint64(profile.Storage.ReserveBytes),
@@ -186,7 +189,7 @@ func (a *agent) describe(found worker.Runtime) {
 	defer a.mu.Unlock()
 	info := proto.CloneOf(a.info)
 	info.RuntimeVersion, info.Providers = found.Version, usable(a.profile, found.Providers)
-	info.WeightPools = a.weightPools(found)
+	info.WeightPools, info.Limits = a.weightPools(found), a.limits(found)
 	a.info = info
 }
 

@@ -117,7 +117,7 @@ func TestAgent(t *testing.T) {
 	stop := startAgent(t, cfg)
 	c.until("says hello", func(m proto.Message) bool {
 		h, ok := m.(*dunlinv1.Hello)
-		if ok && (h.Info.RuntimeVersion == "" || h.Info.ServingUrl != url || h.Info.WeightPools != "none: models run on the CPU" || h.Labels["site"] != "test" || h.HaveGeneration != nil) {
+		if ok && (h.Info.RuntimeVersion == "" || !strings.HasPrefix(h.Info.FirmwareProfile, "generic-") || !strings.HasPrefix(h.Info.FirmwareProfileReason, "arch ") || h.Info.Limits.GetHostMemoryBytes() == 0 || h.Info.ServingUrl != url || h.Info.WeightPools != "none: models run on the CPU" || h.Labels["site"] != "test" || h.HaveGeneration != nil) {
 			t.Errorf("hello: %v", h)
 		}
 		return ok
@@ -276,7 +276,7 @@ func TestEventsArriveOnce(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer store.Close()
-	a, err := newAgent(t.Context(), cfg, profiles.Profile{}, store, "")
+	a, err := newAgent(t.Context(), cfg, profiles.Profile{}, &dunlinv1.DeviceInfo{}, store, "")
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -118,11 +118,8 @@ func ServeMain(ctx context.Context, args []string, getenv func(string) string, h
 // Serve serves the models of a folder, or one model, without a controller,
 // until ctx is done, and gives nil then, or until a part of it fails.
 func Serve(ctx context.Context, cfg Alone) (err error) {
-	profile, err := cfg.classify()
-	if err != nil {
-		return err
-	}
 	if cfg.Data == "" {
+		var err error
 		if cfg.Data, err = os.MkdirTemp("", "dunlin-agent-*"); err != nil {
 			return fmt.Errorf("data folder: %w", err)
 		}
@@ -135,6 +132,11 @@ func Serve(ctx context.Context, cfg Alone) (err error) {
 		return err
 	}
 	defer lock.Close()
+	_, class, err := cfg.begin(ctx, cfg.Data)
+	if err != nil {
+		return err
+	}
+	profile := class.Profile
 	l, err := listen(&cfg.Serving)
 	if err != nil {
 		return err

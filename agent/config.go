@@ -36,8 +36,12 @@ type Serving struct {
 	Oversize     string `yaml:"oversize"`      // what becomes of a model that is larger: refuse or map
 	CacheMiB     int    `yaml:"cache-mib"`     // bound of the models compiled for this device, on disk
 	RuntimeLib   string `yaml:"runtime-lib"`   // path of ONNX Runtime's shared library
-	LogLevel     string `yaml:"log-level"`
-	LogFormat    string `yaml:"log-format"`
+
+	FirmwareProfiles string `yaml:"firmware-profiles"` // folder of the site's own; "": none
+	FirmwareProfile  string `yaml:"firmware-profile"`  // name of the one to go by; "": the one that matches
+
+	LogLevel  string `yaml:"log-level"`
+	LogFormat string `yaml:"log-format"`
 
 	Simulation `yaml:",inline"`
 
@@ -73,6 +77,8 @@ func (s *Serving) settings() []program.Setting {
 		{Name: "oversize", Usage: "`what` becomes of a model that is larger than that: refuse, or map: its weights stay in their file and are read as they are needed", Value: &s.Oversize},
 		{Name: "cache-mib", Usage: "`MiB` of disk for models compiled for this device", Value: &s.CacheMiB},
 		{Name: "runtime-lib", Usage: "`path` of ONNX Runtime's shared library; also DUNLIN_ORT_LIB", Value: &s.RuntimeLib, Environment: "DUNLIN_ORT_LIB"},
+		{Name: "firmware-profiles", Usage: "`folder` of firmware profiles beside the built-in ones", Value: &s.FirmwareProfiles},
+		{Name: "firmware-profile", Usage: "`name` of the firmware profile to go by; without one, the most specific that matches", Value: &s.FirmwareProfile},
 		{Name: "log-level", Usage: "`level` of the log: debug, info, warn or error", Value: &s.LogLevel},
 		{Name: "log-format", Usage: "`format` of the log: text or json", Value: &s.LogFormat},
 	}, s.Simulation.settings()...)
@@ -108,7 +114,7 @@ func (s *Serving) check(add func(name string, err error)) {
 	if s.Oversize != "refuse" && s.Oversize != "map" {
 		add("oversize", fmt.Errorf("%q is not refuse or map", s.Oversize))
 	}
-	s.Simulation.check(add)
+	s.checkSimulation(add)
 	if s.Log == nil {
 		var err error
 		s.level = new(slog.LevelVar)

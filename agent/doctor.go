@@ -14,7 +14,6 @@ import (
 	"net/url"
 	"os"
 	"path/filepath"
-	"runtime"
 	"slices"
 	"strings"
 	"time"
@@ -89,7 +88,7 @@ func Doctor(ctx context.Context, args []string, getenv func(string) string, out,
 func printFindings(w io.Writer, findings []Finding) error {
 	b := bufio.NewWriter(w)
 	for _, f := range findings {
-		fmt.Fprintf(b, "%-4s  %-10s  %s\n", f.Verdict, f.Check, f.Detail)
+		fmt.Fprintf(b, "%-4s  %-10s  %s\n", f.Verdict, f.Check, strings.ReplaceAll(f.Detail, "\n", fmt.Sprintf("\n%18s", "")))
 		if f.Remedy != "" {
 			fmt.Fprintf(b, "%18s-> %s\n", "", f.Remedy)
 		}
@@ -98,8 +97,14 @@ func printFindings(w io.Writer, findings []Finding) error {
 }
 
 func examine(ctx context.Context, cfg Config) []Finding {
-	findings := checkRuntime(ctx, cfg)
-	findings = append(findings, checkNVML(), checkMemory(cfg), checkDisk(cfg.Data))
+	info := device.Info(cfg.Data)
+	class, unknown := cfg.classify(ctx, info)
+	profile := class.Profile
+	findings := append(checkRuntime(ctx, cfg, profile), checkNVML(), checkClass(info, class, unknown))
+	if unknown == nil {
+		findings = append(findings, checkMemory(cfg, profile))
+	}
+	findings = append(findings, checkDisk(cfg.Data, uint64(profile.Storage.ReserveBytes)))
 	id, err := storedIdentity(ctx, cfg.Data)
 	if err != nil {
 		findings = append(findings, Finding{"identity", Fail, err.Error(), "run the doctor as the user that the agent runs as"})
@@ -130,7 +135,7 @@ func storedIdentity(ctx context.Context, data string) (state.Identity, error) {
 	return id, err
 }
 
-func checkRuntime(ctx context.Context, cfg Config) []Finding {
+func checkRuntime(ctx context.Context, cfg Config, profile profiles.Profile) []Finding {
 	const remedy = "install ONNX Runtime 1.24 or newer and give its path by --runtime-lib or DUNLIN_ORT_LIB; in a checkout, `make runtime` fetches it"
 	if cfg.RuntimeLib == "" {
 		return []Finding{{"runtime", Fail, "no ONNX Runtime library is named", remedy}}
@@ -143,9 +148,8 @@ func checkRuntime(ctx context.Context, cfg Config) []Finding {
 	}
 	findings := []Finding{{Check: "runtime", Verdict: Pass, Detail: fmt.Sprintf("ONNX Runtime %s at %s", found.Version, cfg.RuntimeLib)}}
 	findings = append(findings, sandboxFinding(found.Sandbox))
-	profile, err := profiles.Match(runtime.GOARCH)
-	if err != nil {
-		return append(findings, Finding{"providers", Warn, err.Error(), ""})
+	if profile.Name == "" {
+		return findings // its check says why
 	}
 	providers := Finding{Check: "providers", Verdict: Pass, Detail: fmt.Sprintf("%s, by firmware profile %s", strings.Join(usable(profile, found.Providers), ", "), profile.Name)}
 	for _, p := range profile.Providers {
@@ -190,11 +194,7 @@ func checkNVML() Finding {
 }
 
 // checkMemory compares what models may take with what the device has.
-func checkMemory(cfg Config) Finding {
-	profile, err := profiles.Match(runtime.GOARCH)
-	if err != nil {
-		return Finding{"memory", Warn, err.Error(), ""}
-	}
+func checkMemory(cfg Config, profile profiles.Profile) Finding {
 	budget, err := cfg.memoryBudget(profile)
 	if err != nil {
 		return Finding{"memory", Warn, err.Error(), "give a budget by --memory-mib"}
@@ -233,7 +233,7 @@ func checkWeights(ctx context.Context, cfg Config) Finding {
 	return Finding{Check: "weights", Verdict: Pass, Detail: "the runtime puts them into pools on " + pooling.Device + ", from where they leave and come back"}
 }
 
-func checkDisk(data string) Finding {
+func checkDisk(data string, reserve uint64) Finding {
 	dir := data
 	for { // the folder may not have been made yet
 		if _, err := os.Stat(dir); err == nil || dir == filepath.Dir(dir) {
@@ -244,10 +244,6 @@ func checkDisk(data string) Finding {
 	free, size, err := device.Disk(dir)
 	if err != nil {
 		return Finding{"disk", Fail, err.Error(), "choose another folder by --data"}
-	}
-	var reserve uint64
-	if profile, err := profiles.Match(runtime.GOARCH); err == nil {
-		reserve = uint64(profile.Storage.ReserveBytes)
 	}
 	f := Finding{Check: "disk", Verdict: Pass, Detail: fmt.Sprintf("%s: %s of %s free, %s kept in reserve", data, megabytes(free), megabytes(size), megabytes(reserve))}
 	switch {

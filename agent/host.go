@@ -77,11 +77,11 @@ type host struct {
 	opened  func(worker.Runtime) // told of the runtime; nil: nobody is
 	tried   chan struct{}        // closed when the runtime has started, or failed to once
 	loads   atomic.Bool          // models can be loaded
+	profile profiles.Profile     // of the device's class
 	budget  int64                // bytes that models may take of the host's memory
 	pools   string               // see worker.Config.Pools
-	// compile gives a version as it was compiled for this device; nil where that
-	// is simulated.
-	compile func(context.Context, worker.Runtime, engine.Spec) (worker.Image, error)
+	// compile gives a version as it was compiled for this device.
+	compile compileFunc
 }
 
 // ports are where a host answers.
@@ -149,24 +149,29 @@ func (l *ports) url() string {
 // newHost puts the parts together; compiled models are kept in the folder
 // cache. The caller sets source, and opened, before run.
 func newHost(s Serving, profile profiles.Profile, cache string, cfg worker.Config) (*host, error) {
-	h := &host{serving: s, tried: make(chan struct{})}
+	h := &host{serving: s, profile: profile, tried: make(chan struct{})}
 	var err error
 	if h.budget, err = s.memoryBudget(profile); err != nil {
 		return nil, err
 	}
-	if len(profile.Providers) > 0 && profile.Providers[0].Name == cudaProvider {
-		cfg.Pools, cfg.WarmBytes, cfg.PinnedBytes = "cuda:0", h.budget, min(h.budget/4, maxPinned)
+	if onGPU(&profile) {
+		cfg.Pools, cfg.WarmBytes, cfg.PinnedBytes = "cuda:0", h.budget, pinnedBytes(profile.Memory, h.budget)
+		cfg.ProviderOptions = profile.Providers[0].Options
+	}
+	if err := processors(&cfg, &profile); err != nil {
+		return nil, err
 	}
 	h.pools = cfg.Pools
 	if s.sim != nil {
-		h.worker = newSimulated(s.sim, profile, cfg)
+		simulated := newSimulated(s.sim, profile, cfg)
+		h.compile, h.worker = permitted(profile.Limits, simulated.compile), simulated
 	} else {
 		kept, err := compiled.Open(cache, int64(s.CacheMiB)<<20)
 		if err != nil {
 			return nil, err
 		}
 		cfg.CheckMemory = compileMemory
-		h.compile = worker.Cached(kept, cfg)
+		h.compile = permitted(profile.Limits, worker.Cached(kept, cfg))
 		cfg.Compile = h.compile
 		h.worker = worker.New(cfg)
 	}
@@ -185,14 +190,11 @@ func (s *Serving) workerConfig(threads int) worker.Config {
 // check compiles a version in a process of its own, on one thread: its load
 // then finds it compiled. One that cannot be is loaded there.
 func (h *host) check(ctx context.Context, spec engine.Spec) (engine.Info, error) {
-	if err := h.fits(spec); err != nil {
-		return engine.Info{}, err
-	}
-	if h.compile == nil {
-		return h.serving.sim.Inspect(spec)
-	}
 	found, err := h.worker.Runtime(ctx)
 	if err != nil {
+		return engine.Info{}, err
+	}
+	if err := h.fits(found, spec); err != nil {
 		return engine.Info{}, err
 	}
 	image, err := h.compile(ctx, found, spec)
@@ -346,7 +348,7 @@ func (h *host) awaitRuntime(ctx context.Context) error {
 				h.opened(found)
 			}
 			if found.Pooling.Works {
-				if err := h.engine.SetMemory(ctx, h.serving.deviceBudget(found.PoolBytes)); err != nil {
+				if err := h.engine.SetMemory(ctx, h.serving.deviceBudget(h.profile.Memory, found.PoolBytes)); err != nil {
 					return nil // ctx is done
 				}
 			}

@@ -1,8 +1,10 @@
 package agent
 
 import (
+	"cmp"
 	"context"
 	"fmt"
+	"math"
 	"path/filepath"
 	"time"
 
@@ -21,7 +23,8 @@ const (
 	// A budget that differs by less than this part is left as it is.
 	budgetStep = 0.02
 	// maxPinned bounds the host memory that is taken at each start of the
-	// process that runs models, for weights that a GPU reads.
+	// process that runs models, for weights that a GPU reads, where the
+	// firmware profile does not.
 	maxPinned = 1 << 30
 )
 
@@ -29,7 +32,7 @@ const (
 const cudaProvider = "CUDAExecutionProvider"
 
 // memoryBudget gives how many bytes models may take: what the settings say, or
-// the firmware profile's part of the memory.
+// the firmware profile's part of the memory, at most its bytes.
 func (s *Serving) memoryBudget(profile profiles.Profile) (int64, error) {
 	if s.MemoryMiB > 0 {
 		return int64(s.MemoryMiB) << 20, nil
@@ -38,7 +41,11 @@ func (s *Serving) memoryBudget(profile profiles.Profile) (int64, error) {
 	if err != nil {
 		return 0, err
 	}
-	return int64(float64(total) * profile.Memory.HostFraction), nil
+	budget := int64(float64(total) * profile.Memory.HostFraction)
+	if most := profile.Memory.HostBytes; most > 0 {
+		budget = min(budget, most)
+	}
+	return budget, nil
 }
 
 // observedBudget is what of a budget the device can give now: what models hold
@@ -50,13 +57,28 @@ func observedBudget(configured, held, available, total int64) int64 {
 }
 
 // deviceBudget gives how many bytes models may take of a GPU's memory of which
-// so many were free: all but a spare part, or what the settings say.
-func (s *Serving) deviceBudget(free int64) int64 {
-	budget := max(free-int64(float64(free)*spareFraction), 1)
+// so many were free: the firmware profile's part, at most its bytes, or what
+// the settings say.
+func (s *Serving) deviceBudget(m profiles.Memory, free int64) int64 {
+	part := cmp.Or(m.DeviceFraction, 1-spareFraction)
+	budget := max(int64(math.Round(float64(free)*part)), 1)
+	if m.DeviceBytes > 0 {
+		budget = min(budget, m.DeviceBytes)
+	}
 	if s.MemoryMiB > 0 {
 		budget = min(budget, int64(s.MemoryMiB)<<20)
 	}
 	return budget
+}
+
+// pinnedBytes is what of the host's memory a GPU reads weights from at full
+// speed: the firmware profile's bytes, at most a quarter of the host's budget.
+// Where CPU and GPU share their memory, nothing is gained by it.
+func pinnedBytes(m profiles.Memory, budget int64) int64 {
+	if m.Unified {
+		return 0
+	}
+	return min(budget/4, cmp.Or(m.PinnedBytes, maxPinned))
 }
 
 // pooling waits for a ready child where weights are to be in pools, and says
@@ -103,7 +125,7 @@ func (h *host) followMemory(ctx context.Context) error {
 		}
 		now := observedBudget(h.budget, held, int64(available), int64(total))
 		if pooled.Pooling.Works {
-			now = h.serving.deviceBudget(pooled.PoolBytes)
+			now = h.serving.deviceBudget(h.profile.Memory, pooled.PoolBytes)
 		}
 		if diff := float64(now-last) / float64(last); diff < -budgetStep || diff > budgetStep || now == h.budget && now != last {
 			h.serving.Log.Info("memory for models changes", "bytes", now, "before", last, "available", available)
@@ -128,8 +150,8 @@ func compileMemory() int64 {
 // fits says why a version could not run in any case, before anything is done
 // with it: its weights alone are more than the budget. What cannot be read is
 // left to those who load it.
-func (h *host) fits(spec engine.Spec) error {
-	if h.pools != "" { // which have another budget
+func (h *host) fits(found worker.Runtime, spec engine.Spec) error {
+	if found.Pooling.Works { // which have another budget
 		return nil
 	}
 	graph, err := models.Inspect(filepath.Join(spec.Dir, spec.Entry))

@@ -11,6 +11,7 @@ import (
 	"testing"
 
 	"github.com/dunlin/dunlin/agent/engine"
+	"github.com/dunlin/dunlin/agent/worker"
 	profiles "github.com/dunlin/dunlin/firmware-profiles"
 )
 
@@ -24,6 +25,18 @@ func TestMemoryBudget(t *testing.T) {
 	if whole, err := (&Serving{}).memoryBudget(profile); err != nil || whole-2*half > 1 || whole < 2*half {
 		t.Errorf("half of the memory is %d, all of it %d, %v", half, whole, err)
 	}
+	profile.Memory.HostBytes = 5 << 20
+	if n, err := (&Serving{}).memoryBudget(profile); n != 5<<20 || err != nil {
+		t.Errorf("at most 5 MiB are %d bytes, %v", n, err)
+	}
+	for _, tt := range []struct {
+		memory       profiles.Memory
+		budget, want int64
+	}{{profiles.Memory{}, 1 << 30, 256 << 20}, {profiles.Memory{}, 1 << 40, maxPinned}, {profiles.Memory{PinnedBytes: 100}, 1 << 30, 100}, {profiles.Memory{PinnedBytes: 100, Unified: true}, 1 << 30, 0}} {
+		if got := pinnedBytes(tt.memory, tt.budget); got != tt.want {
+			t.Errorf("%+v of %d: %d pinned, want %d", tt.memory, tt.budget, got, tt.want)
+		}
+	}
 	if n, err := (&Serving{MemoryMiB: 3}).memoryBudget(profile); n != 3<<20 || err != nil {
 		t.Errorf("3 MiB are %d bytes, %v", n, err)
 	}
@@ -32,9 +45,14 @@ func TestMemoryBudget(t *testing.T) {
 func TestDeviceBudget(t *testing.T) {
 	for _, tt := range []struct {
 		mib        int
+		memory     profiles.Memory
 		free, want int64
-	}{{0, 100 << 20, 95 << 20}, {50, 100 << 20, 50 << 20}, {200, 100 << 20, 95 << 20}, {0, -5, 1}} {
-		if got := (&Serving{MemoryMiB: tt.mib}).deviceBudget(tt.free); got != tt.want {
+	}{
+		{0, profiles.Memory{}, 100 << 20, 95 << 20}, {50, profiles.Memory{}, 100 << 20, 50 << 20}, {200, profiles.Memory{}, 100 << 20, 95 << 20}, {0, profiles.Memory{}, -5, 1},
+		{0, profiles.Memory{DeviceFraction: 0.5}, 100 << 20, 50 << 20}, {0, profiles.Memory{DeviceFraction: 1, DeviceBytes: 10 << 20}, 100 << 20, 10 << 20},
+		{5, profiles.Memory{DeviceBytes: 10 << 20}, 100 << 20, 5 << 20},
+	} {
+		if got := (&Serving{MemoryMiB: tt.mib}).deviceBudget(tt.memory, tt.free); got != tt.want {
 			t.Errorf("%d free, %d MiB asked for: %d, want %d", tt.free, tt.mib, got, tt.want)
 		}
 	}
@@ -90,16 +108,16 @@ func TestLargerThanMemory(t *testing.T) {
 	spec := engine.Spec{ID: engine.VersionID{Model: "digits", Version: 2}, Dir: dir, Entry: "v2.onnx"}
 	var log strings.Builder
 	h := &host{budget: 1000, serving: Serving{Oversize: "refuse", Log: slog.New(slog.NewTextHandler(&log, nil))}}
-	refused := h.fits(spec)
+	refused := h.fits(worker.Runtime{}, spec)
 	if !errors.Is(refused, engine.ErrTooLarge) || !strings.Contains(refused.Error(), "the budget is 1000") || passing(refused) {
 		t.Error(refused)
 	}
 	h.serving.Oversize = "map"
-	if err := h.fits(spec); err != nil || !strings.Contains(log.String(), "stay in their file") {
+	if err := h.fits(worker.Runtime{}, spec); err != nil || !strings.Contains(log.String(), "stay in their file") {
 		t.Error(err, log.String())
 	}
 	h.budget, h.serving.Oversize = 1<<30, "refuse"
-	if err := h.fits(spec); err != nil {
+	if err := h.fits(worker.Runtime{}, spec); err != nil {
 		t.Error(err)
 	}
 }

@@ -5,15 +5,15 @@ import (
 	"errors"
 	"fmt"
 	"math"
-	"runtime"
-	"strings"
 
+	"github.com/dunlin/dunlin/agent/device"
 	"github.com/dunlin/dunlin/agent/engine"
 	"github.com/dunlin/dunlin/agent/ort"
 	"github.com/dunlin/dunlin/agent/sim"
 	"github.com/dunlin/dunlin/agent/worker"
 	profiles "github.com/dunlin/dunlin/firmware-profiles"
 	"github.com/dunlin/dunlin/internal/program"
+	dunlinv1 "github.com/dunlin/dunlin/proto/dunlin/v1"
 )
 
 // Simulation says which device an agent is to simulate instead of using the
@@ -24,7 +24,7 @@ type Simulation struct {
 	SimSeed   int    `yaml:"sim-seed"`
 
 	script []sim.Event
-	sim    *sim.Device // nil until classify, and where none is simulated
+	sim    *sim.Device // nil until begin, and where none is simulated
 }
 
 func (s *Simulation) settings() []program.Setting {
@@ -35,7 +35,7 @@ func (s *Simulation) settings() []program.Setting {
 	}
 }
 
-func (s *Simulation) check(add func(name string, err error)) {
+func (s *Serving) checkSimulation(add func(name string, err error)) {
 	if s.SimDevice == "" {
 		if s.SimScript != "" || s.SimSeed != 0 {
 			add("sim-script, sim-seed", errors.New("have a meaning with --sim-device only"))
@@ -50,38 +50,41 @@ func (s *Simulation) check(add func(name string, err error)) {
 		s.script, err = sim.ReadScript(s.SimScript)
 		add("sim-script", err)
 	}
-	_, err := named(s.SimDevice)
+	_, err := s.class()
 	add("sim-device", err)
+	if s.FirmwareProfile != "" {
+		add("firmware-profile", errors.New("has no meaning with --sim-device, which names one"))
+	}
 }
 
-// named gives the firmware profile of a name.
-func named(name string) (profiles.Profile, error) {
-	var known []string
-	for _, arch := range []string{"amd64", "arm64"} {
-		p, err := profiles.Match(arch)
-		if err != nil {
-			return profiles.Profile{}, err
-		}
-		if p.Name == name {
-			return p, nil
-		}
-		known = append(known, p.Name)
-	}
-	return profiles.Profile{}, fmt.Errorf("no firmware profile is called %q, there are %s", name, strings.Join(known, ", "))
-}
-
-// classify gives the firmware profile that the device goes by. From then on a
-// device that is to be simulated is.
-func (s *Simulation) classify() (profiles.Profile, error) {
-	if s.SimDevice == "" {
-		return profiles.Match(runtime.GOARCH)
-	}
-	p, err := named(s.SimDevice)
+// class gives the firmware profile of the device that is to be simulated.
+func (s *Serving) class() (profiles.Profile, error) {
+	set, err := profiles.Load(s.profileFolders()...)
 	if err != nil {
-		return p, err
+		return profiles.Profile{}, err
+	}
+	return set.Named(s.SimDevice)
+}
+
+// begin describes the device, and says what firmware profile it goes by. From
+// then on a device that is to be simulated is.
+func (s *Serving) begin(ctx context.Context, dir string) (*dunlinv1.DeviceInfo, profiles.Match, error) {
+	if s.SimDevice == "" {
+		info := device.Info(dir)
+		m, err := s.classify(ctx, info)
+		return info, m, err
+	}
+	p, err := s.class()
+	if err != nil {
+		return nil, profiles.Match{}, fmt.Errorf("sim-device: %w", err)
 	}
 	s.sim, err = sim.New(sim.Config{Profile: p, Script: s.script, Seed: uint64(s.SimSeed), Jitter: sim.DefaultJitter})
-	return p, err
+	if err != nil {
+		return nil, profiles.Match{}, fmt.Errorf("sim-device: %w", err)
+	}
+	info := s.sim.Info()
+	info.FirmwareProfileReason = "--sim-device"
+	return info, profiles.Match{Profile: s.sim.Profile(), Reason: info.FirmwareProfileReason}, nil
 }
 
 // simulated has a simulated device do what a worker process does.
@@ -121,6 +124,12 @@ func (s *simulated) Runtime(context.Context) (worker.Runtime, error) {
 		r.Pooling, r.PoolBytes = ort.Pooling{Device: gpu, Works: true}, s.Capacity()
 	}
 	return r, nil
+}
+
+// compile describes a version: nothing is compiled.
+func (s *simulated) compile(_ context.Context, _ worker.Runtime, spec engine.Spec) (worker.Image, error) {
+	info, err := s.Inspect(spec)
+	return worker.Image{Info: info, Release: func() {}}, err
 }
 
 // PID gives 0: no process holds the models.

@@ -19,7 +19,7 @@ import (
 )
 
 // simDevice is the class that the tests simulate.
-const simDevice = "generic-x86-64"
+const simDevice = "jetson-orin-nano-8gb"
 
 // script writes one, and gives its path.
 func script(t *testing.T, text string) string {
@@ -41,11 +41,12 @@ func TestSimulationConfig(t *testing.T) {
 		t.Errorf("%+v, %v", cfg.Simulation, err)
 	}
 	for want, args := range map[string][]string{
-		`sim-device: no firmware profile is called "teapot", there are `: {"--sim-device", "teapot"},
-		"sim-script, sim-seed: have a meaning with --sim-device only":    {"--sim-seed", "1"},
-		"sim-seed: is -1, allowed are 0 to":                              {"--sim-device", simDevice, "--sim-seed", "-1"},
-		"faults.yaml:1:17: xid: is 0":                                    {"--sim-device", simDevice, "--sim-script", script(t, "- {at: 1m, xid: 0}")},
-		"no such file":                                                   {"--sim-device", simDevice, "--sim-script", "/missing"},
+		`sim-device: no firmware profile "teapot"`:          {"--sim-device", "teapot"},
+		"sim-script, sim-seed: have a meaning with --sim-device only": {"--sim-seed", "1"},
+		"sim-seed: is -1, allowed are 0 to":                           {"--sim-device", simDevice, "--sim-seed", "-1"},
+		"faults.yaml:1:17: xid: is 0":                                 {"--sim-device", simDevice, "--sim-script", script(t, "- {at: 1m, xid: 0}")},
+		"firmware-profile: has no meaning with --sim-device":          {"--sim-device", simDevice, "--firmware-profile", simDevice},
+		"no such file": {"--sim-device", simDevice, "--sim-script", "/missing"},
 	} {
 		if _, err := ParseAlone(append(args, "m.onnx"), env(), io.Discard); err == nil || !strings.Contains(err.Error(), want) {
 			t.Errorf("%q: %v, want %q", args, err, want)
@@ -107,7 +108,9 @@ func TestSimulatedAgent(t *testing.T) {
 	stop := startAgent(t, cfg)
 	c.until("says hello", func(m proto.Message) bool {
 		h, ok := m.(*dunlinv1.Hello)
-		if i := h.GetInfo(); ok && (!i.Simulated || i.FirmwareProfile != simDevice || i.RuntimeVersion != "simulated" || i.Arch != "amd64" || !slices.Equal(i.Providers, []string{"CPUExecutionProvider"})) {
+		if i := h.GetInfo(); ok && (!i.Simulated || i.FirmwareProfile != simDevice || i.RuntimeVersion != "simulated" || i.Arch != "arm64" || len(i.Gpus) != 1 || !i.Gpus[0].UnifiedMemory ||
+			!strings.HasPrefix(i.WeightPools, "cuda:0 ") || i.Limits.GetFp32Gflops() < 1000 || i.Limits.DeviceMemoryBytes == 0 ||
+			!slices.Equal(i.Providers, []string{"CUDAExecutionProvider", "CPUExecutionProvider"})) {
 			t.Errorf("hello: %v", h)
 		}
 		return ok
@@ -128,11 +131,11 @@ func TestSimulatedAgent(t *testing.T) {
 func TestSimulatedShutdown(t *testing.T) {
 	c := startControl(t)
 	cfg := simulatedConfig(t, c, "")
-	profile, err := cfg.classify()
-	if err != nil || profile.Name != simDevice {
-		t.Fatal(profile, err)
+	_, class, err := cfg.begin(t.Context(), cfg.Data)
+	if err != nil || class.Profile.Name != simDevice {
+		t.Fatal(class, err)
 	}
-	s := newSimulated(cfg.sim, profile, cfg.workerConfig(1))
+	s := newSimulated(cfg.sim, class.Profile, cfg.workerConfig(1))
 	done := make(chan error, 1)
 	go func() { done <- s.Supervise(t.Context()) }()
 	if err := cfg.sim.Close(); err != nil {

@@ -1,27 +1,12 @@
 // Package profiles holds the firmware profiles: what the agent takes for
-// granted of each class of devices.
+// granted of each class of devices, and which class a device is of.
 package profiles
-
-import (
-	"bytes"
-	"embed"
-	"errors"
-	"fmt"
-	"io"
-	"io/fs"
-	"reflect"
-	"slices"
-	"strings"
-	"sync"
-
-	"github.com/goccy/go-yaml"
-)
 
 // Profile describes one class of devices. Memory is in bytes, power in watts,
 // temperatures in degrees Celsius; 0 and absent both mean that the class has
 // no such figure, unless a field says otherwise.
 type Profile struct {
-	Name        string `yaml:"name"` // the same as the file's
+	Name        string `yaml:"name"` // the same as the file's, a-z, 0-9 and - between them
 	Description string `yaml:"description"`
 	// Sources are the documents that the figures come from.
 	Sources []string `yaml:"sources"`
@@ -52,7 +37,10 @@ type Provider struct {
 }
 
 // Rule says which devices a profile is for: those for which all that it names
-// holds. Patterns are those of path.Match, and case does not count.
+// holds. Patterns are those of path.Match, and case does not count. A version
+// pattern is a list of bounds that all hold, as ">=8.0, <9"; "8.9" alone means
+// the versions whose first parts are those. Parts compare as numbers, and those
+// that are missing count as 0.
 type Rule struct {
 	Arch              string   `yaml:"arch"`               // Go's name of the architecture
 	DeviceTree        []string `yaml:"device_tree"`        // one of these: an entry of "compatible", or the model
@@ -68,7 +56,7 @@ type Rule struct {
 type Memory struct {
 	HostFraction   float64 `yaml:"host_fraction"` // of the host's memory, above 0 to 1
 	HostBytes      int64   `yaml:"host_bytes"`
-	DeviceFraction float64 `yaml:"device_fraction"` // of a GPU's memory, 0 to 1
+	DeviceFraction float64 `yaml:"device_fraction"` // of what a GPU has free when the agent starts, 0 to 1; 0: as 0.95
 	DeviceBytes    int64   `yaml:"device_bytes"`
 	PinnedBytes    int64   `yaml:"pinned_bytes"` // host memory that a GPU reads
 	Unified        bool    `yaml:"unified"`      // CPU and GPU share one memory
@@ -116,80 +104,4 @@ type Hardware struct {
 	LinkGBPerSecond    float64 `yaml:"link_gb_per_second"`    // between host and GPU
 	StorageMBPerSecond float64 `yaml:"storage_mb_per_second"` // sequential reads
 	OverheadMicros     float64 `yaml:"overhead_micros"`       // of a run, whatever it does
-}
-
-//go:embed *.yaml
-var files embed.FS
-
-var load = sync.OnceValues(func() ([]Profile, error) { return parseAll(files) })
-
-// Match gives the profile for an architecture, by Go's name of it.
-func Match(arch string) (Profile, error) {
-	all, err := load()
-	if err != nil {
-		return Profile{}, err
-	}
-	var known []string
-	for _, p := range all {
-		if p.Match.Arch == arch {
-			return p, nil
-		}
-		known = append(known, p.Match.Arch)
-	}
-	return Profile{}, fmt.Errorf("no firmware profile for architecture %q, there are some for %s", arch, strings.Join(known, ", "))
-}
-
-// parseAll reads every profile, by name.
-func parseAll(files fs.FS) ([]Profile, error) {
-	names, err := fs.Glob(files, "*.yaml")
-	if err != nil {
-		return nil, err
-	}
-	var all []Profile
-	for _, name := range names {
-		b, err := fs.ReadFile(files, name)
-		if err != nil {
-			return nil, err
-		}
-		p, err := parse(b)
-		if err == nil && p.Name != strings.TrimSuffix(name, ".yaml") {
-			err = fmt.Errorf("name: %q is not the file's", p.Name)
-		}
-		if err == nil && slices.ContainsFunc(all, func(q Profile) bool { return reflect.DeepEqual(q.Match, p.Match) }) {
-			err = errors.New("match: another profile has the same")
-		}
-		if err != nil {
-			return nil, fmt.Errorf("firmware profile %s: %w", name, err)
-		}
-		all = append(all, p)
-	}
-	return all, nil
-}
-
-func parse(b []byte) (Profile, error) {
-	var p Profile
-	d := yaml.NewDecoder(bytes.NewReader(b), yaml.Strict())
-	if err := d.Decode(&p); err != nil {
-		return Profile{}, err
-	}
-	if err := d.Decode(new(Profile)); !errors.Is(err, io.EOF) {
-		return Profile{}, errors.New("more than one document")
-	}
-	switch {
-	case p.Description == "":
-		return Profile{}, errors.New("description: missing")
-	case p.Match.Arch == "":
-		return Profile{}, errors.New("match.arch: missing")
-	case len(p.Providers) == 0 || slices.ContainsFunc(p.Providers, func(q Provider) bool { return q.Name == "" }):
-		return Profile{}, errors.New("providers: missing")
-	case p.Threads < 0:
-		return Profile{}, fmt.Errorf("threads: %d is below 0", p.Threads)
-	case !(p.Memory.HostFraction > 0 && p.Memory.HostFraction <= 1):
-		return Profile{}, fmt.Errorf("memory.host_fraction: %v, allowed is above 0 to 1", p.Memory.HostFraction)
-	case p.Storage.ReserveBytes < 0:
-		return Profile{}, fmt.Errorf("storage.reserve_bytes: %d is below 0", p.Storage.ReserveBytes)
-	case p.Storage.OutboxEvents < 1:
-		return Profile{}, fmt.Errorf("storage.outbox_events: %d is below 1", p.Storage.OutboxEvents)
-	}
-	return p, nil
 }

@@ -44,6 +44,9 @@ type Graph struct {
 	Operators []string
 	// WeightBytes is the size of all initialisers and constants in memory.
 	WeightBytes uint64
+	// WeightTypes are their element types, ascending; some may be newer than
+	// this program.
+	WeightTypes []tensor.Type
 	// External are the files beside the model that hold weights, sorted, by
 	// their slash-separated paths relative to the model's folder.
 	External []string
@@ -104,6 +107,7 @@ type inspector struct {
 	nodes, tensors int
 	kept           int
 	weights        uint64
+	weightTypes    map[tensor.Type]bool
 }
 
 func inspect(src io.ReaderAt, size int64, folder *os.Root) (*Graph, error) {
@@ -121,6 +125,7 @@ func inspect(src io.ReaderAt, size int64, folder *os.Root) (*Graph, error) {
 		functions:    map[operator]bool{},
 		imports:      map[string]int64{},
 		initialisers: map[string]bool{},
+		weightTypes:  map[tensor.Type]bool{},
 	}
 	return in.model(size)
 }
@@ -209,6 +214,7 @@ func (in *inspector) model(size int64) (*Graph, error) {
 		return nil, invalid("model uses %d operators, allowed are %d", len(g.Operators), maxOperators)
 	}
 	g.WeightBytes = in.weights
+	g.WeightTypes = slices.Sorted(maps.Keys(in.weightTypes))
 	g.External = slices.Sorted(maps.Keys(in.external))
 	return g, nil
 }

@@ -169,6 +169,7 @@ func TestInspect(t *testing.T) {
 		Producer:    "writer 2.1",
 		Operators:   []string{"Add", "Constant", "If", "Loop", "Relu", "com.microsoft.FusedConv"},
 		WeightBytes: 16 + 16 + 4 + 2 + 8 + 16 + 6,
+		WeightTypes: []tensor.Type{tensor.Float32, tensor.Int64, tensor.Float16, 22},
 	}
 	if !reflect.DeepEqual(got, want) {
 		t.Errorf("got  %+v\nwant %+v", got, want)

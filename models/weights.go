@@ -43,6 +43,9 @@ var encodings = map[int64]encoding{
 	25: {2, int32Data, 1}, 26: {2, int32Data, 1},
 }
 
+// maxWeightTypes bounds the types that are kept: ONNX has fewer.
+const maxWeightTypes = 64
+
 // weight is what a TensorProto says about its data.
 type weight struct {
 	name     string
@@ -74,6 +77,9 @@ func (in *inspector) tensor(f field, what string) (name string, err error) {
 		return "", fmt.Errorf("%s %q: %w", what, shorten(w.name), err)
 	}
 	in.weights += uint64(size)
+	if len(in.weightTypes) < maxWeightTypes && w.dataType > 0 && w.dataType <= math.MaxInt32 {
+		in.weightTypes[tensor.Type(w.dataType)] = true
+	}
 	return w.name, nil
 }
 

@@ -8,6 +8,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"path/filepath"
 	"runtime"
 	"strconv"
@@ -30,6 +31,8 @@ type Placement struct {
 	// its weights; 0 for none. What Session.Run has worked in beyond what the
 	// session began with is given back after each run.
 	Limit int64
+	// Options are further ones of the CUDA provider.
+	Options map[string]string
 }
 
 // OpenPooled loads a model as Open does, with its weights in a pool of the
@@ -120,20 +123,26 @@ func addCUDA(o *binding.SessionOptions, place Placement) error {
 		return err
 	}
 	defer cuda.Destroy()
-	options := map[string]string{
-		"device_id": strconv.Itoa(place.Device),
-		// What a session works in grows by what is needed, and copies are in
-		// the order of its stream.
-		"arena_extend_strategy":     "kSameAsRequested",
-		"do_copy_in_default_stream": "1",
-	}
-	if place.Limit > 0 {
-		options["gpu_mem_limit"] = strconv.FormatInt(place.Limit, 10)
-	}
-	if err := cuda.Update(options); err != nil {
+	if err := cuda.Update(place.cudaOptions()); err != nil {
 		return err
 	}
 	return o.AppendExecutionProviderCUDA(cuda)
+}
+
+// cudaOptions are those of the CUDA provider. Options of the placement that
+// this package relies on do not count.
+func (p *Placement) cudaOptions() map[string]string {
+	options := map[string]string{}
+	maps.Copy(options, p.Options)
+	options["device_id"] = strconv.Itoa(p.Device)
+	// What a session works in grows by what is needed, and copies are in the
+	// order of its stream.
+	options["arena_extend_strategy"] = "kSameAsRequested"
+	options["do_copy_in_default_stream"] = "1"
+	if p.Limit > 0 {
+		options["gpu_mem_limit"] = strconv.FormatInt(p.Limit, 10)
+	}
+	return options
 }
 
 // Pooling says whether the runtime puts weights into a pool, and why not.

@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"math"
 	"math/rand/v2"
 	"os"
@@ -505,5 +506,14 @@ func TestProbePooling(t *testing.T) {
 	}
 	if c := fake.Count(); c.Created != 0 || c.Reserved != 0 || fake.Breach() != "" {
 		t.Errorf("left behind: %+v, %s", c, fake.Breach())
+	}
+}
+
+// What this package relies on cannot be set by others.
+func TestCUDAOptions(t *testing.T) {
+	p := Placement{Device: 2, Limit: 7, Options: map[string]string{"device_id": "0", "arena_extend_strategy": "kNextPowerOfTwo", "use_tf32": "0", "gpu_mem_limit": "1"}}
+	want := map[string]string{"device_id": "2", "arena_extend_strategy": "kSameAsRequested", "do_copy_in_default_stream": "1", "gpu_mem_limit": "7", "use_tf32": "0"}
+	if got := p.cudaOptions(); !maps.Equal(got, want) || p.Options["device_id"] != "0" {
+		t.Errorf("%v, want %v", got, want)
 	}
 }

@@ -140,6 +140,10 @@ func New(cfg Config) (*Device, error) {
 	return d, nil
 }
 
+// Profile is that of the Config, with what was assumed in place of what it does
+// not say.
+func (d *Device) Profile() profiles.Profile { return d.cfg.Profile }
+
 // discrete says that models run in a memory that is not the host's.
 func (d *Device) discrete() bool { return d.gpu && !d.cfg.Profile.Memory.Unified }
 

@@ -698,3 +698,32 @@ func TestFleet(t *testing.T) {
 		engines.Wait()
 	})
 }
+
+// Each built-in class makes a device that runs a model.
+func TestClasses(t *testing.T) {
+	set, err := profiles.Load()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, name := range set.Names() {
+		p, err := set.Named(name)
+		if err != nil {
+			t.Fatal(err)
+		}
+		synctest.Test(t, func(t *testing.T) {
+			d := start(t, p, "")
+			id := load(t, d, "m", "100000000,10")
+			d.Sample()
+			took := run(t, d, id, rows(16)).Infer
+			s := d.Sample()
+			watts := s.PowerWatts
+			if len(s.Gpus) > 0 {
+				watts = s.Gpus[0].PowerWatts
+			}
+			if p.Power.LimitWatts > 0 && (watts == nil || !near(*watts, p.Power.LimitWatts, 1e-6)) || p.Power.LimitWatts == 0 && watts != nil {
+				t.Errorf("%s at work: %v W, its limit is %v", name, watts, p.Power.LimitWatts)
+			}
+			t.Logf("%s: 160 GFLOP in %v, %d MiB for models", name, took, d.Capacity()>>20)
+		})
+	}
+}

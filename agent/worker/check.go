@@ -36,7 +36,7 @@ func (p *process) open(ctx context.Context, cfg *Config) error {
 	defer cancel()
 	question := &message{kind: kindInit, strings: []string{cfg.RuntimeLib}, number: uint64(max(cfg.Threads, 0))}
 	if cfg.Pools != "" {
-		text, err := json.Marshal(poolSettings{Device: cfg.Pools, Bytes: cfg.PoolBytes, Pinned: cfg.PinnedBytes})
+		text, err := json.Marshal(poolSettings{Device: cfg.Pools, Bytes: cfg.PoolBytes, Pinned: cfg.PinnedBytes, Options: cfg.ProviderOptions})
 		if err != nil {
 			return err
 		}

@@ -31,9 +31,10 @@ const (
 
 // poolSettings are what a child is to know of its pools.
 type poolSettings struct {
-	Device string // Config.Pools
-	Bytes  int64  // of a fake
-	Pinned int64
+	Device  string // Config.Pools
+	Bytes   int64  // of a fake
+	Pinned  int64
+	Options map[string]string // Config.ProviderOptions
 }
 
 // poolsFound is what it says of them.
@@ -85,7 +86,7 @@ func (p *pools) open(ctx context.Context, s poolSettings, found *poolsFound) err
 		if !ok || err != nil || gpu < 0 {
 			return fmt.Errorf("pools: %q is neither cuda:N nor %s", s.Device, FakePools)
 		}
-		driver, p.place = weights.CUDA(gpu), ort.Placement{CUDA: true, Device: gpu}
+		driver, p.place = weights.CUDA(gpu), ort.Placement{CUDA: true, Device: gpu, Options: s.Options}
 	}
 	if p.device, err = weights.Open(driver, settings); err != nil {
 		return err

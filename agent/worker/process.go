@@ -108,7 +108,7 @@ func startProcess(cfg *Config, onDeath func(*process, engine.VersionID)) (*proce
 		dead:    make(chan struct{}),
 	}
 	cmd.Stderr = p.stderr
-	if err := cmd.Start(); err != nil {
+	if err := startOn(cmd, cfg.Affinity); err != nil {
 		ours.close()
 		shared.close()
 		return nil, fmt.Errorf("start worker: %w", err)
@@ -116,6 +116,27 @@ func startProcess(cfg *Config, onDeath func(*process, engine.VersionID)) (*proce
 	shared.file.Close()
 	go p.read()
 	return p, nil
+}
+
+// startOn starts a child that may use the numbered processors only, where there
+// are any: it inherits what the calling thread, which is locked, may use.
+func startOn(cmd *exec.Cmd, processors []int) error {
+	if len(processors) == 0 {
+		return cmd.Start()
+	}
+	var before, set unix.CPUSet
+	if err := unix.SchedGetaffinity(0, &before); err != nil {
+		return fmt.Errorf("affinity: %w", err)
+	}
+	for _, n := range processors {
+		set.Set(n)
+	}
+	if err := unix.SchedSetaffinity(0, &set); err != nil {
+		return fmt.Errorf("affinity: processors %v: %w", processors, err)
+	}
+	err := cmd.Start()
+	_ = unix.SchedSetaffinity(0, &before) // it was allowed
+	return err
 }
 
 // childEnvironment is all that the child gets: no credentials, a C heap that

@@ -58,6 +58,7 @@ type Config struct {
 	Command     []string // the child's executable and arguments; its main calls Child
 	RuntimeLib  string   // path of ONNX Runtime's shared library
 	Threads     int      // of the runtime, for all models together; 0 for one per core
+	Affinity    []int    // numbers of the processors that children may use; none: all
 	SharedBytes int      // see DefaultSharedBytes; larger tensors pass too, more slowly
 	MaxBytes    int      // see DefaultMaxBytes
 	// StallGrace is how long a run that was cancelled for engine.ErrStalled may
@@ -86,6 +87,9 @@ type Config struct {
 	// none, "cuda:N" for a GPU, FakePools for tests. Where that cannot be had,
 	// Runtime.Pooling says why, and all is as without.
 	Pools string
+	// ProviderOptions are options of the GPU's execution provider, by ONNX
+	// Runtime's names.
+	ProviderOptions map[string]string
 	// PoolBytes is the size of a fake device.
 	PoolBytes int64
 	// PinnedBytes is host memory from which a GPU reads weights at full speed;

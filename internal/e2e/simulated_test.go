@@ -10,7 +10,7 @@ import (
 )
 
 // simulatedClass is the class of the simulated devices.
-const simulatedClass = "generic-arm64"
+const simulatedClass = "jetson-orin-nano-8gb"
 
 // TestSimulatedDevice has a simulated device of another architecture follow a
 // controller.
