@@ -40,7 +40,6 @@ type agent struct {
 	profile   profiles.Profile
 	store     *state.Store
 	reconcile *reconcile.Reconciler
-	machine   machine
 	outbox    chan struct{} // an event was appended
 
 	mu       sync.Mutex // guards what follows
@@ -61,7 +60,12 @@ func Run(ctx context.Context, cfg Config) (err error) {
 		return err
 	}
 	defer lock.Close()
-	info, class, err := cfg.begin(ctx, cfg.Data)
+	if err := cfg.simulate(); err != nil {
+		return err
+	}
+	defer cfg.openMachine(cfg.Data)()
+	info := cfg.machine.Info()
+	class, err := cfg.classify(ctx, info)
 	if err != nil {
 		return err
 	}
@@ -80,7 +84,6 @@ func Run(ctx context.Context, cfg Config) (err error) {
 	if err != nil {
 		return err
 	}
-	defer func() { err = errors.Join(err, a.machine.Close()) }()
 	return a.run(ctx, l, a.metrics(), part{"reconcile", a.reconcile.Run}, part{"controller", a.control})
 }
 
@@ -88,7 +91,7 @@ func Run(ctx context.Context, cfg Config) (err error) {
 // it answers.
 func newAgent(ctx context.Context, cfg Config, profile profiles.Profile, info *dunlinv1.DeviceInfo, store *state.Store, url string) (*agent, error) {
 	a := &agent{
-		cfg: cfg, profile: profile, store: store, machine: cfg.openMachine(cfg.Data), outbox: make(chan struct{}, 1),
+		cfg: cfg, profile: profile, store: store, outbox: make(chan struct{}, 1),
 		info: info,
 	}
 	a.info.AgentVersion, a.info.ServingUrl = program.Version(), url

@@ -132,7 +132,11 @@ func Serve(ctx context.Context, cfg Alone) (err error) {
 		return err
 	}
 	defer lock.Close()
-	_, class, err := cfg.begin(ctx, cfg.Data)
+	if err := cfg.simulate(); err != nil {
+		return err
+	}
+	defer cfg.openMachine(cfg.Data)()
+	class, err := cfg.classify(ctx, cfg.machine.Info())
 	if err != nil {
 		return err
 	}
@@ -156,9 +160,6 @@ func Serve(ctx context.Context, cfg Alone) (err error) {
 	})
 	if err != nil {
 		return err
-	}
-	if cfg.sim != nil {
-		defer func() { err = errors.Join(err, cfg.sim.Close()) }()
 	}
 	h.source = models
 	return h.run(ctx, l, h.metrics(), part{"models", models.Run})

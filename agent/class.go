@@ -21,6 +21,10 @@ import (
 // classify finds the firmware profile of the device that info describes, and
 // says in info which it is, and why.
 func (s *Serving) classify(ctx context.Context, info *dunlinv1.DeviceInfo) (profiles.Match, error) {
+	if s.sim != nil {
+		info.FirmwareProfileReason = "--sim-device"
+		return profiles.Match{Profile: s.sim.Profile(), Reason: info.FirmwareProfileReason}, nil
+	}
 	set, err := profiles.Load(s.profileFolders()...)
 	if err != nil {
 		return profiles.Match{}, fmt.Errorf("firmware profiles:\n%w", err)

@@ -6,14 +6,12 @@ import (
 	"fmt"
 	"math"
 
-	"github.com/dunlin/dunlin/agent/device"
 	"github.com/dunlin/dunlin/agent/engine"
 	"github.com/dunlin/dunlin/agent/ort"
 	"github.com/dunlin/dunlin/agent/sim"
 	"github.com/dunlin/dunlin/agent/worker"
 	profiles "github.com/dunlin/dunlin/firmware-profiles"
 	"github.com/dunlin/dunlin/internal/program"
-	dunlinv1 "github.com/dunlin/dunlin/proto/dunlin/v1"
 )
 
 // Simulation says which device an agent is to simulate instead of using the
@@ -24,7 +22,7 @@ type Simulation struct {
 	SimSeed   int    `yaml:"sim-seed"`
 
 	script []sim.Event
-	sim    *sim.Device // nil until begin, and where none is simulated
+	sim    *sim.Device // nil until simulate, and where none is simulated
 }
 
 func (s *Simulation) settings() []program.Setting {
@@ -66,25 +64,20 @@ func (s *Serving) class() (profiles.Profile, error) {
 	return set.Named(s.SimDevice)
 }
 
-// begin describes the device, and says what firmware profile it goes by. From
-// then on a device that is to be simulated is.
-func (s *Serving) begin(ctx context.Context, dir string) (*dunlinv1.DeviceInfo, profiles.Match, error) {
+// simulate gives the settings their machine, where it is to be simulated.
+func (s *Serving) simulate() error {
 	if s.SimDevice == "" {
-		info := device.Info(dir)
-		m, err := s.classify(ctx, info)
-		return info, m, err
+		return nil
 	}
 	p, err := s.class()
-	if err != nil {
-		return nil, profiles.Match{}, fmt.Errorf("sim-device: %w", err)
+	if err == nil {
+		s.sim, err = sim.New(sim.Config{Profile: p, Script: s.script, Seed: uint64(s.SimSeed), Jitter: sim.DefaultJitter})
 	}
-	s.sim, err = sim.New(sim.Config{Profile: p, Script: s.script, Seed: uint64(s.SimSeed), Jitter: sim.DefaultJitter})
 	if err != nil {
-		return nil, profiles.Match{}, fmt.Errorf("sim-device: %w", err)
+		return fmt.Errorf("sim-device: %w", err)
 	}
-	info := s.sim.Info()
-	info.FirmwareProfileReason = "--sim-device"
-	return info, profiles.Match{Profile: s.sim.Profile(), Reason: info.FirmwareProfileReason}, nil
+	s.machine = s.sim
+	return nil
 }
 
 // simulated has a simulated device do what a worker process does.

@@ -41,7 +41,7 @@ func TestSimulationConfig(t *testing.T) {
 		t.Errorf("%+v, %v", cfg.Simulation, err)
 	}
 	for want, args := range map[string][]string{
-		`sim-device: no firmware profile "teapot"`:          {"--sim-device", "teapot"},
+		`sim-device: no firmware profile "teapot"`:                    {"--sim-device", "teapot"},
 		"sim-script, sim-seed: have a meaning with --sim-device only": {"--sim-seed", "1"},
 		"sim-seed: is -1, allowed are 0 to":                           {"--sim-device", simDevice, "--sim-seed", "-1"},
 		"faults.yaml:1:17: xid: is 0":                                 {"--sim-device", simDevice, "--sim-script", script(t, "- {at: 1m, xid: 0}")},
@@ -131,7 +131,10 @@ func TestSimulatedAgent(t *testing.T) {
 func TestSimulatedShutdown(t *testing.T) {
 	c := startControl(t)
 	cfg := simulatedConfig(t, c, "")
-	_, class, err := cfg.begin(t.Context(), cfg.Data)
+	if err := cfg.simulate(); err != nil {
+		t.Fatal(err)
+	}
+	class, err := cfg.classify(t.Context(), cfg.sim.Info())
 	if err != nil || class.Profile.Name != simDevice {
 		t.Fatal(class, err)
 	}
