@@ -478,19 +478,20 @@ func TestFaults(t *testing.T) {
 // A crash is told with what ran.
 func TestOnCrash(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		var told []string
+		told := make(chan string, 2)
 		d, err := New(Config{Profile: board, Describe: describe, Script: []Event{{At: time.Minute, Fault: "worker"}, {At: time.Hour, Fault: "worker"}}})
 		if err != nil {
 			t.Fatal(err)
 		}
 		defer d.Close()
-		d.OnCrash(func(running []engine.VersionID) { told = append(told, fmt.Sprint(running)) })
+		d.OnCrash(func(running []engine.VersionID) { told <- fmt.Sprint(running) })
 		id := load(t, d, "m", "1000,100000")
 		if _, err := d.Run(t.Context(), id, [][]tensor.Tensor{rows(1)}, nil); !errors.Is(err, engine.ErrNotLoaded) {
 			t.Error(err)
 		}
 		time.Sleep(2 * time.Hour)
-		if got := fmt.Sprint(told); got != "[[m:1] []]" {
+		synctest.Wait()
+		if got := <-told + " " + <-told; got != "[m:1] []" {
 			t.Error(got)
 		}
 	})
