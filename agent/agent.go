@@ -14,7 +14,6 @@ import (
 
 	"google.golang.org/protobuf/proto"
 
-	"github.com/dunlin/dunlin/agent/device"
 	"github.com/dunlin/dunlin/agent/engine"
 	"github.com/dunlin/dunlin/agent/oip"
 	"github.com/dunlin/dunlin/agent/reconcile"
@@ -42,7 +41,6 @@ type agent struct {
 	profile   profiles.Profile
 	store     *state.Store
 	reconcile *reconcile.Reconciler
-	sampler   *device.Sampler
 	outbox    chan struct{} // an event was appended
 
 	mu       sync.Mutex // guards what follows
@@ -63,10 +61,12 @@ func Run(ctx context.Context, cfg Config) (err error) {
 		return err
 	}
 	defer lock.Close()
+	defer cfg.openMachine(cfg.Data)()
 	profile, err := profiles.Match(runtime.GOARCH)
 	if err != nil {
 		return err
 	}
+	cfg.sampleBy(profile)
 	l, err := listen(&cfg.Serving)
 	if err != nil {
 		return err
@@ -87,8 +87,8 @@ func Run(ctx context.Context, cfg Config) (err error) {
 // newAgent puts the parts together; url is where the device answers.
 func newAgent(ctx context.Context, cfg Config, profile profiles.Profile, store *state.Store, url string) (*agent, error) {
 	a := &agent{
-		cfg: cfg, profile: profile, store: store, sampler: device.NewSampler(cfg.Data), outbox: make(chan struct{}, 1),
-		info: device.Info(cfg.Data),
+		cfg: cfg, profile: profile, store: store, outbox: make(chan struct{}, 1),
+		info: cfg.machine.Info(),
 	}
 	a.info.FirmwareProfile, a.info.AgentVersion, a.info.ServingUrl = profile.Name, program.Version(), url
 	var err error

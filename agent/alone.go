@@ -142,6 +142,8 @@ func Serve(ctx context.Context, cfg Alone) (err error) {
 		return err
 	}
 	defer l.close()
+	defer cfg.openMachine(cfg.Data)()
+	cfg.sampleBy(profile)
 	w := cfg.Serving.workerConfig(profile.Threads)
 	w.OnDeath = func(d worker.Death) { cfg.Log.Error("worker process died", "error", d.Err, "in_flight", d.InFlight) }
 	var models *repository.Repository

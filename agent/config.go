@@ -42,6 +42,8 @@ type Serving struct {
 	Log    *slog.Logger   `yaml:"-"`
 	Worker []string       `yaml:"-"` // command of the worker process; this program with "worker" where empty
 	level  *slog.LevelVar // of Log; nil where Log was given
+
+	machine machine // nil until it is opened
 }
 
 // maxThreads bounds Serving.Threads.

@@ -19,7 +19,6 @@ import (
 	"strings"
 	"time"
 
-	"github.com/NVIDIA/go-nvml/pkg/nvml"
 	"github.com/eclipse/paho.mqtt.golang/packets"
 
 	"github.com/dunlin/dunlin/agent/device"
@@ -99,7 +98,7 @@ func printFindings(w io.Writer, findings []Finding) error {
 
 func examine(ctx context.Context, cfg Config) []Finding {
 	findings := checkRuntime(ctx, cfg)
-	findings = append(findings, checkNVML(), checkMemory(cfg), checkDisk(cfg.Data))
+	findings = append(append(findings, examineMachine(cfg)...), checkMemory(cfg), checkDisk(cfg.Data))
 	id, err := storedIdentity(ctx, cfg.Data)
 	if err != nil {
 		findings = append(findings, Finding{"identity", Fail, err.Error(), "run the doctor as the user that the agent runs as"})
@@ -167,28 +166,6 @@ func sandboxFinding(s worker.Sandbox) Finding {
 		"use Linux 5.13 or newer with Landlock and seccomp switched on, and no container that refuses them"}
 }
 
-func checkNVML() Finding {
-	const remedy = "install the NVIDIA driver, if this device has an NVIDIA GPU"
-	lib := nvml.New()
-	switch ret := lib.Init(); ret {
-	case nvml.SUCCESS:
-	case nvml.ERROR_LIBRARY_NOT_FOUND:
-		return Finding{"nvml", Warn, "no NVML library: no NVIDIA telemetry", remedy}
-	default:
-		return Finding{"nvml", Warn, "NVML does not start: " + lib.ErrorString(ret), remedy}
-	}
-	defer lib.Shutdown()
-	n, ret := lib.DeviceGetCount()
-	if ret != nvml.SUCCESS {
-		return Finding{"nvml", Warn, "NVML does not count GPUs: " + lib.ErrorString(ret), remedy}
-	}
-	driver, ret := lib.SystemGetDriverVersion()
-	if ret != nvml.SUCCESS {
-		driver = "unknown"
-	}
-	return Finding{Check: "nvml", Verdict: Pass, Detail: fmt.Sprintf("%d GPUs, driver %s", n, driver)}
-}
-
 // checkMemory compares what models may take with what the device has.
 func checkMemory(cfg Config) Finding {
 	profile, err := profiles.Match(runtime.GOARCH)
@@ -199,7 +176,7 @@ func checkMemory(cfg Config) Finding {
 	if err != nil {
 		return Finding{"memory", Warn, err.Error(), "give a budget by --memory-mib"}
 	}
-	available, total, err := device.Memory()
+	available, total, err := cfg.memory()
 	if err != nil {
 		return Finding{"memory", Warn, err.Error(), ""}
 	}
@@ -233,15 +210,18 @@ func checkWeights(ctx context.Context, cfg Config) Finding {
 	return Finding{Check: "weights", Verdict: Pass, Detail: "the runtime puts them into pools on " + pooling.Device + ", from where they leave and come back"}
 }
 
-func checkDisk(data string) Finding {
-	dir := data
-	for { // the folder may not have been made yet
+// existing gives a folder, or the one that it is to be made in.
+func existing(dir string) string {
+	for {
 		if _, err := os.Stat(dir); err == nil || dir == filepath.Dir(dir) {
-			break
+			return dir
 		}
 		dir = filepath.Dir(dir)
 	}
-	free, size, err := device.Disk(dir)
+}
+
+func checkDisk(data string) Finding {
+	free, size, err := device.Disk(existing(data))
 	if err != nil {
 		return Finding{"disk", Fail, err.Error(), "choose another folder by --data"}
 	}

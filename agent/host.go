@@ -149,7 +149,7 @@ func newHost(s Serving, profile profiles.Profile, cache string, cfg worker.Confi
 		cfg.Pools, cfg.WarmBytes, cfg.PinnedBytes = "cuda:0", h.budget, min(h.budget/4, maxPinned)
 	}
 	h.pools = cfg.Pools
-	cfg.CheckMemory = compileMemory
+	cfg.CheckMemory = s.compileMemory
 	h.compile = worker.Cached(kept, cfg)
 	cfg.Compile = h.compile
 	h.worker = worker.New(cfg)
