@@ -70,6 +70,7 @@ func Run(ctx context.Context, cfg Config) (err error) {
 		return err
 	}
 	profile := class.Profile
+	cfg.sampleBy(profile)
 	l, err := listen(&cfg.Serving)
 	if err != nil {
 		return err

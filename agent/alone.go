@@ -141,6 +141,7 @@ func Serve(ctx context.Context, cfg Alone) (err error) {
 		return err
 	}
 	profile := class.Profile
+	cfg.sampleBy(profile)
 	l, err := listen(&cfg.Serving)
 	if err != nil {
 		return err

@@ -170,7 +170,7 @@ func newHost(s Serving, profile profiles.Profile, cache string, cfg worker.Confi
 		if err != nil {
 			return nil, err
 		}
-		cfg.CheckMemory = compileMemory
+		cfg.CheckMemory = s.compileMemory
 		h.compile = permitted(profile.Limits, worker.Cached(kept, cfg))
 		cfg.Compile = h.compile
 		h.worker = worker.New(cfg)

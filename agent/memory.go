@@ -139,8 +139,8 @@ func (h *host) followMemory(ctx context.Context) error {
 
 // compileMemory is what a process that looks at a new model may allocate: what is
 // available now, less a spare part. It has the model several times over.
-func compileMemory() int64 {
-	available, total, err := device.Memory()
+func (s *Serving) compileMemory() int64 {
+	available, total, err := s.memory()
 	if err != nil {
 		return 0
 	}
