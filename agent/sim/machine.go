@@ -15,10 +15,17 @@ import (
 // agentBytes is what an agent has of anonymous memory that has leaked nothing.
 const agentBytes = 64 << 20
 
-// reading is what was counted at the last sample.
+// leastWindow is the least time between two samples of which rates are taken;
+// who asks earlier gets those of the sample before.
+const leastWindow = 100 * time.Millisecond
+
+// reading is what was counted at the end of the last window, and what the rates
+// in it were; nil before there was one.
 type reading struct {
 	at                  moment
 	joules, busy, moved float64
+
+	utilisation, watts, received *float64
 }
 
 // Info describes the device by what its profile says, or has assumed for it.
@@ -86,8 +93,8 @@ func (d *Device) free() (free, total uint64) {
 }
 
 // Sample gives the device's figures now; rates and shares are those since the
-// last sample. What the class does not have, or its profile does not say, is
-// absent, and all is of a device that has shut down.
+// last sample that was not just before. What the class does not have, or its
+// profile does not say, is absent, and all is of a device that has shut down.
 func (d *Device) Sample() *dunlinv1.Telemetry {
 	d.lock()
 	defer d.unlock()
@@ -106,22 +113,16 @@ func (d *Device) Sample() *dunlinv1.Telemetry {
 	t.AgentAnonymousBytes = new(uint64(agentBytes + c.faults.leak))
 	t.DiskFreeBytes = new(uint64(max(diskBytes/2-c.faults.filled, 0)))
 
-	seconds := (c.now - d.last.at).Seconds()
-	var utilisation, watts *float64
-	if seconds > 0 {
-		utilisation = new(min((c.busy-d.last.busy)/seconds, 1))
-	}
-	if c.most > 0 {
+	d.rate()
+	utilisation, watts := copied(d.last.utilisation), copied(d.last.watts)
+	if watts == nil && c.most > 0 {
 		watts = new(c.power())
-		if seconds > 0 {
-			watts = new((c.joules - d.last.joules) / seconds)
-		}
 	}
 	if d.gpu {
 		if c.faults.lost {
 			t.Faults = append(t.Faults, "nvml: GPU is lost")
 		} else {
-			t.Gpus = append(t.Gpus, d.sampleGPU(utilisation, watts, seconds))
+			t.Gpus = append(t.Gpus, d.sampleGPU(utilisation, watts))
 		}
 	} else {
 		t.CpuUtilisation = utilisation
@@ -134,12 +135,36 @@ func (d *Device) Sample() *dunlinv1.Telemetry {
 			t.Temperatures = append(t.Temperatures, &dunlinv1.Temperature{Sensor: "cpu-thermal", Celsius: c.celsius})
 		}
 	}
-	d.last = reading{c.now, c.joules, c.busy, c.moved}
 	return t
 }
 
+// rate takes the rates of the time since the last window, where that is long
+// enough for one.
+func (d *Device) rate() {
+	c, last := &d.core, &d.last
+	if c.now-last.at < leastWindow {
+		return
+	}
+	seconds := (c.now - last.at).Seconds()
+	r := reading{at: c.now, joules: c.joules, busy: c.busy, moved: c.moved}
+	r.utilisation = new(min((c.busy-last.busy)/seconds, 1))
+	r.received = new((c.moved - last.moved) / seconds)
+	if c.most > 0 {
+		r.watts = new((c.joules - last.joules) / seconds)
+	}
+	d.last = r
+}
+
+// copied gives a figure that the caller may change.
+func copied(v *float64) *float64 {
+	if v == nil {
+		return nil
+	}
+	return new(*v)
+}
+
 // sampleGPU is the GPU's part of a sample.
-func (d *Device) sampleGPU(utilisation, watts *float64, seconds float64) *dunlinv1.GpuTelemetry {
+func (d *Device) sampleGPU(utilisation, watts *float64) *dunlinv1.GpuTelemetry {
 	c, f := &d.core, &d.core.faults
 	g := &dunlinv1.GpuTelemetry{Uuid: d.uuid(), Utilisation: utilisation}
 	if watts != nil {
@@ -175,9 +200,7 @@ func (d *Device) sampleGPU(utilisation, watts *float64, seconds float64) *dunlin
 	if f.xids > 0 {
 		g.LastXid = new(uint64(f.lastXID))
 	}
-	if seconds > 0 {
-		g.PcieRxBytesPerSecond = new((c.moved - d.last.moved) / seconds)
-	}
+	g.PcieRxBytesPerSecond = copied(d.last.received)
 	return g
 }
 
