@@ -13,7 +13,6 @@ import (
 
 	"google.golang.org/protobuf/proto"
 
-	"github.com/dunlin/dunlin/agent/device"
 	"github.com/dunlin/dunlin/agent/engine"
 	"github.com/dunlin/dunlin/agent/oip"
 	"github.com/dunlin/dunlin/agent/reconcile"
@@ -41,7 +40,6 @@ type agent struct {
 	profile   profiles.Profile
 	store     *state.Store
 	reconcile *reconcile.Reconciler
-	sampler   *device.Sampler
 	outbox    chan struct{} // an event was appended
 
 	mu       sync.Mutex // guards what follows
@@ -62,12 +60,17 @@ func Run(ctx context.Context, cfg Config) (err error) {
 		return err
 	}
 	defer lock.Close()
-	info := device.Info(cfg.Data)
+	if err := cfg.simulate(); err != nil {
+		return err
+	}
+	defer cfg.openMachine(cfg.Data)()
+	info := cfg.machine.Info()
 	class, err := cfg.classify(ctx, info)
 	if err != nil {
 		return err
 	}
 	profile := class.Profile
+	cfg.sampleBy(profile)
 	l, err := listen(&cfg.Serving)
 	if err != nil {
 		return err
@@ -89,7 +92,7 @@ func Run(ctx context.Context, cfg Config) (err error) {
 // it answers.
 func newAgent(ctx context.Context, cfg Config, profile profiles.Profile, info *dunlinv1.DeviceInfo, store *state.Store, url string) (*agent, error) {
 	a := &agent{
-		cfg: cfg, profile: profile, store: store, sampler: device.NewSampler(cfg.Data), outbox: make(chan struct{}, 1),
+		cfg: cfg, profile: profile, store: store, outbox: make(chan struct{}, 1),
 		info: info,
 	}
 	a.info.AgentVersion, a.info.ServingUrl = program.Version(), url

@@ -276,6 +276,7 @@ func TestEventsArriveOnce(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer store.Close()
+	defer cfg.openMachine(cfg.Data)()
 	a, err := newAgent(t.Context(), cfg, profiles.Profile{}, &dunlinv1.DeviceInfo{}, store, "")
 	if err != nil {
 		t.Fatal(err)

@@ -10,7 +10,6 @@ import (
 	"path/filepath"
 	"time"
 
-	"github.com/dunlin/dunlin/agent/device"
 	"github.com/dunlin/dunlin/agent/engine"
 	"github.com/dunlin/dunlin/agent/repository"
 	"github.com/dunlin/dunlin/agent/worker"
@@ -133,11 +132,16 @@ func Serve(ctx context.Context, cfg Alone) (err error) {
 		return err
 	}
 	defer lock.Close()
-	class, err := cfg.classify(ctx, device.Info(cfg.Data))
+	if err := cfg.simulate(); err != nil {
+		return err
+	}
+	defer cfg.openMachine(cfg.Data)()
+	class, err := cfg.classify(ctx, cfg.machine.Info())
 	if err != nil {
 		return err
 	}
 	profile := class.Profile
+	cfg.sampleBy(profile)
 	l, err := listen(&cfg.Serving)
 	if err != nil {
 		return err

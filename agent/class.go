@@ -21,11 +21,11 @@ import (
 // classify finds the firmware profile of the device that info describes, and
 // says in info which it is, and why.
 func (s *Serving) classify(ctx context.Context, info *dunlinv1.DeviceInfo) (profiles.Match, error) {
-	var dirs []string
-	if s.FirmwareProfiles != "" {
-		dirs = append(dirs, s.FirmwareProfiles)
+	if s.sim != nil {
+		info.FirmwareProfileReason = "--sim-device"
+		return profiles.Match{Profile: s.sim.Profile(), Reason: info.FirmwareProfileReason}, nil
 	}
-	set, err := profiles.Load(dirs...)
+	set, err := profiles.Load(s.profileFolders()...)
 	if err != nil {
 		return profiles.Match{}, fmt.Errorf("firmware profiles:\n%w", err)
 	}
@@ -57,6 +57,14 @@ func (s *Serving) classify(ctx context.Context, info *dunlinv1.DeviceInfo) (prof
 	}
 	info.FirmwareProfile, info.FirmwareProfileReason = m.Profile.Name, m.Reason
 	return m, nil
+}
+
+// profileFolders are those of the site's own firmware profiles.
+func (s *Serving) profileFolders() []string {
+	if s.FirmwareProfiles == "" {
+		return nil
+	}
+	return []string{s.FirmwareProfiles}
 }
 
 // limits are what bounds the models that the device takes, with the runtime

@@ -45,9 +45,13 @@ type Serving struct {
 	LogLevel  string `yaml:"log-level"`
 	LogFormat string `yaml:"log-format"`
 
+	Simulation `yaml:",inline"`
+
 	Log    *slog.Logger   `yaml:"-"`
 	Worker []string       `yaml:"-"` // command of the worker process; this program with "worker" where empty
 	level  *slog.LevelVar // of Log; nil where Log was given
+
+	machine machine // nil until it is opened
 }
 
 // maxThreads bounds Serving.Threads.
@@ -64,7 +68,7 @@ const (
 func (s *Serving) settings() []program.Setting {
 	s.Listen, s.GRPCListen, s.LogLevel, s.LogFormat = "127.0.0.1:8000", "127.0.0.1:8001", "info", "text"
 	s.Oversize, s.CacheMiB = "refuse", defaultCacheMiB
-	return []program.Setting{
+	return append([]program.Setting{
 		{Name: "listen", Usage: "`host:port` of inference by REST", Value: &s.Listen},
 		{Name: "grpc-listen", Usage: "`host:port` of inference by gRPC; off: none", Value: &s.GRPCListen},
 		{Name: "tls-cert", Usage: "PEM `file` of a certificate: REST and gRPC speak TLS", Value: &s.TLSCert},
@@ -82,7 +86,7 @@ func (s *Serving) settings() []program.Setting {
 		{Name: "firmware-profile", Usage: "`name` of the firmware profile to go by; without one, the most specific that matches", Value: &s.FirmwareProfile},
 		{Name: "log-level", Usage: "`level` of the log: debug, info, warn or error", Value: &s.LogLevel},
 		{Name: "log-format", Usage: "`format` of the log: text or json", Value: &s.LogFormat},
-	}
+	}, s.Simulation.settings()...)
 }
 
 // check completes the settings and reports what is wrong with them.
@@ -115,6 +119,7 @@ func (s *Serving) check(add func(name string, err error)) {
 	if s.Oversize != "refuse" && s.Oversize != "map" {
 		add("oversize", fmt.Errorf("%q is not refuse or map", s.Oversize))
 	}
+	s.checkSimulation(add)
 	if s.Log == nil {
 		var err error
 		s.level = new(slog.LevelVar)

@@ -18,7 +18,6 @@ import (
 	"strings"
 	"time"
 
-	"github.com/NVIDIA/go-nvml/pkg/nvml"
 	"github.com/eclipse/paho.mqtt.golang/packets"
 
 	"github.com/dunlin/dunlin/agent/device"
@@ -97,10 +96,14 @@ func printFindings(w io.Writer, findings []Finding) error {
 }
 
 func examine(ctx context.Context, cfg Config) []Finding {
-	info := device.Info(cfg.Data)
+	if cfg.machine == nil {
+		defer cfg.openMachine(existing(cfg.Data))()
+	}
+	info := cfg.machine.Info()
 	class, unknown := cfg.classify(ctx, info)
 	profile := class.Profile
-	findings := append(checkRuntime(ctx, cfg, profile), checkNVML(), checkClass(info, class, unknown))
+	findings := append(checkRuntime(ctx, cfg, profile), examineMachine(cfg, profile)...)
+	findings = append(findings, checkClass(info, class, unknown))
 	if unknown == nil {
 		findings = append(findings, checkMemory(cfg, profile))
 	}
@@ -171,35 +174,13 @@ func sandboxFinding(s worker.Sandbox) Finding {
 		"use Linux 5.13 or newer with Landlock and seccomp switched on, and no container that refuses them"}
 }
 
-func checkNVML() Finding {
-	const remedy = "install the NVIDIA driver, if this device has an NVIDIA GPU"
-	lib := nvml.New()
-	switch ret := lib.Init(); ret {
-	case nvml.SUCCESS:
-	case nvml.ERROR_LIBRARY_NOT_FOUND:
-		return Finding{"nvml", Warn, "no NVML library: no NVIDIA telemetry", remedy}
-	default:
-		return Finding{"nvml", Warn, "NVML does not start: " + lib.ErrorString(ret), remedy}
-	}
-	defer lib.Shutdown()
-	n, ret := lib.DeviceGetCount()
-	if ret != nvml.SUCCESS {
-		return Finding{"nvml", Warn, "NVML does not count GPUs: " + lib.ErrorString(ret), remedy}
-	}
-	driver, ret := lib.SystemGetDriverVersion()
-	if ret != nvml.SUCCESS {
-		driver = "unknown"
-	}
-	return Finding{Check: "nvml", Verdict: Pass, Detail: fmt.Sprintf("%d GPUs, driver %s", n, driver)}
-}
-
 // checkMemory compares what models may take with what the device has.
 func checkMemory(cfg Config, profile profiles.Profile) Finding {
 	budget, err := cfg.memoryBudget(profile)
 	if err != nil {
 		return Finding{"memory", Warn, err.Error(), "give a budget by --memory-mib"}
 	}
-	available, total, err := device.Memory()
+	available, total, err := cfg.memory()
 	if err != nil {
 		return Finding{"memory", Warn, err.Error(), ""}
 	}
@@ -233,15 +214,18 @@ func checkWeights(ctx context.Context, cfg Config) Finding {
 	return Finding{Check: "weights", Verdict: Pass, Detail: "the runtime puts them into pools on " + pooling.Device + ", from where they leave and come back"}
 }
 
-func checkDisk(data string, reserve uint64) Finding {
-	dir := data
-	for { // the folder may not have been made yet
+// existing gives a folder, or the one that it is to be made in.
+func existing(dir string) string {
+	for {
 		if _, err := os.Stat(dir); err == nil || dir == filepath.Dir(dir) {
-			break
+			return dir
 		}
 		dir = filepath.Dir(dir)
 	}
-	free, size, err := device.Disk(dir)
+}
+
+func checkDisk(data string, reserve uint64) Finding {
+	free, size, err := device.Disk(existing(data))
 	if err != nil {
 		return Finding{"disk", Fail, err.Error(), "choose another folder by --data"}
 	}

@@ -54,10 +54,22 @@ type source interface {
 	Ready() error
 }
 
+// runner is what a host runs models with: a worker process, or what stands for
+// one.
+type runner interface {
+	engine.Runtime
+	// Supervise keeps it running until ctx is done, and gives nil then.
+	Supervise(ctx context.Context) error
+	// Runtime waits until models can be loaded, and says by what.
+	Runtime(ctx context.Context) (worker.Runtime, error)
+	// PID is the process that holds the models; 0 where there is none.
+	PID() int
+}
+
 // host runs models and answers requests for them.
 type host struct {
 	serving Serving
-	worker  *worker.Worker
+	worker  runner
 	engine  *engine.Engine
 	front   *serve.Server
 	source  source
@@ -142,10 +154,6 @@ func newHost(s Serving, profile profiles.Profile, cache string, cfg worker.Confi
 	if h.budget, err = s.memoryBudget(profile); err != nil {
 		return nil, err
 	}
-	kept, err := compiled.Open(cache, int64(s.CacheMiB)<<20)
-	if err != nil {
-		return nil, err
-	}
 	if onGPU(&profile) {
 		cfg.Pools, cfg.WarmBytes, cfg.PinnedBytes = "cuda:0", h.budget, pinnedBytes(profile.Memory, h.budget)
 		cfg.ProviderOptions = profile.Providers[0].Options
@@ -154,10 +162,19 @@ func newHost(s Serving, profile profiles.Profile, cache string, cfg worker.Confi
 		return nil, err
 	}
 	h.pools = cfg.Pools
-	cfg.CheckMemory = compileMemory
-	h.compile = permitted(profile.Limits, worker.Cached(kept, cfg))
-	cfg.Compile = h.compile
-	h.worker = worker.New(cfg)
+	if s.sim != nil {
+		simulated := newSimulated(s.sim, profile, cfg)
+		h.compile, h.worker = permitted(profile.Limits, simulated.compile), simulated
+	} else {
+		kept, err := compiled.Open(cache, int64(s.CacheMiB)<<20)
+		if err != nil {
+			return nil, err
+		}
+		cfg.CheckMemory = s.compileMemory
+		h.compile = permitted(profile.Limits, worker.Cached(kept, cfg))
+		cfg.Compile = h.compile
+		h.worker = worker.New(cfg)
+	}
 	h.engine = engine.New(engine.Config{Runtime: h.worker, Memory: h.budget, Oversize: s.Oversize == "map", Log: s.Log})
 	h.front = serve.New(h.engine)
 	return h, nil

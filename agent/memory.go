@@ -37,7 +37,7 @@ func (s *Serving) memoryBudget(profile profiles.Profile) (int64, error) {
 	if s.MemoryMiB > 0 {
 		return int64(s.MemoryMiB) << 20, nil
 	}
-	_, total, err := device.Memory()
+	_, total, err := s.memory()
 	if err != nil {
 		return 0, err
 	}
@@ -112,7 +112,7 @@ func (h *host) followMemory(ctx context.Context) error {
 			return nil
 		case <-tick.C:
 		}
-		available, total, err := device.Memory()
+		available, total, err := h.serving.memory()
 		if err != nil {
 			continue // then only the budget counts that was asked for
 		}
@@ -139,8 +139,8 @@ func (h *host) followMemory(ctx context.Context) error {
 
 // compileMemory is what a process that looks at a new model may allocate: what is
 // available now, less a spare part. It has the model several times over.
-func compileMemory() int64 {
-	available, total, err := device.Memory()
+func (s *Serving) compileMemory() int64 {
+	available, total, err := s.memory()
 	if err != nil {
 		return 0
 	}

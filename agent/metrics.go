@@ -18,7 +18,7 @@ import (
 func (h *host) metrics(more ...prometheus.Collector) http.Handler {
 	handler := sync.OnceValue(func() http.Handler {
 		r := telemetry.NewMetrics()
-		r.MustRegister(append(more, versionMetrics{h.engine}, prometheus.NewGaugeFunc(prometheus.GaugeOpts{
+		r.MustRegister(append(more, versionMetrics{h.engine}, machineMetrics{h.serving.machine}, prometheus.NewGaugeFunc(prometheus.GaugeOpts{
 			Name: "dunlin_weight_pools", Help: "1 while weights leave and come back in place, in pools of device memory.",
 		}, h.pooled))...)
 		return telemetry.Handler(r)

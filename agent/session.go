@@ -211,7 +211,7 @@ func (s *session) telemetry(ctx context.Context) {
 		case <-s.sample:
 		case <-tick.C:
 		}
-		t := s.sampler.Sample()
+		t := s.cfg.machine.Sample()
 		memory := s.engine.Memory()
 		t.ModelMemoryBudgetBytes, t.ModelMemoryUsedBytes = new(uint64(memory.Budget)), new(uint64(memory.Used))
 		for _, v := range s.engine.Versions() {

@@ -1,243 +1,194 @@
-// Package device finds out what a device is and how it is doing, from what
-// the kernel says of it.
+// Package device finds out what a device is and how it is doing: from NVML,
+// where there is a GPU of NVIDIA's, and from what the kernel says below /proc
+// and /sys. A figure that the device does not have is absent and never zero.
 package device
 
 import (
 	"fmt"
+	"log/slog"
 	"os"
-	"path/filepath"
 	"runtime"
-	"strconv"
+	"slices"
 	"strings"
+	"sync"
+	"time"
 
+	"github.com/NVIDIA/go-nvml/pkg/nvml"
 	"golang.org/x/sys/unix"
+	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/types/known/timestamppb"
 
 	dunlinv1 "github.com/dunlin/dunlin/proto/dunlin/v1"
 )
 
-// maxFile bounds what is read of a file below /proc.
-const maxFile = 1 << 20
+const (
+	// sampleEvery is the least time between two samples; who asks earlier gets
+	// the last one once more.
+	sampleEvery = 100 * time.Millisecond
+	// maxFaults bounds those of a sample.
+	maxFaults = 16
+)
 
-// Info describes the device. dataDir is a folder on the file system that
-// holds the agent's data. What cannot be found out stays empty.
-func Info(dataDir string) *dunlinv1.DeviceInfo {
-	info := &dunlinv1.DeviceInfo{Os: runtime.GOOS, Arch: runtime.GOARCH, CpuCount: uint32(runtime.NumCPU())}
+// Config says which device it is.
+type Config struct {
+	// Dir is a folder on the file system that holds the agent's data.
+	Dir string
+	// Sources are as for Use.
+	Sources []string
+	// Log is told once when GPUs stop to answer, and when they do again; nil:
+	// nobody is.
+	Log *slog.Logger
+	// Root is the folder in which proc and sys lie; "": that of the system.
+	Root string
+	// NVML is the library for NVIDIA's GPUs; nil: the driver's, where there is
+	// one.
+	NVML nvml.Interface
+}
+
+// Device is the device that the program runs on. Its methods may be called
+// concurrently.
+type Device struct {
+	root root
+	dir  string
+	gpus *client
+
+	// mu makes samples one after the other, which takes as long as they wait
+	// for NVML (callLimit); it guards what follows.
+	mu      sync.Mutex
+	use     sources
+	last    processor
+	sensors sensors
+	newest  *dunlinv1.Telemetry
+	at      time.Time // of newest
+	closed  bool
+}
+
+// sources are where figures may come from.
+type sources struct{ nvml, jetson, hwmon, thermal, rapl bool }
+
+func choose(names []string) sources {
+	has := func(name string) bool { return names == nil || slices.Contains(names, name) }
+	return sources{nvml: has("nvml"), jetson: has("jetson"), hwmon: has("hwmon"), thermal: has("thermal"), rapl: has("rapl")}
+}
+
+// Open finds out what there is. GPUs are looked for whatever the sources are,
+// and waited for at most beginLimit. Close ends what it has begun.
+func Open(cfg Config) *Device {
+	if cfg.Log == nil {
+		cfg.Log = slog.New(slog.DiscardHandler)
+	}
+	if cfg.NVML == nil {
+		cfg.NVML = nvml.New()
+	}
+	d := &Device{root: root(strings.TrimSuffix(cfg.Root, "/")), dir: cfg.Dir, gpus: newClient(cfg.NVML, cfg.Log)}
+	d.last, _ = d.root.processor()
+	d.gpus.open()
+	d.Use(cfg.Sources)
+	return d
+}
+
+// Use chooses what is sampled beside processor, memory and disk, by the names
+// of a firmware profile: "nvml", "jetson", "hwmon", "thermal" and "rapl". nil
+// chooses all, and a list without names none.
+func (d *Device) Use(names []string) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.use = choose(names)
+	d.sensors.scan(d.root, d.use)
+	d.newest = nil
+	if !d.use.nvml {
+		d.gpus.end()
+	}
+}
+
+// Close lets go of NVML. It waits for a call that is under way for at most
+// callLimit and says so where that was not enough. Samples of a closed device
+// are without GPUs.
+func (d *Device) Close() error {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.closed, d.newest = true, nil
+	if !d.gpus.end() {
+		return fmt.Errorf("nvml: a call has not returned within %v", callLimit)
+	}
+	return nil
+}
+
+// Info describes the device. What cannot be found out stays empty.
+func (d *Device) Info() *dunlinv1.DeviceInfo {
+	info := &dunlinv1.DeviceInfo{Os: runtime.GOOS, Arch: runtime.GOARCH, CpuCount: uint32(runtime.NumCPU()), Board: d.root.board()}
 	info.Hostname, _ = os.Hostname()
 	var u unix.Utsname
 	if unix.Uname(&u) == nil {
 		info.Kernel = unix.ByteSliceToString(u.Release[:])
 	}
-	if raw, err := readFile("/proc/cpuinfo"); err == nil {
+	if raw, err := d.root.text("/proc/cpuinfo"); err == nil {
 		info.CpuModel = cpuModel(raw)
 	}
 	if info.CpuModel == "" { // boards describe themselves here
-		if raw, err := readFile("/proc/device-tree/model"); err == nil {
-			info.CpuModel = strings.TrimRight(raw, "\x00\n")
-		}
+		info.CpuModel = info.Board
 	}
-	if m, err := readMemory(); err == nil {
+	if m, err := d.root.memory(); err == nil {
 		info.MemoryBytes = m.total
 	}
-	if _, size, err := Disk(dataDir); err == nil {
+	if _, size, err := Disk(d.dir); err == nil {
 		info.DiskBytes = size
+	}
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	info.DriverVersion, info.CudaVersion, info.Gpus = d.gpus.inventory()
+	if j := d.root.tegra(); j != nil {
+		i := slices.IndexFunc(info.Gpus, (*dunlinv1.GpuInfo).GetUnifiedMemory)
+		if i < 0 {
+			j.Index = uint32(len(info.Gpus))
+			info.Gpus, i = append(info.Gpus, j), len(info.Gpus)
+		}
+		info.Gpus[i].MemoryBytes = info.MemoryBytes
+	}
+	for _, g := range info.Gpus {
+		if g.UnifiedMemory && g.MemoryBytes == 0 {
+			g.MemoryBytes = info.MemoryBytes
+		}
 	}
 	return info
 }
 
-// Disk gives the bytes that are free to this process in the file system of a
-// folder, and its size.
-func Disk(dir string) (free, size uint64, err error) {
-	var s unix.Statfs_t
-	if err := unix.Statfs(dir, &s); err != nil {
-		return 0, 0, fmt.Errorf("statfs %s: %w", dir, err)
+// Memory is as the function of that name.
+func (d *Device) Memory() (available, total uint64, err error) { return d.root.available() }
+
+// Sample gives the device's figures now, or, within sampleEvery, those of the
+// last sample. Rates, and the use of the processor, are those since the sample
+// before, by whoever asked for it, or since Open. The anonymous memory is that
+// of this process and its children. A figure that cannot be had is absent;
+// where a source has stopped to answer, the faults say so. The caller may
+// change what it gets.
+func (d *Device) Sample() *dunlinv1.Telemetry {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	now := time.Now()
+	if d.newest == nil || now.Sub(d.at) >= sampleEvery {
+		d.newest, d.at = d.sample(now), now
 	}
-	return s.Bavail * uint64(s.Bsize), s.Blocks * uint64(s.Bsize), nil
+	return proto.CloneOf(d.newest)
 }
 
-// Anonymous gives the anonymous resident memory of a process in bytes.
-func Anonymous(pid int) (uint64, error) {
-	raw, err := readFile(filepath.Join("/proc", strconv.Itoa(pid), "status"))
-	if err != nil {
-		return 0, err
+func (d *Device) sample(now time.Time) *dunlinv1.Telemetry {
+	t := &dunlinv1.Telemetry{At: timestamppb.New(now)}
+	if p, err := d.root.processor(); err == nil {
+		t.CpuUtilisation = utilisation(d.last, p)
+		d.last = p
 	}
-	kib, ok := kibibytes(raw, "RssAnon")
-	if !ok {
-		return 0, fmt.Errorf("status of process %d has no RssAnon", pid)
+	if m, err := d.root.memory(); err == nil {
+		t.MemoryUsedBytes, t.MemoryTotalBytes = new(m.used), new(m.total)
 	}
-	return kib, nil
-}
-
-func readFile(path string) (string, error) {
-	f, err := os.Open(path)
-	if err != nil {
-		return "", err
+	if free, _, err := Disk(d.dir); err == nil {
+		t.DiskFreeBytes = new(free)
 	}
-	defer f.Close()
-	var b strings.Builder
-	buf := make([]byte, 4096)
-	for b.Len() < maxFile {
-		n, err := f.Read(buf)
-		b.Write(buf[:n])
-		if err != nil || n == 0 {
-			break
-		}
+	t.AgentAnonymousBytes = d.root.anonymous()
+	if d.use.nvml && !d.closed {
+		t.Gpus, t.Faults = d.gpus.sample()
 	}
-	return b.String(), nil
-}
-
-// cpuModel reads the processor's name out of /proc/cpuinfo.
-func cpuModel(cpuinfo string) string {
-	for _, name := range []string{"model name", "Model", "Hardware", "cpu model"} {
-		for line := range strings.Lines(cpuinfo) {
-			k, v, ok := strings.Cut(line, ":")
-			if v = strings.TrimSpace(v); ok && v != "" && strings.TrimSpace(k) == name {
-				return v
-			}
-		}
-	}
-	return ""
-}
-
-// kibibytes reads the bytes of a field as "Name:   123 kB" says them.
-func kibibytes(file, name string) (uint64, bool) {
-	for line := range strings.Lines(file) {
-		rest, ok := strings.CutPrefix(line, name+":")
-		if !ok {
-			continue
-		}
-		fields := strings.Fields(rest)
-		if len(fields) != 2 || fields[1] != "kB" {
-			return 0, false
-		}
-		n, err := strconv.ParseUint(fields[0], 10, 64)
-		return n << 10, err == nil && n < 1<<54
-	}
-	return 0, false
-}
-
-// Memory gives the bytes of memory that programs can still have without
-// swapping, and those that there are. Where this process is bounded by a
-// control group (version 2), that is the bound.
-func Memory() (available, total uint64, err error) {
-	m, err := readMemory()
-	if err != nil {
-		return 0, 0, err
-	}
-	available, total = m.total-m.used, m.total
-	for dir := controlGroup(); dir != ""; dir = parentGroup(dir) {
-		limit, used, ok := groupMemory(dir)
-		if !ok {
-			continue
-		}
-		total = min(total, limit)
-		available = min(available, limit-min(limit, used))
-	}
-	return available, total, nil
-}
-
-const groups = "/sys/fs/cgroup"
-
-// controlGroup gives the folder of this process's control group; "" where
-// there is none of version 2.
-func controlGroup() string {
-	raw, err := readFile("/proc/self/cgroup")
-	if err != nil {
-		return ""
-	}
-	for line := range strings.Lines(raw) {
-		if path, ok := strings.CutPrefix(strings.TrimSpace(line), "0::"); ok {
-			return filepath.Join(groups, path)
-		}
-	}
-	return ""
-}
-
-func parentGroup(dir string) string {
-	if dir == groups || !strings.HasPrefix(dir, groups) {
-		return ""
-	}
-	return filepath.Dir(dir)
-}
-
-// groupMemory gives a group's bound and what of it cannot be taken back: pages
-// of files can.
-func groupMemory(dir string) (limit, used uint64, ok bool) {
-	raw, err := readFile(filepath.Join(dir, "memory.max"))
-	if err != nil {
-		return 0, 0, false
-	}
-	if limit, err = strconv.ParseUint(strings.TrimSpace(raw), 10, 64); err != nil {
-		return 0, 0, false // "max": no bound
-	}
-	if raw, err = readFile(filepath.Join(dir, "memory.current")); err != nil {
-		return 0, 0, false
-	}
-	if used, err = strconv.ParseUint(strings.TrimSpace(raw), 10, 64); err != nil {
-		return 0, 0, false
-	}
-	raw, err = readFile(filepath.Join(dir, "memory.stat"))
-	if err != nil {
-		return 0, 0, false
-	}
-	for line := range strings.Lines(raw) {
-		if text, found := strings.CutPrefix(strings.TrimSpace(line), "file "); found {
-			if file, err := strconv.ParseUint(text, 10, 64); err == nil {
-				used -= min(used, file)
-			}
-		}
-	}
-	return limit, used, true
-}
-
-type memory struct{ total, used uint64 }
-
-func readMemory() (memory, error) {
-	raw, err := readFile("/proc/meminfo")
-	if err != nil {
-		return memory{}, err
-	}
-	return parseMemory(raw)
-}
-
-// parseMemory reads /proc/meminfo. Used is what is not available to programs.
-func parseMemory(meminfo string) (memory, error) {
-	total, ok := kibibytes(meminfo, "MemTotal")
-	available, ok2 := kibibytes(meminfo, "MemAvailable")
-	if !ok || !ok2 || available > total {
-		return memory{}, fmt.Errorf("meminfo has MemTotal %d and MemAvailable %d bytes", total, available)
-	}
-	return memory{total: total, used: total - available}, nil
-}
-
-// processor counts ticks since the start of the system, over all cores.
-type processor struct{ busy, total uint64 }
-
-func readProcessor() (processor, error) {
-	raw, err := readFile("/proc/stat")
-	if err != nil {
-		return processor{}, err
-	}
-	return parseProcessor(raw)
-}
-
-// parseProcessor reads the first line of /proc/stat: user, nice, system,
-// idle, iowait, irq, softirq, steal, and two that are parts of the first two.
-func parseProcessor(stat string) (processor, error) {
-	line, _, _ := strings.Cut(stat, "\n")
-	fields := strings.Fields(line)
-	if len(fields) < 5 || fields[0] != "cpu" {
-		return processor{}, fmt.Errorf("stat begins with %.40q", line)
-	}
-	var p processor
-	for i, f := range fields[1:min(len(fields), 9)] {
-		n, err := strconv.ParseUint(f, 10, 56)
-		if err != nil {
-			return processor{}, fmt.Errorf("stat field %d: %w", i+1, err)
-		}
-		p.total += n
-		if i != 3 && i != 4 {
-			p.busy += n
-		}
-	}
-	return p, nil
+	d.sensors.sample(d.root, d.use, now, d.gpus.integrated(), t)
+	t.Faults = t.Faults[:min(len(t.Faults), maxFaults)]
+	return t
 }

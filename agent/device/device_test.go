@@ -5,19 +5,26 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strconv"
+	"strings"
 	"testing"
+	"time"
+	"unicode/utf8"
 )
 
 func TestInfo(t *testing.T) {
-	info := Info(t.TempDir())
+	d := Open(Config{Dir: t.TempDir()})
+	defer d.Close()
+	info := d.Info()
 	if info.Hostname == "" || info.Kernel == "" || info.CpuCount == 0 || info.MemoryBytes == 0 || info.DiskBytes == 0 {
 		t.Errorf("incomplete: %v", info)
 	}
 }
 
 func TestSample(t *testing.T) {
-	s := NewSampler(t.TempDir())
-	got := s.Sample()
+	d := Open(Config{Dir: t.TempDir()})
+	defer d.Close()
+	got := d.Sample()
 	if got.MemoryTotalBytes == nil || *got.MemoryUsedBytes == 0 || *got.MemoryUsedBytes > *got.MemoryTotalBytes {
 		t.Errorf("memory: %v", got)
 	}
@@ -37,14 +44,14 @@ func TestSample(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if with := s.Sample(); *with.AgentAnonymousBytes <= own {
-		t.Errorf("with a child %d bytes, %d without", *with.AgentAnonymousBytes, own)
+	if with := d.root.anonymous(); with == nil || *with <= own {
+		t.Errorf("with a child %v bytes, %d without", with, own)
 	}
 	if err := errors.Join(in.Close(), child.Wait()); err != nil {
 		t.Error(err)
 	}
-	s.dir = filepath.Join(s.dir, "missing")
-	if got := s.Sample(); got.DiskFreeBytes != nil {
+	d.dir = filepath.Join(d.dir, "missing")
+	if got := d.sample(time.Now()); got.DiskFreeBytes != nil {
 		t.Errorf("of a missing folder: %v", got)
 	}
 }
@@ -96,6 +103,8 @@ func TestParse(t *testing.T) {
 }
 
 func FuzzParse(f *testing.F) {
+	f.Add("0x01 0x0b\n")
+	f.Add("  48500\n")
 	f.Add("cpu  100 1 20 300 40 5 6 7 8 9\n")
 	f.Add("MemTotal:  1000 kB\nMemAvailable:     400 kB\n")
 	f.Add("model name\t: Fast CPU\n")
@@ -105,6 +114,15 @@ func FuzzParse(f *testing.F) {
 		}
 		if m, err := parseMemory(s); err == nil && m.used > m.total {
 			t.Errorf("meminfo %q gives %v", s, m)
+		}
+		if worn, ok := parseLifeTime(s); ok && !(worn > 0 && worn <= 1.1) {
+			t.Errorf("life_time %q gives %v", s, worn)
+		}
+		if n, err := parseNumber(s); err == nil && strconv.FormatInt(n, 10) != strings.TrimPrefix(strings.TrimSpace(s), "+") && n != 0 && !strings.Contains(s, "0") {
+			t.Errorf("number %q gives %d", s, n)
+		}
+		if line := firstLine([]byte(s)); strings.ContainsAny(line, "\x00\n") || !utf8.ValidString(line) {
+			t.Errorf("first line of %q: %q", s, line)
 		}
 		cpuModel(s)
 	})

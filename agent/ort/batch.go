@@ -5,16 +5,14 @@ package ort
 import "C"
 
 import (
-	"strings"
 	"unsafe"
 
+	"github.com/dunlin/dunlin/models/serving"
 	"github.com/dunlin/dunlin/models/tensor"
 )
 
-// Batch says that the rows of the inputs are independent requests: in the
-// graph, the first dimension of each input and output is open and has one and
-// the same name, that name says batch, and no other dimension has it. "n",
-// "b", "bs", "bsz" and what begins with "batch" say so, in capitals or not.
+// Batch says that the rows of the inputs are independent requests, as
+// serving.Batch judges the names in the graph.
 func (s *Session) Batch() bool { return s.batch }
 
 func (s *Session) findBatch() (bool, error) {
@@ -28,7 +26,7 @@ func (s *Session) findBatch() (bool, error) {
 			all = append(all, names)
 		}
 	}
-	return len(s.inputs) > 0 && len(s.outputs) > 0 && isBatch(all), nil
+	return len(s.inputs) > 0 && len(s.outputs) > 0 && serving.Batch(all), nil
 }
 
 // symbols gives the names of a tensor's dimensions, "" where one is not open
@@ -46,24 +44,4 @@ func (s *Session) symbols(outputs C.int, i C.size_t, shape []int64) ([]string, e
 		C.free(unsafe.Pointer(name))
 	}
 	return names, nil
-}
-
-// isBatch judges the names of the dimensions of all inputs and outputs.
-func isBatch(tensors [][]string) bool {
-	for _, names := range tensors {
-		if len(names) == 0 || names[0] != tensors[0][0] {
-			return false
-		}
-		for _, name := range names[1:] {
-			if name == names[0] {
-				return false
-			}
-		}
-	}
-	switch name := strings.ToLower(tensors[0][0]); name {
-	case "n", "b", "bs", "bsz":
-		return true
-	default:
-		return strings.HasPrefix(name, "batch")
-	}
 }

@@ -15,6 +15,7 @@ import (
 	"github.com/spf13/pflag"
 
 	"github.com/dunlin/dunlin/agent"
+	"github.com/dunlin/dunlin/agent/sim"
 	"github.com/dunlin/dunlin/controller"
 	"github.com/dunlin/dunlin/controller/broker"
 	"github.com/dunlin/dunlin/controller/fleet"
@@ -219,6 +220,8 @@ func TestDocsYAML(t *testing.T) {
 				if err = os.Rename(file, filepath.Join(filepath.Dir(file), "packing-line.yaml")); err == nil {
 					_, err = profiles.Load(filepath.Dir(file))
 				}
+			case "# dunlin-agent --sim-script":
+				_, err = sim.ParseScript(file, []byte(b.text))
 			default:
 				first = "document"
 				_, err = fleet.Parse(b.text)

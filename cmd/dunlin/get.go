@@ -105,7 +105,7 @@ func (c *cli) getDevices(ctx context.Context, ctl *client, name string, selector
 }
 
 func devicesTable(now time.Time, devices []*dunlinv1.Device) *table {
-	t := &table{header: []string{"NAME", "STATE", "SERVING", "TROUBLE", "ARCH", "RUNTIME", "LAST HEARD", "LABELS"}}
+	t := &table{header: []string{"NAME", "STATE", "SERVING", "TROUBLE", "ARCH", "CLASS", "RUNTIME", "LAST HEARD", "LABELS"}}
 	for _, d := range devices {
 		state := "offline"
 		if d.GetConnected() {
@@ -132,7 +132,11 @@ func devicesTable(now time.Time, devices []*dunlinv1.Device) *table {
 			trouble = append(trouble, "alarm "+strings.TrimSpace(a.GetKind()+" "+a.GetSubject()))
 		}
 		info := d.GetInfo()
-		t.add(d.GetName(), state, strings.Join(serving, ","), strings.Join(trouble, ", "), info.GetArch(), info.GetRuntimeVersion(), ago(now, d.GetLastHeardAt()), labelsText(d.GetLabels()))
+		class := info.GetFirmwareProfile()
+		if info.GetSimulated() {
+			class += " (simulated)"
+		}
+		t.add(d.GetName(), state, strings.Join(serving, ","), strings.Join(trouble, ", "), info.GetArch(), class, info.GetRuntimeVersion(), ago(now, d.GetLastHeardAt()), labelsText(d.GetLabels()))
 	}
 	return t
 }

@@ -31,7 +31,7 @@ func TestTables(t *testing.T) {
 	for name, table := range map[string]*table{
 		"devices": devicesTable(now, []*dunlinv1.Device{
 			{Name: "cam-1", Connected: true, LastHeardAt: before(3 * time.Second), Labels: map[string]string{"site": "demo", "floor": "2"},
-				Info: &dunlinv1.DeviceInfo{Arch: "arm64", RuntimeVersion: "1.30.0"}, Reported: &dunlinv1.Reported{
+				Info: &dunlinv1.DeviceInfo{Arch: "arm64", RuntimeVersion: "1.30.0", FirmwareProfile: "raspberry-pi-5", Simulated: true}, Reported: &dunlinv1.Reported{
 					Versions: []*dunlinv1.VersionStatus{
 						{Model: "digits", Version: 1, State: dunlinv1.VersionState_VERSION_STATE_RESIDENT, Serving: true},
 						{Model: "digits", Version: 2, State: dunlinv1.VersionState_VERSION_STATE_QUARANTINED},

@@ -9,6 +9,7 @@ import (
 	"maps"
 	"math"
 	"slices"
+	"strings"
 	"time"
 )
 
@@ -142,6 +143,30 @@ func Automatic(batch bool) Options {
 		return Options{Queue: QueuePolicy{AllowTimeoutOverride: true}}
 	}
 	return Options{MaxBatchSize: DefaultBatchSize, DynamicBatching: true, Queue: QueuePolicy{AllowTimeoutOverride: true}}
+}
+
+// Batch says whether the rows of a model's inputs are independent requests, by
+// the names of the dimensions of all its inputs and outputs, "" for one that is
+// not open: the first of each has one and the same name, that name says batch,
+// and no other dimension has it. "n", "b", "bs", "bsz" and what begins with
+// "batch" say so, in capitals or not.
+func Batch(tensors [][]string) bool {
+	for _, names := range tensors {
+		if len(names) == 0 || names[0] != tensors[0][0] {
+			return false
+		}
+		for _, name := range names[1:] {
+			if name == names[0] {
+				return false
+			}
+		}
+	}
+	switch name := strings.ToLower(tensors[0][0]); name {
+	case "n", "b", "bs", "bsz":
+		return true
+	default:
+		return strings.HasPrefix(name, "batch")
+	}
 }
 
 // Rows gives the number of rows of an input of this shape, 1 where options

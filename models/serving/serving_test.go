@@ -207,3 +207,32 @@ func TestJSONRoundTrip(t *testing.T) {
 		}
 	})
 }
+
+func TestBatch(t *testing.T) {
+	for _, tt := range []struct {
+		tensors [][]string
+		want    bool
+	}{
+		{[][]string{{"batch", ""}, {"batch"}}, true},
+		{[][]string{{"N", "h", "w"}, {"N", "classes"}}, true},
+		{[][]string{{"Batch_size"}, {"Batch_size"}}, true},
+		{[][]string{{"bs", ""}}, true},
+		{[][]string{{"b"}}, true},
+		{[][]string{{"BSZ"}}, true},
+		{[][]string{{"batch"}, {"Batch"}}, false},
+		{[][]string{{"batch"}, {"n"}}, false},
+		{[][]string{{"batch"}, {""}}, false},
+		{[][]string{{"batch"}, {}}, false},
+		{[][]string{{}, {}}, false},
+		{[][]string{{""}, {""}}, false},
+		{[][]string{{"seq"}, {"seq"}}, false},
+		{[][]string{{"nodes"}, {"nodes"}}, false},
+		{[][]string{{"unk__0"}, {"unk__0"}}, false},
+		{[][]string{{"n", "n"}, {"n"}}, false},
+		{[][]string{{"n"}, {"n", "c", "n"}}, false},
+	} {
+		if got := Batch(tt.tensors); got != tt.want {
+			t.Errorf("%q: %t", tt.tensors, got)
+		}
+	}
+}
