@@ -554,6 +554,13 @@ func TestRandomMemory(t *testing.T) {
 			case chance(0.02):
 				c.at(at, func() event { lowered = true; return setMemory{100 + random.Int64N(200)} })
 			case chance(0.02):
+				duty := []float64{0, 0.2, 0.7}[random.IntN(3)]
+				c.at(at, func() event { return setThrottle{Throttle{Duty: duty, MaxBatch: random.IntN(3), Cordon: chance(0.1)}} })
+			case chance(0.02):
+				prepack := chance(0.5)
+				tuning := Tuning{Threads: random.IntN(3), Prepack: &prepack, MaxBatchSize: random.IntN(5), Instances: random.IntN(3), Latency: latency(float64(random.IntN(20)), 1)}
+				c.at(at, func() event { return tune{newCall(), c.ids[i], tuning} })
+			case chance(0.02):
 				c.at(at, func() event { d := newCall(); drains = append(drains, d); return drain{d, c.ids[i], false} })
 			case chance(0.05):
 				c.at(at, func() event {
