@@ -1,6 +1,7 @@
 package device
 
 import (
+	"encoding/binary"
 	"fmt"
 	"math"
 	"os"
@@ -335,6 +336,65 @@ sys/fs/cgroup/system.slice/memory.max = max`).open()
 	if available, total, err := d.Memory(); err != nil || total != 1<<30 || available != 1<<30-209715200 {
 		t.Errorf("%d of %d, %v", available, total, err)
 	}
+}
+
+// FuzzSensors has every file of a sensor say the same, one thing and then
+// another: no figure leaves its range.
+func FuzzSensors(f *testing.F) {
+	f.Add("48500\n", "49000\n")
+	f.Add("-256000", "9223372036854775807")
+	f.Add("4", "")
+	f.Add("262143328850", "1")
+	f.Fuzz(func(t *testing.T, first, second string) {
+		tr := plant(t, common, orin, xeon)
+		d := tr.open()
+		defer d.Close()
+		at := time.Now()
+		for i, content := range []string{first, second} {
+			for _, file := range []string{
+				"class/thermal/thermal_zone0/temp", "class/hwmon/hwmon0/temp1_input", "class/hwmon/hwmon1/in1_input", "class/hwmon/hwmon1/curr1_input",
+				"class/powercap/intel-rapl:0/energy_uj", "devices/platform/bus@0/17000000.gpu/load", "devices/platform/bus@0/17000000.gpu/devfreq/17000000.gpu/cur_freq", "block/mmcblk0/device/life_time",
+			} {
+				tr.write("sys/"+file, content)
+			}
+			if i == 1 {
+				tr.remove("sys/class/hwmon/hwmon1") // then RAPL has the power
+			}
+			got := d.sample(at.Add(time.Duration(i+1) * time.Second))
+			for _, c := range got.Temperatures {
+				if !(c.Celsius > -100 && c.Celsius < 250) {
+					t.Errorf("%q: %v", content, c)
+				}
+			}
+			if w := got.PowerWatts; w != nil && !(*w >= 0 && *w <= maxPackage) {
+				t.Errorf("%q: %v W", content, *w)
+			}
+			if j := got.EnergyJoules; j != nil && !(*j >= 0) {
+				t.Errorf("%q: %v J", content, *j)
+			}
+			if w := got.DiskWear; w != nil && !(*w > 0 && *w <= 1.1) {
+				t.Errorf("%q: wear %v", content, *w)
+			}
+			for _, g := range got.Gpus {
+				if u := g.Utilisation; u != nil && !(*u >= 0 && *u <= 1) {
+					t.Errorf("%q: utilisation %v", content, *u)
+				}
+			}
+		}
+	})
+}
+
+// FuzzField: a field of any type and value gives a figure of 0 or more, or none.
+func FuzzField(f *testing.F) {
+	f.Add(uint32(0), uint64(0x7ff0000000000000))
+	f.Add(uint32(4), uint64(1)<<63)
+	f.Fuzz(func(t *testing.T, kind uint32, bits uint64) {
+		field := nvml.FieldValue{ValueType: kind}
+		binary.NativeEndian.PutUint64(field.Value[:], bits)
+		if v, ok := fieldValue(field); ok && !(v >= 0 && v <= math.MaxFloat64) {
+			t.Errorf("type %d of %#x gives %v", kind, bits, v)
+		}
+	})
 }
 
 // BenchmarkSample is of this machine, and must stay below 5 ms.

@@ -1,7 +1,8 @@
 // Command gpucheck runs the pools' sequences on a real GPU, measures how fast
-// weights leave and come back, and, where DUNLIN_ORT_CUDA_DIR names the folder
-// of ONNX Runtime's CUDA provider, runs nets whose weights do so. Its last
-// line says how each part came out, or that there is no GPU.
+// weights leave and come back, compares NVML's power with its energy counter
+// meanwhile, and, where DUNLIN_ORT_CUDA_DIR names the folder of ONNX Runtime's
+// CUDA provider, runs nets whose weights do so. Its last line says how each
+// part came out, or that there is no GPU.
 package main
 
 import (
@@ -15,6 +16,7 @@ import (
 	"strings"
 	"syscall"
 
+	"github.com/dunlin/dunlin/agent/device"
 	"github.com/dunlin/dunlin/agent/weights"
 	"github.com/dunlin/dunlin/bench/pools"
 )
@@ -61,7 +63,10 @@ func run(ctx context.Context, driver weights.Driver, provider string, out io.Wri
 	failed := false
 	part := func(name string, f func() error) {
 		verdict := "pass"
-		if err := f(); err != nil {
+		if err := f(); errors.Is(err, errNoCounter) {
+			fmt.Fprintf(out, "%s: %v\n", name, err)
+			verdict = "absent"
+		} else if err != nil {
 			fmt.Fprintf(out, "%s: %v\n", name, err)
 			verdict, failed = "fail", true
 		}
@@ -75,6 +80,16 @@ func run(ctx context.Context, driver weights.Driver, provider string, out io.Wri
 		}
 		return err
 	})
+	if info.Driver == "" { // a fake
+		line += " energy=absent"
+	} else {
+		part("energy", func() (err error) {
+			m := device.Open(device.Config{Dir: os.TempDir()})
+			defer func() { err = errors.Join(err, m.Close()) }()
+			describeGPUs(m.Info(), out)
+			return energy(ctx, m, info.UUID, swapLoad(driver, min(531<<20, free/4)), out)
+		})
+	}
 	if provider == "" {
 		line += " provider=absent"
 		fmt.Fprintln(out, "provider: DUNLIN_ORT_CUDA_DIR does not name the folder of the CUDA provider")
