@@ -153,7 +153,7 @@ func (d *Device) Load(ctx context.Context, s engine.Spec) (engine.Info, error) {
 // Activate moves a version's weights into the memory that models run in, over
 // the link to the GPU or from the disk. engine.ErrOutOfMemory says that there
 // is no room.
-func (d *Device) Activate(ctx context.Context, id engine.VersionID) (engine.Need, error) {
+func (d *Device) Activate(ctx context.Context, id engine.VersionID, _ engine.Setting) (engine.Need, error) {
 	d.lock()
 	v, err := d.version(id)
 	if err != nil || v.in {
@@ -183,8 +183,8 @@ func (d *Device) Activate(ctx context.Context, id engine.VersionID) (engine.Need
 	return v.info.Need, nil
 }
 
-// Prepack does nothing: no version needs it.
-func (d *Device) Prepack(context.Context, engine.VersionID) error { return nil }
+// Set does nothing: versions run alike by any setting.
+func (d *Device) Set(context.Context, engine.VersionID, engine.Setting) error { return nil }
 
 // Deactivate gives a version's memory back.
 func (d *Device) Deactivate(_ context.Context, id engine.VersionID) error {

@@ -77,7 +77,7 @@ func load(t testing.TB, d *Device, name, entry string) engine.VersionID {
 	if _, err := d.Load(t.Context(), engine.Spec{ID: id, Entry: entry}); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := d.Activate(t.Context(), id); err != nil {
+	if _, err := d.Activate(t.Context(), id, engine.Setting{}); err != nil {
 		t.Fatal(err)
 	}
 	return id
@@ -214,7 +214,7 @@ func TestActivate(t *testing.T) {
 		var wg sync.WaitGroup
 		for _, id := range ids {
 			wg.Go(func() {
-				if _, err := d.Activate(t.Context(), id); err != nil {
+				if _, err := d.Activate(t.Context(), id, engine.Setting{}); err != nil {
 					t.Error(err)
 				}
 			})
@@ -242,7 +242,7 @@ func TestOutOfMemory(t *testing.T) {
 			if _, err := d.Load(t.Context(), engine.Spec{ID: other, Entry: "900000000,1"}); err != nil {
 				t.Fatal(err)
 			}
-			if _, err := d.Activate(t.Context(), other); !errors.Is(err, engine.ErrOutOfMemory) {
+			if _, err := d.Activate(t.Context(), other, engine.Setting{}); !errors.Is(err, engine.ErrOutOfMemory) {
 				t.Errorf("%s: beyond its memory: %v", tt.p.Name, err)
 			}
 			if _, err := d.Run(t.Context(), id, [][]tensor.Tensor{rows(10_000_000)}, nil); !errors.Is(err, engine.ErrOutOfMemory) {
@@ -252,7 +252,7 @@ func TestOutOfMemory(t *testing.T) {
 			if err := d.Deactivate(t.Context(), id); err != nil {
 				t.Fatal(err)
 			}
-			if _, err := d.Activate(t.Context(), other); err != nil {
+			if _, err := d.Activate(t.Context(), other, engine.Setting{}); err != nil {
 				t.Errorf("%s: when there is room: %v", tt.p.Name, err)
 			}
 		})
@@ -468,7 +468,7 @@ func TestFaults(t *testing.T) {
 		if _, err := d.Run(t.Context(), id, [][]tensor.Tensor{rows(1)}, nil); !errors.Is(err, engine.ErrNotLoaded) {
 			t.Errorf("after a crash: %v", err)
 		}
-		if _, err := d.Activate(t.Context(), id); err != nil {
+		if _, err := d.Activate(t.Context(), id, engine.Setting{}); err != nil {
 			t.Fatal(err)
 		}
 		run(t, d, id, rows(1))
