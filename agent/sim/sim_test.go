@@ -202,12 +202,14 @@ func TestActivate(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		d := start(t, card, "")
 		var ids []engine.VersionID
+		var all int64
 		for _, name := range []string{"a", "b"} {
 			id := engine.VersionID{Model: name, Version: 1}
-			if _, err := d.Load(t.Context(), engine.Spec{ID: id, Entry: "2000000000,1"}); err != nil {
+			info, err := d.Load(t.Context(), engine.Spec{ID: id, Entry: "2000000000,1"})
+			if err != nil {
 				t.Fatal(err)
 			}
-			ids = append(ids, id)
+			ids, all = append(ids, id), all+info.Need.Weights+info.Need.Session
 		}
 		d.Sample()
 		began := time.Now()
@@ -224,7 +226,7 @@ func TestActivate(t *testing.T) {
 			t.Errorf("4 GB over 10 GB/s took %v", took)
 		}
 		g := d.Sample().Gpus[0]
-		if !near(*g.PcieRxBytesPerSecond, 10e9, 10) || *g.MemoryUsedBytes != uint64(10<<30-d.capacity)+4e9+2*(256<<10) {
+		if !near(*g.PcieRxBytesPerSecond, 10e9, 10) || *g.MemoryUsedBytes != uint64(10<<30-d.capacity+all) {
 			t.Errorf("%v", g)
 		}
 	})
