@@ -19,7 +19,7 @@ const (
 	loadStep = 0.1
 	// heatEffect is by how much a sensor must be hotter than it was at like
 	// load; heatFloor the standard deviation that such a difference has.
-	heatEffect = 10
+	heatEffect = 12
 	heatFloor  = 1.5
 )
 
@@ -79,7 +79,7 @@ func (d *Detector) heat(subject string, celsius *float64, slowdown, warn float64
 		}
 		s = &thermal{
 			minutes: newWindow(time.Minute, maxSamples, median), hours: newWindow(2*time.Hour, 48, median), peaks: newWindow(2*time.Hour, 48, highest),
-			level: level{floor: heatFloor, effect: heatEffect, up: true, apart: 30 * time.Minute},
+			level: level{floor: heatFloor, effect: heatEffect, up: true, apart: time.Hour},
 		}
 		d.sensors[subject] = s
 	} else if s.seen == d.now {
@@ -114,7 +114,7 @@ func (d *Detector) heat(subject string, celsius *float64, slowdown, warn float64
 	if len(load) < 5 {
 		return
 	}
-	if s.level.observe(d.now, int(10*mean(load)), minute) {
+	if s.level.observe(d.now, 10*mean(load), minute) {
 		changed := s.level.changed()
 		d.judge(c, &heatLevel, changed, !changed && s.level.back(), func() finding {
 			return finding{byChange, "°C", fmt.Sprintf("%s °C, and %s at the same load before", number(minute), number(s.level.expected)), s.level.expected + heatEffect, none, none, s.level.values}

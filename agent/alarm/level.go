@@ -26,11 +26,12 @@ const (
 	rebaseValues = 30
 )
 
-// level watches whether a figure is what it was under like conditions. Values
-// belong to bins: those of one bin are alike in what the figure depends on. A
-// bin's first values are its reference; later ones are compared with their
-// median, in units of their spread, and the differences summed up as Page
-// (Continuous inspection schemes, 1954) does it.
+// level watches whether a figure is what it was under like conditions. These
+// are a number, and values whose conditions round to the same make a bin. A
+// bin's first values are its reference, with a line through them by their
+// conditions; later ones are compared with that, in units of the spread around
+// it, and the differences summed up as Page (Continuous inspection schemes,
+// 1954) does it.
 type level struct {
 	floor  float64       // least standard deviation that values are taken to have
 	effect float64       // least change that matters
@@ -51,22 +52,61 @@ type level struct {
 }
 
 // binsMost bounds level.bins.
-const binsMost = 32
+const binsMost = 64
 
 // residual is a difference to the reference, and what it is taken for.
 type residual struct{ value, spread float64 }
 
 type bin struct {
-	values         []float64
-	last           time.Duration
-	median, spread float64
+	conditions, values []float64 // until there are enough
+	last               time.Duration
+	known              bool
+	from, to           float64 // the conditions that are known
+	at, median         float64 // of conditions and values
+	slope, spread      float64
+}
+
+// outside is how far beyond the conditions of the reference its line goes.
+const outside = 0.1
+
+// learn makes the values the reference.
+func (b *bin) learn(l *level) {
+	var slopes []float64
+	for i, x := range b.conditions {
+		for j := range i {
+			if step := x - b.conditions[j]; step != 0 {
+				slopes = append(slopes, (b.values[i]-b.values[j])/step)
+			}
+		}
+	}
+	if len(slopes) > binValues {
+		b.slope = median(slopes)
+	}
+	b.at = median(slices.Clone(b.conditions))
+	b.from, b.to = slices.Min(b.conditions)-outside, slices.Max(b.conditions)+outside
+	for i, x := range b.conditions {
+		b.values[i] -= b.slope * (x - b.at)
+	}
+	b.median = median(b.values)
+	b.spread = max(l.floor, spread(slices.Clone(b.values), b.median))
+	// Many figures have a long tail in the direction for the worse. The largest
+	// of so many normal values is 1.87 standard deviations above the middle.
+	if l.up {
+		b.spread = max(b.spread, (b.values[binValues-1]-b.median)/1.87)
+	}
+	if l.down {
+		b.spread = max(b.spread, (b.median-b.values[0])/1.87)
+	}
+	b.conditions, b.values, b.known = nil, nil, true
+	l.ready = true
 }
 
 // observe takes in a value, and says whether it could be compared.
-func (l *level) observe(now time.Duration, number int, value float64) bool {
+func (l *level) observe(now time.Duration, conditions, value float64) bool {
+	number := int(math.Round(conditions))
 	b := l.bins[number]
 	if b == nil {
-		if len(l.bins) == binsMost {
+		if len(l.bins) >= binsMost {
 			return false
 		}
 		if l.bins == nil {
@@ -75,19 +115,22 @@ func (l *level) observe(now time.Duration, number int, value float64) bool {
 		b = &bin{last: now - l.apart}
 		l.bins[number] = b
 	}
-	if len(b.values) < binValues {
+	if !b.known {
 		// While the level is changed there is nothing to learn from.
 		if now-b.last >= l.apart && !l.rebase && max(l.above, l.below) < limit/2 {
 			b.last = now
-			if b.values = append(b.values, value-l.shift); len(b.values) == binValues {
-				b.median = median(b.values)
-				b.spread = max(l.floor, l.spread(b))
-				l.ready = true
+			b.conditions, b.values = append(b.conditions, conditions), append(b.values, value-l.shift)
+			if len(b.values) == binValues {
+				b.learn(l)
 			}
 		}
 		return false
 	}
-	beside := value - b.median - l.shift
+	if conditions < b.from || conditions > b.to {
+		return false
+	}
+	expected := b.expect(conditions) + l.shift
+	beside := value - expected
 	if l.rebase {
 		if l.anew = append(l.anew, beside); len(l.anew) == rebaseValues {
 			l.shift += median(l.anew)
@@ -101,8 +144,20 @@ func (l *level) observe(now time.Duration, number int, value float64) bool {
 	l.below = min(max(0, l.below-z-drift), 2*limit)
 	l.recent = push(l.recent, residual{beside, b.spread}, recentClear)
 	l.values = push(l.values, point{now, value}, maxSamples)
-	l.expected = b.median + l.shift
+	l.expected = expected
 	return true
+}
+
+func (b *bin) expect(conditions float64) float64 { return b.median + b.slope*(conditions-b.at) }
+
+// expect gives the value that is expected under conditions, where there is a
+// reference for them.
+func (l *level) expect(conditions float64) (float64, bool) {
+	b := l.bins[int(math.Round(conditions))]
+	if b == nil || !b.known {
+		return 0, false
+	}
+	return b.expect(conditions) + l.shift, true
 }
 
 // served says that what is served has changed: what the level is then is found
@@ -111,21 +166,6 @@ func (l *level) served() {
 	if l.ready && !l.changed() {
 		l.anew, l.rebase = l.anew[:0], true
 	}
-}
-
-// spread gives the standard deviation of a bin's values in the directions that
-// count: many figures have a long tail in that for the worse.
-func (l *level) spread(b *bin) float64 {
-	wide := spread(slices.Clone(b.values), b.median)
-	slices.Sort(b.values)
-	// 1.2816 standard deviations of normal values are above the median there.
-	if l.up {
-		wide = max(wide, (b.values[binValues*9/10]-b.median)/1.2816)
-	}
-	if l.down {
-		wide = max(wide, (b.median-b.values[binValues/10-1])/1.2816)
-	}
-	return wide
 }
 
 // middle gives the median of the last residuals.

@@ -71,7 +71,7 @@ func (d *Detector) drawn(subject string, watts *float64, use float64, known bool
 		return
 	}
 	minute := s.watts.points[len(s.watts.points)-1].value
-	if s.level.observe(d.now, int(20*s.use.points[len(s.use.points)-1].value), math.Log(minute)) {
+	if s.level.observe(d.now, 20*s.use.points[len(s.use.points)-1].value, math.Log(minute)) {
 		changed := s.level.changed()
 		d.judge(c, &powerLevel, changed, !changed && s.level.back(), func() finding {
 			before, turn := math.Exp(s.level.expected), 1+powerEffect

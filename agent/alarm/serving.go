@@ -24,6 +24,9 @@ const (
 
 	latencyEffect = 0.25 // part by which times are longer
 	latencyFloor  = 0.06
+	// Under a demand under which a request took more than waitMost times its
+	// run time, it is not compared how long it takes: that differs widely then.
+	waitMost = 1.5
 	// doneEffect is by how much the share of the requests that are taken in
 	// must be lower than under like demand, doneLeast what it must be whatever
 	// it was.
@@ -183,9 +186,9 @@ func (d *Detector) serve(versions []Version, gap time.Duration, limited bool) {
 	}
 }
 
-// demand gives the bin of the demand since a moment: a half octave of the
-// seconds of work for each second.
-func (d *Detector) demand(from moment) (bin int, ok bool) {
+// demand gives the demand since a moment, the seconds of work for each second,
+// in quarters of an octave.
+func (d *Detector) demand(from moment) (quarters float64, ok bool) {
 	if d.serving.unknown != from.unknown || d.now <= from.at {
 		return 0, false
 	}
@@ -193,7 +196,7 @@ func (d *Detector) demand(from moment) (bin int, ok bool) {
 	if !(share > 0) {
 		return 0, false
 	}
-	return int(math.Round(min(max(2*math.Log2(share), -16), 8))), true
+	return min(max(4*math.Log2(share), -32), 16), true
 }
 
 // judgeTimes compares the times of requests with those under like demand.
@@ -215,23 +218,28 @@ func (d *Detector) judgeTimes(s *served) {
 	switch {
 	case age >= time.Minute && len(s.means) >= meansLeast:
 		value, run := median(s.means), median(s.runs) // NaN where there is none
-		bin, ok := d.demand(p.from)
+		demand, ok := d.demand(p.from)
 		s.means, s.runs, *p = s.means[:0], s.runs[:0], pool{}
 		c := d.cause(Latency, s.name)
 		if !ok || len(s.costs) < costValues {
 			return
 		}
-		d.judgeTime(c, &latencyLevel, &s.latency, bin, value, "a request takes %s s, and %s under the same demand before")
-		if !math.IsNaN(run) {
-			d.judgeTime(c, &runLevel, &s.run, bin, run, "a request runs for %s s, and for %s under the same demand before")
+		if math.IsNaN(run) {
+			return
 		}
+		d.judgeTime(c, &runLevel, &s.run, demand, run, "a request runs for %s s, and for %s under the same demand before")
+		whole, known := s.latency.expect(demand)
+		if least, ok := s.run.expect(demand); known && (!ok || whole-least > math.Log(waitMost)) {
+			return
+		}
+		d.judgeTime(c, &latencyLevel, &s.latency, demand, value, "a request takes %s s, and %s under the same demand before")
 	case age >= poolMost:
 		s.means, s.runs, *p = s.means[:0], s.runs[:0], pool{}
 	}
 }
 
-func (d *Detector) judgeTime(c *cause, r *rule, l *level, bin int, value float64, message string) {
-	if !l.observe(d.now, bin, value) {
+func (d *Detector) judgeTime(c *cause, r *rule, l *level, demand, value float64, message string) {
+	if !l.observe(d.now, demand, value) {
 		return
 	}
 	changed := l.changed()
@@ -254,7 +262,7 @@ func (d *Detector) judgeShares(s *served) {
 		return
 	}
 	q := *p
-	bin, ok := d.demand(q.from)
+	demand, ok := d.demand(q.from)
 	*p = pool{}
 	none := math.NaN()
 
@@ -265,7 +273,7 @@ func (d *Detector) judgeShares(s *served) {
 	d.judge(c, &doneLow, done < doneLeast, done > (1+doneLeast)/2, func() finding {
 		return finding{byThreshold, "", fmt.Sprintf("of the requests only %s are done: %s a second of %s", percent(done), number(ran/age.Seconds()), number(offered/age.Seconds())), doneLeast, none, none, s.recent}
 	})
-	if ok && s.done.observe(d.now, bin, done) {
+	if ok && s.done.observe(d.now, demand, done) {
 		changed := s.done.changed()
 		d.judge(c, &doneLevel, changed, !changed && s.done.back(), func() finding {
 			return finding{byChange, "", fmt.Sprintf("of the requests %s are done, and %s under the same demand before", percent(done), percent(s.done.expected)),

@@ -37,10 +37,11 @@ var (
 	memoryNow   = rule{name: "out", severity: dunlinv1.Severity_SEVERITY_ERROR, after: time.Minute, before: 5 * time.Minute}
 	memoryWarn  = rule{name: "low", severity: dunlinv1.Severity_SEVERITY_WARNING, after: 2 * time.Minute, before: 5 * time.Minute}
 	memorySoon  = rule{name: "soon", severity: dunlinv1.Severity_SEVERITY_WARNING, before: 30 * time.Minute, every: time.Minute}
-	memoryLater = rule{name: "later", severity: dunlinv1.Severity_SEVERITY_WARNING, before: 24 * time.Hour, every: 2 * time.Hour}
+	memoryLater = rule{name: "later", severity: dunlinv1.Severity_SEVERITY_WARNING, before: 3 * time.Hour, every: 6 * time.Minute}
 	memoryDays  = rule{name: "days", severity: dunlinv1.Severity_SEVERITY_WARNING, before: 24 * time.Hour, every: 2 * time.Hour}
 
 	deviceFast = outlook{width: time.Minute, points: 60, need: 50, hours: 2}
+	deviceMid  = outlook{width: 6 * time.Minute, points: 60, need: 54, hours: 12}
 	deviceSlow = outlook{width: 2 * time.Hour, points: 48, need: 44, season: 24 * time.Hour, hours: 3 * 24}
 
 	leakFast = outlook{width: time.Minute, points: 60, need: 50, hours: 3}
@@ -110,9 +111,10 @@ func (d *Detector) storage(t *dunlinv1.Telemetry) {
 
 // memory is that of the device, and of the agent.
 type memory struct {
-	deviceMinutes, deviceHours       window
-	agentMinutes, agentMid, agentDay window
-	recent                           []point
+	deviceMinutes, deviceMid, deviceDay window
+	agentMinutes, agentMid, agentDay    window
+	agentAll                            [3]window // with what models take
+	recent                              []point
 }
 
 // memories judges the memory that is available, and what the agent takes
@@ -120,8 +122,11 @@ type memory struct {
 func (d *Detector) memories(t *dunlinv1.Telemetry) {
 	if d.memory == nil {
 		d.memory = &memory{
-			deviceMinutes: newWindow(deviceFast.width, deviceFast.points, median), deviceHours: newWindow(deviceSlow.width, deviceSlow.points, median),
+			deviceMinutes: newWindow(deviceFast.width, deviceFast.points, median), deviceMid: newWindow(deviceMid.width, deviceMid.points, median), deviceDay: newWindow(deviceSlow.width, deviceSlow.points, median),
 			agentMinutes: newWindow(leakFast.width, leakFast.points, lowest), agentMid: newWindow(leakMid.width, leakMid.points, lowest), agentDay: newWindow(leakSlow.width, leakSlow.points, lowest),
+		}
+		for i, o := range []outlook{leakFast, leakMid, leakSlow} {
+			d.memory.agentAll[i] = newWindow(o.width, o.points, lowest)
 		}
 	}
 	s, none := d.memory, math.NaN()
@@ -140,43 +145,46 @@ func (d *Detector) memories(t *dunlinv1.Telemetry) {
 	}
 	d.judge(c, &memoryNow, left < memoryOut*total, left > (memoryOut+memoryMore)*total, low(memoryOut))
 	d.judge(c, &memoryWarn, left < memoryLow*total, left > (memoryLow+memoryMore)*total, low(memoryLow))
-	soon := func(p prospect, w *window, o outlook) func() finding {
-		return func() finding {
-			return finding{byTrend, "bytes", fmt.Sprintf("%s are in use, %s an hour more: all of the memory in %s", size(p.end), size(p.slope), span(p.hours)),
-				total, p.slope, p.hours, w.tail(o.points)}
+	type look struct {
+		w *window
+		o outlook
+		r *rule
+	}
+	for _, x := range []look{{&s.deviceMinutes, deviceFast, &memorySoon}, {&s.deviceMid, deviceMid, &memoryLater}, {&s.deviceDay, deviceSlow, &memoryDays}} {
+		if x.w.add(d.now, used) {
+			p := x.o.see(x.w, total, none, true)
+			d.judge(c, x.r, p.soon, p.far, func() finding {
+				return finding{byTrend, "bytes", fmt.Sprintf("%s are in use, %s an hour more: all of the memory in %s", size(p.end), size(p.slope), span(p.hours)),
+					total, p.slope, p.hours, x.w.tail(x.o.points)}
+			})
 		}
-	}
-	if s.deviceMinutes.add(d.now, used) {
-		p := deviceFast.see(&s.deviceMinutes, total, none, true)
-		d.judge(c, &memorySoon, p.soon, p.far, soon(p, &s.deviceMinutes, deviceFast))
-	}
-	if s.deviceHours.add(d.now, used) {
-		p := deviceSlow.see(&s.deviceHours, total, none, true)
-		d.judge(c, &memoryLater, p.soon, p.far, soon(p, &s.deviceHours, deviceSlow))
 	}
 
 	agent, ok := bytes(t.AgentAnonymousBytes)
 	if !ok {
 		return
 	}
+	all := agent
 	if models, ok := bytes(t.ModelMemoryUsedBytes); ok {
 		agent -= models // below 0 where models are in other memory, or in files
 	}
 	c = d.cause(Memory, "agent")
-	leaks := func(p prospect, w *window, o outlook) func() finding {
-		return func() finding {
-			return finding{byTrend, "bytes", fmt.Sprintf("the agent takes %s an hour more, and has what is available, %s, in %s", size(p.slope), size(left), span(p.hours)),
-				agent + left, p.slope, p.hours, w.tail(o.points)}
-		}
-	}
-	for _, x := range []struct {
-		w *window
-		o outlook
-		r *rule
-	}{{&s.agentMinutes, leakFast, &memorySoon}, {&s.agentMid, leakMid, &memoryLater}, {&s.agentDay, leakSlow, &memoryDays}} {
+	for i, x := range []look{{&s.agentMinutes, leakFast, &memorySoon}, {&s.agentMid, leakMid, &memoryLater}, {&s.agentDay, leakSlow, &memoryDays}} {
+		s.agentAll[i].add(d.now, all)
 		if x.w.add(d.now, agent) {
 			p := x.o.see(x.w, agent+left, none, true)
-			d.judge(c, x.r, p.soon, p.far, leaks(p, x.w, x.o))
+			// Where models leave whose weights were not in this memory, only
+			// the difference grows.
+			grows := false
+			if p.soon {
+				rise, _ := steady(x.w.tail(x.o.points))
+				whole, _ := steady(s.agentAll[i].tail(x.o.points))
+				grows = whole >= rise/2
+			}
+			d.judge(c, x.r, p.soon && grows, p.far, func() finding {
+				return finding{byTrend, "bytes", fmt.Sprintf("the agent takes %s an hour more, and has what is available, %s, in %s", size(p.slope), size(left), span(p.hours)),
+					agent + left, p.slope, p.hours, x.w.tail(x.o.points)}
+			})
 		}
 	}
 }

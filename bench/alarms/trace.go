@@ -38,12 +38,14 @@ type model struct {
 	name     string
 	version  int64
 	rate     float64 // requests per second at the day's peak
+	now      float64 // now
 	cost     float64 // seconds of one
 	bytes    float64
 	resident bool
 	drift    noise // of the rate
 	counts   alarm.Version
-	delay    float64 // factor of the times, by a trouble
+	delay    float64 // factor of the run times, by a trouble
+	wait     float64 // factor of the times, by a trouble
 	refuse   float64 // share of the requests that is refused, by a trouble
 	fail     float64 // share that fails, by a trouble
 	retry    float64 // requests at a time fail until then, by a client: hours
@@ -139,7 +141,7 @@ func newDevice(seed uint64) *device {
 	for i := range n {
 		cost := math.Exp(d.uniform(math.Log(0.003), math.Log(0.15)))
 		d.models = append(d.models, &model{
-			name: fmt.Sprintf("m%d", i), version: 1, cost: cost, rate: share / float64(n) / cost, delay: 1,
+			name: fmt.Sprintf("m%d", i), version: 1, cost: cost, rate: share / float64(n) / cost, delay: 1, wait: 1,
 			bytes: d.memory * d.uniform(0.01, 0.08), resident: true,
 		})
 	}
@@ -209,11 +211,11 @@ func (d *device) next() (s alarm.Sample, ok bool) {
 	if hours < d.burstUntil {
 		load *= d.burst
 	}
-	var work float64
+	var use float64
 	for _, m := range d.models {
-		work += m.rate * m.cost
+		m.now = m.rate * load * math.Exp(0.1*m.drift.next(r, 0.2))
+		use += m.now * m.cost
 	}
-	use := load * work
 	taken := 1.0
 	if use > 0.97 {
 		taken = 0.97 / use
@@ -222,7 +224,7 @@ func (d *device) next() (s alarm.Sample, ok bool) {
 	waiting := 1 + 0.5*use*use/(1-use)
 	d.versions = d.versions[:0]
 	for _, m := range d.models {
-		n := poisson(r, m.rate*load*math.Exp(0.1*m.drift.next(r, 0.2))*period.Seconds())
+		n := poisson(r, m.now*period.Seconds())
 		refused := binomial(r, n, max(1-taken, m.refuse))
 		n -= refused
 		fail := max(0.0002, m.fail)
@@ -241,7 +243,7 @@ func (d *device) next() (s alarm.Sample, ok bool) {
 		c.Refused += refused
 		if n > 0 {
 			run := m.cost * m.delay * math.Exp(0.05*r.NormFloat64())
-			each := run * waiting * math.Exp(0.5*r.NormFloat64()/math.Sqrt(float64(n)))
+			each := run * waiting * m.wait * math.Exp(0.5*r.NormFloat64()/math.Sqrt(float64(n)))
 			total := each * float64(n)
 			for range poisson(r, 0.002*float64(n)) { // heavy tail
 				total += m.cost * 5 * math.Pow(1-r.Float64(), -1/1.5)

@@ -129,6 +129,11 @@ var faults = []fault{
 			m, by := d.models[d.r.IntN(len(d.models))], d.uniform(1.4, 3)
 			return &trouble{by: 12, act: func(*device, float64) { m.delay = by }}
 		}},
+	{name: "requests wait", kind: alarm.Latency, describe: "those of a version take 1.5 to 4 times as long, but do not run for longer; within a day",
+		begin: func(d *device) *trouble {
+			m, by := d.models[d.r.IntN(len(d.models))], d.uniform(1.5, 4)
+			return &trouble{by: 24, act: func(*device, float64) { m.wait = by }}
+		}},
 	{name: "slower and slower", kind: alarm.Latency, describe: "a version, twice the time in 6 to 48 h; until then",
 		begin: func(d *device) *trouble {
 			m, in := d.models[d.r.IntN(len(d.models))], d.uniform(6, 48)
