@@ -42,7 +42,7 @@ type agent struct {
 	profile   profiles.Profile
 	store     *state.Store
 	reconcile *reconcile.Reconciler
-	sampler   *device.Sampler
+	watch     *watch
 	outbox    chan struct{} // an event was appended
 
 	mu       sync.Mutex // guards what follows
@@ -81,13 +81,13 @@ func Run(ctx context.Context, cfg Config) (err error) {
 	if err != nil {
 		return err
 	}
-	return a.run(ctx, l, a.metrics(), part{"reconcile", a.reconcile.Run}, part{"controller", a.control})
+	return a.run(ctx, l, a.metrics(), part{"alarms", a.watch.run}, part{"reconcile", a.reconcile.Run}, part{"controller", a.control})
 }
 
 // newAgent puts the parts together; url is where the device answers.
 func newAgent(ctx context.Context, cfg Config, profile profiles.Profile, store *state.Store, url string) (*agent, error) {
 	a := &agent{
-		cfg: cfg, profile: profile, store: store, sampler: device.NewSampler(cfg.Data), outbox: make(chan struct{}, 1),
+		cfg: cfg, profile: profile, store: store, outbox: make(chan struct{}, 1),
 		info: device.Info(cfg.Data),
 	}
 	a.info.FirmwareProfile, a.info.AgentVersion, a.info.ServingUrl = profile.Name, program.Version(), url
@@ -101,6 +101,7 @@ func newAgent(ctx context.Context, cfg Config, profile profiles.Profile, store *
 		return nil, err
 	}
 	a.source, a.opened = following{a}, a.describe
+	a.watch = a.newWatch(device.NewSampler(cfg.Data), profile, a.event)
 	a.reconcile, err = reconcile.New(reconcile.Config{
 		Dir: filepath.Join(cfg.Data, bundlesFolder), Registry: a.registry, Reserve: uint64(profile.Storage.ReserveBytes),
 		State: store, Engine: a.engine, Check: a.check, Passing: passing, Front: a.front, Event: a.event, Log: cfg.Log,

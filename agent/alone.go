@@ -11,6 +11,7 @@ import (
 	"runtime"
 	"time"
 
+	"github.com/dunlin/dunlin/agent/device"
 	"github.com/dunlin/dunlin/agent/engine"
 	"github.com/dunlin/dunlin/agent/repository"
 	"github.com/dunlin/dunlin/agent/worker"
@@ -158,5 +159,6 @@ func Serve(ctx context.Context, cfg Alone) (err error) {
 		return err
 	}
 	h.source = models
-	return h.run(ctx, l, h.metrics(), part{"models", models.Run})
+	watch := h.newWatch(device.NewSampler(cfg.Data), profile, nil)
+	return h.run(ctx, l, h.metrics(watch), part{"alarms", watch.run}, part{"models", models.Run})
 }

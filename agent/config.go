@@ -14,8 +14,10 @@ import (
 	"regexp"
 	"runtime"
 	"runtime/debug"
+	"slices"
 	"strings"
 
+	"github.com/dunlin/dunlin/agent/alarm"
 	"github.com/dunlin/dunlin/internal/link"
 	"github.com/dunlin/dunlin/internal/program"
 	"github.com/dunlin/dunlin/internal/telemetry"
@@ -35,6 +37,7 @@ type Serving struct {
 	MemoryMiB    int    `yaml:"memory-mib"`    // what models may take; 0: by the firmware profile
 	Oversize     string `yaml:"oversize"`      // what becomes of a model that is larger: refuse or map
 	CacheMiB     int    `yaml:"cache-mib"`     // bound of the models compiled for this device, on disk
+	OnAlarm      string `yaml:"on-alarm"`      // what is done about heat and memory errors: none, throttle or cordon
 	RuntimeLib   string `yaml:"runtime-lib"`   // path of ONNX Runtime's shared library
 	LogLevel     string `yaml:"log-level"`
 	LogFormat    string `yaml:"log-format"`
@@ -57,7 +60,7 @@ const (
 
 func (s *Serving) settings() []program.Setting {
 	s.Listen, s.GRPCListen, s.LogLevel, s.LogFormat = "127.0.0.1:8000", "127.0.0.1:8001", "info", "text"
-	s.Oversize, s.CacheMiB = "refuse", defaultCacheMiB
+	s.Oversize, s.CacheMiB, s.OnAlarm = "refuse", defaultCacheMiB, string(alarm.None)
 	return []program.Setting{
 		{Name: "listen", Usage: "`host:port` of inference by REST", Value: &s.Listen},
 		{Name: "grpc-listen", Usage: "`host:port` of inference by gRPC; off: none", Value: &s.GRPCListen},
@@ -70,6 +73,7 @@ func (s *Serving) settings() []program.Setting {
 		{Name: "memory-mib", Usage: "`MiB` of memory that models may take; 0: as the firmware profile says", Value: &s.MemoryMiB},
 		{Name: "oversize", Usage: "`what` becomes of a model that is larger than that: refuse, or map: its weights stay in their file and are read as they are needed", Value: &s.Oversize},
 		{Name: "cache-mib", Usage: "`MiB` of disk for models compiled for this device", Value: &s.CacheMiB},
+		{Name: "on-alarm", Usage: "`what` the device does about heat and memory errors: none, throttle: take less load, or cordon: refuse new requests", Value: &s.OnAlarm},
 		{Name: "runtime-lib", Usage: "`path` of ONNX Runtime's shared library; also DUNLIN_ORT_LIB", Value: &s.RuntimeLib, Environment: "DUNLIN_ORT_LIB"},
 		{Name: "log-level", Usage: "`level` of the log: debug, info, warn or error", Value: &s.LogLevel},
 		{Name: "log-format", Usage: "`format` of the log: text or json", Value: &s.LogFormat},
@@ -105,6 +109,10 @@ func (s *Serving) check(add func(name string, err error)) {
 	s.Oversize = cmp.Or(s.Oversize, "refuse")
 	if s.Oversize != "refuse" && s.Oversize != "map" {
 		add("oversize", fmt.Errorf("%q is not refuse or map", s.Oversize))
+	}
+	s.OnAlarm = cmp.Or(s.OnAlarm, string(alarm.None))
+	if !slices.Contains(alarm.Reactions, alarm.Reaction(s.OnAlarm)) {
+		add("on-alarm", fmt.Errorf("%q is not none, throttle or cordon", s.OnAlarm))
 	}
 	if s.Log == nil {
 		var err error

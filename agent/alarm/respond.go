@@ -16,6 +16,9 @@ const (
 	Cordon   Reaction = "cordon"   // refuse new requests
 )
 
+// Reactions are all of them.
+var Reactions = []Reaction{None, Throttle, Cordon}
+
 // Load bounds what a device does. The zero value sets no bound.
 type Load struct {
 	MaxBatch int     // rows of a run; 0: no bound

@@ -233,9 +233,6 @@ func (d *device) next() (s alarm.Sample, ok bool) {
 		}
 		failed := binomial(r, n, fail)
 		n -= failed
-		if !m.resident && n > 0 {
-			m.resident = true
-		}
 		c := &m.counts
 		c.Model, c.Version = m.name, m.version
 		c.Succeeded += n
@@ -245,6 +242,10 @@ func (d *device) next() (s alarm.Sample, ok bool) {
 			run := m.cost * m.delay * math.Exp(0.05*r.NormFloat64())
 			each := run * waiting * m.wait * math.Exp(0.5*r.NormFloat64()/math.Sqrt(float64(n)))
 			total := each * float64(n)
+			if !m.resident { // the first requests wait for the weights
+				m.resident = true
+				total += d.uniform(0.1, 2)
+			}
 			for range poisson(r, 0.002*float64(n)) { // heavy tail
 				total += m.cost * 5 * math.Pow(1-r.Float64(), -1/1.5)
 			}
