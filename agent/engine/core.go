@@ -165,8 +165,10 @@ type core struct {
 	generation uint64                 // the last one given
 	stopped    bool
 	number     uint64 // of requests that have been admitted
+	waiting    int    // requests, in all queues
 
 	order     []*version // as sorted gives them; nil: to be made
+	pace      pace
 	ledger    ledger
 	trials    int    // versions that are being loaded, and come in for that
 	dirty     bool   // the memory is to be arranged
@@ -216,9 +218,11 @@ func (c *core) step(ev event, now time.Time) []effect {
 	case deactivated:
 		c.dirty = true
 		c.deactivated(ev)
-	case prepacked:
+	case changed:
 		c.dirty = true
-		c.prepacked(ev)
+		c.changed(ev)
+	case tune:
+		c.emit(reply{call: ev.call, err: c.tune(ev.id, ev.tuning)})
 	case giveUp:
 		c.dirty = true
 		c.giveUp(ev)
@@ -226,6 +230,8 @@ func (c *core) step(ev event, now time.Time) []effect {
 		c.dirty = true
 		c.ledger.budget = ev.budget
 		c.ledger.most = max(c.ledger.most, ev.budget)
+	case setThrottle:
+		c.throttle(ev.throttle)
 	case inspect:
 		c.emit(c.inspect(ev.call))
 	case health:
@@ -239,6 +245,9 @@ func (c *core) step(ev event, now time.Time) []effect {
 	return c.effects
 }
 
+// idle says that no request waits and nothing runs.
+func (c *core) idle() bool { return c.waiting+c.pace.running == 0 }
+
 func (c *core) emit(f effect) { c.effects = append(c.effects, f) }
 
 func (c *core) arrive(r *request) {
@@ -249,7 +258,7 @@ func (c *core) arrive(r *request) {
 		err = ErrStopped
 	case v == nil:
 		err = fmt.Errorf("%s: %w", r.id, ErrNotLoaded)
-	case r.info != &v.info:
+	case r.info != v.info:
 		err = errReplaced
 	case v.phase != ready:
 		err = fmt.Errorf("%s: %w", r.id, ErrDraining)
@@ -259,7 +268,11 @@ func (c *core) arrive(r *request) {
 		return
 	}
 	v.home.demand.observe(c.now, c.time)
-	if err := c.cannotCome(v, r); err != nil {
+	err = c.cannotCome(v, r)
+	if c.pace.Cordon {
+		err = &RefusedError{fmt.Errorf("%s: %w", v.id, ErrCordoned), retryCordoned}
+	}
+	if err != nil {
 		v.figures.refused(err)
 		c.answer(r, err)
 		return
@@ -288,11 +301,13 @@ func (c *core) arrive(r *request) {
 func (c *core) enqueue(v *version, r *request) {
 	r.state = waiting
 	v.levels[r.level].waiting++
+	c.waiting++
 	v.queue.insert(r)
 }
 
 func (c *core) dequeue(v *version, r *request) {
 	v.levels[r.level].waiting--
+	c.waiting--
 	v.queue.remove(r)
 }
 
@@ -316,6 +331,12 @@ func (c *core) schedule(v *version) {
 			break
 		}
 		if !v.free() {
+			break
+		}
+		if at := v.closed(c.now); at > c.now {
+			if c.pace.running == 0 { // else there will be another row to wait for
+				v.hold = at
+			}
 			break
 		}
 		members := c.afford(v, v.next(c.now))
@@ -350,7 +371,8 @@ func (c *core) start(v *version, members []*request) {
 	r.memory, r.life = v.workspace(r.rows), v.home.life
 	c.ledger.used += r.memory
 	v.runs = append(v.runs, r)
-	if v.home.runsSince++; v.home.runsSince == prepackAfter && v.home.need.Prepacked > 0 {
+	c.pace.starts(c.now, r.ends)
+	if v.home.runsSince++; v.home.runsSince == prepackAfter && v.worthPrepacking() {
 		c.dirty = true
 	}
 	c.emit(startRun{r})
@@ -402,6 +424,11 @@ func (c *core) cancel(r *request) {
 func (c *core) finish(r *run) {
 	v := r.version
 	v.runs = slices.DeleteFunc(v.runs, func(o *run) bool { return o == r })
+	over := false // a row of runs, after which all pause
+	if c.pace.finishes(c.now); c.pace.throttled() {
+		c.pace.ends = c.lastEnd()
+		over = c.pace.running == 0
+	}
 	took := c.now - r.started
 	c.ledger.used -= r.memory
 	defer c.end(v)
@@ -445,6 +472,9 @@ func (c *core) finish(r *run) {
 		}
 	}
 	c.schedule(v)
+	if over {
+		c.rest()
+	}
 }
 
 // harmed takes in what a run's error says of its version beyond this run, and

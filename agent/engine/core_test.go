@@ -103,6 +103,9 @@ func (m *machine) end(t *rapid.T, r *run, err error) {
 	if again {
 		v.waiting = append(v.waiting, live...)
 	}
+	if m.running() == 0 {
+		m.rest(m.now - m.began)
+	}
 	m.step(t, finish{r})
 	r.drop()
 	for _, q := range live {
@@ -171,6 +174,37 @@ func (m *machine) actions() map[string]func(*rapid.T) {
 				err = fmt.Errorf("run: %w", ErrRows)
 			}
 			m.end(t, r, err)
+		},
+		"tune": func(t *rapid.T) {
+			id, v := m.version(t)
+			tuning := Tuning{
+				MaxBatchSize: rapid.IntRange(0, 12).Draw(t, "batch"), Instances: rapid.IntRange(0, 3).Draw(t, "instances"),
+				Threads: rapid.IntRange(0, 2).Draw(t, "threads"), RowBytes: 2,
+			}
+			if each := rapid.IntRange(0, 20).Draw(t, "latency"); each > 0 {
+				tuning.Latency = latency(float64(each), float64(each)/2)
+			}
+			before := m.infos[id]
+			ok := v.loaded && !v.draining && !m.stopped
+			if ok {
+				v.options = tuning.options(nil, v.base)
+			}
+			c := newCall()
+			m.step(t, tune{c, id, tuning})
+			if err := m.replies[c].err; m.calls[c] != 1 || (err == nil) != ok {
+				t.Fatalf("%s was tuned: %v", id, err)
+			}
+			if m.infos[id] != before {
+				m.old[id] = before
+			}
+		},
+		"throttle": func(t *rapid.T) {
+			m.throttle = Throttle{
+				MaxBatch: rapid.IntRange(0, 4).Draw(t, "most"), Duty: rapid.SampledFrom([]float64{0, 0.1, 0.5, 0.9, 1}).Draw(t, "duty"),
+				Cordon: rapid.IntRange(0, 3).Draw(t, "cordon") == 0,
+			}
+			m.began, m.rested = m.now, 0 // a pause that goes on is another, or none
+			m.step(t, setThrottle{m.throttle})
 		},
 		"time passes": func(t *rapid.T) {
 			m.pass(t, time.Duration(rapid.IntRange(0, 60_000).Draw(t, "microseconds"))*time.Microsecond)
@@ -244,11 +278,15 @@ func (m *machine) arrive(t *rapid.T) {
 	m.step(t, arrive{r})
 	switch err := r.err; {
 	case m.answers[r] == 0:
-		if !admitted || full {
-			t.Fatalf("a request was admitted, though admitted=%v, full=%v", admitted, full)
+		if !admitted || full || m.throttle.Cordon {
+			t.Fatalf("a request was admitted, though admitted=%v, full=%v, cordoned=%v", admitted, full, m.throttle.Cordon)
 		}
 	case !admitted:
 		if !errors.Is(err, ErrNotLoaded) && !errors.Is(err, ErrDraining) && !errors.Is(err, ErrStopped) && !(outdated && errors.Is(err, errReplaced)) {
+			t.Fatal(err)
+		}
+	case m.throttle.Cordon:
+		if refused, ok := errors.AsType[*RefusedError](err); !ok || !errors.Is(err, ErrCordoned) || refused.RetryAfter <= 0 {
 			t.Fatal(err)
 		}
 	case full:
@@ -276,7 +314,7 @@ func (m *machine) pass(t *rapid.T, d time.Duration) {
 
 func (m *machine) check(t *rapid.T) {
 	for id, v := range m.model {
-		if record := m.core.current[id]; v.loaded != (record != nil) || v.loaded && (m.all[record.id] != v || m.infos[id] != &record.info) {
+		if record := m.core.current[id]; v.loaded != (record != nil) || v.loaded && (m.all[record.id] != v || m.infos[id] != record.info) {
 			t.Fatalf("%s: requests do not go to the version that was loaded last", id)
 		}
 	}
@@ -316,7 +354,7 @@ func (m *machine) check(t *rapid.T) {
 			}
 		}
 		// A request that could run is held for MaxQueueDelay at most.
-		if len(v.runs) < v.options.Instances && !m.stopped {
+		if len(v.runs) < v.options.Instances && !m.stopped && record.closed(m.now) <= m.now {
 			for _, q := range v.waiting {
 				first := !q.late && !slices.ContainsFunc(v.waiting, func(o *request) bool { return m.before(o, q) })
 				if first && m.now-q.arrived >= max(v.options.MaxQueueDelay, 1) {
@@ -358,6 +396,8 @@ func TestCore(t *testing.T) {
 				}
 			}
 		}
+		m.throttle, m.rested = Throttle{}, 0
+		m.step(t, setThrottle{})
 		// However it went, once runs end and time passes everything is answered.
 		for range 10_000 {
 			busy := false

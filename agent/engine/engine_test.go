@@ -144,6 +144,10 @@ func TestFigures(t *testing.T) {
 		}
 		histograms := []Histogram{f.Request, f.Wait, f.Size}
 		f.Request, f.Wait, f.Size = Histogram{}, Histogram{}, Histogram{}
+		if f.Took[class(2*time.Second)] != 1 || f.Took[class(3*time.Second)] != 1 || f.Took.Count() != 2 || f.Failed[class(2*time.Second)] != 1 || f.Failed.Count() != 1 {
+			t.Errorf("successes took %v, failures %v", f.Took, f.Failed)
+		}
+		f.Took, f.Failed = Durations{}, Durations{}
 		if !f.Last.Equal(want.Last) {
 			t.Errorf("last %v instead of %v", f.Last, want.Last)
 		}

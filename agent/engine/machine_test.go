@@ -33,11 +33,15 @@ type machine struct {
 	outcomes map[*run]int // how often the memory of each was given back
 	lent     []*request   // answered with outputs that nobody has released
 	stopped  bool
+	throttle Throttle
+	began    time.Duration // the row of runs that goes on, or when its throttle was set
+	rested   time.Duration // until when nothing may run
 }
 
 // modelled is what the machine knows of a version.
 type modelled struct {
 	options   serving.Options
+	base      serving.Options // before it was tuned
 	loaded    bool
 	draining  bool
 	unloading bool
@@ -92,7 +96,7 @@ func (m *machine) loaded(t *rapid.T, id VersionID, err error) {
 	had := old.loaded
 	if err == nil {
 		old.draining, m.old[id] = true, info
-		m.model[id] = &modelled{options: options}
+		m.model[id] = &modelled{options: options, base: options}
 		m.all[exact] = m.model[id]
 	}
 	c := newCall()
@@ -137,6 +141,12 @@ func (m *machine) step(t *rapid.T, ev event) {
 			v.unloading = true
 		case startActivate:
 			defer m.step(t, activated{f.version, Need{}, 0, nil})
+		case startSet:
+			var err error
+			if rapid.IntRange(0, 3).Draw(t, "refuses") == 0 {
+				err = errBad
+			}
+			defer m.step(t, changed{f.version, err})
 		case answer:
 			m.answered(t, f.request)
 		case reply:
@@ -163,6 +173,14 @@ func (m *machine) step(t *rapid.T, ev event) {
 
 func (m *machine) started(t *rapid.T, r *run) {
 	v := m.all[r.version.id]
+	if m.running() == 0 {
+		if m.began = m.now; m.now < m.rested {
+			t.Fatalf("a run begins at %v, a pause lasts until %v", m.now, m.rested)
+		}
+	}
+	if most := m.throttle.MaxBatch; most > 0 && len(r.requests) > 1 && r.rows > most {
+		t.Fatalf("a run of %d requests has %d rows, %d are allowed for now", len(r.requests), r.rows, most)
+	}
 	if v.runs = append(v.runs, r); len(v.runs) > v.options.Instances {
 		t.Fatalf("%d runs at a time", len(v.runs))
 	}
@@ -195,6 +213,22 @@ func (m *machine) started(t *rapid.T, r *run) {
 	}
 	if rows != r.rows || len(r.requests) > 1 && (rows > v.options.MaxBatchSize || !v.options.DynamicBatching || v.separate) {
 		t.Fatalf("%d requests of %d rows run together, %+v", len(r.requests), rows, v.options)
+	}
+}
+
+func (m *machine) running() int {
+	n := 0
+	for _, v := range m.all {
+		n += len(v.runs)
+	}
+	return n
+}
+
+// rest takes in that a row of runs is over, or that the throttle is another.
+func (m *machine) rest(length time.Duration) {
+	m.rested = m.now
+	if d := m.throttle.Duty; d > 0 {
+		m.rested += time.Duration(float64(length)*(1/d-1)) - time.Microsecond // rounded
 	}
 }
 

@@ -22,6 +22,9 @@ import (
 // will start too late is refused: on arrival, see admit, and whenever what
 // happened since makes it late, see hopeless. On arrival the wait must leave a
 // reserve, so that few are taken in that are refused afterwards.
+//
+// A device that is throttled pauses between rows of runs, see opens, and all of
+// the above reckons with that: each run takes up its pause too, see stretch.
 
 const (
 	// scanLimit is how many requests that cannot join a run are passed over to
@@ -42,8 +45,11 @@ type version struct {
 	id       VersionID // of its generation
 	spec     Spec      // as it was asked for
 	phase    phase
-	info     Info
+	info     *Info           // never changed once it is published
+	base     serving.Options // before tuning
+	tuning   Tuning
 	levels   []level // of priority, the highest first
+	pace     *pace   // of all versions
 	queue    queue
 	runs     []*run // in progress
 	separate bool   // its outputs have no rows: every request runs alone
@@ -99,10 +105,10 @@ func (v *version) price(r *request) {
 	o := &v.info.Options
 	r.plan = r.size
 	if v.joins(r) {
-		whole := float64(r.size) / float64(r.rows) * float64(o.MaxBatchSize)
+		whole := float64(r.size) / float64(r.rows) * float64(v.largest())
 		r.plan = max(r.size, v.predict.efficient(whole, (r.due-r.arrived)/2))
 	}
-	r.cost = v.predict.cost(r.size, r.plan) / time.Duration(o.Instances)
+	r.cost = v.stretch(v.predict.cost(r.size, r.plan)) / time.Duration(o.Instances)
 	switch {
 	case r.due == never:
 		r.latest = r.startBy
@@ -113,24 +119,75 @@ func (v *version) price(r *request) {
 	}
 }
 
+// largest is the most rows of a run of several requests.
+func (v *version) largest() int {
+	most := v.info.Options.MaxBatchSize
+	if v.pace.MaxBatch > 0 {
+		most = min(most, v.pace.MaxBatch)
+	}
+	return most
+}
+
+// opens is when the pace lets a run begin which takes so long, and for which
+// all else is ready at a time from now on.
+//
+// A device that is throttled rests after each row of runs. Any may begin a row,
+// or join it until the first of it has ended, and from then on those that are
+// not expected to make it longer. So the shares of a short and of a long model
+// are as without a throttle, and yet each row ends. All that waits for the next
+// one is let in at its begin: nothing waits for ever.
+func (v *version) opens(now, ready moment, takes time.Duration) moment {
+	p := v.pace
+	switch {
+	case !p.throttled():
+		return ready
+	case p.running == 0:
+		return max(ready, p.until())
+	case !p.closing && ready <= now, takes > 0 && ready+takes <= p.ends:
+		return ready
+	default:
+		ends := max(now, p.ends) + 1
+		return max(ready, ends+p.rest(ends-p.began))
+	}
+}
+
+// closed is until when the pace lets the next run not begin; now where it may.
+func (v *version) closed(now moment) moment {
+	if !v.pace.throttled() {
+		return now
+	}
+	takes := time.Duration(0)
+	if r := v.queue.first(); r != nil {
+		takes = v.predict.mean(r.plan)
+	}
+	return v.opens(now, now, takes)
+}
+
+// stretch is for how long a run, which takes so long, keeps the next one from
+// starting.
+func (v *version) stretch(takes time.Duration) time.Duration {
+	return takes + v.pace.rest(takes)
+}
+
 // start is when the next run can start: at once where an instance is free and
 // the weights are in, and else when the first of those in progress ends, or the
-// weights have come. overrun is for how long that has been over its estimate.
+// weights have come; and not before the pace lets it. overrun is for how long
+// that has been over its estimate.
 func (v *version) start(now moment) (start moment, overrun time.Duration) {
 	if v.free() || !v.predict.known() {
-		return now + v.comes(now), 0
+		return max(now+v.comes(now), v.closed(now)), 0
 	}
 	ends := v.runs[0].ends
 	for _, r := range v.runs[1:] {
 		ends = min(ends, r.ends)
 	}
-	return max(now, ends), max(0, now-ends)
+	return v.opens(now, max(now, ends), 0), max(0, now-ends)
 }
 
 func (v *version) free() bool { return len(v.runs) < v.info.Options.Instances }
 
 // startAfter is when a request can start that has this cost ahead of it, where
-// runs last as long as given. Several instances do not take it up evenly, but
+// runs last as long as given, and their pauses. Several instances do not take it up evenly, but
 // in the order in which they become free.
 func (v *version) startAfter(cost, takes time.Duration, now moment) moment {
 	var room [serving.MaxInstances]moment
@@ -140,7 +197,9 @@ func (v *version) startAfter(cost, takes time.Duration, now moment) moment {
 		if i < len(v.runs) && v.predict.known() {
 			ends[i] = max(ends[i], v.runs[i].ends)
 		}
+		ends[i] = v.opens(now, ends[i], takes)
 	}
+	takes = v.stretch(takes)
 	slices.Sort(ends)
 	instances := time.Duration(len(ends))
 	cost *= instances
@@ -196,9 +255,11 @@ func (v *version) admit(r *request, now moment) error {
 		for _, run := range v.runs {
 			takes = max(takes, run.ends-run.started)
 		}
+		takes = v.stretch(takes)
 		reserve += min(wait, times(takes, slowRuns*(v.predict.worst-1))) + overrun
 	}
 	if r.latest < start+reserve {
+		v.predict.refuses(now)
 		return v.expired(r, start, reserve, now)
 	}
 	return nil
@@ -233,7 +294,7 @@ func (v *version) hopeless(now moment) *request {
 	start, _ := v.start(now)
 	for {
 		r := v.queue.overdue(now)
-		if r == nil && !v.free() {
+		if r == nil && (!v.free() || v.closed(now) > now) {
 			r = v.queue.hopeless(start - v.lag())
 		}
 		if r == nil || r.urgent || !v.short(r) {
@@ -248,7 +309,7 @@ func (v *version) hopeless(now moment) *request {
 
 // short says that no more waits than fits a run as large as r plans for.
 func (v *version) short(r *request) bool {
-	return v.queue.total()*time.Duration(v.info.Options.Instances) < v.predict.mean(r.plan)
+	return v.queue.total()*time.Duration(v.info.Options.Instances) < v.stretch(v.predict.mean(r.plan))
 }
 
 // next gives the requests of the next run. It gives none where that is held
@@ -256,13 +317,14 @@ func (v *version) short(r *request) bool {
 //
 // The first in line takes with it those behind it whose shapes agree, as far
 // as the rows allow, and the deadlines, see shared. If the rows make
-// MaxBatchSize, or a preferred size on the way, that is the run. Otherwise it
+// the largest run, or a preferred size on the way, that is the run. Otherwise it
 // is held while it could grow, until the oldest has waited for MaxQueueDelay or
 // one must start.
 func (v *version) next(now moment) []*request {
 	o := &v.info.Options
 	var members []*request
 	var size int64
+	largest := v.largest()
 	var rows, preferred, passed int // preferred is how many of members make the largest preferred size
 	longest, oldest, due, latest := never, never, never, never
 	whole := false
@@ -271,7 +333,7 @@ func (v *version) next(now moment) []*request {
 			if !v.joins(r) {
 				return []*request{r}
 			}
-			members = make([]*request, 0, min(v.queue.len, o.MaxBatchSize))
+			members = make([]*request, 0, min(v.queue.len, largest))
 		} else if !v.joins(r) || !alike(members[0], r) {
 			if passed++; passed == scanLimit {
 				break
@@ -279,7 +341,7 @@ func (v *version) next(now moment) []*request {
 			continue
 		}
 		all := size + r.size
-		if len(members) > 0 && (rows+r.rows > o.MaxBatchSize || v.predict.mean(all) > longest || now+v.predict.upper(all) > r.due) {
+		if len(members) > 0 && (rows+r.rows > largest || v.predict.mean(all) > longest || now+v.predict.upper(all) > r.due) {
 			whole = true
 			break
 		}
@@ -289,7 +351,7 @@ func (v *version) next(now moment) []*request {
 		if slices.Contains(o.PreferredBatchSizes, rows) {
 			preferred = len(members)
 		}
-		if rows == o.MaxBatchSize {
+		if rows >= largest {
 			return members
 		}
 	}
@@ -408,8 +470,8 @@ func (v *version) stuck(now moment) error {
 		if age := now - h.since; age > stuckAfter+stuckFactor*h.takes {
 			return fmt.Errorf("%s: its weights have been %s for %v", v.id, h.residency, age.Round(time.Millisecond))
 		}
-	case r == nil || !v.free() || h.residency == out || h.yields: // nothing waits, or for something
-	case now-r.arrived > stuckAfter+v.info.Options.MaxQueueDelay && now-h.since > stuckAfter:
+	case r == nil || !v.free() || h.residency == out || h.yields || v.closed(now) > now: // nothing waits, or for something
+	case now-max(r.arrived, v.pace.until()) > stuckAfter+v.info.Options.MaxQueueDelay && now-h.since > stuckAfter:
 		return fmt.Errorf("%s: a request has waited for %v though it could run", v.id, (now - r.arrived).Round(time.Millisecond))
 	}
 	return nil

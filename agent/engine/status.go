@@ -22,7 +22,7 @@ type Status struct {
 	Since      time.Time
 	Bytes      int64
 	Need       Need
-	Prepacked  bool
+	Setting    Setting
 	Activation time.Duration
 	Reason     string // why it could not come in; "": it could
 	Swaps      Swaps
@@ -63,6 +63,8 @@ type Figures struct {
 	// Request is the time from arrival to answer of each success, Wait that in
 	// the queue, Size the rows of each run.
 	Request, Wait, Size Histogram
+	// Took is Request in finer classes, and Failed that of failures.
+	Took, Failed Durations
 }
 
 // BatchFigures count the runs of one size.
@@ -160,8 +162,10 @@ func (f *Figures) answered(r *request, now moment) {
 	took := now - r.arrived
 	if r.err != nil {
 		f.Failure.add(took)
+		f.Failed.observe(took)
 		return
 	}
 	f.Success.add(took)
+	f.Took.observe(took)
 	f.Request.observe(took.Seconds())
 }

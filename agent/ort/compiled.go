@@ -46,7 +46,7 @@ func compile(ctx context.Context, path, out string) error {
 	if g, err := models.Inspect(path); err == nil && g.WeightBytes > MaxCompiled {
 		return fmt.Errorf("%w: its weights have %d bytes, more than %d", ErrNotCompilable, g.WeightBytes, MaxCompiled)
 	}
-	session, err := create(ctx, path, map[string]string{
+	session, err := create(ctx, path, 0, map[string]string{
 		"session.save_model_format":  "ORT",
 		"session.disable_prepacking": "1", // nobody runs it
 	}, func(o *binding.SessionOptions) (*binding.DynamicAdvancedSession, error) {
@@ -69,28 +69,28 @@ func compile(ctx context.Context, path, out string) error {
 
 // OpenCompiled opens a file that Compile has written, with the same library
 // on the same kind of machine, and reads its weights where it is mapped: they
-// are the page cache's, not this process's own. With prepack, the session has
-// copies of those that some kernels rather have in another order. The file
+// are the page cache's, not this process's own. With Setting.Prepack, the session
+// has copies of those that some kernels rather have in another order. The file
 // must not change until the session is closed; one that is cut kills the
 // process.
-func OpenCompiled(ctx context.Context, file string, prepack bool) (*Session, error) {
-	s, err := openCompiled(ctx, file, prepack)
+func OpenCompiled(ctx context.Context, file string, set Setting) (*Session, error) {
+	s, err := openCompiled(ctx, file, set)
 	if err != nil {
 		return nil, fmt.Errorf("open compiled model: %w", err)
 	}
 	return s, nil
 }
 
-func openCompiled(ctx context.Context, file string, prepack bool) (*Session, error) {
+func openCompiled(ctx context.Context, file string, set Setting) (*Session, error) {
 	mapped, err := mapFile(file)
 	if err != nil {
 		return nil, err
 	}
 	disable := 1
-	if prepack {
+	if set.Prepack {
 		disable = 0
 	}
-	session, err := create(ctx, file, map[string]string{
+	session, err := create(ctx, file, set.Threads, map[string]string{
 		"session.load_model_format":                    "ORT",
 		"session.use_ort_model_bytes_directly":         "1",
 		"session.use_ort_model_bytes_for_initializers": "1",
@@ -102,7 +102,7 @@ func openCompiled(ctx context.Context, file string, prepack bool) (*Session, err
 		unix.Munmap(mapped)
 		return nil, err
 	}
-	if prepack {
+	if set.Prepack {
 		C.ort_trim_heap() // packing leaves much behind, and nobody waits
 	}
 	return newSession(session, mapped)

@@ -57,7 +57,7 @@ func compileModel(t testing.TB, dir, entry string) string {
 }
 
 func openCompiledModel(t testing.TB, file string, prepack bool) *Session {
-	s, err := OpenCompiled(t.Context(), file, prepack)
+	s, err := OpenCompiled(t.Context(), file, Setting{Prepack: prepack})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -82,7 +82,7 @@ func rssAnon(t testing.TB) int64 {
 func TestCompiledGivesTheSame(t *testing.T) {
 	dir, entry := write(t, layers(3, 64))
 	file := compileModel(t, dir, entry)
-	plain, err := Open(t.Context(), dir, entry)
+	plain, err := Open(t.Context(), dir, entry, Setting{})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -127,7 +127,7 @@ func TestCompiledWeightsStayInTheFile(t *testing.T) {
 	file := compileModel(t, dir, entry)
 	Trim()
 	before := rssAnon(t)
-	s, err := OpenCompiled(t.Context(), file, false)
+	s, err := OpenCompiled(t.Context(), file, Setting{})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -139,7 +139,7 @@ func TestCompiledWeightsStayInTheFile(t *testing.T) {
 		t.Errorf("a session of %d bytes of weights took %d of its own", weights, more)
 	}
 	s.Close()
-	s, err = OpenCompiled(t.Context(), file, true)
+	s, err = OpenCompiled(t.Context(), file, Setting{Prepack: true})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -234,7 +234,7 @@ func TestOpenCompiledFails(t *testing.T) {
 		}
 	}
 	for _, path := range []string{empty, text, dir, filepath.Join(dir, "missing")} {
-		if s, err := OpenCompiled(t.Context(), path, false); err == nil {
+		if s, err := OpenCompiled(t.Context(), path, Setting{}); err == nil {
 			s.Close()
 			t.Errorf("%s opened", path)
 		}

@@ -71,7 +71,7 @@ func (l *testLane) open(entry string) uint64 { return l.openShrinking(entry, "")
 
 // openShrinking has its runs leave arenas as they found them.
 func (l *testLane) openShrinking(entry, arenas string) uint64 {
-	s, err := Open(l.t.Context(), "testdata", entry)
+	s, err := Open(l.t.Context(), "testdata", entry, Setting{})
 	if err != nil {
 		l.t.Fatal(err)
 	}

@@ -176,15 +176,30 @@ type Session struct {
 	runs   sync.WaitGroup // added to under mu while not closed
 }
 
+// Setting says how a session is opened. The zero value is that of most.
+type Setting struct {
+	// Threads are those that compute a run: 0 for the pool that all sessions
+	// share (Init); n for the one that began it and n-1 of the session's own,
+	// which do not spin when they have nothing to do. With 1 there is no pool,
+	// and what a run costs to hand over to one is saved. At most MaxThreads.
+	Threads int
+	// Prepack has OpenCompiled lay weights out anew, which makes the runs of
+	// some models faster and takes memory of the process; Open does so always.
+	Prepack bool
+}
+
+// MaxThreads bounds Setting.Threads.
+const MaxThreads = 256
+
 // Open loads the .onnx file entry of the folder dir, from which its external
 // data is read too. It gives up soon after ctx is done. Init must have
 // succeeded.
-func Open(ctx context.Context, dir, entry string) (*Session, error) {
+func Open(ctx context.Context, dir, entry string, set Setting) (*Session, error) {
 	if !filepath.IsLocal(entry) {
 		return nil, fmt.Errorf("open model: entry %q leaves the model's folder", entry)
 	}
 	path := filepath.Join(dir, entry)
-	session, err := create(ctx, path, nil, func(o *binding.SessionOptions) (*binding.DynamicAdvancedSession, error) {
+	session, err := create(ctx, path, set.Threads, nil, func(o *binding.SessionOptions) (*binding.DynamicAdvancedSession, error) {
 		// The binding needs names of inputs and outputs for its own Run only.
 		return binding.NewDynamicAdvancedSession(path, nil, nil, o)
 	})
@@ -218,9 +233,9 @@ func newSession(session *binding.DynamicAdvancedSession, mapped []byte) (*Sessio
 }
 
 // create has f make a session of the file at path, by the options that all
-// sessions have and the entries of its configuration. It gives up soon after
-// ctx is done.
-func create(ctx context.Context, path string, entries map[string]string, f func(*binding.SessionOptions) (*binding.DynamicAdvancedSession, error)) (*binding.DynamicAdvancedSession, error) {
+// sessions have, its threads (Setting) and the entries of its configuration.
+// It gives up soon after ctx is done.
+func create(ctx context.Context, path string, threads int, entries map[string]string, f func(*binding.SessionOptions) (*binding.DynamicAdvancedSession, error)) (*binding.DynamicAdvancedSession, error) {
 	if ctx.Err() != nil {
 		return nil, context.Cause(ctx)
 	}
@@ -241,7 +256,7 @@ func create(ctx context.Context, path string, entries map[string]string, f func(
 		}
 	}
 	pointer := sessionOptionsPointer(options)
-	if err := check(C.ort_share_threads(pointer)); err != nil {
+	if err := setThreads(options, threads); err != nil {
 		return nil, err
 	}
 	defer whenDone(ctx, func() { check(C.ort_cancel_load(pointer)) })()
@@ -256,6 +271,20 @@ func create(ctx context.Context, path string, entries map[string]string, f func(
 		err = reason // what the runtime says, without the binding's "Error creating C session"
 	}
 	return nil, errors.New(clean(strings.TrimPrefix(err.Error(), "Load model from "+path+" failed:")))
+}
+
+// setThreads says which threads compute the runs of a session.
+func setThreads(o *binding.SessionOptions, n int) error {
+	switch {
+	case n < 0 || n > MaxThreads:
+		return fmt.Errorf("threads: %d is not between 0 and %d", n, MaxThreads)
+	case n == 0:
+		return check(C.ort_share_threads(sessionOptionsPointer(o)))
+	}
+	if err := o.AddSessionConfigEntry("session.intra_op.allow_spinning", "0"); err != nil {
+		return err
+	}
+	return o.SetIntraOpNumThreads(n)
 }
 
 // whenDone calls f once ctx is done, unless the function that it gives was

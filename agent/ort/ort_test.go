@@ -44,7 +44,7 @@ func initialise(t testing.TB) {
 
 func openModel(t testing.TB, entry string) *Session {
 	initialise(t)
-	s, err := Open(t.Context(), "testdata", entry)
+	s, err := Open(t.Context(), "testdata", entry, Setting{})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -210,7 +210,7 @@ func TestOpenRefuses(t *testing.T) {
 		{"testdata", "unknown-operator.onnx", "Frobnicate"},
 		{"testdata", "sequence.onnx", "only tensors"},
 	} {
-		s, err := Open(t.Context(), tt.dir, tt.entry)
+		s, err := Open(t.Context(), tt.dir, tt.entry, Setting{})
 		if err == nil {
 			s.Close()
 			t.Errorf("%s opened", tt.entry)
@@ -223,7 +223,7 @@ func TestOpenRefuses(t *testing.T) {
 	}
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()
-	if s, err := Open(ctx, "testdata", "chain.onnx"); !errors.Is(err, context.Canceled) {
+	if s, err := Open(ctx, "testdata", "chain.onnx", Setting{}); !errors.Is(err, context.Canceled) {
 		t.Errorf("Open with a cancelled context: %v, %v", s, err)
 	}
 }
@@ -265,7 +265,7 @@ func TestCancel(t *testing.T) {
 // TestClose closes a session under load.
 func TestClose(t *testing.T) {
 	initialise(t)
-	s, err := Open(t.Context(), "testdata", "chain.onnx")
+	s, err := Open(t.Context(), "testdata", "chain.onnx", Setting{})
 	if err != nil {
 		t.Fatal(err)
 	}

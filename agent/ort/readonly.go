@@ -79,7 +79,7 @@ func openPooled(ctx context.Context, path string, pool *weights.Pool, place Plac
 		entries["session.disable_prepacking"] = "1"
 	}
 	var provider error
-	session, err := create(ctx, path, entries, func(o *binding.SessionOptions) (*binding.DynamicAdvancedSession, error) {
+	session, err := create(ctx, path, 0, entries, func(o *binding.SessionOptions) (*binding.DynamicAdvancedSession, error) {
 		if place.CUDA {
 			if provider = addCUDA(o, place); provider != nil {
 				return nil, provider

@@ -147,7 +147,7 @@ func TestPooledNets(t *testing.T) {
 	for _, n := range nets {
 		dir, entry, in := zooNet(t, n.Net)
 		s, p := pooled(t, d, dir, entry)
-		plain, err := Open(t.Context(), dir, entry)
+		plain, err := Open(t.Context(), dir, entry, Setting{})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -308,7 +308,7 @@ func TestPooledSideBySide(t *testing.T) {
 	for i := range in.Data {
 		in.Data[i] = 0x3d
 	}
-	plain, err := Open(t.Context(), dir, entry)
+	plain, err := Open(t.Context(), dir, entry, Setting{})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -347,7 +347,7 @@ func TestPooledSideBySide(t *testing.T) {
 	}
 	// Sessions without a pool are opened meanwhile, and take none of theirs.
 	for range 20 {
-		s, err := Open(t.Context(), dir, entry)
+		s, err := Open(t.Context(), dir, entry, Setting{})
 		if err != nil {
 			t.Error(err)
 			break
@@ -370,7 +370,7 @@ func TestPooledSequences(t *testing.T) {
 	for i := range in.Data {
 		in.Data[i] = 0x3d
 	}
-	plain, err := Open(t.Context(), dir, entry)
+	plain, err := Open(t.Context(), dir, entry, Setting{})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -37,6 +37,8 @@ type Engine interface {
 	Info(id engine.VersionID) (engine.Info, bool)
 	// Versions lists the loaded versions by name and number.
 	Versions() []engine.Status
+	// Admits says why no request is taken in; nil: they are.
+	Admits() error
 }
 
 // Server is an oip.Backend. It may be used concurrently: a request takes the
@@ -116,8 +118,12 @@ func (s *Server) replace(change func(*table)) {
 	s.table.Store(&next)
 }
 
-// Ready says which route or serving model cannot be answered, and why.
+// Ready says that the engine takes in no requests, or which route or serving
+// model cannot be answered, and why.
 func (s *Server) Ready(context.Context) error {
+	if err := s.engine.Admits(); err != nil {
+		return err
+	}
 	t := s.table.Load()
 	for _, name := range slices.Sorted(maps.Keys(t.routes)) {
 		if err := s.unready(t, name); err != nil {

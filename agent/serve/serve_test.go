@@ -31,11 +31,11 @@ var adderInfo = engine.Info{
 	Outputs: []tensor.Info{{Name: "y", Type: tensor.Uint8, Shape: []int64{-1}}},
 }
 
-func (a adder) Load(context.Context, engine.Spec) (engine.Info, error) { return adderInfo, nil }
-func (a adder) Unload(context.Context, engine.VersionID) error         { return nil }
-func (a adder) Prepack(context.Context, engine.VersionID) error        { return nil }
-func (a adder) Deactivate(context.Context, engine.VersionID) error     { return nil }
-func (a adder) Activate(context.Context, engine.VersionID) (engine.Need, error) {
+func (a adder) Load(context.Context, engine.Spec) (engine.Info, error)      { return adderInfo, nil }
+func (a adder) Unload(context.Context, engine.VersionID) error              { return nil }
+func (a adder) Set(context.Context, engine.VersionID, engine.Setting) error { return nil }
+func (a adder) Deactivate(context.Context, engine.VersionID) error          { return nil }
+func (a adder) Activate(context.Context, engine.VersionID, engine.Setting) (engine.Need, error) {
 	return engine.Need{}, nil
 }
 func (a adder) Run(_ context.Context, id engine.VersionID, requests [][]tensor.Tensor, _ []string) (engine.Outcome, error) {
@@ -277,6 +277,7 @@ type leaving struct {
 }
 
 func (l *leaving) Info(engine.VersionID) (engine.Info, bool) { return adderInfo, true }
+func (l *leaving) Admits() error                             { return nil }
 func (l *leaving) Versions() []engine.Status                 { return nil }
 func (l *leaving) Infer(context.Context, engine.VersionID, engine.Request) (engine.Result, error) {
 	l.calls++
@@ -344,6 +345,30 @@ func TestOverHTTP(t *testing.T) {
 		if w := post(path, tt.body); w.Code != tt.status || !strings.Contains(w.Body.String(), tt.want) {
 			t.Errorf("%s: status %d, body %s, want %d with %q", path, w.Code, w.Body, tt.status, tt.want)
 		}
+	}
+	ready := func() *httptest.ResponseRecorder {
+		w := httptest.NewRecorder()
+		h.ServeHTTP(w, httptest.NewRequest(http.MethodGet, "/v2/health/ready", nil))
+		return w
+	}
+	if w := ready(); w.Code != 200 {
+		t.Errorf("ready: status %d, %s", w.Code, w.Body)
+	}
+	if err := e.Throttle(t.Context(), engine.Throttle{Cordon: true}); err != nil {
+		t.Fatal(err)
+	}
+	w = post("/v2/models/live/infer", body)
+	if w.Code != 503 || w.Header().Get("Retry-After") != "10" || !strings.Contains(w.Body.String(), "cordoned") {
+		t.Errorf("cordoned: status %d, headers %v, body %s", w.Code, w.Header(), w.Body)
+	}
+	if w := ready(); w.Code != 400 || !strings.Contains(w.Body.String(), "cordoned") {
+		t.Errorf("cordoned, ready: status %d, %s", w.Code, w.Body)
+	}
+	if err := e.Throttle(t.Context(), engine.Throttle{}); err != nil {
+		t.Fatal(err)
+	}
+	if w := post("/v2/models/live/infer", body); w.Code != 200 {
+		t.Errorf("open again: status %d, body %s", w.Code, w.Body)
 	}
 }
 

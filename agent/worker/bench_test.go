@@ -31,7 +31,7 @@ func BenchmarkHop(b *testing.B) {
 	}
 	w := start(b, testConfig(b, ""))
 	id, _ := load(b, w, "digits-size.onnx")
-	s, err := ort.Open(b.Context(), spec(b, "digits-size.onnx").Dir, "digits-size.onnx")
+	s, err := ort.Open(b.Context(), spec(b, "digits-size.onnx").Dir, "digits-size.onnx", ort.Setting{})
 	if err != nil {
 		b.Fatal(err)
 	}

@@ -149,7 +149,7 @@ func compileModel(ctx context.Context, m *message) (*message, error) {
 // a session of it.
 func profile(ctx context.Context, file string) (f findings, s *ort.Session, err error) {
 	start := ownBytes()
-	plain, err := ort.OpenCompiled(ctx, file, false)
+	plain, err := ort.OpenCompiled(ctx, file, ort.Setting{})
 	if err != nil {
 		return f, nil, err
 	}
@@ -160,7 +160,7 @@ func profile(ctx context.Context, file string) (f findings, s *ort.Session, err 
 	}()
 	f.Need = engine.Need{Weights: plain.Mapped(), Session: max(ownBytes()-start, 0), Measured: true}
 	before := ownBytes()
-	packed, err := ort.OpenCompiled(ctx, file, true)
+	packed, err := ort.OpenCompiled(ctx, file, ort.Setting{Prepack: true})
 	if err != nil {
 		return f, nil, err
 	}

@@ -123,7 +123,7 @@ func inProcess(t testing.TB, v engine.Spec, in []tensor.Tensor, outputs []string
 	if err := ort.Init(lib, 0); err != nil {
 		t.Fatal(err)
 	}
-	s, err := ort.Open(t.Context(), v.Dir, v.Entry)
+	s, err := ort.Open(t.Context(), v.Dir, v.Entry, ort.Setting{})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -113,8 +113,8 @@ func measure(ctx context.Context, root string, n zoo.Net, rounds, pairs int) (f 
 	f.verify = ms(time.Since(began))
 
 	in := input(n.Input())
-	plain := func() (*ort.Session, error) { return ort.Open(ctx, dir, entry) }
-	mapped := func() (*ort.Session, error) { return ort.OpenCompiled(ctx, e.File, false) }
+	plain := func() (*ort.Session, error) { return ort.Open(ctx, dir, entry, ort.Setting{}) }
+	mapped := func() (*ort.Session, error) { return ort.OpenCompiled(ctx, e.File, ort.Setting{}) }
 	var firsts [2][]float64
 	var runs []float64
 	for range rounds {
@@ -133,12 +133,12 @@ func measure(ctx context.Context, root string, n zoo.Net, rounds, pairs int) (f 
 	f.least = slices.Min(firsts[1]) - slices.Min(runs)
 	f.plain, f.mapped = median(firsts[0])-f.steady, median(firsts[1])-f.steady
 
-	faster, err := compare(ctx, mapped, func() (*ort.Session, error) { return ort.OpenCompiled(ctx, e.File, true) }, in, min(pairs, 15))
+	faster, err := compare(ctx, mapped, func() (*ort.Session, error) { return ort.OpenCompiled(ctx, e.File, ort.Setting{Prepack: true}) }, in, min(pairs, 15))
 	if err != nil {
 		return f, err
 	}
 	f.packed = faster > packedFaster
-	f.ratio, err = compare(ctx, func() (*ort.Session, error) { return ort.OpenCompiled(ctx, e.File, f.packed) }, plain, in, pairs)
+	f.ratio, err = compare(ctx, func() (*ort.Session, error) { return ort.OpenCompiled(ctx, e.File, ort.Setting{Prepack: f.packed}) }, plain, in, pairs)
 	return f, err
 }
 

@@ -64,7 +64,7 @@ func checkNet(ctx context.Context, driver weights.Driver, place ort.Placement, d
 	}
 	defer os.Remove(filepath.Join(dir, entry))
 	in := input(n)
-	plain, err := ort.Open(ctx, dir, entry)
+	plain, err := ort.Open(ctx, dir, entry, ort.Setting{})
 	if err != nil {
 		return err
 	}

@@ -104,7 +104,7 @@ func rawProcess(ctx context.Context, args []string) error {
 	if err := ort.Init(args[1], threads); err != nil {
 		return err
 	}
-	session, err := ort.Open(ctx, filepath.Dir(args[3]), filepath.Base(args[3]))
+	session, err := ort.Open(ctx, filepath.Dir(args[3]), filepath.Base(args[3]), ort.Setting{})
 	if err != nil {
 		return err
 	}

@@ -130,7 +130,7 @@ func TestRun(t *testing.T) {
 			if got, least := graph.WeightBytes, uint64(4*n.Parameters()); got < least || got > least+4096 {
 				t.Errorf("the file has %d bytes of weights, the net %d", got, least)
 			}
-			s, err := ort.Open(t.Context(), dir, "model.onnx")
+			s, err := ort.Open(t.Context(), dir, "model.onnx", ort.Setting{})
 			if err != nil {
 				t.Fatal(err)
 			}
