@@ -3,7 +3,6 @@ package agent
 import (
 	"context"
 	"log/slog"
-	"math"
 	"sync"
 	"time"
 
@@ -42,8 +41,8 @@ type watch struct {
 	engine   scheduler
 	detector *alarm.Detector
 	respond  *alarm.Responder
-	limit    func(context.Context, alarm.Load) error // nil: the load cannot be changed
-	event    func(*dunlinv1.Event)                   // nil: nobody is told
+	limit    func(context.Context, alarm.Load) error
+	event    func(*dunlinv1.Event) // nil: nobody is told
 	log      *slog.Logger
 
 	limited alarm.Load    // what the engine was told
@@ -63,6 +62,11 @@ func (h *host) newWatch(m machine, profile profiles.Profile, event func(*dunlinv
 		}),
 		respond: alarm.NewResponder(alarm.Reaction(h.serving.OnAlarm)),
 	}
+}
+
+// limit has the engine take no more than a load.
+func (h *host) limit(ctx context.Context, l alarm.Load) error {
+	return h.engine.Throttle(ctx, engine.Throttle(l))
 }
 
 // run samples until ctx is done.
@@ -118,7 +122,7 @@ func (w *watch) look(ctx context.Context, now time.Duration) {
 
 // act has the engine take the load that was decided on.
 func (w *watch) act(ctx context.Context, load alarm.Load) {
-	if load == w.limited || w.limit == nil {
+	if load == w.limited {
 		return
 	}
 	ctx, cancel := context.WithTimeout(ctx, limitTime)
@@ -194,31 +198,31 @@ func counted(v *engine.Status) alarm.Version {
 // traffic gives the figures of all requests between two moments.
 type traffic struct {
 	at   time.Time
-	last map[engine.VersionID]engine.Figures
+	last map[engine.VersionID]counts
+}
+
+// counts are those of a version.
+type counts struct {
+	succeeded, failed uint64
+	took              engine.Durations
 }
 
 // fill puts in what there was since the last call; the first has nothing.
 func (r *traffic) fill(t *dunlinv1.Telemetry, now time.Time, versions []engine.Status) {
 	last := r.last
-	r.last = make(map[engine.VersionID]engine.Figures, len(versions))
-	var requests, failures uint64
-	var times engine.Histogram
+	r.last = make(map[engine.VersionID]counts, len(versions))
+	var sum counts
 	for _, v := range versions {
-		r.last[v.ID] = v.Figures
-		before, ok := last[v.ID]
-		if !ok || v.Figures.Success.Count < before.Success.Count || v.Figures.Failure.Count < before.Failure.Count {
-			before = engine.Figures{} // loaded since, or again
+		c := counts{v.Figures.Success.Count, v.Figures.Failure.Count, v.Figures.Took}
+		before := last[v.ID]
+		if c.succeeded < before.succeeded || c.failed < before.failed {
+			before = counts{} // loaded again
 		}
-		requests += v.Figures.Success.Count + v.Figures.Failure.Count - before.Success.Count - before.Failure.Count
-		failures += v.Figures.Failure.Count - before.Failure.Count
-		if times.Counts == nil {
-			times = engine.Histogram{Bounds: v.Figures.Request.Bounds, Counts: make([]uint64, len(v.Figures.Request.Counts))}
-		}
-		for i, n := range v.Figures.Request.Counts {
-			if i < len(before.Request.Counts) {
-				n -= min(n, before.Request.Counts[i])
-			}
-			times.Counts[i] += n
+		r.last[v.ID] = c
+		sum.succeeded += c.succeeded - before.succeeded
+		sum.failed += c.failed - before.failed
+		for i, n := range c.took.Since(&before.took) {
+			sum.took[i] += n
 		}
 	}
 	seconds := now.Sub(r.at).Seconds()
@@ -227,30 +231,8 @@ func (r *traffic) fill(t *dunlinv1.Telemetry, now time.Time, versions []engine.S
 	if !known {
 		return
 	}
-	t.RequestsPerSecond, t.FailuresPerSecond = new(float64(requests)/seconds), new(float64(failures)/seconds)
-	if p99 := quantile(times, 0.99); !math.IsNaN(p99) {
-		t.RequestP99Seconds = new(p99)
+	t.RequestsPerSecond, t.FailuresPerSecond = new(float64(sum.succeeded+sum.failed)/seconds), new(float64(sum.failed)/seconds)
+	if sum.took.Count() > 0 {
+		t.RequestP99Seconds = new(sum.took.Quantile(0.99).Seconds())
 	}
-}
-
-// quantile interpolates within the bucket in which a share of the observations
-// ends, and gives the last bound for what lies above it; NaN of none.
-func quantile(h engine.Histogram, share float64) float64 {
-	var all uint64
-	for _, n := range h.Counts {
-		all += n
-	}
-	if all == 0 {
-		return math.NaN()
-	}
-	rank, below, from := share*float64(all), 0.0, 0.0
-	for i, bound := range h.Bounds {
-		n := float64(h.Counts[i])
-		if below+n >= rank && n > 0 {
-			return from + (bound-from)*(rank-below)/n
-		}
-		below += n
-		from = bound
-	}
-	return from
 }

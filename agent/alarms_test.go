@@ -131,11 +131,13 @@ func gathered(t *testing.T, c prometheus.Collector) string {
 }
 
 func TestTraffic(t *testing.T) {
-	bounds := []float64{0.01, 0.1, 1}
-	status := func(succeeded, failed uint64, counts ...uint64) []engine.Status {
-		return []engine.Status{{ID: engine.VersionID{Model: "m", Version: 1}, Figures: engine.Figures{
-			Success: engine.Total{Count: succeeded}, Failure: engine.Total{Count: failed}, Request: engine.Histogram{Bounds: bounds, Counts: counts},
-		}}}
+	// So many requests of each of some classes of durations.
+	status := func(succeeded, failed uint64, classes map[int]uint64) []engine.Status {
+		v := engine.Status{ID: engine.VersionID{Model: "m", Version: 1}, Figures: engine.Figures{Success: engine.Total{Count: succeeded}, Failure: engine.Total{Count: failed}}}
+		for class, n := range classes {
+			v.Figures.Took[class] = n
+		}
+		return []engine.Status{v}
 	}
 	var r traffic
 	at := time.Unix(1000, 0)
@@ -145,20 +147,46 @@ func TestTraffic(t *testing.T) {
 		r.fill(t, at, versions)
 		return t
 	}
-	if got := see(0, status(5, 0, 5, 0, 0, 0)); got.RequestsPerSecond != nil || got.RequestP99Seconds != nil {
+	if got := see(0, status(5, 0, map[int]uint64{10: 5})); got.RequestsPerSecond != nil || got.RequestP99Seconds != nil {
 		t.Errorf("the first: %v", got)
 	}
-	got := see(10, status(105, 10, 5, 100, 0, 0))
-	if got.GetRequestsPerSecond() != 11 || got.GetFailuresPerSecond() != 1 || got.GetRequestP99Seconds() < 0.099 || got.GetRequestP99Seconds() > 0.1 {
+	var slow engine.Durations
+	slow[40] = 100
+	got := see(10, status(105, 10, map[int]uint64{10: 5, 40: 100}))
+	if got.GetRequestsPerSecond() != 11 || got.GetFailuresPerSecond() != 1 || got.GetRequestP99Seconds() != slow.Quantile(0.99).Seconds() {
 		t.Errorf("requests: %v", got)
 	}
-	if got := see(10, status(105, 10, 5, 100, 0, 0)); got.RequestsPerSecond == nil || *got.RequestsPerSecond != 0 || got.RequestP99Seconds != nil {
+	if got := see(10, status(105, 10, map[int]uint64{10: 5, 40: 100})); got.RequestsPerSecond == nil || *got.RequestsPerSecond != 0 || got.RequestP99Seconds != nil {
 		t.Errorf("without any: %v", got)
 	}
-	if got := see(10, status(20, 0, 0, 0, 0, 20)); got.GetRequestsPerSecond() != 2 || got.GetRequestP99Seconds() != 1 {
+	if got := see(10, status(20, 0, map[int]uint64{40: 20})); got.GetRequestsPerSecond() != 2 || got.GetRequestP99Seconds() == 0 {
 		t.Errorf("loaded again: %v", got)
 	}
-	if got := see(0, status(20, 0, 0, 0, 0, 20)); got.RequestsPerSecond != nil {
+	if got := see(0, status(20, 0, map[int]uint64{40: 20})); got.RequestsPerSecond != nil {
 		t.Errorf("without time: %v", got)
+	}
+}
+
+// What alarms ask of the engine is what it takes.
+func TestLimit(t *testing.T) {
+	h := &host{engine: engine.New(engine.Config{Log: slog.New(slog.DiscardHandler)})}
+	ctx, cancel := context.WithCancel(t.Context())
+	done := make(chan error, 1)
+	go func() { done <- h.engine.Run(ctx) }()
+	for _, reaction := range alarm.Reactions {
+		r := alarm.NewResponder(reaction)
+		for minute := range 10 {
+			load := r.Decide(time.Duration(minute)*time.Minute, minute < 9, true)
+			if err := h.limit(ctx, load); err != nil {
+				t.Errorf("%s: %v: %v", reaction, load, err)
+			}
+			if got := alarm.Load(h.engine.Throttled()); got != load {
+				t.Errorf("%s: the engine has %v, want %v", reaction, got, load)
+			}
+		}
+	}
+	cancel()
+	if err := <-done; err != nil {
+		t.Error(err)
 	}
 }

@@ -16,7 +16,6 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials"
 
-	"github.com/dunlin/dunlin/agent/alarm"
 	"github.com/dunlin/dunlin/agent/compiled"
 	"github.com/dunlin/dunlin/agent/engine"
 	"github.com/dunlin/dunlin/agent/oip"
@@ -63,12 +62,11 @@ type host struct {
 	front   *serve.Server
 	source  source
 	oip     *oip.Server
-	opened  func(worker.Runtime)                    // told of the runtime; nil: nobody is
-	tried   chan struct{}                           // closed when the runtime has started, or failed to once
-	loads   atomic.Bool                             // models can be loaded
-	limit   func(context.Context, alarm.Load) error // see watch.limit
-	budget  int64                                   // bytes that models may take of the host's memory
-	pools   string                                  // see worker.Config.Pools
+	opened  func(worker.Runtime) // told of the runtime; nil: nobody is
+	tried   chan struct{}        // closed when the runtime has started, or failed to once
+	loads   atomic.Bool          // models can be loaded
+	budget  int64                // bytes that models may take of the host's memory
+	pools   string               // see worker.Config.Pools
 	// compile gives a version as it was compiled for this device.
 	compile func(context.Context, worker.Runtime, engine.Spec) (worker.Image, error)
 }
