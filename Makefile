@@ -72,6 +72,10 @@ fuzz: ## Run each fuzz test for FUZZTIME (default 30s)
 demo: ## Show the whole path: push, deploy, classify, roll out; then clean up
 	@go run ./internal/e2e/demo
 
+.PHONY: bench-alarms
+bench-alarms: ## Measure how well trouble is predicted, on generated telemetry of which the truth is known
+	@go run ./bench/alarms
+
 .PHONY: bench-swap gpu-check
 bench-swap: ## Measure how fast weights leave a GPU and come back; on a fake one, whether they do
 	@go run ./bench/swap

@@ -40,6 +40,7 @@ type agent struct {
 	profile   profiles.Profile
 	store     *state.Store
 	reconcile *reconcile.Reconciler
+	watch     *watch
 	outbox    chan struct{} // an event was appended
 
 	mu       sync.Mutex // guards what follows
@@ -85,7 +86,7 @@ func Run(ctx context.Context, cfg Config) (err error) {
 	if err != nil {
 		return err
 	}
-	return a.run(ctx, l, a.metrics(), part{"reconcile", a.reconcile.Run}, part{"controller", a.control})
+	return a.run(ctx, l, a.metrics(), part{"alarms", a.watch.run}, part{"reconcile", a.reconcile.Run}, part{"controller", a.control})
 }
 
 // newAgent puts the parts together; info describes the device, and url is where
@@ -107,6 +108,7 @@ func newAgent(ctx context.Context, cfg Config, profile profiles.Profile, info *d
 	}
 	a.info.Limits = a.limits(worker.Runtime{})
 	a.source, a.opened = following{a}, a.describe
+	a.watch = a.newWatch(cfg.machine, profile, a.event)
 	a.reconcile, err = reconcile.New(reconcile.Config{
 		Dir: filepath.Join(cfg.Data, bundlesFolder), Registry: a.registry, Reserve: uint64(profile.Storage.ReserveBytes),
 		State: store, Engine: a.engine, Check: a.check, Passing: passing, Front: a.front, Event: a.event, Log: cfg.Log,

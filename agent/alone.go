@@ -163,5 +163,6 @@ func Serve(ctx context.Context, cfg Alone) (err error) {
 		return err
 	}
 	h.source = models
-	return h.run(ctx, l, h.metrics(), part{"models", models.Run})
+	watch := h.newWatch(cfg.machine, profile, nil)
+	return h.run(ctx, l, h.metrics(watch), part{"alarms", watch.run}, part{"models", models.Run})
 }

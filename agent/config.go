@@ -15,8 +15,10 @@ import (
 	"regexp"
 	"runtime"
 	"runtime/debug"
+	"slices"
 	"strings"
 
+	"github.com/dunlin/dunlin/agent/alarm"
 	"github.com/dunlin/dunlin/internal/link"
 	"github.com/dunlin/dunlin/internal/program"
 	"github.com/dunlin/dunlin/internal/telemetry"
@@ -36,6 +38,7 @@ type Serving struct {
 	MemoryMiB    int    `yaml:"memory-mib"`    // what models may take; 0: by the firmware profile
 	Oversize     string `yaml:"oversize"`      // what becomes of a model that is larger: refuse or map
 	CacheMiB     int    `yaml:"cache-mib"`     // bound of the models compiled for this device, on disk
+	OnAlarm      string `yaml:"on-alarm"`      // what is done about heat and memory errors: none, throttle or cordon
 	RuntimeLib   string `yaml:"runtime-lib"`   // path of ONNX Runtime's shared library
 	WorkerBy     string `yaml:"worker-by"`     // command that starts the worker process, words apart; "": the program itself does
 
@@ -67,7 +70,7 @@ const (
 
 func (s *Serving) settings() []program.Setting {
 	s.Listen, s.GRPCListen, s.LogLevel, s.LogFormat = "127.0.0.1:8000", "127.0.0.1:8001", "info", "text"
-	s.Oversize, s.CacheMiB = "refuse", defaultCacheMiB
+	s.Oversize, s.CacheMiB, s.OnAlarm = "refuse", defaultCacheMiB, string(alarm.None)
 	return append([]program.Setting{
 		{Name: "listen", Usage: "`host:port` of inference by REST", Value: &s.Listen},
 		{Name: "grpc-listen", Usage: "`host:port` of inference by gRPC; off: none", Value: &s.GRPCListen},
@@ -80,6 +83,7 @@ func (s *Serving) settings() []program.Setting {
 		{Name: "memory-mib", Usage: "`MiB` of memory that models may take; 0: as the firmware profile says", Value: &s.MemoryMiB},
 		{Name: "oversize", Usage: "`what` becomes of a model that is larger than that: refuse, or map: its weights stay in their file and are read as they are needed", Value: &s.Oversize},
 		{Name: "cache-mib", Usage: "`MiB` of disk for models compiled for this device", Value: &s.CacheMiB},
+		{Name: "on-alarm", Usage: "`what` the device does about heat and memory errors: none, throttle: take less load, or cordon: refuse new requests", Value: &s.OnAlarm},
 		{Name: "runtime-lib", Usage: "`path` of ONNX Runtime's shared library; also DUNLIN_ORT_LIB", Value: &s.RuntimeLib, Environment: "DUNLIN_ORT_LIB"},
 		{Name: "worker-by", Usage: "`command` that this program is started by as a process that holds the runtime, such as \"numactl -N 0\"", Value: &s.WorkerBy},
 		{Name: "firmware-profiles", Usage: "`folder` of firmware profiles beside the built-in ones", Value: &s.FirmwareProfiles},
@@ -120,6 +124,10 @@ func (s *Serving) check(add func(name string, err error)) {
 		add("oversize", fmt.Errorf("%q is not refuse or map", s.Oversize))
 	}
 	s.checkSimulation(add)
+	s.OnAlarm = cmp.Or(s.OnAlarm, string(alarm.None))
+	if !slices.Contains(alarm.Reactions, alarm.Reaction(s.OnAlarm)) {
+		add("on-alarm", fmt.Errorf("%q is not none, throttle or cordon", s.OnAlarm))
+	}
 	if s.Log == nil {
 		var err error
 		s.level = new(slog.LevelVar)

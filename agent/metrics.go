@@ -39,6 +39,7 @@ func (h *host) pooled() float64 {
 // metrics adds those of the link to a host's.
 func (a *agent) metrics() http.Handler {
 	return a.host.metrics(
+		a.watch,
 		a.linkCounter("dunlin_agent_malformed_total", "Messages of the controller that were dropped because they are malformed.", (*link.Link).Malformed),
 		a.linkCounter("dunlin_agent_dropped_total", "Messages of the controller that were dropped because too many waited.", (*link.Link).Dropped))
 }

@@ -190,11 +190,15 @@ func (s *session) events(ctx context.Context) {
 		if sent < events[0].Sequence {
 			wait = firstResend
 		}
-		if err := s.link.Send(link.Events, &dunlinv1.EventBatch{OutboxId: s.store.OutboxID(), Events: events}); err != nil {
+		batch := &dunlinv1.EventBatch{OutboxId: s.store.OutboxID(), Events: events}
+		for len(batch.Events) > 1 && proto.Size(batch) > link.MaxPayload {
+			batch.Events = batch.Events[:len(batch.Events)/2]
+		}
+		if err := s.link.Send(link.Events, batch); err != nil {
 			s.cfg.Log.Debug("events not sent; the next session has them", "error", err)
 			continue
 		}
-		sent = events[len(events)-1].Sequence
+		sent = batch.Events[len(batch.Events)-1].Sequence
 		timer.Reset(wait)
 	}
 }
@@ -204,6 +208,7 @@ func (s *session) telemetry(ctx context.Context) {
 	tick := time.NewTicker(telemetryEvery)
 	defer tick.Stop()
 	var dropped uint64
+	var requests traffic
 	for {
 		select {
 		case <-ctx.Done():
@@ -211,15 +216,21 @@ func (s *session) telemetry(ctx context.Context) {
 		case <-s.sample:
 		case <-tick.C:
 		}
-		t := s.cfg.machine.Sample()
-		memory := s.engine.Memory()
-		t.ModelMemoryBudgetBytes, t.ModelMemoryUsedBytes = new(uint64(memory.Budget)), new(uint64(memory.Used))
-		for _, v := range s.engine.Versions() {
+		t := s.watch.telemetry(ctx)
+		if t == nil {
+			return
+		}
+		versions := s.engine.Versions()
+		requests.fill(t, time.Now(), versions)
+		for _, v := range versions {
 			t.Models = append(t.Models, modelTelemetry(v))
 		}
 		if proto.Size(t) > link.MaxPayload/2 { // of very many models the counts by reason are too much
 			for _, m := range t.Models {
 				m.Activations, m.Evictions = nil, nil
+			}
+			for _, a := range t.Alarms { // the events have these
+				a.Samples = nil
 			}
 		}
 		t.Dropped = dropped

@@ -1,0 +1,192 @@
+package agent
+
+import (
+	"context"
+	"errors"
+	"log/slog"
+	"slices"
+	"strings"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"google.golang.org/protobuf/types/known/timestamppb"
+
+	"github.com/dunlin/dunlin/agent/alarm"
+	"github.com/dunlin/dunlin/agent/engine"
+	dunlinv1 "github.com/dunlin/dunlin/proto/dunlin/v1"
+)
+
+// oven is a machine that has the temperature that it is told, and a scheduler
+// that takes the load that it is told.
+type oven struct {
+	celsius float64
+	samples int
+	load    alarm.Load
+	loads   []string
+	refuses int // so many changes of the load
+}
+
+func (o *oven) Sample() *dunlinv1.Telemetry {
+	o.samples++
+	return &dunlinv1.Telemetry{At: timestamppb.Now(), Temperatures: []*dunlinv1.Temperature{{Sensor: "cpu-thermal", Celsius: o.celsius}}}
+}
+func (*oven) Versions() []engine.Status { return nil }
+func (*oven) Memory() engine.Memory     { return engine.Memory{Budget: 7, Used: 5} }
+
+func (o *oven) limit(_ context.Context, load alarm.Load) error {
+	if o.refuses > 0 {
+		o.refuses--
+		return errors.New("busy")
+	}
+	o.load = load
+	o.loads = append(o.loads, load.String())
+	return nil
+}
+
+// A device that is too hot raises an alarm, lowers its load, lowers it again,
+// and takes it all back.
+func TestWatch(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		o := &oven{celsius: 60, refuses: 1}
+		var events []*dunlinv1.Event
+		w := &watch{
+			machine: o, engine: o, limit: o.limit, log: slog.New(slog.DiscardHandler), sampled: make(chan struct{}),
+			event:    func(e *dunlinv1.Event) { events = append(events, e) },
+			detector: alarm.New(alarm.Config{SlowdownCelsius: 95}), respond: alarm.NewResponder(alarm.Throttle),
+		}
+		ended, cancel := context.WithCancel(t.Context())
+		cancel()
+		if got := w.telemetry(ended); got != nil {
+			t.Errorf("before the first sample: %v", got)
+		}
+		ctx, stop := context.WithCancel(t.Context())
+		done := make(chan error, 1)
+		go func() { done <- w.run(ctx) }()
+		time.Sleep(time.Minute + time.Second)
+		synctest.Wait()
+		if o.samples != 7 || len(events) != 0 {
+			t.Fatalf("%d samples, %d events", o.samples, len(events))
+		}
+		if got := w.telemetry(ctx); got.GetModelMemoryBudgetBytes() != 7 || got.GetModelMemoryUsedBytes() != 5 || len(got.Alarms) != 0 {
+			t.Errorf("telemetry %v", got)
+		}
+		o.celsius = 97
+		time.Sleep(time.Minute)
+		synctest.Wait()
+		// The first change of the load failed, and was tried again.
+		if len(events) != 1 || events[0].Kind != "alarm.raised" || events[0].Severity != dunlinv1.Severity_SEVERITY_ERROR || events[0].Alarm.GetAction() != "" {
+			t.Fatalf("events %v", events)
+		}
+		if !slices.Equal(o.loads, []string{"duty 0.5, batch 4"}) {
+			t.Fatalf("loads %q", o.loads)
+		}
+		if got := w.telemetry(ctx).Alarms; len(got) != 1 || got[0].Action != "duty 0.5, batch 4" || got[0].Subject != "cpu-thermal" {
+			t.Errorf("alarms %v", got)
+		}
+		if got := gathered(t, w); got != "cpu-thermal temperature" {
+			t.Errorf("metrics %q", got)
+		}
+		time.Sleep(5 * time.Minute)
+		synctest.Wait()
+		if len(o.loads) != 2 || o.loads[1] != "duty 0.25, batch 1" {
+			t.Fatalf("loads %q", o.loads)
+		}
+		o.celsius = 70
+		time.Sleep(20 * time.Minute)
+		synctest.Wait()
+		if len(events) != 2 || events[1].Kind != "alarm.cleared" || events[1].Alarm.ClearedAt == nil || events[1].Alarm.Action != "duty 0.25, batch 1" || o.load != (alarm.Load{}) || len(o.loads) != 3 {
+			t.Errorf("events %v, loads %q", events, o.loads)
+		}
+		if got := gathered(t, w); got != "" {
+			t.Errorf("metrics %q", got)
+		}
+		stop()
+		if err := <-done; err != nil {
+			t.Error(err)
+		}
+	})
+}
+
+// gathered gives the labels of what a collector shows.
+func gathered(t *testing.T, c prometheus.Collector) string {
+	t.Helper()
+	r := prometheus.NewPedanticRegistry()
+	r.MustRegister(c)
+	families, err := r.Gather()
+	if err != nil {
+		t.Fatal(err)
+	}
+	var all []string
+	for _, f := range families {
+		for _, m := range f.Metric {
+			for _, l := range m.Label {
+				all = append(all, l.GetValue())
+			}
+		}
+	}
+	slices.Sort(all)
+	return strings.Join(all, " ")
+}
+
+func TestTraffic(t *testing.T) {
+	// So many requests of each of some classes of durations.
+	status := func(succeeded, failed uint64, classes map[int]uint64) []engine.Status {
+		v := engine.Status{ID: engine.VersionID{Model: "m", Version: 1}, Figures: engine.Figures{Success: engine.Total{Count: succeeded}, Failure: engine.Total{Count: failed}}}
+		for class, n := range classes {
+			v.Figures.Took[class] = n
+		}
+		return []engine.Status{v}
+	}
+	var r traffic
+	at := time.Unix(1000, 0)
+	see := func(seconds int, versions []engine.Status) *dunlinv1.Telemetry {
+		at = at.Add(time.Duration(seconds) * time.Second)
+		t := &dunlinv1.Telemetry{}
+		r.fill(t, at, versions)
+		return t
+	}
+	if got := see(0, status(5, 0, map[int]uint64{10: 5})); got.RequestsPerSecond != nil || got.RequestP99Seconds != nil {
+		t.Errorf("the first: %v", got)
+	}
+	var slow engine.Durations
+	slow[40] = 100
+	got := see(10, status(105, 10, map[int]uint64{10: 5, 40: 100}))
+	if got.GetRequestsPerSecond() != 11 || got.GetFailuresPerSecond() != 1 || got.GetRequestP99Seconds() != slow.Quantile(0.99).Seconds() {
+		t.Errorf("requests: %v", got)
+	}
+	if got := see(10, status(105, 10, map[int]uint64{10: 5, 40: 100})); got.RequestsPerSecond == nil || *got.RequestsPerSecond != 0 || got.RequestP99Seconds != nil {
+		t.Errorf("without any: %v", got)
+	}
+	if got := see(10, status(20, 0, map[int]uint64{40: 20})); got.GetRequestsPerSecond() != 2 || got.GetRequestP99Seconds() == 0 {
+		t.Errorf("loaded again: %v", got)
+	}
+	if got := see(0, status(20, 0, map[int]uint64{40: 20})); got.RequestsPerSecond != nil {
+		t.Errorf("without time: %v", got)
+	}
+}
+
+// What alarms ask of the engine is what it takes.
+func TestLimit(t *testing.T) {
+	h := &host{engine: engine.New(engine.Config{Log: slog.New(slog.DiscardHandler)})}
+	ctx, cancel := context.WithCancel(t.Context())
+	done := make(chan error, 1)
+	go func() { done <- h.engine.Run(ctx) }()
+	for _, reaction := range alarm.Reactions {
+		r := alarm.NewResponder(reaction)
+		for minute := range 10 {
+			load := r.Decide(time.Duration(minute)*time.Minute, minute < 9, true)
+			if err := h.limit(ctx, load); err != nil {
+				t.Errorf("%s: %v: %v", reaction, load, err)
+			}
+			if got := alarm.Load(h.engine.Throttled()); got != load {
+				t.Errorf("%s: the engine has %v, want %v", reaction, got, load)
+			}
+		}
+	}
+	cancel()
+	if err := <-done; err != nil {
+		t.Error(err)
+	}
+}
