@@ -6,6 +6,7 @@ import (
 	"log/slog"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -21,7 +22,9 @@ import (
 // oven is a machine that has the temperature that it is told, and a scheduler
 // that takes the load that it is told.
 type oven struct {
+	mu      sync.Mutex // guards what follows
 	celsius float64
+	events  []*dunlinv1.Event
 	samples int
 	load    alarm.Load
 	loads   []string
@@ -29,6 +32,8 @@ type oven struct {
 }
 
 func (o *oven) Sample() *dunlinv1.Telemetry {
+	o.mu.Lock()
+	defer o.mu.Unlock()
 	o.samples++
 	return &dunlinv1.Telemetry{At: timestamppb.Now(), Temperatures: []*dunlinv1.Temperature{{Sensor: "cpu-thermal", Celsius: o.celsius}}}
 }
@@ -36,6 +41,8 @@ func (*oven) Versions() []engine.Status { return nil }
 func (*oven) Memory() engine.Memory     { return engine.Memory{Budget: 7, Used: 5} }
 
 func (o *oven) limit(_ context.Context, load alarm.Load) error {
+	o.mu.Lock()
+	defer o.mu.Unlock()
 	if o.refuses > 0 {
 		o.refuses--
 		return errors.New("busy")
@@ -45,15 +52,33 @@ func (o *oven) limit(_ context.Context, load alarm.Load) error {
 	return nil
 }
 
+func (o *oven) heat(celsius float64) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	o.celsius = celsius
+}
+
+func (o *oven) event(e *dunlinv1.Event) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	o.events = append(o.events, e)
+}
+
+// seen gives what there has been until now.
+func (o *oven) seen() (samples int, events []*dunlinv1.Event, loads []string, load alarm.Load) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	return o.samples, slices.Clone(o.events), slices.Clone(o.loads), o.load
+}
+
 // A device that is too hot raises an alarm, lowers its load, lowers it again,
 // and takes it all back.
 func TestWatch(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		o := &oven{celsius: 60, refuses: 1}
-		var events []*dunlinv1.Event
 		w := &watch{
 			machine: o, engine: o, limit: o.limit, log: slog.New(slog.DiscardHandler), sampled: make(chan struct{}),
-			event:    func(e *dunlinv1.Event) { events = append(events, e) },
+			event:    o.event,
 			detector: alarm.New(alarm.Config{SlowdownCelsius: 95}), respond: alarm.NewResponder(alarm.Throttle),
 		}
 		ended, cancel := context.WithCancel(t.Context())
@@ -66,21 +91,23 @@ func TestWatch(t *testing.T) {
 		go func() { done <- w.run(ctx) }()
 		time.Sleep(time.Minute + time.Second)
 		synctest.Wait()
-		if o.samples != 7 || len(events) != 0 {
-			t.Fatalf("%d samples, %d events", o.samples, len(events))
+		samples, events, _, _ := o.seen()
+		if samples != 7 || len(events) != 0 {
+			t.Fatalf("%d samples, %d events", samples, len(events))
 		}
 		if got := w.telemetry(ctx); got.GetModelMemoryBudgetBytes() != 7 || got.GetModelMemoryUsedBytes() != 5 || len(got.Alarms) != 0 {
 			t.Errorf("telemetry %v", got)
 		}
-		o.celsius = 97
+		o.heat(97)
 		time.Sleep(time.Minute)
 		synctest.Wait()
+		_, events, loads, _ := o.seen()
 		// The first change of the load failed, and was tried again.
 		if len(events) != 1 || events[0].Kind != "alarm.raised" || events[0].Severity != dunlinv1.Severity_SEVERITY_ERROR || events[0].Alarm.GetAction() != "" {
 			t.Fatalf("events %v", events)
 		}
-		if !slices.Equal(o.loads, []string{"duty 0.5, batch 4"}) {
-			t.Fatalf("loads %q", o.loads)
+		if !slices.Equal(loads, []string{"duty 0.5, batch 4"}) {
+			t.Fatalf("loads %q", loads)
 		}
 		if got := w.telemetry(ctx).Alarms; len(got) != 1 || got[0].Action != "duty 0.5, batch 4" || got[0].Subject != "cpu-thermal" {
 			t.Errorf("alarms %v", got)
@@ -90,14 +117,15 @@ func TestWatch(t *testing.T) {
 		}
 		time.Sleep(5 * time.Minute)
 		synctest.Wait()
-		if len(o.loads) != 2 || o.loads[1] != "duty 0.25, batch 1" {
-			t.Fatalf("loads %q", o.loads)
+		if _, _, loads, _ = o.seen(); len(loads) != 2 || loads[1] != "duty 0.25, batch 1" {
+			t.Fatalf("loads %q", loads)
 		}
-		o.celsius = 70
+		o.heat(70)
 		time.Sleep(20 * time.Minute)
 		synctest.Wait()
-		if len(events) != 2 || events[1].Kind != "alarm.cleared" || events[1].Alarm.ClearedAt == nil || events[1].Alarm.Action != "duty 0.25, batch 1" || o.load != (alarm.Load{}) || len(o.loads) != 3 {
-			t.Errorf("events %v, loads %q", events, o.loads)
+		_, events, loads, load := o.seen()
+		if len(events) != 2 || events[1].Kind != "alarm.cleared" || events[1].Alarm.ClearedAt == nil || events[1].Alarm.Action != "duty 0.25, batch 1" || load != (alarm.Load{}) || len(loads) != 3 {
+			t.Errorf("events %v, loads %q", events, loads)
 		}
 		if got := gathered(t, w); got != "" {
 			t.Errorf("metrics %q", got)

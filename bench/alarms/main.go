@@ -2,7 +2,7 @@
 // telemetry of many devices of which the truth is known, as the detector of
 // package alarm would see it, and compares.
 //
-// The generator, DeviceTrace, gives a device a random set of models, sensors
+// The generator, newDevice, gives a device a random set of models, sensors
 // and sizes, and a sample each 10 s: demand with day, week, slow drift and
 // bursts, requests as Poisson counts with heavy-tailed times, power by
 // utilisation, a temperature with inertia in a room with a day and weather,

@@ -68,11 +68,11 @@ type device struct {
 	wall   time.Time
 	models []*model
 
-	phase, peak, night float64 // of the load: hours, factor, part of it at night
-	weekend            float64
-	crowd              noise
-	burstUntil         float64
-	burst              float64
+	phase, night float64 // of the load: hours, part of it at night
+	weekend      float64
+	crowd        noise
+	burstUntil   float64
+	burst        float64
 
 	hasGPU, hasPower, gpuOnly  bool
 	quantum                    float64 // of the temperature's sensor
