@@ -165,6 +165,8 @@ type core struct {
 	generation uint64                 // the last one given
 	stopped    bool
 	number     uint64 // of requests that have been admitted
+	waiting    int    // requests, in all queues
+	running    int    // runs, of all versions
 
 	order     []*version // as sorted gives them; nil: to be made
 	ledger    ledger
@@ -239,6 +241,9 @@ func (c *core) step(ev event, now time.Time) []effect {
 	return c.effects
 }
 
+// idle says that no request waits and nothing runs.
+func (c *core) idle() bool { return c.waiting+c.running == 0 }
+
 func (c *core) emit(f effect) { c.effects = append(c.effects, f) }
 
 func (c *core) arrive(r *request) {
@@ -249,7 +254,7 @@ func (c *core) arrive(r *request) {
 		err = ErrStopped
 	case v == nil:
 		err = fmt.Errorf("%s: %w", r.id, ErrNotLoaded)
-	case r.info != &v.info:
+	case r.info != v.info:
 		err = errReplaced
 	case v.phase != ready:
 		err = fmt.Errorf("%s: %w", r.id, ErrDraining)
@@ -288,11 +293,13 @@ func (c *core) arrive(r *request) {
 func (c *core) enqueue(v *version, r *request) {
 	r.state = waiting
 	v.levels[r.level].waiting++
+	c.waiting++
 	v.queue.insert(r)
 }
 
 func (c *core) dequeue(v *version, r *request) {
 	v.levels[r.level].waiting--
+	c.waiting--
 	v.queue.remove(r)
 }
 
@@ -350,6 +357,7 @@ func (c *core) start(v *version, members []*request) {
 	r.memory, r.life = v.workspace(r.rows), v.home.life
 	c.ledger.used += r.memory
 	v.runs = append(v.runs, r)
+	c.running++
 	if v.home.runsSince++; v.home.runsSince == prepackAfter && v.home.need.Prepacked > 0 {
 		c.dirty = true
 	}
@@ -402,6 +410,7 @@ func (c *core) cancel(r *request) {
 func (c *core) finish(r *run) {
 	v := r.version
 	v.runs = slices.DeleteFunc(v.runs, func(o *run) bool { return o == r })
+	c.running--
 	took := c.now - r.started
 	c.ledger.used -= r.memory
 	defer c.end(v)

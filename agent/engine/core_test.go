@@ -276,7 +276,7 @@ func (m *machine) pass(t *rapid.T, d time.Duration) {
 
 func (m *machine) check(t *rapid.T) {
 	for id, v := range m.model {
-		if record := m.core.current[id]; v.loaded != (record != nil) || v.loaded && (m.all[record.id] != v || m.infos[id] != &record.info) {
+		if record := m.core.current[id]; v.loaded != (record != nil) || v.loaded && (m.all[record.id] != v || m.infos[id] != record.info) {
 			t.Fatalf("%s: requests do not go to the version that was loaded last", id)
 		}
 	}

@@ -152,7 +152,8 @@ type Engine struct {
 	running chan struct{} // closed when Run begins
 	tick    *time.Timer   // reset by the owner of the core
 	work    sync.WaitGroup
-	infos   atomic.Pointer[map[VersionID]*Info]
+	activity
+	infos atomic.Pointer[map[VersionID]*Info]
 }
 
 // New gives an Engine; Run starts it.
@@ -167,6 +168,7 @@ func New(cfg Config) *Engine {
 		core:    make(chan *core, 1),
 		running: make(chan struct{}),
 	}
+	e.activity.began, e.activity.busy = time.Now(), make(chan struct{}, 1)
 	e.infos.Store(&map[VersionID]*Info{})
 	return e
 }
@@ -203,7 +205,10 @@ func (e *Engine) do(ctx context.Context, ev event) error {
 	case <-ctx.Done():
 		return context.Cause(ctx)
 	}
-	for _, f := range c.step(ev, time.Now()) {
+	now := time.Now()
+	effects := c.step(ev, now)
+	e.activity.note(c.idle(), now)
+	for _, f := range effects {
 		switch f := f.(type) {
 		case answer:
 			f.request.answer <- struct{}{}

@@ -51,7 +51,7 @@ func (c *core) claim(s Spec, replace bool) (VersionID, error) {
 		c.generation++
 		id.Generation = c.generation
 	}
-	c.put(id, &version{id: id, spec: s, phase: loading, hold: never})
+	c.put(id, &version{id: id, spec: s, phase: loading, info: new(Info), hold: never})
 	return id, nil
 }
 
@@ -68,7 +68,8 @@ func (c *core) loaded(ev loaded) {
 		return
 	}
 	v := c.versions[ev.id]
-	v.info, v.home.need, v.home.swaps = ev.info, ev.info.Need, newSwaps()
+	info := ev.info
+	v.info, v.home.need, v.home.swaps = &info, info.Need, newSwaps()
 	v.figures = newFigures()
 	o := &v.info.Options
 	v.levels = make([]level, max(o.PriorityLevels, 1))
@@ -93,7 +94,7 @@ func (c *core) open(v *version) {
 	v.phase = ready
 	old := c.current[v.spec.ID]
 	c.current[v.spec.ID] = v
-	c.emit(publish{v.spec.ID, &v.info})
+	c.emit(publish{v.spec.ID, v.info})
 	c.emit(reply{call: call})
 	if old != nil {
 		c.retire(old)
@@ -175,7 +176,7 @@ func (c *core) inspect(asked *call) reply {
 	for id, v := range c.current {
 		h := &v.home
 		s := Status{
-			ID: id, Info: v.info, Draining: v.phase != ready, Queued: v.queue.len, Figures: v.figures.clone(),
+			ID: id, Info: *v.info, Draining: v.phase != ready, Queued: v.queue.len, Figures: v.figures.clone(),
 			Residency: h.residency.String(), Since: c.epoch.Add(h.since), Bytes: h.charged, Need: h.need, Prepacked: h.prepacked, Activation: h.takes, Swaps: h.swaps.clone(),
 		}
 		if err := cmp.Or(h.lost, h.failure); err != nil {

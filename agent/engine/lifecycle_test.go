@@ -177,12 +177,12 @@ func (s *scripted) do(name string) string {
 	case "stop":
 		ev = stop{}
 	case "look":
-		s.info = &s.core.current[one].info
+		s.info = s.core.current[one].info
 		return ""
 	case "arrive":
 		r := &request{id: one, info: s.info, size: 1, rows: 1, alone: true}
 		if v := s.core.current[one]; v != nil && r.info == nil {
-			r.info = &v.info
+			r.info = v.info
 		}
 		ev = arrive{r}
 	case "finish":

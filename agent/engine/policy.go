@@ -42,7 +42,7 @@ type version struct {
 	id       VersionID // of its generation
 	spec     Spec      // as it was asked for
 	phase    phase
-	info     Info
+	info     *Info   // never changed once it is published
 	levels   []level // of priority, the highest first
 	queue    queue
 	runs     []*run // in progress

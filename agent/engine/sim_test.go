@@ -83,7 +83,7 @@ func (s *simulation) at(at time.Duration, ev func() event) {
 
 func (s *simulation) step(ev event) {
 	if a, ok := ev.(arrive); ok {
-		a.request.info = &s.core.current[a.request.id].info
+		a.request.info = s.core.current[a.request.id].info
 	}
 	for _, f := range s.core.step(ev, start.Add(s.now)) {
 		switch f := f.(type) {

@@ -1,0 +1,84 @@
+package engine
+
+import (
+	"context"
+	"errors"
+	"testing"
+	"testing/synctest"
+	"time"
+)
+
+// TestIdle has requests come and go, one of them without its answer.
+func TestIdle(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := New(Config{Runtime: new(runtime)}) // a second for everything
+		told := func() bool {
+			select {
+			case <-e.Busy():
+				return true
+			default:
+				return false
+			}
+		}
+		expect := func(when string, idle time.Duration, busy bool) {
+			t.Helper()
+			if got := e.Idle(); got != idle {
+				t.Errorf("%s: idle for %v instead of %v", when, got, idle)
+			}
+			if got := told(); got != busy {
+				t.Errorf("%s: a request has come: %v", when, got)
+			}
+		}
+		time.Sleep(2 * time.Second)
+		expect("before it runs", 2*time.Second, false)
+		ctx, stop := context.WithCancel(t.Context())
+		done := make(chan error)
+		go func() { done <- e.Run(ctx) }()
+		if _, err := e.Load(ctx, Spec{ID: one}); err != nil {
+			t.Fatal(err)
+		}
+		expect("loaded", 3*time.Second, false)
+		answer := make(chan error)
+		infer := func(ctx context.Context) {
+			_, err := e.Infer(ctx, one, Request{Inputs: request1()})
+			answer <- err
+		}
+		go infer(ctx)
+		synctest.Wait()
+		expect("one runs", 0, true)
+		go infer(ctx)
+		synctest.Wait()
+		expect("another waits", 0, false)
+		for range 2 {
+			if err := <-answer; err != nil {
+				t.Fatal(err)
+			}
+		}
+		synctest.Wait()
+		time.Sleep(5 * time.Second)
+		expect("both are answered", 5*time.Second, false)
+		gone, leave := context.WithCancel(ctx)
+		go infer(gone)
+		synctest.Wait()
+		leave()
+		if err := <-answer; !errors.Is(err, context.Canceled) {
+			t.Fatal(err)
+		}
+		synctest.Wait()
+		time.Sleep(time.Second)
+		expect("one came and was given up", time.Second, true)
+		stop()
+		if err := <-done; err != nil {
+			t.Fatal(err)
+		}
+	})
+}
+
+func BenchmarkIdle(b *testing.B) {
+	e := New(Config{})
+	for b.Loop() {
+		if e.Idle() < 0 {
+			b.Fatal("it ends before it began")
+		}
+	}
+}
