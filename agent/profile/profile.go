@@ -42,8 +42,6 @@ type Slice struct {
 	Times []time.Duration // of each run
 	Wall  time.Duration   // from the begin of the first to the end of the last
 	CPU   time.Duration   // that the process computed meanwhile
-	// Workspace is what it works in after the slice, in bytes.
-	Workspace int64
 }
 
 // Ready is what it took to make a setting ready.

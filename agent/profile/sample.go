@@ -73,7 +73,6 @@ func (s *Sample) Add(x Slice, joules float64) {
 	s.times = append(s.times, x.Times...)
 	s.rates = append(s.rates, float64(len(x.Times)*s.set.Batch)/x.Wall.Seconds())
 	s.wall += x.Wall
-	s.workspace = max(s.workspace, x.Workspace)
 	if s.joules += joules; !(joules > 0) {
 		s.energy = false
 	}
