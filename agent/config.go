@@ -35,6 +35,8 @@ type Serving struct {
 	MemoryMiB    int    `yaml:"memory-mib"`    // what models may take; 0: by the firmware profile
 	Oversize     string `yaml:"oversize"`      // what becomes of a model that is larger: refuse or map
 	CacheMiB     int    `yaml:"cache-mib"`     // bound of the models compiled for this device, on disk
+	Profile      string `yaml:"profile"`       // whether models are measured: on or off
+	ProfileDuty  int    `yaml:"profile-duty"`  // percent of the time that measuring may take; 0: as where nobody says
 	RuntimeLib   string `yaml:"runtime-lib"`   // path of ONNX Runtime's shared library
 	LogLevel     string `yaml:"log-level"`
 	LogFormat    string `yaml:"log-format"`
@@ -55,9 +57,15 @@ const (
 	defaultCacheMiB = 16 << 10
 )
 
+// defaultProfileDuty is the percentage of the time that measuring takes where
+// nobody says: a request that comes after a while finds the caches cold one
+// time in ten at most.
+const defaultProfileDuty = 10
+
 func (s *Serving) settings() []program.Setting {
 	s.Listen, s.GRPCListen, s.LogLevel, s.LogFormat = "127.0.0.1:8000", "127.0.0.1:8001", "info", "text"
 	s.Oversize, s.CacheMiB = "refuse", defaultCacheMiB
+	s.Profile, s.ProfileDuty = "on", defaultProfileDuty
 	return []program.Setting{
 		{Name: "listen", Usage: "`host:port` of inference by REST", Value: &s.Listen},
 		{Name: "grpc-listen", Usage: "`host:port` of inference by gRPC; off: none", Value: &s.GRPCListen},
@@ -70,6 +78,8 @@ func (s *Serving) settings() []program.Setting {
 		{Name: "memory-mib", Usage: "`MiB` of memory that models may take; 0: as the firmware profile says", Value: &s.MemoryMiB},
 		{Name: "oversize", Usage: "`what` becomes of a model that is larger than that: refuse, or map: its weights stay in their file and are read as they are needed", Value: &s.Oversize},
 		{Name: "cache-mib", Usage: "`MiB` of disk for models compiled for this device", Value: &s.CacheMiB},
+		{Name: "profile", Usage: "`whether` models are measured on this device, when it is idle: on or off", Value: &s.Profile},
+		{Name: "profile-duty", Usage: "`percent` of the time that measuring may take", Value: &s.ProfileDuty},
 		{Name: "runtime-lib", Usage: "`path` of ONNX Runtime's shared library; also DUNLIN_ORT_LIB", Value: &s.RuntimeLib, Environment: "DUNLIN_ORT_LIB"},
 		{Name: "log-level", Usage: "`level` of the log: debug, info, warn or error", Value: &s.LogLevel},
 		{Name: "log-format", Usage: "`format` of the log: text or json", Value: &s.LogFormat},
@@ -105,6 +115,13 @@ func (s *Serving) check(add func(name string, err error)) {
 	s.Oversize = cmp.Or(s.Oversize, "refuse")
 	if s.Oversize != "refuse" && s.Oversize != "map" {
 		add("oversize", fmt.Errorf("%q is not refuse or map", s.Oversize))
+	}
+	s.Profile, s.ProfileDuty = cmp.Or(s.Profile, "off"), cmp.Or(s.ProfileDuty, defaultProfileDuty)
+	if s.Profile != "on" && s.Profile != "off" {
+		add("profile", fmt.Errorf("%q is not on or off", s.Profile))
+	}
+	if s.ProfileDuty < 1 || s.ProfileDuty > 100 {
+		add("profile-duty", fmt.Errorf("is %d, allowed are 1 to 100", s.ProfileDuty))
 	}
 	if s.Log == nil {
 		var err error

@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
+	"path/filepath"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -69,6 +70,9 @@ type host struct {
 	pools   string               // see worker.Config.Pools
 	// compile gives a version as it was compiled for this device.
 	compile func(context.Context, worker.Runtime, engine.Spec) (worker.Image, error)
+	cache   *compiled.Cache
+	// profiler measures what is loaded; nil where nobody does.
+	profiler *profiler
 }
 
 // ports are where a host answers.
@@ -133,15 +137,15 @@ func (l *ports) url() string {
 	return "http://" + l.http.Addr().String()
 }
 
-// newHost puts the parts together; compiled models are kept in the folder
-// cache. The caller sets source, and opened, before run.
-func newHost(s Serving, profile profiles.Profile, cache string, cfg worker.Config) (*host, error) {
+// newHost puts the parts together; compiled models and what was measured of
+// them are kept in folders of the folder data. The caller sets source, and opened, before run.
+func newHost(s Serving, profile profiles.Profile, data string, cfg worker.Config) (*host, error) {
 	h := &host{serving: s, tried: make(chan struct{})}
 	var err error
 	if h.budget, err = s.memoryBudget(profile); err != nil {
 		return nil, err
 	}
-	kept, err := compiled.Open(cache, int64(s.CacheMiB)<<20)
+	kept, err := compiled.Open(filepath.Join(data, cacheFolder), int64(s.CacheMiB)<<20)
 	if err != nil {
 		return nil, err
 	}
@@ -150,8 +154,13 @@ func newHost(s Serving, profile profiles.Profile, cache string, cfg worker.Confi
 	}
 	h.pools = cfg.Pools
 	cfg.CheckMemory = compileMemory
-	h.compile = worker.Cached(kept, cfg)
+	h.cache, h.compile = kept, worker.Cached(kept, cfg)
 	cfg.Compile = h.compile
+	if h.profiler, err = newProfiler(h, profile, data); err != nil {
+		return nil, err
+	} else if h.profiler != nil {
+		cfg.Compile = h.profiler.noted(h.compile)
+	}
 	h.worker = worker.New(cfg)
 	h.engine = engine.New(engine.Config{Runtime: h.worker, Memory: h.budget, Oversize: s.Oversize == "map", Log: s.Log})
 	h.front = serve.New(h.engine)
@@ -216,6 +225,9 @@ func (h *host) run(ctx context.Context, l *ports, metrics http.Handler, parts ..
 	start(&under, below, part{"engine", h.engine.Run})
 	start(&under, below, part{"memory", h.followMemory})
 	start(&above, ctx, part{"runtime", h.awaitRuntime})
+	if h.profiler != nil {
+		parts = append(parts, part{"profiles", h.profiler.run})
+	}
 	for _, p := range parts {
 		start(&above, ctx, p)
 	}

@@ -60,3 +60,10 @@ func (p *Pace) Ran(took time.Duration, disturbed bool) {
 		p.disturbed = 0
 	}
 }
+
+// Paused tells that a slice stands still for so long, until nobody asks for
+// anything; false says that it has waited enough, and should end.
+func (p *Pace) Paused(took time.Duration) bool {
+	p.waited += took
+	return p.waited <= maxWait
+}

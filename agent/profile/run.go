@@ -102,9 +102,7 @@ func Run(ctx context.Context, b Bench, g Gate, s Subject) (*dunlinv1.ModelProfil
 	if now == nil {
 		now = time.Now
 	}
-	p := &dunlinv1.ModelProfile{
-		WeightBytes: bytesOf(s.Weights), SessionBytes: bytesOf(s.Session), PrepackedBytes: bytesOf(s.Prepacked),
-	}
+	p := s.profile()
 	timed := &timedGate{gate: g, now: now}
 	err := measure(ctx, b, timed, s, p)
 	if ctx.Err() != nil {
@@ -115,6 +113,20 @@ func Run(ctx context.Context, b Bench, g Gate, s Subject) (*dunlinv1.ModelProfil
 	}
 	p.MeasuredAt, p.MeasuredSeconds = timestamppb.New(now()), timed.took.Seconds()
 	return p, nil
+}
+
+// profile gives one of which only memory is known.
+func (s *Subject) profile() *dunlinv1.ModelProfile {
+	return &dunlinv1.ModelProfile{
+		WeightBytes: bytesOf(s.Weights), SessionBytes: bytesOf(s.Session), PrepackedBytes: bytesOf(s.Prepacked),
+	}
+}
+
+// Unmeasured gives the profile of a version that could not be measured.
+func Unmeasured(s Subject, reason error, now time.Time) *dunlinv1.ModelProfile {
+	p := s.profile()
+	p.Unmeasured, p.MeasuredAt = short(reason.Error()), timestamppb.New(now)
+	return p
 }
 
 // timedGate adds up how long what it lets through takes.
@@ -219,7 +231,7 @@ func (s *Search) fill(p *dunlinv1.ModelProfile) error {
 			continue
 		}
 		point := &dunlinv1.ProfilePoint{
-			Setting: set.Proto(), Runs: uint32(min(r.Runs, math.MaxUint32)),
+			Setting: set.Proto(s.space.Cores), Runs: uint32(min(r.Runs, math.MaxUint32)),
 			P50Seconds: r.P50.Seconds(), P95Seconds: r.P95.Seconds(), P99Seconds: r.P99.Seconds(), RowsPerSecond: r.RowsPerSecond,
 		}
 		if r.Peak > 0 {
@@ -236,7 +248,7 @@ func (s *Search) fill(p *dunlinv1.ModelProfile) error {
 	if !ok {
 		return fmt.Errorf("it runs with no setting: %w", last)
 	}
-	p.Recommended = best.Proto()
+	p.Recommended = best.Proto(s.space.Cores)
 	slices.SortFunc(p.Latency, func(a, b *dunlinv1.LatencyPoint) int { return int(a.Rows) - int(b.Rows) })
 	fixed, row := s.workspace()
 	p.WorkspaceFixedBytes, p.WorkspaceRowBytes = bytesOf(int64(fixed)), bytesOf(int64(row))
@@ -283,9 +295,14 @@ func short(s string) string {
 	return strings.ToValidUTF8(s[:min(len(s), maxReason)], "")
 }
 
-// Proto gives the setting as it is on the wire.
-func (s Setting) Proto() *dunlinv1.ModelSetting {
-	return &dunlinv1.ModelSetting{
+// Proto gives the setting as it is on the wire. Where a run has as many threads
+// as all models share, it has those.
+func (s Setting) Proto(shared int) *dunlinv1.ModelSetting {
+	m := &dunlinv1.ModelSetting{
 		Provider: s.Provider, Batch: uint32(s.Batch), Instances: uint32(s.Instances), Threads: uint32(s.Threads), Prepacked: s.Prepacked,
 	}
+	if s.Threads == shared {
+		m.Threads = 0
+	}
+	return m
 }

@@ -1,6 +1,7 @@
 package profile
 
 import (
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -215,20 +216,34 @@ func (s *Store) tidy() error {
 	return err
 }
 
-// toldFile notes the store of the controller that was told of the profiles.
+// toldFile notes what others were told of the profiles.
 const toldFile = "told"
 
-// Told gives the incarnation of the controller's store that was last told of
-// the profiles here; "" for none.
-func (s *Store) Told() string {
+// Told gives what SetTold has kept; an empty map where that cannot be read.
+func (s *Store) Told() map[string]string {
+	told := map[string]string{}
 	b, err := os.ReadFile(filepath.Join(s.dir, toldFile))
-	if err != nil || len(b) > 1<<10 {
-		return ""
+	if err != nil || json.Unmarshal(b, &told) != nil || told == nil {
+		return map[string]string{}
 	}
-	return strings.TrimSpace(string(b))
+	return told
 }
 
-// SetTold notes it.
-func (s *Store) SetTold(incarnation string) error {
-	return s.write(filepath.Join(s.dir, toldFile), []byte(incarnation+"\n"))
+// SetTold keeps what was told of each version. Of too many it keeps some, and
+// takes the others out of the map.
+func (s *Store) SetTold(told map[string]string) error {
+	for version := range told {
+		if len(told) <= maxFiles {
+			break
+		}
+		delete(told, version)
+	}
+	b, err := json.Marshal(told)
+	if err == nil {
+		err = s.write(filepath.Join(s.dir, toldFile), b)
+	}
+	if err != nil {
+		return fmt.Errorf("keep what was told of model profiles: %w", err)
+	}
+	return nil
 }
