@@ -279,7 +279,7 @@ func (f *profiler) measure(ctx context.Context, t task) (*dunlinv1.ModelProfile,
 	if image.Release != nil {
 		defer image.Release()
 	}
-	gate := &idleGate{engine: f.host.engine, pace: profile.Pace{Duty: f.duty}, began: time.Now()}
+	gate := profile.NewIdle(f.host.engine, f.duty)
 	subject := f.subject(t, image)
 	cfg := f.host.serving.workerConfig(1)
 	cfg.CheckMemory = compileMemory
@@ -288,7 +288,7 @@ func (f *profiler) measure(ctx context.Context, t task) (*dunlinv1.ModelProfile,
 	_, err = gate.Do(ctx, func(context.Context) error { return nil })
 	if err == nil {
 		err = worker.Measure(ctx, cfg, t.spec, image.File, func(ctx context.Context, m *worker.Measuring) (err error) {
-			gate.child = m
+			gate.Hold(m)
 			p, err = profile.Run(ctx, m, gate, subject)
 			return err
 		})
@@ -361,69 +361,6 @@ func joules(before, after *dunlinv1.Telemetry, wall, cpu time.Duration, cores in
 		return 0
 	}
 	return max(*after.EnergyJoules-*before.EnergyJoules, 0)
-}
-
-// idleGate lets slices through when the engine has been idle for a moment, for
-// a part of the time, and has the child that measures stand still as soon as a
-// request comes.
-type idleGate struct {
-	engine interface {
-		Idle() time.Duration
-		Busy() <-chan struct{}
-	}
-	child interface { // nil: there is none yet
-		Pause()
-		Resume()
-	}
-	pace  profile.Pace
-	began time.Time
-}
-
-// Do is that of profile.Gate.
-func (g *idleGate) Do(ctx context.Context, f func(context.Context) error) (disturbed bool, err error) {
-	for {
-		drain(g.engine.Busy())
-		wait, err := g.pace.Wait(time.Since(g.began), g.engine.Idle())
-		if err != nil {
-			return false, err
-		}
-		if wait <= 0 {
-			break
-		}
-		if !sleep(ctx, wait) {
-			return false, context.Cause(ctx)
-		}
-	}
-	done := make(chan error, 1)
-	began, still := time.Now(), time.Duration(0)
-	go func() { done <- f(ctx) }()
-	for {
-		select {
-		case err = <-done:
-			g.pace.Ran(time.Since(began)-still, disturbed)
-			return disturbed, err
-		case <-g.engine.Busy():
-		}
-		disturbed = true
-		if g.child == nil {
-			continue
-		}
-		paused := time.Now()
-		g.child.Pause()
-		for wait := profile.Settle; wait > 0 && g.pace.Paused(wait) && sleep(ctx, wait); {
-			drain(g.engine.Busy())
-			wait = profile.Settle - g.engine.Idle()
-		}
-		g.child.Resume()
-		still += time.Since(paused)
-	}
-}
-
-func drain(c <-chan struct{}) {
-	select {
-	case <-c:
-	default:
-	}
 }
 
 // profileEvent tells the controller of a profile; of one that is too large for

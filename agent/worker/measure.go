@@ -44,9 +44,10 @@ const (
 // Measuring is a child that measures one version, a profile.Bench. Pause and
 // Resume may be called while a question is worked on.
 type Measuring struct {
-	p    *process
-	spec engine.Spec
-	file string
+	p     *process
+	spec  engine.Spec
+	file  string
+	eager bool
 
 	mu     sync.Mutex // guards what follows
 	paused bool
@@ -78,7 +79,7 @@ func Measure(ctx context.Context, cfg Config, s engine.Spec, file string, f func
 	if err := p.open(ctx, &cfg); err != nil {
 		return fmt.Errorf("measure %s: %w", s.ID, err)
 	}
-	if err := f(ctx, &Measuring{p: p, spec: s, file: file}); err != nil {
+	if err := f(ctx, &Measuring{p: p, spec: s, file: file, eager: cfg.Eager}); err != nil {
 		if ctx.Err() != nil {
 			return context.Cause(ctx)
 		}
@@ -120,6 +121,7 @@ type measureQuestion struct {
 	Tolerance        profile.Tolerance
 	Runs             int
 	Cold             bool
+	Eager            bool // see Config
 }
 
 // measured is its answer.
@@ -148,7 +150,7 @@ func (m *Measuring) ask(ctx context.Context, q measureQuestion) (a measured, err
 		m.limit.Stop()
 		m.limit = nil
 	}()
-	q.Dir, q.Entry, q.File = m.spec.Dir, m.spec.Entry, m.file
+	q.Dir, q.Entry, q.File, q.Eager = m.spec.Dir, m.spec.Entry, m.file, m.eager
 	text, err := json.Marshal(q)
 	if err != nil {
 		return a, err
@@ -244,7 +246,9 @@ func (b *bench) answer(ctx context.Context, m *message) (*message, error) {
 	}
 	if !b.began {
 		b.began, b.integer = true, 1
-		giveWay()
+		if !q.Eager {
+			giveWay()
+		}
 	}
 	var a measured
 	var err error
