@@ -218,9 +218,11 @@ func (c *core) step(ev event, now time.Time) []effect {
 	case deactivated:
 		c.dirty = true
 		c.deactivated(ev)
-	case prepacked:
+	case changed:
 		c.dirty = true
-		c.prepacked(ev)
+		c.changed(ev)
+	case tune:
+		c.emit(reply{call: ev.call, err: c.tune(ev.id, ev.tuning)})
 	case giveUp:
 		c.dirty = true
 		c.giveUp(ev)
@@ -358,7 +360,7 @@ func (c *core) start(v *version, members []*request) {
 	c.ledger.used += r.memory
 	v.runs = append(v.runs, r)
 	c.running++
-	if v.home.runsSince++; v.home.runsSince == prepackAfter && v.home.need.Prepacked > 0 {
+	if v.home.runsSince++; v.home.runsSince == prepackAfter && v.worthPrepacking() {
 		c.dirty = true
 	}
 	c.emit(startRun{r})

@@ -46,6 +46,8 @@ type Spec struct {
 	Options *serving.Options
 	// Labels are the names of the classes, by output.
 	Labels map[string][]string
+	// Tuning is what was measured of it before; Tune changes it.
+	Tuning Tuning
 }
 
 // Info is what a loaded version takes and gives, and how long it took to
@@ -71,12 +73,14 @@ type Info struct {
 type Runtime interface {
 	// Load makes a version ready to be activated; its weights are out.
 	Load(ctx context.Context, s Spec) (Info, error)
-	// Activate brings a version's weights in, and gives what it needs by now.
-	// Its cost should be a small part of that of Load.
-	Activate(ctx context.Context, id VersionID) (Need, error)
-	// Prepack lays the weights of an active version out anew, beside the old
-	// ones, so that its runs become faster. Runs go on meanwhile.
-	Prepack(ctx context.Context, id VersionID) error
+	// Activate brings a version's weights in, to run with the threads of the
+	// Setting, and gives what it needs by now. Its cost should be a small part
+	// of that of Load: prepacked weights are left to Set.
+	Activate(ctx context.Context, id VersionID, set Setting) (Need, error)
+	// Set has an active version run by another Setting: it is opened anew
+	// beside the old way, and runs go on meanwhile. After an error it is as it
+	// was.
+	Set(ctx context.Context, id VersionID, set Setting) error
 	// Deactivate puts a version's weights out. Nothing runs on it.
 	Deactivate(ctx context.Context, id VersionID) error
 	// Run runs an active version once on several requests together: the rows
@@ -89,6 +93,20 @@ type Runtime interface {
 	// Unload forgets a version, whose weights may be in.
 	Unload(ctx context.Context, id VersionID) error
 }
+
+// Setting is how a version runs while its weights are in. The zero value is
+// that of most.
+type Setting struct {
+	// Threads compute a run, 1 to MaxThreads; 0 leaves it to the threads that
+	// all versions share.
+	Threads int
+	// Prepack has the weights laid out anew, so that runs become faster. They
+	// take more memory then: Need.Prepacked.
+	Prepack bool
+}
+
+// MaxThreads bounds Setting.Threads.
+const MaxThreads = 256
 
 // Outcome is what a run gave.
 type Outcome struct {
@@ -220,13 +238,13 @@ func (e *Engine) do(ctx context.Context, ev event) error {
 			e.work.Go(func() { e.unload(ctx, f.version) })
 		case startActivate:
 			ctx := f.version.home.move.begin()
-			e.work.Go(func() { e.activate(ctx, f.version) })
+			e.work.Go(func() { e.activate(ctx, f.version, f.set) })
 		case startDeactivate:
 			ctx := f.version.home.move.begin()
 			e.work.Go(func() { e.deactivate(ctx, f.version) })
-		case startPrepack:
+		case startSet:
 			ctx := f.version.home.move.begin()
-			e.work.Go(func() { e.prepack(ctx, f.version) })
+			e.work.Go(func() { e.set(ctx, f.version, f.set) })
 		case interrupt:
 			f.job.cancel(f.cause)
 		case reply:
@@ -255,11 +273,11 @@ func (j *job) begin() context.Context {
 	return ctx
 }
 
-func (e *Engine) activate(ctx context.Context, v *version) {
+func (e *Engine) activate(ctx context.Context, v *version, set Setting) {
 	cancel := v.home.move.cancel
 	defer cancel(nil)
 	began := time.Now()
-	need, err := e.runtime.Activate(ctx, v.id)
+	need, err := e.runtime.Activate(ctx, v.id, set)
 	if err != nil {
 		err = fmt.Errorf("activate %s: %w", v.id, err)
 	}
@@ -276,14 +294,15 @@ func (e *Engine) deactivate(ctx context.Context, v *version) {
 	e.must(deactivated{v, err})
 }
 
-func (e *Engine) prepack(ctx context.Context, v *version) {
+func (e *Engine) set(ctx context.Context, v *version, set Setting) {
 	cancel := v.home.move.cancel
 	defer cancel(nil)
-	err := e.runtime.Prepack(ctx, v.id)
+	err := e.runtime.Set(ctx, v.id, set)
 	if err != nil && ctx.Err() == nil {
-		e.log.Info("no prepacked weights", "model", v.id.Model, "version", v.id.Version, "error", err)
+		e.log.Info("version stays as it is open", "model", v.id.Model, "version", v.id.Version,
+			"threads", set.Threads, "prepacked", set.Prepack, "error", err)
 	}
-	e.must(prepacked{v, err})
+	e.must(changed{v, err})
 }
 
 // execute runs requests together.
@@ -347,7 +366,8 @@ func (e *Engine) ask(ctx context.Context, c *call, ev event) (reply, error) {
 
 // Load loads a version and admits requests to it from then on. Loading one
 // that is loaded already gives its Info and does nothing, and is an error where
-// the Spec is another; ErrDraining says that it is on its way out.
+// the Spec is another, but for its Tuning; ErrDraining says that it is on its
+// way out.
 func (e *Engine) Load(ctx context.Context, s Spec) (Info, error) {
 	info, err := e.load(ctx, s, false)
 	if errors.Is(err, errLoaded) {
@@ -389,6 +409,9 @@ func (e *Engine) load(ctx context.Context, s Spec, replace bool) (Info, error) {
 			return Info{}, fmt.Errorf("options: %w", err)
 		}
 	}
+	if err := s.Tuning.Check(); err != nil {
+		return Info{}, fmt.Errorf("tuning: %w", err)
+	}
 	c := newCall()
 	if err := e.do(ctx, claim{c, s, replace}); err != nil {
 		return Info{}, err
@@ -413,6 +436,7 @@ func (e *Engine) load(ctx context.Context, s Spec, replace bool) (Info, error) {
 		return Info{}, r.err
 	}
 	e.log.Debug("version loaded", "model", s.ID.Model, "version", s.ID.Version)
+	info.Options = s.Tuning.options(s.Options, info.Options)
 	return info, nil
 }
 

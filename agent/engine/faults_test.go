@@ -487,7 +487,7 @@ func TestLoadIgnoresContext(t *testing.T) {
 type hanging struct{ Runtime }
 
 func (hanging) Load(context.Context, Spec) (Info, error) { return Info{}, nil }
-func (hanging) Activate(ctx context.Context, _ VersionID) (Need, error) {
+func (hanging) Activate(ctx context.Context, _ VersionID, _ Setting) (Need, error) {
 	<-ctx.Done()
 	return Need{}, context.Cause(ctx)
 }

@@ -1,6 +1,7 @@
 package engine
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"maps"
@@ -47,26 +48,27 @@ const (
 
 // home is the memory side of a version.
 type home struct {
-	residency  residency
-	since      moment // in this residency
-	need       Need
-	measured   int64 // workspace that it was loaded with; need may have a larger one
-	charged    int64 // what the ledger has for it
-	prepacked  bool
-	prepacking bool
-	noPrepack  bool // it failed
-	move       job  // what goes on of activation, deactivation and prepacking
-	why        Reason
-	takes      time.Duration // to activate; 0: not known
-	demand     demand
-	life       uint64 // counts its comings in
-	hung       bool   // the activation was ended for want of progress
-	yields     bool   // begins no run, so that it can leave or others can run
-	hungry     bool   // its next run lacks workspace
-	ends       bool   // begins no run: the session is to be closed when none goes on
-	runsSince  int    // that began since it came in
-	most       int    // rows of a run, after one found too little memory; 0: no bound
-	good       int    // runs since
+	residency residency
+	since     moment // in this residency
+	need      Need
+	measured  int64   // workspace that it was loaded with; need may have a larger one
+	charged   int64   // what the ledger has for it
+	set       Setting // by which it is in
+	changing  bool    // to next
+	next      Setting
+	refused   *Setting // that a change failed to; nil: none has
+	move      job      // what goes on of activation, deactivation and change
+	why       Reason
+	takes     time.Duration // to activate; 0: not known
+	demand    demand
+	life      uint64 // counts its comings in
+	hung      bool   // the activation was ended for want of progress
+	yields    bool   // begins no run, so that it can leave or others can run
+	hungry    bool   // its next run lacks workspace
+	ends      bool   // begins no run: the session is to be closed when none goes on
+	runsSince int    // that began since it came in
+	most      int    // rows of a run, after one found too little memory; 0: no bound
+	good      int    // runs since
 
 	failures int // of activation, in a row
 	failure  error
@@ -94,12 +96,40 @@ func (l *ledger) free() int64 {
 
 // size is what a version is to be charged with once it is in.
 func (l *ledger) size(v *version) int64 {
+	n, h := l.bare(v), &v.home
+	if h.set.Prepack {
+		n += h.need.copies()
+	}
+	if h.changing {
+		n += h.beside(h.next)
+	}
+	return n
+}
+
+// bare is the size of a version without a prepacked copy.
+func (l *ledger) bare(v *version) int64 {
 	n := v.home.need.Weights + v.home.need.Session
 	if l.oversize && v.home.need.Mapped && l.budget > 0 && n > l.budget {
 		n = v.home.need.Session
 	}
-	if v.home.prepacked || v.home.prepacking {
-		n += v.home.need.Prepacked
+	return n
+}
+
+// copies is what prepacked weights take. Where nobody measured that, they are
+// taken to be as large as the others.
+func (n *Need) copies() int64 { return cmp.Or(n.Prepacked, n.Weights) }
+
+// beside is what a version that is in takes more while it is opened anew by a
+// setting.
+func (h *home) beside(next Setting) int64 {
+	n := int64(0)
+	if next.Prepack {
+		if n = h.need.copies(); !h.set.Prepack {
+			return n // its session is small, and takes the place of the other
+		}
+	}
+	if n += h.need.Session; !h.need.Mapped {
+		n += h.need.Weights
 	}
 	return n
 }
@@ -141,22 +171,13 @@ func (c *core) tooLarge(v *version, rows int, budget int64) error {
 	if budget == 0 {
 		return nil
 	}
-	size := c.bare(v)
+	size := c.ledger.bare(v)
 	work, pinned := v.workspace(rows), c.pinnedBeside(v)
 	if size+work+pinned <= budget {
 		return nil
 	}
 	return fmt.Errorf("%s: %w: it needs %d bytes of weights and session and %d of workspace; the budget is %d bytes, of which %d are pinned by other versions",
 		v.id, ErrTooLarge, size, work, budget, pinned)
-}
-
-// bare is the size of a version without a prepacked copy.
-func (c *core) bare(v *version) int64 {
-	size := c.ledger.size(v)
-	if v.home.prepacked || v.home.prepacking {
-		size -= v.home.need.Prepacked
-	}
-	return size
 }
 
 // raise gives a larger estimate of what a version needs beside so many bytes,
@@ -182,7 +203,8 @@ type deactivated struct {
 	err     error
 }
 
-type prepacked struct {
+// changed takes in that a version is open by its next Setting, or why not.
+type changed struct {
 	version *version
 	err     error
 }
@@ -198,9 +220,15 @@ type giveUp struct {
 
 // What the core decides about memory.
 type (
-	startActivate   struct{ version *version }
+	startActivate struct {
+		version *version
+		set     Setting
+	}
 	startDeactivate struct{ version *version }
-	startPrepack    struct{ version *version }
+	startSet        struct {
+		version *version
+		set     Setting
+	}
 )
 
 func (c *core) activated(ev activated) {
@@ -231,9 +259,9 @@ func (c *core) activated(ev activated) {
 	case errors.Is(ev.err, ErrOutOfMemory) && h.failures == 0:
 		// Once more, when others have made room for what it seems to need.
 		h.failures++
-		size := c.bare(v)
+		size := c.ledger.bare(v)
 		h.need.Session += c.raise(v, size, v.workspace(1)) - size
-		c.relieve(c.bare(v))
+		c.relieve(c.ledger.bare(v))
 	case v.trial != nil:
 		c.emit(reply{call: v.trial, err: ev.err})
 		v.trial = nil
@@ -279,7 +307,7 @@ func (c *core) gone(v *version) {
 	h := &v.home
 	if h.residency == resident {
 		h.swaps.left(Lost, h.charged)
-		h.residency, h.since, h.prepacked, h.ends, h.hungry = out, c.now, false, false, false
+		h.residency, h.since, h.set, h.ends, h.hungry = out, c.now, Setting{}, false, false
 		c.charge(v, 0)
 		c.dirty = true
 	}
@@ -311,17 +339,21 @@ func (c *core) refuseAll(v *version, err error) {
 func (c *core) deactivated(ev deactivated) {
 	v := ev.version
 	h := &v.home
-	h.residency, h.since, h.prepacked, h.ends, h.hungry = out, c.now, false, false, false
+	h.residency, h.since, h.set, h.ends, h.hungry = out, c.now, Setting{}, false, false
 	c.charge(v, 0)
 	c.schedule(v)
 }
 
-func (c *core) prepacked(ev prepacked) {
+func (c *core) changed(ev changed) {
 	v := ev.version
 	h := &v.home
-	h.prepacking = false
-	if h.prepacked = ev.err == nil && h.residency == resident; !h.prepacked {
-		h.noPrepack = ev.err != nil
+	h.changing = false
+	switch {
+	case ev.err != nil:
+		refused := h.next
+		h.refused = &refused
+	case h.residency == resident:
+		h.set = h.next
 	}
 	if h.residency == resident {
 		c.charge(v, c.ledger.size(v))
@@ -336,7 +368,7 @@ func (c *core) prepacked(ev prepacked) {
 func (c *core) outOfMemory(v *version, r *run) {
 	h := &v.home
 	h.most, h.good = max(1, r.rows/2), 0
-	h.need.Workspace = max(c.raise(v, h.need.Workspace, c.bare(v)), 1)
+	h.need.Workspace = max(c.raise(v, h.need.Workspace, c.ledger.bare(v)), 1)
 	h.ends = h.residency == resident && r.life == h.life
 	c.end(v)
 	c.relieve(v.workspace(r.rows))
@@ -345,7 +377,7 @@ func (c *core) outOfMemory(v *version, r *run) {
 // end closes a session that is to be closed, as soon as nothing goes on with
 // it.
 func (c *core) end(v *version) {
-	if h := &v.home; h.ends && !c.stopped && len(v.runs) == 0 && h.residency == resident && v.phase != unloading && !h.prepacking {
+	if h := &v.home; h.ends && !c.stopped && len(v.runs) == 0 && h.residency == resident && v.phase != unloading && !h.changing {
 		c.putOut(v, ForMemory)
 	}
 }
@@ -366,8 +398,9 @@ func (c *core) enter(v *version, why Reason) {
 	h := &v.home
 	h.residency, h.since, h.why, h.yields, h.runsSince = entering, c.now, why, false, 0
 	h.life++
+	h.set = Setting{Threads: v.tuning.Threads}
 	c.charge(v, c.ledger.size(v))
-	c.emit(startActivate{v})
+	c.emit(startActivate{v, h.set})
 }
 
 // putOut has a version on which nothing runs leave.

@@ -24,6 +24,12 @@ var (
 	errReplaced = errors.New("version has been replaced")
 )
 
+// same says whether two Specs load the same, whatever was measured of it.
+func (s Spec) same(o Spec) bool {
+	s.Tuning, o.Tuning = Tuning{}, Tuning{}
+	return reflect.DeepEqual(s, o)
+}
+
 // claim gives the id to load a version by. One that takes the place of another
 // has a generation that none has had.
 func (c *core) claim(s Spec, replace bool) (VersionID, error) {
@@ -41,7 +47,7 @@ func (c *core) claim(s Spec, replace bool) (VersionID, error) {
 	case v.phase != ready:
 		return VersionID{}, ErrDraining
 	case replace:
-	case !reflect.DeepEqual(s, v.spec):
+	case !s.same(v.spec):
 		return VersionID{}, errors.New("version is loaded from other files or with other options")
 	default:
 		return VersionID{}, errLoaded
@@ -69,6 +75,8 @@ func (c *core) loaded(ev loaded) {
 	}
 	v := c.versions[ev.id]
 	info := ev.info
+	v.base, v.tuning = info.Options, v.spec.Tuning
+	info.Options = v.tuning.options(v.spec.Options, v.base)
 	v.info, v.home.need, v.home.swaps = &info, info.Need, newSwaps()
 	v.figures = newFigures()
 	o := &v.info.Options
@@ -77,6 +85,7 @@ func (c *core) loaded(ev loaded) {
 		v.levels[i].policy = o.Policy(i + 1)
 	}
 	v.home.measured = v.home.need.Workspace
+	v.predict.expect(v.tuning.points(v.info))
 	if err := c.tooLarge(v, 1, c.ledger.most); err != nil {
 		c.emit(reply{call: ev.call, err: err})
 		return
@@ -104,7 +113,7 @@ func (c *core) open(v *version) {
 // settled says that nothing goes on with the weights of a version.
 func (v *version) settled() bool {
 	h := &v.home
-	return (h.residency == out || h.residency == resident) && !h.prepacking
+	return (h.residency == out || h.residency == resident) && !h.changing
 }
 
 // retire lets a version drain, if it does not do so already.
@@ -177,7 +186,7 @@ func (c *core) inspect(asked *call) reply {
 		h := &v.home
 		s := Status{
 			ID: id, Info: *v.info, Draining: v.phase != ready, Queued: v.queue.len, Figures: v.figures.clone(),
-			Residency: h.residency.String(), Since: c.epoch.Add(h.since), Bytes: h.charged, Need: h.need, Prepacked: h.prepacked, Activation: h.takes, Swaps: h.swaps.clone(),
+			Residency: h.residency.String(), Since: c.epoch.Add(h.since), Bytes: h.charged, Need: h.need, Setting: h.set, Activation: h.takes, Swaps: h.swaps.clone(),
 		}
 		if err := cmp.Or(h.lost, h.failure); err != nil {
 			s.Reason = err.Error()

@@ -24,7 +24,7 @@ import (
 //
 // When nobody waits for room, what is left of it is used ahead of demand: for
 // versions that fit, for those that are expected to be asked for soon, and for
-// prepacked copies of those in use.
+// better settings of those in use: prepacked copies, threads of their own.
 
 const (
 	// maxEntering is how many versions come in at a time: a large one must not
@@ -165,7 +165,7 @@ func (c *core) claims() []*version {
 	for _, v := range c.sorted() {
 		h := &v.home
 		switch {
-		case v.queue.len == 0 || h.prepacking && h.residency == out:
+		case v.queue.len == 0 || h.changing && h.residency == out:
 		case h.residency == out && h.retryAt > c.now:
 			c.look(h.retryAt)
 		case h.residency == out && h.failures > 0 && room: // it has found too little memory before
@@ -209,7 +209,7 @@ func (c *core) grant(moves int) bool {
 			c.schedule(v)
 		case stuck:
 			all = false
-		case h.prepacked && len(v.runs) == 0 && h.charged+needs > c.ledger.budget-c.pinnedBeside(v):
+		case h.set.Prepack && len(v.runs) == 0 && h.charged+needs > c.ledger.budget-c.pinnedBeside(v):
 			c.putOut(v, ForRoom) // with its prepacked copy it leaves no room for its own runs
 			return false
 		case c.evict(v, lacks, patience, r):
@@ -289,7 +289,7 @@ func (c *core) evict(claimant *version, lacks int64, patience moment, r *request
 // nothing runs on it.
 func (v *version) canLeave() bool {
 	h := &v.home
-	return h.residency == resident && v.phase != unloading && !h.prepacking && h.charged > 0
+	return h.residency == resident && v.phase != unloading && !h.changing && h.charged > 0
 }
 
 // inRuns is the workspace of a version's runs.
@@ -407,9 +407,9 @@ func (c *core) shed() {
 
 // ahead uses room that nobody waits for: first for versions that are expected
 // to be asked for soon, for which others may leave that are worth less; then
-// for whatever fits; last for prepacked copies.
+// for whatever fits; last for better settings, such as prepacked copies.
 func (c *core) ahead() {
-	var fits, expected, prepack *version
+	var fits, expected, change *version
 	var soonest moment = never
 	for _, v := range c.sorted() {
 		h := &v.home
@@ -426,11 +426,11 @@ func (c *core) ahead() {
 			if c.ledger.size(v) <= c.ledger.free() && (fits == nil || h.demand.rate(c.now) > fits.home.demand.rate(c.now)) {
 				fits = v
 			}
-		case h.residency == resident && !h.prepacked && !h.prepacking && !h.noPrepack && h.need.Prepacked > 0 && h.runsSince >= prepackAfter &&
-			v.phase == ready && h.need.Prepacked+v.workspace(v.info.Options.MaxBatchSize) <= c.ledger.free() && (prepack == nil || h.demand.rate(c.now) > prepack.home.demand.rate(c.now)):
-			prepack = v
-		case h.prepacking:
+		case h.changing:
 			return // one at a time, and nothing ahead of demand beside it
+		case h.residency == resident && v.phase == ready && v.better() != h.set && h.beside(v.better())+v.workspace(v.info.Options.MaxBatchSize) <= c.ledger.free() &&
+			(change == nil || h.demand.rate(c.now) > change.home.demand.rate(c.now)):
+			change = v
 		}
 	}
 	switch {
@@ -439,12 +439,35 @@ func (c *core) ahead() {
 		c.look(c.now + expected.ahead()/2) // it may become so
 	case fits != nil:
 		c.enter(fits, ForRoom)
-	case prepack != nil:
-		h := &prepack.home
-		h.prepacking = true
-		c.charge(prepack, c.ledger.size(prepack))
-		c.emit(startPrepack{prepack})
+	case change != nil:
+		h := &change.home
+		h.changing, h.next = true, change.better()
+		c.charge(change, c.ledger.size(change))
+		c.emit(startSet{change, h.next})
 	}
+}
+
+// better is the setting that a version which is in should have: the threads
+// that it was measured with, and prepacked weights where those make runs
+// faster and there were some. It is the one that it has where the other could
+// not be had.
+func (v *version) better() Setting {
+	h := &v.home
+	set := Setting{Threads: v.tuning.Threads, Prepack: v.worthPrepacking() && (h.set.Prepack || h.runsSince >= prepackAfter)}
+	if h.refused != nil && *h.refused == set {
+		return h.set
+	}
+	return set
+}
+
+// worthPrepacking says whether prepacked weights make the runs of a version
+// faster: as was found when it was compiled, or measured since. What is not
+// mapped cannot have them apart.
+func (v *version) worthPrepacking() bool {
+	if p := v.tuning.Prepack; p != nil {
+		return *p && (v.home.need.Mapped || v.home.need.Prepacked > 0)
+	}
+	return v.home.need.Prepacked > 0
 }
 
 // worth brings a version in that is expected to be asked for, or has others

@@ -105,7 +105,7 @@ func (c *crowd) String() string {
 	for _, v := range c.core.sorted() {
 		h := &v.home
 		fmt.Fprintf(&b, "%s: phase %d, %s, need %+v, charged %d, pinned %v, prepacked %v (now: %v), yields %v, hungry %v, ends %v, %d run, %d wait\n",
-			v.id, v.phase, h.residency, h.need, h.charged, v.info.Options.Pinned, h.prepacked, h.prepacking, h.yields, h.hungry, h.ends, len(v.runs), v.queue.len)
+			v.id, v.phase, h.residency, h.need, h.charged, v.info.Options.Pinned, h.set.Prepack, h.changing, h.yields, h.hungry, h.ends, len(v.runs), v.queue.len)
 	}
 	return b.String()
 }
@@ -499,8 +499,8 @@ func TestPrepack(t *testing.T) {
 		c.ask(2*time.Second+time.Duration(i)*time.Second, 0)
 	}
 	c.run(20 * time.Second)
-	if !c.version(0).home.prepacked || c.version(1).home.prepacked || c.version(0).home.charged != 160 {
-		t.Errorf("prepacked: %v and %v, charged %d", c.version(0).home.prepacked, c.version(1).home.prepacked, c.version(0).home.charged)
+	if !c.version(0).home.set.Prepack || c.version(1).home.set.Prepack || c.version(0).home.charged != 160 {
+		t.Errorf("prepacked: %v and %v, charged %d", c.version(0).home.set.Prepack, c.version(1).home.set.Prepack, c.version(0).home.charged)
 	}
 }
 

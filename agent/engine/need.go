@@ -9,7 +9,7 @@ type Need struct {
 	Weights int64
 	// Session is what else an activated version takes, whether it runs or not.
 	Session int64
-	// Prepacked is what Prepack adds; 0 where it does not make runs faster.
+	// Prepacked is what Setting.Prepack adds; 0 where it does not make runs faster.
 	Prepacked int64
 	// Workspace is what a run takes, for each of its rows.
 	Workspace int64

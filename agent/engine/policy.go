@@ -42,7 +42,9 @@ type version struct {
 	id       VersionID // of its generation
 	spec     Spec      // as it was asked for
 	phase    phase
-	info     *Info   // never changed once it is published
+	info     *Info           // never changed once it is published
+	base     serving.Options // before tuning
+	tuning   Tuning
 	levels   []level // of priority, the highest first
 	queue    queue
 	runs     []*run // in progress
@@ -199,6 +201,7 @@ func (v *version) admit(r *request, now moment) error {
 		reserve += min(wait, times(takes, slowRuns*(v.predict.worst-1))) + overrun
 	}
 	if r.latest < start+reserve {
+		v.predict.refuses(now)
 		return v.expired(r, start, reserve, now)
 	}
 	return nil

@@ -21,6 +21,12 @@ const (
 	// saving is by how much cheaper for each byte a run must become for it to
 	// be worth its being larger.
 	saving = 0.04
+	// Until trustedRuns have ended, what was measured before takes part in the
+	// estimate, in proportion to the median of how the runs compare with it and
+	// of priorRuns that do not differ from it. Of its points maxPrior count.
+	trustedRuns = 8
+	priorRuns   = 3
+	maxPrior    = 16
 	// costLimit bounds what one request adds to a predicted wait, so that the
 	// sum over the longest queues stays a duration.
 	costLimit = 4 * time.Minute
@@ -32,18 +38,67 @@ const (
 // two groups: through the medians of the smaller and of the larger runs.
 // Unlike a mean and its deviation (RFC 6298) it ignores a cold first run and
 // the odd slow one. Until runs of different sizes have been seen, smaller ones
-// are taken to last as long, and larger ones in proportion.
+// are taken to last as long, and larger ones in proportion. What was measured
+// before the first run gives it a line to begin with, see expect.
 type predictor struct {
 	sizes, times [window]float64 // rings
 	runs         int             // observed in all
 	last         moment          // end of the latest
 
-	fixed, each, least float64
-	shaped             bool // runs of different sizes have been seen
+	prior  []sample // what was measured before
+	before line     // through those
+	doubt  moment   // of the first refusal; 0: none
+
+	line
+	shaped bool // runs of different sizes have been seen, or were measured before
 	// high is how many times the estimate a run may well take: the third
 	// highest such ratio of a full window, the second highest of a smaller one.
 	// worst is that of the worst run of all, fading.
 	high, worst float64
+}
+
+// sample is the run time of so many bytes of input.
+type sample struct{ size, seconds float64 }
+
+// line is an estimate: max(least, fixed + each*size) seconds.
+type line struct{ fixed, each, least float64 }
+
+// expect has the estimate begin with what was measured before; where there have
+// been runs, it tells only what those do not.
+func (p *predictor) expect(points []sample) {
+	p.prior = nil
+	if len(points) == 0 {
+		if p.runs == 0 {
+			*p = predictor{}
+		}
+		return
+	}
+	for i := range min(len(points), maxPrior) { // the first, the last, and those evenly between
+		p.prior = append(p.prior, points[i*(len(points)-1)/max(min(len(points), maxPrior)-1, 1)])
+	}
+	if p.runs == 0 {
+		p.worst = worstRatio
+	}
+	// As if there were only these.
+	own := *p
+	p.runs, p.shaped = 0, false
+	p.fit()
+	p.before = p.line
+	p.runs, p.high = own.runs, own.high
+	p.fit()
+}
+
+// drift is by how much runs differ from what was measured before.
+func (p *predictor) drift(n int) float64 {
+	var room [priorRuns + trustedRuns]float64
+	ratios := room[:0]
+	for range priorRuns {
+		ratios = append(ratios, 1)
+	}
+	for i := range n {
+		ratios = append(ratios, p.times[i]/max(p.before.seconds(p.sizes[i]), 1e-9))
+	}
+	return median(ratios)
 }
 
 // observe adds a run and says whether the estimate has moved by more than a
@@ -70,6 +125,14 @@ func differ(a, b time.Duration) bool { return (a - b).Abs() > a/16 }
 func (p *predictor) fit() {
 	n := min(p.runs, window)
 	sizes, times := p.sizes[:n], p.times[:n]
+	if n < trustedRuns && len(p.prior) > 0 {
+		var room [2][trustedRuns + maxPrior]float64
+		sizes, times = append(room[0][:0], sizes...), append(room[1][:0], times...)
+		drift := p.drift(n)
+		for _, s := range p.prior {
+			sizes, times = append(sizes, s.size), append(times, drift*s.seconds)
+		}
+	}
 	low, high := slices.Min(sizes), slices.Max(sizes)
 	switch {
 	case high > 1.25*low && p.fitLine(sizes, times, (low+high)/2):
@@ -78,7 +141,7 @@ func (p *predictor) fit() {
 		for i := range sizes {
 			ratios[i] = p.ratio(sizes[i], times[i])
 		}
-		ratio := median(ratios[:n])
+		ratio := median(ratios[:len(sizes)])
 		p.fixed *= ratio
 		p.each *= ratio
 		p.least *= ratio
@@ -87,15 +150,15 @@ func (p *predictor) fit() {
 		p.each = p.least / max(median(sizes), 1)
 	}
 	var top [3]float64 // highest ratios
-	for i := range sizes {
-		ratio := p.ratio(sizes[i], times[i])
+	for i := range n {
+		ratio := p.ratio(p.sizes[i], p.times[i])
 		for k := range top {
 			if ratio > top[k] {
 				ratio, top[k] = top[k], ratio
 			}
 		}
 	}
-	p.high = max(1, top[min(n-1, 1+n/window)])
+	p.high = max(1, top[max(0, min(n-1, 1+n/window))])
 }
 
 // fitLine puts the line through the medians of the runs up to the size middle,
@@ -136,17 +199,28 @@ func (p *predictor) ratio(size, seconds float64) float64 {
 	return seconds / max(p.seconds(size), 1e-9)
 }
 
-func (p *predictor) seconds(size float64) float64 {
-	return max(p.least, p.fixed+p.each*size)
+func (l *line) seconds(size float64) float64 {
+	return max(l.least, l.fixed+l.each*size)
 }
 
 // known says whether there is an estimate at all.
-func (p *predictor) known() bool { return p.runs > 0 }
+func (p *predictor) known() bool { return p.runs > 0 || len(p.prior) > 0 }
 
 // doubtful says that the estimate is not worth refusing a request for which
-// could run at once.
+// could run at once. What was measured before stands in for the first few
+// runs, until requests have been refused for its sake for a while.
 func (p *predictor) doubtful(now moment) bool {
-	return p.runs < fewRuns || now-p.last > staleAfter
+	if p.runs >= fewRuns {
+		return now-p.last > staleAfter
+	}
+	return len(p.prior) == 0 || p.doubt > 0 && now-p.doubt > staleAfter
+}
+
+// refuses takes note that a request was refused because of the estimate.
+func (p *predictor) refuses(now moment) {
+	if p.doubt == 0 {
+		p.doubt = now
+	}
 }
 
 // mean is how long a run of this size takes; 0 where that is not known.

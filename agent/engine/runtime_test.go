@@ -16,9 +16,9 @@ import (
 // still is that part of a Runtime whose weights come and go at once.
 type still struct{}
 
-func (still) Activate(context.Context, VersionID) (Need, error) { return Need{}, nil }
-func (still) Prepack(context.Context, VersionID) error          { return nil }
-func (still) Deactivate(context.Context, VersionID) error       { return nil }
+func (still) Activate(context.Context, VersionID, Setting) (Need, error) { return Need{}, nil }
+func (still) Set(context.Context, VersionID, Setting) error              { return nil }
+func (still) Deactivate(context.Context, VersionID) error                { return nil }
 
 // runtime is a Runtime that takes a second for everything, and gives back what
 // it got as output "y", and its first byte as output "z".

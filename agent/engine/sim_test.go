@@ -25,6 +25,7 @@ type simulation struct {
 	ends        func(*run) error // how a run ends
 	interrupted func(interrupt)
 	hangs       func(*version) bool // its activation never ends
+	refuses     error               // of a change of setting
 	alarms      int                 // the number of the latest wake
 }
 
@@ -126,8 +127,11 @@ func (s *simulation) step(ev event) {
 			s.at(s.now+s.enters/10, func() event { return deactivated{f.version, nil} })
 		case startUnload:
 			s.at(s.now+s.enters/10, func() event { return unloaded{f.version.id, nil} })
-		case startPrepack:
-			s.at(s.now+10*s.enters, func() event { return prepacked{f.version, nil} })
+		case startSet:
+			if s.moved != nil {
+				s.moved(f)
+			}
+			s.at(s.now+10*s.enters, func() event { return changed{f.version, s.refuses} })
 		case answer:
 			if s.answered != nil {
 				s.answered(f.request)

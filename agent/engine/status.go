@@ -22,7 +22,7 @@ type Status struct {
 	Since      time.Time
 	Bytes      int64
 	Need       Need
-	Prepacked  bool
+	Setting    Setting
 	Activation time.Duration
 	Reason     string // why it could not come in; "": it could
 	Swaps      Swaps

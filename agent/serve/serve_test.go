@@ -31,11 +31,11 @@ var adderInfo = engine.Info{
 	Outputs: []tensor.Info{{Name: "y", Type: tensor.Uint8, Shape: []int64{-1}}},
 }
 
-func (a adder) Load(context.Context, engine.Spec) (engine.Info, error) { return adderInfo, nil }
-func (a adder) Unload(context.Context, engine.VersionID) error         { return nil }
-func (a adder) Prepack(context.Context, engine.VersionID) error        { return nil }
-func (a adder) Deactivate(context.Context, engine.VersionID) error     { return nil }
-func (a adder) Activate(context.Context, engine.VersionID) (engine.Need, error) {
+func (a adder) Load(context.Context, engine.Spec) (engine.Info, error)      { return adderInfo, nil }
+func (a adder) Unload(context.Context, engine.VersionID) error              { return nil }
+func (a adder) Set(context.Context, engine.VersionID, engine.Setting) error { return nil }
+func (a adder) Deactivate(context.Context, engine.VersionID) error          { return nil }
+func (a adder) Activate(context.Context, engine.VersionID, engine.Setting) (engine.Need, error) {
 	return engine.Need{}, nil
 }
 func (a adder) Run(_ context.Context, id engine.VersionID, requests [][]tensor.Tensor, _ []string) (engine.Outcome, error) {

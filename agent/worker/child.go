@@ -295,6 +295,9 @@ func (c *sessions) activate(ctx context.Context, m *message) (*message, error) {
 	if n != 1 && n != 2 {
 		return nil, fmt.Errorf("%w: activate has %d strings", errMalformed, n)
 	}
+	if m.threads > ort.MaxThreads {
+		return nil, fmt.Errorf("%w: activate has %d threads, allowed are 0 to %d", errMalformed, m.threads, ort.MaxThreads)
+	}
 	if c.opening != nil {
 		c.opening(m.strings[n-1], false)
 		defer c.opening(m.strings[n-1], true)
@@ -306,12 +309,14 @@ func (c *sessions) activate(ctx context.Context, m *message) (*message, error) {
 	start := time.Now()
 	var s *ort.Session
 	var err error
-	if n == 1 && m.number == 1 {
-		aside(func() { s, err = ort.OpenCompiled(ctx, m.strings[0], ort.Setting{Prepack: true}) })
-	} else if n == 1 {
-		s, err = ort.OpenCompiled(ctx, m.strings[0], ort.Setting{})
-	} else {
-		s, err = ort.Open(ctx, m.strings[0], m.strings[1], ort.Setting{})
+	set := ort.Setting{Threads: int(m.threads), Prepack: m.number == 1}
+	switch {
+	case n == 2:
+		s, err = ort.Open(ctx, m.strings[0], m.strings[1], set)
+	case set.Prepack && set.Threads <= 1: // others that it begins would give way for ever
+		aside(func() { s, err = ort.OpenCompiled(ctx, m.strings[0], set) })
+	default:
+		s, err = ort.OpenCompiled(ctx, m.strings[0], set)
 	}
 	if err != nil {
 		return nil, err

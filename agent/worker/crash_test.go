@@ -112,7 +112,7 @@ func TestFault(t *testing.T) {
 	if _, err := one(t.Context(), w, bad.ID, x, nil); !errors.Is(err, engine.ErrQuarantined) || !strings.Contains(err.Error(), "segmentation fault") {
 		t.Errorf("run in quarantine: %v", err)
 	}
-	if _, err := w.Activate(t.Context(), bad.ID); !errors.Is(err, engine.ErrQuarantined) {
+	if _, err := w.Activate(t.Context(), bad.ID, engine.Setting{}); !errors.Is(err, engine.ErrQuarantined) {
 		t.Errorf("activated in quarantine: %v", err)
 	}
 	stop()
@@ -130,7 +130,7 @@ func TestAbort(t *testing.T) {
 	}
 	stop := others(t, w)
 	defer stop()
-	if _, err := w.Activate(t.Context(), bad.ID); !errors.Is(err, engine.ErrQuarantined) {
+	if _, err := w.Activate(t.Context(), bad.ID, engine.Setting{}); !errors.Is(err, engine.ErrQuarantined) {
 		t.Error(err)
 	}
 	e.check(t, 2, "signal: aborted", bad.ID)

@@ -18,7 +18,7 @@ func TestRebuildLeavesNewcomersAlone(t *testing.T) {
 	a.ID.Model, b.ID.Model = "a", "b"
 	for _, s := range []engine.Spec{a, b} {
 		activate(t, w, s)
-		if err := w.Prepack(t.Context(), s.ID); err != nil {
+		if err := w.Set(t.Context(), s.ID, engine.Setting{Prepack: true}); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -28,15 +28,15 @@ func TestRebuildLeavesNewcomersAlone(t *testing.T) {
 	if err := w.Deactivate(t.Context(), b.ID); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := w.Activate(t.Context(), b.ID); err != nil {
+	if _, err := w.Activate(t.Context(), b.ID, engine.Setting{}); err != nil {
 		t.Fatal(err)
 	}
-	if err := w.prepackVersion(t.Context(), b.ID, true); err != nil {
+	if err := w.prepackAgain(t.Context(), b.ID); err != nil {
 		t.Fatal(err)
 	}
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	if vb.prepacked {
+	if vb.set.Prepack {
 		t.Error("b was activated only, and is prepacked")
 	}
 }
@@ -46,10 +46,10 @@ func TestRebuildLeavesNewcomersAlone(t *testing.T) {
 func TestDeactivateWithoutChild(t *testing.T) {
 	w := New(Config{})
 	id := of("a")
-	v := &version{spec: engine.Spec{ID: id}, active: true, prepacked: true, lane: make(chan struct{}, 1)}
+	v := &version{spec: engine.Spec{ID: id}, active: true, set: engine.Setting{Threads: 2, Prepack: true}, lane: make(chan struct{}, 1)}
 	w.loaded[id] = v
 	w.failure = errors.New("three stillborn children")
-	if err := w.Deactivate(t.Context(), id); !errors.Is(err, engine.ErrUnavailable) || v.active || v.prepacked {
+	if err := w.Deactivate(t.Context(), id); !errors.Is(err, engine.ErrUnavailable) || v.active || v.set != (engine.Setting{}) {
 		t.Errorf("%v; active %v", err, v.active)
 	}
 	if err := w.Unload(t.Context(), id); err != nil || w.loaded[id] != nil {

@@ -165,7 +165,7 @@ func load(t testing.TB, w *Worker, entry string) (engine.VersionID, engine.Info)
 	if err != nil {
 		t.Fatal(err)
 	}
-	if _, err := w.Activate(t.Context(), s.ID); err != nil {
+	if _, err := w.Activate(t.Context(), s.ID, engine.Setting{}); err != nil {
 		t.Fatal(err)
 	}
 	return s.ID, info

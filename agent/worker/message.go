@@ -20,8 +20,9 @@ const (
 	// in JSON; number = threads.
 	kindInit kind = iota + 1
 	// kindActivate opens a model as session: strings = folder, entry; or
-	// strings = compiled file, and number = 1 has its weights prepacked. With
-	// folder, entry, number = inPool puts them into a pool of memory addresses.
+	// strings = compiled file, and number = 1 has its weights prepacked; threads
+	// as in ort.Setting. With folder, entry, number = inPool puts them into a
+	// pool of memory addresses.
 	kindActivate
 	// kindDeactivate closes session, and its pool.
 	kindDeactivate
@@ -69,6 +70,7 @@ type message struct {
 	session         uint64
 	number          uint64
 	memory          uint64 // bytes that the child grew by, apart from what is mapped
+	threads         uint64
 	strings         []string
 	inputs, outputs []tensor.Info
 }
@@ -84,7 +86,7 @@ func (m *message) encode() []byte {
 	if m.batch {
 		b[1] = 1
 	}
-	for _, n := range []uint64{m.seq, m.session, m.number, m.memory} {
+	for _, n := range []uint64{m.seq, m.session, m.number, m.memory, m.threads} {
 		b = binary.AppendUvarint(b, n)
 	}
 	b = binary.AppendUvarint(b, uint64(len(m.strings)))
@@ -130,7 +132,7 @@ func decode(b []byte) (*message, error) {
 		return nil, fmt.Errorf("%w: kind %d", errMalformed, m.kind)
 	}
 	m.batch = batch == 1
-	for _, n := range []*uint64{&m.seq, &m.session, &m.number, &m.memory} {
+	for _, n := range []*uint64{&m.seq, &m.session, &m.number, &m.memory, &m.threads} {
 		*n = d.uvarint()
 	}
 	for range d.count() {

@@ -15,6 +15,7 @@ import (
 var messages = []*message{
 	{kind: kindInit, seq: 1, number: 2, strings: []string{"/lib/libonnxruntime.so"}},
 	{kind: kindActivate, seq: 2, session: 3, strings: []string{"/models/digits", "model.onnx"}},
+	{kind: kindActivate, seq: 3, session: 4, number: 1, threads: 2, strings: []string{"/cache/model.ort"}},
 	{kind: kindDone, seq: math.MaxUint64, number: 123456, memory: 1 << 40, batch: true,
 		inputs:  []tensor.Info{{Name: "x", Type: tensor.Bool, Shape: []int64{-1, math.MaxInt64}}},
 		outputs: []tensor.Info{{Name: "any", Type: tensor.Float32}, {Name: "scalar", Type: tensor.Int8, Shape: []int64{}}}},

@@ -87,7 +87,7 @@ func (p *process) fill(ctx context.Context, v *version, s *session) (need engine
 	if quiet && p.quiet() {
 		host = int64(min(m.memory, math.MaxInt64/2))
 	}
-	s.pooled, s.prepacked = true, true
+	s.pooled = true
 	s.host = host + min(h.Image, math.MaxInt64/2)
 	s.need = engine.Need{Weights: h.Weights, Session: h.Session, Workspace: v.info.Need.Workspace, Measured: true}
 	return s.need, nil
@@ -95,13 +95,13 @@ func (p *process) fill(ctx context.Context, v *version, s *session) (need engine
 
 // comeIn brings a version's weights in: back into the pool of its session
 // where that has stayed, or with a new one.
-func (w *Worker) comeIn(ctx context.Context, u use) (*session, engine.Need, error) {
+func (w *Worker) comeIn(ctx context.Context, u use, set engine.Setting) (*session, engine.Need, error) {
 	v, p := u.version, u.process
 	w.mu.Lock()
 	s := v.warm
 	w.mu.Unlock()
 	if s == nil {
-		return w.open(ctx, u, false)
+		return w.open(ctx, u, set)
 	}
 	_, err := p.call(ctx, v.spec.ID, &message{kind: kindIn, session: s.number})
 	if err == nil {
@@ -115,7 +115,7 @@ func (w *Worker) comeIn(ctx context.Context, u use) (*session, engine.Need, erro
 	}
 	w.cfg.Log.Warn("weights do not come back in place; the model is opened anew", "model", v.spec.ID.Model, "version", v.spec.ID.Version, "error", err)
 	_ = w.drop(u) // what the driver does not take back now is tried again
-	return w.open(ctx, u, false)
+	return w.open(ctx, u, set)
 }
 
 // goOut has the weights of a session leave its pool, which no run can begin

@@ -130,7 +130,7 @@ func TestPooledResidency(t *testing.T) {
 			if n := info.Need; err != nil || n.Mapped || n.Prepacked != 0 || n.Weights < granule {
 				t.Fatalf("loaded as %+v, %v", info, err)
 			}
-			need, err := w.Activate(t.Context(), s.ID)
+			need, err := w.Activate(t.Context(), s.ID, engine.Setting{})
 			must(t, err)
 			session, _ := poolSessions(w, s.ID)
 			if n := read(t, dir).Count.Mapped; n == 0 || need != (engine.Need{Weights: n, Measured: true}) || session == nil || session.host == 0 {
@@ -149,8 +149,8 @@ func TestPooledResidency(t *testing.T) {
 				}
 			}
 			run("activated")
-			must(t, w.Prepack(t.Context(), s.ID))
-			if again, err := w.Activate(t.Context(), s.ID); err != nil || again != need {
+			must(t, w.Set(t.Context(), s.ID, engine.Setting{Prepack: true}))
+			if again, err := w.Activate(t.Context(), s.ID, engine.Setting{}); err != nil || again != need {
 				t.Errorf("activated twice: %+v, %v", again, err)
 			}
 			out := func() {
@@ -168,7 +168,7 @@ func TestPooledResidency(t *testing.T) {
 				if in, warm := poolSessions(w, s.ID); in != nil || warm != session {
 					t.Errorf("out: %+v, %+v", in, warm)
 				}
-				if again, err := w.Activate(t.Context(), s.ID); err != nil || again != need || read(t, dir).Count.Mapped != need.Weights {
+				if again, err := w.Activate(t.Context(), s.ID, engine.Setting{}); err != nil || again != need || read(t, dir).Count.Mapped != need.Weights {
 					t.Errorf("activated again: %+v, %v", again, err)
 				}
 				if in, warm := poolSessions(w, s.ID); in != session || warm != nil {
@@ -189,7 +189,7 @@ func TestPooledResidency(t *testing.T) {
 			if _, warm := poolSessions(w, s.ID); warm != nil {
 				t.Errorf("a new child has %+v", warm)
 			}
-			_, err = w.Activate(t.Context(), s.ID)
+			_, err = w.Activate(t.Context(), s.ID, engine.Setting{})
 			must(t, err)
 			run("out at a death")
 			out()
@@ -208,7 +208,7 @@ func TestPooledResidency(t *testing.T) {
 func activateOnly(t testing.TB, w *Worker, s engine.Spec) error {
 	_, err := w.Load(t.Context(), s)
 	if err == nil {
-		_, err = w.Activate(t.Context(), s.ID)
+		_, err = w.Activate(t.Context(), s.ID, engine.Setting{})
 	}
 	return err
 }
@@ -311,7 +311,7 @@ func TestPooledSequences(t *testing.T) {
 			if r.IntN(4) == 0 {
 				go cancel()
 			}
-			_, err := w.Activate(ctx, v.ID)
+			_, err := w.Activate(ctx, v.ID, engine.Setting{})
 			cancel()
 			switch {
 			case err == nil:
@@ -440,13 +440,13 @@ func TestPoolTooSmall(t *testing.T) {
 	activate(t, w, first)
 	_, err := w.Load(t.Context(), second)
 	must(t, err)
-	if _, err := w.Activate(t.Context(), second.ID); !errors.Is(err, engine.ErrOutOfMemory) || !strings.Contains(err.Error(), "8388608") {
+	if _, err := w.Activate(t.Context(), second.ID, engine.Setting{}); !errors.Is(err, engine.ErrOutOfMemory) || !strings.Contains(err.Error(), "8388608") {
 		t.Errorf("%v", err)
 	}
 	must(t, w.Deactivate(t.Context(), first.ID))
-	need, err := w.Activate(t.Context(), second.ID)
+	need, err := w.Activate(t.Context(), second.ID, engine.Setting{})
 	must(t, err)
-	if _, err := w.Activate(t.Context(), first.ID); !errors.Is(err, engine.ErrOutOfMemory) {
+	if _, err := w.Activate(t.Context(), first.ID, engine.Setting{}); !errors.Is(err, engine.ErrOutOfMemory) {
 		t.Errorf("into a full device: %v", err)
 	}
 	if n := read(t, dir).Count.Mapped; n != need.Weights {
@@ -479,7 +479,7 @@ func TestSpent(t *testing.T) {
 		if c := read(t, dir).Count; c.Reservations != n {
 			t.Errorf("%d times out: %+v", n+1, c)
 		}
-		_, err := w.Activate(t.Context(), id)
+		_, err := w.Activate(t.Context(), id, engine.Setting{})
 		must(t, err)
 	}
 }
@@ -555,7 +555,7 @@ func TestPoolProtocol(t *testing.T) {
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()
 	must(t, w.Deactivate(t.Context(), s.ID))
-	if _, err := w.Activate(ctx, s.ID); !errors.Is(err, context.Canceled) {
+	if _, err := w.Activate(ctx, s.ID, engine.Setting{}); !errors.Is(err, context.Canceled) {
 		t.Errorf("cancelled: %v", err)
 	}
 	must(t, ask(kindDeactivate, in.number))

@@ -31,14 +31,14 @@ type version struct {
 	lane  chan struct{} // holds one while what it has open in the child changes
 
 	// Guarded by Worker.mu.
-	enough    context.CancelFunc // ends the prepacking that goes on; nil for none
-	active    bool               // every child is to have it open
-	prepacked bool               // with its weights prepacked
-	session   *session           // that it runs on, in the child that is ready; nil for none
-	warm      *session           // that has stayed there while its weights are out of its pool
-	out       uint64             // Worker.outs when they left
-	failure   error              // of an active one that the child could not open
-	guilt     guilt
+	enough  context.CancelFunc // ends the prepacking that goes on; nil for none
+	active  bool               // every child is to have it open
+	set     engine.Setting     // by which they are to
+	session *session           // that it runs on, in the child that is ready; nil for none
+	warm    *session           // that has stayed there while its weights are out of its pool
+	out     uint64             // Worker.outs when they left
+	failure error              // of an active one that the child could not open
+	guilt   guilt
 
 	unpooled atomic.Pointer[process] // the child that could not open it in a pool
 
@@ -51,8 +51,9 @@ type version struct {
 
 // session is one that the child has open for a version.
 type session struct {
-	number    uint64
-	prepacked bool
+	number uint64
+	set    engine.Setting
+	bound  bool // it is prepacked, or is not, whatever set says
 
 	// Of one with its weights in a pool: that it is, what it takes there, and
 	// its bytes on the host.
@@ -167,11 +168,13 @@ func (w *Worker) remove(v *version) {
 	v.active, v.session, v.warm = false, nil, nil
 }
 
-// Activate has a version be open in this child and all that follow, and gives
-// what it takes there. engine.ErrOutOfMemory says that there was no room. A
-// death of the child meanwhile is like one of Run.
-func (w *Worker) Activate(ctx context.Context, id engine.VersionID) (engine.Need, error) {
+// Activate has a version be open in this child and all that follow, with the
+// threads of a setting, and gives what it takes there; one that is open already
+// stays as it is. engine.ErrOutOfMemory says that there was no room. A death of
+// the child meanwhile is like one of Run.
+func (w *Worker) Activate(ctx context.Context, id engine.VersionID, set engine.Setting) (engine.Need, error) {
 	var need engine.Need
+	set.Prepack = false
 	err := w.change(ctx, id, func(u use) error {
 		v := u.version
 		w.mu.Lock()
@@ -183,12 +186,12 @@ func (w *Worker) Activate(ctx context.Context, id engine.VersionID) (engine.Need
 			}
 			return w.commit(u, func() { v.active = true })
 		}
-		s, taken, err := w.comeIn(ctx, u)
+		s, taken, err := w.comeIn(ctx, u, set)
 		if err != nil {
 			return err
 		}
 		need = taken
-		return w.commit(u, func() { v.active, v.session, v.warm, v.failure = true, s, nil, nil })
+		return w.commit(u, func() { v.active, v.set, v.session, v.warm, v.failure = true, set, s, nil, nil })
 	})
 	if err == nil {
 		w.cool(ctx)
@@ -196,38 +199,39 @@ func (w *Worker) Activate(ctx context.Context, id engine.VersionID) (engine.Need
 	return need, err
 }
 
-// Prepack has a version's weights be laid out anew in this child and all that
-// follow, which makes the runs of some faster. It goes on running meanwhile.
-// The version must be active; one that was not compiled is prepacked already.
-func (w *Worker) Prepack(ctx context.Context, id engine.VersionID) error {
-	return w.prepackVersion(ctx, id, false)
+// Set has a version run by a setting in this child and all that follow: with
+// so many threads, with its weights laid out anew or as they are in the file.
+// It goes on running meanwhile. The version must be active. One that was not
+// compiled is prepacked in any case, and one in a pool runs as the device does.
+func (w *Worker) Set(ctx context.Context, id engine.VersionID, set engine.Setting) error {
+	return w.reset(ctx, id, func(*version) engine.Setting { return set })
 }
 
-// prepackVersion is Prepack or, with again, leaves a version alone that was not
-// prepacked before: it has left meanwhile, and come back.
-func (w *Worker) prepackVersion(ctx context.Context, id engine.VersionID, again bool) error {
+// prepackAgain is Set for a version that is to be prepacked, and not so yet in
+// this child. It leaves one alone that has left meanwhile, and come back.
+func (w *Worker) prepackAgain(ctx context.Context, id engine.VersionID) error {
+	return w.reset(ctx, id, func(v *version) engine.Setting { return v.set })
+}
+
+// reset is Set for what which gives, which is called with mu held.
+func (w *Worker) reset(ctx context.Context, id engine.VersionID, which func(*version) engine.Setting) error {
 	return w.change(ctx, id, func(u use) error {
-		w.mu.Lock()
-		before := u.version.prepacked
-		w.mu.Unlock()
-		if again && !before {
-			return nil
-		}
 		ctx, cancel := context.WithCancel(ctx)
 		defer cancel()
-		w.setEnough(u.version, cancel)
-		defer w.setEnough(u.version, nil)
-		return w.prepack(ctx, u)
+		w.mu.Lock()
+		set := which(u.version)
+		u.version.enough = cancel
+		w.mu.Unlock()
+		defer func() {
+			w.mu.Lock()
+			defer w.mu.Unlock()
+			u.version.enough = nil
+		}()
+		return w.switchOver(ctx, u, set)
 	})
 }
 
-func (w *Worker) setEnough(v *version, f context.CancelFunc) {
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	v.enough = f
-}
-
-// leave ends the prepacking of a version that is about to go out.
+// leave ends the Set of a version that is about to go out.
 func (w *Worker) leave(id engine.VersionID) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -236,7 +240,9 @@ func (w *Worker) leave(id engine.VersionID) {
 	}
 }
 
-func (w *Worker) prepack(ctx context.Context, u use) error {
+// switchOver opens a version by a setting beside the session that it has, and
+// has runs go over to that one.
+func (w *Worker) switchOver(ctx context.Context, u use, set engine.Setting) error {
 	v := u.version
 	w.mu.Lock()
 	before := v.session
@@ -244,22 +250,27 @@ func (w *Worker) prepack(ctx context.Context, u use) error {
 	if before == nil {
 		return fmt.Errorf("%w: its weights are out", engine.ErrNotLoaded)
 	}
-	if before.prepacked {
-		return nil
+	if before.is(set) {
+		return w.commit(u, func() { v.set = set })
 	}
-	s, _, err := w.open(ctx, u, true)
+	s, _, err := w.open(ctx, u, set)
 	if err != nil {
 		return err
 	}
-	if err := w.commit(u, func() { v.session, v.prepacked = s, true }); err != nil {
+	if err := w.commit(u, func() { v.session, v.set = s, set }); err != nil {
 		return err
 	}
 	return w.close(u.process, v, before)
 }
 
+// is says whether a session that is opened by a setting would be no other.
+func (s *session) is(set engine.Setting) bool {
+	return s.pooled || s.set.Threads == set.Threads && (s.bound || s.set.Prepack == set.Prepack)
+}
+
 // Deactivate closes a version in this child and all that follow, when the
 // runs that go on are over, and gives its memory back to the system; one in a
-// pool gives the device's back, and stays open. A Prepack that goes on ends
+// pool gives the device's back, and stays open. A Set that goes on ends
 // with context.Canceled.
 func (w *Worker) Deactivate(ctx context.Context, id engine.VersionID) error {
 	w.leave(id)
@@ -267,7 +278,7 @@ func (w *Worker) Deactivate(ctx context.Context, id engine.VersionID) error {
 	if err != nil && !errors.Is(err, engine.ErrNotLoaded) {
 		w.mu.Lock()
 		if v := w.loaded[id]; v != nil { // no child to come is to have it
-			v.active, v.prepacked = false, false
+			v.active, v.set = false, engine.Setting{}
 		}
 		w.mu.Unlock()
 	}
@@ -283,7 +294,7 @@ func (w *Worker) deactivate(u use, stay bool) error {
 	err := w.commit(u, func() {
 		s = v.session
 		stay = stay && s != nil && s.pooled && !s.spent
-		v.active, v.prepacked, v.session, v.failure = false, false, nil, nil
+		v.active, v.set, v.session, v.failure = false, engine.Setting{}, nil, nil
 	})
 	if err != nil || s == nil {
 		return err
@@ -384,10 +395,10 @@ func (w *Worker) change(ctx context.Context, id engine.VersionID, f func(use) er
 
 // open has the child open a version's model as a new session, and gives what
 // it takes.
-func (w *Worker) open(ctx context.Context, u use, prepack bool) (*session, engine.Need, error) {
+func (w *Worker) open(ctx context.Context, u use, set engine.Setting) (*session, engine.Need, error) {
 	w.mu.Lock()
 	w.sessions++
-	s := &session{number: w.sessions, prepacked: prepack}
+	s := &session{number: w.sessions, set: set}
 	w.mu.Unlock()
 	need, err := u.process.activate(ctx, u.version, s)
 	return s, need, err
@@ -397,7 +408,7 @@ func (w *Worker) open(ctx context.Context, u use, prepack bool) (*session, engin
 // it takes. A compiled file that the runtime refuses is not missed where the
 // model itself is there, nor is a pool.
 func (p *process) activate(ctx context.Context, v *version, s *session) (need engine.Need, err error) {
-	if p.runtime.Pooling.Works && !s.prepacked && v.unpooled.Load() != p {
+	if p.runtime.Pooling.Works && !s.set.Prepack && v.unpooled.Load() != p {
 		need, err := p.fill(ctx, v, s)
 		_, died := errors.AsType[*DeathError](err)
 		if err == nil || died || errors.Is(err, engine.ErrOutOfMemory) {
@@ -410,11 +421,11 @@ func (p *process) activate(ctx context.Context, v *version, s *session) (need en
 		p.stderr.log.Warn("model cannot be opened in a pool; its weights stay on the host", "model", v.spec.ID.Model, "version", v.spec.ID.Version, "error", err)
 	}
 	original := []string{v.spec.Dir, v.spec.Entry}
-	m := &message{kind: kindActivate, session: s.number, strings: original}
+	m := &message{kind: kindActivate, session: s.number, threads: uint64(s.set.Threads), strings: original}
 	if v.image.File != "" {
 		m.strings = []string{v.image.File}
 	}
-	if s.prepacked {
+	if s.set.Prepack {
 		m.number = 1
 	}
 	quiet := p.quiet()
@@ -430,7 +441,7 @@ func (p *process) activate(ctx context.Context, v *version, s *session) (need en
 	}
 	need = v.image.Info.Need
 	compiled := len(m.strings) == 1
-	s.prepacked = s.prepacked || !compiled // the runtime does so by itself
+	s.bound = !compiled // the runtime prepacks by itself
 	if !need.Measured && quiet && p.quiet() {
 		need.Measured, need.Session = true, grown
 		if !compiled { // its weights are the child's own
@@ -484,7 +495,7 @@ func (w *Worker) reload(ctx context.Context, p *process) error {
 	for _, v := range w.loaded {
 		if v.active {
 			w.sessions++
-			all = append(all, opened{version: v, session: &session{number: w.sessions}})
+			all = append(all, opened{version: v, session: &session{number: w.sessions, set: engine.Setting{Threads: v.set.Threads}}})
 		}
 		v.session, v.warm = nil, nil
 	}
@@ -541,7 +552,7 @@ func (w *Worker) rebuild(ctx context.Context, p *process) {
 	var again []*version
 	w.mu.Lock()
 	for _, v := range w.loaded {
-		if v.prepacked && v.session != nil {
+		if v.set.Prepack && v.session != nil {
 			again = append(again, v)
 		}
 	}
@@ -549,7 +560,7 @@ func (w *Worker) rebuild(ctx context.Context, p *process) {
 	slices.SortFunc(again, func(a, b *version) int { return a.spec.ID.Compare(b.spec.ID) })
 	for _, v := range again {
 		began := time.Now()
-		err := w.prepackVersion(ctx, v.spec.ID, true)
+		err := w.prepackAgain(ctx, v.spec.ID)
 		if p.isDead() || ctx.Err() != nil {
 			return
 		}

@@ -67,7 +67,7 @@ func activate(t testing.TB, w *Worker, s engine.Spec) engine.Need {
 	if _, err := w.Load(t.Context(), s); err != nil {
 		t.Fatal(err)
 	}
-	need, err := w.Activate(t.Context(), s.ID)
+	need, err := w.Activate(t.Context(), s.ID, engine.Setting{})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -122,7 +122,7 @@ func TestResidency(t *testing.T) {
 					t.Errorf("%s: %v", when, err)
 				}
 			}
-			if _, err := w.Activate(t.Context(), s.ID); !errors.Is(err, engine.ErrNotLoaded) {
+			if _, err := w.Activate(t.Context(), s.ID, engine.Setting{}); !errors.Is(err, engine.ErrNotLoaded) {
 				t.Errorf("activated before it was loaded: %v", err)
 			}
 			info, err := w.Load(t.Context(), s)
@@ -130,20 +130,20 @@ func TestResidency(t *testing.T) {
 				t.Fatalf("loaded as %+v, %v", info, err)
 			}
 			out("loaded only")
-			if err := w.Prepack(t.Context(), s.ID); !errors.Is(err, engine.ErrNotLoaded) {
+			if err := w.Set(t.Context(), s.ID, engine.Setting{Prepack: true}); !errors.Is(err, engine.ErrNotLoaded) {
 				t.Errorf("prepacked while out: %v", err)
 			}
-			need, err := w.Activate(t.Context(), s.ID)
+			need, err := w.Activate(t.Context(), s.ID, engine.Setting{})
 			if err != nil || need.Weights != info.Need.Weights || !need.Measured {
 				t.Errorf("activated: %+v, %v", need, err)
 			}
 			run("activated")
-			if _, err := w.Activate(t.Context(), s.ID); err != nil {
+			if _, err := w.Activate(t.Context(), s.ID, engine.Setting{}); err != nil {
 				t.Errorf("activated twice: %v", err)
 			}
 			kill(t, w)
 			run("activated, after a death")
-			if err := w.Prepack(t.Context(), s.ID); err != nil {
+			if err := w.Set(t.Context(), s.ID, engine.Setting{Prepack: true}); err != nil {
 				t.Error(err)
 			}
 			run("prepacked")
@@ -155,7 +155,7 @@ func TestResidency(t *testing.T) {
 			}
 			kill(t, w)
 			out("deactivated, after a death")
-			if _, err := w.Activate(t.Context(), s.ID); err != nil {
+			if _, err := w.Activate(t.Context(), s.ID, engine.Setting{}); err != nil {
 				t.Error(err)
 			}
 			run("activated again")
@@ -186,7 +186,7 @@ func TestPrepack(t *testing.T) {
 		w.mu.Lock()
 		defer w.mu.Unlock()
 		v := w.loaded[s.ID]
-		return v.session != nil && v.session.prepacked
+		return v.session != nil && v.session.set.Prepack
 	}
 	ctx, stop := context.WithCancel(t.Context())
 	var wg sync.WaitGroup
@@ -206,7 +206,7 @@ func TestPrepack(t *testing.T) {
 		t.Error("it is prepacked already")
 	}
 	file := mappings(t, w, image(s))
-	if err := w.Prepack(t.Context(), s.ID); err != nil || !prepacked() {
+	if err := w.Set(t.Context(), s.ID, engine.Setting{Prepack: true}); err != nil || !prepacked() {
 		t.Errorf("prepacked: %t, %v", prepacked(), err)
 	}
 	if now := mappings(t, w, image(s)); file == 0 || now != file {
@@ -217,11 +217,11 @@ func TestPrepack(t *testing.T) {
 	stop()
 	wg.Wait()
 	for range 10 {
-		if _, err := w.Activate(t.Context(), s.ID); err != nil {
+		if _, err := w.Activate(t.Context(), s.ID, engine.Setting{}); err != nil {
 			t.Fatal(err)
 		}
 		ended := make(chan error, 1)
-		go func() { ended <- w.Prepack(t.Context(), s.ID) }()
+		go func() { ended <- w.Set(t.Context(), s.ID, engine.Setting{Prepack: true}) }()
 		if err := w.Deactivate(t.Context(), s.ID); err != nil {
 			t.Error(err)
 		}
@@ -265,7 +265,7 @@ func TestMemoryComesBack(t *testing.T) {
 				if _, err := one(t.Context(), w, s.ID, x, nil); err != nil {
 					t.Fatal(err)
 				}
-				if err := w.Prepack(t.Context(), s.ID); err != nil {
+				if err := w.Set(t.Context(), s.ID, engine.Setting{Prepack: true}); err != nil {
 					t.Fatal(err)
 				}
 				if err := w.Deactivate(t.Context(), s.ID); err != nil {
@@ -330,7 +330,7 @@ func TestOutOfMemory(t *testing.T) {
 	if _, err := one(t.Context(), w, chain, []tensor.Tensor{floats("x", 1, 2000, 2000)}, nil); !errors.Is(err, engine.ErrOutOfMemory) {
 		t.Errorf("run: %v", err)
 	}
-	if _, err := w.Activate(t.Context(), big.ID); !errors.Is(err, engine.ErrOutOfMemory) {
+	if _, err := w.Activate(t.Context(), big.ID, engine.Setting{}); !errors.Is(err, engine.ErrOutOfMemory) {
 		t.Errorf("activate: %v", err)
 	}
 	if _, err := one(t.Context(), w, add, small, nil); err != nil || child(t, w) != p {
@@ -339,7 +339,7 @@ func TestOutOfMemory(t *testing.T) {
 	if err := unix.Prlimit(pid, unix.RLIMIT_DATA, &before, nil); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := w.Activate(t.Context(), big.ID); err != nil {
+	if _, err := w.Activate(t.Context(), big.ID, engine.Setting{}); err != nil {
 		t.Errorf("when there is memory again: %v", err)
 	}
 }

@@ -228,11 +228,11 @@ func prepare(ctx context.Context, w *worker.Worker, dir string, prepack bool) (a
 		if err != nil {
 			return nil, err
 		}
-		if _, err := w.Activate(ctx, c.id); err != nil {
+		if _, err := w.Activate(ctx, c.id, engine.Setting{}); err != nil {
 			return nil, err
 		}
 		if prepack && info.Need.Prepacked > 0 {
-			if err := w.Prepack(ctx, c.id); err != nil {
+			if err := w.Set(ctx, c.id, engine.Setting{Prepack: true}); err != nil {
 				return nil, err
 			}
 		}

@@ -96,7 +96,7 @@ func (s *side) swaps() string {
 			in += t.Count
 			took += t.Time
 		}
-		if v.Prepacked {
+		if v.Setting.Prepack {
 			prepacked++
 		}
 	}

@@ -130,7 +130,7 @@ func (l *lru) Load(ctx context.Context, s engine.Spec) (engine.Info, error) {
 }
 
 // Activate leaves it to Run.
-func (l *lru) Activate(context.Context, engine.VersionID) (engine.Need, error) {
+func (l *lru) Activate(context.Context, engine.VersionID, engine.Setting) (engine.Need, error) {
 	return engine.Need{}, nil
 }
 
@@ -161,7 +161,7 @@ func (l *lru) bring(ctx context.Context, id engine.VersionID) error {
 			}
 			continue
 		}
-		if _, err := l.Worker.Activate(ctx, id); err != nil {
+		if _, err := l.Worker.Activate(ctx, id, engine.Setting{}); err != nil {
 			return err
 		}
 		l.mu.Lock()
