@@ -35,7 +35,8 @@ type BundleFile struct {
 }
 
 // Bundle is one version of a model, ready to be pushed: the files, config and
-// chunk index first, then the manifest, which names them all.
+// chunk index first, then the manifest, which names them all. ConfigBytes are
+// Config without its Costs.
 type Bundle struct {
 	Config                                 Config
 	Files                                  []BundleFile // by path
@@ -86,6 +87,9 @@ func Pack(ctx context.Context, onnxPath string, opts PackOptions) (*Bundle, erro
 	}
 	if b.ConfigBytes, err = json.Marshal(b.Config); err != nil {
 		return nil, fmt.Errorf("encode config: %w", err)
+	}
+	if b.Config.Costs, err = EstimateCosts(onnxPath); err != nil {
+		return nil, err
 	}
 	if b.IndexBytes, err = (proto.MarshalOptions{Deterministic: true}).Marshal(index); err != nil {
 		return nil, fmt.Errorf("encode chunk index: %w", err)

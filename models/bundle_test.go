@@ -75,6 +75,10 @@ func TestPack(t *testing.T) {
 	if c.Opsets == nil {
 		c.Opsets = map[string]int64{} // JSON has none where it is empty
 	}
+	if b.Config.Costs == nil || c.Costs != nil {
+		t.Errorf("costs: %v, in the bundle %v", b.Config.Costs, c.Costs)
+	}
+	b.Config.Costs = nil
 	if !reflect.DeepEqual(*c, b.Config) || !reflect.DeepEqual(c.Labels, []string{"zero", "one"}) {
 		t.Errorf("config\n%+v, want\n%+v", *c, b.Config)
 	}
@@ -338,6 +342,11 @@ func TestParseConfigRefuses(t *testing.T) {
 		{"operators", `["MatMul"]`, `["MatMul","Add"]`, `operator "Add" is not in order`},
 		{"weights", `"weightBytes":32`, `"weightBytes":-32`, "not valid JSON"},
 		{"label", `"label"`, `"\u0007"`, "holds a control character"},
+		{"costs", `{"format"`, `{"costs":{"flops":{"fixed":1,"perRow":2},"nodes":3,"unknown":["a","b"]},"format"`, ""},
+		{"negative cost", `{"format"`, `{"costs":{"flops":{"perRow":-1}},"format"`, "costs: flops has -1, allowed are 0 to 1e+18"},
+		{"large cost", `{"format"`, `{"costs":{"workspace":{"fixed":1e300}},"format"`, "costs: workspace has 1e+300"},
+		{"nodes", `{"format"`, `{"costs":{"nodes":-1},"format"`, "costs: -1 nodes"},
+		{"unknown operators", `{"format"`, `{"costs":{"unknown":["b","a"]},"format"`, `unknown operator "a" is not in order`},
 		{"large", `{"format"`, strings.Repeat(" ", MaxConfigBytes) + `{"format"`, "allowed are 4194304"},
 	}
 	for _, tt := range tests {

@@ -35,8 +35,10 @@ type Config struct {
 	// Serving says how requests for the model are scheduled; nil leaves that
 	// to the device.
 	Serving *serving.Options `json:"serving,omitempty"`
-	// Costs is what the graph's shapes tell of its runs; nil where they were
-	// not looked at.
+	// Costs is what the graph's shapes tell of its runs; nil where nobody has
+	// looked at them. Pack does not write them into the bundle, whose digest
+	// would then change when the way of counting gets better: who needs them
+	// calls EstimateCosts.
 	Costs *Costs `json:"costs,omitempty"`
 }
 
@@ -143,6 +145,11 @@ func (c *Config) check() error {
 	if c.Serving != nil {
 		if err := c.Serving.Check(); err != nil {
 			return invalid("serving: %v", err)
+		}
+	}
+	if c.Costs != nil {
+		if err := checkCosts(c.Costs); err != nil {
+			return err
 		}
 	}
 	for _, l := range c.Labels {

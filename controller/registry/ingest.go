@@ -301,7 +301,8 @@ func (r *Registry) checkBundle(ctx context.Context, repo distribution.Repository
 	}
 	// Inspected again here: requests are checked against the config, and
 	// whoever pushed may have made it by hand.
-	g, err := models.Inspect(filepath.Join(dir, filepath.FromSlash(config.Entry)))
+	entry := filepath.Join(dir, filepath.FromSlash(config.Entry))
+	g, err := models.Inspect(entry)
 	if err != nil {
 		return nil, invalid(err)
 	}
@@ -315,6 +316,9 @@ func (r *Registry) checkBundle(ctx context.Context, repo distribution.Repository
 	}
 	if said != is {
 		return nil, fmt.Errorf("%w: the config says %s, the model is %s", ErrInvalid, said, is)
+	}
+	if config.Costs, err = models.EstimateCosts(entry); err != nil {
+		return nil, err
 	}
 	return &checked{manifest: m, config: config}, nil
 }

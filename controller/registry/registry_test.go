@@ -29,7 +29,7 @@ func TestPlainArtifactBecomesVersion(t *testing.T) {
 		}
 	}
 	last := f.versions.last
-	if last.By != "user:ada" || last.Source != digest.FromBytes(v1).String() || len(last.Config.Inputs) == 0 {
+	if last.By != "user:ada" || last.Source != digest.FromBytes(v1).String() || len(last.Config.Inputs) == 0 || last.Config.Costs == nil || last.Config.Costs.FLOPs.PerRow == 0 {
 		t.Errorf("registered as %+v", last)
 	}
 	v2 := f.plain("digits", read1(t, digits("v2.onnx")))
