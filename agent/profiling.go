@@ -23,6 +23,7 @@ import (
 	"github.com/dunlin/dunlin/agent/state"
 	"github.com/dunlin/dunlin/agent/worker"
 	profiles "github.com/dunlin/dunlin/firmware-profiles"
+	"github.com/dunlin/dunlin/internal/estimate"
 	dunlinv1 "github.com/dunlin/dunlin/proto/dunlin/v1"
 )
 
@@ -208,7 +209,30 @@ func (f *profiler) stored(spec engine.Spec, found worker.Runtime) (*dunlinv1.Mod
 
 // give has the engine use a profile.
 func (f *profiler) give(ctx context.Context, v engine.Status, p *dunlinv1.ModelProfile) {
+	if t, ok := tuning(p); ok {
+		if err := f.host.engine.Tune(ctx, v.ID, t); err != nil {
+			if ctx.Err() == nil && !errors.Is(err, engine.ErrNotLoaded) && !errors.Is(err, engine.ErrDraining) {
+				f.log.Warn("a model runs without what was measured of it", "model", v.ID.Model, "version", v.ID.Version, "error", err)
+			}
+		}
+	}
 	f.given[v.Info.ID] = p
+}
+
+// tuning gives what a profile recommends; false: nothing.
+func tuning(p *dunlinv1.ModelProfile) (engine.Tuning, bool) {
+	r := p.GetRecommended()
+	if r == nil || p.Unmeasured != "" {
+		return engine.Tuning{}, false
+	}
+	var points []estimate.Point
+	for _, l := range p.Latency {
+		points = append(points, estimate.Point{Rows: int(l.Rows), Seconds: l.Seconds})
+	}
+	return engine.Tuning{
+		MaxBatchSize: int(r.Batch), Instances: int(r.Instances), Threads: int(r.Threads), Prepack: new(r.Prepacked),
+		Latency: estimate.FitLatency(points),
+	}, true
 }
 
 // work measures a version, and keeps and uses what comes out.
