@@ -28,6 +28,7 @@ type Idle struct {
 	child  Child // nil: there is none yet
 	pace   Pace
 	began  time.Time
+	worked time.Duration
 }
 
 // NewIdle gives a gate for one version. duty is the part of the time that
@@ -39,6 +40,10 @@ func NewIdle(e Engine, duty float64) *Idle {
 // Hold says which process is to stand still. It is called before or between
 // calls of Do, or in f.
 func (g *Idle) Hold(c Child) { g.child = c }
+
+// Worked gives for how long slices went on, without standing still. It is not
+// called during Do.
+func (g *Idle) Worked() time.Duration { return g.worked }
 
 // Do is that of Gate.
 func (g *Idle) Do(ctx context.Context, f func(context.Context) error) (disturbed bool, err error) {
@@ -61,7 +66,9 @@ func (g *Idle) Do(ctx context.Context, f func(context.Context) error) (disturbed
 	for {
 		select {
 		case err = <-done:
-			g.pace.Ran(time.Since(began)-still, disturbed)
+			took := time.Since(began) - still
+			g.worked += took
+			g.pace.Ran(took, disturbed)
 			return disturbed, err
 		case <-g.engine.Busy():
 		}

@@ -131,7 +131,7 @@ func (s *Search) Next() (Setting, bool) {
 	if !ok {
 		return Setting{}, false
 	}
-	for _, batch := range fill(best.Batch) {
+	for _, batch := range fill(best.Batch, min(s.space.Batch, MaxBatch)) {
 		set := best
 		set.Batch = batch
 		if _, known := s.known[set]; !known && s.space.fits(set) {
@@ -141,13 +141,14 @@ func (s *Search) Next() (Setting, bool) {
 	return Setting{}, false
 }
 
-// fill gives the batches that the model of latency goes through up to the
-// largest: one row, and about half way there in powers of two.
-func fill(largest int) []int {
-	if largest <= 2 {
-		return []int{1}
+// fill gives the batches that the model of latency goes through besides the
+// recommended one: one row, and about half way there in powers of two. Where
+// that is one row, or two, some rows more: requests may bring as many.
+func fill(recommended, most int) []int {
+	if recommended <= 2 {
+		return []int{1, min(4, max(most, 1))}
 	}
-	return []int{1, 1 << (bits.Len(uint(largest)) / 2)}
+	return []int{1, 1 << (bits.Len(uint(recommended)) / 2)}
 }
 
 // walk goes the way of a search through what is known, until it comes to what

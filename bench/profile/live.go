@@ -1,7 +1,6 @@
 package main
 
 import (
-	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -73,40 +72,43 @@ func liveImpact(ctx context.Context, cfg worker.Config, o options) (float64, err
 	if _, err := l.traffic(ctx, r, o.block); err != nil { // warms up
 		return 0, err
 	}
+	// Profiling goes on all the time, but for the blocks in which another has
+	// its turn.
+	b := &beside{idle: profile.NewIdle(e, duty)}
+	b.turn.Lock()
+	during, end := context.WithCancel(ctx)
+	defer end()
+	failed := make(chan error, 1)
+	all.Go(func() { failed <- b.run(during, cfg, s) })
 	var times [2][]time.Duration
-	measuredFor, points := time.Duration(0), 0
 	for range o.blocks {
-		alone, err := l.traffic(ctx, r, o.block)
-		if err != nil {
-			return 0, err
-		}
-		// A profile takes longer than a block: each begins it anew, elsewhere.
-		during, end := context.WithCancel(ctx)
-		var wg sync.WaitGroup
-		var failed error
-		wg.Go(func() {
-			took, n, err := s.beside(during, cfg, e, r.Uint64())
-			measuredFor, points = measuredFor+took, points+n
-			if during.Err() == nil {
-				failed = err
+		for side := range 2 {
+			if side == 1 {
+				b.turn.Unlock()
 			}
-		})
-		beside, err := l.traffic(ctx, r, o.block)
-		end()
-		wg.Wait()
-		if err := cmp.Or(err, failed); err != nil {
-			return 0, err
+			more, err := l.traffic(ctx, r, o.block)
+			if side == 1 {
+				b.turn.Lock()
+			}
+			select {
+			case err = <-failed:
+			default:
+			}
+			if err != nil {
+				return 0, err
+			}
+			times[side] = append(times[side], more...)
 		}
-		times[0], times[1] = append(times[0], alone...), append(times[1], beside...)
 	}
-	if measuredFor == 0 {
+	worked, settings := b.idle.Worked(), b.settings
+	if worked <= 0 {
 		return 0, errors.New("nothing was measured beside live traffic")
 	}
-	a, b := p99(times[0]), p99(times[1])
-	fmt.Fprintf(o.out, "live: %s served, %s profiled for %.1f%% of the time: p50 %.2f and %.2f ms, p99 of %d and %d requests %.2f and %.2f ms\n",
-		served.Name, measured.Name, 100*measuredFor.Seconds()/(time.Duration(o.blocks)*o.block).Seconds(),
-		ms(quantile(times[0], 0.5)), ms(quantile(times[1], 0.5)), len(times[0]), len(times[1]), ms(a), ms(b))
-	return max(b.Seconds()/a.Seconds()-1, 0), nil
+	alone, beside := quantile(times[0], 0.99), quantile(times[1], 0.99)
+	fmt.Fprintf(o.out, "live: %s served, %d settings of %s measured in %.1f%% of the time: p50 %.2f and %.2f ms, p99 of %d and %d requests %.2f and %.2f ms\n",
+		served.Name, settings, measured.Name, 100*worked.Seconds()/(time.Duration(o.blocks)*o.block).Seconds(),
+		ms(quantile(times[0], 0.5)), ms(quantile(times[1], 0.5)), len(times[0]), len(times[1]), ms(alone), ms(beside))
+	return beside.Seconds()/alone.Seconds() - 1, nil
 }
 
 func load(ctx context.Context, e *engine.Engine, n zoo.Net, dir string) (*live, error) {
@@ -154,41 +156,43 @@ func (l *live) traffic(ctx context.Context, r *rand.Rand, length time.Duration) 
 	return all, nil
 }
 
-// beside measures settings of the grid in idle time until ctx is done.
-func (s *subject) beside(ctx context.Context, cfg worker.Config, e *engine.Engine, seed uint64) (took time.Duration, n int, err error) {
-	idle := profile.NewIdle(e, duty)
-	gate := gateFunc(func(ctx context.Context, f func(context.Context) error) (bool, error) {
-		return idle.Do(ctx, func(ctx context.Context) error {
-			began := time.Now()
-			defer func() { took += time.Since(began) }()
-			return f(ctx)
-		})
-	})
-	grid := s.Space.Grid()
-	r := rand.New(rand.NewPCG(seed, 0))
-	err = worker.Measure(ctx, cfg, s.spec, s.file, func(ctx context.Context, m *worker.Measuring) error {
-		idle.Hold(m)
-		for {
-			if _, err := profile.Measure(ctx, m, gate, s.Subject, grid[r.IntN(len(grid))]); err != nil {
-				return err
-			}
-			n++
-		}
-	})
-	return took, n, err
+// beside measures in idle time while it has its turn.
+type beside struct {
+	idle *profile.Idle
+	turn sync.Mutex // held by a slice, and while there are to be none; guards settings
+	// settings counts those that were measured.
+	settings int
 }
 
-type gateFunc func(context.Context, func(context.Context) error) (bool, error)
+// Do is that of profile.Gate.
+func (b *beside) Do(ctx context.Context, f func(context.Context) error) (bool, error) {
+	b.turn.Lock()
+	defer b.turn.Unlock()
+	return b.idle.Do(ctx, f)
+}
 
-func (g gateFunc) Do(ctx context.Context, f func(context.Context) error) (bool, error) {
-	return g(ctx, f)
+// run measures settings of the grid, one after the other, until ctx is done.
+func (b *beside) run(ctx context.Context, cfg worker.Config, s *subject) error {
+	grid := s.Space.Grid()
+	r := rand.New(rand.NewPCG(seed, 1))
+	return worker.Measure(ctx, cfg, s.spec, s.file, func(ctx context.Context, m *worker.Measuring) error {
+		b.turn.Lock()
+		b.idle.Hold(m)
+		b.turn.Unlock()
+		for {
+			if _, err := profile.Measure(ctx, m, b, s.Subject, grid[r.IntN(len(grid))]); err != nil {
+				return err
+			}
+			b.turn.Lock()
+			b.settings++
+			b.turn.Unlock()
+		}
+	})
 }
 
 func quantile(all []time.Duration, q float64) time.Duration {
 	all = slices.Sorted(slices.Values(all))
 	return all[min(len(all)-1, int(float64(len(all))*q))]
 }
-
-func p99(all []time.Duration) time.Duration { return quantile(all, 0.99) }
 
 func ms(d time.Duration) float64 { return float64(d) / float64(time.Millisecond) }

@@ -207,8 +207,10 @@ func (s *subject) latencyError(ctx context.Context, m *worker.Measuring, p *dunl
 	}
 	model := estimate.FitLatency(points)
 	var sum, n float64
-	for _, rows := range []int{2, 3, 5, 6, 10, 12, 20, 24, 40, 48} {
-		if rows > int(p.Recommended.Batch) || slices.ContainsFunc(points, func(l estimate.Point) bool { return l.Rows == rows }) {
+	// Requests may have more rows than the recommended batch: they run alone.
+	most := max(8, int(p.Recommended.Batch))
+	for _, rows := range []int{2, 3, 5, 6, 7, 10, 12, 20, 24, 40, 48} {
+		if rows > most || slices.ContainsFunc(points, func(l estimate.Point) bool { return l.Rows == rows }) {
 			continue
 		}
 		set := setting(p.Recommended)
