@@ -68,6 +68,10 @@ fuzz: ## Run each fuzz test for FUZZTIME (default 30s)
 demo: ## Show the whole path: push, deploy, classify, roll out; then clean up
 	@go run ./internal/e2e/demo
 
+.PHONY: bench-profile
+bench-profile: ## Hold the search for how a model runs best against measuring everything, and profile beside live traffic
+	@$(WITH_RUNTIME) go build -o bin/profile ./bench/profile && bin/profile
+
 .PHONY: bench-swap gpu-check
 bench-swap: ## Measure how fast weights leave a GPU and come back; on a fake one, whether they do
 	@go run ./bench/swap

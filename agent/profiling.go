@@ -417,3 +417,15 @@ func (a *agent) profiled(id engine.VersionID, p *dunlinv1.ModelProfile) {
 	}
 	a.event(profileEvent(id, digest, p))
 }
+
+// checkProfiles says how many models have been measured.
+func checkProfiles(data string) Finding {
+	n, err := profile.Count(filepath.Join(data, profilesFolder))
+	switch {
+	case err != nil:
+		return Finding{"profiles", Warn, err.Error(), "run the doctor as the user that the agent runs as"}
+	case n == 1:
+		return Finding{Check: "profiles", Verdict: Pass, Detail: "1 model has been measured on this device"}
+	}
+	return Finding{Check: "profiles", Verdict: Pass, Detail: fmt.Sprintf("%d models have been measured on this device", n)}
+}

@@ -183,9 +183,13 @@ func (s *Store) write(path string, b []byte) error {
 	return errors.Join(dir.Sync(), dir.Close())
 }
 
-// Count gives how many profiles are stored.
-func (s *Store) Count() (int, error) {
-	all, err := s.list()
+// Count gives how many profiles there are in the folder of a Store, which need
+// not exist.
+func Count(dir string) (int, error) {
+	all, err := (&Store{dir}).list()
+	if errors.Is(err, fs.ErrNotExist) {
+		err = nil
+	}
 	return len(all), err
 }
 

@@ -83,7 +83,7 @@ func TestStore(t *testing.T) {
 			t.Errorf("with another %s: %v", name, err)
 		}
 	}
-	if n, err := s.Count(); n != 1 || err != nil {
+	if n, err := Count(s.dir); n != 1 || err != nil {
 		t.Errorf("%d profiles, %v", n, err)
 	}
 	path := s.path(k.ModelDigest)
@@ -147,7 +147,7 @@ func TestStoreIsBounded(t *testing.T) {
 	if err := s.Put(example(Key{ModelDigest: digest(maxFiles + 3)})); err != nil {
 		t.Fatal(err)
 	}
-	if n, err := s.Count(); n != maxFiles || err != nil {
+	if n, err := Count(s.dir); n != maxFiles || err != nil {
 		t.Errorf("%d profiles, %v", n, err)
 	}
 	for n, want := range map[int]bool{0: false, 3: false, 4: true, maxFiles + 3: true} {
