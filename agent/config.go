@@ -44,6 +44,7 @@ type Serving struct {
 	Log    *slog.Logger   `yaml:"-"`
 	Worker []string       `yaml:"-"` // command of the worker process; this program with "worker" where empty
 	level  *slog.LevelVar // of Log; nil where Log was given
+	eager  bool           // see worker.Config.Eager; for tests on machines that are busy
 }
 
 // maxThreads bounds Serving.Threads.

@@ -306,7 +306,7 @@ func (f *profiler) measure(ctx context.Context, t task) (*dunlinv1.ModelProfile,
 	gate := profile.NewIdle(f.host.engine, f.duty)
 	subject := f.subject(t, image)
 	cfg := f.host.serving.workerConfig(1)
-	cfg.CheckMemory = compileMemory
+	cfg.CheckMemory, cfg.Eager = compileMemory, f.host.serving.eager
 	var p *dunlinv1.ModelProfile
 	// The process begins when the device is idle, too.
 	_, err = gate.Do(ctx, func(context.Context) error { return nil })

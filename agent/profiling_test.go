@@ -49,7 +49,7 @@ func batchSize(url string) (int, error) {
 func TestAgentMeasures(t *testing.T) {
 	c := startControl(t)
 	cfg := testConfig(t, c)
-	cfg.Profile, cfg.ProfileDuty = "on", 100
+	cfg.Profile, cfg.ProfileDuty, cfg.eager = "on", 100, true
 	l, err := net.Listen("tcp", cfg.Listen)
 	if err != nil {
 		t.Fatal(err)
@@ -63,7 +63,12 @@ func TestAgentMeasures(t *testing.T) {
 	c.send("edge-1", link.Desired, desired(t, 1, nil, v1))
 	var told *dunlinv1.Event
 	tells := func(m proto.Message) bool {
-		batch, _ := m.(*dunlinv1.EventBatch)
+		batch, ok := m.(*dunlinv1.EventBatch)
+		if ok {
+			c.send("edge-1", link.Command, &dunlinv1.Command{Command: &dunlinv1.Command_EventAck{EventAck: &dunlinv1.EventAck{
+				OutboxId: batch.OutboxId, Sequence: batch.Events[len(batch.Events)-1].Sequence,
+			}}})
+		}
 		for _, e := range batch.GetEvents() {
 			if e.Kind == "profile.measured" && e.Sequence > told.GetSequence() {
 				told = e
@@ -123,7 +128,7 @@ func TestAgentMeasures(t *testing.T) {
 // TestServeMeasures does without a controller.
 func TestServeMeasures(t *testing.T) {
 	data := t.TempDir()
-	startAlone(t, Alone{File: digitsFile(t), Data: data, Serving: Serving{Profile: "on", ProfileDuty: 100}})
+	startAlone(t, Alone{File: digitsFile(t), Data: data, Serving: Serving{Profile: "on", ProfileDuty: 100, eager: true}})
 	until(t, "keeps what it measured", func() error {
 		found, err := filepath.Glob(filepath.Join(data, profilesFolder, "*.json"))
 		if err != nil || len(found) != 1 {

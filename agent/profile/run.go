@@ -55,6 +55,14 @@ type Subject struct {
 	Now   func() time.Time // nil: time.Now
 }
 
+const (
+	// starved is the part of a slice in which a processor at least computes for
+	// it, unless others have them: such a slice does not count. After
+	// maxStarved of them the device is taken as it is.
+	starved    = 0.85
+	maxStarved = 10
+)
+
 // Measure measures one setting by slices until its median is known.
 func Measure(ctx context.Context, b Bench, g Gate, s Subject, set Setting) (Result, error) {
 	var ready Ready
@@ -64,7 +72,7 @@ func Measure(ctx context.Context, b Bench, g Gate, s Subject, set Setting) (Resu
 	}); err != nil {
 		return Result{}, err
 	}
-	sample := NewSample(set, ready)
+	sample, starving := NewSample(set, ready), 0
 	for runs := sample.Runs(); runs > 0; runs = sample.Runs() {
 		var x Slice
 		joules := 0.0
@@ -79,6 +87,10 @@ func Measure(ctx context.Context, b Bench, g Gate, s Subject, set Setting) (Resu
 		})
 		if err != nil {
 			return Result{}, err
+		}
+		if set.Provider == CPU && x.CPU > 0 && x.CPU.Seconds() < starved*x.Wall.Seconds() && starving < maxStarved {
+			starving++
+			continue
 		}
 		if !disturbed {
 			if len(x.Times) == 0 || x.Wall <= 0 {

@@ -24,6 +24,7 @@ type made struct {
 	fast     map[string]float64
 	noMemory int // batch from which on there is none
 	ready    Setting
+	starving int // slices in which others compute
 	opened   map[string]bool
 }
 
@@ -70,6 +71,14 @@ func (m *made) Slice(_ context.Context, set Setting, runs int) (Slice, error) {
 		x.Times = append(x.Times, m.time(set))
 	}
 	x.Wall = time.Duration(runs) * m.time(set)
+	x.CPU = x.Wall * 2
+	if m.starving > 0 {
+		m.starving--
+		x.CPU, x.Wall = x.Wall/2, 3*x.Wall
+		for i := range x.Times {
+			x.Times[i] *= 3
+		}
+	}
 	m.now = m.now.Add(x.Wall)
 	return x, nil
 }
@@ -235,6 +244,20 @@ func TestRunMeasuresAgain(t *testing.T) {
 		return false, nil
 	}), m.subject(CPU)); !errors.Is(err, enough) {
 		t.Errorf("%v", err)
+	}
+}
+
+// TestMeasureStarving: slices in which others compute do not count, unless
+// there are no others.
+func TestMeasureStarving(t *testing.T) {
+	m := newMade()
+	set := Setting{CPU, 1, 1, 4, false}
+	for starving, factor := range map[int]float64{0: 1, 5: 1, maxStarved: 1, 1000: 3} {
+		m.starving = starving
+		r, err := Measure(t.Context(), m, Open{}, m.subject(CPU), set)
+		if want := factor * m.time(set).Seconds(); err != nil || math.Abs(r.P50.Seconds()/want-1) > 0.01 {
+			t.Errorf("%d slices: %v instead of %g s, %v", starving, r.P50, want, err)
+		}
 	}
 }
 

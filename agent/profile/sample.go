@@ -13,11 +13,14 @@ const (
 	// minRuns, minSlices and minTime are what a result rests on at least, and
 	// maxTime is when it is as good as it gets.
 	minRuns   = 3
-	minSlices = 2
-	minTime   = 60 * time.Millisecond
-	maxTime   = time.Second
-	// spread is how far apart, relative to it, the bounds of the median may be.
+	minSlices = 3
+	minTime   = 90 * time.Millisecond
+	maxTime   = 500 * time.Millisecond
+	// spread is how far apart, relative to it, the bounds of the median run may
+	// be, and drift how far apart the quartiles of the slices: where they are,
+	// somebody else computes, and it takes longer to see through that.
 	spread = 0.03
+	drift  = 0.06
 )
 
 // Sample is what is known of one setting so far.
@@ -50,7 +53,9 @@ func (s *Sample) enough() bool {
 	if len(s.times) < minRuns || len(s.rates) < minSlices || s.wall < minTime {
 		return false
 	}
-	return s.wall >= maxTime || s.width() <= spread
+	rates := slices.Sorted(slices.Values(s.rates))
+	low, middle, high := rates[len(rates)/4], rates[len(rates)/2], rates[len(rates)-1-len(rates)/4]
+	return s.wall >= maxTime || s.width() <= spread && high-low <= drift*middle
 }
 
 // width gives how far apart the bounds of the median are, relative to it: those

@@ -95,12 +95,16 @@ func liveImpact(ctx context.Context, cfg worker.Config, o options) (float64, err
 			default:
 			}
 			if err != nil {
+				end()
+				b.turn.Unlock()
 				return 0, err
 			}
 			times[side] = append(times[side], more...)
 		}
 	}
 	worked, settings := b.idle.Worked(), b.settings
+	end()
+	b.turn.Unlock()
 	if worked <= 0 {
 		return 0, errors.New("nothing was measured beside live traffic")
 	}
