@@ -103,12 +103,15 @@ func newAgent(ctx context.Context, cfg Config, profile profiles.Profile, info *d
 	}
 	w := cfg.Serving.workerConfig(profile.Threads)
 	w.OnDeath, w.OnLost = a.died, a.lost
-	if a.host, err = newHost(cfg.Serving, profile, filepath.Join(cfg.Data, cacheFolder), w); err != nil {
+	if a.host, err = newHost(cfg.Serving, profile, cfg.Data, w); err != nil {
 		return nil, err
 	}
 	a.info.Limits = a.limits(worker.Runtime{})
 	a.source, a.opened = following{a}, a.describe
 	a.watch = a.newWatch(cfg.machine, profile, a.event)
+	if f := a.host.profiler; f != nil {
+		f.measured, f.controller = a.profiled, func() string { return a.reconcile.Generation().GetIncarnation() }
+	}
 	a.reconcile, err = reconcile.New(reconcile.Config{
 		Dir: filepath.Join(cfg.Data, bundlesFolder), Registry: a.registry, Reserve: uint64(profile.Storage.ReserveBytes),
 		State: store, Engine: a.engine, Check: a.check, Passing: passing, Front: a.front, Event: a.event, Log: cfg.Log,

@@ -151,7 +151,7 @@ func Serve(ctx context.Context, cfg Alone) (err error) {
 	w.OnDeath = func(d worker.Death) { cfg.Log.Error("worker process died", "error", d.Err, "in_flight", d.InFlight) }
 	var models *repository.Repository
 	w.OnLost = func(id engine.VersionID, reason error) { models.Lost(id, reason) }
-	h, err := newHost(cfg.Serving, profile, filepath.Join(cfg.Data, cacheFolder), w)
+	h, err := newHost(cfg.Serving, profile, cfg.Data, w)
 	if err != nil {
 		return err
 	}

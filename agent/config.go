@@ -39,6 +39,8 @@ type Serving struct {
 	Oversize     string `yaml:"oversize"`      // what becomes of a model that is larger: refuse or map
 	CacheMiB     int    `yaml:"cache-mib"`     // bound of the models compiled for this device, on disk
 	OnAlarm      string `yaml:"on-alarm"`      // what is done about heat and memory errors: none, throttle or cordon
+	Profile      string `yaml:"profile"`       // whether models are measured: on or off
+	ProfileDuty  int    `yaml:"profile-duty"`  // percent of the time that measuring may take; 0: as where nobody says
 	RuntimeLib   string `yaml:"runtime-lib"`   // path of ONNX Runtime's shared library
 	WorkerBy     string `yaml:"worker-by"`     // command that starts the worker process, words apart; "": the program itself does
 
@@ -53,6 +55,7 @@ type Serving struct {
 	Log    *slog.Logger   `yaml:"-"`
 	Worker []string       `yaml:"-"` // command of the worker process; this program with "worker" where empty
 	level  *slog.LevelVar // of Log; nil where Log was given
+	eager  bool           // see worker.Config.Eager; for tests on machines that are busy
 
 	machine machine // nil until it is opened
 }
@@ -68,9 +71,15 @@ const (
 	defaultCacheMiB = 16 << 10
 )
 
+// defaultProfileDuty is the percentage of the time that measuring takes where
+// nobody says: a request that comes after a while finds the caches cold one
+// time in ten at most.
+const defaultProfileDuty = 10
+
 func (s *Serving) settings() []program.Setting {
 	s.Listen, s.GRPCListen, s.LogLevel, s.LogFormat = "127.0.0.1:8000", "127.0.0.1:8001", "info", "text"
 	s.Oversize, s.CacheMiB, s.OnAlarm = "refuse", defaultCacheMiB, string(alarm.None)
+	s.Profile, s.ProfileDuty = "on", defaultProfileDuty
 	return append([]program.Setting{
 		{Name: "listen", Usage: "`host:port` of inference by REST", Value: &s.Listen},
 		{Name: "grpc-listen", Usage: "`host:port` of inference by gRPC; off: none", Value: &s.GRPCListen},
@@ -84,6 +93,8 @@ func (s *Serving) settings() []program.Setting {
 		{Name: "oversize", Usage: "`what` becomes of a model that is larger than that: refuse, or map: its weights stay in their file and are read as they are needed", Value: &s.Oversize},
 		{Name: "cache-mib", Usage: "`MiB` of disk for models compiled for this device", Value: &s.CacheMiB},
 		{Name: "on-alarm", Usage: "`what` the device does about heat and memory errors: none, throttle: take less load, or cordon: refuse new requests", Value: &s.OnAlarm},
+		{Name: "profile", Usage: "`whether` models are measured on this device, when it is idle: on or off", Value: &s.Profile},
+		{Name: "profile-duty", Usage: "`percent` of the time that measuring may take", Value: &s.ProfileDuty},
 		{Name: "runtime-lib", Usage: "`path` of ONNX Runtime's shared library; also DUNLIN_ORT_LIB", Value: &s.RuntimeLib, Environment: "DUNLIN_ORT_LIB"},
 		{Name: "worker-by", Usage: "`command` that this program is started by as a process that holds the runtime, such as \"numactl -N 0\"", Value: &s.WorkerBy},
 		{Name: "firmware-profiles", Usage: "`folder` of firmware profiles beside the built-in ones", Value: &s.FirmwareProfiles},
@@ -127,6 +138,13 @@ func (s *Serving) check(add func(name string, err error)) {
 	s.OnAlarm = cmp.Or(s.OnAlarm, string(alarm.None))
 	if !slices.Contains(alarm.Reactions, alarm.Reaction(s.OnAlarm)) {
 		add("on-alarm", fmt.Errorf("%q is not none, throttle or cordon", s.OnAlarm))
+	}
+	s.Profile, s.ProfileDuty = cmp.Or(s.Profile, "off"), cmp.Or(s.ProfileDuty, defaultProfileDuty)
+	if s.Profile != "on" && s.Profile != "off" {
+		add("profile", fmt.Errorf("%q is not on or off", s.Profile))
+	}
+	if s.ProfileDuty < 1 || s.ProfileDuty > 100 {
+		add("profile-duty", fmt.Errorf("is %d, allowed are 1 to 100", s.ProfileDuty))
 	}
 	if s.Log == nil {
 		var err error

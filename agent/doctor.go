@@ -115,7 +115,7 @@ func examine(ctx context.Context, cfg Config) []Finding {
 	if id.ControllerURL == "" {
 		id.ControllerURL = cfg.Controller
 	}
-	findings = append(findings, checkWeights(ctx, cfg))
+	findings = append(findings, checkWeights(ctx, cfg), checkProfiles(cfg.Data))
 	return append(findings, checkClock(ctx, id.ControllerURL, time.Now), checkBroker(ctx, id), checkRegistry(ctx, id))
 }
 

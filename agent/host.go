@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
+	"path/filepath"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -82,6 +83,9 @@ type host struct {
 	pools   string               // see worker.Config.Pools
 	// compile gives a version as it was compiled for this device.
 	compile compileFunc
+	cache   *compiled.Cache
+	// profiler measures what is loaded; nil where nobody does.
+	profiler *profiler
 }
 
 // ports are where a host answers.
@@ -146,9 +150,9 @@ func (l *ports) url() string {
 	return "http://" + l.http.Addr().String()
 }
 
-// newHost puts the parts together; compiled models are kept in the folder
-// cache. The caller sets source, and opened, before run.
-func newHost(s Serving, profile profiles.Profile, cache string, cfg worker.Config) (*host, error) {
+// newHost puts the parts together; compiled models and what was measured of
+// them are kept in folders of the folder data. The caller sets source, and opened, before run.
+func newHost(s Serving, profile profiles.Profile, data string, cfg worker.Config) (*host, error) {
 	h := &host{serving: s, profile: profile, tried: make(chan struct{})}
 	var err error
 	if h.budget, err = s.memoryBudget(profile); err != nil {
@@ -166,13 +170,17 @@ func newHost(s Serving, profile profiles.Profile, cache string, cfg worker.Confi
 		simulated := newSimulated(s.sim, profile, cfg)
 		h.compile, h.worker = permitted(profile.Limits, simulated.compile), simulated
 	} else {
-		kept, err := compiled.Open(cache, int64(s.CacheMiB)<<20)
-		if err != nil {
+		if h.cache, err = compiled.Open(filepath.Join(data, cacheFolder), int64(s.CacheMiB)<<20); err != nil {
 			return nil, err
 		}
 		cfg.CheckMemory = s.compileMemory
-		h.compile = permitted(profile.Limits, worker.Cached(kept, cfg))
+		h.compile = permitted(profile.Limits, worker.Cached(h.cache, cfg))
 		cfg.Compile = h.compile
+		if h.profiler, err = newProfiler(h, profile, data); err != nil {
+			return nil, err
+		} else if h.profiler != nil {
+			cfg.Compile = h.profiler.noted(h.compile)
+		}
 		h.worker = worker.New(cfg)
 	}
 	h.engine = engine.New(engine.Config{Runtime: h.worker, Memory: h.budget, Oversize: s.Oversize == "map", Log: s.Log})
@@ -238,6 +246,9 @@ func (h *host) run(ctx context.Context, l *ports, metrics http.Handler, parts ..
 	start(&under, below, part{"engine", h.engine.Run})
 	start(&under, below, part{"memory", h.followMemory})
 	start(&above, ctx, part{"runtime", h.awaitRuntime})
+	if h.profiler != nil {
+		parts = append(parts, part{"profiles", h.profiler.run})
+	}
 	for _, p := range parts {
 		start(&above, ctx, p)
 	}

@@ -139,8 +139,9 @@ type sessions struct {
 	opening func(file string, opened bool)
 	watch   func(p *pools, done bool) // see pools
 	lanes   *ort.Lanes                // set by init
-	pools   *pools                    // nil for none; set by init, as is
-	device  *pools                    // these, or what could not be used as such
+	bench   bench
+	pools   *pools // nil for none; set by init, as is
+	device  *pools // these, or what could not be used as such
 
 	mu      sync.Mutex                    // guards what follows
 	cancels map[uint64]context.CancelFunc // of the questions being worked on
@@ -255,6 +256,14 @@ func (c *sessions) answer(ctx context.Context, m *message) error {
 			c.opening(m.strings[1], false)
 		}
 		done, err := compileModel(ctx, m)
+		if err == nil {
+			if err = c.socket.send(done, nil); !errors.Is(err, errTooLong) {
+				return err
+			}
+		}
+		return c.socket.send(failure(m.seq, err), nil)
+	case kindMeasure:
+		done, err := c.bench.answer(ctx, m)
 		if err == nil {
 			if err = c.socket.send(done, nil); !errors.Is(err, errTooLong) {
 				return err

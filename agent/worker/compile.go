@@ -132,7 +132,7 @@ func compileModel(ctx context.Context, m *message) (*message, error) {
 		return nil, err
 	}
 	took := time.Since(start)
-	f, s, err := profile(ctx, out)
+	f, s, err := examine(ctx, out)
 	if err != nil {
 		return nil, err
 	}
@@ -145,9 +145,9 @@ func compileModel(ctx context.Context, m *message) (*message, error) {
 		inputs: s.Inputs(), outputs: s.Outputs(), strings: []string{string(text)}}, nil
 }
 
-// profile opens a compiled model both ways and runs it a few times. It gives
+// examine opens a compiled model both ways and runs it a few times. It gives
 // a session of it.
-func profile(ctx context.Context, file string) (f findings, s *ort.Session, err error) {
+func examine(ctx context.Context, file string) (f findings, s *ort.Session, err error) {
 	start := ownBytes()
 	plain, err := ort.OpenCompiled(ctx, file, ort.Setting{})
 	if err != nil {

@@ -43,6 +43,9 @@ const (
 	// kindCompile compiles a model and measures it: strings = folder, entry,
 	// file to write.
 	kindCompile
+	// kindMeasure measures a version: strings = measureQuestion in JSON; kindDone
+	// answers with measured in JSON.
+	kindMeasure
 	// kindDone answers: init with strings = version, providers..., number =
 	// sandbox, where pools were asked for after poolsFound in JSON; activate with
 	// inputs, outputs, batch, number = nanoseconds, memory, and of one in a pool

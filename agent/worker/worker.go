@@ -82,6 +82,10 @@ type Config struct {
 	// allocate that is about to be started; nil for what the machine has.
 	CheckMemory func() int64
 
+	// Eager has a child of Measure not give way to everybody: for benchmarks on
+	// machines that have other things to do.
+	Eager bool
+
 	// Pools names a device in whose memory the child that serves keeps weights,
 	// so that a version's session stays while they leave and come back: "" for
 	// none, "cuda:N" for a GPU, FakePools for tests. Where that cannot be had,

@@ -1,0 +1,433 @@
+package agent
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"log/slog"
+	"maps"
+	"path/filepath"
+	"runtime"
+	"slices"
+	"sync"
+	"time"
+
+	"google.golang.org/protobuf/proto"
+
+	"github.com/dunlin/dunlin/agent/engine"
+	"github.com/dunlin/dunlin/agent/ort"
+	"github.com/dunlin/dunlin/agent/profile"
+	"github.com/dunlin/dunlin/agent/state"
+	"github.com/dunlin/dunlin/agent/worker"
+	profiles "github.com/dunlin/dunlin/firmware-profiles"
+	"github.com/dunlin/dunlin/internal/estimate"
+	dunlinv1 "github.com/dunlin/dunlin/proto/dunlin/v1"
+)
+
+const (
+	profilesFolder = "profiles"
+	// lookEvery is how often it is looked for versions without a profile.
+	lookEvery = 2 * time.Second
+	// measureAgain is the wait after measuring could not begin.
+	measureAgain = time.Minute
+	// maxSpecs bounds the versions whose files are remembered.
+	maxSpecs = 1024
+	// measureShare is the part of the available memory that measuring may take.
+	measureShare = 0.5
+	// othersShare is how much of the processors' time others may have while the
+	// energy of runs is measured.
+	othersShare = 0.05
+)
+
+// profiler measures the versions that are loaded, one at a time and when the
+// device has nothing else to do, keeps what it finds, and has the engine use
+// it.
+type profiler struct {
+	host     *host
+	firmware profiles.Profile
+	store    *profile.Store
+	duty     float64
+	log      *slog.Logger
+	machine  machine
+	info     *dunlinv1.DeviceInfo
+	// measured, where not nil, tells the controller of a version's profile.
+	measured func(engine.VersionID, *dunlinv1.ModelProfile)
+	// controller, where not nil, gives the incarnation of the store that is to
+	// know of the profiles; "" for none yet.
+	controller func() string
+	// bench measures a version; nil is measure.
+	bench func(context.Context, task) (*dunlinv1.ModelProfile, error)
+
+	given map[engine.VersionID]*dunlinv1.ModelProfile // to the engine, by Info.ID
+	wait  map[engine.VersionID]time.Time              // until when a version is left alone
+	told  map[string]string                           // what the controller was told of each version
+
+	mu    sync.Mutex // guards what follows
+	specs map[engine.VersionID]engine.Spec
+}
+
+// task is a version to be measured.
+type task struct {
+	status  engine.Status
+	spec    engine.Spec
+	runtime worker.Runtime
+}
+
+// newProfiler gives nil where the settings want none.
+func newProfiler(h *host, firmware profiles.Profile, data string) (*profiler, error) {
+	if h.serving.Profile != "on" {
+		return nil, nil
+	}
+	store, err := profile.OpenStore(filepath.Join(data, profilesFolder))
+	if err != nil {
+		return nil, err
+	}
+	f := &profiler{
+		host: h, firmware: firmware, store: store, duty: float64(h.serving.ProfileDuty) / 100, log: h.serving.Log,
+		machine: h.serving.machine, info: h.serving.machine.Info(), told: store.Told(),
+		given: make(map[engine.VersionID]*dunlinv1.ModelProfile), wait: make(map[engine.VersionID]time.Time),
+		specs: make(map[engine.VersionID]engine.Spec),
+	}
+	f.bench = f.measure
+	return f, nil
+}
+
+// noted remembers where the files of the versions are that are compiled.
+func (f *profiler) noted(compile func(context.Context, worker.Runtime, engine.Spec) (worker.Image, error)) func(context.Context, worker.Runtime, engine.Spec) (worker.Image, error) {
+	return func(ctx context.Context, r worker.Runtime, s engine.Spec) (worker.Image, error) {
+		f.mu.Lock()
+		for old := range f.specs {
+			if len(f.specs) < maxSpecs {
+				break
+			}
+			delete(f.specs, old) // any: it is noted again when it is loaded again
+		}
+		f.specs[s.ID] = s
+		f.mu.Unlock()
+		return compile(ctx, r, s)
+	}
+}
+
+func (f *profiler) spec(id engine.VersionID) (engine.Spec, bool) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	s, ok := f.specs[id]
+	return s, ok
+}
+
+// run looks after profiles until ctx is done.
+func (f *profiler) run(ctx context.Context) error {
+	found, err := f.host.worker.Runtime(ctx)
+	for err != nil {
+		if !sleep(ctx, runtimeWait) {
+			return nil
+		}
+		found, err = f.host.worker.Runtime(ctx)
+	}
+	tick := time.NewTicker(lookEvery)
+	defer tick.Stop()
+	for {
+		f.look(ctx, found)
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-tick.C:
+		}
+	}
+}
+
+// look gives the engine what is known of the versions that have been loaded,
+// and measures the first one of which nothing is.
+func (f *profiler) look(ctx context.Context, found worker.Runtime) {
+	versions := f.host.engine.Versions()
+	f.forget(versions)
+	var next *task
+	for _, v := range versions {
+		id := v.Info.ID
+		spec, ok := f.spec(id)
+		if f.given[id] != nil || v.Draining || !ok || time.Now().Before(f.wait[id]) {
+			continue
+		}
+		p, err := f.stored(spec, found)
+		switch {
+		case err == nil:
+			f.give(ctx, v, p)
+		case !errors.Is(err, fs.ErrNotExist):
+			f.wait[id] = time.Now().Add(measureAgain)
+			f.log.Warn("no profile of a model", "model", id.Model, "version", id.Version, "error", err)
+		case next == nil || v.Figures.Success.Count > next.status.Figures.Success.Count:
+			next = &task{v, spec, found}
+		}
+	}
+	f.tell()
+	if next != nil {
+		f.work(ctx, *next)
+	}
+}
+
+// forget drops what is remembered of versions that have gone.
+func (f *profiler) forget(versions []engine.Status) {
+	there := make(map[engine.VersionID]bool, len(versions))
+	for _, v := range versions {
+		there[v.Info.ID] = true
+	}
+	for id := range f.given {
+		if !there[id] {
+			delete(f.given, id)
+		}
+	}
+	for id := range f.wait {
+		if !there[id] {
+			delete(f.wait, id)
+		}
+	}
+}
+
+// key gives what a version's profile depends on.
+func (f *profiler) key(spec engine.Spec, found worker.Runtime) (profile.Key, error) {
+	digest, err := f.host.cache.Digest(spec.Dir, spec.Entry)
+	if err != nil {
+		return profile.Key{}, err
+	}
+	return profile.Key{
+		ModelDigest: "sha256:" + digest, RuntimeVersion: found.Version, DriverVersion: f.info.DriverVersion,
+		FirmwareProfile: f.firmware.Name, CPUModel: f.info.CpuModel,
+	}, nil
+}
+
+// stored gives a version's profile; fs.ErrNotExist: it is to be measured.
+func (f *profiler) stored(spec engine.Spec, found worker.Runtime) (*dunlinv1.ModelProfile, error) {
+	key, err := f.key(spec, found)
+	if err != nil {
+		return nil, err
+	}
+	return f.store.Get(key, time.Now())
+}
+
+// give has the engine use a profile.
+func (f *profiler) give(ctx context.Context, v engine.Status, p *dunlinv1.ModelProfile) {
+	if t, ok := tuning(p); ok {
+		if err := f.host.engine.Tune(ctx, v.ID, t); err != nil {
+			if ctx.Err() == nil && !errors.Is(err, engine.ErrNotLoaded) && !errors.Is(err, engine.ErrDraining) {
+				f.log.Warn("a model runs without what was measured of it", "model", v.ID.Model, "version", v.ID.Version, "error", err)
+			}
+		}
+	}
+	f.given[v.Info.ID] = p
+}
+
+// tuning gives what a profile recommends; false: nothing.
+func tuning(p *dunlinv1.ModelProfile) (engine.Tuning, bool) {
+	r := p.GetRecommended()
+	if r == nil || p.Unmeasured != "" {
+		return engine.Tuning{}, false
+	}
+	var points []estimate.Point
+	for _, l := range p.Latency {
+		points = append(points, estimate.Point{Rows: int(l.Rows), Seconds: l.Seconds})
+	}
+	return engine.Tuning{
+		MaxBatchSize: int(r.Batch), Instances: int(r.Instances), Threads: int(r.Threads), Prepack: new(r.Prepacked),
+		Latency: estimate.FitLatency(points),
+	}, true
+}
+
+// work measures a version, and keeps and uses what comes out.
+func (f *profiler) work(ctx context.Context, t task) {
+	id := t.status.Info.ID
+	log := f.log.With("model", id.Model, "version", id.Version)
+	key, err := f.key(t.spec, t.runtime)
+	var p *dunlinv1.ModelProfile
+	if err == nil {
+		p, err = f.bench(ctx, t)
+	}
+	if err != nil {
+		if ctx.Err() == nil {
+			f.wait[id] = time.Now().Add(measureAgain)
+			log.Warn("a model is not measured yet", "error", err)
+		}
+		return
+	}
+	key.Name(p)
+	p.Model, p.Version = id.Model, id.Version
+	if err := f.store.Put(p); err != nil {
+		f.wait[id] = time.Now().Add(measureAgain)
+		log.Warn("a model was measured for nothing", "error", err)
+		return
+	}
+	r := p.Recommended
+	log.Info("model measured", "took", time.Duration(p.MeasuredSeconds*float64(time.Second)).Round(time.Millisecond), "points", len(p.Points), "provider", r.GetProvider(),
+		"batch", r.GetBatch(), "instances", r.GetInstances(), "threads", r.GetThreads(), "prepacked", r.GetPrepacked(), "unmeasured", p.Unmeasured)
+	f.give(ctx, t.status, p)
+	f.tell()
+}
+
+// tell has the controller know of each profile that the engine was given: once
+// for each of its stores, version and measurement.
+func (f *profiler) tell() {
+	if f.controller == nil || f.measured == nil {
+		return
+	}
+	incarnation := f.controller()
+	if incarnation == "" {
+		return
+	}
+	changed := false
+	for _, id := range slices.SortedFunc(maps.Keys(f.given), engine.VersionID.Compare) {
+		p := f.given[id]
+		id.Generation = 0
+		stamp := fmt.Sprintf("%s %s %d", incarnation, p.ModelDigest, p.MeasuredAt.AsTime().UnixNano())
+		if f.told[id.String()] == stamp {
+			continue
+		}
+		f.measured(id, p)
+		f.told[id.String()], changed = stamp, true
+	}
+	if !changed {
+		return
+	}
+	if err := f.store.SetTold(f.told); err != nil {
+		f.log.Warn("which profiles the controller knows is not kept: it is told again", "error", err)
+	}
+}
+
+// measure measures a version in a process of its own, in idle time.
+func (f *profiler) measure(ctx context.Context, t task) (*dunlinv1.ModelProfile, error) {
+	image, err := f.host.compile(ctx, t.runtime, t.spec)
+	if err != nil && !errors.Is(err, ort.ErrNotCompilable) {
+		return nil, err
+	}
+	if image.Release != nil {
+		defer image.Release()
+	}
+	gate := profile.NewIdle(f.host.engine, f.duty)
+	subject := f.subject(t, image)
+	cfg := f.host.serving.workerConfig(1)
+	cfg.CheckMemory, cfg.Eager = f.host.serving.compileMemory, f.host.serving.eager
+	if err := processors(&cfg, &f.firmware); err != nil {
+		return nil, err
+	}
+	var p *dunlinv1.ModelProfile
+	// The process begins when the device is idle, too.
+	_, err = gate.Do(ctx, func(context.Context) error { return nil })
+	if err == nil {
+		err = worker.Measure(ctx, cfg, t.spec, image.File, func(ctx context.Context, m *worker.Measuring) (err error) {
+			gate.Hold(m)
+			p, err = profile.Run(ctx, m, gate, subject)
+			return err
+		})
+	}
+	if errors.Is(err, profile.ErrGivenUp) {
+		return profile.Unmeasured(subject, err, time.Now()), nil
+	}
+	return p, err
+}
+
+// subject says what there is to choose from.
+func (f *profiler) subject(t task, image worker.Image) profile.Subject {
+	need := t.status.Need
+	if image.File != "" {
+		need = image.Info.Need
+	}
+	s := profile.Subject{Weights: need.Weights, Session: need.Session, Prepacked: need.Prepacked}
+	s.Space = profile.Space{
+		Providers: usable(f.firmware, t.runtime.Providers), Cores: cmp.Or(f.host.serving.workerConfig(f.firmware.Threads).Threads, runtime.NumCPU()),
+		Batch: 1, Prepack: need.Prepacked > 0,
+	}
+	if o := t.status.Info.Options; o.MaxBatchSize > 0 {
+		s.Space.Batch = profile.MaxBatch
+		if t.spec.Options != nil {
+			s.Space.Batch = o.MaxBatchSize // somebody has said so
+		}
+	}
+	room := f.measureRoom(f.host.engine.Memory().Budget)
+	s.Space.Fits = func(set profile.Setting) bool {
+		all := need.Weights + need.Session + need.Workspace*int64(set.Batch)*int64(set.Instances)
+		if set.Prepacked {
+			all += need.Prepacked
+		}
+		return room <= 0 || set.Batch == 1 && set.Instances == 1 || all <= room
+	}
+	if f.machine.Sample().EnergyJoules != nil {
+		s.Meter = f.meter
+	}
+	return s
+}
+
+// measureRoom is what measuring may take of the memory, so that nobody's
+// weights have to leave for it.
+func (f *profiler) measureRoom(budget int64) int64 {
+	if available, total, err := f.machine.Memory(); err == nil {
+		if room := int64((float64(available) - spareFraction*float64(total)) * measureShare); budget <= 0 || room < budget {
+			return max(room, 1)
+		}
+	}
+	return budget
+}
+
+// meter begins to count the device's energy.
+func (f *profiler) meter() func(time.Duration) float64 {
+	before, began := f.machine.Sample(), time.Now()
+	return func(cpu time.Duration) float64 {
+		return joules(before, f.machine.Sample(), time.Since(began), cpu, runtime.NumCPU())
+	}
+}
+
+// joules gives the energy between two samples that are so far apart; 0 where
+// the device cannot tell, or where others had more than a small part of the
+// processors' time than who computed for cpu.
+func joules(before, after *dunlinv1.Telemetry, wall, cpu time.Duration, cores int) float64 {
+	if before.EnergyJoules == nil || after.EnergyJoules == nil || after.CpuUtilisation == nil {
+		return 0
+	}
+	others := *after.CpuUtilisation*wall.Seconds()*float64(cores) - cpu.Seconds()
+	if others > othersShare*wall.Seconds()*float64(cores) {
+		return 0
+	}
+	return max(*after.EnergyJoules-*before.EnergyJoules, 0)
+}
+
+// profileEvent tells the controller of a profile; of one that is too large for
+// an event, without the last of its points.
+func profileEvent(id engine.VersionID, digest string, p *dunlinv1.ModelProfile) *dunlinv1.Event {
+	p = proto.CloneOf(p)
+	p.Model, p.Version, p.Digest = id.Model, id.Version, digest
+	r := p.Recommended
+	e := &dunlinv1.Event{
+		Kind: "profile.measured", Severity: dunlinv1.Severity_SEVERITY_INFO, Model: id.Model, Version: id.Version, Profile: p,
+		Message: fmt.Sprintf("recommended: batch %d, %d instances, %d threads, %s", r.GetBatch(), r.GetInstances(), r.GetThreads(), r.GetProvider()),
+	}
+	if p.Unmeasured != "" {
+		e.Severity, e.Message = dunlinv1.Severity_SEVERITY_WARNING, "not measured: "+p.Unmeasured
+	}
+	// The outbox adds its number and the time.
+	for proto.Size(e) > state.MaxEvent-64 && len(p.Points) > 0 {
+		p.Points = p.Points[:len(p.Points)-1]
+	}
+	return e
+}
+
+// profiled tells the controller of a version's profile.
+func (a *agent) profiled(id engine.VersionID, p *dunlinv1.ModelProfile) {
+	digest := ""
+	for _, v := range a.reconcile.Report().GetVersions() {
+		if v.Model == id.Model && v.Version == id.Version && v.State == dunlinv1.VersionState_VERSION_STATE_RESIDENT {
+			digest = v.Digest
+		}
+	}
+	a.event(profileEvent(id, digest, p))
+}
+
+// checkProfiles says how many models have been measured.
+func checkProfiles(data string) Finding {
+	n, err := profile.Count(filepath.Join(data, profilesFolder))
+	switch {
+	case err != nil:
+		return Finding{"profiles", Warn, err.Error(), "run the doctor as the user that the agent runs as"}
+	case n == 1:
+		return Finding{Check: "profiles", Verdict: Pass, Detail: "1 model has been measured on this device"}
+	}
+	return Finding{Check: "profiles", Verdict: Pass, Detail: fmt.Sprintf("%d models have been measured on this device", n)}
+}

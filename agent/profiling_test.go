@@ -1,0 +1,271 @@
+package agent
+
+import (
+	"encoding/json"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/types/known/timestamppb"
+
+	"github.com/dunlin/dunlin/agent/engine"
+	"github.com/dunlin/dunlin/agent/profile"
+	"github.com/dunlin/dunlin/agent/state"
+	profiles "github.com/dunlin/dunlin/firmware-profiles"
+	"github.com/dunlin/dunlin/internal/link"
+	dunlinv1 "github.com/dunlin/dunlin/proto/dunlin/v1"
+)
+
+// batchSize asks a device for the most rows of a run of digits.
+func batchSize(url string) (int, error) {
+	resp, err := http.Get(url + "/v2/models/digits/config")
+	if err != nil {
+		return 0, err
+	}
+	defer resp.Body.Close()
+	raw, err := io.ReadAll(resp.Body)
+	if err != nil {
+		return 0, err
+	}
+	var config struct {
+		MaxBatchSize int `json:"max_batch_size"`
+	}
+	if err := json.Unmarshal(raw, &config); err != nil || resp.StatusCode != http.StatusOK {
+		return 0, fmt.Errorf("%s: %s", resp.Status, raw)
+	}
+	return config.MaxBatchSize, nil
+}
+
+// TestAgentMeasures: a model that is loaded is measured, used as it was
+// measured, and its profile told to each store of the controller once; after a
+// start it is used as it was kept.
+func TestAgentMeasures(t *testing.T) {
+	c := startControl(t)
+	cfg := testConfig(t, c)
+	cfg.Profile, cfg.ProfileDuty, cfg.eager = "on", 100, true
+	l, err := net.Listen("tcp", cfg.Listen)
+	if err != nil {
+		t.Fatal(err)
+	}
+	cfg.Listen = l.Addr().String() // the same for both starts
+	l.Close()
+	url := "http://" + cfg.Listen
+	stop := startAgent(t, cfg)
+	c.until("says hello", func(m proto.Message) bool { _, ok := m.(*dunlinv1.Hello); return ok })
+	v1 := c.push(digits+"v1.onnx", "digits", 1)
+	c.send("edge-1", link.Desired, desired(t, 1, nil, v1))
+	var told *dunlinv1.Event
+	tells := func(m proto.Message) bool {
+		batch, ok := m.(*dunlinv1.EventBatch)
+		if ok {
+			c.send("edge-1", link.Command, &dunlinv1.Command{Command: &dunlinv1.Command_EventAck{EventAck: &dunlinv1.EventAck{
+				OutboxId: batch.OutboxId, Sequence: batch.Events[len(batch.Events)-1].Sequence,
+			}}})
+		}
+		for _, e := range batch.GetEvents() {
+			if e.Kind == "profile.measured" && e.Sequence > told.GetSequence() {
+				told = e
+				return true
+			}
+		}
+		return false
+	}
+	c.until("tells what it measured", tells)
+	p := told.Profile
+	if p.Unmeasured != "" || p.Model != "digits" || p.Version != 1 || told.Version != 1 || p.Digest != v1.Digest || !strings.HasPrefix(p.ModelDigest, "sha256:") ||
+		p.Recommended == nil || len(p.Latency) < 2 || len(p.Points) < 3 || p.ActivationWarmSeconds <= 0 || p.RuntimeVersion == "" || p.FirmwareProfile == "" {
+		t.Fatalf("%v", p)
+	}
+	if len(p.Providers) != 1 || !p.Providers[0].Accepted || p.Providers[0].MaxRelativeError > 1e-3 {
+		t.Errorf("%v", p.Providers)
+	}
+	if n := proto.Size(told); n > state.MaxEvent {
+		t.Errorf("the event has %d bytes", n)
+	}
+	until(t, "batches as it was measured", func() error {
+		if n, err := batchSize(url); err != nil || n != int(p.Recommended.Batch) {
+			return fmt.Errorf("batch of %d, %v; measured is %v", n, err, p.Recommended)
+		}
+		return nil
+	})
+	again := desired(t, 1, nil, v1)
+	again.Generation.Incarnation = "two"
+	c.send("edge-1", link.Desired, again)
+	c.until("tells a new store", tells)
+	if !proto.Equal(told.Profile, p) {
+		t.Errorf("told %v, before %v", told.Profile, p)
+	}
+	stop()
+
+	store, err := profile.OpenStore(filepath.Join(cfg.Data, profilesFolder))
+	if err != nil {
+		t.Fatal(err)
+	}
+	kept := proto.CloneOf(p)
+	kept.Recommended.Batch = 7
+	if err := store.Put(kept); err != nil {
+		t.Fatal(err)
+	}
+	startAgent(t, cfg)
+	until(t, "batches as it was kept", func() error {
+		if n, err := batchSize(url); err != nil || n != 7 {
+			return fmt.Errorf("batch of %d, %v", n, err)
+		}
+		return nil
+	})
+	if f := checkProfiles(cfg.Data); f.Verdict != Pass || !strings.HasPrefix(f.Detail, "1 model ") {
+		t.Errorf("the doctor says %+v", f)
+	}
+}
+
+// TestServeMeasures does without a controller.
+func TestServeMeasures(t *testing.T) {
+	data := t.TempDir()
+	startAlone(t, Alone{File: digitsFile(t), Data: data, Serving: Serving{Profile: "on", ProfileDuty: 100, eager: true}})
+	until(t, "keeps what it measured", func() error {
+		found, err := filepath.Glob(filepath.Join(data, profilesFolder, "*.json"))
+		if err != nil || len(found) != 1 {
+			return fmt.Errorf("%v, %v", found, err)
+		}
+		return nil
+	})
+}
+
+func TestProfilingIsOff(t *testing.T) {
+	cfg, err := ParseConfig([]string{"--profile", "off", "--data", t.TempDir()}, env(), io.Discard)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if f, err := newProfiler(&host{serving: cfg.Serving}, profiles.Profile{}, cfg.Data); f != nil || err != nil {
+		t.Errorf("%v, %v", f, err)
+	}
+	if _, err := os.Stat(filepath.Join(cfg.Data, profilesFolder)); err == nil {
+		t.Error("it makes a folder")
+	}
+	for want, args := range map[string][]string{
+		`profile: "maybe" is not on or off`:          {"--profile", "maybe"},
+		"profile-duty: is 101, allowed are 1 to 100": {"--profile-duty", "101"},
+		"profile-duty: is -1, allowed are 1 to 100":  {"--profile-duty", "-1"},
+	} {
+		if _, err := ParseConfig(args, env(), io.Discard); err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("%v: %v, want %q", args, err, want)
+		}
+	}
+	if cfg, err := ParseConfig(nil, env(), io.Discard); err != nil || cfg.Profile != "on" || cfg.ProfileDuty != defaultProfileDuty {
+		t.Errorf("%q %d, %v", cfg.Profile, cfg.ProfileDuty, err)
+	}
+}
+
+// TestTell tells each profile once for each store, version and measurement,
+// also over starts.
+func TestTell(t *testing.T) {
+	store, err := profile.OpenStore(t.TempDir())
+	if err != nil {
+		t.Fatal(err)
+	}
+	var heard []string
+	incarnation := ""
+	start := func() *profiler {
+		return &profiler{
+			store: store, told: store.Told(), given: map[engine.VersionID]*dunlinv1.ModelProfile{},
+			measured:   func(id engine.VersionID, p *dunlinv1.ModelProfile) { heard = append(heard, id.String()) },
+			controller: func() string { return incarnation },
+		}
+	}
+	expect := func(when string, f *profiler, want ...string) {
+		t.Helper()
+		heard = nil
+		f.tell()
+		if fmt.Sprint(heard) != fmt.Sprint(want) {
+			t.Errorf("%s: told of %v, want %v", when, heard, want)
+		}
+	}
+	at := time.Unix(1, 0)
+	f := start()
+	f.given[engine.VersionID{Model: "b", Version: 1, Generation: 3}] = &dunlinv1.ModelProfile{ModelDigest: "x", MeasuredAt: timestamppb.New(at)}
+	expect("without a controller", f)
+	incarnation = "one"
+	expect("with one", f, "b:1")
+	expect("again", f)
+	f.given[engine.VersionID{Model: "a", Version: 2}] = &dunlinv1.ModelProfile{ModelDigest: "x", MeasuredAt: timestamppb.New(at)}
+	expect("of another version", f, "a:2")
+	given := f.given
+	f = start()
+	f.given = given
+	expect("after a start", f)
+	f.given[engine.VersionID{Model: "a", Version: 2}] = &dunlinv1.ModelProfile{ModelDigest: "x", MeasuredAt: timestamppb.New(at.Add(time.Second))}
+	expect("measured again", f, "a:2")
+	incarnation = "two"
+	expect("a new store", f, "a:2", "b:1")
+}
+
+func TestProfileEvent(t *testing.T) {
+	p := &dunlinv1.ModelProfile{Recommended: &dunlinv1.ModelSetting{Batch: 4, Instances: 2}, Latency: []*dunlinv1.LatencyPoint{{Rows: 1, Seconds: 1}}}
+	for range 64 {
+		p.Points = append(p.Points, &dunlinv1.ProfilePoint{
+			Setting:    &dunlinv1.ModelSetting{Provider: strings.Repeat("P", 100), Batch: 64, Instances: 8, Threads: 16, Prepacked: true},
+			P50Seconds: 1, P95Seconds: 1, P99Seconds: 1, RowsPerSecond: 1, PeakBytes: new(uint64(1 << 40)), JoulesPerRow: new(1.5),
+		})
+	}
+	e := profileEvent(engine.VersionID{Model: "m", Version: 3}, "sha256:d", p)
+	if n := proto.Size(e); n > state.MaxEvent || n < state.MaxEvent-512 || e.Profile.Recommended == nil || len(e.Profile.Latency) != 1 {
+		t.Errorf("%d bytes, %d points", n, len(e.Profile.Points))
+	}
+	if len(p.Points) != 64 || p.Digest != "" {
+		t.Error("it changes the profile")
+	}
+	if e.Profile.Model != "m" || e.Profile.Version != 3 || e.Profile.Digest != "sha256:d" || e.Severity != dunlinv1.Severity_SEVERITY_INFO {
+		t.Errorf("%v", e)
+	}
+	e = profileEvent(engine.VersionID{Model: "m", Version: 3}, "", &dunlinv1.ModelProfile{Unmeasured: "never idle"})
+	if e.Severity != dunlinv1.Severity_SEVERITY_WARNING || !strings.Contains(e.Message, "never idle") {
+		t.Errorf("%v", e)
+	}
+}
+
+func TestTuning(t *testing.T) {
+	if _, ok := tuning(&dunlinv1.ModelProfile{Unmeasured: "never idle"}); ok {
+		t.Error("what was not measured tunes")
+	}
+	got, ok := tuning(&dunlinv1.ModelProfile{
+		Recommended: &dunlinv1.ModelSetting{Batch: 8, Instances: 2, Threads: 1, Prepacked: true},
+		Latency:     []*dunlinv1.LatencyPoint{{Rows: 1, Seconds: 1}, {Rows: 8, Seconds: 4.5}},
+	})
+	if !ok || got.MaxBatchSize != 8 || got.Instances != 2 || got.Threads != 1 || got.Prepack == nil || !*got.Prepack || got.Latency.At(3) != 2*time.Second {
+		t.Errorf("%+v", got)
+	}
+	if err := got.Check(); err != nil {
+		t.Error(err)
+	}
+}
+
+func TestJoules(t *testing.T) {
+	sample := func(joules, busy float64) *dunlinv1.Telemetry {
+		return &dunlinv1.Telemetry{EnergyJoules: new(joules), CpuUtilisation: new(busy)}
+	}
+	second := time.Second
+	for _, tt := range []struct {
+		name          string
+		before, after *dunlinv1.Telemetry
+		cpu           time.Duration
+		want          float64
+	}{
+		{"alone", sample(10, 0), sample(15, 0.5), 2 * second, 5},
+		{"others computed", sample(10, 0), sample(15, 0.8), 2 * second, 0},
+		{"none", &dunlinv1.Telemetry{}, sample(15, 0.5), 2 * second, 0},
+		{"none any more", sample(10, 0), &dunlinv1.Telemetry{CpuUtilisation: new(0.5)}, 2 * second, 0},
+		{"nobody knows who computed", sample(10, 0), &dunlinv1.Telemetry{EnergyJoules: new(15.0)}, 2 * second, 0},
+		{"began anew", sample(10, 0), sample(1, 0.5), 2 * second, 0},
+	} {
+		if got := joules(tt.before, tt.after, second, tt.cpu, 4); got != tt.want {
+			t.Errorf("%s: %g J, want %g", tt.name, got, tt.want)
+		}
+	}
+}
