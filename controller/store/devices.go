@@ -298,6 +298,9 @@ func (s *Store) Desired(ctx context.Context, device string) (d Desired, err erro
 // are left out.
 func (s *Store) Documents(ctx context.Context, names []string) (map[string]*dunlinv1.DesiredDocument, error) {
 	documents := make(map[string]*dunlinv1.DesiredDocument, len(names))
+	if len(names) == 0 {
+		return documents, nil
+	}
 	err := s.read(ctx, func(tx *sql.Tx) error {
 		for _, name := range names {
 			var b []byte
