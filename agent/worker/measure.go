@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io/fs"
 	"math"
 	"os"
 	"path/filepath"
@@ -185,12 +186,13 @@ func (m *Measuring) Check(ctx context.Context, provider string) (profile.Check, 
 
 // lowers says whether a model computes in less than FP32.
 func lowers(g *models.Graph) bool {
+	short := func(t tensor.Type) bool { return t == tensor.Float16 || t == tensor.BFloat16 }
 	for _, infos := range [][]tensor.Info{g.Inputs, g.Outputs} {
-		if slices.ContainsFunc(infos, func(i tensor.Info) bool { return i.Type == tensor.Float16 || i.Type == tensor.BFloat16 }) {
+		if slices.ContainsFunc(infos, func(i tensor.Info) bool { return short(i.Type) }) {
 			return true
 		}
 	}
-	return slices.ContainsFunc(g.Operators, func(op string) bool {
+	return slices.ContainsFunc(g.WeightTypes, short) || slices.ContainsFunc(g.Operators, func(op string) bool {
 		return strings.Contains(op, "Quantize") || strings.Contains(op, "QLinear") || strings.HasSuffix(op, "Integer")
 	})
 }
@@ -231,6 +233,8 @@ type bench struct {
 	last    time.Time
 	want    []tensor.Tensor // of the reference
 	given   []tensor.Tensor // its inputs
+	// tolerance is how far outputs may be from it.
+	tolerance profile.Tolerance
 }
 
 // answer answers kindMeasure.
@@ -371,24 +375,19 @@ func (b *bench) check(ctx context.Context, q *measureQuestion) (profile.Check, e
 		return out, err
 	}
 	if b.want == nil {
-		s, err := ort.OpenReference(ctx, q.Dir, q.Entry)
-		if err == nil {
-			rows := 1
-			if s.Batch() {
-				rows = checkRows
-			}
-			if err = b.make(ctx, s, rows); err == nil {
-				b.want, err = run(s, b.inputs)
-				b.given = b.inputs
-			}
-			s.Close()
+		ref, err := models.ReadReference(q.Dir)
+		switch {
+		case err == nil:
+			b.given, b.want, b.tolerance = ref.Inputs, ref.Outputs, profile.Tolerance{Relative: ref.Relative, Absolute: ref.Absolute}
+		case errors.Is(err, fs.ErrNotExist):
+			err = b.refer(ctx, q, run)
 		}
 		if err != nil && ctx.Err() != nil {
 			return profile.Check{}, context.Cause(ctx)
 		}
 		if err != nil {
 			// The reference would be the same provider with less done to the graph.
-			return profile.Check{Accepted: q.Setting.Provider == ort.CPUProvider, Reason: "not compared: the graph as it is does not run: " + err.Error()}, nil
+			return profile.Check{Accepted: q.Setting.Provider == ort.CPUProvider, Reason: "not compared: " + err.Error()}, nil
 		}
 	}
 	s, err := openAs(ctx, q)
@@ -400,7 +399,28 @@ func (b *bench) check(ctx context.Context, q *measureQuestion) (profile.Check, e
 	if err != nil {
 		return profile.Check{}, err
 	}
-	return profile.Compare(q.Setting.Provider, b.want, got, q.Tolerance), nil
+	return profile.Compare(q.Setting.Provider, b.want, got, b.tolerance), nil
+}
+
+// refer takes as the reference what the graph as it is gives for inputs that
+// are made up.
+func (b *bench) refer(ctx context.Context, q *measureQuestion, run func(*ort.Session, []tensor.Tensor) ([]tensor.Tensor, error)) error {
+	s, err := ort.OpenReference(ctx, q.Dir, q.Entry)
+	if err == nil {
+		defer s.Close()
+		rows := 1
+		if s.Batch() {
+			rows = checkRows
+		}
+		if err = b.make(ctx, s, rows); err == nil {
+			b.given, b.tolerance = b.inputs, q.Tolerance
+			b.want, err = run(s, b.given)
+		}
+	}
+	if err != nil {
+		return fmt.Errorf("the graph as it is does not run: %w", err)
+	}
+	return nil
 }
 
 // activate gives the time until the end of the first run, 0 where the file

@@ -13,6 +13,8 @@ import (
 
 	"github.com/dunlin/dunlin/agent/profile"
 	"github.com/dunlin/dunlin/bench/zoo"
+	"github.com/dunlin/dunlin/models"
+	"github.com/dunlin/dunlin/models/onnxwriter"
 )
 
 func TestMeasure(t *testing.T) {
@@ -142,5 +144,41 @@ func TestMeasureFails(t *testing.T) {
 	})
 	if err == nil || !strings.Contains(err.Error(), "Frobnicate") {
 		t.Errorf("got %v", err)
+	}
+}
+
+// TestMeasureReference has a version bring along what its outputs are, rightly,
+// and otherwise.
+func TestMeasureReference(t *testing.T) {
+	cfg := testConfig(t, "")
+	// One input of one number: the output is its double.
+	s := written(t, onnxwriter.Model{Opset: 17, Inputs: []onnxwriter.Value{onnxwriter.Float("x", -1, 1)}, Outputs: []onnxwriter.Value{onnxwriter.Float("y", -1, 1)},
+		Nodes: []onnxwriter.Node{{Op: "Add", In: []string{"x", "x"}, Out: []string{"y"}}}})
+	for _, tt := range []struct {
+		name, reference, reason string
+		accepted                bool
+	}{
+		{"right", `{"inputs":[{"name":"x","datatype":"FP32","shape":[2,1],"data":[1,2]}],"outputs":[{"name":"y","datatype":"FP32","shape":[2,1],"data":[2,4]}]}`, "", true},
+		{"near", `{"inputs":[{"name":"x","datatype":"FP32","shape":[1,1],"data":[1]}],"outputs":[{"name":"y","datatype":"FP32","shape":[1,1],"data":[2.2]}],"tolerance":{"relative":0.1}}`, "", true},
+		{"wrong", `{"inputs":[{"name":"x","datatype":"FP32","shape":[1,1],"data":[1]}],"outputs":[{"name":"y","datatype":"FP32","shape":[1,1],"data":[2.2]}]}`, "1 of 1 values differ", false},
+		{"of another model", `{"inputs":[{"name":"z","datatype":"FP32","shape":[1,1],"data":[1]}],"outputs":[{"name":"y","datatype":"FP32","shape":[1,1],"data":[2]}]}`, `input "x" is missing`, false},
+		{"not JSON", `{`, "not compared", true},
+	} {
+		if err := os.WriteFile(filepath.Join(s.Dir, models.ReferenceFile), []byte(tt.reference), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		err := Measure(t.Context(), cfg, s, "", func(ctx context.Context, m *Measuring) error {
+			check, err := m.Check(ctx, profile.CPU)
+			if err != nil {
+				check.Reason = err.Error()
+			}
+			if check.Accepted != tt.accepted || !strings.Contains(check.Reason, tt.reason) {
+				t.Errorf("%s: %+v", tt.name, check)
+			}
+			return nil
+		})
+		if err != nil {
+			t.Errorf("%s: %v", tt.name, err)
+		}
 	}
 }
