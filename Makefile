@@ -6,6 +6,9 @@ BUF         := go run github.com/bufbuild/buf/cmd/buf@v1.71.0
 STATICCHECK := go run honnef.co/go/tools/cmd/staticcheck@v0.8.2
 GOVULNCHECK := go run golang.org/x/vuln/cmd/govulncheck@v1.8.0
 
+# NVML's header marks functions that its binding calls as deprecated.
+export CGO_CFLAGS := -O2 -g -Wno-deprecated-declarations
+
 GOBUILD  := go build -trimpath -ldflags='-s -w'
 FUZZTIME ?= 30s
 

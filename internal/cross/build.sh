@@ -52,5 +52,5 @@ cmp -s "$weak.new" "$weak" || mv "$weak.new" "$weak"
 rm -f "$weak.new"
 
 cd "$root"
-export CGO_ENABLED=1 GOOS=linux GOARCH=arm64 CC="sh $here/cc.sh" CGO_CFLAGS="-O2 -include $weak"
+export CGO_ENABLED=1 GOOS=linux GOARCH=arm64 CC="sh $here/cc.sh" CGO_CFLAGS="-O2 -Wno-deprecated-declarations -include $weak"
 go build -trimpath -ldflags='-s -w -extldflags=-Wl,-z,lazy' -o bin/linux-arm64/dunlin-agent ./cmd/dunlin-agent
