@@ -232,7 +232,7 @@ func TestDocsYAML(t *testing.T) {
 			}
 		}
 	}
-	if len(kinds) != 4 || kinds["document"] < 2 {
+	if len(kinds) != 5 || kinds["document"] < 2 {
 		t.Errorf("found only %v", kinds)
 	}
 }
