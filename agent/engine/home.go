@@ -158,7 +158,7 @@ func (c *core) pinnedBeside(v *version) int64 {
 	}
 	sum := int64(0)
 	for _, o := range c.sorted() {
-		if o.info.Options.Pinned && o.spec.ID != v.spec.ID && o.phase <= ready {
+		if o.pinned() && o.spec.ID != v.spec.ID {
 			sum += o.home.charged
 		}
 	}

@@ -237,7 +237,7 @@ func (c *core) evict(claimant *version, lacks int64, patience moment, r *request
 		case !v.canLeave():
 		case !v.idle():
 			busy = append(busy, v)
-		case v.info.Options.Pinned:
+		case v.pinned():
 		case c.now < h.since+v.stay():
 			c.look(h.since + v.stay())
 		default:
@@ -261,11 +261,11 @@ func (c *core) evict(claimant *version, lacks int64, patience moment, r *request
 		return coming
 	}
 	busy = slices.DeleteFunc(busy, func(v *version) bool { return v.queue.len > 0 && compareLine(v.queue.first(), r) < 0 })
-	leave := slices.DeleteFunc(slices.Clone(busy), func(v *version) bool { return v.info.Options.Pinned })
+	leave := slices.DeleteFunc(slices.Clone(busy), func(v *version) bool { return v.pinned() })
 	if chosen, enough = c.victims(leave, lacks); !enough {
 		for _, v := range busy {
 			lacks -= v.inRuns()
-			if !v.info.Options.Pinned {
+			if !v.pinned() {
 				lacks -= v.home.charged
 			}
 		}
@@ -274,7 +274,7 @@ func (c *core) evict(claimant *version, lacks int64, patience moment, r *request
 		}
 	}
 	for _, v := range chosen {
-		if len(v.runs) == 0 && !v.info.Options.Pinned {
+		if len(v.runs) == 0 && !v.pinned() {
 			c.putOut(v, ForRoom)
 			coming = true
 		} else {
@@ -291,6 +291,11 @@ func (v *version) canLeave() bool {
 	h := &v.home
 	return h.residency == resident && v.phase != unloading && !h.changing && h.charged > 0
 }
+
+// pinned says whether a version stays whatever others lack. One that is on its
+// way out does not: who waits for it to go would wait for a version that may
+// need room itself to answer what it has admitted.
+func (v *version) pinned() bool { return v.info.Options.Pinned && v.phase <= ready }
 
 // inRuns is the workspace of a version's runs.
 func (v *version) inRuns() int64 {
@@ -484,7 +489,7 @@ func (c *core) worth(v *version) bool {
 		if h.residency == leaving {
 			lacks -= h.charged
 		}
-		if o.canLeave() && o.idle() && !o.info.Options.Pinned {
+		if o.canLeave() && o.idle() && !o.pinned() {
 			idle = append(idle, o)
 		}
 	}
@@ -529,7 +534,7 @@ func (c *core) put(id VersionID, v *version) {
 func (c *core) relieve(bytes int64) {
 	var idle []*version
 	for _, v := range c.sorted() {
-		if v.canLeave() && v.idle() && !v.info.Options.Pinned {
+		if v.canLeave() && v.idle() && !v.pinned() {
 			idle = append(idle, v)
 		}
 	}

@@ -507,113 +507,117 @@ func TestPrepack(t *testing.T) {
 // Random requests, budgets, failures, cancellations and unloads: every request
 // is answered once, nothing hangs, and the ledger adds up.
 func TestRandomMemory(t *testing.T) {
-	rapid.Check(t, func(t *rapid.T) {
-		seed := rapid.Uint64().Draw(t, "seed")
-		random := rand.New(rand.NewPCG(seed, 2))
-		chance := func(p float64) bool { return random.Float64() < p }
-		pick := func(errs ...error) error { return errs[random.IntN(len(errs))] }
-		models := 2 + random.IntN(9)
-		need := func(int) Need {
-			return Need{Weights: random.Int64N(100), Session: random.Int64N(20), Prepacked: random.Int64N(2) * 30, Workspace: random.Int64N(60)}
+	// Where a pinned version on its way out did not make room for a request
+	// that was older than those it had to answer first.
+	randomMemory(t, 0x3dd8)
+	rapid.Check(t, func(t *rapid.T) { randomMemory(t, rapid.Uint64().Draw(t, "seed")) })
+}
+
+func randomMemory(t rapid.TB, seed uint64) {
+	random := rand.New(rand.NewPCG(seed, 2))
+	chance := func(p float64) bool { return random.Float64() < p }
+	pick := func(errs ...error) error { return errs[random.IntN(len(errs))] }
+	models := 2 + random.IntN(9)
+	need := func(int) Need {
+		return Need{Weights: random.Int64N(100), Session: random.Int64N(20), Prepacked: random.Int64N(2) * 30, Workspace: random.Int64N(60)}
+	}
+	c := newCrowd(t, models, 160, need, time.Duration(1+random.IntN(20))*time.Millisecond, func(*run) time.Duration {
+		return time.Duration(random.IntN(30)) * time.Millisecond
+	})
+	lowered := false
+	var drains []*call
+	check := func() {
+		if !lowered {
+			c.check()
 		}
-		c := newCrowd(t, models, 160, need, time.Duration(1+random.IntN(20))*time.Millisecond, func(*run) time.Duration {
-			return time.Duration(random.IntN(30)) * time.Millisecond
-		})
-		lowered := false
-		var drains []*call
-		check := func() {
-			if !lowered {
-				c.check()
-			}
+	}
+	c.moved = func(f effect) {
+		if f, ok := f.(startDeactivate); ok && len(f.version.runs) > 0 {
+			t.Fatal("weights leave under a run")
 		}
-		c.moved = func(f effect) {
-			if f, ok := f.(startDeactivate); ok && len(f.version.runs) > 0 {
-				t.Fatal("weights leave under a run")
-			}
-			check()
+		check()
+	}
+	c.started = func(*run) { check() }
+	c.failing = func() error {
+		if chance(0.1) {
+			return pick(ErrOutOfMemory, errBad, ErrNotLoaded)
 		}
-		c.started = func(*run) { check() }
-		c.failing = func() error {
-			if chance(0.1) {
-				return pick(ErrOutOfMemory, errBad, ErrNotLoaded)
-			}
-			return nil
+		return nil
+	}
+	c.ends = func(*run) error {
+		if chance(0.1) {
+			return pick(ErrOutOfMemory, errBad, ErrNotLoaded, ErrQuarantined, ErrUnavailable)
 		}
-		c.ends = func(*run) error {
-			if chance(0.1) {
-				return pick(ErrOutOfMemory, errBad, ErrNotLoaded, ErrQuarantined, ErrUnavailable)
-			}
-			return nil
-		}
-		var asked []*request
-		at := time.Second
-		for range 300 {
-			at += time.Duration(random.IntN(15)) * time.Millisecond
-			i := random.IntN(models)
-			switch {
-			case chance(0.02):
-				c.at(at, func() event { lowered = true; return setMemory{100 + random.Int64N(200)} })
-			case chance(0.02):
-				duty := []float64{0, 0.2, 0.7}[random.IntN(3)]
-				c.at(at, func() event { return setThrottle{Throttle{Duty: duty, MaxBatch: random.IntN(3), Cordon: chance(0.1)}} })
-			case chance(0.02):
-				prepack := chance(0.5)
-				tuning := Tuning{Threads: random.IntN(3), Prepack: &prepack, MaxBatchSize: random.IntN(5), Instances: random.IntN(3), Latency: latency(float64(random.IntN(20)), 1)}
-				c.at(at, func() event { return tune{newCall(), c.ids[i], tuning} })
-			case chance(0.02):
-				c.at(at, func() event { d := newCall(); drains = append(drains, d); return drain{d, c.ids[i], false} })
-			case chance(0.05):
-				c.at(at, func() event {
-					if v := c.core.versions[c.ids[i]]; v != nil && v.phase == loading && v.trial == nil { // its load has failed
-						c.step(abandoned{c.ids[i]})
-					}
-					if c.core.versions[c.ids[i]] == nil {
-						c.add(c.ids[i], serving.Options{MaxBatchSize: 4, DynamicBatching: true, Instances: 1 + random.IntN(2), Pinned: chance(0.1)}, need(i))
-					}
-					return nil
-				})
-			default:
-				r := &request{id: c.ids[i], rows: 1 + random.IntN(3), size: 100, answer: make(chan struct{}, 1), alone: chance(0.5), inputs: request1()[1:]}
-				if chance(0.1) {
-					r.deadline = start.Add(at + time.Duration(random.IntN(200))*time.Millisecond)
+		return nil
+	}
+	var asked []*request
+	at := time.Second
+	for range 300 {
+		at += time.Duration(random.IntN(15)) * time.Millisecond
+		i := random.IntN(models)
+		switch {
+		case chance(0.02):
+			c.at(at, func() event { lowered = true; return setMemory{100 + random.Int64N(200)} })
+		case chance(0.02):
+			duty := []float64{0, 0.2, 0.7}[random.IntN(3)]
+			c.at(at, func() event { return setThrottle{Throttle{Duty: duty, MaxBatch: random.IntN(3), Cordon: chance(0.1)}} })
+		case chance(0.02):
+			prepack := chance(0.5)
+			tuning := Tuning{Threads: random.IntN(3), Prepack: &prepack, MaxBatchSize: random.IntN(5), Instances: random.IntN(3), Latency: latency(float64(random.IntN(20)), 1)}
+			c.at(at, func() event { return tune{newCall(), c.ids[i], tuning} })
+		case chance(0.02):
+			c.at(at, func() event { d := newCall(); drains = append(drains, d); return drain{d, c.ids[i], false} })
+		case chance(0.05):
+			c.at(at, func() event {
+				if v := c.core.versions[c.ids[i]]; v != nil && v.phase == loading && v.trial == nil { // its load has failed
+					c.step(abandoned{c.ids[i]})
 				}
-				asked = append(asked, r)
-				c.at(at, func() event {
-					if c.core.current[r.id] == nil {
-						c.answers[r]++
+				if c.core.versions[c.ids[i]] == nil {
+					c.add(c.ids[i], serving.Options{MaxBatchSize: 4, DynamicBatching: true, Instances: 1 + random.IntN(2), Pinned: chance(0.1)}, need(i))
+				}
+				return nil
+			})
+		default:
+			r := &request{id: c.ids[i], rows: 1 + random.IntN(3), size: 100, answer: make(chan struct{}, 1), alone: chance(0.5), inputs: request1()[1:]}
+			if chance(0.1) {
+				r.deadline = start.Add(at + time.Duration(random.IntN(200))*time.Millisecond)
+			}
+			asked = append(asked, r)
+			c.at(at, func() event {
+				if c.core.current[r.id] == nil {
+					c.answers[r]++
+					return nil
+				}
+				return arrive{r}
+			})
+			if chance(0.1) {
+				c.at(at+time.Duration(random.IntN(50))*time.Millisecond, func() event {
+					if r.state == answered || r.version == nil {
 						return nil
 					}
-					return arrive{r}
+					return cancelled{r}
 				})
-				if chance(0.1) {
-					c.at(at+time.Duration(random.IntN(50))*time.Millisecond, func() event {
-						if r.state == answered || r.version == nil {
-							return nil
-						}
-						return cancelled{r}
-					})
-				}
 			}
 		}
-		c.run(at + 5*time.Minute)
-		for i, r := range asked {
-			if c.answers[r] != 1 {
-				t.Fatalf("request %d of %s (%d rows, state %d) was answered %d times\n%s", i, r.id, r.rows, r.state, c.answers[r], c)
-			}
+	}
+	c.run(at + 5*time.Minute)
+	for i, r := range asked {
+		if c.answers[r] != 1 {
+			t.Fatalf("request %d of %s (%d rows, state %d) was answered %d times\n%s", i, r.id, r.rows, r.state, c.answers[r], c)
 		}
-		for _, v := range c.core.versions {
-			if !v.settled() || len(v.runs) > 0 || v.queue.len > 0 || v.trial != nil {
-				t.Fatalf("%s: %s, %d runs, %d requests, phase %d", v.id, v.home.residency, len(v.runs), v.queue.len, v.phase)
-			}
+	}
+	for _, v := range c.core.versions {
+		if !v.settled() || len(v.runs) > 0 || v.queue.len > 0 || v.trial != nil {
+			t.Fatalf("%s: %s, %d runs, %d requests, phase %d", v.id, v.home.residency, len(v.runs), v.queue.len, v.phase)
 		}
-		for _, d := range drains {
-			select {
-			case <-d.answer:
-			default:
-				t.Fatalf("a drain is not answered\n%s", c)
-			}
+	}
+	for _, d := range drains {
+		select {
+		case <-d.answer:
+		default:
+			t.Fatalf("a drain is not answered\n%s", c)
 		}
-		c.core.ledger.budget = 0
-		c.check()
-	})
+	}
+	c.core.ledger.budget = 0
+	c.check()
 }
