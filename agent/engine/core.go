@@ -325,6 +325,7 @@ func (c *core) schedule(v *version) {
 			c.dequeue(v, r)
 			start, _ := v.start(c.now)
 			c.leave(v, r, v.expired(r, start+v.queue.ahead(r), 0, c.now))
+			c.dirty = c.dirty || c.presses // v may be idle now, and can leave
 		}
 		v.hold = never
 		if h := &v.home; h.residency != resident || h.yields || h.ends {
@@ -386,7 +387,7 @@ func (c *core) tick() {
 		c.alarm = c.arrangeAt
 		c.emit(wake{c.epoch.Add(c.alarm)})
 	}
-	for _, v := range c.versions {
+	for _, v := range c.sorted() {
 		c.interruptStalled(v)
 		c.interruptHung(v)
 		if v.wake() <= c.now {

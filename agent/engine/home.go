@@ -324,6 +324,7 @@ func (c *core) refuseTooLarge(v *version) {
 		c.dequeue(v, r)
 		v.figures.refused(err)
 		c.leave(v, r, err)
+		c.dirty = c.dirty || c.presses
 	}
 }
 

@@ -221,7 +221,7 @@ func (c *core) health() error {
 // it ends.
 func (c *core) stop() {
 	c.stopped = true
-	for _, v := range c.versions {
+	for _, v := range c.sorted() {
 		for _, r := range slices.Collect(v.queue.all) {
 			c.dequeue(v, r)
 			c.leave(v, r, ErrStopped)
