@@ -70,6 +70,8 @@ func machineFindings(info *dunlinv1.DeviceInfo, t *dunlinv1.Telemetry) []Finding
 	case len(t.Faults) > 0:
 		gpus.Verdict, gpus.Detail = Warn, strings.Join(t.Faults, "; ")
 		gpus.Remedy = "see the kernel's log; reset the GPU or load its driver again: the agent finds it when it answers"
+	case len(names) == 0 && info.DriverVersion != "":
+		gpus.Detail = fmt.Sprintf("driver %s, and no GPU of NVIDIA's", info.DriverVersion)
 	case len(names) == 0:
 		gpus.Verdict, gpus.Detail, gpus.Remedy = Warn, "no GPU of NVIDIA's, or no driver", "install the NVIDIA driver, if this device has an NVIDIA GPU"
 	default:
