@@ -147,7 +147,7 @@ func (f *profiler) look(ctx context.Context, found worker.Runtime) {
 	for _, v := range versions {
 		id := v.Info.ID
 		spec, ok := f.spec(id)
-		if f.given[id] != nil || v.Draining || !ok || time.Now().Before(f.wait[id]) {
+		if given := f.given[id]; given != nil && !profile.Due(given, time.Now()) || v.Draining || !ok || time.Now().Before(f.wait[id]) {
 			continue
 		}
 		p, err := f.stored(spec, found)
@@ -208,6 +208,9 @@ func (f *profiler) stored(spec engine.Spec, found worker.Runtime) (*dunlinv1.Mod
 
 // give has the engine use a profile.
 func (f *profiler) give(ctx context.Context, v engine.Status, p *dunlinv1.ModelProfile) {
+	if now, ok := f.host.engine.Info(v.ID); !ok || now.ID != v.Info.ID {
+		return // it has been replaced: the next look is for that one
+	}
 	if t, ok := tuning(p); ok {
 		if err := f.host.engine.Tune(ctx, v.ID, t); err != nil {
 			if ctx.Err() == nil && !errors.Is(err, engine.ErrNotLoaded) && !errors.Is(err, engine.ErrDraining) {
@@ -253,9 +256,7 @@ func (f *profiler) work(ctx context.Context, t task) {
 	key.Name(p)
 	p.Model, p.Version = id.Model, id.Version
 	if err := f.store.Put(p); err != nil {
-		f.wait[id] = time.Now().Add(measureAgain)
-		log.Warn("a model was measured for nothing", "error", err)
-		return
+		log.Warn("what was measured of a model is not kept: it is measured again after the next start", "error", err)
 	}
 	r := p.Recommended
 	log.Info("model measured", "took", time.Duration(p.MeasuredSeconds*float64(time.Second)).Round(time.Millisecond), "points", len(p.Points), "provider", r.GetProvider(),

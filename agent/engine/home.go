@@ -147,7 +147,7 @@ func (c *core) charge(v *version, n int64) {
 // that is no batch, or is longer than a batch gets, nothing is known: it counts
 // as much as the largest batch, so that no guess refuses it.
 func (v *version) workspace(rows int) int64 {
-	return v.home.need.Workspace * int64(max(min(rows, v.info.Options.MaxBatchSize), 1))
+	return v.home.need.Workspace * int64(max(min(rows, max(v.info.Options.MaxBatchSize, v.base.MaxBatchSize)), 1))
 }
 
 // pinnedBeside is what pinned versions other than v, and than those that v is

@@ -62,6 +62,14 @@ func (t *Tuning) options(asked *serving.Options, o serving.Options) serving.Opti
 	return o
 }
 
+// suits leaves out what was measured with other instances than are asked for.
+func (t Tuning) suits(asked *serving.Options) Tuning {
+	if asked != nil && asked.Instances > 0 && t.Instances > 0 && asked.Instances != t.Instances {
+		t.Threads, t.Latency = 0, estimate.Latency{}
+	}
+	return t
+}
+
 // points gives the Latency by bytes of input, as request counts them.
 func (t *Tuning) points(info *Info) []sample {
 	row := t.RowBytes
@@ -142,6 +150,7 @@ func (c *core) tune(id VersionID, t Tuning) error {
 	case v.phase != ready:
 		return ErrDraining
 	}
+	t = t.suits(v.spec.Options)
 	v.tuning, v.home.refused = t, nil
 	if o := t.options(v.spec.Options, v.base); o.MaxBatchSize != v.info.Options.MaxBatchSize || o.Instances != v.info.Options.Instances {
 		info := *v.info // requests that were checked by the old one are checked anew

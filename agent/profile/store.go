@@ -103,10 +103,16 @@ func (s *Store) Get(k Key, now time.Time) (*dunlinv1.ModelProfile, error) {
 	if !k.Valid(p) {
 		return nil, fmt.Errorf("model profile %s: measured under other conditions: %w", k.ModelDigest, fs.ErrNotExist)
 	}
-	if age := now.Sub(p.MeasuredAt.AsTime()); p.Unmeasured != "" && (age > again || age < 0) {
+	if Due(p, now) {
 		return nil, fmt.Errorf("model profile %s: it is time to try again: %w", k.ModelDigest, fs.ErrNotExist)
 	}
 	return p, nil
+}
+
+// Due says that a version which could not be measured is to be tried again.
+func Due(p *dunlinv1.ModelProfile, now time.Time) bool {
+	age := now.Sub(p.MeasuredAt.AsTime())
+	return p.Unmeasured != "" && (age > again || age < 0)
 }
 
 // decode reads a profile and checks what others rely on.
