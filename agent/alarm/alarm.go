@@ -48,6 +48,9 @@ const (
 	// forgetAfter is how long a subject may have no figures before its alarm
 	// is cleared and what is known of it forgotten.
 	forgetAfter = 24 * time.Hour
+	// heatStays is how long a temperature asks for less load while its sensor
+	// has no figures.
+	heatStays = 15 * time.Minute
 	// stepLeast is the least step of the clock that alarms follow.
 	stepLeast = time.Minute
 )
@@ -77,8 +80,9 @@ const (
 
 // Config has what is known of the device beforehand.
 type Config struct {
-	// WarnCelsius and SlowdownCelsius are those of the device's class; of a
-	// GPU that names its own, that one counts. 0: not known.
+	// WarnCelsius and SlowdownCelsius are those of the device's class, for
+	// sensors of its processor, system on a chip and GPU; of a GPU that names
+	// its own, that one counts. 0: not known.
 	WarnCelsius, SlowdownCelsius float64
 	// ReserveBytes of the disk are not given to models; 0: no alarm is about
 	// disk space.
@@ -209,7 +213,9 @@ func (d *Detector) Alarms() []*dunlinv1.Alarm {
 
 // Pressing gives the causes that ask for less load: those with a temperature
 // at which the device slows down, or will within the hour, or with memory
-// errors. Hot says whether a temperature is that high at this moment.
+// errors. Hot says whether a temperature is that high at this moment. What was
+// last seen of a sensor that has no figures any more says so for heatStays, and
+// is not hot after maxGap.
 func (d *Detector) Pressing() (causes []Key, hot bool) {
 	for k, c := range d.causes {
 		if c.alarm == nil {
@@ -217,9 +223,9 @@ func (d *Detector) Pressing() (causes []Key, hot bool) {
 		}
 		pressing := k.Kind == ECC
 		for i := range c.conditions {
-			if on := &c.conditions[i]; k.Kind == Temperature && on.on && on.rule.presses {
+			if on := &c.conditions[i]; k.Kind == Temperature && on.on && on.rule.presses && d.now-c.seen <= heatStays {
 				pressing = true
-				hot = hot || on.raising
+				hot = hot || on.raising && d.now-c.seen <= maxGap
 			}
 		}
 		if pressing {
@@ -276,7 +282,7 @@ type rule struct {
 type condition struct {
 	rule    rule
 	on      bool
-	raising bool          // it is so at this moment
+	raising bool          // it was so at the last judgement
 	lasting bool          // since says since when it is about to change
 	since   time.Duration //
 	last    time.Duration // judged

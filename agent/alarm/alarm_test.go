@@ -356,6 +356,50 @@ func TestHysteresis(t *testing.T) {
 	})
 }
 
+// A sensor that goes away while it is hot is not hot for long, and does not
+// have the load lowered for long.
+func TestSensorGone(t *testing.T) {
+	r, respond := newRun(Config{SlowdownCelsius: 80}), NewResponder(Throttle)
+	see := func(sensors ...*dunlinv1.Temperature) Load {
+		r.see(Sample{Telemetry: &dunlinv1.Telemetry{Temperatures: sensors}})
+		pressing, hot := r.d.Pressing()
+		return respond.Decide(r.now, len(pressing) > 0, hot)
+	}
+	for range 6 {
+		see(&dunlinv1.Temperature{Sensor: "cpu", Celsius: 85})
+	}
+	gone := r.now
+	for r.now-gone < heatStays {
+		if load := see(); load != steps[1] {
+			t.Fatalf("%v without the sensor: %q, want %q", r.now-gone, load, steps[1])
+		}
+	}
+	if load := see(); load != (Load{}) {
+		t.Errorf("%v without the sensor: %q", r.now-gone, load)
+	}
+	if load := see(&dunlinv1.Temperature{Sensor: "cpu", Celsius: 85}); load != steps[1] {
+		t.Errorf("hot again: %q", load)
+	}
+}
+
+// The limits of a class are about the chip that computes.
+func TestDies(t *testing.T) {
+	for name, want := range map[string]bool{
+		"cpu-thermal": true, "cpu_thermal temp1": true, "CPU-therm": true, "GPU-therm": true, "soc0-thermal": true, "tj-thermal": true, "gpuss-0-thermal": true,
+		"bigcore0-thermal": true, "package-thermal": true, "x86_pkg_temp": true, "coretemp Package id 0": true, "k10temp Tctl": true,
+		"nvme Composite": false, "rp1_adc temp1": false, "PMIC-Die": false, "acpitz": false, "iwlwifi_1": false, "nct6775 CPUTIN": false, "pch_skylake": false,
+		"amdgpu edge": false, "drivetemp temp1": false, "thermal_zone0": false, "": false,
+	} {
+		r := newRun(Config{SlowdownCelsius: 80, WarnCelsius: 70})
+		for range 60 {
+			r.see(Sample{Telemetry: &dunlinv1.Telemetry{Temperatures: []*dunlinv1.Temperature{{Sensor: name, Celsius: 85}}}})
+		}
+		if pressing, _ := r.d.Pressing(); len(pressing) > 0 != want || len(r.d.Alarms()) > 0 != want {
+			t.Errorf("%q at 85 °C: %v, alarms %v", name, pressing, r.d.Alarms())
+		}
+	}
+}
+
 // There is a bound for everything that a name from outside makes.
 func TestBounds(t *testing.T) {
 	d := New(Config{SlowdownCelsius: 90})
@@ -365,7 +409,7 @@ func TestBounds(t *testing.T) {
 		telemetry := &dunlinv1.Telemetry{At: timestamppb.New(noon.Add(now))}
 		s := Sample{Telemetry: telemetry}
 		for j := range 300 {
-			telemetry.Temperatures = append(telemetry.Temperatures, &dunlinv1.Temperature{Sensor: string(rune('a'+i%26)) + string(rune('A'+j)) + long, Celsius: 99})
+			telemetry.Temperatures = append(telemetry.Temperatures, &dunlinv1.Temperature{Sensor: "cpu " + string(rune('a'+i%26)) + string(rune('A'+j)) + long, Celsius: 99})
 			telemetry.Gpus = append(telemetry.Gpus, &dunlinv1.GpuTelemetry{Index: uint32(1000*i + j), RemapFailed: new(true), PowerWatts: new(9.), Utilisation: new(0.5)})
 			s.Versions = append(s.Versions, Version{Model: long, Version: int64(i*1000 + j)})
 		}
@@ -469,7 +513,7 @@ func BenchmarkObserve(b *testing.B) {
 			At: timestamppb.New(noon.Add(now)), CpuUtilisation: new(use), PowerWatts: new(20 + 30*use), DiskFreeBytes: new(uint64(50*gib - float64(gib)*now.Hours()/10)), DiskWear: new(0.1),
 			MemoryTotalBytes: new(uint64(8 * gib)), MemoryUsedBytes: new(uint64(4*gib + gib*r.Float64()/10)), AgentAnonymousBytes: new(uint64(gib)),
 		}
-		for _, name := range []string{"a", "b", "c", "d"} {
+		for _, name := range []string{"cpu a", "cpu b", "cpu c", "cpu d"} {
 			t.Temperatures = append(t.Temperatures, &dunlinv1.Temperature{Sensor: name, Celsius: math.Round(50 + 20*use)})
 		}
 		for i := range 2 {

@@ -3,7 +3,10 @@ package alarm
 import (
 	"fmt"
 	"math"
+	"slices"
+	"strings"
 	"time"
+	"unicode"
 
 	dunlinv1 "github.com/dunlin/dunlin/proto/dunlin/v1"
 )
@@ -44,11 +47,32 @@ type thermal struct {
 	recent  []point
 }
 
-// temperatures judges every sensor.
+// dies are words in the names of sensors of the chip that computes, which are
+// those that the limits of a class are about: "cpu-thermal", "CPU-therm",
+// "soc0-thermal", "gpuss-0-thermal" and "bigcore0-thermal" of systems on a
+// chip, "tj-thermal", a Jetson's hottest spot, "x86_pkg_temp", "coretemp
+// Package id 0", "k10temp Tctl". Drives, converters, network adapters and
+// boards have limits of their own; "PMIC-Die" of a Jetson is 100 °C all the
+// time, "nct6775 CPUTIN" often is an input without a sensor, and "acpitz" can be
+// anything.
+var dies = []string{"cpu", "cpuss", "soc", "gpu", "gpuss", "package", "pkg", "tj", "bigcore", "littlecore", "coretemp", "k10temp", "zenpower"}
+
+// die says whether a sensor is one of the chip that computes, by its name.
+func die(sensor string) bool {
+	words := strings.FieldsFunc(strings.ToLower(sensor), func(r rune) bool { return !unicode.IsLetter(r) && !unicode.IsDigit(r) })
+	return slices.ContainsFunc(words, func(w string) bool { return slices.Contains(dies, strings.TrimRight(w, "0123456789")) })
+}
+
+// temperatures judges every sensor: by the limits of the class those of the
+// chip that computes, and others only by what they were at like load.
 func (d *Detector) temperatures(t *dunlinv1.Telemetry) {
 	for _, s := range t.Temperatures {
-		if s != nil {
+		switch {
+		case s == nil:
+		case die(s.Sensor):
 			d.heat(named(s.Sensor), &s.Celsius, d.cfg.SlowdownCelsius, d.cfg.WarnCelsius)
+		default:
+			d.heat(named(s.Sensor), &s.Celsius, 0, 0)
 		}
 	}
 	for _, g := range t.Gpus {
