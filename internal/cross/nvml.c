@@ -16,3 +16,7 @@ int nvmlDeviceGetCount_v2(unsigned *count)
 	*count = 0;
 	return 0;
 }
+
+/* go-nvml calls the newest version of a function; the agent looks for the first,
+   which the driver's library has as well. */
+int nvmlDeviceGetCount(unsigned *count) { return nvmlDeviceGetCount_v2(count); }
