@@ -3,6 +3,7 @@ package agent
 import (
 	"context"
 	"log/slog"
+	"slices"
 	"sync"
 	"time"
 
@@ -97,8 +98,13 @@ func (w *watch) look(ctx context.Context, now time.Duration) {
 	changes := w.detector.Observe(now, s)
 	pressing, hot := w.detector.Pressing()
 	w.act(ctx, w.respond.Decide(now, len(pressing) > 0, hot))
-	for _, k := range pressing {
-		w.detector.Did(k, w.limited.String())
+	for _, a := range w.detector.Alarms() {
+		k := alarm.Key{Kind: a.Kind, Subject: a.Subject}
+		if slices.Contains(pressing, k) {
+			w.detector.Did(k, w.limited.String())
+		} else {
+			w.detector.Did(k, "")
+		}
 	}
 	alarms := w.detector.Alarms()
 	w.mu.Lock()
@@ -190,7 +196,10 @@ func (w *watch) Collect(ch chan<- prometheus.Metric) {
 func counted(v *engine.Status) alarm.Version {
 	f := &v.Figures
 	return alarm.Version{
-		Model: v.ID.Model, Version: v.ID.Version, Succeeded: f.Success.Count, Failed: f.Failure.Count, Refused: f.Overloaded + f.Expired + f.Refused,
+		Model: v.ID.Model, Version: v.ID.Version,
+		// Prepacked weights come and go with the room for them.
+		Form:      alarm.Form{Generation: v.Info.ID.Generation, MaxBatchSize: v.Info.Options.MaxBatchSize, Instances: v.Info.Options.Instances, Threads: v.Setting.Threads},
+		Succeeded: f.Success.Count, Failed: f.Failure.Count, Refused: f.Overloaded + f.Expired + f.Refused,
 		Time: f.Success.Time, Run: f.Infer.Time,
 	}
 }

@@ -137,6 +137,31 @@ func TestWatch(t *testing.T) {
 	})
 }
 
+// An alarm that stays after the load was taken back says that nothing is done.
+func TestWatchTakesBack(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		o := &oven{celsius: 97}
+		w := &watch{
+			machine: o, engine: o, limit: o.limit, log: slog.New(slog.DiscardHandler), sampled: make(chan struct{}),
+			detector: alarm.New(alarm.Config{WarnCelsius: 75, SlowdownCelsius: 95}), respond: alarm.NewResponder(alarm.Throttle),
+		}
+		for now := time.Duration(0); now < 40*time.Minute; now += sampleEvery {
+			if now == 10*time.Minute {
+				if got := w.telemetry(t.Context()).Alarms; len(got) != 1 || got[0].Action != "duty 0.25, batch 1" {
+					t.Fatalf("alarms %v", got)
+				}
+				o.heat(80)
+			}
+			w.look(t.Context(), now)
+			time.Sleep(sampleEvery)
+		}
+		_, _, _, load := o.seen()
+		if got := w.telemetry(t.Context()).Alarms; load != (alarm.Load{}) || len(got) != 1 || got[0].Action != "" {
+			t.Errorf("load %v, alarms %v", load, got)
+		}
+	})
+}
+
 // gathered gives the labels of what a collector shows.
 func gathered(t *testing.T, c prometheus.Collector) string {
 	t.Helper()

@@ -100,10 +100,19 @@ type Sample struct {
 	Limited bool
 }
 
+// Form is what a version is and how it runs. One of another form is another
+// version: what is known of its times and shares tells nothing of the new one.
+type Form struct {
+	Generation              uint64 // of its files
+	MaxBatchSize, Instances int
+	Threads                 int // 0: those of all versions, or not known now
+}
+
 // Version counts the requests of a version since it was loaded.
 type Version struct {
 	Model   string
 	Version int64
+	Form    Form
 	// Succeeded and Failed ran; Refused were not taken, or given up by the
 	// device, for want of time, memory or room.
 	Succeeded, Failed, Refused uint64
@@ -236,7 +245,7 @@ func (d *Detector) Pressing() (causes []Key, hot bool) {
 	return causes, hot
 }
 
-// Did notes what the device did about a cause; empty: nothing.
+// Did notes what the device does about a cause; empty: nothing.
 func (d *Detector) Did(k Key, action string) {
 	if c := d.causes[k]; c != nil && c.alarm != nil {
 		c.alarm.Action = action

@@ -382,6 +382,39 @@ func TestSensorGone(t *testing.T) {
 	}
 }
 
+// A version that is replaced, or runs otherwise, is no trouble of the device
+// where it takes longer; one that is loaded again is the same.
+func TestForm(t *testing.T) {
+	for name, tt := range map[string]struct {
+		form  Form
+		alarm bool
+	}{
+		"the same": {Form{1, 8, 2, 4}, true}, "out for a while": {Form{1, 8, 2, 0}, true},
+		"other files": {Form{2, 8, 2, 4}, false}, "other batches": {Form{1, 4, 2, 4}, false}, "other instances": {Form{1, 8, 1, 4}, false}, "other threads": {Form{1, 8, 2, 1}, false},
+	} {
+		r, v := newRun(Config{}), Version{Model: "m", Version: 1, Form: Form{1, 8, 2, 4}}
+		serve := func(hours int, each time.Duration) {
+			for range hours * 360 {
+				v.Succeeded += 20
+				v.Time, v.Run = v.Time+20*each, v.Run+20*each
+				r.see(Sample{Telemetry: &dunlinv1.Telemetry{}, Versions: []Version{v}})
+			}
+		}
+		serve(6, 10*time.Millisecond)
+		v = Version{Model: "m", Version: 1, Form: tt.form}
+		serve(3, 20*time.Millisecond)
+		if got := len(r.d.Alarms()) > 0; got != tt.alarm {
+			t.Errorf("%s: alarms %v", name, r.d.Alarms())
+		}
+		// The alarm about what was there before is over.
+		v.Form.Generation = 3
+		serve(1, 20*time.Millisecond)
+		if len(r.d.Alarms()) > 0 {
+			t.Errorf("%s, and replaced: alarms %v", name, r.d.Alarms())
+		}
+	}
+}
+
 // The limits of a class are about the chip that computes.
 func TestDies(t *testing.T) {
 	for name, want := range map[string]bool{

@@ -117,6 +117,14 @@ func (d *Detector) serve(versions []Version, gap time.Duration, limited bool) {
 	for _, v := range versions {
 		k := versionKey{v.Model, v.Version}
 		s := d.versions[k]
+		if s != nil && v.Form.Threads == 0 {
+			v.Form.Threads = s.last.Form.Threads
+		}
+		if s != nil && s.seen != d.now && s.last.Form != v.Form {
+			d.forget(s, false)
+			delete(d.versions, k)
+			s = nil
+		}
 		if s == nil {
 			set = true
 			if len(d.versions) >= maxSubjects {
@@ -153,11 +161,7 @@ func (d *Detector) serve(versions []Version, gap time.Duration, limited bool) {
 	for k, s := range d.versions {
 		if s.seen != d.now {
 			set = true
-			for _, kind := range []string{Latency, Throughput, ErrorRate} {
-				if c := d.causes[Key{kind, s.name}]; c != nil {
-					c.gone = true
-				}
-			}
+			d.forget(s, true)
 			delete(d.versions, k)
 		}
 	}
@@ -183,6 +187,16 @@ func (d *Detector) serve(versions []Version, gap time.Duration, limited bool) {
 		c.s.shares.add(before, c.succeeded, c.failed, c.refused, c.time, c.run)
 		d.judgeTimes(c.s)
 		d.judgeShares(c.s)
+	}
+}
+
+// forget drops what is known of the causes of a version; gone: there will be no
+// figures of it.
+func (d *Detector) forget(s *served, gone bool) {
+	for _, kind := range []string{Latency, Throughput, ErrorRate} {
+		if c := d.causes[Key{kind, s.name}]; c != nil {
+			c.conditions, c.gone = nil, gone
+		}
 	}
 }
 
