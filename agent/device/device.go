@@ -25,6 +25,9 @@ const (
 	// sampleEvery is the least time between two samples; who asks earlier gets
 	// the last one once more.
 	sampleEvery = 100 * time.Millisecond
+	// rateEvery is the least time over which the use of the processor and RAPL's
+	// power are taken anew, so that it matters little who else samples.
+	rateEvery = 5 * time.Second
 	// maxFaults bounds those of a sample.
 	maxFaults = 16
 )
@@ -57,6 +60,8 @@ type Device struct {
 	mu      sync.Mutex
 	use     sources
 	last    processor
+	lastAt  time.Time
+	busy    *float64 // share of the processor in use until lastAt; nil: not known
 	sensors sensors
 	newest  *dunlinv1.Telemetry
 	at      time.Time // of newest
@@ -82,6 +87,7 @@ func Open(cfg Config) *Device {
 	}
 	d := &Device{root: root(strings.TrimSuffix(cfg.Root, "/")), dir: cfg.Dir, gpus: newClient(cfg.NVML, cfg.Log)}
 	d.last, _ = d.root.processor()
+	d.lastAt, d.sensors.dir = time.Now(), cfg.Dir
 	d.gpus.open()
 	d.Use(cfg.Sources)
 	return d
@@ -157,8 +163,9 @@ func (d *Device) Info() *dunlinv1.DeviceInfo {
 func (d *Device) Memory() (available, total uint64, err error) { return d.root.available() }
 
 // Sample gives the device's figures now, or, within sampleEvery, those of the
-// last sample. Rates, and the use of the processor, are those since the sample
-// before, by whoever asked for it, or since Open. The anonymous memory is that
+// last sample. Rates are those since the sample before, by whoever asked for it,
+// or since Open. The use of the processor and RAPL's power are taken over
+// rateEvery at least, and until then what they were last. The anonymous memory is that
 // of this process and its children. A figure that cannot be had is absent;
 // where a source has stopped to answer, the faults say so. The caller may
 // change what it gets.
@@ -175,8 +182,16 @@ func (d *Device) Sample() *dunlinv1.Telemetry {
 func (d *Device) sample(now time.Time) *dunlinv1.Telemetry {
 	t := &dunlinv1.Telemetry{At: timestamppb.New(now)}
 	if p, err := d.root.processor(); err == nil {
-		t.CpuUtilisation = utilisation(d.last, p)
-		d.last = p
+		long := now.Sub(d.lastAt) >= rateEvery
+		if long || d.busy == nil {
+			d.busy = utilisation(d.last, p)
+		}
+		if long {
+			d.last, d.lastAt = p, now
+		}
+		if d.busy != nil {
+			t.CpuUtilisation = new(*d.busy)
+		}
 	}
 	if m, err := d.root.memory(); err == nil {
 		t.MemoryUsedBytes, t.MemoryTotalBytes = new(m.used), new(m.total)
@@ -191,4 +206,22 @@ func (d *Device) sample(now time.Time) *dunlinv1.Telemetry {
 	d.sensors.sample(d.root, d.use, now, d.gpus.integrated(), t)
 	t.Faults = t.Faults[:min(len(t.Faults), maxFaults)]
 	return t
+}
+
+// Energy gives counters as they are now, whatever Sample gives and without an
+// effect on it: the joules of EnergyJoules, and the ticks that the processor's
+// cores were busy and that there were, since the system's start. ok is false
+// where one of them is not to be had. It waits for a sample that is being taken.
+func (d *Device) Energy() (joules float64, busy, total uint64, ok bool) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	p, err := d.root.processor()
+	if err != nil || len(d.sensors.total) > 0 { // rails have power, and no energy
+		return 0, p.busy, p.total, false
+	}
+	joules, _, ok = d.sensors.energy(d.root, func(string, error) {})
+	if !ok {
+		joules = 0
+	}
+	return joules, p.busy, p.total, ok
 }

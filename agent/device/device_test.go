@@ -114,7 +114,7 @@ func FuzzParse(f *testing.F) {
 		if m, err := parseMemory(s); err == nil && m.used > m.total {
 			t.Errorf("meminfo %q gives %v", s, m)
 		}
-		if worn, ok := parseLifeTime(s); ok && !(worn > 0 && worn <= 1.1) {
+		if worn, ok := parseLifeTime(s); ok && !(worn >= 0 && worn <= 1) {
 			t.Errorf("life_time %q gives %v", s, worn)
 		}
 		if n, err := parseNumber(s); err == nil && strings.Trim(strings.TrimSpace(s), "+-0123456789") != "" {

@@ -3,7 +3,9 @@ package device
 import (
 	"cmp"
 	"errors"
+	"fmt"
 	"math"
+	"os"
 	"slices"
 	"strconv"
 	"strings"
@@ -29,11 +31,13 @@ const (
 
 // sensors are the files below /sys that have figures.
 type sensors struct {
+	dir          string    // of the data
 	at           time.Time // when they were looked for
 	temperatures []sensor
 	rails        []rail
 	total        []string // labels of the rails that are the whole device's power together
 	packages     []*domain
+	spent        spent
 	tegra        tegraGPU
 	wear         []string
 }
@@ -57,7 +61,14 @@ type domain struct {
 	last       uint64
 	answered   bool
 	joules     float64 // since it was first read, and what it showed then
-	at         time.Time
+}
+
+// spent is what the packages had spent when their power was last taken.
+type spent struct {
+	names  string // of the packages; "": they have not been read
+	joules float64
+	at     time.Time
+	watts  *float64 // since the time before; nil: not known
 }
 
 // tegraGPU has the files of a Jetson's GPU.
@@ -66,7 +77,7 @@ type tegraGPU struct{ load, clock string }
 // scan looks for sensors. What has been counted so far stays.
 func (s *sensors) scan(r root, use sources) {
 	before := s.packages
-	*s = sensors{at: time.Now()}
+	*s = sensors{dir: s.dir, at: time.Now(), spent: s.spent}
 	if use.thermal {
 		s.zones(r)
 	}
@@ -79,11 +90,28 @@ func (s *sensors) scan(r root, use sources) {
 	if use.rapl {
 		s.domains(r, before)
 	}
+	data := r.disk(s.dir)
 	for _, disk := range r.entries("/sys/block") {
-		if strings.HasPrefix(disk, "mmcblk") {
+		if strings.HasPrefix(disk, "mmcblk") && (data == "" || disk == data) {
 			s.wear = append(s.wear, "/sys/block/"+disk+"/device/life_time")
 		}
 	}
+}
+
+// disk names the disk that a folder lies on; "" where that cannot be told, as
+// of what is encrypted or in a container.
+func (r root) disk(dir string) string {
+	var st unix.Stat_t
+	if unix.Stat(dir, &st) != nil {
+		return ""
+	}
+	device, err := os.Readlink(fmt.Sprintf("%s/sys/dev/block/%d:%d", r, unix.Major(uint64(st.Dev)), unix.Minor(uint64(st.Dev))))
+	if err != nil || strings.Contains(device, "/virtual/") {
+		return ""
+	}
+	_, names, _ := strings.Cut(device, "/block/") // mmcblk0/mmcblk0p2
+	name, _, _ := strings.Cut(names, "/")
+	return name
 }
 
 // zones are the kernel's thermal zones.
@@ -259,34 +287,49 @@ func (s *sensors) power(r root, now time.Time, t *dunlinv1.Telemetry, fault func
 	if len(s.total) > 0 && !math.IsNaN(watts) {
 		t.PowerWatts, t.PowerSource = new(watts), "ina3221 "+strings.Join(s.total, "+")
 	}
-	var joules, spent float64
-	var names []string
-	complete, since := len(s.packages) > 0, time.Duration(0)
+	joules, names, ok := s.energy(r, fault)
+	if !ok || t.PowerWatts != nil { // one figure would be the device's, the other the processor's
+		s.spent = spent{}
+		return
+	}
+	t.EnergyJoules, t.PowerSource = new(joules), "rapl "+names
+	l := &s.spent
+	if l.names != names {
+		*l = spent{names: names, joules: joules, at: now}
+	}
+	since := now.Sub(l.at)
+	if since >= rateEvery || l.watts == nil {
+		l.watts = nil
+		if w := (joules - l.joules) / since.Seconds(); since > 0 && w >= 0 && w <= maxPackage {
+			l.watts = new(w)
+		}
+	}
+	if since >= rateEvery {
+		l.joules, l.at = joules, now
+	}
+	if l.watts != nil {
+		t.PowerWatts = new(*l.watts)
+	}
+}
+
+// energy gives what the packages have spent since they were first read, and
+// their names; false where one does not say.
+func (s *sensors) energy(r root, fault func(string, error)) (joules float64, names string, ok bool) {
+	var all []string
+	ok = len(s.packages) > 0
 	for _, d := range s.packages {
 		again := d.answered
-		j, took, err := d.read(r, now)
-		if err != nil {
+		if err := d.read(r); err != nil {
 			if again && !passing(err) {
 				fault("rapl "+d.name, err)
 			}
-			complete = false
+			ok = false
 			continue
 		}
-		if !again || took <= 0 {
-			since = -1
-		} else if since >= 0 {
-			since, spent = took, spent+j
-		}
 		joules += d.joules
-		names = append(names, d.name)
+		all = append(all, d.name)
 	}
-	if !complete || t.PowerWatts != nil { // one figure would be the device's, the other the processor's
-		return
-	}
-	t.EnergyJoules, t.PowerSource = new(joules), "rapl "+strings.Join(names, "+")
-	if w := spent / since.Seconds(); since > 0 && w >= 0 && w <= maxPackage {
-		t.PowerWatts = new(w)
-	}
+	return joules, strings.Join(all, "+"), ok
 }
 
 // watts gives the power of the rail of that label.
@@ -319,29 +362,23 @@ func (r *rail) fault(err error) error {
 	return unix.EAGAIN
 }
 
-// read gives the joules since the last time, and how long that was. A counter
-// that has become smaller has begun anew behind its largest value.
-func (d *domain) read(r root, now time.Time) (joules float64, since time.Duration, err error) {
+// read counts the joules since the last time. A counter that has become smaller
+// has begun anew behind its largest value.
+func (d *domain) read(r root) error {
 	v, err := r.number(d.path)
 	if err != nil {
-		return 0, 0, err
+		return err
 	}
 	count := uint64(v)
 	if v < 0 || count > d.wrap {
-		return 0, 0, unix.ERANGE
+		return unix.ERANGE
 	}
-	if !d.answered {
-		d.answered, d.joules = true, float64(count)/1e6
-	} else {
-		gained := count - d.last
-		if count < d.last {
-			gained = d.wrap - d.last + count
-		}
-		joules, since = float64(gained)/1e6, now.Sub(d.at)
-		d.joules += joules
+	gained := count - d.last // the first time all that it shows
+	if count < d.last {
+		gained = d.wrap - d.last + count
 	}
-	d.last, d.at = count, now
-	return joules, since, nil
+	d.answered, d.joules, d.last = true, d.joules+float64(gained)/1e6, count
+	return nil
 }
 
 // sampleTegra adds what the kernel knows of a Jetson's GPU to what NVML says of
@@ -386,8 +423,8 @@ func (s *sensors) sampleTegra(r root, integrated *dunlinv1.GpuInfo, t *dunlinv1.
 }
 
 // parseLifeTime reads the life_time of an eMMC: two estimates, for two kinds of
-// its cells, in tenths of what it is good for, rounded up; 0 says nothing, and
-// 11 that more is used up (JEDEC JESD84-B51, DEVICE_LIFE_TIME_EST_TYP_A and _B).
+// its cells, in tenths of what it is good for: 1 is less than a tenth, 10 is 90 to
+// 100 %, and 11 that more is used up; 0 says nothing (JEDEC JESD84-B51, DEVICE_LIFE_TIME_EST_TYP_A and _B).
 func parseLifeTime(text string) (worn float64, ok bool) {
 	for field := range strings.FieldsSeq(text) {
 		n, err := strconv.ParseUint(field, 0, 8)
@@ -395,7 +432,7 @@ func parseLifeTime(text string) (worn float64, ok bool) {
 			return 0, false
 		}
 		if n > 0 {
-			worn, ok = max(worn, float64(n)/10), true
+			worn, ok = max(worn, float64(n-1)/10), true
 		}
 	}
 	return worn, ok

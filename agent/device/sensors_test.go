@@ -2,6 +2,7 @@ package device
 
 import (
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"math"
 	"os"
@@ -15,6 +16,7 @@ import (
 	"github.com/NVIDIA/go-nvml/pkg/nvml/mock"
 	"github.com/NVIDIA/go-nvml/pkg/nvml/mock/dgxa100"
 	"github.com/NVIDIA/go-nvml/pkg/nvml/mock/server"
+	"golang.org/x/sys/unix"
 
 	dunlinv1 "github.com/dunlin/dunlin/proto/dunlin/v1"
 )
@@ -174,7 +176,7 @@ func TestOrin(t *testing.T) {
 		if got.PowerWatts == nil || math.Abs(*got.PowerWatts-6.34) > 1e-9 || got.PowerSource != "ina3221 VDD_IN" || got.EnergyJoules != nil {
 			t.Errorf("power %v of %q, energy %v", got.PowerWatts, got.PowerSource, got.EnergyJoules)
 		}
-		if got.DiskWear == nil || *got.DiskWear != 0.2 || *got.AgentAnonymousBytes != 50<<20 || *got.MemoryUsedBytes != (7802856-5401228)<<10 || len(got.Faults) > 0 {
+		if got.DiskWear == nil || *got.DiskWear != 0.1 || *got.AgentAnonymousBytes != 50<<20 || *got.MemoryUsedBytes != (7802856-5401228)<<10 || len(got.Faults) > 0 {
 			t.Errorf("sample: %v", got)
 		}
 		// A sensor that has answered and does not any more is a fault, and none
@@ -317,10 +319,87 @@ func TestXeon(t *testing.T) {
 }
 
 func TestLifeTime(t *testing.T) {
-	for text, want := range map[string]float64{"0x01 0x03\n": 0.3, "0x0b 0x00\n": 1.1, "0x00 0x00\n": -1, "": -1, "0x0c 0x01": -1, "x": -1} {
+	for text, want := range map[string]float64{"0x01 0x03\n": 0.2, "0x01 0x01\n": 0, "0x0a 0x01\n": 0.9, "0x0b 0x00\n": 1, "0x00 0x00\n": -1, "": -1, "0x0c 0x01": -1, "x": -1} {
 		if got, ok := parseLifeTime(text); ok != (want >= 0) || ok && math.Abs(got-want) > 1e-9 {
 			t.Errorf("%q: %v, %v", text, got, ok)
 		}
+	}
+}
+
+// The wear is that of the disk that the data lies on, where that can be told.
+func TestDisk(t *testing.T) {
+	for device, want := range map[string]float64{
+		"": 0.5,
+		"../../devices/platform/soc/mmc0:0001/block/mmcblk0/mmcblk0p2":           0.2,
+		"../../devices/pci0000:00/0000:00:1d.0/nvme/nvme0/nvme0n1/block/nvme0n1": -1,
+		"../../devices/virtual/block/dm-0":                                       0.5,
+	} {
+		tr := plant(t, common, `
+sys/block/mmcblk0/device/life_time = 0x03 0x01
+sys/block/mmcblk1/device/life_time = 0x06 0x06
+`)
+		var st unix.Stat_t
+		if err := unix.Stat(tr.dir, &st); err != nil {
+			t.Fatal(err)
+		}
+		if device != "" {
+			link := fmt.Sprintf("%s/sys/dev/block/%d:%d", tr.dir, unix.Major(st.Dev), unix.Minor(st.Dev))
+			if err := errors.Join(os.MkdirAll(filepath.Dir(link), 0o755), os.Symlink(device, link)); err != nil {
+				t.Fatal(err)
+			}
+		}
+		d := tr.open()
+		if got := d.Sample().DiskWear; (got != nil) != (want >= 0) || got != nil && math.Abs(*got-want) > 1e-9 {
+			t.Errorf("%q: wear %v, want %v", device, got, want)
+		}
+		d.Close()
+	}
+}
+
+// Energy reads the counters at any time, and nothing that Sample gives changes
+// by that; nor does it matter for the use of the processor and the power who
+// else samples.
+func TestEnergy(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		tr := plant(t, common, xeon)
+		d := tr.open()
+		defer d.Close()
+		d.Sample()
+		joules, busy, total, ok := d.Energy()
+		if !ok || math.Abs(joules-262147.328850) > 1e-6 || busy != 1500 || total != 9600 {
+			t.Errorf("%v J, %d of %d ticks, %v", joules, busy, total, ok)
+		}
+		time.Sleep(10 * time.Millisecond)
+		tr.write("sys/class/powercap/intel-rapl:1/energy_uj", "5300000\n")
+		tr.write("proc/stat", "cpu  1001 0 500 8003 100 0 0 0 0 0\n")
+		after, busy, total, ok := d.Energy()
+		if !ok || math.Abs(after-joules-0.3) > 1e-6 || busy != 1501 || total != 9604 {
+			t.Errorf("10 ms later %v J more, %d of %d ticks, %v", after-joules, busy, total, ok)
+		}
+		tr.write("sys/class/powercap/intel-rapl:1/energy_uj", "1005000000\n")
+		tr.write("proc/stat", "cpu  1250 0 500 8750 100 0 0 0 0 0\n")
+		if got := sampleAfter(d, 10*time.Second-10*time.Millisecond); math.Abs(*got.PowerWatts-100) > 1e-6 || *got.CpuUtilisation != 0.25 {
+			t.Errorf("power %v, use of the processor %v", *got.PowerWatts, *got.CpuUtilisation)
+		}
+		// Others sample shortly before the next that counts.
+		tr.write("sys/class/powercap/intel-rapl:1/energy_uj", "1905000000\n")
+		tr.write("proc/stat", "cpu  2150 0 500 8850 100 0 0 0 0 0\n")
+		if got := sampleAfter(d, 9*time.Second); math.Abs(*got.PowerWatts-100) > 1e-6 || *got.CpuUtilisation != 0.9 {
+			t.Errorf("power %v, use of the processor %v", *got.PowerWatts, *got.CpuUtilisation)
+		}
+		tr.write("proc/stat", "cpu  2150 0 500 8950 100 0 0 0 0 0\n")
+		if got := sampleAfter(d, time.Second); math.Abs(*got.PowerWatts-100) > 1e-6 || *got.CpuUtilisation != 0.9 {
+			t.Errorf("a second later: power %v, use of the processor %v", *got.PowerWatts, *got.CpuUtilisation)
+		}
+		tr.write("sys/class/powercap/intel-rapl:0/energy_uj", "999999999999999\n")
+		if joules, _, _, ok := d.Energy(); ok || joules != 0 {
+			t.Errorf("of a counter that is none: %v J", joules)
+		}
+	})
+	d := plant(t, common, orin).open()
+	defer d.Close()
+	if joules, busy, _, ok := d.Energy(); ok || joules != 0 || busy == 0 {
+		t.Errorf("of a board without a counter: %v J, %d ticks", joules, busy)
 	}
 }
 
@@ -372,7 +451,7 @@ func FuzzSensors(f *testing.F) {
 			if j := got.EnergyJoules; j != nil && !(*j >= 0) {
 				t.Errorf("%q: %v J", content, *j)
 			}
-			if w := got.DiskWear; w != nil && !(*w > 0 && *w <= 1.1) {
+			if w := got.DiskWear; w != nil && !(*w >= 0 && *w <= 1) {
 				t.Errorf("%q: wear %v", content, *w)
 			}
 			for _, g := range got.Gpus {
