@@ -75,7 +75,7 @@ func (c *core) loaded(ev loaded) {
 	}
 	v := c.versions[ev.id]
 	info := ev.info
-	v.base, v.tuning = info.Options, v.spec.Tuning
+	v.base, v.tuning = info.Options, v.spec.Tuning.suits(v.spec.Options)
 	info.Options = v.tuning.options(v.spec.Options, v.base)
 	v.info, v.home.need, v.home.swaps = &info, info.Need, newSwaps()
 	v.figures = newFigures()

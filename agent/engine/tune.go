@@ -127,7 +127,8 @@ type tune struct {
 // of the last call, and lasts until the version is unloaded or replaced. What
 // it changes of Info.Options is seen by Info. A Setting that is another than
 // the one that the version runs by is applied when there is room for it, and
-// nothing waits for that room.
+// nothing waits for that room. An id with a generation, as in Info.ID, is only
+// that version: it is not loaded any more once another has taken its place.
 func (e *Engine) Tune(ctx context.Context, id VersionID, t Tuning) error {
 	err := t.Check()
 	if err == nil {
@@ -141,11 +142,13 @@ func (e *Engine) Tune(ctx context.Context, id VersionID, t Tuning) error {
 }
 
 func (c *core) tune(id VersionID, t Tuning) error {
+	generation := id.Generation
+	id.Generation = 0
 	v := c.current[id]
 	switch {
 	case c.stopped:
 		return ErrStopped
-	case v == nil:
+	case v == nil || generation != 0 && v.id.Generation != generation:
 		return ErrNotLoaded
 	case v.phase != ready:
 		return ErrDraining

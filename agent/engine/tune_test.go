@@ -143,6 +143,83 @@ func testTune(t *testing.T) {
 	}
 }
 
+// What was measured with other instances than an operator asks for says nothing
+// of threads and times, whether a version is loaded with it or given it.
+func TestTuneSuits(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := New(Config{Runtime: &runtime{batch: true}})
+		ctx, stop := context.WithCancel(t.Context())
+		done := make(chan error)
+		go func() { done <- e.Run(ctx) }()
+		defer func() { stop(); <-done }()
+		for i, asked := range []int{1, 8, 0} {
+			for _, loaded := range []bool{true, false} {
+				s, tuning, want := Spec{ID: VersionID{Model: "m", Version: int64(1 + i)}}, Tuning{Instances: 8, Threads: 1}, 1
+				if asked > 0 {
+					s.Options = &serving.Options{MaxBatchSize: 8, Instances: asked}
+				}
+				if asked == 1 {
+					want = 0
+				}
+				if loaded {
+					s.Tuning = tuning
+				}
+				if _, err := e.Load(ctx, s); err != nil {
+					t.Fatal(err)
+				}
+				if !loaded {
+					if err := e.Tune(ctx, s.ID, tuning); err != nil {
+						t.Fatal(err)
+					}
+				}
+				time.Sleep(time.Second)
+				if v := e.Versions()[0]; v.Setting.Threads != want || v.Info.Options.Instances != max(asked, 1) && v.Info.Options.Instances != 8 {
+					t.Errorf("%d instances asked for, loaded with it %v: %d instances with %d threads, want %d", asked, loaded, v.Info.Options.Instances, v.Setting.Threads, want)
+				}
+				if err := e.Unload(ctx, s.ID); err != nil {
+					t.Fatal(err)
+				}
+			}
+		}
+	})
+}
+
+// What was measured of a version is not given to the one that took its place.
+func TestTuneGeneration(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := New(Config{Runtime: &runtime{batch: true}})
+		ctx, stop := context.WithCancel(t.Context())
+		done := make(chan error)
+		go func() { done <- e.Run(ctx) }()
+		defer func() { stop(); <-done }()
+		if _, err := e.Load(ctx, Spec{ID: one}); err != nil {
+			t.Fatal(err)
+		}
+		old, err := e.Replace(ctx, Spec{ID: one, Entry: "new"})
+		if err != nil || old.ID.Generation == 0 {
+			t.Fatalf("generation %d, %v", old.ID.Generation, err)
+		}
+		if err := e.Tune(ctx, old.ID, Tuning{MaxBatchSize: 2}); err != nil {
+			t.Error(err)
+		}
+		if info, _ := e.Info(one); info.ID != old.ID || info.Options.MaxBatchSize != 2 {
+			t.Errorf("of its generation: %+v", info)
+		}
+		if _, err := e.Replace(ctx, Spec{ID: one}); err != nil {
+			t.Fatal(err)
+		}
+		if err := e.Tune(ctx, old.ID, Tuning{MaxBatchSize: 3}); !errors.Is(err, ErrNotLoaded) {
+			t.Errorf("of the one before: %v", err)
+		}
+		if info, _ := e.Info(one); info.Options.MaxBatchSize == 3 {
+			t.Errorf("the one before: %+v", info)
+		}
+		if err := e.Tune(ctx, one, Tuning{MaxBatchSize: 4}); err != nil {
+			t.Error(err)
+		}
+	})
+}
+
 // pixels is a request of one row of an image, with a deadline.
 func pixels(deadline time.Duration) *request {
 	return &request{id: one, rows: 1, size: 1 + 4*1000, inputs: []tensor.Tensor{{Shape: []int64{1, 1000}}}, deadline: start.Add(deadline)}
