@@ -5,11 +5,14 @@ import (
 	"encoding/binary"
 	"errors"
 	"math"
+	"os"
+	"path/filepath"
 	"reflect"
 	"strings"
 	"testing"
 
 	"github.com/dunlin/dunlin/models/graph"
+	"github.com/dunlin/dunlin/models/onnxwriter"
 	"github.com/dunlin/dunlin/models/tensor"
 )
 
@@ -144,4 +147,32 @@ func FuzzReadGraph(f *testing.F) {
 			t.Errorf("%d nodes become %+v", len(g.Nodes), c)
 		}
 	})
+}
+
+// What a file may say, though no exporter writes it, is no reason to give up.
+func TestEstimateCostsOfOddModels(t *testing.T) {
+	image, filtered := onnxwriter.Float("x", 1, 32, 8, 8), onnxwriter.Float("y", 1, 32, 6, 6)
+	weights := onnxwriter.Weight{Name: "w", Type: tensor.Float32, Shape: []int64{32, 32, 3, 3}, Data: make([]byte, 32*32*36)}
+	huge := make([]int64, 20)
+	for i := range huge {
+		huge[i] = 1 << 62
+	}
+	for name, m := range map[string]onnxwriter.Model{
+		"a bias that is an input": {Opset: 17, Inputs: []onnxwriter.Value{image, onnxwriter.Float("b", 32)}, Outputs: []onnxwriter.Value{filtered}, Weights: []onnxwriter.Weight{weights},
+			Nodes: []onnxwriter.Node{{Op: "Conv", In: []string{"x", "w", "b"}, Out: []string{"y"}}}},
+		"no weights": {Opset: 17, Inputs: []onnxwriter.Value{image}, Outputs: []onnxwriter.Value{filtered},
+			Nodes: []onnxwriter.Node{{Op: "Conv", In: []string{"x"}, Out: []string{"y"}}}},
+		"a node without outputs": {Opset: 17, Inputs: []onnxwriter.Value{onnxwriter.Float("x", 1, 32)}, Outputs: []onnxwriter.Value{onnxwriter.Float("y", 1, 32)},
+			Nodes: []onnxwriter.Node{{Op: "Relu", In: []string{"x"}, Out: []string{"y"}}, {Op: "Add", In: []string{"x", "x"}}}},
+		"a name twice, of no elements": {Opset: 17, Inputs: []onnxwriter.Value{onnxwriter.Float("x", append(huge, 0)...), onnxwriter.Float("z", 1)}, Outputs: []onnxwriter.Value{onnxwriter.Float("y", 1)},
+			Nodes: []onnxwriter.Node{{Op: "Nope", In: []string{"z"}, Out: []string{"x"}}, {Op: "Relu", In: []string{"x"}, Out: []string{"y"}}}},
+	} {
+		path := filepath.Join(t.TempDir(), "m.onnx")
+		if err := os.WriteFile(path, m.Marshal(), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := EstimateCosts(path); err != nil {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
 }

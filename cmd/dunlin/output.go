@@ -49,11 +49,11 @@ func (t *table) add(cells ...string) {
 	t.rows = append(t.rows, cells)
 }
 
-// plain is s without control characters: what devices and pushers name must not
-// move the cursor.
+// plain is s without control characters, those that turn the direction of text
+// included: what devices and pushers name must not move the cursor.
 func plain(s string) string {
 	return strings.Map(func(r rune) rune {
-		if unicode.IsControl(r) {
+		if unicode.IsControl(r) || unicode.Is(unicode.Bidi_Control, r) {
 			return unicode.ReplacementChar
 		}
 		return r

@@ -124,7 +124,7 @@ func TestPlan(t *testing.T) {
 	if len(profiles) != 2 || profiles[0].GetDevice() != "large" || profiles[0].GetProfile().GetWeightBytes() != 50<<20 {
 		t.Errorf("got %v", profiles)
 	}
-	for want, q := range map[int]*v1.ListProfilesRequest{0: {Model: "digits", Version: 1}, 1: {FirmwareProfile: "desk"}, 2: {Device: "large"}} {
+	for want, q := range map[int]*v1.ListProfilesRequest{0: {FirmwareProfile: "desk"}, 1: {FirmwareProfile: "board"}, 2: {Device: "large"}} {
 		if got := call(t, c.ListProfiles, q).Profiles; len(got) != want {
 			t.Errorf("%v: got %v", q, got)
 		}

@@ -103,6 +103,7 @@ type live struct {
 	asked     time.Time // to say hello again, or given its desired state
 	telemetry *dunlinv1.Telemetry
 	free      *uint64 // bytes on its disk as the store has it; nil: not saved yet
+	sent      uint64  // number of the generation that was sent since it last said hello; 0: none
 	// A generation that the device has not reported as observed.
 	pending uint64 // 0: none
 	attempt int
@@ -289,6 +290,17 @@ func (d *Dispatcher) beats(ctx context.Context) {
 	}
 }
 
+// freeStep is the part of a device's free disk by which it has to change to be
+// saved, where nothing depends on it.
+const freeStep = 64
+
+// refuses says whether any device lacks a version because it does not fit.
+func (d *Dispatcher) refuses() bool {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return len(d.refused) > 0
+}
+
 func (d *Dispatcher) sweep(ctx context.Context) error {
 	now := d.now()
 	heard := map[string]time.Time{}
@@ -303,9 +315,13 @@ func (d *Dispatcher) sweep(ctx context.Context) error {
 		if now.Sub(l.heard) > d.timing.silence {
 			away[device] = l.heard
 		}
-		if t := l.telemetry; t != nil && t.DiskFreeBytes != nil && (l.free == nil || *l.free != t.GetDiskFreeBytes()) {
-			free[device] = t.GetDiskFreeBytes()
-			room = room || slices.ContainsFunc(d.refused[device], func(r fleet.Refusal) bool { return r.Disk })
+		if t := l.telemetry; t != nil && t.DiskFreeBytes != nil {
+			now := t.GetDiskFreeBytes()
+			lacks := slices.ContainsFunc(d.refused[device], func(r fleet.Refusal) bool { return r.Disk })
+			if l.free == nil || lacks && now != *l.free || max(now, *l.free)-min(now, *l.free) > *l.free/freeStep {
+				free[device] = now
+				room = room || lacks && (l.free == nil || now > *l.free)
+			}
 		}
 	}
 	d.mu.Unlock()

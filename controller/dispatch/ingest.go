@@ -170,6 +170,9 @@ func checkNumbers(m protoreflect.Message, path string) (err error) {
 	return err
 }
 
+// maxProfile bounds a profile in bytes; an agent keeps its events below that.
+const maxProfile = 32 << 10
+
 // checkProfile says what is wrong with a profile that a device sends.
 func checkProfile(p *dunlinv1.ModelProfile) error {
 	if err := models.CheckName(p.GetModel()); err != nil {
@@ -196,6 +199,9 @@ func checkProfile(p *dunlinv1.ModelProfile) error {
 		if n > maxBytes {
 			return fmt.Errorf("%s is %d, the limit is %d", field, n, uint64(maxBytes))
 		}
+	}
+	if n := proto.Size(p); n > maxProfile {
+		return fmt.Errorf("it has %d bytes, the limit is %d", n, maxProfile)
 	}
 	if n := len(p.GetPoints()) + len(p.GetLatency()) + len(p.GetProviders()); n > maxPoints {
 		return fmt.Errorf("points, latency and providers have %d entries together, the limit is %d", n, maxPoints)
@@ -273,7 +279,7 @@ func (d *Dispatcher) touch(device string, do func(l *live)) {
 func (d *Dispatcher) hello(ctx context.Context, device string, h *dunlinv1.Hello) error {
 	// Live first: a generation that the planner makes while the store is
 	// asked is then published by the planner.
-	d.touch(device, func(*live) {})
+	d.touch(device, func(l *live) { l.sent = 0 })
 	dev, changed, err := d.store.Hello(ctx, device, h)
 	if errors.Is(err, store.ErrNotFound) {
 		d.mu.Lock()
@@ -300,29 +306,32 @@ func (d *Dispatcher) hello(ctx context.Context, device string, h *dunlinv1.Hello
 		return err
 	}
 	// Expected though it may have it: its report may get lost.
-	d.expect(g)
+	first := d.expect(g)
 	have := h.GetHaveGeneration()
-	if have.GetIncarnation() != d.store.Incarnation() || have.GetNumber() != g.Number {
+	if first && (have.GetIncarnation() != d.store.Incarnation() || have.GetNumber() != g.Number) {
 		d.sendDesired(g)
 	}
 	return nil
 }
 
 // expect notes a generation that is sent now, until the device reports it as
-// observed.
-func (d *Dispatcher) expect(g store.Desired) {
+// observed. It says whether it is the first time since the device said hello:
+// the planner and hello may both be about to send it.
+func (d *Dispatcher) expect(g store.Desired) (first bool) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	l := d.live[g.Device]
 	if l == nil {
-		return // away: it says hello when it comes
+		return false // away: it says hello when it comes
 	}
+	first, l.sent = l.sent != g.Number, g.Number
 	if l.pending != g.Number {
 		l.pending, l.attempt = g.Number, 0
 	}
 	l.asked = d.now()
 	l.next = l.asked.Add(d.backoff(l.attempt))
 	l.attempt++
+	return first
 }
 
 func (d *Dispatcher) reported(ctx context.Context, device string, r *dunlinv1.Reported) error {
@@ -400,7 +409,7 @@ func (d *Dispatcher) events(ctx context.Context, device string, b *dunlinv1.Even
 	if err != nil {
 		return err
 	}
-	if measured {
+	if measured && d.refuses() {
 		d.Replan()
 	}
 	d.send(link.Down(device, link.Command), link.Command, &dunlinv1.Command{Command: &dunlinv1.Command_EventAck{

@@ -146,8 +146,7 @@ func (d *Dispatcher) compile(ctx context.Context, snap *store.Snapshot) error {
 			dev := byName[g.Device]
 			dev.Desired, dev.DesiredSHA = g.Number, g.SHA256
 			d.log.Info("new generation", "device", g.Device, "generation", g.Number)
-			if d.isLive(g.Device) {
-				d.expect(g)
+			if d.expect(g) {
 				d.sendDesired(g)
 			}
 		}
@@ -168,12 +167,6 @@ func (d *Dispatcher) refuse(refused map[string][]fleet.Refusal) {
 			}
 		}
 	}
-}
-
-func (d *Dispatcher) isLive(device string) bool {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	return d.live[device] != nil
 }
 
 // resume makes an entry for each device that the store has as connected, as

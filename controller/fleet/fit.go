@@ -19,8 +19,9 @@ import (
 // This file is how it is decided whether a version fits on a device. In short:
 //
 // What the version needs is taken from the best that is known: measured on the
-// device; measured last on another of its class; estimated from the costs of
-// the graph. The largest run counts: as many rows as the bundle allows, or else
+// device; measured on others of its class, of which the one in the middle by
+// memory counts, so that one that is broken decides nothing; estimated from the
+// costs of the graph. The largest run counts: as many rows as the bundle allows, or else
 // as the profile recommends, or else one.
 //
 // A version fits where it and its largest run are within the device's budget
@@ -141,23 +142,36 @@ type Fitter struct {
 	class map[[3]string]Measurement // by class, model, digest
 }
 
-// NewFitter takes measurements in any order; of several of a class the one
-// that was received last counts.
+// NewFitter takes measurements in any order; of several of a device the newest
+// counts, of several of a class the one in the middle by what they take, or of
+// two in the middle the smaller.
 func NewFitter(measured []Measurement) *Fitter {
 	f := &Fitter{here: make(map[[3]string]Measurement, len(measured)), class: map[[3]string]Measurement{}}
-	newer := func(a, b Measurement) bool {
-		return cmp.Or(a.ReceivedAt.Compare(b.ReceivedAt), cmp.Compare(a.Device, b.Device)) > 0
-	}
 	for _, m := range measured {
-		here, class := [3]string{m.Device, m.Model, m.Digest}, [3]string{m.Class, m.Model, m.Digest}
-		if have, ok := f.here[here]; !ok || newer(m, have) {
+		here := [3]string{m.Device, m.Model, m.Digest}
+		if have, ok := f.here[here]; !ok || m.ReceivedAt.After(have.ReceivedAt) {
 			f.here[here] = m
 		}
-		if have, ok := f.class[class]; m.Class != "" && (!ok || newer(m, have)) {
-			f.class[class] = m
+	}
+	classes := map[[3]string][]Measurement{}
+	for _, m := range f.here {
+		if m.Class != "" {
+			class := [3]string{m.Class, m.Model, m.Digest}
+			classes[class] = append(classes[class], m)
 		}
 	}
+	for class, all := range classes {
+		slices.SortFunc(all, func(a, b Measurement) int {
+			return cmp.Or(cmp.Compare(a.takes(), b.takes()), cmp.Compare(a.Device, b.Device))
+		})
+		f.class[class] = all[(len(all)-1)/2]
+	}
 	return f
+}
+
+// takes is what is taken by a run of one row and by what it runs on.
+func (m *Measurement) takes() uint64 {
+	return sum(sum(m.Weights, m.Session), sum(m.Fixed, m.Row))
 }
 
 // Need gives the best that is known of what v takes on d.
@@ -169,7 +183,7 @@ func (f *Fitter) Need(d Device, v Version) Need {
 	}
 	from := MeasuredHere
 	m, ok := f.here[[3]string{d.Name, v.Model, v.Digest}]
-	if !ok {
+	if !ok || m.Class != d.Class { // or it was another device then
 		from = MeasuredOnClass
 		m, ok = f.class[[3]string{d.Class, v.Model, v.Digest}]
 		ok = ok && d.Class != ""
@@ -325,19 +339,24 @@ func (f *Fitter) disk(d Device, fits []Fit) {
 func together(fits []Fit, i int, oversize bool) {
 	fit := &fits[i]
 	var work uint64
-	var names []string
-	for j, o := range fits {
+	others := make([]*Fit, 0, len(fits))
+	for j := range fits {
+		o := &fits[j]
 		if j != i && o.Verdict == DoesNotFit || o.Need.Memory == SourceUnknown {
 			continue
 		}
 		fit.Total = sum(fit.Total, charged(o.Need, fit.Budget, oversize))
 		work = max(work, o.Need.Workspace)
 		if j != i {
-			names = append(names, fmt.Sprintf("%s:%d", o.Version.Model, o.Version.Version))
+			others = append(others, &fits[j])
 		}
 	}
 	fit.Total = sum(fit.Total, work)
-	if (fit.Verdict == Fits || fit.Verdict == FitsWithSwapping) && fit.Total > fit.Budget && len(names) > 0 {
+	if (fit.Verdict == Fits || fit.Verdict == FitsWithSwapping) && fit.Total > fit.Budget && len(others) > 0 {
+		var names []string
+		for _, o := range others {
+			names = append(names, fmt.Sprintf("%s:%d", o.Version.Model, o.Version.Version))
+		}
 		slices.Sort(names)
 		fit.Verdict = FitsWithSwapping
 		reason := fmt.Sprintf("together with %s it needs %s, %s more than the budget", list(names), size(fit.Total), size(fit.Total-fit.Budget))

@@ -68,6 +68,9 @@ func (s *Store) putProfile(ctx context.Context, tx *sql.Tx, device string, p *du
 		return false, fmt.Errorf("encode profile of %s:%d: %w", p.GetModel(), p.GetVersion(), err)
 	}
 	m := measurementOf(p)
+	if m.Class, err = measuredClass(ctx, tx, device, m.Class); err != nil {
+		return false, err
+	}
 	var had fleet.Measurement
 	err = tx.QueryRowContext(ctx, "SELECT firmware_profile, weights, session, fixed, row, batch FROM profiles WHERE device = ? AND model = ? AND digest = ?", device, m.Model, m.Digest).
 		Scan(&had.Class, &had.Weights, &had.Session, &had.Fixed, &had.Row, &had.Batch)
@@ -84,6 +87,24 @@ func (s *Store) putProfile(ctx context.Context, tx *sql.Tx, device string, p *du
 		return false, fmt.Errorf("profile of %s:%d on device %s: %w", m.Model, p.GetVersion(), device, err)
 	}
 	return news, nil
+}
+
+// measuredClass gives the class whose devices a measurement speaks for: that of
+// the device itself, or none where the profile says another one, or where the
+// device is simulated.
+func measuredClass(ctx context.Context, tx *sql.Tx, device, claimed string) (string, error) {
+	var blob []byte
+	if err := tx.QueryRowContext(ctx, "SELECT info FROM devices WHERE name = ?", device).Scan(&blob); err != nil {
+		return "", fmt.Errorf("device %s: %w", device, err)
+	}
+	info := &dunlinv1.DeviceInfo{}
+	if err := proto.Unmarshal(blob, info); err != nil {
+		return "", fmt.Errorf("device %s: %w", device, err)
+	}
+	if info.GetSimulated() || info.GetFirmwareProfile() != claimed {
+		return "", nil
+	}
+	return claimed, nil
 }
 
 // boundProfiles forgets what a device has beyond MaxProfiles.

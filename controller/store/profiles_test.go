@@ -40,8 +40,13 @@ func add(t *testing.T, s *Store, device string, sequence uint64, p *dunlinv1.Mod
 func TestProfiles(t *testing.T) {
 	s, clock := fresh(t)
 	ctx := t.Context()
-	join(t, s, "a", nil)
-	join(t, s, "b", nil)
+	for name, info := range map[string]*dunlinv1.DeviceInfo{
+		"a": {FirmwareProfile: "board"}, "b": {FirmwareProfile: "board"}, "liar": {FirmwareProfile: "desk"}, "made-up": {FirmwareProfile: "board", Simulated: true},
+	} {
+		join(t, s, name, nil)
+		_, _, err := s.Hello(ctx, name, &dunlinv1.Hello{Session: "s", Info: info})
+		must(t, err)
+	}
 	push(t, s, "net", "other")
 	push(t, s, "net", "d1") // version 2 here, version 1 where the device had it from
 	_, err := s.Apply(ctx, "user:op", parse(t, deployment("dep", "net", 2, "")), false)
@@ -94,6 +99,19 @@ func TestProfiles(t *testing.T) {
 	if !slices.Equal(snap.Objects.Measured, want) {
 		t.Errorf("measured %+v", snap.Objects.Measured)
 	}
+
+	// Who is of another class, or simulated, speaks for itself only.
+	add(t, s, "liar", 1, profile("net", "d1", 1<<40))
+	add(t, s, "made-up", 1, profile("net", "d1", 1<<40))
+	snap, err = s.Snapshot(ctx)
+	must(t, err)
+	for _, m := range snap.Objects.Measured {
+		if (m.Device == "liar" || m.Device == "made-up") && m.Class != "" {
+			t.Errorf("measured %+v", m)
+		}
+	}
+	must(t, s.RemoveDevice(ctx, "user:op", "liar"))
+	must(t, s.RemoveDevice(ctx, "user:op", "made-up"))
 
 	must(t, s.RemoveDevice(ctx, "user:op", "a"))
 	if got := names(ProfileFilter{Model: "net"}); got != "net:2@b=200" {

@@ -31,11 +31,7 @@ func (f *fact) elements() float64 {
 	if f == nil || f.dims == nil {
 		return 0
 	}
-	n := 1.0
-	for _, d := range f.dims {
-		n *= float64(d)
-	}
-	return n
+	return product(f.dims)
 }
 
 // size gives the bytes that the value has in memory, 0 where that is not known.
@@ -98,13 +94,14 @@ func infer(g *Graph, rows int64) *facts {
 			f.values[in.Name] = v
 		}
 	}
+	outputs := make(map[string]Value, len(g.Outputs))
+	for _, v := range slices.Backward(g.Outputs) { // of one name the first counts
+		outputs[v.Name] = v
+	}
 	stated := func(name string) (Value, bool) {
 		v, ok := g.Stated[name]
 		if !ok {
-			i := slices.IndexFunc(g.Outputs, func(v Value) bool { return v.Name == name })
-			if i >= 0 {
-				return g.Outputs[i], true
-			}
+			v, ok = outputs[name]
 		}
 		return v, ok
 	}
@@ -119,7 +116,7 @@ func infer(g *Graph, rows int64) *facts {
 		for i := range c.out {
 			c.out[i] = &fact{}
 		}
-		if infer, ok := operators[operatorKey(n)]; !ok || !infer(&c) {
+		if infer, ok := operators[operatorKey(n)]; !ok || len(c.out) == 0 || !infer(&c) {
 			for i := range c.out {
 				c.out[i] = &fact{}
 			}
@@ -340,6 +337,9 @@ func broadcast(shapes ...[]int64) []int64 {
 }
 
 func product(dims []int64) float64 {
+	if slices.Contains(dims, 0) {
+		return 0 // also where the others are beyond all numbers
+	}
 	n := 1.0
 	for _, d := range dims {
 		n *= float64(d)

@@ -581,11 +581,13 @@ func concat(c *call) bool {
 			}
 		}
 		out[a] += dims[a]
-		if in.content == nil || i > 0 && content == nil {
+		if in.content == nil || len(first) != 1 || i > 0 && content == nil {
 			content = nil
 			continue
 		}
-		content = append(content, in.content...)
+		if content = append(content, in.content...); len(content) > maxContent {
+			content = nil
+		}
 	}
 	c.give(0, c.typ(0), out)
 	if len(out) == 1 && content != nil {
@@ -819,7 +821,7 @@ func resize(c *call) bool {
 		for i := range in {
 			axes = append(axes, i)
 		}
-	} else if list := c.n.ints("axes"); !slices.IsSorted(list) || list[0] < 0 {
+	} else if list := c.n.ints("axes"); len(list) != len(axes) || !slices.IsSorted(list) || len(list) > 0 && list[0] < 0 {
 		return false
 	}
 	out := slices.Clone(in)

@@ -108,6 +108,7 @@ type buffer struct {
 	last int    // the step after which nobody needs it
 	uses int    // of the value that is in it, still to come
 	out  bool   // it holds an output of the graph
+	idle bool   // it waits for a value
 }
 
 // workspace gives the bytes that a run takes. Buffers are planned as ONNX
@@ -122,7 +123,7 @@ func (p *program) workspace() float64 {
 	var free []*buffer
 	release := func(b *buffer, i int) {
 		if b.uses--; b.uses <= 0 && !b.out {
-			b.uses, b.last = 0, i
+			b.uses, b.last, b.idle = 0, i, true
 			free = append(free, b)
 		}
 	}
@@ -138,7 +139,7 @@ func (p *program) workspace() float64 {
 			if at := p.fitting(free, v); at >= 0 && !p.final[v] {
 				b := free[at]
 				free = slices.Delete(free, at, at+1)
-				b.uses, b.last, b.like = uses, i, v
+				b.uses, b.last, b.like, b.idle = uses, i, v, false
 				in[v] = b
 				continue
 			}
@@ -155,7 +156,8 @@ func (p *program) workspace() float64 {
 			}
 		}
 		for _, v := range s.out {
-			if b := in[v]; b != nil && len(p.uses[v]) == 0 && !b.out && b.uses == 0 && !slices.Contains(free, b) {
+			if b := in[v]; b != nil && len(p.uses[v]) == 0 && !b.out && b.uses == 0 && !b.idle {
+				b.idle = true
 				free = append(free, b)
 			}
 		}

@@ -572,7 +572,11 @@ func (p *program) allBlocked(names []string) bool {
 func (p *program) blockable(s *step) bool {
 	n := s.node
 	x, w := p.values[n.input(0)], p.values[n.input(1)]
-	if len(s.in) == 0 || x.rank() != 4 || !w.constant || w.rank() != 4 || x.typ != tensor.Float32 {
+	// The runtime wants weights and bias constant there.
+	if slices.ContainsFunc(s.in, func(v string) bool { return !p.four(v) }) {
+		return false
+	}
+	if len(s.in) == 0 || x.rank() != 4 || w.rank() != 4 || !w.constant || x.typ != tensor.Float32 {
 		return false
 	}
 	if group := n.int("group", 1); group != 1 {
