@@ -136,6 +136,9 @@ func TestRun(t *testing.T) {
 			})
 		}
 		wg.Wait()
+		if took := time.Since(began).Seconds(); !near(took, 4*0.1001, 1e-8) {
+			t.Errorf("four runs took %v s together", took)
+		}
 		// A run that comes into the middle of another takes half of what is left of it.
 		wg.Go(func() {
 			if got := run(t, d, id, rows(1)).Infer.Seconds(); !near(got, 0.05+0.1002, 1e-8) {

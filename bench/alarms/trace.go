@@ -74,7 +74,7 @@ type device struct {
 	burstUntil   float64
 	burst        float64
 
-	hasGPU, hasPower, gpuOnly  bool
+	hasGPU, hasPower           bool
 	quantum                    float64 // of the temperature's sensor
 	slowdown                   float64
 	ambient, swing             float64
@@ -93,7 +93,6 @@ type device struct {
 	pending, failed            bool
 	xids, lastXID              uint64
 	gpuAway                    float64 // until then, hours
-	swapped                    float64 // hours
 	gap                        float64 // until then, hours
 	heating, powering          float64 // factors by a trouble
 	warming, leaking, hoarding float64 // kelvins, bytes, bytes, by a trouble
