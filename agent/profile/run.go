@@ -192,7 +192,7 @@ func measure(ctx context.Context, b Bench, g Gate, s Subject, p *dunlinv1.ModelP
 	first := Setting{Provider: space.Providers[0], Batch: 1, Instances: 1, Threads: max(space.Cores, 1)}
 	for _, cold := range []bool{false, true} {
 		var took time.Duration
-		for try := 0; try < 3; try++ {
+		for range 3 {
 			disturbed, err := g.Do(ctx, func(ctx context.Context) (err error) {
 				took, err = b.Activate(ctx, first, cold)
 				return err

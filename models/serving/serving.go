@@ -155,10 +155,8 @@ func Batch(tensors [][]string) bool {
 		if len(names) == 0 || names[0] != tensors[0][0] {
 			return false
 		}
-		for _, name := range names[1:] {
-			if name == names[0] {
-				return false
-			}
+		if slices.Contains(names[1:], names[0]) {
+			return false
 		}
 	}
 	switch name := strings.ToLower(tensors[0][0]); name {
