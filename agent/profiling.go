@@ -63,6 +63,7 @@ type profiler struct {
 	given map[engine.VersionID]*dunlinv1.ModelProfile // to the engine, by Info.ID
 	wait  map[engine.VersionID]time.Time              // until when a version is left alone
 	told  map[string]string                           // what the controller was told of each version
+	work  *work                                       // nil: nothing is measured
 
 	mu    sync.Mutex // guards what follows
 	specs map[engine.VersionID]engine.Spec
@@ -73,6 +74,17 @@ type task struct {
 	status  engine.Status
 	spec    engine.Spec
 	runtime worker.Runtime
+}
+
+// work is a version that is being measured, and what comes out of it.
+type work struct {
+	task
+	key  profile.Key
+	stop context.CancelFunc
+	left bool          // it has gone: what comes out is of no use
+	done chan struct{} // closed when p and err are set
+	p    *dunlinv1.ModelProfile
+	err  error
 }
 
 // newProfiler gives nil where the settings want none.
@@ -117,7 +129,7 @@ func (f *profiler) spec(id engine.VersionID) (engine.Spec, bool) {
 	return s, ok
 }
 
-// run looks after profiles until ctx is done.
+// run looks after profiles until ctx is done. All but measuring goes on in it.
 func (f *profiler) run(ctx context.Context) error {
 	found, err := f.host.worker.Runtime(ctx)
 	for err != nil {
@@ -128,21 +140,38 @@ func (f *profiler) run(ctx context.Context) error {
 	}
 	tick := time.NewTicker(lookEvery)
 	defer tick.Stop()
+	defer func() {
+		if f.work != nil {
+			f.work.stop()
+			<-f.work.done
+		}
+	}()
 	for {
 		f.look(ctx, found)
+		var done chan struct{}
+		if f.work != nil {
+			done = f.work.done
+		}
 		select {
 		case <-ctx.Done():
 			return nil
+		case <-done:
+			f.finish(ctx)
 		case <-tick.C:
 		}
 	}
 }
 
 // look gives the engine what is known of the versions that have been loaded,
-// and measures the first one of which nothing is.
+// and begins to measure the one with the most requests of those of which
+// nothing is, unless one is being measured. That one is left when it goes.
 func (f *profiler) look(ctx context.Context, found worker.Runtime) {
 	versions := f.host.engine.Versions()
 	f.forget(versions)
+	if f.work != nil && !slices.ContainsFunc(versions, func(v engine.Status) bool { return v.Info.ID == f.work.status.Info.ID && !v.Draining }) {
+		f.work.left = true
+		f.work.stop()
+	}
 	var next *task
 	for _, v := range versions {
 		id := v.Info.ID
@@ -162,8 +191,8 @@ func (f *profiler) look(ctx context.Context, found worker.Runtime) {
 		}
 	}
 	f.tell()
-	if next != nil {
-		f.work(ctx, *next)
+	if next != nil && f.work == nil {
+		f.begin(ctx, *next)
 	}
 }
 
@@ -237,23 +266,46 @@ func tuning(p *dunlinv1.ModelProfile) (engine.Tuning, bool) {
 	}, true
 }
 
-// work measures a version, and keeps and uses what comes out.
-func (f *profiler) work(ctx context.Context, t task) {
-	id := t.status.Info.ID
-	log := f.log.With("model", id.Model, "version", id.Version)
+// begin begins to measure a version.
+func (f *profiler) begin(ctx context.Context, t task) {
 	key, err := f.key(t.spec, t.runtime)
-	var p *dunlinv1.ModelProfile
-	if err == nil {
-		p, err = f.bench(ctx, t)
-	}
 	if err != nil {
+		f.later(t.status.Info.ID, err)
+		return
+	}
+	ctx, stop := context.WithCancel(ctx)
+	w := &work{task: t, key: key, stop: stop, done: make(chan struct{})}
+	f.work = w
+	go func() { // finish and leave wait for it
+		defer close(w.done)
+		w.p, w.err = f.bench(ctx, t)
+	}()
+}
+
+// later leaves a version alone that could not be measured.
+func (f *profiler) later(id engine.VersionID, err error) {
+	f.wait[id] = time.Now().Add(measureAgain)
+	f.log.Warn("a model is not measured yet", "model", id.Model, "version", id.Version, "error", err)
+}
+
+// finish waits for what is being measured, and keeps and uses what comes out.
+func (f *profiler) finish(ctx context.Context) {
+	w := f.work
+	<-w.done
+	w.stop()
+	f.work = nil
+	if w.left {
+		return
+	}
+	id, p := w.status.Info.ID, w.p
+	if w.err != nil {
 		if ctx.Err() == nil {
-			f.wait[id] = time.Now().Add(measureAgain)
-			log.Warn("a model is not measured yet", "error", err)
+			f.later(id, w.err)
 		}
 		return
 	}
-	key.Name(p)
+	log := f.log.With("model", id.Model, "version", id.Version)
+	w.key.Name(p)
 	p.Model, p.Version = id.Model, id.Version
 	if err := f.store.Put(p); err != nil {
 		log.Warn("what was measured of a model is not kept: it is measured again after the next start", "error", err)
@@ -261,7 +313,7 @@ func (f *profiler) work(ctx context.Context, t task) {
 	r := p.Recommended
 	log.Info("model measured", "took", time.Duration(p.MeasuredSeconds*float64(time.Second)).Round(time.Millisecond), "points", len(p.Points), "provider", r.GetProvider(),
 		"batch", r.GetBatch(), "instances", r.GetInstances(), "threads", r.GetThreads(), "prepacked", r.GetPrepacked(), "unmeasured", p.Unmeasured)
-	f.give(ctx, t.status, p)
+	f.give(ctx, w.status, p)
 	f.tell()
 }
 

@@ -1,9 +1,12 @@
 package agent
 
 import (
+	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	"net"
 	"net/http"
 	"os"
@@ -15,11 +18,14 @@ import (
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
+	"github.com/dunlin/dunlin/agent/compiled"
 	"github.com/dunlin/dunlin/agent/engine"
 	"github.com/dunlin/dunlin/agent/profile"
 	"github.com/dunlin/dunlin/agent/state"
+	"github.com/dunlin/dunlin/agent/worker"
 	profiles "github.com/dunlin/dunlin/firmware-profiles"
 	"github.com/dunlin/dunlin/internal/link"
+	"github.com/dunlin/dunlin/models/tensor"
 	dunlinv1 "github.com/dunlin/dunlin/proto/dunlin/v1"
 )
 
@@ -269,3 +275,172 @@ func TestJoules(t *testing.T) {
 		}
 	}
 }
+
+// loader is a runtime that loads everything and runs nothing.
+type loader struct{}
+
+func (loader) Load(context.Context, engine.Spec) (engine.Info, error) {
+	x := []tensor.Info{{Name: "x", Type: tensor.Float32, Shape: []int64{-1, 4}}}
+	return engine.Info{Inputs: x, Outputs: x, Batch: true}, nil
+}
+func (loader) Activate(context.Context, engine.VersionID, engine.Setting) (engine.Need, error) {
+	return engine.Need{}, nil
+}
+func (loader) Set(context.Context, engine.VersionID, engine.Setting) error { return nil }
+func (loader) Deactivate(context.Context, engine.VersionID) error          { return nil }
+func (loader) Run(context.Context, engine.VersionID, [][]tensor.Tensor, []string) (engine.Outcome, error) {
+	return engine.Outcome{}, errors.New("it runs nothing")
+}
+func (loader) Unload(context.Context, engine.VersionID) error { return nil }
+
+// known is a machine of which all is said.
+type known struct {
+	available, total uint64
+	driver           string
+}
+
+func (k *known) Info() *dunlinv1.DeviceInfo {
+	return &dunlinv1.DeviceInfo{DriverVersion: k.driver, CpuModel: "a"}
+}
+func (k *known) Sample() *dunlinv1.Telemetry                  { return &dunlinv1.Telemetry{} }
+func (k *known) Memory() (available, total uint64, err error) { return k.available, k.total, nil }
+func (k *known) Close() error                                 { return nil }
+
+// benched is a profiler of which a test measures.
+func benched(t *testing.T) *profiler {
+	t.Helper()
+	data := t.TempDir()
+	cache, err := compiled.Open(filepath.Join(data, cacheFolder), 1<<20)
+	if err != nil {
+		t.Fatal(err)
+	}
+	e := engine.New(engine.Config{Runtime: loader{}})
+	ctx, stop := context.WithCancel(context.Background())
+	done := make(chan error, 1)
+	go func() { done <- e.Run(ctx) }()
+	t.Cleanup(func() { stop(); <-done })
+	h := &host{engine: e, cache: cache, serving: Serving{Profile: "on", ProfileDuty: 100, machine: &known{}, Log: slog.New(slog.DiscardHandler)}}
+	f, err := newProfiler(h, profiles.Profile{Name: "generic"}, data)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return f
+}
+
+// load loads a version of digits, and notes where its files are.
+func (f *profiler) load(t *testing.T, model, file string, load func(context.Context, engine.Spec) (engine.Info, error)) engine.Spec {
+	t.Helper()
+	s := engine.Spec{ID: engine.VersionID{Model: model, Version: 1}, Dir: t.TempDir(), Entry: "m.onnx"}
+	raw, err := os.ReadFile(digits + file)
+	if err == nil {
+		err = os.WriteFile(filepath.Join(s.Dir, s.Entry), raw, 0o600)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	info, err := load(t.Context(), s)
+	if err != nil {
+		t.Fatal(err)
+	}
+	s.ID = info.ID
+	f.mu.Lock()
+	f.specs[s.ID] = s
+	f.mu.Unlock()
+	return s
+}
+
+// measures looks, and waits for what is measured then.
+func (f *profiler) measures(ctx context.Context) {
+	if f.look(ctx, worker.Runtime{}); f.work != nil {
+		<-f.work.done
+		f.finish(ctx)
+	}
+}
+
+// batch gives the most rows of a version's run.
+func (f *profiler) batch(t *testing.T, s engine.Spec) int {
+	t.Helper()
+	info, ok := f.host.engine.Info(engine.VersionID{Model: s.ID.Model, Version: s.ID.Version})
+	if !ok {
+		t.Fatalf("%s is not loaded", s.ID)
+	}
+	return info.Options.MaxBatchSize
+}
+
+// ofBatch is a profile that recommends one.
+func ofBatch(n uint32) *dunlinv1.ModelProfile {
+	return &dunlinv1.ModelProfile{
+		MeasuredAt: timestamppb.Now(), Recommended: &dunlinv1.ModelSetting{Provider: profile.CPU, Batch: n, Instances: 1},
+		Latency: []*dunlinv1.LatencyPoint{{Rows: 1, Seconds: 1}},
+	}
+}
+
+// keep stores the profile of a version.
+func (f *profiler) keep(t *testing.T, s engine.Spec, p *dunlinv1.ModelProfile) {
+	t.Helper()
+	key, err := f.key(s, worker.Runtime{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	key.Name(p)
+	if err := f.store.Put(p); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// TestLookGoesOn: while a version is measured, what is known of another one is
+// used, and a version that is replaced is no longer measured.
+func TestLookGoesOn(t *testing.T) {
+	f := benched(t)
+	left := make(chan struct{})
+	n := 0
+	f.bench = func(ctx context.Context, _ task) (*dunlinv1.ModelProfile, error) {
+		if n++; n == 1 {
+			<-ctx.Done()
+			close(left)
+		}
+		return ofBatch(7), nil
+	}
+	a := f.load(t, "a", "v1.onnx", f.host.engine.Load)
+	f.look(t.Context(), worker.Runtime{})
+	b := f.load(t, "b", "v2.onnx", f.host.engine.Load)
+	f.keep(t, b, ofBatch(4))
+	f.look(t.Context(), worker.Runtime{})
+	if n := f.batch(t, b); n != 4 {
+		t.Errorf("a batch of %d while another version is measured, 4 was kept", n)
+	}
+	f.load(t, "a", "v2.onnx", f.host.engine.Replace)
+	f.look(t.Context(), worker.Runtime{})
+	<-left
+	f.finish(t.Context())
+	if n := f.batch(t, a); n != 4 {
+		t.Errorf("a batch of %d; its files are those of b now, of which 4 was kept", n)
+	}
+	if f.work != nil || n != 1 {
+		t.Errorf("measured %d times", n)
+	}
+}
+
+// TestRunEndsMeasuring: what is measured ends before run does.
+func TestRunEndsMeasuring(t *testing.T) {
+	f := benched(t)
+	f.host.worker = &newest{}
+	ctx, stop := context.WithCancel(t.Context())
+	ended := false
+	f.bench = func(ctx context.Context, _ task) (*dunlinv1.ModelProfile, error) {
+		stop()
+		<-ctx.Done()
+		time.Sleep(10 * time.Millisecond)
+		ended = true
+		return nil, ctx.Err()
+	}
+	f.load(t, "a", "v1.onnx", f.host.engine.Load)
+	if err := f.run(ctx); err != nil || !ended {
+		t.Errorf("%v, ended %v", err, ended)
+	}
+}
+
+// newest is a runner whose runtime has started.
+type newest struct{ runner }
+
+func (*newest) Runtime(context.Context) (worker.Runtime, error) { return worker.Runtime{}, nil }
