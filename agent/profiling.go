@@ -30,8 +30,10 @@ const (
 	profilesFolder = "profiles"
 	// lookEvery is how often it is looked for versions without a profile.
 	lookEvery = 2 * time.Second
-	// measureAgain is the wait after measuring could not begin.
-	measureAgain = time.Minute
+	// measureAgain is the wait after measuring has failed for the first time; it
+	// doubles each time, to measureSeldom at most.
+	measureAgain  = time.Minute
+	measureSeldom = 6 * time.Hour
 	// maxSpecs bounds the versions whose files are remembered.
 	maxSpecs = 1024
 	// measureShare is the part of the available memory that measuring may take.
@@ -63,6 +65,7 @@ type profiler struct {
 	given map[engine.VersionID]*dunlinv1.ModelProfile // to the engine, by Info.ID
 	wait  map[engine.VersionID]time.Time              // until when a version is left alone
 	told  map[string]string                           // what the controller was told of each version
+	tries map[engine.VersionID]int                    // that have failed in a row
 	work  *work                                       // nil: nothing is measured
 
 	mu    sync.Mutex // guards what follows
@@ -100,6 +103,7 @@ func newProfiler(h *host, firmware profiles.Profile, data string) (*profiler, er
 		host: h, firmware: firmware, store: store, duty: float64(h.serving.ProfileDuty) / 100, log: h.serving.Log,
 		machine: h.serving.machine, info: h.serving.machine.Info(), told: store.Told(),
 		given: make(map[engine.VersionID]*dunlinv1.ModelProfile), wait: make(map[engine.VersionID]time.Time),
+		tries: make(map[engine.VersionID]int),
 		specs: make(map[engine.VersionID]engine.Spec),
 	}
 	f.bench = f.measure
@@ -184,8 +188,7 @@ func (f *profiler) look(ctx context.Context, found worker.Runtime) {
 		case err == nil:
 			f.give(ctx, v, p)
 		case !errors.Is(err, fs.ErrNotExist):
-			f.wait[id] = time.Now().Add(measureAgain)
-			f.log.Warn("no profile of a model", "model", id.Model, "version", id.Version, "error", err)
+			f.later(id, err)
 		case next == nil || v.Figures.Success.Count > next.status.Figures.Success.Count:
 			next = &task{v, spec, found}
 		}
@@ -210,6 +213,7 @@ func (f *profiler) forget(versions []engine.Status) {
 	for id := range f.wait {
 		if !there[id] {
 			delete(f.wait, id)
+			delete(f.tries, id)
 		}
 	}
 }
@@ -248,12 +252,13 @@ func (f *profiler) give(ctx context.Context, v engine.Status, p *dunlinv1.ModelP
 		}
 	}
 	f.given[v.Info.ID] = p
+	delete(f.tries, v.Info.ID)
 }
 
 // tuning gives what a profile recommends; false: nothing.
 func tuning(p *dunlinv1.ModelProfile) (engine.Tuning, bool) {
 	r := p.GetRecommended()
-	if r == nil || p.Unmeasured != "" {
+	if r == nil {
 		return engine.Tuning{}, false
 	}
 	var points []estimate.Point
@@ -282,10 +287,13 @@ func (f *profiler) begin(ctx context.Context, t task) {
 	}()
 }
 
-// later leaves a version alone that could not be measured.
+// later leaves a version alone that could not be measured, the longer the more
+// often that happens.
 func (f *profiler) later(id engine.VersionID, err error) {
-	f.wait[id] = time.Now().Add(measureAgain)
-	f.log.Warn("a model is not measured yet", "model", id.Model, "version", id.Version, "error", err)
+	wait := min(measureAgain<<min(f.tries[id], 16), measureSeldom)
+	f.tries[id]++
+	f.wait[id] = time.Now().Add(wait)
+	f.log.Warn("a model is not measured yet", "model", id.Model, "version", id.Version, "again_in", wait, "error", err)
 }
 
 // finish waits for what is being measured, and keeps and uses what comes out.
@@ -452,7 +460,7 @@ func profileEvent(id engine.VersionID, digest string, p *dunlinv1.ModelProfile) 
 		Kind: "profile.measured", Severity: dunlinv1.Severity_SEVERITY_INFO, Model: id.Model, Version: id.Version, Profile: p,
 		Message: fmt.Sprintf("recommended: batch %d, %d instances, %d threads, %s", r.GetBatch(), r.GetInstances(), r.GetThreads(), r.GetProvider()),
 	}
-	if p.Unmeasured != "" {
+	if p.Unmeasured != "" && r == nil {
 		e.Severity, e.Message = dunlinv1.Severity_SEVERITY_WARNING, "not measured: "+p.Unmeasured
 	}
 	// The outbox adds its number and the time.

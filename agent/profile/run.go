@@ -90,6 +90,7 @@ func Measure(ctx context.Context, b Bench, g Gate, s Subject, set Setting) (Resu
 		}
 		if set.Provider == CPU && x.CPU > 0 && x.CPU.Seconds() < starved*x.Wall.Seconds() && starving < maxStarved {
 			starving++
+			sample.Starved(x)
 			continue
 		}
 		if !disturbed {
@@ -108,7 +109,8 @@ func Measure(ctx context.Context, b Bench, g Gate, s Subject, set Setting) (Resu
 
 // Run measures a version and gives what it found, without what names the
 // version and the device. What could not be measured is said in its
-// Unmeasured; the error is that of ctx.
+// Unmeasured: where something is recommended all the same, the device was not
+// idle for long enough to measure more. The error is that of ctx, or ErrDead.
 func Run(ctx context.Context, b Bench, g Gate, s Subject) (*dunlinv1.ModelProfile, error) {
 	now := s.Now
 	if now == nil {
@@ -119,6 +121,9 @@ func Run(ctx context.Context, b Bench, g Gate, s Subject) (*dunlinv1.ModelProfil
 	err := measure(ctx, b, timed, s, p)
 	if ctx.Err() != nil {
 		return nil, context.Cause(ctx)
+	}
+	if errors.Is(err, ErrDead) {
+		return nil, err
 	}
 	if err != nil {
 		p.Unmeasured = short(err.Error())
@@ -158,7 +163,7 @@ func (t *timedGate) Do(ctx context.Context, f func(context.Context) error) (bool
 
 // fatal says that an error is not that of one setting.
 func fatal(ctx context.Context, err error) bool {
-	return ctx.Err() != nil || errors.Is(err, ErrGivenUp)
+	return ctx.Err() != nil || errors.Is(err, ErrGivenUp) || errors.Is(err, ErrDead)
 }
 
 func measure(ctx context.Context, b Bench, g Gate, s Subject, p *dunlinv1.ModelProfile) error {
@@ -216,6 +221,9 @@ func measure(ctx context.Context, b Bench, g Gate, s Subject, p *dunlinv1.ModelP
 	for set, more := search.Next(); more; set, more = search.Next() {
 		r, err := Measure(ctx, b, g, s, set)
 		if err != nil {
+			if errors.Is(err, ErrGivenUp) {
+				_ = search.fill(p) // with what there is
+			}
 			if fatal(ctx, err) {
 				return err
 			}

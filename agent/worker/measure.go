@@ -52,13 +52,15 @@ type Measuring struct {
 
 	mu     sync.Mutex // guards what follows
 	paused bool
-	limit  *time.Timer // of the question that is worked on; nil for none
+	limit  *time.Timer   // of the question that is worked on; nil for none
+	since  time.Time     // when the child was asked, or went on, unless it is paused
+	left   time.Duration // that the question may take from then on
 }
 
 // Measure has f measure a version in a short-lived child that can do nothing
 // else and gives way to everybody. file is the compiled model; "" opens the
 // version as it is. A version that kills the child gives a DeathError, here and
-// from the call that was worked on.
+// from the call that was worked on, which is a profile.ErrDead too.
 func Measure(ctx context.Context, cfg Config, s engine.Spec, file string, f func(context.Context, *Measuring) error) error {
 	cfg.Threads = 1 // each session has its own
 	cfg.sandbox = cfg.confined(s, "")
@@ -107,10 +109,14 @@ func (m *Measuring) stand(still bool) {
 		signal = unix.SIGSTOP
 	}
 	_ = m.p.command.Process.Signal(signal) // one that is dead stands still
-	if m.limit != nil {
-		if m.limit.Stop(); !still {
-			m.limit.Reset(questionLimit)
-		}
+	if m.limit == nil {
+		return
+	}
+	if m.limit.Stop(); still {
+		m.left -= time.Since(m.since)
+	} else {
+		m.since = time.Now()
+		m.limit.Reset(m.left)
 	}
 }
 
@@ -133,24 +139,30 @@ type measured struct {
 	Slice profile.Slice
 }
 
-func (m *Measuring) ask(ctx context.Context, q measureQuestion) (a measured, err error) {
-	ctx, cancel := context.WithCancelCause(ctx)
-	defer cancel(nil)
+// begin has f called when a question has taken too long, unless it ends before.
+func (m *Measuring) begin(f func()) (end func()) {
 	m.mu.Lock()
-	m.limit = time.AfterFunc(questionLimit, func() {
-		cancel(fmt.Errorf("not done within %v: %w", questionLimit, context.DeadlineExceeded))
-		m.p.kill(verdictStopped)
-	})
+	defer m.mu.Unlock()
+	m.since, m.left = time.Now(), questionLimit
+	m.limit = time.AfterFunc(questionLimit, f)
 	if m.paused {
 		m.limit.Stop()
 	}
-	m.mu.Unlock()
-	defer func() {
+	return func() {
 		m.mu.Lock()
 		defer m.mu.Unlock()
 		m.limit.Stop()
 		m.limit = nil
-	}()
+	}
+}
+
+func (m *Measuring) ask(ctx context.Context, q measureQuestion) (a measured, err error) {
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	defer m.begin(func() {
+		cancel(fmt.Errorf("not done within %v: %w", questionLimit, context.DeadlineExceeded))
+		m.p.kill(verdictStopped)
+	})()
 	q.Dir, q.Entry, q.File, q.Eager = m.spec.Dir, m.spec.Entry, m.file, m.eager
 	text, err := json.Marshal(q)
 	if err != nil {
@@ -158,10 +170,14 @@ func (m *Measuring) ask(ctx context.Context, q measureQuestion) (a measured, err
 	}
 	answer, err := m.p.call(ctx, m.spec.ID, &message{kind: kindMeasure, strings: []string{string(text)}})
 	if err != nil {
-		if ctx.Err() != nil {
-			err = context.Cause(ctx)
+		_, died := errors.AsType[*DeathError](err)
+		if ctx.Err() != nil { // the child is killed for it
+			err, died = context.Cause(ctx), true
 		}
-		return a, classify(err)
+		if err = classify(err); died {
+			err = fmt.Errorf("%w: %w", profile.ErrDead, err)
+		}
+		return a, err
 	}
 	if len(answer.strings) != 1 {
 		return a, fmt.Errorf("%w: a measurement has %d strings", errMalformed, len(answer.strings))
