@@ -53,7 +53,6 @@ type profiler struct {
 	duty     float64
 	log      *slog.Logger
 	machine  machine
-	info     *dunlinv1.DeviceInfo
 	// measured, where not nil, tells the controller of a version's profile.
 	measured func(engine.VersionID, *dunlinv1.ModelProfile)
 	// controller, where not nil, gives the incarnation of the store that is to
@@ -101,7 +100,7 @@ func newProfiler(h *host, firmware profiles.Profile, data string) (*profiler, er
 	}
 	f := &profiler{
 		host: h, firmware: firmware, store: store, duty: float64(h.serving.ProfileDuty) / 100, log: h.serving.Log,
-		machine: h.serving.machine, info: h.serving.machine.Info(), told: store.Told(),
+		machine: h.serving.machine, told: store.Told(),
 		given: make(map[engine.VersionID]*dunlinv1.ModelProfile), wait: make(map[engine.VersionID]time.Time),
 		tries: make(map[engine.VersionID]int),
 		specs: make(map[engine.VersionID]engine.Spec),
@@ -224,10 +223,30 @@ func (f *profiler) key(spec engine.Spec, found worker.Runtime) (profile.Key, err
 	if err != nil {
 		return profile.Key{}, err
 	}
+	cores, err := f.cores()
+	if err != nil {
+		return profile.Key{}, err
+	}
+	info := f.machine.Info() // the driver may have come after the agent
 	return profile.Key{
-		ModelDigest: "sha256:" + digest, RuntimeVersion: found.Version, DriverVersion: f.info.DriverVersion,
-		FirmwareProfile: f.firmware.Name, CPUModel: f.info.CpuModel,
+		ModelDigest: "sha256:" + digest, RuntimeVersion: found.Version, DriverVersion: info.DriverVersion,
+		FirmwareProfile: f.firmware.Name, CPUModel: info.CpuModel, Cores: uint32(cores),
 	}, nil
+}
+
+// cores gives how many processors runs may have.
+func (f *profiler) cores() (int, error) {
+	cfg := f.host.serving.workerConfig(f.firmware.Threads)
+	err := processors(&cfg, &f.firmware)
+	return cmp.Or(cfg.Threads, runtime.NumCPU()), err
+}
+
+// provider gives what the host runs models on.
+func provider(found worker.Runtime) string {
+	if found.Pooling.Works {
+		return cudaProvider
+	}
+	return profile.CPU
 }
 
 // stored gives a version's profile; fs.ErrNotExist: it is to be measured.
@@ -236,7 +255,11 @@ func (f *profiler) stored(spec engine.Spec, found worker.Runtime) (*dunlinv1.Mod
 	if err != nil {
 		return nil, err
 	}
-	return f.store.Get(key, time.Now())
+	p, err := f.store.Get(key, time.Now())
+	if r := p.GetRecommended(); err == nil && r != nil && r.Provider != provider(found) {
+		return nil, fmt.Errorf("model profile %s: measured on %s: %w", key.ModelDigest, r.Provider, fs.ErrNotExist)
+	}
+	return p, err
 }
 
 // give has the engine use a profile.
@@ -364,9 +387,15 @@ func (f *profiler) measure(ctx context.Context, t task) (*dunlinv1.ModelProfile,
 		defer image.Release()
 	}
 	gate := profile.NewIdle(f.host.engine, f.duty)
-	subject := f.subject(t, image)
+	subject, err := f.subject(t, image)
+	if err != nil {
+		return nil, err
+	}
 	cfg := f.host.serving.workerConfig(1)
 	cfg.CheckMemory, cfg.Eager = f.host.serving.compileMemory, f.host.serving.eager
+	if onGPU(&f.firmware) {
+		cfg.ProviderOptions = f.firmware.Providers[0].Options
+	}
 	if err := processors(&cfg, &f.firmware); err != nil {
 		return nil, err
 	}
@@ -387,23 +416,26 @@ func (f *profiler) measure(ctx context.Context, t task) (*dunlinv1.ModelProfile,
 }
 
 // subject says what there is to choose from.
-func (f *profiler) subject(t task, image worker.Image) profile.Subject {
+func (f *profiler) subject(t task, image worker.Image) (profile.Subject, error) {
 	need := t.status.Need
 	if image.File != "" {
 		need = image.Info.Need
 	}
 	s := profile.Subject{Weights: need.Weights, Session: need.Session, Prepacked: need.Prepacked}
-	s.Space = profile.Space{
-		Providers: usable(f.firmware, t.runtime.Providers), Cores: cmp.Or(f.host.serving.workerConfig(f.firmware.Threads).Threads, runtime.NumCPU()),
-		Batch: 1, Prepack: need.Prepacked > 0,
+	cores, err := f.cores()
+	if err != nil {
+		return s, err
 	}
+	on := provider(t.runtime)
+	s.Space = profile.Space{Providers: []string{on}, Cores: cores, Batch: 1, Prepack: need.Prepacked > 0}
+	s.Compared = slices.DeleteFunc(slices.Clone(usable(f.firmware, t.runtime.Providers)), func(p string) bool { return p == on })
 	if o := t.status.Info.Options; o.MaxBatchSize > 0 {
 		s.Space.Batch = profile.MaxBatch
 		if t.spec.Options != nil {
 			s.Space.Batch = o.MaxBatchSize // somebody has said so
 		}
 	}
-	room := f.measureRoom(f.host.engine.Memory().Budget)
+	room := f.measureRoom(f.host.engine.Memory())
 	s.Space.Fits = func(set profile.Setting) bool {
 		all := need.Weights + need.Session + need.Workspace*int64(set.Batch)*int64(set.Instances)
 		if set.Prepacked {
@@ -414,18 +446,23 @@ func (f *profiler) subject(t task, image worker.Image) profile.Subject {
 	if f.machine.Sample().EnergyJoules != nil {
 		s.Meter = f.meter
 	}
-	return s
+	return s, nil
 }
 
 // measureRoom is what measuring may take of the memory, so that nobody's
-// weights have to leave for it.
-func (f *profiler) measureRoom(budget int64) int64 {
+// weights have to leave for it; 0 sets no bound.
+func (f *profiler) measureRoom(models engine.Memory) int64 {
+	room := int64(0)
+	if models.Budget > 0 {
+		room = max(models.Budget-models.Used, 1)
+	}
 	if available, total, err := f.machine.Memory(); err == nil {
-		if room := int64((float64(available) - spareFraction*float64(total)) * measureShare); budget <= 0 || room < budget {
-			return max(room, 1)
+		slack := max(int64((float64(available)-spareFraction*float64(total))*measureShare), 1)
+		if room == 0 || slack < room {
+			room = slack
 		}
 	}
-	return budget
+	return room
 }
 
 // meter begins to count the device's energy.

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"log/slog"
 	"net"
 	"net/http"
@@ -20,6 +21,7 @@ import (
 
 	"github.com/dunlin/dunlin/agent/compiled"
 	"github.com/dunlin/dunlin/agent/engine"
+	"github.com/dunlin/dunlin/agent/ort"
 	"github.com/dunlin/dunlin/agent/profile"
 	"github.com/dunlin/dunlin/agent/state"
 	"github.com/dunlin/dunlin/agent/worker"
@@ -417,6 +419,78 @@ func TestLookGoesOn(t *testing.T) {
 		t.Errorf("a batch of %d; its files are those of b now, of which 4 was kept", n)
 	}
 	if f.work != nil || n != 1 {
+		t.Errorf("measured %d times", n)
+	}
+}
+
+// TestStoredProfile: a profile counts for the cores, the driver and the provider
+// that it was measured with.
+func TestStoredProfile(t *testing.T) {
+	f := benched(t)
+	s := f.load(t, "a", "v1.onnx", f.host.engine.Load)
+	f.host.serving.Threads = 4
+	f.keep(t, s, ofBatch(4))
+	m := f.machine.(*known)
+	stored := func(what string, found worker.Runtime, want bool) {
+		t.Helper()
+		if _, err := f.stored(s, found); (err == nil) != want || err != nil && !errors.Is(err, fs.ErrNotExist) {
+			t.Errorf("%s: %v", what, err)
+		}
+	}
+	stored("as measured", worker.Runtime{}, true)
+	stored("on the GPU", worker.Runtime{Pooling: ort.Pooling{Works: true}}, false)
+	m.driver = "580.1"
+	stored("another driver", worker.Runtime{}, false)
+	m.driver, f.host.serving.Threads = "", 1
+	stored("other threads", worker.Runtime{}, false)
+}
+
+func TestProfiledCores(t *testing.T) {
+	f := benched(t)
+	f.firmware.Affinity = "0-2,5"
+	if n, err := f.cores(); n != 4 || err != nil {
+		t.Errorf("%d, %v", n, err)
+	}
+	f.firmware.Threads = 3
+	if n, err := f.cores(); n != 3 || err != nil {
+		t.Errorf("%d, %v", n, err)
+	}
+}
+
+func TestMeasureRoom(t *testing.T) {
+	f := &profiler{machine: &known{available: 80 << 30, total: 100 << 30}}
+	slack := f.measureRoom(engine.Memory{})
+	if slack <= 0 || slack >= 40<<30 {
+		t.Errorf("%d of the available memory", slack)
+	}
+	for _, tt := range []struct{ budget, used, want int64 }{
+		{30 << 30, 30 << 30, 1}, {30 << 30, 31 << 30, 1}, {30 << 30, 20 << 30, 10 << 30}, {90 << 30, 1 << 30, slack},
+	} {
+		if room := f.measureRoom(engine.Memory{Budget: tt.budget, Used: tt.used}); room != tt.want {
+			t.Errorf("budget %d of which %d are used: %d, want %d", tt.budget, tt.used, room, tt.want)
+		}
+	}
+}
+
+// TestMeasuringFails: it is tried again, later and later.
+func TestMeasuringFails(t *testing.T) {
+	f := benched(t)
+	n := 0
+	f.bench = func(context.Context, task) (*dunlinv1.ModelProfile, error) {
+		n++
+		return nil, profile.ErrDead
+	}
+	s := f.load(t, "a", "v1.onnx", f.host.engine.Load)
+	want := measureAgain
+	for range 12 {
+		f.measures(t.Context())
+		f.measures(t.Context())
+		if wait := time.Until(f.wait[s.ID]); wait > want || wait < want-time.Minute/2 {
+			t.Errorf("after %d: waits for %v, want %v", n, wait, want)
+		}
+		f.wait[s.ID], want = time.Time{}, min(2*want, measureSeldom)
+	}
+	if n != 12 {
 		t.Errorf("measured %d times", n)
 	}
 }

@@ -45,6 +45,9 @@ func (Open) Do(ctx context.Context, f func(context.Context) error) (bool, error)
 // Subject is what is measured, and how.
 type Subject struct {
 	Space Space
+	// Compared are providers whose outputs are compared too, after all else, and
+	// that nothing is measured with.
+	Compared []string
 	// Weights are the bytes of the version's weights; Session and Prepacked
 	// what a session takes, and its prepacked copy, as compiling found them.
 	Weights, Session, Prepacked int64
@@ -169,20 +172,25 @@ func fatal(ctx context.Context, err error) bool {
 func measure(ctx context.Context, b Bench, g Gate, s Subject, p *dunlinv1.ModelProfile) error {
 	space := s.Space
 	space.Providers = nil
-	for _, provider := range s.Space.Providers {
-		var c Check
-		if _, err := g.Do(ctx, func(ctx context.Context) (err error) {
+	check := func(provider string) (Check, error) {
+		c := Check{Provider: provider}
+		_, err := g.Do(ctx, func(ctx context.Context) (err error) {
 			c, err = b.Check(ctx, provider)
 			return err
-		}); err != nil {
-			if fatal(ctx, err) {
-				return err
-			}
+		})
+		if err != nil {
 			c = Check{Provider: provider, Reason: err.Error()}
 		}
 		p.Providers = append(p.Providers, &dunlinv1.ProviderCheck{
 			Provider: provider, Accepted: c.Accepted, Reason: short(c.Reason), MaxAbsoluteError: c.Absolute, MaxRelativeError: c.Relative,
 		})
+		return c, err
+	}
+	for _, provider := range s.Space.Providers {
+		c, err := check(provider)
+		if err != nil && fatal(ctx, err) {
+			return err
+		}
 		if c.Accepted {
 			space.Providers = append(space.Providers, provider)
 		}
@@ -231,7 +239,15 @@ func measure(ctx context.Context, b Bench, g Gate, s Subject, p *dunlinv1.ModelP
 		}
 		search.Add(set, r)
 	}
-	return search.fill(p)
+	if err := search.fill(p); err != nil {
+		return err
+	}
+	for _, provider := range s.Compared {
+		if _, err := check(provider); err != nil && fatal(ctx, err) {
+			break // all else is known
+		}
+	}
+	return nil
 }
 
 // maxPoints bounds what a profile lists; an event has to hold it.

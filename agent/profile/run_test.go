@@ -284,6 +284,38 @@ func (m *mortal) Prepare(ctx context.Context, set Setting) (Ready, error) {
 	return m.made.Prepare(ctx, set)
 }
 
+// TestRunCompares: providers that are only compared are measured with nothing,
+// and one that ends the bench takes nothing away.
+func TestRunCompares(t *testing.T) {
+	const other = "CUDAExecutionProvider"
+	m := newMade()
+	m.fast = map[string]float64{other: 20}
+	s := m.subject(CPU)
+	s.Compared = []string{other}
+	p, err := Run(t.Context(), m, Open{}, s)
+	if err != nil || p.Recommended.GetProvider() != CPU || m.opened[other] || len(p.Providers) != 2 || !p.Providers[1].Accepted {
+		t.Errorf("%v, %v", p, err)
+	}
+	m = newMade()
+	p, err = Run(t.Context(), &deadly{m, other}, Open{}, s)
+	if err != nil || p.Unmeasured != "" || p.Recommended.GetProvider() != CPU || len(p.Providers) != 2 || p.Providers[1].Accepted || !strings.Contains(p.Providers[1].Reason, ErrDead.Error()) {
+		t.Errorf("%v, %v", p, err)
+	}
+}
+
+// deadly is a Bench that a provider ends.
+type deadly struct {
+	*made
+	provider string
+}
+
+func (d *deadly) Check(ctx context.Context, provider string) (Check, error) {
+	if provider == d.provider {
+		return Check{}, fmt.Errorf("%w: killed", ErrDead)
+	}
+	return d.made.Check(ctx, provider)
+}
+
 // TestRunEndsWithItsBench: of a bench that ends there is no profile.
 func TestRunEndsWithItsBench(t *testing.T) {
 	for _, left := range []int{0, 1, 3} {

@@ -39,17 +39,18 @@ type Key struct {
 	DriverVersion   string
 	FirmwareProfile string
 	CPUModel        string
+	Cores           uint32 // that runs may have
 }
 
 // Valid says whether a profile is one for the key.
 func (k Key) Valid(p *dunlinv1.ModelProfile) bool {
-	return k == Key{p.GetModelDigest(), p.GetRuntimeVersion(), p.GetDriverVersion(), p.GetFirmwareProfile(), p.GetCpuModel()}
+	return k == Key{p.GetModelDigest(), p.GetRuntimeVersion(), p.GetDriverVersion(), p.GetFirmwareProfile(), p.GetCpuModel(), p.GetCores()}
 }
 
 // Name writes what the key says into a profile.
 func (k Key) Name(p *dunlinv1.ModelProfile) {
-	p.ModelDigest, p.RuntimeVersion, p.DriverVersion, p.FirmwareProfile, p.CpuModel =
-		k.ModelDigest, k.RuntimeVersion, k.DriverVersion, k.FirmwareProfile, k.CPUModel
+	p.ModelDigest, p.RuntimeVersion, p.DriverVersion, p.FirmwareProfile, p.CpuModel, p.Cores =
+		k.ModelDigest, k.RuntimeVersion, k.DriverVersion, k.FirmwareProfile, k.CPUModel, k.Cores
 }
 
 // Store is a folder with one profile for each model, as JSON. It is for one

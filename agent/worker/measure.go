@@ -49,6 +49,7 @@ type Measuring struct {
 	spec  engine.Spec
 	file  string
 	eager bool
+	gpu   map[string]string // Config.ProviderOptions
 
 	mu     sync.Mutex // guards what follows
 	paused bool
@@ -82,7 +83,7 @@ func Measure(ctx context.Context, cfg Config, s engine.Spec, file string, f func
 	if err := p.open(ctx, &cfg); err != nil {
 		return fmt.Errorf("measure %s: %w", s.ID, err)
 	}
-	if err := f(ctx, &Measuring{p: p, spec: s, file: file, eager: cfg.Eager}); err != nil {
+	if err := f(ctx, &Measuring{p: p, spec: s, file: file, eager: cfg.Eager, gpu: cfg.ProviderOptions}); err != nil {
 		if ctx.Err() != nil {
 			return context.Cause(ctx)
 		}
@@ -128,7 +129,8 @@ type measureQuestion struct {
 	Tolerance        profile.Tolerance
 	Runs             int
 	Cold             bool
-	Eager            bool // see Config
+	Eager            bool              // see Config
+	GPU              map[string]string // Config.ProviderOptions
 }
 
 // measured is its answer.
@@ -163,7 +165,7 @@ func (m *Measuring) ask(ctx context.Context, q measureQuestion) (a measured, err
 		cancel(fmt.Errorf("not done within %v: %w", questionLimit, context.DeadlineExceeded))
 		m.p.kill(verdictStopped)
 	})()
-	q.Dir, q.Entry, q.File, q.Eager = m.spec.Dir, m.spec.Entry, m.file, m.eager
+	q.Dir, q.Entry, q.File, q.Eager, q.GPU = m.spec.Dir, m.spec.Entry, m.file, m.eager, m.gpu
 	text, err := json.Marshal(q)
 	if err != nil {
 		return a, err
@@ -317,7 +319,7 @@ func openAs(ctx context.Context, q *measureQuestion) (*ort.Session, error) {
 	if q.Setting.Provider == ort.CPUProvider && q.File != "" {
 		return ort.OpenCompiled(ctx, q.File, set)
 	}
-	return ort.OpenOn(ctx, q.Setting.Provider, q.Dir, q.Entry, set)
+	return ort.OpenOn(ctx, q.Setting.Provider, q.Dir, q.Entry, set, q.GPU)
 }
 
 func (b *bench) close() {
