@@ -53,8 +53,9 @@ type profiler struct {
 	duty     float64
 	log      *slog.Logger
 	machine  machine
-	// measured, where not nil, tells the controller of a version's profile.
-	measured func(engine.VersionID, *dunlinv1.ModelProfile)
+	// measured, where not nil, tells the controller of a version's profile;
+	// errUnreported: not yet.
+	measured func(engine.VersionID, *dunlinv1.ModelProfile) error
 	// controller, where not nil, gives the incarnation of the store that is to
 	// know of the profiles; "" for none yet.
 	controller func() string
@@ -65,6 +66,7 @@ type profiler struct {
 	wait  map[engine.VersionID]time.Time              // until when a version is left alone
 	told  map[string]string                           // what the controller was told of each version
 	tries map[engine.VersionID]int                    // that have failed in a row
+	mute  time.Time                                   // until when the controller is told nothing
 	work  *work                                       // nil: nothing is measured
 
 	mu    sync.Mutex // guards what follows
@@ -355,24 +357,31 @@ func (f *profiler) tell() {
 		return
 	}
 	incarnation := f.controller()
-	if incarnation == "" {
+	if incarnation == "" || time.Now().Before(f.mute) {
 		return
 	}
-	changed := false
+	changed, there := false, make(map[string]bool, len(f.given))
 	for _, id := range slices.SortedFunc(maps.Keys(f.given), engine.VersionID.Compare) {
 		p := f.given[id]
 		id.Generation = 0
+		there[id.String()] = true
 		stamp := fmt.Sprintf("%s %s %d", incarnation, p.ModelDigest, p.MeasuredAt.AsTime().UnixNano())
 		if f.told[id.String()] == stamp {
 			continue
 		}
-		f.measured(id, p)
+		if err := f.measured(id, p); errors.Is(err, errUnreported) {
+			continue
+		} else if err != nil {
+			f.mute = time.Now().Add(measureAgain)
+			f.log.Warn("the controller is told later what was measured", "model", id.Model, "version", id.Version, "error", err)
+			continue
+		}
 		f.told[id.String()], changed = stamp, true
 	}
 	if !changed {
 		return
 	}
-	if err := f.store.SetTold(f.told); err != nil {
+	if err := f.store.SetTold(f.told, func(version string) bool { return there[version] }); err != nil {
 		f.log.Warn("which profiles the controller knows is not kept: it is told again", "error", err)
 	}
 }
@@ -507,15 +516,26 @@ func profileEvent(id engine.VersionID, digest string, p *dunlinv1.ModelProfile) 
 	return e
 }
 
+// errUnreported is the error of telling of a version that the controller has
+// not been told of itself.
+var errUnreported = errors.New("the version is not reported yet")
+
 // profiled tells the controller of a version's profile.
-func (a *agent) profiled(id engine.VersionID, p *dunlinv1.ModelProfile) {
+func (a *agent) profiled(id engine.VersionID, p *dunlinv1.ModelProfile) error {
 	digest := ""
 	for _, v := range a.reconcile.Report().GetVersions() {
 		if v.Model == id.Model && v.Version == id.Version && v.State == dunlinv1.VersionState_VERSION_STATE_RESIDENT {
 			digest = v.Digest
 		}
 	}
-	a.event(profileEvent(id, digest, p))
+	if digest == "" {
+		return errUnreported
+	}
+	if _, err := a.store.Append(context.Background(), profileEvent(id, digest, p)); err != nil {
+		return err
+	}
+	signal(a.outbox)
+	return nil
 }
 
 // checkProfiles says how many models have been measured.

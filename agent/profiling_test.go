@@ -179,12 +179,18 @@ func TestTell(t *testing.T) {
 		t.Fatal(err)
 	}
 	var heard []string
+	var refused error
 	incarnation := ""
 	start := func() *profiler {
 		return &profiler{
 			store: store, told: store.Told(), given: map[engine.VersionID]*dunlinv1.ModelProfile{},
-			measured:   func(id engine.VersionID, p *dunlinv1.ModelProfile) { heard = append(heard, id.String()) },
-			controller: func() string { return incarnation },
+			measured: func(id engine.VersionID, p *dunlinv1.ModelProfile) error {
+				if refused == nil {
+					heard = append(heard, id.String())
+				}
+				return refused
+			},
+			controller: func() string { return incarnation }, log: slog.New(slog.DiscardHandler),
 		}
 	}
 	expect := func(when string, f *profiler, want ...string) {
@@ -212,6 +218,29 @@ func TestTell(t *testing.T) {
 	expect("measured again", f, "a:2")
 	incarnation = "two"
 	expect("a new store", f, "a:2", "b:1")
+	incarnation, refused = "three", errUnreported
+	expect("before it is reported", f)
+	refused = nil
+	expect("once it is", f, "a:2", "b:1")
+	incarnation, refused = "four", errors.New("the disk is full")
+	expect("when it is not kept", f)
+	refused = nil
+	expect("at once after that", f)
+	f.mute = time.Time{}
+	expect("later", f, "a:2", "b:1")
+	var all []string
+	for i := range 1100 {
+		id := engine.VersionID{Model: "c", Version: int64(1000 + i)}
+		f.given[id] = &dunlinv1.ModelProfile{}
+		all = append(all, id.String())
+	}
+	expect("of many versions", f, all...)
+	expect("of many versions again", f)
+	given = f.given
+	f = start()
+	f.given = given
+	expect("of many versions after a start", f, all[1022:]...)
+	expect("of many versions after a start, again", f)
 }
 
 func TestProfileEvent(t *testing.T) {
