@@ -386,6 +386,20 @@ func (f *profiler) tell() {
 	}
 }
 
+// quiet is the engine as measuring looks at it: not idle either while it is
+// throttled, or a version is compiled or comes in.
+type quiet struct{ *host }
+
+func (q quiet) Idle() time.Duration {
+	if q.compiling.Load() > 0 || q.engine.Throttled() != (engine.Throttle{}) ||
+		slices.ContainsFunc(q.engine.Versions(), func(v engine.Status) bool { return v.Residency == "entering" }) {
+		return 0
+	}
+	return q.engine.Idle()
+}
+
+func (q quiet) Busy() <-chan struct{} { return q.engine.Busy() }
+
 // measure measures a version in a process of its own, in idle time.
 func (f *profiler) measure(ctx context.Context, t task) (*dunlinv1.ModelProfile, error) {
 	image, err := f.host.compile(ctx, t.runtime, t.spec)
@@ -395,7 +409,7 @@ func (f *profiler) measure(ctx context.Context, t task) (*dunlinv1.ModelProfile,
 	if image.Release != nil {
 		defer image.Release()
 	}
-	gate := profile.NewIdle(f.host.engine, f.duty)
+	gate := profile.NewIdle(quiet{f.host}, f.duty)
 	subject, err := f.subject(t, image)
 	if err != nil {
 		return nil, err
@@ -452,8 +466,11 @@ func (f *profiler) subject(t task, image worker.Image) (profile.Subject, error) 
 		}
 		return room <= 0 || set.Batch == 1 && set.Instances == 1 || all <= room
 	}
-	if f.machine.Sample().EnergyJoules != nil {
-		s.Meter = f.meter
+	if m, ok := f.machine.(metered); ok && readEnergy(m).ok {
+		s.Meter = func() func(time.Duration) float64 {
+			before := readEnergy(m)
+			return func(cpu time.Duration) float64 { return joules(before, readEnergy(m), cpu) }
+		}
 	}
 	return s, nil
 }
@@ -474,26 +491,40 @@ func (f *profiler) measureRoom(models engine.Memory) int64 {
 	return room
 }
 
-// meter begins to count the device's energy.
-func (f *profiler) meter() func(time.Duration) float64 {
-	before, began := f.machine.Sample(), time.Now()
-	return func(cpu time.Duration) float64 {
-		return joules(before, f.machine.Sample(), time.Since(began), cpu, runtime.NumCPU())
-	}
+// metered is a machine that gives its energy now, as often as it is asked.
+type metered interface {
+	// Energy gives the joules that the device has taken since some moment, and
+	// the ticks of all processors' time, of which busy were not idle.
+	Energy() (joules float64, busy, total uint64, ok bool)
 }
 
-// joules gives the energy between two samples that are so far apart; 0 where
-// the device cannot tell, or where others had more than a small part of the
-// processors' time than who computed for cpu.
-func joules(before, after *dunlinv1.Telemetry, wall, cpu time.Duration, cores int) float64 {
-	if before.EnergyJoules == nil || after.EnergyJoules == nil || after.CpuUtilisation == nil {
+// tick is the unit of the processors' time in /proc/stat, USER_HZ.
+const tick = 10 * time.Millisecond
+
+// energy is what a metered gives.
+type energy struct {
+	joules      float64
+	busy, total uint64
+	ok          bool
+}
+
+func readEnergy(m metered) (e energy) {
+	e.joules, e.busy, e.total, e.ok = m.Energy()
+	return e
+}
+
+// joules gives the energy between two readings; 0 where the device cannot tell,
+// or where others had more than a small part of the processors' time, and a
+// tick, than who computed for cpu.
+func joules(before, after energy, cpu time.Duration) float64 {
+	if !before.ok || !after.ok || after.busy < before.busy || after.total <= before.total {
 		return 0
 	}
-	others := *after.CpuUtilisation*wall.Seconds()*float64(cores) - cpu.Seconds()
-	if others > othersShare*wall.Seconds()*float64(cores) {
+	others := float64(after.busy-before.busy) - cpu.Seconds()/tick.Seconds()
+	if others > 1+othersShare*float64(after.total-before.total) {
 		return 0
 	}
-	return max(*after.EnergyJoules-*before.EnergyJoules, 0)
+	return max(after.joules-before.joules, 0)
 }
 
 // profileEvent tells the controller of a profile; of one that is too large for

@@ -284,27 +284,85 @@ func TestTuning(t *testing.T) {
 }
 
 func TestJoules(t *testing.T) {
-	sample := func(joules, busy float64) *dunlinv1.Telemetry {
-		return &dunlinv1.Telemetry{EnergyJoules: new(joules), CpuUtilisation: new(busy)}
-	}
-	second := time.Second
+	const second = time.Second
 	for _, tt := range []struct {
 		name          string
-		before, after *dunlinv1.Telemetry
+		before, after energy
 		cpu           time.Duration
 		want          float64
 	}{
-		{"alone", sample(10, 0), sample(15, 0.5), 2 * second, 5},
-		{"others computed", sample(10, 0), sample(15, 0.8), 2 * second, 0},
-		{"none", &dunlinv1.Telemetry{}, sample(15, 0.5), 2 * second, 0},
-		{"none any more", sample(10, 0), &dunlinv1.Telemetry{CpuUtilisation: new(0.5)}, 2 * second, 0},
-		{"nobody knows who computed", sample(10, 0), &dunlinv1.Telemetry{EnergyJoules: new(15.0)}, 2 * second, 0},
-		{"began anew", sample(10, 0), sample(1, 0.5), 2 * second, 0},
+		{"alone", energy{10, 0, 1000, true}, energy{15, 200, 1400, true}, 2 * second, 5},
+		{"a slice", energy{10, 0, 1000, true}, energy{11.5, 5, 1020, true}, 40 * time.Millisecond, 1.5},
+		{"others computed", energy{10, 0, 1000, true}, energy{15, 320, 1400, true}, 2 * second, 0},
+		{"none", energy{}, energy{15, 200, 1400, true}, 2 * second, 0},
+		{"none any more", energy{10, 0, 1000, true}, energy{}, 2 * second, 0},
+		{"nobody knows who computed", energy{10, 0, 0, true}, energy{15, 0, 0, true}, 2 * second, 0},
+		{"began anew", energy{10, 0, 1000, true}, energy{1, 200, 1400, true}, 2 * second, 0},
 	} {
-		if got := joules(tt.before, tt.after, second, tt.cpu, 4); got != tt.want {
+		if got := joules(tt.before, tt.after, tt.cpu); got != tt.want {
 			t.Errorf("%s: %g J, want %g", tt.name, got, tt.want)
 		}
 	}
+}
+
+// counting is a machine that counts energy.
+type counting struct {
+	known
+	now energy
+}
+
+func (c *counting) Energy() (float64, uint64, uint64, bool) {
+	return c.now.joules, c.now.busy, c.now.total, c.now.ok
+}
+
+// TestMeter counts the energy of a slice, of which the device's samples know
+// nothing yet.
+func TestMeter(t *testing.T) {
+	f := benched(t)
+	m := &counting{now: energy{10, 100, 1000, true}}
+	f.machine = m
+	s, err := f.subject(task{}, worker.Image{})
+	if err != nil || s.Meter == nil {
+		t.Fatalf("no meter, %v", err)
+	}
+	end := s.Meter()
+	m.now = energy{11.5, 105, 1010, true}
+	if got := end(profile.SliceTime); got != 1.5 {
+		t.Errorf("%g J", got)
+	}
+	m.now.ok = false
+	if s, err := f.subject(task{}, worker.Image{}); err != nil || s.Meter != nil {
+		t.Errorf("a meter of a device that cannot tell, %v", err)
+	}
+}
+
+// TestQuiet: a device that is throttled or compiles is not idle.
+func TestQuiet(t *testing.T) {
+	f := benched(t)
+	q := quiet{f.host}
+	idle := func(when string, want bool) {
+		t.Helper()
+		time.Sleep(time.Millisecond)
+		if got := q.Idle() > 0; got != want {
+			t.Errorf("%s: idle %v", when, got)
+		}
+	}
+	idle("at rest", true)
+	if err := f.host.engine.Throttle(t.Context(), engine.Throttle{Cordon: true}); err != nil {
+		t.Fatal(err)
+	}
+	idle("cordoned", false)
+	if err := f.host.engine.Throttle(t.Context(), engine.Throttle{}); err != nil {
+		t.Fatal(err)
+	}
+	idle("no more", true)
+	if _, err := f.host.counted(func(context.Context, worker.Runtime, engine.Spec) (worker.Image, error) {
+		idle("while it compiles", false)
+		return worker.Image{}, nil
+	})(t.Context(), worker.Runtime{}, engine.Spec{}); err != nil {
+		t.Fatal(err)
+	}
+	idle("compiled", true)
 }
 
 // loader is a runtime that loads everything and runs nothing.
