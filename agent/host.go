@@ -82,8 +82,9 @@ type host struct {
 	budget  int64                // bytes that models may take of the host's memory
 	pools   string               // see worker.Config.Pools
 	// compile gives a version as it was compiled for this device.
-	compile compileFunc
-	cache   *compiled.Cache
+	compile   compileFunc
+	compiling atomic.Int32 // versions that are compiled or checked
+	cache     *compiled.Cache
 	// profiler measures what is loaded; nil where nobody does.
 	profiler *profiler
 }
@@ -174,7 +175,7 @@ func newHost(s Serving, profile profiles.Profile, data string, cfg worker.Config
 			return nil, err
 		}
 		cfg.CheckMemory = s.compileMemory
-		h.compile = permitted(profile.Limits, worker.Cached(h.cache, cfg))
+		h.compile = h.counted(permitted(profile.Limits, worker.Cached(h.cache, cfg)))
 		cfg.Compile = h.compile
 		if h.profiler, err = newProfiler(h, profile, data); err != nil {
 			return nil, err
@@ -213,9 +214,20 @@ func (h *host) check(ctx context.Context, spec engine.Spec) (engine.Info, error)
 	if !errors.Is(err, ort.ErrNotCompilable) {
 		return engine.Info{}, err
 	}
+	h.compiling.Add(1)
+	defer h.compiling.Add(-1)
 	cfg := h.serving.workerConfig(1)
 	cfg.Threads = 1 // whatever the settings say: others are being served
 	return worker.Check(ctx, cfg, spec)
+}
+
+// counted counts what is compiled.
+func (h *host) counted(compile compileFunc) compileFunc {
+	return func(ctx context.Context, found worker.Runtime, spec engine.Spec) (worker.Image, error) {
+		h.compiling.Add(1)
+		defer h.compiling.Add(-1)
+		return compile(ctx, found, spec)
+	}
 }
 
 // part is one of the things that run beside the answering of requests.

@@ -30,8 +30,10 @@ const (
 	profilesFolder = "profiles"
 	// lookEvery is how often it is looked for versions without a profile.
 	lookEvery = 2 * time.Second
-	// measureAgain is the wait after measuring could not begin.
-	measureAgain = time.Minute
+	// measureAgain is the wait after measuring has failed for the first time; it
+	// doubles each time, to measureSeldom at most.
+	measureAgain  = time.Minute
+	measureSeldom = 6 * time.Hour
 	// maxSpecs bounds the versions whose files are remembered.
 	maxSpecs = 1024
 	// measureShare is the part of the available memory that measuring may take.
@@ -51,9 +53,9 @@ type profiler struct {
 	duty     float64
 	log      *slog.Logger
 	machine  machine
-	info     *dunlinv1.DeviceInfo
-	// measured, where not nil, tells the controller of a version's profile.
-	measured func(engine.VersionID, *dunlinv1.ModelProfile)
+	// measured, where not nil, tells the controller of a version's profile;
+	// errUnreported: not yet.
+	measured func(engine.VersionID, *dunlinv1.ModelProfile) error
 	// controller, where not nil, gives the incarnation of the store that is to
 	// know of the profiles; "" for none yet.
 	controller func() string
@@ -63,6 +65,9 @@ type profiler struct {
 	given map[engine.VersionID]*dunlinv1.ModelProfile // to the engine, by Info.ID
 	wait  map[engine.VersionID]time.Time              // until when a version is left alone
 	told  map[string]string                           // what the controller was told of each version
+	tries map[engine.VersionID]int                    // that have failed in a row
+	mute  time.Time                                   // until when the controller is told nothing
+	work  *work                                       // nil: nothing is measured
 
 	mu    sync.Mutex // guards what follows
 	specs map[engine.VersionID]engine.Spec
@@ -73,6 +78,17 @@ type task struct {
 	status  engine.Status
 	spec    engine.Spec
 	runtime worker.Runtime
+}
+
+// work is a version that is being measured, and what comes out of it.
+type work struct {
+	task
+	key  profile.Key
+	stop context.CancelFunc
+	left bool          // it has gone: what comes out is of no use
+	done chan struct{} // closed when p and err are set
+	p    *dunlinv1.ModelProfile
+	err  error
 }
 
 // newProfiler gives nil where the settings want none.
@@ -86,8 +102,9 @@ func newProfiler(h *host, firmware profiles.Profile, data string) (*profiler, er
 	}
 	f := &profiler{
 		host: h, firmware: firmware, store: store, duty: float64(h.serving.ProfileDuty) / 100, log: h.serving.Log,
-		machine: h.serving.machine, info: h.serving.machine.Info(), told: store.Told(),
+		machine: h.serving.machine, told: store.Told(),
 		given: make(map[engine.VersionID]*dunlinv1.ModelProfile), wait: make(map[engine.VersionID]time.Time),
+		tries: make(map[engine.VersionID]int),
 		specs: make(map[engine.VersionID]engine.Spec),
 	}
 	f.bench = f.measure
@@ -117,7 +134,7 @@ func (f *profiler) spec(id engine.VersionID) (engine.Spec, bool) {
 	return s, ok
 }
 
-// run looks after profiles until ctx is done.
+// run looks after profiles until ctx is done. All but measuring goes on in it.
 func (f *profiler) run(ctx context.Context) error {
 	found, err := f.host.worker.Runtime(ctx)
 	for err != nil {
@@ -128,21 +145,38 @@ func (f *profiler) run(ctx context.Context) error {
 	}
 	tick := time.NewTicker(lookEvery)
 	defer tick.Stop()
+	defer func() {
+		if f.work != nil {
+			f.work.stop()
+			<-f.work.done
+		}
+	}()
 	for {
 		f.look(ctx, found)
+		var done chan struct{}
+		if f.work != nil {
+			done = f.work.done
+		}
 		select {
 		case <-ctx.Done():
 			return nil
+		case <-done:
+			f.finish(ctx)
 		case <-tick.C:
 		}
 	}
 }
 
 // look gives the engine what is known of the versions that have been loaded,
-// and measures the first one of which nothing is.
+// and begins to measure the one with the most requests of those of which
+// nothing is, unless one is being measured. That one is left when it goes.
 func (f *profiler) look(ctx context.Context, found worker.Runtime) {
 	versions := f.host.engine.Versions()
 	f.forget(versions)
+	if f.work != nil && !slices.ContainsFunc(versions, func(v engine.Status) bool { return v.Info.ID == f.work.status.Info.ID && !v.Draining }) {
+		f.work.left = true
+		f.work.stop()
+	}
 	var next *task
 	for _, v := range versions {
 		id := v.Info.ID
@@ -155,15 +189,14 @@ func (f *profiler) look(ctx context.Context, found worker.Runtime) {
 		case err == nil:
 			f.give(ctx, v, p)
 		case !errors.Is(err, fs.ErrNotExist):
-			f.wait[id] = time.Now().Add(measureAgain)
-			f.log.Warn("no profile of a model", "model", id.Model, "version", id.Version, "error", err)
+			f.later(id, err)
 		case next == nil || v.Figures.Success.Count > next.status.Figures.Success.Count:
 			next = &task{v, spec, found}
 		}
 	}
 	f.tell()
-	if next != nil {
-		f.work(ctx, *next)
+	if next != nil && f.work == nil {
+		f.begin(ctx, *next)
 	}
 }
 
@@ -181,6 +214,7 @@ func (f *profiler) forget(versions []engine.Status) {
 	for id := range f.wait {
 		if !there[id] {
 			delete(f.wait, id)
+			delete(f.tries, id)
 		}
 	}
 }
@@ -191,10 +225,30 @@ func (f *profiler) key(spec engine.Spec, found worker.Runtime) (profile.Key, err
 	if err != nil {
 		return profile.Key{}, err
 	}
+	cores, err := f.cores()
+	if err != nil {
+		return profile.Key{}, err
+	}
+	info := f.machine.Info() // the driver may have come after the agent
 	return profile.Key{
-		ModelDigest: "sha256:" + digest, RuntimeVersion: found.Version, DriverVersion: f.info.DriverVersion,
-		FirmwareProfile: f.firmware.Name, CPUModel: f.info.CpuModel,
+		ModelDigest: "sha256:" + digest, RuntimeVersion: found.Version, DriverVersion: info.DriverVersion,
+		FirmwareProfile: f.firmware.Name, CPUModel: info.CpuModel, Cores: uint32(cores),
 	}, nil
+}
+
+// cores gives how many processors runs may have.
+func (f *profiler) cores() (int, error) {
+	cfg := f.host.serving.workerConfig(f.firmware.Threads)
+	err := processors(&cfg, &f.firmware)
+	return cmp.Or(cfg.Threads, runtime.NumCPU()), err
+}
+
+// provider gives what the host runs models on.
+func provider(found worker.Runtime) string {
+	if found.Pooling.Works {
+		return cudaProvider
+	}
+	return profile.CPU
 }
 
 // stored gives a version's profile; fs.ErrNotExist: it is to be measured.
@@ -203,7 +257,11 @@ func (f *profiler) stored(spec engine.Spec, found worker.Runtime) (*dunlinv1.Mod
 	if err != nil {
 		return nil, err
 	}
-	return f.store.Get(key, time.Now())
+	p, err := f.store.Get(key, time.Now())
+	if r := p.GetRecommended(); err == nil && r != nil && r.Provider != provider(found) {
+		return nil, fmt.Errorf("model profile %s: measured on %s: %w", key.ModelDigest, r.Provider, fs.ErrNotExist)
+	}
+	return p, err
 }
 
 // give has the engine use a profile.
@@ -219,12 +277,13 @@ func (f *profiler) give(ctx context.Context, v engine.Status, p *dunlinv1.ModelP
 		}
 	}
 	f.given[v.Info.ID] = p
+	delete(f.tries, v.Info.ID)
 }
 
 // tuning gives what a profile recommends; false: nothing.
 func tuning(p *dunlinv1.ModelProfile) (engine.Tuning, bool) {
 	r := p.GetRecommended()
-	if r == nil || p.Unmeasured != "" {
+	if r == nil {
 		return engine.Tuning{}, false
 	}
 	var points []estimate.Point
@@ -237,23 +296,49 @@ func tuning(p *dunlinv1.ModelProfile) (engine.Tuning, bool) {
 	}, true
 }
 
-// work measures a version, and keeps and uses what comes out.
-func (f *profiler) work(ctx context.Context, t task) {
-	id := t.status.Info.ID
-	log := f.log.With("model", id.Model, "version", id.Version)
+// begin begins to measure a version.
+func (f *profiler) begin(ctx context.Context, t task) {
 	key, err := f.key(t.spec, t.runtime)
-	var p *dunlinv1.ModelProfile
-	if err == nil {
-		p, err = f.bench(ctx, t)
-	}
 	if err != nil {
+		f.later(t.status.Info.ID, err)
+		return
+	}
+	ctx, stop := context.WithCancel(ctx)
+	w := &work{task: t, key: key, stop: stop, done: make(chan struct{})}
+	f.work = w
+	go func() { // finish and leave wait for it
+		defer close(w.done)
+		w.p, w.err = f.bench(ctx, t)
+	}()
+}
+
+// later leaves a version alone that could not be measured, the longer the more
+// often that happens.
+func (f *profiler) later(id engine.VersionID, err error) {
+	wait := min(measureAgain<<min(f.tries[id], 16), measureSeldom)
+	f.tries[id]++
+	f.wait[id] = time.Now().Add(wait)
+	f.log.Warn("a model is not measured yet", "model", id.Model, "version", id.Version, "again_in", wait, "error", err)
+}
+
+// finish waits for what is being measured, and keeps and uses what comes out.
+func (f *profiler) finish(ctx context.Context) {
+	w := f.work
+	<-w.done
+	w.stop()
+	f.work = nil
+	if w.left {
+		return
+	}
+	id, p := w.status.Info.ID, w.p
+	if w.err != nil {
 		if ctx.Err() == nil {
-			f.wait[id] = time.Now().Add(measureAgain)
-			log.Warn("a model is not measured yet", "error", err)
+			f.later(id, w.err)
 		}
 		return
 	}
-	key.Name(p)
+	log := f.log.With("model", id.Model, "version", id.Version)
+	w.key.Name(p)
 	p.Model, p.Version = id.Model, id.Version
 	if err := f.store.Put(p); err != nil {
 		log.Warn("what was measured of a model is not kept: it is measured again after the next start", "error", err)
@@ -261,7 +346,7 @@ func (f *profiler) work(ctx context.Context, t task) {
 	r := p.Recommended
 	log.Info("model measured", "took", time.Duration(p.MeasuredSeconds*float64(time.Second)).Round(time.Millisecond), "points", len(p.Points), "provider", r.GetProvider(),
 		"batch", r.GetBatch(), "instances", r.GetInstances(), "threads", r.GetThreads(), "prepacked", r.GetPrepacked(), "unmeasured", p.Unmeasured)
-	f.give(ctx, t.status, p)
+	f.give(ctx, w.status, p)
 	f.tell()
 }
 
@@ -272,27 +357,48 @@ func (f *profiler) tell() {
 		return
 	}
 	incarnation := f.controller()
-	if incarnation == "" {
+	if incarnation == "" || time.Now().Before(f.mute) {
 		return
 	}
-	changed := false
+	changed, there := false, make(map[string]bool, len(f.given))
 	for _, id := range slices.SortedFunc(maps.Keys(f.given), engine.VersionID.Compare) {
 		p := f.given[id]
 		id.Generation = 0
+		there[id.String()] = true
 		stamp := fmt.Sprintf("%s %s %d", incarnation, p.ModelDigest, p.MeasuredAt.AsTime().UnixNano())
 		if f.told[id.String()] == stamp {
 			continue
 		}
-		f.measured(id, p)
+		if err := f.measured(id, p); errors.Is(err, errUnreported) {
+			continue
+		} else if err != nil {
+			f.mute = time.Now().Add(measureAgain)
+			f.log.Warn("the controller is told later what was measured", "model", id.Model, "version", id.Version, "error", err)
+			continue
+		}
 		f.told[id.String()], changed = stamp, true
 	}
 	if !changed {
 		return
 	}
-	if err := f.store.SetTold(f.told); err != nil {
+	if err := f.store.SetTold(f.told, func(version string) bool { return there[version] }); err != nil {
 		f.log.Warn("which profiles the controller knows is not kept: it is told again", "error", err)
 	}
 }
+
+// quiet is the engine as measuring looks at it: not idle either while it is
+// throttled, or a version is compiled or comes in.
+type quiet struct{ *host }
+
+func (q quiet) Idle() time.Duration {
+	if q.compiling.Load() > 0 || q.engine.Throttled() != (engine.Throttle{}) ||
+		slices.ContainsFunc(q.engine.Versions(), func(v engine.Status) bool { return v.Residency == "entering" }) {
+		return 0
+	}
+	return q.engine.Idle()
+}
+
+func (q quiet) Busy() <-chan struct{} { return q.engine.Busy() }
 
 // measure measures a version in a process of its own, in idle time.
 func (f *profiler) measure(ctx context.Context, t task) (*dunlinv1.ModelProfile, error) {
@@ -303,10 +409,16 @@ func (f *profiler) measure(ctx context.Context, t task) (*dunlinv1.ModelProfile,
 	if image.Release != nil {
 		defer image.Release()
 	}
-	gate := profile.NewIdle(f.host.engine, f.duty)
-	subject := f.subject(t, image)
+	gate := profile.NewIdle(quiet{f.host}, f.duty)
+	subject, err := f.subject(t, image)
+	if err != nil {
+		return nil, err
+	}
 	cfg := f.host.serving.workerConfig(1)
 	cfg.CheckMemory, cfg.Eager = f.host.serving.compileMemory, f.host.serving.eager
+	if onGPU(&f.firmware) {
+		cfg.ProviderOptions = f.firmware.Providers[0].Options
+	}
 	if err := processors(&cfg, &f.firmware); err != nil {
 		return nil, err
 	}
@@ -327,23 +439,26 @@ func (f *profiler) measure(ctx context.Context, t task) (*dunlinv1.ModelProfile,
 }
 
 // subject says what there is to choose from.
-func (f *profiler) subject(t task, image worker.Image) profile.Subject {
+func (f *profiler) subject(t task, image worker.Image) (profile.Subject, error) {
 	need := t.status.Need
 	if image.File != "" {
 		need = image.Info.Need
 	}
 	s := profile.Subject{Weights: need.Weights, Session: need.Session, Prepacked: need.Prepacked}
-	s.Space = profile.Space{
-		Providers: usable(f.firmware, t.runtime.Providers), Cores: cmp.Or(f.host.serving.workerConfig(f.firmware.Threads).Threads, runtime.NumCPU()),
-		Batch: 1, Prepack: need.Prepacked > 0,
+	cores, err := f.cores()
+	if err != nil {
+		return s, err
 	}
+	on := provider(t.runtime)
+	s.Space = profile.Space{Providers: []string{on}, Cores: cores, Batch: 1, Prepack: need.Prepacked > 0}
+	s.Compared = slices.DeleteFunc(slices.Clone(usable(f.firmware, t.runtime.Providers)), func(p string) bool { return p == on })
 	if o := t.status.Info.Options; o.MaxBatchSize > 0 {
 		s.Space.Batch = profile.MaxBatch
 		if t.spec.Options != nil {
 			s.Space.Batch = o.MaxBatchSize // somebody has said so
 		}
 	}
-	room := f.measureRoom(f.host.engine.Memory().Budget)
+	room := f.measureRoom(f.host.engine.Memory())
 	s.Space.Fits = func(set profile.Setting) bool {
 		all := need.Weights + need.Session + need.Workspace*int64(set.Batch)*int64(set.Instances)
 		if set.Prepacked {
@@ -351,43 +466,65 @@ func (f *profiler) subject(t task, image worker.Image) profile.Subject {
 		}
 		return room <= 0 || set.Batch == 1 && set.Instances == 1 || all <= room
 	}
-	if f.machine.Sample().EnergyJoules != nil {
-		s.Meter = f.meter
+	if m, ok := f.machine.(metered); ok && readEnergy(m).ok {
+		s.Meter = func() func(time.Duration) float64 {
+			before := readEnergy(m)
+			return func(cpu time.Duration) float64 { return joules(before, readEnergy(m), cpu) }
+		}
 	}
-	return s
+	return s, nil
 }
 
 // measureRoom is what measuring may take of the memory, so that nobody's
-// weights have to leave for it.
-func (f *profiler) measureRoom(budget int64) int64 {
+// weights have to leave for it; 0 sets no bound.
+func (f *profiler) measureRoom(models engine.Memory) int64 {
+	room := int64(0)
+	if models.Budget > 0 {
+		room = max(models.Budget-models.Used, 1)
+	}
 	if available, total, err := f.machine.Memory(); err == nil {
-		if room := int64((float64(available) - spareFraction*float64(total)) * measureShare); budget <= 0 || room < budget {
-			return max(room, 1)
+		slack := max(int64((float64(available)-spareFraction*float64(total))*measureShare), 1)
+		if room == 0 || slack < room {
+			room = slack
 		}
 	}
-	return budget
+	return room
 }
 
-// meter begins to count the device's energy.
-func (f *profiler) meter() func(time.Duration) float64 {
-	before, began := f.machine.Sample(), time.Now()
-	return func(cpu time.Duration) float64 {
-		return joules(before, f.machine.Sample(), time.Since(began), cpu, runtime.NumCPU())
-	}
+// metered is a machine that gives its energy now, as often as it is asked.
+type metered interface {
+	// Energy gives the joules that the device has taken since some moment, and
+	// the ticks of all processors' time, of which busy were not idle.
+	Energy() (joules float64, busy, total uint64, ok bool)
 }
 
-// joules gives the energy between two samples that are so far apart; 0 where
-// the device cannot tell, or where others had more than a small part of the
-// processors' time than who computed for cpu.
-func joules(before, after *dunlinv1.Telemetry, wall, cpu time.Duration, cores int) float64 {
-	if before.EnergyJoules == nil || after.EnergyJoules == nil || after.CpuUtilisation == nil {
+// tick is the unit of the processors' time in /proc/stat, USER_HZ.
+const tick = 10 * time.Millisecond
+
+// energy is what a metered gives.
+type energy struct {
+	joules      float64
+	busy, total uint64
+	ok          bool
+}
+
+func readEnergy(m metered) (e energy) {
+	e.joules, e.busy, e.total, e.ok = m.Energy()
+	return e
+}
+
+// joules gives the energy between two readings; 0 where the device cannot tell,
+// or where others had more than a small part of the processors' time, and a
+// tick, than who computed for cpu.
+func joules(before, after energy, cpu time.Duration) float64 {
+	if !before.ok || !after.ok || after.busy < before.busy || after.total <= before.total {
 		return 0
 	}
-	others := *after.CpuUtilisation*wall.Seconds()*float64(cores) - cpu.Seconds()
-	if others > othersShare*wall.Seconds()*float64(cores) {
+	others := float64(after.busy-before.busy) - cpu.Seconds()/tick.Seconds()
+	if others > 1+othersShare*float64(after.total-before.total) {
 		return 0
 	}
-	return max(*after.EnergyJoules-*before.EnergyJoules, 0)
+	return max(after.joules-before.joules, 0)
 }
 
 // profileEvent tells the controller of a profile; of one that is too large for
@@ -400,7 +537,7 @@ func profileEvent(id engine.VersionID, digest string, p *dunlinv1.ModelProfile) 
 		Kind: "profile.measured", Severity: dunlinv1.Severity_SEVERITY_INFO, Model: id.Model, Version: id.Version, Profile: p,
 		Message: fmt.Sprintf("recommended: batch %d, %d instances, %d threads, %s", r.GetBatch(), r.GetInstances(), r.GetThreads(), r.GetProvider()),
 	}
-	if p.Unmeasured != "" {
+	if p.Unmeasured != "" && r == nil {
 		e.Severity, e.Message = dunlinv1.Severity_SEVERITY_WARNING, "not measured: "+p.Unmeasured
 	}
 	// The outbox adds its number and the time.
@@ -410,15 +547,26 @@ func profileEvent(id engine.VersionID, digest string, p *dunlinv1.ModelProfile) 
 	return e
 }
 
+// errUnreported is the error of telling of a version that the controller has
+// not been told of itself.
+var errUnreported = errors.New("the version is not reported yet")
+
 // profiled tells the controller of a version's profile.
-func (a *agent) profiled(id engine.VersionID, p *dunlinv1.ModelProfile) {
+func (a *agent) profiled(id engine.VersionID, p *dunlinv1.ModelProfile) error {
 	digest := ""
 	for _, v := range a.reconcile.Report().GetVersions() {
 		if v.Model == id.Model && v.Version == id.Version && v.State == dunlinv1.VersionState_VERSION_STATE_RESIDENT {
 			digest = v.Digest
 		}
 	}
-	a.event(profileEvent(id, digest, p))
+	if digest == "" {
+		return errUnreported
+	}
+	if _, err := a.store.Append(context.Background(), profileEvent(id, digest, p)); err != nil {
+		return err
+	}
+	signal(a.outbox)
+	return nil
 }
 
 // checkProfiles says how many models have been measured.

@@ -1,9 +1,13 @@
 package agent
 
 import (
+	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
+	"io/fs"
+	"log/slog"
 	"net"
 	"net/http"
 	"os"
@@ -15,11 +19,15 @@ import (
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
+	"github.com/dunlin/dunlin/agent/compiled"
 	"github.com/dunlin/dunlin/agent/engine"
+	"github.com/dunlin/dunlin/agent/ort"
 	"github.com/dunlin/dunlin/agent/profile"
 	"github.com/dunlin/dunlin/agent/state"
+	"github.com/dunlin/dunlin/agent/worker"
 	profiles "github.com/dunlin/dunlin/firmware-profiles"
 	"github.com/dunlin/dunlin/internal/link"
+	"github.com/dunlin/dunlin/models/tensor"
 	dunlinv1 "github.com/dunlin/dunlin/proto/dunlin/v1"
 )
 
@@ -171,12 +179,18 @@ func TestTell(t *testing.T) {
 		t.Fatal(err)
 	}
 	var heard []string
+	var refused error
 	incarnation := ""
 	start := func() *profiler {
 		return &profiler{
 			store: store, told: store.Told(), given: map[engine.VersionID]*dunlinv1.ModelProfile{},
-			measured:   func(id engine.VersionID, p *dunlinv1.ModelProfile) { heard = append(heard, id.String()) },
-			controller: func() string { return incarnation },
+			measured: func(id engine.VersionID, p *dunlinv1.ModelProfile) error {
+				if refused == nil {
+					heard = append(heard, id.String())
+				}
+				return refused
+			},
+			controller: func() string { return incarnation }, log: slog.New(slog.DiscardHandler),
 		}
 	}
 	expect := func(when string, f *profiler, want ...string) {
@@ -204,6 +218,29 @@ func TestTell(t *testing.T) {
 	expect("measured again", f, "a:2")
 	incarnation = "two"
 	expect("a new store", f, "a:2", "b:1")
+	incarnation, refused = "three", errUnreported
+	expect("before it is reported", f)
+	refused = nil
+	expect("once it is", f, "a:2", "b:1")
+	incarnation, refused = "four", errors.New("the disk is full")
+	expect("when it is not kept", f)
+	refused = nil
+	expect("at once after that", f)
+	f.mute = time.Time{}
+	expect("later", f, "a:2", "b:1")
+	var all []string
+	for i := range 1100 {
+		id := engine.VersionID{Model: "c", Version: int64(1000 + i)}
+		f.given[id] = &dunlinv1.ModelProfile{}
+		all = append(all, id.String())
+	}
+	expect("of many versions", f, all...)
+	expect("of many versions again", f)
+	given = f.given
+	f = start()
+	f.given = given
+	expect("of many versions after a start", f, all[1022:]...)
+	expect("of many versions after a start, again", f)
 }
 
 func TestProfileEvent(t *testing.T) {
@@ -247,25 +284,324 @@ func TestTuning(t *testing.T) {
 }
 
 func TestJoules(t *testing.T) {
-	sample := func(joules, busy float64) *dunlinv1.Telemetry {
-		return &dunlinv1.Telemetry{EnergyJoules: new(joules), CpuUtilisation: new(busy)}
-	}
-	second := time.Second
+	const second = time.Second
 	for _, tt := range []struct {
 		name          string
-		before, after *dunlinv1.Telemetry
+		before, after energy
 		cpu           time.Duration
 		want          float64
 	}{
-		{"alone", sample(10, 0), sample(15, 0.5), 2 * second, 5},
-		{"others computed", sample(10, 0), sample(15, 0.8), 2 * second, 0},
-		{"none", &dunlinv1.Telemetry{}, sample(15, 0.5), 2 * second, 0},
-		{"none any more", sample(10, 0), &dunlinv1.Telemetry{CpuUtilisation: new(0.5)}, 2 * second, 0},
-		{"nobody knows who computed", sample(10, 0), &dunlinv1.Telemetry{EnergyJoules: new(15.0)}, 2 * second, 0},
-		{"began anew", sample(10, 0), sample(1, 0.5), 2 * second, 0},
+		{"alone", energy{10, 0, 1000, true}, energy{15, 200, 1400, true}, 2 * second, 5},
+		{"a slice", energy{10, 0, 1000, true}, energy{11.5, 5, 1020, true}, 40 * time.Millisecond, 1.5},
+		{"others computed", energy{10, 0, 1000, true}, energy{15, 320, 1400, true}, 2 * second, 0},
+		{"none", energy{}, energy{15, 200, 1400, true}, 2 * second, 0},
+		{"none any more", energy{10, 0, 1000, true}, energy{}, 2 * second, 0},
+		{"nobody knows who computed", energy{10, 0, 0, true}, energy{15, 0, 0, true}, 2 * second, 0},
+		{"began anew", energy{10, 0, 1000, true}, energy{1, 200, 1400, true}, 2 * second, 0},
 	} {
-		if got := joules(tt.before, tt.after, second, tt.cpu, 4); got != tt.want {
+		if got := joules(tt.before, tt.after, tt.cpu); got != tt.want {
 			t.Errorf("%s: %g J, want %g", tt.name, got, tt.want)
 		}
 	}
 }
+
+// counting is a machine that counts energy.
+type counting struct {
+	known
+	now energy
+}
+
+func (c *counting) Energy() (float64, uint64, uint64, bool) {
+	return c.now.joules, c.now.busy, c.now.total, c.now.ok
+}
+
+// TestMeter counts the energy of a slice, of which the device's samples know
+// nothing yet.
+func TestMeter(t *testing.T) {
+	f := benched(t)
+	m := &counting{now: energy{10, 100, 1000, true}}
+	f.machine = m
+	s, err := f.subject(task{}, worker.Image{})
+	if err != nil || s.Meter == nil {
+		t.Fatalf("no meter, %v", err)
+	}
+	end := s.Meter()
+	m.now = energy{11.5, 105, 1010, true}
+	if got := end(profile.SliceTime); got != 1.5 {
+		t.Errorf("%g J", got)
+	}
+	m.now.ok = false
+	if s, err := f.subject(task{}, worker.Image{}); err != nil || s.Meter != nil {
+		t.Errorf("a meter of a device that cannot tell, %v", err)
+	}
+}
+
+// TestQuiet: a device that is throttled or compiles is not idle.
+func TestQuiet(t *testing.T) {
+	f := benched(t)
+	q := quiet{f.host}
+	idle := func(when string, want bool) {
+		t.Helper()
+		time.Sleep(time.Millisecond)
+		if got := q.Idle() > 0; got != want {
+			t.Errorf("%s: idle %v", when, got)
+		}
+	}
+	idle("at rest", true)
+	if err := f.host.engine.Throttle(t.Context(), engine.Throttle{Cordon: true}); err != nil {
+		t.Fatal(err)
+	}
+	idle("cordoned", false)
+	if err := f.host.engine.Throttle(t.Context(), engine.Throttle{}); err != nil {
+		t.Fatal(err)
+	}
+	idle("no more", true)
+	if _, err := f.host.counted(func(context.Context, worker.Runtime, engine.Spec) (worker.Image, error) {
+		idle("while it compiles", false)
+		return worker.Image{}, nil
+	})(t.Context(), worker.Runtime{}, engine.Spec{}); err != nil {
+		t.Fatal(err)
+	}
+	idle("compiled", true)
+}
+
+// loader is a runtime that loads everything and runs nothing.
+type loader struct{}
+
+func (loader) Load(context.Context, engine.Spec) (engine.Info, error) {
+	x := []tensor.Info{{Name: "x", Type: tensor.Float32, Shape: []int64{-1, 4}}}
+	return engine.Info{Inputs: x, Outputs: x, Batch: true}, nil
+}
+func (loader) Activate(context.Context, engine.VersionID, engine.Setting) (engine.Need, error) {
+	return engine.Need{}, nil
+}
+func (loader) Set(context.Context, engine.VersionID, engine.Setting) error { return nil }
+func (loader) Deactivate(context.Context, engine.VersionID) error          { return nil }
+func (loader) Run(context.Context, engine.VersionID, [][]tensor.Tensor, []string) (engine.Outcome, error) {
+	return engine.Outcome{}, errors.New("it runs nothing")
+}
+func (loader) Unload(context.Context, engine.VersionID) error { return nil }
+
+// known is a machine of which all is said.
+type known struct {
+	available, total uint64
+	driver           string
+}
+
+func (k *known) Info() *dunlinv1.DeviceInfo {
+	return &dunlinv1.DeviceInfo{DriverVersion: k.driver, CpuModel: "a"}
+}
+func (k *known) Sample() *dunlinv1.Telemetry                  { return &dunlinv1.Telemetry{} }
+func (k *known) Memory() (available, total uint64, err error) { return k.available, k.total, nil }
+func (k *known) Close() error                                 { return nil }
+
+// benched is a profiler of which a test measures.
+func benched(t *testing.T) *profiler {
+	t.Helper()
+	data := t.TempDir()
+	cache, err := compiled.Open(filepath.Join(data, cacheFolder), 1<<20)
+	if err != nil {
+		t.Fatal(err)
+	}
+	e := engine.New(engine.Config{Runtime: loader{}})
+	ctx, stop := context.WithCancel(context.Background())
+	done := make(chan error, 1)
+	go func() { done <- e.Run(ctx) }()
+	t.Cleanup(func() { stop(); <-done })
+	h := &host{engine: e, cache: cache, serving: Serving{Profile: "on", ProfileDuty: 100, machine: &known{}, Log: slog.New(slog.DiscardHandler)}}
+	f, err := newProfiler(h, profiles.Profile{Name: "generic"}, data)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return f
+}
+
+// load loads a version of digits, and notes where its files are.
+func (f *profiler) load(t *testing.T, model, file string, load func(context.Context, engine.Spec) (engine.Info, error)) engine.Spec {
+	t.Helper()
+	s := engine.Spec{ID: engine.VersionID{Model: model, Version: 1}, Dir: t.TempDir(), Entry: "m.onnx"}
+	raw, err := os.ReadFile(digits + file)
+	if err == nil {
+		err = os.WriteFile(filepath.Join(s.Dir, s.Entry), raw, 0o600)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	info, err := load(t.Context(), s)
+	if err != nil {
+		t.Fatal(err)
+	}
+	s.ID = info.ID
+	f.mu.Lock()
+	f.specs[s.ID] = s
+	f.mu.Unlock()
+	return s
+}
+
+// measures looks, and waits for what is measured then.
+func (f *profiler) measures(ctx context.Context) {
+	if f.look(ctx, worker.Runtime{}); f.work != nil {
+		<-f.work.done
+		f.finish(ctx)
+	}
+}
+
+// batch gives the most rows of a version's run.
+func (f *profiler) batch(t *testing.T, s engine.Spec) int {
+	t.Helper()
+	info, ok := f.host.engine.Info(engine.VersionID{Model: s.ID.Model, Version: s.ID.Version})
+	if !ok {
+		t.Fatalf("%s is not loaded", s.ID)
+	}
+	return info.Options.MaxBatchSize
+}
+
+// ofBatch is a profile that recommends one.
+func ofBatch(n uint32) *dunlinv1.ModelProfile {
+	return &dunlinv1.ModelProfile{
+		MeasuredAt: timestamppb.Now(), Recommended: &dunlinv1.ModelSetting{Provider: profile.CPU, Batch: n, Instances: 1},
+		Latency: []*dunlinv1.LatencyPoint{{Rows: 1, Seconds: 1}},
+	}
+}
+
+// keep stores the profile of a version.
+func (f *profiler) keep(t *testing.T, s engine.Spec, p *dunlinv1.ModelProfile) {
+	t.Helper()
+	key, err := f.key(s, worker.Runtime{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	key.Name(p)
+	if err := f.store.Put(p); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// TestLookGoesOn: while a version is measured, what is known of another one is
+// used, and a version that is replaced is no longer measured.
+func TestLookGoesOn(t *testing.T) {
+	f := benched(t)
+	left := make(chan struct{})
+	n := 0
+	f.bench = func(ctx context.Context, _ task) (*dunlinv1.ModelProfile, error) {
+		if n++; n == 1 {
+			<-ctx.Done()
+			close(left)
+		}
+		return ofBatch(7), nil
+	}
+	a := f.load(t, "a", "v1.onnx", f.host.engine.Load)
+	f.look(t.Context(), worker.Runtime{})
+	b := f.load(t, "b", "v2.onnx", f.host.engine.Load)
+	f.keep(t, b, ofBatch(4))
+	f.look(t.Context(), worker.Runtime{})
+	if n := f.batch(t, b); n != 4 {
+		t.Errorf("a batch of %d while another version is measured, 4 was kept", n)
+	}
+	f.load(t, "a", "v2.onnx", f.host.engine.Replace)
+	f.look(t.Context(), worker.Runtime{})
+	<-left
+	f.finish(t.Context())
+	if n := f.batch(t, a); n != 4 {
+		t.Errorf("a batch of %d; its files are those of b now, of which 4 was kept", n)
+	}
+	if f.work != nil || n != 1 {
+		t.Errorf("measured %d times", n)
+	}
+}
+
+// TestStoredProfile: a profile counts for the cores, the driver and the provider
+// that it was measured with.
+func TestStoredProfile(t *testing.T) {
+	f := benched(t)
+	s := f.load(t, "a", "v1.onnx", f.host.engine.Load)
+	f.host.serving.Threads = 4
+	f.keep(t, s, ofBatch(4))
+	m := f.machine.(*known)
+	stored := func(what string, found worker.Runtime, want bool) {
+		t.Helper()
+		if _, err := f.stored(s, found); (err == nil) != want || err != nil && !errors.Is(err, fs.ErrNotExist) {
+			t.Errorf("%s: %v", what, err)
+		}
+	}
+	stored("as measured", worker.Runtime{}, true)
+	stored("on the GPU", worker.Runtime{Pooling: ort.Pooling{Works: true}}, false)
+	m.driver = "580.1"
+	stored("another driver", worker.Runtime{}, false)
+	m.driver, f.host.serving.Threads = "", 1
+	stored("other threads", worker.Runtime{}, false)
+}
+
+func TestProfiledCores(t *testing.T) {
+	f := benched(t)
+	f.firmware.Affinity = "0-2,5"
+	if n, err := f.cores(); n != 4 || err != nil {
+		t.Errorf("%d, %v", n, err)
+	}
+	f.firmware.Threads = 3
+	if n, err := f.cores(); n != 3 || err != nil {
+		t.Errorf("%d, %v", n, err)
+	}
+}
+
+func TestMeasureRoom(t *testing.T) {
+	f := &profiler{machine: &known{available: 80 << 30, total: 100 << 30}}
+	slack := f.measureRoom(engine.Memory{})
+	if slack <= 0 || slack >= 40<<30 {
+		t.Errorf("%d of the available memory", slack)
+	}
+	for _, tt := range []struct{ budget, used, want int64 }{
+		{30 << 30, 30 << 30, 1}, {30 << 30, 31 << 30, 1}, {30 << 30, 20 << 30, 10 << 30}, {90 << 30, 1 << 30, slack},
+	} {
+		if room := f.measureRoom(engine.Memory{Budget: tt.budget, Used: tt.used}); room != tt.want {
+			t.Errorf("budget %d of which %d are used: %d, want %d", tt.budget, tt.used, room, tt.want)
+		}
+	}
+}
+
+// TestMeasuringFails: it is tried again, later and later.
+func TestMeasuringFails(t *testing.T) {
+	f := benched(t)
+	n := 0
+	f.bench = func(context.Context, task) (*dunlinv1.ModelProfile, error) {
+		n++
+		return nil, profile.ErrDead
+	}
+	s := f.load(t, "a", "v1.onnx", f.host.engine.Load)
+	want := measureAgain
+	for range 12 {
+		f.measures(t.Context())
+		f.measures(t.Context())
+		if wait := time.Until(f.wait[s.ID]); wait > want || wait < want-time.Minute/2 {
+			t.Errorf("after %d: waits for %v, want %v", n, wait, want)
+		}
+		f.wait[s.ID], want = time.Time{}, min(2*want, measureSeldom)
+	}
+	if n != 12 {
+		t.Errorf("measured %d times", n)
+	}
+}
+
+// TestRunEndsMeasuring: what is measured ends before run does.
+func TestRunEndsMeasuring(t *testing.T) {
+	f := benched(t)
+	f.host.worker = &newest{}
+	ctx, stop := context.WithCancel(t.Context())
+	ended := false
+	f.bench = func(ctx context.Context, _ task) (*dunlinv1.ModelProfile, error) {
+		stop()
+		<-ctx.Done()
+		time.Sleep(10 * time.Millisecond)
+		ended = true
+		return nil, ctx.Err()
+	}
+	f.load(t, "a", "v1.onnx", f.host.engine.Load)
+	if err := f.run(ctx); err != nil || !ended {
+		t.Errorf("%v, ended %v", err, ended)
+	}
+}
+
+// newest is a runner whose runtime has started.
+type newest struct{ runner }
+
+func (*newest) Runtime(context.Context) (worker.Runtime, error) { return worker.Runtime{}, nil }

@@ -26,13 +26,13 @@ func OpenReference(ctx context.Context, dir, entry string) (*Session, error) {
 }
 
 // OpenOn opens a model as Open does, on a provider: the CPU's or CUDA's, on the
-// first GPU.
-func OpenOn(ctx context.Context, provider, dir, entry string, set Setting) (*Session, error) {
+// first GPU and with its options, see Placement.
+func OpenOn(ctx context.Context, provider, dir, entry string, set Setting, options map[string]string) (*Session, error) {
 	switch provider {
 	case CPUProvider:
 		return Open(ctx, dir, entry, set)
 	case CUDAProvider:
-		s, err := openOn(ctx, dir, entry, set, func(o *binding.SessionOptions) error { return addCUDA(o, Placement{CUDA: true}) })
+		s, err := openOn(ctx, dir, entry, set, func(o *binding.SessionOptions) error { return addCUDA(o, Placement{CUDA: true, Options: options}) })
 		if err == nil {
 			s.shrink = "gpu:0"
 		}

@@ -51,5 +51,8 @@ type Ready struct {
 	Workspace int64         // bytes that runs on all instances worked in
 }
 
+// ErrDead is the error of a Bench that answers nothing any more.
+var ErrDead = errors.New("what measures has ended")
+
 // ErrGivenUp is the error of a Gate that has not opened for too long.
 var ErrGivenUp = errors.New("the device was never idle for long enough")

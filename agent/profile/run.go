@@ -45,6 +45,9 @@ func (Open) Do(ctx context.Context, f func(context.Context) error) (bool, error)
 // Subject is what is measured, and how.
 type Subject struct {
 	Space Space
+	// Compared are providers whose outputs are compared too, after all else, and
+	// that nothing is measured with.
+	Compared []string
 	// Weights are the bytes of the version's weights; Session and Prepacked
 	// what a session takes, and its prepacked copy, as compiling found them.
 	Weights, Session, Prepacked int64
@@ -90,6 +93,7 @@ func Measure(ctx context.Context, b Bench, g Gate, s Subject, set Setting) (Resu
 		}
 		if set.Provider == CPU && x.CPU > 0 && x.CPU.Seconds() < starved*x.Wall.Seconds() && starving < maxStarved {
 			starving++
+			sample.Starved(x)
 			continue
 		}
 		if !disturbed {
@@ -108,7 +112,8 @@ func Measure(ctx context.Context, b Bench, g Gate, s Subject, set Setting) (Resu
 
 // Run measures a version and gives what it found, without what names the
 // version and the device. What could not be measured is said in its
-// Unmeasured; the error is that of ctx.
+// Unmeasured: where something is recommended all the same, the device was not
+// idle for long enough to measure more. The error is that of ctx, or ErrDead.
 func Run(ctx context.Context, b Bench, g Gate, s Subject) (*dunlinv1.ModelProfile, error) {
 	now := s.Now
 	if now == nil {
@@ -119,6 +124,9 @@ func Run(ctx context.Context, b Bench, g Gate, s Subject) (*dunlinv1.ModelProfil
 	err := measure(ctx, b, timed, s, p)
 	if ctx.Err() != nil {
 		return nil, context.Cause(ctx)
+	}
+	if errors.Is(err, ErrDead) {
+		return nil, err
 	}
 	if err != nil {
 		p.Unmeasured = short(err.Error())
@@ -158,26 +166,31 @@ func (t *timedGate) Do(ctx context.Context, f func(context.Context) error) (bool
 
 // fatal says that an error is not that of one setting.
 func fatal(ctx context.Context, err error) bool {
-	return ctx.Err() != nil || errors.Is(err, ErrGivenUp)
+	return ctx.Err() != nil || errors.Is(err, ErrGivenUp) || errors.Is(err, ErrDead)
 }
 
 func measure(ctx context.Context, b Bench, g Gate, s Subject, p *dunlinv1.ModelProfile) error {
 	space := s.Space
 	space.Providers = nil
-	for _, provider := range s.Space.Providers {
-		var c Check
-		if _, err := g.Do(ctx, func(ctx context.Context) (err error) {
+	check := func(provider string) (Check, error) {
+		c := Check{Provider: provider}
+		_, err := g.Do(ctx, func(ctx context.Context) (err error) {
 			c, err = b.Check(ctx, provider)
 			return err
-		}); err != nil {
-			if fatal(ctx, err) {
-				return err
-			}
+		})
+		if err != nil {
 			c = Check{Provider: provider, Reason: err.Error()}
 		}
 		p.Providers = append(p.Providers, &dunlinv1.ProviderCheck{
 			Provider: provider, Accepted: c.Accepted, Reason: short(c.Reason), MaxAbsoluteError: c.Absolute, MaxRelativeError: c.Relative,
 		})
+		return c, err
+	}
+	for _, provider := range s.Space.Providers {
+		c, err := check(provider)
+		if err != nil && fatal(ctx, err) {
+			return err
+		}
 		if c.Accepted {
 			space.Providers = append(space.Providers, provider)
 		}
@@ -216,6 +229,9 @@ func measure(ctx context.Context, b Bench, g Gate, s Subject, p *dunlinv1.ModelP
 	for set, more := search.Next(); more; set, more = search.Next() {
 		r, err := Measure(ctx, b, g, s, set)
 		if err != nil {
+			if errors.Is(err, ErrGivenUp) {
+				_ = search.fill(p) // with what there is
+			}
 			if fatal(ctx, err) {
 				return err
 			}
@@ -223,7 +239,15 @@ func measure(ctx context.Context, b Bench, g Gate, s Subject, p *dunlinv1.ModelP
 		}
 		search.Add(set, r)
 	}
-	return search.fill(p)
+	if err := search.fill(p); err != nil {
+		return err
+	}
+	for _, provider := range s.Compared {
+		if _, err := check(provider); err != nil && fatal(ctx, err) {
+			break // all else is known
+		}
+	}
+	return nil
 }
 
 // maxPoints bounds what a profile lists; an event has to hold it.

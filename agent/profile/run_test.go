@@ -230,7 +230,17 @@ func TestRunMeasuresAgain(t *testing.T) {
 		}
 		return false, nil
 	}), m.subject(CPU))
-	if err != nil || !strings.Contains(p.Unmeasured, ErrGivenUp.Error()) || p.Recommended != nil || len(p.Providers) != 1 {
+	if err != nil || !strings.Contains(p.Unmeasured, ErrGivenUp.Error()) || p.Recommended == nil || len(p.Points) < 2 || len(p.Points) >= len(quiet.Points) || len(p.Providers) != 1 {
+		t.Errorf("%v, %v", p, err)
+	}
+	n, m = 0, newMade()
+	p, err = Run(t.Context(), m, gates(func(int) (bool, error) {
+		if n++; n > 4 {
+			return false, ErrGivenUp
+		}
+		return false, nil
+	}), m.subject(CPU))
+	if err != nil || !strings.Contains(p.Unmeasured, ErrGivenUp.Error()) || p.Recommended != nil || len(p.Points) > 0 || len(p.Providers) != 1 {
 		t.Errorf("%v, %v", p, err)
 	}
 	ctx, cancel := context.WithCancelCause(t.Context())
@@ -244,6 +254,75 @@ func TestRunMeasuresAgain(t *testing.T) {
 		return false, nil
 	}), m.subject(CPU)); !errors.Is(err, enough) {
 		t.Errorf("%v", err)
+	}
+}
+
+// mortal is a Bench that ends after so many questions.
+type mortal struct {
+	*made
+	left int
+}
+
+func (m *mortal) ends() error {
+	if m.left--; m.left < 0 {
+		return fmt.Errorf("%w: killed", ErrDead)
+	}
+	return nil
+}
+
+func (m *mortal) Check(ctx context.Context, provider string) (Check, error) {
+	if err := m.ends(); err != nil {
+		return Check{}, err
+	}
+	return m.made.Check(ctx, provider)
+}
+
+func (m *mortal) Prepare(ctx context.Context, set Setting) (Ready, error) {
+	if err := m.ends(); err != nil {
+		return Ready{}, err
+	}
+	return m.made.Prepare(ctx, set)
+}
+
+// TestRunCompares: providers that are only compared are measured with nothing,
+// and one that ends the bench takes nothing away.
+func TestRunCompares(t *testing.T) {
+	const other = "CUDAExecutionProvider"
+	m := newMade()
+	m.fast = map[string]float64{other: 20}
+	s := m.subject(CPU)
+	s.Compared = []string{other}
+	p, err := Run(t.Context(), m, Open{}, s)
+	if err != nil || p.Recommended.GetProvider() != CPU || m.opened[other] || len(p.Providers) != 2 || !p.Providers[1].Accepted {
+		t.Errorf("%v, %v", p, err)
+	}
+	m = newMade()
+	p, err = Run(t.Context(), &deadly{m, other}, Open{}, s)
+	if err != nil || p.Unmeasured != "" || p.Recommended.GetProvider() != CPU || len(p.Providers) != 2 || p.Providers[1].Accepted || !strings.Contains(p.Providers[1].Reason, ErrDead.Error()) {
+		t.Errorf("%v, %v", p, err)
+	}
+}
+
+// deadly is a Bench that a provider ends.
+type deadly struct {
+	*made
+	provider string
+}
+
+func (d *deadly) Check(ctx context.Context, provider string) (Check, error) {
+	if provider == d.provider {
+		return Check{}, fmt.Errorf("%w: killed", ErrDead)
+	}
+	return d.made.Check(ctx, provider)
+}
+
+// TestRunEndsWithItsBench: of a bench that ends there is no profile.
+func TestRunEndsWithItsBench(t *testing.T) {
+	for _, left := range []int{0, 1, 3} {
+		m := newMade()
+		if p, err := Run(t.Context(), &mortal{m, left}, Open{}, m.subject(CPU)); !errors.Is(err, ErrDead) || p != nil {
+			t.Errorf("after %d questions: %v, %v", left, p, err)
+		}
 	}
 }
 
@@ -280,6 +359,35 @@ func TestRunCountsEnergy(t *testing.T) {
 }
 
 var _ Bench = (*made)(nil)
+
+// slow is a Bench whose runs take longer by a factor than those that made it
+// ready, and get no more of a processor.
+type slow struct {
+	*made
+	factor int
+}
+
+func (s *slow) Slice(_ context.Context, set Setting, runs int) (x Slice, _ error) {
+	for range runs * set.Instances {
+		x.Times = append(x.Times, time.Duration(s.factor)*s.time(set))
+	}
+	x.Wall = time.Duration(runs*s.factor) * s.time(set)
+	x.CPU = x.Wall / time.Duration(s.factor)
+	s.now = s.now.Add(x.Wall)
+	return x, nil
+}
+
+// TestMeasureStarvedEnds: on a device that others compute on all the time a
+// setting takes seconds, not minutes.
+func TestMeasureStarvedEnds(t *testing.T) {
+	m := newMade()
+	if _, err := Measure(t.Context(), &slow{m, 100}, Open{}, m.subject(CPU), Setting{CPU, 1, 1, 4, false}); err != nil {
+		t.Fatal(err)
+	}
+	if took := m.now.Sub(noon); took > 20*time.Second {
+		t.Errorf("it took %v", took)
+	}
+}
 
 func TestProto(t *testing.T) {
 	s := Setting{CPU, 4, 2, 4, true}

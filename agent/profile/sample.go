@@ -84,6 +84,14 @@ func (s *Sample) Add(x Slice, joules float64) {
 	s.run = quantile(slices.Sorted(slices.Values(s.times)), 0.5)
 }
 
+// Starved tells of a slice that does not count. While others compute, runs take
+// longer, and the next slice has fewer of them, so as not to take longer too.
+func (s *Sample) Starved(x Slice) {
+	if len(x.Times) > 0 {
+		s.run = quantile(slices.Sorted(slices.Values(x.Times)), 0.5)
+	}
+}
+
 // Result gives what is known. fixed are the bytes of weights and sessions.
 func (s *Sample) Result(fixed int64) Result {
 	sorted := slices.Sorted(slices.Values(s.times))

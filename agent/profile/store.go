@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"maps"
 	"math"
 	"os"
 	"path/filepath"
@@ -39,17 +40,18 @@ type Key struct {
 	DriverVersion   string
 	FirmwareProfile string
 	CPUModel        string
+	Cores           uint32 // that runs may have
 }
 
 // Valid says whether a profile is one for the key.
 func (k Key) Valid(p *dunlinv1.ModelProfile) bool {
-	return k == Key{p.GetModelDigest(), p.GetRuntimeVersion(), p.GetDriverVersion(), p.GetFirmwareProfile(), p.GetCpuModel()}
+	return k == Key{p.GetModelDigest(), p.GetRuntimeVersion(), p.GetDriverVersion(), p.GetFirmwareProfile(), p.GetCpuModel(), p.GetCores()}
 }
 
 // Name writes what the key says into a profile.
 func (k Key) Name(p *dunlinv1.ModelProfile) {
-	p.ModelDigest, p.RuntimeVersion, p.DriverVersion, p.FirmwareProfile, p.CpuModel =
-		k.ModelDigest, k.RuntimeVersion, k.DriverVersion, k.FirmwareProfile, k.CPUModel
+	p.ModelDigest, p.RuntimeVersion, p.DriverVersion, p.FirmwareProfile, p.CpuModel, p.Cores =
+		k.ModelDigest, k.RuntimeVersion, k.DriverVersion, k.FirmwareProfile, k.CPUModel, k.Cores
 }
 
 // Store is a folder with one profile for each model, as JSON. It is for one
@@ -239,16 +241,18 @@ func (s *Store) Told() map[string]string {
 	return told
 }
 
-// SetTold keeps what was told of each version. Of too many it keeps some, and
-// takes the others out of the map.
-func (s *Store) SetTold(told map[string]string) error {
-	for version := range told {
-		if len(told) <= maxFiles {
-			break
+// SetTold keeps what was told of each version. Of too many it takes those out
+// of the map that are not there any more; of too many that are, it keeps some.
+func (s *Store) SetTold(told map[string]string, there func(version string) bool) error {
+	kept := told
+	if len(told) > maxFiles {
+		maps.DeleteFunc(told, func(version, _ string) bool { return !there(version) })
+		kept = make(map[string]string, maxFiles)
+		for _, version := range slices.Sorted(maps.Keys(told))[:min(len(told), maxFiles)] {
+			kept[version] = told[version]
 		}
-		delete(told, version)
 	}
-	b, err := json.Marshal(told)
+	b, err := json.Marshal(kept)
 	if err == nil {
 		err = s.write(filepath.Join(s.dir, toldFile), b)
 	}

@@ -163,7 +163,7 @@ func TestTold(t *testing.T) {
 	if told := s.Told(); told == nil || len(told) != 0 {
 		t.Errorf("%v", told)
 	}
-	if err := s.SetTold(map[string]string{"digits:1": "one"}); err != nil {
+	if err := s.SetTold(map[string]string{"digits:1": "one"}, nil); err != nil {
 		t.Fatal(err)
 	}
 	if told := openStore(t, dir).Told(); told["digits:1"] != "one" || len(told) != 1 {
@@ -181,7 +181,11 @@ func TestTold(t *testing.T) {
 	for n := range maxFiles + 10 {
 		many[fmt.Sprint(n)] = "x"
 	}
-	if err := s.SetTold(many); err != nil || len(many) != maxFiles || len(s.Told()) != maxFiles {
+	all := func(string) bool { return true }
+	if err := s.SetTold(many, all); err != nil || len(many) != maxFiles+10 || len(s.Told()) != maxFiles {
+		t.Errorf("%d are kept, %v", len(many), err)
+	}
+	if err := s.SetTold(many, func(version string) bool { return version == "7" }); err != nil || len(many) != 1 || s.Told()["7"] != "x" {
 		t.Errorf("%d are kept, %v", len(many), err)
 	}
 }

@@ -49,16 +49,19 @@ type Measuring struct {
 	spec  engine.Spec
 	file  string
 	eager bool
+	gpu   map[string]string // Config.ProviderOptions
 
 	mu     sync.Mutex // guards what follows
 	paused bool
-	limit  *time.Timer // of the question that is worked on; nil for none
+	limit  *time.Timer   // of the question that is worked on; nil for none
+	since  time.Time     // when the child was asked, or went on, unless it is paused
+	left   time.Duration // that the question may take from then on
 }
 
 // Measure has f measure a version in a short-lived child that can do nothing
 // else and gives way to everybody. file is the compiled model; "" opens the
 // version as it is. A version that kills the child gives a DeathError, here and
-// from the call that was worked on.
+// from the call that was worked on, which is a profile.ErrDead too.
 func Measure(ctx context.Context, cfg Config, s engine.Spec, file string, f func(context.Context, *Measuring) error) error {
 	cfg.Threads = 1 // each session has its own
 	cfg.sandbox = cfg.confined(s, "")
@@ -80,7 +83,7 @@ func Measure(ctx context.Context, cfg Config, s engine.Spec, file string, f func
 	if err := p.open(ctx, &cfg); err != nil {
 		return fmt.Errorf("measure %s: %w", s.ID, err)
 	}
-	if err := f(ctx, &Measuring{p: p, spec: s, file: file, eager: cfg.Eager}); err != nil {
+	if err := f(ctx, &Measuring{p: p, spec: s, file: file, eager: cfg.Eager, gpu: cfg.ProviderOptions}); err != nil {
 		if ctx.Err() != nil {
 			return context.Cause(ctx)
 		}
@@ -107,10 +110,14 @@ func (m *Measuring) stand(still bool) {
 		signal = unix.SIGSTOP
 	}
 	_ = m.p.command.Process.Signal(signal) // one that is dead stands still
-	if m.limit != nil {
-		if m.limit.Stop(); !still {
-			m.limit.Reset(questionLimit)
-		}
+	if m.limit == nil {
+		return
+	}
+	if m.limit.Stop(); still {
+		m.left -= time.Since(m.since)
+	} else {
+		m.since = time.Now()
+		m.limit.Reset(m.left)
 	}
 }
 
@@ -122,7 +129,8 @@ type measureQuestion struct {
 	Tolerance        profile.Tolerance
 	Runs             int
 	Cold             bool
-	Eager            bool // see Config
+	Eager            bool              // see Config
+	GPU              map[string]string // Config.ProviderOptions
 }
 
 // measured is its answer.
@@ -133,35 +141,45 @@ type measured struct {
 	Slice profile.Slice
 }
 
-func (m *Measuring) ask(ctx context.Context, q measureQuestion) (a measured, err error) {
-	ctx, cancel := context.WithCancelCause(ctx)
-	defer cancel(nil)
+// begin has f called when a question has taken too long, unless it ends before.
+func (m *Measuring) begin(f func()) (end func()) {
 	m.mu.Lock()
-	m.limit = time.AfterFunc(questionLimit, func() {
-		cancel(fmt.Errorf("not done within %v: %w", questionLimit, context.DeadlineExceeded))
-		m.p.kill(verdictStopped)
-	})
+	defer m.mu.Unlock()
+	m.since, m.left = time.Now(), questionLimit
+	m.limit = time.AfterFunc(questionLimit, f)
 	if m.paused {
 		m.limit.Stop()
 	}
-	m.mu.Unlock()
-	defer func() {
+	return func() {
 		m.mu.Lock()
 		defer m.mu.Unlock()
 		m.limit.Stop()
 		m.limit = nil
-	}()
-	q.Dir, q.Entry, q.File, q.Eager = m.spec.Dir, m.spec.Entry, m.file, m.eager
+	}
+}
+
+func (m *Measuring) ask(ctx context.Context, q measureQuestion) (a measured, err error) {
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	defer m.begin(func() {
+		cancel(fmt.Errorf("not done within %v: %w", questionLimit, context.DeadlineExceeded))
+		m.p.kill(verdictStopped)
+	})()
+	q.Dir, q.Entry, q.File, q.Eager, q.GPU = m.spec.Dir, m.spec.Entry, m.file, m.eager, m.gpu
 	text, err := json.Marshal(q)
 	if err != nil {
 		return a, err
 	}
 	answer, err := m.p.call(ctx, m.spec.ID, &message{kind: kindMeasure, strings: []string{string(text)}})
 	if err != nil {
-		if ctx.Err() != nil {
-			err = context.Cause(ctx)
+		_, died := errors.AsType[*DeathError](err)
+		if ctx.Err() != nil { // the child is killed for it
+			err, died = context.Cause(ctx), true
 		}
-		return a, classify(err)
+		if err = classify(err); died {
+			err = fmt.Errorf("%w: %w", profile.ErrDead, err)
+		}
+		return a, err
 	}
 	if len(answer.strings) != 1 {
 		return a, fmt.Errorf("%w: a measurement has %d strings", errMalformed, len(answer.strings))
@@ -301,7 +319,7 @@ func openAs(ctx context.Context, q *measureQuestion) (*ort.Session, error) {
 	if q.Setting.Provider == ort.CPUProvider && q.File != "" {
 		return ort.OpenCompiled(ctx, q.File, set)
 	}
-	return ort.OpenOn(ctx, q.Setting.Provider, q.Dir, q.Entry, set)
+	return ort.OpenOn(ctx, q.Setting.Provider, q.Dir, q.Entry, set, q.GPU)
 }
 
 func (b *bench) close() {

@@ -104,6 +104,30 @@ func TestMeasureStandsStill(t *testing.T) {
 	}
 }
 
+// TestMeasureLimit: pauses do not lengthen how long a question may take.
+func TestMeasureLimit(t *testing.T) {
+	err := Measure(t.Context(), testConfig(t, ""), written(t, zoo.MLP(1).Model), "", func(_ context.Context, m *Measuring) error {
+		defer m.begin(func() {})()
+		for range 5 {
+			before := m.left
+			time.Sleep(2 * time.Millisecond)
+			m.Pause()
+			if m.left > before-2*time.Millisecond {
+				t.Errorf("%v are left, and were %v", m.left, before)
+			}
+			still := m.left
+			time.Sleep(2 * time.Millisecond)
+			if m.Resume(); m.left != still {
+				t.Errorf("%v are left after a pause, %v before it", m.left, still)
+			}
+		}
+		return nil
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
 // stopped says whether a process stands still.
 func stopped(t *testing.T, pid int) bool {
 	stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
@@ -124,7 +148,7 @@ func TestMeasureFails(t *testing.T) {
 		_, err := m.Prepare(ctx, set)
 		return err
 	})
-	if death, ok := errors.AsType[*DeathError](err); !ok {
+	if death, ok := errors.AsType[*DeathError](err); !ok || !errors.Is(err, profile.ErrDead) {
 		t.Errorf("got %v, %v", err, death)
 	}
 	ctx, cancel := context.WithCancelCause(t.Context())
@@ -142,7 +166,7 @@ func TestMeasureFails(t *testing.T) {
 		_, err := m.Prepare(ctx, set)
 		return err
 	})
-	if err == nil || !strings.Contains(err.Error(), "Frobnicate") {
+	if err == nil || !strings.Contains(err.Error(), "Frobnicate") || errors.Is(err, profile.ErrDead) {
 		t.Errorf("got %v", err)
 	}
 }

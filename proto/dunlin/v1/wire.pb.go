@@ -2569,8 +2569,11 @@ type ModelProfile struct {
 	// Run time of one run by its rows, with the recommended setting.
 	Latency   []*LatencyPoint  `protobuf:"bytes,20,rep,name=latency,proto3" json:"latency,omitempty"`
 	Providers []*ProviderCheck `protobuf:"bytes,21,rep,name=providers,proto3" json:"providers,omitempty"`
-	// Why it could not be measured; then only memory is known.
-	Unmeasured    string `protobuf:"bytes,22,opt,name=unmeasured,proto3" json:"unmeasured,omitempty"`
+	// Why it could not be measured, or not all of it; without a recommended
+	// setting only memory is known.
+	Unmeasured string `protobuf:"bytes,22,opt,name=unmeasured,proto3" json:"unmeasured,omitempty"`
+	// That runs could have, of which the recommended threads are a part.
+	Cores         uint32 `protobuf:"varint,23,opt,name=cores,proto3" json:"cores,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2757,6 +2760,13 @@ func (x *ModelProfile) GetUnmeasured() string {
 		return x.Unmeasured
 	}
 	return ""
+}
+
+func (x *ModelProfile) GetCores() uint32 {
+	if x != nil {
+		return x.Cores
+	}
+	return 0
 }
 
 // ModelSetting is a way to run a version.
@@ -3730,7 +3740,7 @@ const file_dunlin_v1_wire_proto_rawDesc = "" +
 	"\x13_hours_to_threshold\"O\n" +
 	"\vAlarmSample\x12*\n" +
 	"\x02at\x18\x01 \x01(\v2\x1a.google.protobuf.TimestampR\x02at\x12\x14\n" +
-	"\x05value\x18\x02 \x01(\x01R\x05value\"\xb5\a\n" +
+	"\x05value\x18\x02 \x01(\x01R\x05value\"\xcb\a\n" +
 	"\fModelProfile\x12\x14\n" +
 	"\x05model\x18\x01 \x01(\tR\x05model\x12\x18\n" +
 	"\aversion\x18\x02 \x01(\x03R\aversion\x12\x16\n" +
@@ -3757,7 +3767,8 @@ const file_dunlin_v1_wire_proto_rawDesc = "" +
 	"\tproviders\x18\x15 \x03(\v2\x18.dunlin.v1.ProviderCheckR\tproviders\x12\x1e\n" +
 	"\n" +
 	"unmeasured\x18\x16 \x01(\tR\n" +
-	"unmeasured\"\x96\x01\n" +
+	"unmeasured\x12\x14\n" +
+	"\x05cores\x18\x17 \x01(\rR\x05cores\"\x96\x01\n" +
 	"\fModelSetting\x12\x1a\n" +
 	"\bprovider\x18\x01 \x01(\tR\bprovider\x12\x14\n" +
 	"\x05batch\x18\x02 \x01(\rR\x05batch\x12\x1c\n" +
