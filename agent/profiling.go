@@ -270,7 +270,7 @@ func (f *profiler) give(ctx context.Context, v engine.Status, p *dunlinv1.ModelP
 		return // it has been replaced: the next look is for that one
 	}
 	if t, ok := tuning(p); ok {
-		if err := f.host.engine.Tune(ctx, v.ID, t); err != nil {
+		if err := f.host.engine.Tune(ctx, v.Info.ID, t); err != nil {
 			if ctx.Err() == nil && !errors.Is(err, engine.ErrNotLoaded) && !errors.Is(err, engine.ErrDraining) {
 				f.log.Warn("a model runs without what was measured of it", "model", v.ID.Model, "version", v.ID.Version, "error", err)
 			}
