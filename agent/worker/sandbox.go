@@ -48,6 +48,7 @@ type Sandbox struct {
 	Landlock int  // version of its interface, 0 for none
 	Seccomp  bool // system calls are filtered
 	Limits   bool // resources are limited
+	confined bool // the process is a short-lived one
 }
 
 // String lists what there is.
@@ -165,7 +166,7 @@ func enterSandbox() (Sandbox, error) {
 	if s.Confined && !s.Entered {
 		return Sandbox{}, s.restart() // returns only if it fails
 	}
-	report := Sandbox{Landlock: s.ABI, Seccomp: filterCalls() == nil, Limits: s.limit() == nil}
+	report := Sandbox{Landlock: s.ABI, Seccomp: filterCalls() == nil, Limits: s.limit() == nil, confined: s.Confined}
 	return report, nil
 }
 
