@@ -248,7 +248,7 @@ func (w *walk) climb(at Setting) bool {
 }
 
 // neighbours gives the settings next to one, the likeliest to be better first:
-// other batches, other shares of the cores, the other layout of weights.
+// other batches, the other layout of weights, other shares of the cores.
 func (w *walk) neighbours(at Setting) []Setting {
 	s := w.search.space
 	var all []Setting
@@ -272,6 +272,8 @@ func (w *walk) neighbours(at Setting) []Setting {
 		add(smaller)
 		add(larger)
 	}
+	// What compiling found about it holds for one row.
+	add(func(b *Setting) { b.Prepacked = !b.Prepacked })
 	add(func(b *Setting) { b.Threads, b.Instances = b.Threads/2, b.Instances*2 })
 	add(func(b *Setting) { b.Threads, b.Instances = b.Threads*2, b.Instances/2 })
 	if 2*w.search.known[at].P50 > w.search.bound() {
@@ -283,7 +285,6 @@ func (w *walk) neighbours(at Setting) []Setting {
 	add(func(b *Setting) { b.Instances *= 2 })
 	add(func(b *Setting) { b.Threads *= 2 })
 	add(func(b *Setting) { b.Threads, b.Instances = 4*b.Threads, b.Instances/2 })
-	add(func(b *Setting) { b.Prepacked = !b.Prepacked })
 	add(func(b *Setting) { b.Threads /= 2 })
 	add(func(b *Setting) { b.Instances /= 2 })
 	return all
