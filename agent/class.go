@@ -1,7 +1,6 @@
 package agent
 
 import (
-	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -29,7 +28,6 @@ func (s *Serving) classify(ctx context.Context, info *dunlinv1.DeviceInfo) (prof
 	if err != nil {
 		return profiles.Match{}, fmt.Errorf("firmware profiles:\n%w", err)
 	}
-	info.Board = cmp.Or(info.Board, device.Board())
 	facts := device.Facts(info)
 	if set.NeedsRuntime() && facts.Runtime == "" && s.RuntimeLib != "" {
 		probe, cancel := context.WithTimeout(ctx, doctorTimeout)

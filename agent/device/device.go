@@ -122,7 +122,7 @@ func (d *Device) Close() error {
 
 // Info describes the device. What cannot be found out stays empty.
 func (d *Device) Info() *dunlinv1.DeviceInfo {
-	info := &dunlinv1.DeviceInfo{Os: runtime.GOOS, Arch: runtime.GOARCH, CpuCount: uint32(runtime.NumCPU()), Board: d.root.board()}
+	info := &dunlinv1.DeviceInfo{Os: runtime.GOOS, Arch: runtime.GOARCH, CpuCount: uint32(runtime.NumCPU()), Board: readBoard(string(d.root)).String()}
 	info.Hostname, _ = os.Hostname()
 	var u unix.Utsname
 	if unix.Uname(&u) == nil {

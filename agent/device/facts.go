@@ -34,10 +34,6 @@ func factsAt(root string, info *dunlinv1.DeviceInfo) profiles.Facts {
 	return f
 }
 
-// Board gives what the board says that it is: the device tree's model, or
-// DMI's vendor and product; "" where it says nothing.
-func Board() string { return readBoard("/").String() }
-
 // board is what one says of itself: by a device tree, as most that are not
 // PCs, or by DMI.
 type board struct {
@@ -79,6 +75,8 @@ func (b board) dmi() string {
 	return strings.ReplaceAll(b.vendor, "/", "-") + "/" + strings.ReplaceAll(b.product, "/", "-")
 }
 
+// String gives what the board says that it is: the device tree's model, or
+// DMI's vendor and product; "" where it says nothing.
 func (b board) String() string {
 	if b.model != "" {
 		return b.model

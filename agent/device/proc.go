@@ -153,15 +153,6 @@ func (r root) anonymous() *uint64 {
 	return new(sum)
 }
 
-// board gives what the board says of itself: the device tree's model, or DMI's
-// vendor and product.
-func (r root) board() string {
-	if model := r.line("/proc/device-tree/model"); model != "" {
-		return model
-	}
-	return strings.TrimSpace(r.line("/sys/class/dmi/id/sys_vendor") + " " + r.line("/sys/class/dmi/id/product_name"))
-}
-
 // cpuModel reads the processor's name out of /proc/cpuinfo.
 func cpuModel(cpuinfo string) string {
 	for _, name := range []string{"model name", "Model", "Hardware", "cpu model"} {
