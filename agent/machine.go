@@ -1,6 +1,7 @@
 package agent
 
 import (
+	"cmp"
 	"fmt"
 	"strconv"
 	"strings"
@@ -75,17 +76,10 @@ func machineFindings(info *dunlinv1.DeviceInfo, t *dunlinv1.Telemetry) []Finding
 	case len(names) == 0:
 		gpus.Verdict, gpus.Detail, gpus.Remedy = Warn, "no GPU of NVIDIA's, or no driver", "install the NVIDIA driver, if this device has an NVIDIA GPU"
 	default:
-		gpus.Detail = fmt.Sprintf("%s; driver %s, CUDA %s", strings.Join(names, ", "), or(info.DriverVersion, "unknown"), or(info.CudaVersion, "unknown"))
+		gpus.Detail = fmt.Sprintf("%s; driver %s, CUDA %s", strings.Join(names, ", "), cmp.Or(info.DriverVersion, "unknown"), cmp.Or(info.CudaVersion, "unknown"))
 	}
-	figures := Finding{Check: "telemetry", Verdict: Pass, Detail: fmt.Sprintf("%d temperatures, power: %s", len(t.Temperatures), or(t.PowerSource, "none"))}
+	figures := Finding{Check: "telemetry", Verdict: Pass, Detail: fmt.Sprintf("%d temperatures, power: %s", len(t.Temperatures), cmp.Or(t.PowerSource, "none"))}
 	return []Finding{gpus, figures}
-}
-
-func or(s, otherwise string) string {
-	if s == "" {
-		return otherwise
-	}
-	return s
 }
 
 // figure describes one of the device's.
@@ -191,7 +185,7 @@ func (m machineMetrics) Collect(ch chan<- prometheus.Metric) {
 		}
 	}
 	for _, g := range t.Gpus {
-		gpu := or(g.Uuid, strconv.FormatUint(uint64(g.Index), 10))
+		gpu := cmp.Or(g.Uuid, strconv.FormatUint(uint64(g.Index), 10))
 		export(ch, nvUtilisation, gauge, g.Utilisation, gpu)
 		export(ch, nvPower, gauge, g.PowerWatts, gpu)
 		export(ch, nvPowerLimit, gauge, g.PowerLimitWatts, gpu)
