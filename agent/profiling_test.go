@@ -14,6 +14,7 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"google.golang.org/protobuf/proto"
@@ -338,31 +339,33 @@ func TestMeter(t *testing.T) {
 
 // TestQuiet: a device that is throttled or compiles is not idle.
 func TestQuiet(t *testing.T) {
-	f := benched(t)
-	q := quiet{f.host}
-	idle := func(when string, want bool) {
-		t.Helper()
-		time.Sleep(time.Millisecond)
-		if got := q.Idle() > 0; got != want {
-			t.Errorf("%s: idle %v", when, got)
+	synctest.Test(t, func(t *testing.T) {
+		f := benched(t)
+		q := quiet{f.host}
+		idle := func(when string, want bool) {
+			t.Helper()
+			time.Sleep(time.Millisecond)
+			if got := q.Idle() > 0; got != want {
+				t.Errorf("%s: idle %v", when, got)
+			}
 		}
-	}
-	idle("at rest", true)
-	if err := f.host.engine.Throttle(t.Context(), engine.Throttle{Cordon: true}); err != nil {
-		t.Fatal(err)
-	}
-	idle("cordoned", false)
-	if err := f.host.engine.Throttle(t.Context(), engine.Throttle{}); err != nil {
-		t.Fatal(err)
-	}
-	idle("no more", true)
-	if _, err := f.host.counted(func(context.Context, worker.Runtime, engine.Spec) (worker.Image, error) {
-		idle("while it compiles", false)
-		return worker.Image{}, nil
-	})(t.Context(), worker.Runtime{}, engine.Spec{}); err != nil {
-		t.Fatal(err)
-	}
-	idle("compiled", true)
+		idle("at rest", true)
+		if err := f.host.engine.Throttle(t.Context(), engine.Throttle{Cordon: true}); err != nil {
+			t.Fatal(err)
+		}
+		idle("cordoned", false)
+		if err := f.host.engine.Throttle(t.Context(), engine.Throttle{}); err != nil {
+			t.Fatal(err)
+		}
+		idle("no more", true)
+		if _, err := f.host.counted(func(context.Context, worker.Runtime, engine.Spec) (worker.Image, error) {
+			idle("while it compiles", false)
+			return worker.Image{}, nil
+		})(t.Context(), worker.Runtime{}, engine.Spec{}); err != nil {
+			t.Fatal(err)
+		}
+		idle("compiled", true)
+	})
 }
 
 // loader is a runtime that loads everything and runs nothing.
@@ -584,21 +587,23 @@ func TestMeasuringFails(t *testing.T) {
 
 // TestRunEndsMeasuring: what is measured ends before run does.
 func TestRunEndsMeasuring(t *testing.T) {
-	f := benched(t)
-	f.host.worker = &newest{}
-	ctx, stop := context.WithCancel(t.Context())
-	ended := false
-	f.bench = func(ctx context.Context, _ task) (*dunlinv1.ModelProfile, error) {
-		stop()
-		<-ctx.Done()
-		time.Sleep(10 * time.Millisecond)
-		ended = true
-		return nil, ctx.Err()
-	}
-	f.load(t, "a", "v1.onnx", f.host.engine.Load)
-	if err := f.run(ctx); err != nil || !ended {
-		t.Errorf("%v, ended %v", err, ended)
-	}
+	synctest.Test(t, func(t *testing.T) {
+		f := benched(t)
+		f.host.worker = &newest{}
+		ctx, stop := context.WithCancel(t.Context())
+		ended := false
+		f.bench = func(ctx context.Context, _ task) (*dunlinv1.ModelProfile, error) {
+			stop()
+			<-ctx.Done()
+			time.Sleep(10 * time.Millisecond)
+			ended = true
+			return nil, ctx.Err()
+		}
+		f.load(t, "a", "v1.onnx", f.host.engine.Load)
+		if err := f.run(ctx); err != nil || !ended {
+			t.Errorf("%v, ended %v", err, ended)
+		}
+	})
 }
 
 // newest is a runner whose runtime has started.
