@@ -45,12 +45,15 @@ type Config struct {
 }
 
 type server struct {
+	v1connect.UnimplementedAuthServiceHandler
+	v1connect.UnimplementedEnrollmentServiceHandler
+	v1connect.UnimplementedDeviceServiceHandler
 	Config
 }
 
 // New gives the handler of all services.
 func New(c Config) http.Handler {
-	s := &server{c}
+	s := &server{Config: c}
 	options := connect.WithHandlerOptions(connect.WithInterceptors(gate{c.Log}), connect.WithReadMaxBytes(maxRequest))
 	mux := http.NewServeMux()
 	mux.Handle(v1connect.NewAuthServiceHandler(s, options))

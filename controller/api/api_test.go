@@ -307,7 +307,7 @@ func TestObjects(t *testing.T) {
 		t.Errorf("got %v", got)
 	}
 	records, err := w.store.Audit(t.Context(), 1)
-	if err != nil || records[0].Who != "user:operator" || records[0].Object != "Route r" {
+	if err != nil || records[0].Who != "user:operator" || records[0].Object != "Route/r" {
 		t.Errorf("got %v, %v", records, err)
 	}
 }

@@ -40,6 +40,11 @@ type Principal struct {
 	Kind Kind
 	Name string
 	Role Role // of a user
+	// Scope are labels that a device must have for a user to see and change it;
+	// none: the whole fleet.
+	Scope map[string]string
+	// From is the address that the caller came from, host:port.
+	From string
 }
 
 // May says whether p is a user whose role includes what r may do.

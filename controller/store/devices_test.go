@@ -77,7 +77,7 @@ func TestJoin(t *testing.T) {
 	is(t, s.Join(ctx, j), ErrRefused) // its token is used up
 	records, err := s.Audit(ctx, 100)
 	must(t, err)
-	if r := records[0]; r.Who != "user:a" || r.Action != "remove" || r.Object != "device d" {
+	if r := records[0]; r.Who != "user:a" || r.Action != "device.remove" || r.Object != "device/d" {
 		t.Errorf("audit has %+v", r)
 	}
 }

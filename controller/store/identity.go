@@ -46,7 +46,7 @@ func (s *Store) AddToken(ctx context.Context, user string, role identity.Role, h
 		if _, err := tx.ExecContext(ctx, "INSERT INTO tokens (hash, user, created_at) VALUES (?, ?, ?)", hash[:], user, now); err != nil {
 			return fmt.Errorf("add token of %s: %w", user, err)
 		}
-		return s.audit(ctx, tx, "controller", "create token", "user "+user, string(role))
+		return s.audit(ctx, tx, AuditRecord{Who: "controller", Action: "token.create", Object: "user/" + user, After: string(role)})
 	})
 }
 
@@ -70,7 +70,7 @@ func (s *Store) CreateJoinToken(ctx context.Context, by string, hash [32]byte, t
 			hash[:], t.ID, t.UsesLeft, nanos(t.ExpiresAt), jsonText(t.Labels)); err != nil {
 			return fmt.Errorf("create join token: %w", err)
 		}
-		return s.audit(ctx, tx, by, "create join token", "join token "+t.ID, fmt.Sprintf("%d uses until %s", t.UsesLeft, t.ExpiresAt.UTC().Format(time.RFC3339)))
+		return s.audit(ctx, tx, AuditRecord{Who: by, Action: "join-token.create", Object: "join-token/" + t.ID, After: fmt.Sprintf("%d uses until %s", t.UsesLeft, t.ExpiresAt.UTC().Format(time.RFC3339))})
 	})
 	return t, err
 }
@@ -145,7 +145,7 @@ func (s *Store) Join(ctx context.Context, j Join) error {
 			j.Device, j.Secret[:], j.Broker, jsonText(j.Labels), labels, info, now); err != nil {
 			return fmt.Errorf("add device %s: %w", j.Device, err)
 		}
-		return s.audit(ctx, tx, "device:"+j.Device, "join", "device "+j.Device, "join token "+id)
+		return s.audit(ctx, tx, AuditRecord{Who: "device:" + j.Device, Action: "device.join", Object: "device/" + j.Device, After: "join token " + id})
 	})
 }
 
@@ -159,7 +159,7 @@ func (s *Store) RemoveDevice(ctx context.Context, by, device string) error {
 		if n, err := r.RowsAffected(); err != nil || n == 0 {
 			return errors.Join(fmt.Errorf("device %s: %w", device, ErrNotFound), err)
 		}
-		return s.audit(ctx, tx, by, "remove", "device "+device, "")
+		return s.audit(ctx, tx, AuditRecord{Who: by, Action: "device.remove", Object: "device/" + device})
 	})
 }
 

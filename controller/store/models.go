@@ -100,7 +100,7 @@ func (s *Store) CreateVersion(ctx context.Context, v Version) (made Version, cre
 			return fmt.Errorf("add version %d of model %s: %w", v.Version, v.Model, err)
 		}
 		made, created = v, true
-		return s.audit(ctx, tx, v.CreatedBy, "create version", fmt.Sprintf("model %s:%d", v.Model, v.Version), v.Digest)
+		return s.audit(ctx, tx, AuditRecord{Who: v.CreatedBy, Action: "version.create", Object: fmt.Sprintf("model/%s:%d", v.Model, v.Version), After: v.Digest})
 	})
 	if err != nil {
 		return Version{}, false, err

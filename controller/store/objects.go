@@ -84,7 +84,7 @@ func (s *Store) Apply(ctx context.Context, by string, apply []fleet.Object, dryR
 				c.Before = old.YAML()
 			}
 			if c.Before != c.After {
-				if c.Rollout, err = s.put(ctx, tx, by, old, o, c.After, dryRun); err != nil {
+				if c.Rollout, err = s.put(ctx, tx, by, old, o, c.Before, c.After, dryRun); err != nil {
 					return err
 				}
 			}
@@ -101,12 +101,12 @@ func (s *Store) Apply(ctx context.Context, by string, apply []fleet.Object, dryR
 	return changes, nil
 }
 
-func (s *Store) put(ctx context.Context, tx *sql.Tx, by string, old, o fleet.Object, text string, dryRun bool) (rollout string, err error) {
+func (s *Store) put(ctx context.Context, tx *sql.Tx, by string, old, o fleet.Object, before, text string, dryRun bool) (rollout string, err error) {
 	if _, err := tx.ExecContext(ctx, "INSERT INTO objects (kind, name, yaml, updated_at) VALUES (?, ?, ?, ?) ON CONFLICT (kind, name) DO UPDATE SET yaml = excluded.yaml, updated_at = excluded.updated_at",
 		o.Kind(), o.Name(), text, s.now().UnixNano()); err != nil {
 		return "", fmt.Errorf("put %s %s: %w", o.Kind(), o.Name(), err)
 	}
-	if err := s.audit(ctx, tx, by, "apply", o.Kind()+" "+o.Name(), text); err != nil {
+	if err := s.audit(ctx, tx, AuditRecord{Who: by, Action: "object.apply", Object: o.Kind() + "/" + o.Name(), Before: before, After: text}); err != nil {
 		return "", err
 	}
 	d := o.Deployment
@@ -204,7 +204,7 @@ func (s *Store) Delete(ctx context.Context, by, kind, name string) (c Change, er
 				return err
 			}
 		}
-		return s.audit(ctx, tx, by, "delete", kind+" "+name, c.Before)
+		return s.audit(ctx, tx, AuditRecord{Who: by, Action: "object.delete", Object: kind + "/" + name, Before: c.Before})
 	})
 	return c, err
 }

@@ -106,7 +106,7 @@ func (s *Store) SaveRollout(ctx context.Context, before, after fleet.Rollout) er
 		if after.State == fleet.Running {
 			return nil
 		}
-		return s.audit(ctx, tx, "controller", "end rollout", "rollout "+after.ID(), after.Reason)
+		return s.audit(ctx, tx, AuditRecord{Who: "controller", Action: "rollout.end", Object: "rollout/" + after.ID(), After: after.Reason})
 	})
 }
 

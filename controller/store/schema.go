@@ -156,4 +156,80 @@ CREATE INDEX profiles_by_version ON profiles (model, digest);
 CREATE TRIGGER profiles_of_version AFTER DELETE ON versions BEGIN
 	DELETE FROM profiles WHERE model = old.model AND digest = old.digest;
 END;
+`, `
+-- Devices are known by certificates.
+CREATE TABLE authorities (
+	id          TEXT PRIMARY KEY, -- pki.ID of its key, which is in a file
+	certificate BLOB NOT NULL,
+	cross_certs BLOB NOT NULL,    -- by which older ones vouch for it, DER, one after the other
+	active      INTEGER NOT NULL, -- the one that issues
+	created_at  INTEGER NOT NULL
+) STRICT, WITHOUT ROWID;
+CREATE UNIQUE INDEX authorities_active ON authorities (active) WHERE active = 1;
+
+-- Rows stay when their device is forgotten, until they expire: what is revoked
+-- stays so.
+CREATE TABLE certificates (
+	serial     BLOB PRIMARY KEY,
+	device     TEXT NOT NULL,
+	authority  TEXT NOT NULL,
+	key        TEXT NOT NULL, -- pki.ID
+	der        BLOB NOT NULL,
+	not_after  INTEGER NOT NULL,
+	used_at    INTEGER NOT NULL DEFAULT 0, -- first connection with it
+	revoked_at INTEGER NOT NULL DEFAULT 0,
+	reason     TEXT NOT NULL DEFAULT ''
+) STRICT, WITHOUT ROWID;
+CREATE INDEX certificates_by_device ON certificates (device);
+
+ALTER TABLE devices ADD COLUMN revoked_at INTEGER NOT NULL DEFAULT 0;
+ALTER TABLE devices ADD COLUMN revoked_reason TEXT NOT NULL DEFAULT '';
+ALTER TABLE devices ADD COLUMN twins BLOB NOT NULL DEFAULT x''; -- an encoded DeviceIdentity with its twins only
+ALTER TABLE devices ADD COLUMN trust_version INTEGER NOT NULL DEFAULT 0;
+ALTER TABLE devices ADD COLUMN root_ids TEXT NOT NULL DEFAULT '[]';
+
+ALTER TABLE join_tokens ADD COLUMN device TEXT NOT NULL DEFAULT ''; -- for this one only
+
+ALTER TABLE users ADD COLUMN scope TEXT NOT NULL DEFAULT '{}';    -- labels
+ALTER TABLE users ADD COLUMN password TEXT NOT NULL DEFAULT '';   -- argon2id, in the PHC form; '': none
+ALTER TABLE users ADD COLUMN external INTEGER NOT NULL DEFAULT 0; -- signs in by OpenID Connect
+
+ALTER TABLE tokens ADD COLUMN id TEXT NOT NULL DEFAULT '';
+ALTER TABLE tokens ADD COLUMN comment TEXT NOT NULL DEFAULT '';
+ALTER TABLE tokens ADD COLUMN role TEXT NOT NULL DEFAULT '';  -- '': the user's
+ALTER TABLE tokens ADD COLUMN scope TEXT NOT NULL DEFAULT '{}';
+ALTER TABLE tokens ADD COLUMN expires_at INTEGER NOT NULL DEFAULT 0; -- 0: never
+ALTER TABLE tokens ADD COLUMN last_used_at INTEGER NOT NULL DEFAULT 0;
+UPDATE tokens SET id = lower(hex(substr(hash, 1, 6)));
+CREATE UNIQUE INDEX tokens_by_id ON tokens (id);
+
+-- Each record has the hash of the one before in its own.
+CREATE TABLE audit_log (
+	number  INTEGER PRIMARY KEY,
+	at      INTEGER NOT NULL,
+	who     TEXT NOT NULL,
+	action  TEXT NOT NULL,
+	object  TEXT NOT NULL,
+	refused INTEGER NOT NULL,
+	before  TEXT NOT NULL,
+	after   TEXT NOT NULL,
+	reason  TEXT NOT NULL,
+	source  TEXT NOT NULL, -- address
+	count   INTEGER NOT NULL,
+	hash    BLOB NOT NULL CHECK (length(hash) = 32)
+) STRICT;
+
+CREATE TABLE trust (
+	version INTEGER PRIMARY KEY,
+	signed  BLOB NOT NULL -- an encoded SignedTrust
+) STRICT;
+
+CREATE TABLE signatures (
+	model      TEXT NOT NULL,
+	digest     TEXT NOT NULL, -- of the bundle's manifest
+	manifest   TEXT NOT NULL, -- of the signature's
+	signer     TEXT NOT NULL,
+	created_at INTEGER NOT NULL,
+	PRIMARY KEY (model, digest, manifest)
+) STRICT, WITHOUT ROWID;
 `}

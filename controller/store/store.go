@@ -176,10 +176,12 @@ func each(ctx context.Context, tx *sql.Tx, query string, args []any, row func(sc
 // forgotten.
 const MaxAudit = 100_000
 
-func (s *Store) audit(ctx context.Context, tx *sql.Tx, who, action, object, detail string) error {
+// audit writes a record in the transaction of the change that it is of. The
+// address is that of the caller in ctx.
+func (s *Store) audit(ctx context.Context, tx *sql.Tx, r AuditRecord) error {
 	var id int64
 	err := tx.QueryRowContext(ctx, "INSERT INTO audit (at, who, action, object, detail) VALUES (?, ?, ?, ?, ?) RETURNING id",
-		s.now().UnixNano(), who, action, object, detail).Scan(&id)
+		s.now().UnixNano(), r.Who, r.Action, r.Object, r.After).Scan(&id)
 	if err == nil {
 		_, err = tx.ExecContext(ctx, "DELETE FROM audit WHERE id <= ?", id-MaxAudit)
 	}
@@ -189,10 +191,11 @@ func (s *Store) audit(ctx context.Context, tx *sql.Tx, who, action, object, deta
 	return nil
 }
 
-// AuditRecord is one change and who made it.
+// AuditRecord is one change and who made it. The action is a dotted lower-case
+// name, the object KIND/NAME.
 type AuditRecord struct {
-	At                          time.Time
-	Who, Action, Object, Detail string
+	At                                 time.Time
+	Who, Action, Object, Before, After string
 }
 
 // Audit gives the newest records first.
@@ -201,7 +204,7 @@ func (s *Store) Audit(ctx context.Context, limit int) (records []AuditRecord, er
 		return each(ctx, tx, "SELECT at, who, action, object, detail FROM audit ORDER BY id DESC LIMIT ?", []any{limit}, func(scan func(...any) error) error {
 			var r AuditRecord
 			var at int64
-			if err := scan(&at, &r.Who, &r.Action, &r.Object, &r.Detail); err != nil {
+			if err := scan(&at, &r.Who, &r.Action, &r.Object, &r.After); err != nil {
 				return err
 			}
 			r.At = instant(at)

@@ -164,7 +164,7 @@ func TestSchemaTables(t *testing.T) {
 			return err
 		})
 	}))
-	want := "audit desired devices events join_tokens meta objects outboxes profiles rollout_devices rollouts tokens users versions"
+	want := "audit audit_log authorities certificates desired devices events join_tokens meta objects outboxes profiles rollout_devices rollouts signatures tokens trust users versions"
 	if got := strings.Join(tables, " "); got != want {
 		t.Errorf("got %s", got)
 	}
@@ -367,7 +367,7 @@ func TestCrash(t *testing.T) {
 		s := open(t, c.path, Options{})
 		var objects, rollouts, events, audits int
 		must(t, s.reader.QueryRow(`SELECT (SELECT count(*) FROM objects), (SELECT count(*) FROM rollouts),
-			(SELECT count(*) FROM events), (SELECT count(*) FROM audit WHERE action = 'apply')`).Scan(&objects, &rollouts, &events, &audits))
+			(SELECT count(*) FROM events), (SELECT count(*) FROM audit WHERE action = 'object.apply')`).Scan(&objects, &rollouts, &events, &audits))
 		if objects != rollouts || objects != audits || events != 0 && events != 2 {
 			t.Errorf("%s: %d objects, %d rollouts, %d audits, %d events", c.step, objects, rollouts, audits, events)
 		}
@@ -385,7 +385,7 @@ func TestCrash(t *testing.T) {
 func TestRollback(t *testing.T) {
 	s, _ := fresh(t)
 	err := s.write(t.Context(), "x", func(tx *sql.Tx) error {
-		if err := s.audit(t.Context(), tx, "a", "b", "c", "d"); err != nil {
+		if err := s.audit(t.Context(), tx, AuditRecord{Who: "a", Action: "b", Object: "c", After: "d"}); err != nil {
 			return err
 		}
 		return errCrash

@@ -690,8 +690,14 @@ type Hello struct {
 	HaveGeneration *Generation       `protobuf:"bytes,3,opt,name=have_generation,json=haveGeneration,proto3" json:"have_generation,omitempty"`
 	Info           *DeviceInfo       `protobuf:"bytes,4,opt,name=info,proto3" json:"info,omitempty"`
 	Labels         map[string]string `protobuf:"bytes,5,rep,name=labels,proto3" json:"labels,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
-	unknownFields  protoimpl.UnknownFields
-	sizeCache      protoimpl.SizeCache
+	// Version of the trust document, and fingerprints of the roots (SHA-256 of
+	// their public keys), that the agent has.
+	TrustVersion uint64   `protobuf:"varint,6,opt,name=trust_version,json=trustVersion,proto3" json:"trust_version,omitempty"`
+	RootIds      [][]byte `protobuf:"bytes,7,rep,name=root_ids,json=rootIds,proto3" json:"root_ids,omitempty"`
+	// Serial number of the certificate that the agent connected with.
+	CertificateSerial []byte `protobuf:"bytes,8,opt,name=certificate_serial,json=certificateSerial,proto3" json:"certificate_serial,omitempty"`
+	unknownFields     protoimpl.UnknownFields
+	sizeCache         protoimpl.SizeCache
 }
 
 func (x *Hello) Reset() {
@@ -755,6 +761,27 @@ func (x *Hello) GetInfo() *DeviceInfo {
 func (x *Hello) GetLabels() map[string]string {
 	if x != nil {
 		return x.Labels
+	}
+	return nil
+}
+
+func (x *Hello) GetTrustVersion() uint64 {
+	if x != nil {
+		return x.TrustVersion
+	}
+	return 0
+}
+
+func (x *Hello) GetRootIds() [][]byte {
+	if x != nil {
+		return x.RootIds
+	}
+	return nil
+}
+
+func (x *Hello) GetCertificateSerial() []byte {
+	if x != nil {
+		return x.CertificateSerial
 	}
 	return nil
 }
@@ -948,7 +975,10 @@ type DesiredVersion struct {
 	// Digest of the bundle's manifest, "sha256:" and 64 hexadecimal digits.
 	Digest string `protobuf:"bytes,4,opt,name=digest,proto3" json:"digest,omitempty"`
 	// Sum of the sizes of the bundle's files.
-	SizeBytes     uint64 `protobuf:"varint,5,opt,name=size_bytes,json=sizeBytes,proto3" json:"size_bytes,omitempty"`
+	SizeBytes uint64 `protobuf:"varint,5,opt,name=size_bytes,json=sizeBytes,proto3" json:"size_bytes,omitempty"`
+	// Digests of the manifests, in the registry's repository of the model, that
+	// hold the bundle's signatures.
+	Signatures    []string `protobuf:"bytes,6,rep,name=signatures,proto3" json:"signatures,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1016,6 +1046,13 @@ func (x *DesiredVersion) GetSizeBytes() uint64 {
 		return x.SizeBytes
 	}
 	return 0
+}
+
+func (x *DesiredVersion) GetSignatures() []string {
+	if x != nil {
+		return x.Signatures
+	}
+	return nil
 }
 
 // DesiredRoute is a served name and where its requests go.
@@ -1633,6 +1670,8 @@ type Command struct {
 	//
 	//	*Command_EventAck
 	//	*Command_HelloAgain
+	//	*Command_StandDown
+	//	*Command_RenewNow
 	Command       isCommand_Command `protobuf_oneof:"command"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -1693,6 +1732,24 @@ func (x *Command) GetHelloAgain() *HelloAgain {
 	return nil
 }
 
+func (x *Command) GetStandDown() *StandDown {
+	if x != nil {
+		if x, ok := x.Command.(*Command_StandDown); ok {
+			return x.StandDown
+		}
+	}
+	return nil
+}
+
+func (x *Command) GetRenewNow() *RenewNow {
+	if x != nil {
+		if x, ok := x.Command.(*Command_RenewNow); ok {
+			return x.RenewNow
+		}
+	}
+	return nil
+}
+
 type isCommand_Command interface {
 	isCommand_Command()
 }
@@ -1706,9 +1763,124 @@ type Command_HelloAgain struct {
 	HelloAgain *HelloAgain `protobuf:"bytes,2,opt,name=hello_again,json=helloAgain,proto3,oneof"`
 }
 
+type Command_StandDown struct {
+	// Another agent uses the same identity, and is kept.
+	StandDown *StandDown `protobuf:"bytes,3,opt,name=stand_down,json=standDown,proto3,oneof"`
+}
+
+type Command_RenewNow struct {
+	// The certificate should be renewed now: whom to trust has changed, or
+	// the authority that it is of goes.
+	RenewNow *RenewNow `protobuf:"bytes,4,opt,name=renew_now,json=renewNow,proto3,oneof"`
+}
+
 func (*Command_EventAck) isCommand_Command() {}
 
 func (*Command_HelloAgain) isCommand_Command() {}
+
+func (*Command_StandDown) isCommand_Command() {}
+
+func (*Command_RenewNow) isCommand_Command() {}
+
+// StandDown tells an agent that another one has its identity. It goes on
+// serving, and comes back after an hour, or when it starts again.
+type StandDown struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The agent that it is meant for.
+	BootId        string `protobuf:"bytes,1,opt,name=boot_id,json=bootId,proto3" json:"boot_id,omitempty"`
+	KeptHostname  string `protobuf:"bytes,2,opt,name=kept_hostname,json=keptHostname,proto3" json:"kept_hostname,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *StandDown) Reset() {
+	*x = StandDown{}
+	mi := &file_dunlin_v1_wire_proto_msgTypes[18]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *StandDown) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*StandDown) ProtoMessage() {}
+
+func (x *StandDown) ProtoReflect() protoreflect.Message {
+	mi := &file_dunlin_v1_wire_proto_msgTypes[18]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use StandDown.ProtoReflect.Descriptor instead.
+func (*StandDown) Descriptor() ([]byte, []int) {
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{18}
+}
+
+func (x *StandDown) GetBootId() string {
+	if x != nil {
+		return x.BootId
+	}
+	return ""
+}
+
+func (x *StandDown) GetKeptHostname() string {
+	if x != nil {
+		return x.KeptHostname
+	}
+	return ""
+}
+
+// RenewNow tells an agent to renew, after a random time within the bound.
+type RenewNow struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	WithinMs      uint32                 `protobuf:"varint,1,opt,name=within_ms,json=withinMs,proto3" json:"within_ms,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RenewNow) Reset() {
+	*x = RenewNow{}
+	mi := &file_dunlin_v1_wire_proto_msgTypes[19]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RenewNow) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RenewNow) ProtoMessage() {}
+
+func (x *RenewNow) ProtoReflect() protoreflect.Message {
+	mi := &file_dunlin_v1_wire_proto_msgTypes[19]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RenewNow.ProtoReflect.Descriptor instead.
+func (*RenewNow) Descriptor() ([]byte, []int) {
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{19}
+}
+
+func (x *RenewNow) GetWithinMs() uint32 {
+	if x != nil {
+		return x.WithinMs
+	}
+	return 0
+}
 
 // HelloAgain asks an agent to introduce itself again.
 type HelloAgain struct {
@@ -1719,7 +1891,7 @@ type HelloAgain struct {
 
 func (x *HelloAgain) Reset() {
 	*x = HelloAgain{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[18]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1731,7 +1903,7 @@ func (x *HelloAgain) String() string {
 func (*HelloAgain) ProtoMessage() {}
 
 func (x *HelloAgain) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[18]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1744,7 +1916,7 @@ func (x *HelloAgain) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HelloAgain.ProtoReflect.Descriptor instead.
 func (*HelloAgain) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{18}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{20}
 }
 
 // Telemetry is one sample of a device's figures. A figure that the device
@@ -1790,7 +1962,7 @@ type Telemetry struct {
 
 func (x *Telemetry) Reset() {
 	*x = Telemetry{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[19]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1802,7 +1974,7 @@ func (x *Telemetry) String() string {
 func (*Telemetry) ProtoMessage() {}
 
 func (x *Telemetry) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[19]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1815,7 +1987,7 @@ func (x *Telemetry) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Telemetry.ProtoReflect.Descriptor instead.
 func (*Telemetry) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{19}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *Telemetry) GetAt() *timestamppb.Timestamp {
@@ -1977,7 +2149,7 @@ type Temperature struct {
 
 func (x *Temperature) Reset() {
 	*x = Temperature{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[20]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1989,7 +2161,7 @@ func (x *Temperature) String() string {
 func (*Temperature) ProtoMessage() {}
 
 func (x *Temperature) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[20]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2002,7 +2174,7 @@ func (x *Temperature) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Temperature.ProtoReflect.Descriptor instead.
 func (*Temperature) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{20}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *Temperature) GetSensor() string {
@@ -2061,7 +2233,7 @@ type GpuTelemetry struct {
 
 func (x *GpuTelemetry) Reset() {
 	*x = GpuTelemetry{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[21]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2073,7 +2245,7 @@ func (x *GpuTelemetry) String() string {
 func (*GpuTelemetry) ProtoMessage() {}
 
 func (x *GpuTelemetry) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[21]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2086,7 +2258,7 @@ func (x *GpuTelemetry) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GpuTelemetry.ProtoReflect.Descriptor instead.
 func (*GpuTelemetry) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{21}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *GpuTelemetry) GetIndex() uint32 {
@@ -2296,7 +2468,7 @@ type GpuProcess struct {
 
 func (x *GpuProcess) Reset() {
 	*x = GpuProcess{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[22]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2308,7 +2480,7 @@ func (x *GpuProcess) String() string {
 func (*GpuProcess) ProtoMessage() {}
 
 func (x *GpuProcess) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[22]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2321,7 +2493,7 @@ func (x *GpuProcess) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GpuProcess.ProtoReflect.Descriptor instead.
 func (*GpuProcess) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{22}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *GpuProcess) GetPid() uint32 {
@@ -2368,7 +2540,7 @@ type Alarm struct {
 
 func (x *Alarm) Reset() {
 	*x = Alarm{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[23]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2380,7 +2552,7 @@ func (x *Alarm) String() string {
 func (*Alarm) ProtoMessage() {}
 
 func (x *Alarm) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[23]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2393,7 +2565,7 @@ func (x *Alarm) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Alarm.ProtoReflect.Descriptor instead.
 func (*Alarm) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{23}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *Alarm) GetKind() string {
@@ -2497,7 +2669,7 @@ type AlarmSample struct {
 
 func (x *AlarmSample) Reset() {
 	*x = AlarmSample{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[24]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2509,7 +2681,7 @@ func (x *AlarmSample) String() string {
 func (*AlarmSample) ProtoMessage() {}
 
 func (x *AlarmSample) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[24]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2522,7 +2694,7 @@ func (x *AlarmSample) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AlarmSample.ProtoReflect.Descriptor instead.
 func (*AlarmSample) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{24}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *AlarmSample) GetAt() *timestamppb.Timestamp {
@@ -2580,7 +2752,7 @@ type ModelProfile struct {
 
 func (x *ModelProfile) Reset() {
 	*x = ModelProfile{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[25]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2592,7 +2764,7 @@ func (x *ModelProfile) String() string {
 func (*ModelProfile) ProtoMessage() {}
 
 func (x *ModelProfile) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[25]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2605,7 +2777,7 @@ func (x *ModelProfile) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ModelProfile.ProtoReflect.Descriptor instead.
 func (*ModelProfile) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{25}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *ModelProfile) GetModel() string {
@@ -2786,7 +2958,7 @@ type ModelSetting struct {
 
 func (x *ModelSetting) Reset() {
 	*x = ModelSetting{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[26]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2798,7 +2970,7 @@ func (x *ModelSetting) String() string {
 func (*ModelSetting) ProtoMessage() {}
 
 func (x *ModelSetting) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[26]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2811,7 +2983,7 @@ func (x *ModelSetting) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ModelSetting.ProtoReflect.Descriptor instead.
 func (*ModelSetting) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{26}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *ModelSetting) GetProvider() string {
@@ -2867,7 +3039,7 @@ type ProfilePoint struct {
 
 func (x *ProfilePoint) Reset() {
 	*x = ProfilePoint{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[27]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2879,7 +3051,7 @@ func (x *ProfilePoint) String() string {
 func (*ProfilePoint) ProtoMessage() {}
 
 func (x *ProfilePoint) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[27]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2892,7 +3064,7 @@ func (x *ProfilePoint) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProfilePoint.ProtoReflect.Descriptor instead.
 func (*ProfilePoint) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{27}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *ProfilePoint) GetSetting() *ModelSetting {
@@ -2961,7 +3133,7 @@ type LatencyPoint struct {
 
 func (x *LatencyPoint) Reset() {
 	*x = LatencyPoint{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[28]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2973,7 +3145,7 @@ func (x *LatencyPoint) String() string {
 func (*LatencyPoint) ProtoMessage() {}
 
 func (x *LatencyPoint) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[28]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2986,7 +3158,7 @@ func (x *LatencyPoint) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LatencyPoint.ProtoReflect.Descriptor instead.
 func (*LatencyPoint) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{28}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *LatencyPoint) GetRows() uint32 {
@@ -3018,7 +3190,7 @@ type ProviderCheck struct {
 
 func (x *ProviderCheck) Reset() {
 	*x = ProviderCheck{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[29]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3030,7 +3202,7 @@ func (x *ProviderCheck) String() string {
 func (*ProviderCheck) ProtoMessage() {}
 
 func (x *ProviderCheck) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[29]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3043,7 +3215,7 @@ func (x *ProviderCheck) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProviderCheck.ProtoReflect.Descriptor instead.
 func (*ProviderCheck) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{29}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *ProviderCheck) GetProvider() string {
@@ -3106,7 +3278,7 @@ type ModelTelemetry struct {
 
 func (x *ModelTelemetry) Reset() {
 	*x = ModelTelemetry{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[30]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3118,7 +3290,7 @@ func (x *ModelTelemetry) String() string {
 func (*ModelTelemetry) ProtoMessage() {}
 
 func (x *ModelTelemetry) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[30]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3131,7 +3303,7 @@ func (x *ModelTelemetry) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ModelTelemetry.ProtoReflect.Descriptor instead.
 func (*ModelTelemetry) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{30}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *ModelTelemetry) GetModel() string {
@@ -3225,7 +3397,7 @@ type SwapCount struct {
 
 func (x *SwapCount) Reset() {
 	*x = SwapCount{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[31]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3237,7 +3409,7 @@ func (x *SwapCount) String() string {
 func (*SwapCount) ProtoMessage() {}
 
 func (x *SwapCount) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[31]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3250,7 +3422,7 @@ func (x *SwapCount) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SwapCount.ProtoReflect.Descriptor instead.
 func (*SwapCount) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{31}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *SwapCount) GetReason() string {
@@ -3287,7 +3459,7 @@ type BlockRequest struct {
 
 func (x *BlockRequest) Reset() {
 	*x = BlockRequest{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[32]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3299,7 +3471,7 @@ func (x *BlockRequest) String() string {
 func (*BlockRequest) ProtoMessage() {}
 
 func (x *BlockRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[32]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3312,7 +3484,7 @@ func (x *BlockRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BlockRequest.ProtoReflect.Descriptor instead.
 func (*BlockRequest) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{32}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *BlockRequest) GetSha256() []byte {
@@ -3348,7 +3520,7 @@ type Block struct {
 
 func (x *Block) Reset() {
 	*x = Block{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[33]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3360,7 +3532,7 @@ func (x *Block) String() string {
 func (*Block) ProtoMessage() {}
 
 func (x *Block) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[33]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3373,7 +3545,7 @@ func (x *Block) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Block.ProtoReflect.Descriptor instead.
 func (*Block) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{33}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *Block) GetSha256() []byte {
@@ -3412,7 +3584,7 @@ type Epoch struct {
 
 func (x *Epoch) Reset() {
 	*x = Epoch{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[34]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3424,7 +3596,7 @@ func (x *Epoch) String() string {
 func (*Epoch) ProtoMessage() {}
 
 func (x *Epoch) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[34]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3437,7 +3609,7 @@ func (x *Epoch) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Epoch.ProtoReflect.Descriptor instead.
 func (*Epoch) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{34}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *Epoch) GetIncarnation() string {
@@ -3523,13 +3695,16 @@ const file_dunlin_v1_wire_proto_rawDesc = "" +
 	"\x14memory_gb_per_second\x18\b \x01(\x01R\x11memoryGbPerSecond\x120\n" +
 	"\x14run_overhead_seconds\x18\t \x01(\x01R\x12runOverheadSeconds\x12!\n" +
 	"\factive_watts\x18\n" +
-	" \x01(\x01R\vactiveWatts\"\x96\x02\n" +
+	" \x01(\x01R\vactiveWatts\"\x85\x03\n" +
 	"\x05Hello\x12\x17\n" +
 	"\aboot_id\x18\x01 \x01(\tR\x06bootId\x12\x18\n" +
 	"\asession\x18\x02 \x01(\tR\asession\x12>\n" +
 	"\x0fhave_generation\x18\x03 \x01(\v2\x15.dunlin.v1.GenerationR\x0ehaveGeneration\x12)\n" +
 	"\x04info\x18\x04 \x01(\v2\x15.dunlin.v1.DeviceInfoR\x04info\x124\n" +
-	"\x06labels\x18\x05 \x03(\v2\x1c.dunlin.v1.Hello.LabelsEntryR\x06labels\x1a9\n" +
+	"\x06labels\x18\x05 \x03(\v2\x1c.dunlin.v1.Hello.LabelsEntryR\x06labels\x12#\n" +
+	"\rtrust_version\x18\x06 \x01(\x04R\ftrustVersion\x12\x19\n" +
+	"\broot_ids\x18\a \x03(\fR\arootIds\x12-\n" +
+	"\x12certificate_serial\x18\b \x01(\fR\x11certificateSerial\x1a9\n" +
 	"\vLabelsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"9\n" +
@@ -3546,7 +3721,7 @@ const file_dunlin_v1_wire_proto_rawDesc = "" +
 	"\bdocument\x18\x04 \x01(\fR\bdocument\"y\n" +
 	"\x0fDesiredDocument\x125\n" +
 	"\bversions\x18\x01 \x03(\v2\x19.dunlin.v1.DesiredVersionR\bversions\x12/\n" +
-	"\x06routes\x18\x02 \x03(\v2\x17.dunlin.v1.DesiredRouteR\x06routes\"\x97\x01\n" +
+	"\x06routes\x18\x02 \x03(\v2\x17.dunlin.v1.DesiredRouteR\x06routes\"\xb7\x01\n" +
 	"\x0eDesiredVersion\x12\x1e\n" +
 	"\n" +
 	"deployment\x18\x01 \x01(\tR\n" +
@@ -3555,7 +3730,10 @@ const file_dunlin_v1_wire_proto_rawDesc = "" +
 	"\aversion\x18\x03 \x01(\x03R\aversion\x12\x16\n" +
 	"\x06digest\x18\x04 \x01(\tR\x06digest\x12\x1d\n" +
 	"\n" +
-	"size_bytes\x18\x05 \x01(\x04R\tsizeBytes\"T\n" +
+	"size_bytes\x18\x05 \x01(\x04R\tsizeBytes\x12\x1e\n" +
+	"\n" +
+	"signatures\x18\x06 \x03(\tR\n" +
+	"signatures\"T\n" +
 	"\fDesiredRoute\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x120\n" +
 	"\atargets\x18\x02 \x03(\v2\x16.dunlin.v1.RouteTargetR\atargets\"U\n" +
@@ -3605,12 +3783,20 @@ const file_dunlin_v1_wire_proto_rawDesc = "" +
 	"\x06events\x18\x02 \x03(\v2\x10.dunlin.v1.EventR\x06events\"C\n" +
 	"\bEventAck\x12\x1b\n" +
 	"\toutbox_id\x18\x01 \x01(\tR\boutboxId\x12\x1a\n" +
-	"\bsequence\x18\x02 \x01(\x04R\bsequence\"\x82\x01\n" +
+	"\bsequence\x18\x02 \x01(\x04R\bsequence\"\xed\x01\n" +
 	"\aCommand\x122\n" +
 	"\tevent_ack\x18\x01 \x01(\v2\x13.dunlin.v1.EventAckH\x00R\beventAck\x128\n" +
 	"\vhello_again\x18\x02 \x01(\v2\x15.dunlin.v1.HelloAgainH\x00R\n" +
-	"helloAgainB\t\n" +
-	"\acommand\"\f\n" +
+	"helloAgain\x125\n" +
+	"\n" +
+	"stand_down\x18\x03 \x01(\v2\x14.dunlin.v1.StandDownH\x00R\tstandDown\x122\n" +
+	"\trenew_now\x18\x04 \x01(\v2\x13.dunlin.v1.RenewNowH\x00R\brenewNowB\t\n" +
+	"\acommand\"I\n" +
+	"\tStandDown\x12\x17\n" +
+	"\aboot_id\x18\x01 \x01(\tR\x06bootId\x12#\n" +
+	"\rkept_hostname\x18\x02 \x01(\tR\fkeptHostname\"'\n" +
+	"\bRenewNow\x12\x1b\n" +
+	"\twithin_ms\x18\x01 \x01(\rR\bwithinMs\"\f\n" +
 	"\n" +
 	"HelloAgain\"\xf8\t\n" +
 	"\tTelemetry\x12*\n" +
@@ -3857,7 +4043,7 @@ func file_dunlin_v1_wire_proto_rawDescGZIP() []byte {
 }
 
 var file_dunlin_v1_wire_proto_enumTypes = make([]protoimpl.EnumInfo, 2)
-var file_dunlin_v1_wire_proto_msgTypes = make([]protoimpl.MessageInfo, 36)
+var file_dunlin_v1_wire_proto_msgTypes = make([]protoimpl.MessageInfo, 38)
 var file_dunlin_v1_wire_proto_goTypes = []any{
 	(VersionState)(0),             // 0: dunlin.v1.VersionState
 	(Severity)(0),                 // 1: dunlin.v1.Severity
@@ -3879,73 +4065,77 @@ var file_dunlin_v1_wire_proto_goTypes = []any{
 	(*EventBatch)(nil),            // 17: dunlin.v1.EventBatch
 	(*EventAck)(nil),              // 18: dunlin.v1.EventAck
 	(*Command)(nil),               // 19: dunlin.v1.Command
-	(*HelloAgain)(nil),            // 20: dunlin.v1.HelloAgain
-	(*Telemetry)(nil),             // 21: dunlin.v1.Telemetry
-	(*Temperature)(nil),           // 22: dunlin.v1.Temperature
-	(*GpuTelemetry)(nil),          // 23: dunlin.v1.GpuTelemetry
-	(*GpuProcess)(nil),            // 24: dunlin.v1.GpuProcess
-	(*Alarm)(nil),                 // 25: dunlin.v1.Alarm
-	(*AlarmSample)(nil),           // 26: dunlin.v1.AlarmSample
-	(*ModelProfile)(nil),          // 27: dunlin.v1.ModelProfile
-	(*ModelSetting)(nil),          // 28: dunlin.v1.ModelSetting
-	(*ProfilePoint)(nil),          // 29: dunlin.v1.ProfilePoint
-	(*LatencyPoint)(nil),          // 30: dunlin.v1.LatencyPoint
-	(*ProviderCheck)(nil),         // 31: dunlin.v1.ProviderCheck
-	(*ModelTelemetry)(nil),        // 32: dunlin.v1.ModelTelemetry
-	(*SwapCount)(nil),             // 33: dunlin.v1.SwapCount
-	(*BlockRequest)(nil),          // 34: dunlin.v1.BlockRequest
-	(*Block)(nil),                 // 35: dunlin.v1.Block
-	(*Epoch)(nil),                 // 36: dunlin.v1.Epoch
-	nil,                           // 37: dunlin.v1.Hello.LabelsEntry
-	(*timestamppb.Timestamp)(nil), // 38: google.protobuf.Timestamp
+	(*StandDown)(nil),             // 20: dunlin.v1.StandDown
+	(*RenewNow)(nil),              // 21: dunlin.v1.RenewNow
+	(*HelloAgain)(nil),            // 22: dunlin.v1.HelloAgain
+	(*Telemetry)(nil),             // 23: dunlin.v1.Telemetry
+	(*Temperature)(nil),           // 24: dunlin.v1.Temperature
+	(*GpuTelemetry)(nil),          // 25: dunlin.v1.GpuTelemetry
+	(*GpuProcess)(nil),            // 26: dunlin.v1.GpuProcess
+	(*Alarm)(nil),                 // 27: dunlin.v1.Alarm
+	(*AlarmSample)(nil),           // 28: dunlin.v1.AlarmSample
+	(*ModelProfile)(nil),          // 29: dunlin.v1.ModelProfile
+	(*ModelSetting)(nil),          // 30: dunlin.v1.ModelSetting
+	(*ProfilePoint)(nil),          // 31: dunlin.v1.ProfilePoint
+	(*LatencyPoint)(nil),          // 32: dunlin.v1.LatencyPoint
+	(*ProviderCheck)(nil),         // 33: dunlin.v1.ProviderCheck
+	(*ModelTelemetry)(nil),        // 34: dunlin.v1.ModelTelemetry
+	(*SwapCount)(nil),             // 35: dunlin.v1.SwapCount
+	(*BlockRequest)(nil),          // 36: dunlin.v1.BlockRequest
+	(*Block)(nil),                 // 37: dunlin.v1.Block
+	(*Epoch)(nil),                 // 38: dunlin.v1.Epoch
+	nil,                           // 39: dunlin.v1.Hello.LabelsEntry
+	(*timestamppb.Timestamp)(nil), // 40: google.protobuf.Timestamp
 }
 var file_dunlin_v1_wire_proto_depIdxs = []int32{
 	4,  // 0: dunlin.v1.DeviceInfo.gpus:type_name -> dunlin.v1.GpuInfo
 	5,  // 1: dunlin.v1.DeviceInfo.limits:type_name -> dunlin.v1.DeviceLimits
 	2,  // 2: dunlin.v1.Hello.have_generation:type_name -> dunlin.v1.Generation
 	3,  // 3: dunlin.v1.Hello.info:type_name -> dunlin.v1.DeviceInfo
-	37, // 4: dunlin.v1.Hello.labels:type_name -> dunlin.v1.Hello.LabelsEntry
+	39, // 4: dunlin.v1.Hello.labels:type_name -> dunlin.v1.Hello.LabelsEntry
 	2,  // 5: dunlin.v1.Desired.generation:type_name -> dunlin.v1.Generation
 	10, // 6: dunlin.v1.DesiredDocument.versions:type_name -> dunlin.v1.DesiredVersion
 	11, // 7: dunlin.v1.DesiredDocument.routes:type_name -> dunlin.v1.DesiredRoute
 	12, // 8: dunlin.v1.DesiredRoute.targets:type_name -> dunlin.v1.RouteTarget
 	0,  // 9: dunlin.v1.VersionStatus.state:type_name -> dunlin.v1.VersionState
-	38, // 10: dunlin.v1.VersionStatus.since:type_name -> google.protobuf.Timestamp
+	40, // 10: dunlin.v1.VersionStatus.since:type_name -> google.protobuf.Timestamp
 	2,  // 11: dunlin.v1.Reported.observed:type_name -> dunlin.v1.Generation
-	38, // 12: dunlin.v1.Reported.at:type_name -> google.protobuf.Timestamp
+	40, // 12: dunlin.v1.Reported.at:type_name -> google.protobuf.Timestamp
 	13, // 13: dunlin.v1.Reported.versions:type_name -> dunlin.v1.VersionStatus
 	14, // 14: dunlin.v1.Reported.routes:type_name -> dunlin.v1.RouteStatus
-	38, // 15: dunlin.v1.Event.at:type_name -> google.protobuf.Timestamp
+	40, // 15: dunlin.v1.Event.at:type_name -> google.protobuf.Timestamp
 	1,  // 16: dunlin.v1.Event.severity:type_name -> dunlin.v1.Severity
-	27, // 17: dunlin.v1.Event.profile:type_name -> dunlin.v1.ModelProfile
-	25, // 18: dunlin.v1.Event.alarm:type_name -> dunlin.v1.Alarm
+	29, // 17: dunlin.v1.Event.profile:type_name -> dunlin.v1.ModelProfile
+	27, // 18: dunlin.v1.Event.alarm:type_name -> dunlin.v1.Alarm
 	16, // 19: dunlin.v1.EventBatch.events:type_name -> dunlin.v1.Event
 	18, // 20: dunlin.v1.Command.event_ack:type_name -> dunlin.v1.EventAck
-	20, // 21: dunlin.v1.Command.hello_again:type_name -> dunlin.v1.HelloAgain
-	38, // 22: dunlin.v1.Telemetry.at:type_name -> google.protobuf.Timestamp
-	32, // 23: dunlin.v1.Telemetry.models:type_name -> dunlin.v1.ModelTelemetry
-	23, // 24: dunlin.v1.Telemetry.gpus:type_name -> dunlin.v1.GpuTelemetry
-	22, // 25: dunlin.v1.Telemetry.temperatures:type_name -> dunlin.v1.Temperature
-	25, // 26: dunlin.v1.Telemetry.alarms:type_name -> dunlin.v1.Alarm
-	24, // 27: dunlin.v1.GpuTelemetry.processes:type_name -> dunlin.v1.GpuProcess
-	1,  // 28: dunlin.v1.Alarm.severity:type_name -> dunlin.v1.Severity
-	38, // 29: dunlin.v1.Alarm.raised_at:type_name -> google.protobuf.Timestamp
-	38, // 30: dunlin.v1.Alarm.cleared_at:type_name -> google.protobuf.Timestamp
-	26, // 31: dunlin.v1.Alarm.samples:type_name -> dunlin.v1.AlarmSample
-	38, // 32: dunlin.v1.AlarmSample.at:type_name -> google.protobuf.Timestamp
-	38, // 33: dunlin.v1.ModelProfile.measured_at:type_name -> google.protobuf.Timestamp
-	29, // 34: dunlin.v1.ModelProfile.points:type_name -> dunlin.v1.ProfilePoint
-	28, // 35: dunlin.v1.ModelProfile.recommended:type_name -> dunlin.v1.ModelSetting
-	30, // 36: dunlin.v1.ModelProfile.latency:type_name -> dunlin.v1.LatencyPoint
-	31, // 37: dunlin.v1.ModelProfile.providers:type_name -> dunlin.v1.ProviderCheck
-	28, // 38: dunlin.v1.ProfilePoint.setting:type_name -> dunlin.v1.ModelSetting
-	33, // 39: dunlin.v1.ModelTelemetry.activations:type_name -> dunlin.v1.SwapCount
-	33, // 40: dunlin.v1.ModelTelemetry.evictions:type_name -> dunlin.v1.SwapCount
-	41, // [41:41] is the sub-list for method output_type
-	41, // [41:41] is the sub-list for method input_type
-	41, // [41:41] is the sub-list for extension type_name
-	41, // [41:41] is the sub-list for extension extendee
-	0,  // [0:41] is the sub-list for field type_name
+	22, // 21: dunlin.v1.Command.hello_again:type_name -> dunlin.v1.HelloAgain
+	20, // 22: dunlin.v1.Command.stand_down:type_name -> dunlin.v1.StandDown
+	21, // 23: dunlin.v1.Command.renew_now:type_name -> dunlin.v1.RenewNow
+	40, // 24: dunlin.v1.Telemetry.at:type_name -> google.protobuf.Timestamp
+	34, // 25: dunlin.v1.Telemetry.models:type_name -> dunlin.v1.ModelTelemetry
+	25, // 26: dunlin.v1.Telemetry.gpus:type_name -> dunlin.v1.GpuTelemetry
+	24, // 27: dunlin.v1.Telemetry.temperatures:type_name -> dunlin.v1.Temperature
+	27, // 28: dunlin.v1.Telemetry.alarms:type_name -> dunlin.v1.Alarm
+	26, // 29: dunlin.v1.GpuTelemetry.processes:type_name -> dunlin.v1.GpuProcess
+	1,  // 30: dunlin.v1.Alarm.severity:type_name -> dunlin.v1.Severity
+	40, // 31: dunlin.v1.Alarm.raised_at:type_name -> google.protobuf.Timestamp
+	40, // 32: dunlin.v1.Alarm.cleared_at:type_name -> google.protobuf.Timestamp
+	28, // 33: dunlin.v1.Alarm.samples:type_name -> dunlin.v1.AlarmSample
+	40, // 34: dunlin.v1.AlarmSample.at:type_name -> google.protobuf.Timestamp
+	40, // 35: dunlin.v1.ModelProfile.measured_at:type_name -> google.protobuf.Timestamp
+	31, // 36: dunlin.v1.ModelProfile.points:type_name -> dunlin.v1.ProfilePoint
+	30, // 37: dunlin.v1.ModelProfile.recommended:type_name -> dunlin.v1.ModelSetting
+	32, // 38: dunlin.v1.ModelProfile.latency:type_name -> dunlin.v1.LatencyPoint
+	33, // 39: dunlin.v1.ModelProfile.providers:type_name -> dunlin.v1.ProviderCheck
+	30, // 40: dunlin.v1.ProfilePoint.setting:type_name -> dunlin.v1.ModelSetting
+	35, // 41: dunlin.v1.ModelTelemetry.activations:type_name -> dunlin.v1.SwapCount
+	35, // 42: dunlin.v1.ModelTelemetry.evictions:type_name -> dunlin.v1.SwapCount
+	43, // [43:43] is the sub-list for method output_type
+	43, // [43:43] is the sub-list for method input_type
+	43, // [43:43] is the sub-list for extension type_name
+	43, // [43:43] is the sub-list for extension extendee
+	0,  // [0:43] is the sub-list for field type_name
 }
 
 func init() { file_dunlin_v1_wire_proto_init() }
@@ -3956,18 +4146,20 @@ func file_dunlin_v1_wire_proto_init() {
 	file_dunlin_v1_wire_proto_msgTypes[17].OneofWrappers = []any{
 		(*Command_EventAck)(nil),
 		(*Command_HelloAgain)(nil),
+		(*Command_StandDown)(nil),
+		(*Command_RenewNow)(nil),
 	}
-	file_dunlin_v1_wire_proto_msgTypes[19].OneofWrappers = []any{}
 	file_dunlin_v1_wire_proto_msgTypes[21].OneofWrappers = []any{}
 	file_dunlin_v1_wire_proto_msgTypes[23].OneofWrappers = []any{}
-	file_dunlin_v1_wire_proto_msgTypes[27].OneofWrappers = []any{}
+	file_dunlin_v1_wire_proto_msgTypes[25].OneofWrappers = []any{}
+	file_dunlin_v1_wire_proto_msgTypes[29].OneofWrappers = []any{}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_dunlin_v1_wire_proto_rawDesc), len(file_dunlin_v1_wire_proto_rawDesc)),
 			NumEnums:      2,
-			NumMessages:   36,
+			NumMessages:   38,
 			NumExtensions: 0,
 			NumServices:   0,
 		},

@@ -1,0 +1,192 @@
+package pki
+
+import (
+	"crypto/sha256"
+	"crypto/tls"
+	"crypto/x509"
+	"encoding/base64"
+	"errors"
+	"fmt"
+	"os"
+	"strings"
+	"sync"
+	"time"
+)
+
+// Pin is the SHA-256 of the public key of a certificate authority.
+type Pin [sha256.Size]byte
+
+// PinOf gives the pin of an authority's certificate.
+func PinOf(c *x509.Certificate) Pin { return sha256.Sum256(c.RawSubjectPublicKeyInfo) }
+
+// pinMark stands between a join token's secret and its pin.
+const pinMark = "."
+
+// AppendPin makes the last part of a join token.
+func AppendPin(token string, p Pin) string {
+	return token + pinMark + base64.RawURLEncoding.EncodeToString(p[:])
+}
+
+// PinIn gives the pin that a join token ends with; false: it has none.
+func PinIn(token string) (p Pin, ok bool) {
+	_, text, ok := strings.Cut(token, pinMark)
+	b, err := base64.RawURLEncoding.DecodeString(text)
+	if !ok || err != nil || len(b) != len(p) {
+		return Pin{}, false
+	}
+	return Pin(b), true
+}
+
+// Trust is whom a client believes.
+type Trust struct {
+	Roots []*x509.Certificate // of the controller's authorities
+	Pin   *Pin                // of an authority that the server shows itself
+	// System lets the system's roots count too.
+	System bool
+	// AnyTime has certificates count before and after their time, for a clock
+	// that is known to be wrong.
+	AnyTime bool
+}
+
+// Client says how a program connects.
+type Client struct {
+	Trust func() Trust
+	// Certificate is the client's own; nil, or giving nil: none.
+	Certificate func() *tls.Certificate
+	Now         func() time.Time // nil: time.Now
+}
+
+// ClientConfig gives TLS 1.3 for connections to a server name, or address.
+func ClientConfig(c Client, serverName string) *tls.Config {
+	now := c.Now
+	if now == nil {
+		now = time.Now
+	}
+	return &tls.Config{
+		MinVersion: tls.VersionTLS13, ServerName: serverName, Time: now,
+		GetClientCertificate: func(*tls.CertificateRequestInfo) (*tls.Certificate, error) {
+			if c.Certificate != nil {
+				if own := c.Certificate(); own != nil {
+					return own, nil
+				}
+			}
+			return new(tls.Certificate), nil
+		},
+		// VerifyConnection verifies, by roots that may change.
+		InsecureSkipVerify: true,
+		VerifyConnection: func(s tls.ConnectionState) error {
+			return verifyServer(c.Trust(), s.PeerCertificates, serverName, now())
+		},
+	}
+}
+
+func verifyServer(t Trust, certs []*x509.Certificate, name string, now time.Time) error {
+	if len(certs) == 0 {
+		return errors.New("the server shows no certificate")
+	}
+	roots := t.Roots
+	if t.Pin != nil {
+		for _, c := range certs[1:] {
+			if PinOf(c) == *t.Pin && c.IsCA {
+				roots = append(roots[:len(roots):len(roots)], c)
+			}
+		}
+	}
+	if t.AnyTime {
+		now = Within(now, certs)
+	}
+	o := x509.VerifyOptions{DNSName: name, CurrentTime: now, Intermediates: Pool(certs[1:]), Roots: Pool(roots)}
+	_, err := certs[0].Verify(o)
+	if err != nil && t.System {
+		if o.Roots, _ = x509.SystemCertPool(); o.Roots == nil {
+			return err
+		}
+		if _, ok := errors.AsType[x509.UnknownAuthorityError](err); ok || len(roots) == 0 {
+			_, err = certs[0].Verify(o)
+		}
+	}
+	if err == nil {
+		return nil
+	}
+	if _, ok := errors.AsType[x509.UnknownAuthorityError](err); ok && t.Pin != nil {
+		return fmt.Errorf("the server is not vouched for by the authority that the join token names: %w", err)
+	}
+	return err
+}
+
+// ServerConfig gives TLS 1.3 with the newest certificate. Clients may show a
+// certificate of one of roots; one that counts for none ends the connection.
+func ServerConfig(certificate func() (*tls.Certificate, error), roots func() []*x509.Certificate, auth tls.ClientAuthType) *tls.Config {
+	return &tls.Config{
+		MinVersion: tls.VersionTLS13,
+		GetConfigForClient: func(*tls.ClientHelloInfo) (*tls.Config, error) {
+			own, err := certificate()
+			if err != nil {
+				return nil, err
+			}
+			// Without session tickets each connection shows its certificate.
+			c := &tls.Config{MinVersion: tls.VersionTLS13, Certificates: []tls.Certificate{*own}, SessionTicketsDisabled: true, NextProtos: []string{"h2", "http/1.1"}}
+			if roots != nil {
+				c.ClientAuth, c.ClientCAs = auth, Pool(roots())
+			}
+			return c, nil
+		},
+	}
+}
+
+// Files is a certificate in files, which is read again when they change. It
+// is safe for concurrent use.
+type Files struct {
+	cert, key string
+
+	mu      sync.Mutex
+	looked  time.Time
+	changed [2]time.Time
+	pair    *tls.Certificate
+}
+
+// lookEvery bounds how often the files are looked at.
+const lookEvery = 5 * time.Second
+
+// NewFiles reads a certificate and its key from PEM files.
+func NewFiles(cert, key string) (*Files, error) {
+	f := &Files{cert: cert, key: key}
+	_, err := f.Certificate()
+	return f, err
+}
+
+// Certificate gives the newest certificate. Files that are changed and
+// cannot be read leave the one before in use.
+func (f *Files) Certificate() (*tls.Certificate, error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	now := time.Now()
+	if f.pair != nil && now.Sub(f.looked) < lookEvery {
+		return f.pair, nil
+	}
+	f.looked = now
+	var changed [2]time.Time
+	for i, path := range []string{f.cert, f.key} {
+		info, err := os.Stat(path)
+		if err != nil {
+			return f.or(err)
+		}
+		changed[i] = info.ModTime()
+	}
+	if f.pair != nil && changed == f.changed {
+		return f.pair, nil
+	}
+	pair, err := tls.LoadX509KeyPair(f.cert, f.key)
+	if err != nil {
+		return f.or(fmt.Errorf("certificate %s, key %s: %w", f.cert, f.key, err))
+	}
+	f.pair, f.changed = &pair, changed
+	return f.pair, nil
+}
+
+func (f *Files) or(err error) (*tls.Certificate, error) {
+	if f.pair != nil {
+		return f.pair, nil
+	}
+	return nil, err
+}
