@@ -43,7 +43,7 @@ func (s *Store) AddToken(ctx context.Context, user string, role identity.Role, h
 		if _, err := tx.ExecContext(ctx, "INSERT INTO users (name, role, created_at) VALUES (?, ?, ?) ON CONFLICT (name) DO UPDATE SET role = excluded.role", user, role, now); err != nil {
 			return fmt.Errorf("add user %s: %w", user, err)
 		}
-		if _, err := tx.ExecContext(ctx, "INSERT INTO tokens (hash, user, created_at) VALUES (?, ?, ?)", hash[:], user, now); err != nil {
+		if _, err := tx.ExecContext(ctx, "INSERT INTO tokens (hash, id, user, created_at) VALUES (?, ?, ?, ?)", hash[:], hex.EncodeToString(hash[:6]), user, now); err != nil {
 			return fmt.Errorf("add token of %s: %w", user, err)
 		}
 		return s.audit(ctx, tx, AuditRecord{Who: "controller", Action: "token.create", Object: "user/" + user, After: string(role)})
