@@ -18,7 +18,7 @@ import (
 
 // TokenOwner implements identity.Credentials.
 func (s *Store) TokenOwner(ctx context.Context, hash [32]byte) (name string, role identity.Role, err error) {
-	err = s.reader.QueryRowContext(ctx, "SELECT name, role FROM tokens JOIN users ON users.name = tokens.user WHERE hash = ?", hash[:]).Scan(&name, &role)
+	err = s.reader.QueryRowContext(ctx, "SELECT users.name, users.role FROM tokens JOIN users ON users.name = tokens.user WHERE hash = ?", hash[:]).Scan(&name, &role)
 	if errors.Is(err, sql.ErrNoRows) {
 		return "", "", identity.ErrUnknown
 	}
