@@ -92,10 +92,31 @@ const anyone = identity.Role("")
 // roles gives the least role for each procedure. One that is not here may be
 // called by nobody; devices may call only what anyone may.
 var roles = map[string]identity.Role{
-	v1connect.AuthServiceWhoAmIProcedure: identity.Viewer,
+	v1connect.AuthServiceWhoAmIProcedure:          identity.Viewer,
+	v1connect.AuthServiceLoginProcedure:           anyone, // by name and password
+	v1connect.AuthServiceGetLoginMethodsProcedure: anyone,
+
+	v1connect.UserServiceCreateUserProcedure:  identity.Admin,
+	v1connect.UserServiceUpdateUserProcedure:  identity.Admin,
+	v1connect.UserServiceDeleteUserProcedure:  identity.Admin,
+	v1connect.UserServiceListUsersProcedure:   identity.Admin,
+	v1connect.UserServiceCreateTokenProcedure: identity.Viewer,
+	v1connect.UserServiceListTokensProcedure:  identity.Viewer,
+	v1connect.UserServiceDeleteTokenProcedure: identity.Viewer,
+
+	v1connect.AuditServiceListAuditProcedure: identity.Admin,
+
+	v1connect.TrustServiceGetTrustProcedure:        identity.Viewer,
+	v1connect.TrustServicePutTrustProcedure:        identity.Admin,
+	v1connect.TrustServiceGetAuthoritiesProcedure:  identity.Viewer,
+	v1connect.TrustServiceRotateAuthorityProcedure: identity.Admin,
+	v1connect.TrustServiceRetireAuthorityProcedure: identity.Admin,
 
 	v1connect.EnrollmentServiceJoinProcedure:            anyone, // by its join token
+	v1connect.EnrollmentServiceRenewProcedure:           anyone, // by the old key's signature
+	v1connect.EnrollmentServiceGetTimeProcedure:         anyone,
 	v1connect.EnrollmentServiceCreateJoinTokenProcedure: identity.Admin,
+	v1connect.EnrollmentServiceDeleteJoinTokenProcedure: identity.Admin,
 	v1connect.EnrollmentServiceListJoinTokensProcedure:  identity.Admin,
 
 	v1connect.ModelServiceCreateVersionProcedure: identity.Operator,
@@ -115,6 +136,7 @@ var roles = map[string]identity.Role{
 
 	v1connect.DeviceServiceListDevicesProcedure:  identity.Viewer,
 	v1connect.DeviceServiceRemoveDeviceProcedure: identity.Admin,
+	v1connect.DeviceServiceRevokeDeviceProcedure: identity.Admin,
 	v1connect.DeviceServiceListEventsProcedure:   identity.Viewer,
 }
 
