@@ -29,6 +29,12 @@ type Config struct {
 	MosquittoPasswordFile string `yaml:"mosquitto-password-file"`
 	MosquittoPIDFile      string `yaml:"mosquitto-pid-file"`
 
+	OIDCIssuer     string `yaml:"oidc-issuer"`
+	OIDCClientID   string `yaml:"oidc-client-id"`
+	OIDCNameClaim  string `yaml:"oidc-name-claim"`
+	OIDCRoleClaim  string `yaml:"oidc-role-claim"`
+	OIDCScopeClaim string `yaml:"oidc-scope-claim"`
+
 	LogLevel  string `yaml:"log-level"`
 	LogFormat string `yaml:"log-format"`
 
@@ -60,6 +66,11 @@ func (c *Config) settings() []program.Setting {
 		{Name: "broker-password-file", Usage: "`file` with the password of that account; not needed with --mosquitto-password-file", Value: &c.BrokerPasswordFile},
 		{Name: "mosquitto-password-file", Usage: "Mosquitto's password_file, a `file` that the controller writes", Value: &c.MosquittoPasswordFile},
 		{Name: "mosquitto-pid-file", Usage: "Mosquitto's pid_file, a `file` by which the controller tells it of new accounts", Value: &c.MosquittoPIDFile},
+		{Name: "oidc-issuer", Usage: "`URL` of an OpenID Connect issuer whose users may sign in", Value: &c.OIDCIssuer},
+		{Name: "oidc-client-id", Usage: "`id` of Dunlin there, which tokens must have as audience", Value: &c.OIDCClientID},
+		{Name: "oidc-name-claim", Usage: "`claim` with the user's name, which must not change", Value: &c.OIDCNameClaim},
+		{Name: "oidc-role-claim", Usage: "`claim` with the user's role: viewer, operator or admin; who has none is refused", Value: &c.OIDCRoleClaim},
+		{Name: "oidc-scope-claim", Usage: "`claim` with the user's scope, site=berlin,env=prod or *; who has none is refused; empty: nobody has a scope", Value: &c.OIDCScopeClaim},
 		{Name: "log-level", Usage: "`level` of the log: debug, info, warn or error", Value: &c.LogLevel},
 		{Name: "log-format", Usage: "`format` of the log: text or json", Value: &c.LogFormat},
 	}
@@ -69,6 +80,7 @@ func (c *Config) settings() []program.Setting {
 func DefaultConfig() Config {
 	return Config{
 		Data: "dunlin-controller", Listen: "127.0.0.1:8080", MQTTListen: "127.0.0.1:1883",
+		OIDCNameClaim: "sub", OIDCRoleClaim: "dunlin_role", OIDCScopeClaim: "dunlin_scope",
 		BrokerUsername: broker.ControllerUser, LogLevel: "info", LogFormat: "text",
 	}
 }
@@ -105,6 +117,7 @@ func (c *Config) check() error {
 	if !slices.Contains([]string{"text", "json"}, c.LogFormat) {
 		fault("log-format %q is not text or json", c.LogFormat)
 	}
+	faults = append(faults, c.checkOIDC()...)
 	if err := program.CheckAddress(c.Listen); err != nil {
 		fault("listen %w", err)
 	}

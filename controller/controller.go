@@ -65,7 +65,7 @@ func Run(ctx context.Context, c Config) (err error) {
 	if err := adminToken(ctx, st, filepath.Join(c.Data, AdminTokenFile), log); err != nil {
 		return fmt.Errorf("administrator's token: %w", err)
 	}
-	auth := identity.New(st)
+	auth := identity.New(st, identity.Options{OIDC: c.oidc(log), Log: log})
 	metrics := telemetry.NewMetrics()
 
 	bus, err := openBus(ctx, c, st, auth, log)
@@ -89,7 +89,7 @@ func Run(ctx context.Context, c Config) (err error) {
 	stopping := make(chan struct{})
 	mux := http.NewServeMux()
 	mux.Handle("/v2/", reg)
-	mux.Handle("/metrics", telemetry.Handler(metrics))
+	mux.Handle("/metrics", api.Protect(auth, log, identity.Metrics, telemetry.Handler(metrics)))
 	mux.HandleFunc("/healthz", func(w http.ResponseWriter, r *http.Request) { _, _ = io.WriteString(w, "ok\n") })
 	mux.Handle("/", api.New(api.Config{
 		Store: st, Dispatch: dispatcher, Registry: reg, Auth: auth, Log: log,
@@ -188,7 +188,7 @@ func adminToken(ctx context.Context, st *store.Store, path string, log *slog.Log
 	if err != nil && !errors.Is(err, os.ErrNotExist) {
 		return err
 	}
-	_, _, err = st.TokenOwner(ctx, identity.Hash(strings.TrimSpace(string(b))))
+	_, err = st.TokenOwner(ctx, identity.Hash(strings.TrimSpace(string(b))))
 	if !errors.Is(err, identity.ErrUnknown) {
 		return err
 	}

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"log/slog"
 	"net/http"
+	"strconv"
 
 	"connectrpc.com/connect"
 
@@ -45,7 +46,8 @@ type Config struct {
 }
 
 type server struct {
-	v1connect.UnimplementedAuthServiceHandler
+	v1connect.UnimplementedAuditServiceHandler
+	v1connect.UnimplementedTrustServiceHandler
 	v1connect.UnimplementedEnrollmentServiceHandler
 	v1connect.UnimplementedDeviceServiceHandler
 	Config
@@ -57,6 +59,9 @@ func New(c Config) http.Handler {
 	options := connect.WithHandlerOptions(connect.WithInterceptors(gate{c.Log}), connect.WithReadMaxBytes(maxRequest))
 	mux := http.NewServeMux()
 	mux.Handle(v1connect.NewAuthServiceHandler(s, options))
+	mux.Handle(v1connect.NewUserServiceHandler(s, options))
+	mux.Handle(v1connect.NewAuditServiceHandler(s, options))
+	mux.Handle(v1connect.NewTrustServiceHandler(s, options))
 	mux.Handle(v1connect.NewEnrollmentServiceHandler(s, options))
 	mux.Handle(v1connect.NewModelServiceHandler(s, options))
 	mux.Handle(v1connect.NewObjectServiceHandler(s, options))
@@ -65,101 +70,57 @@ func New(c Config) http.Handler {
 	mux.Handle(v1connect.NewDeviceServiceHandler(s, options))
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		p, err := c.Auth.FromRequest(r)
-		switch {
-		case err == nil:
-			r = r.WithContext(identity.WithPrincipal(r.Context(), p))
-		case !errors.Is(err, identity.ErrUnauthenticated):
+		if err == nil && p.External {
+			err = c.Store.External(r.Context(), p, false)
+		}
+		ctx := identity.WithPrincipal(r.Context(), p)
+		if limited, ok := errors.AsType[*identity.LimitedError](err); ok {
+			ctx = context.WithValue(ctx, limitedKey{}, limited)
+		} else if err != nil && !errors.Is(err, identity.ErrUnauthenticated) {
 			c.Log.Error("cannot authenticate", "error", err)
 			http.Error(w, "cannot authenticate", http.StatusInternalServerError)
 			return
 		}
-		mux.ServeHTTP(w, r.WithContext(context.WithValue(r.Context(), hostKey{}, r.Host)))
+		mux.ServeHTTP(w, r.WithContext(context.WithValue(ctx, baseKey{}, baseOf(r))))
 	})
 }
 
-type hostKey struct{}
+// limitedKey has the LimitedError of a caller who was not looked at.
+type limitedKey struct{}
+
+type baseKey struct{}
 
 // registryURL gives the registry's base URL as this caller reaches it: both
 // are on one port, which may have other names behind a proxy.
 func registryURL(ctx context.Context) string {
-	host, _ := ctx.Value(hostKey{}).(string)
-	return "http://" + host
+	base, _ := ctx.Value(baseKey{}).(string)
+	return base
 }
 
-// anyone marks a procedure that needs no identity.
-const anyone = identity.Role("")
-
-// roles gives the least role for each procedure. One that is not here may be
-// called by nobody; devices may call only what anyone may.
-var roles = map[string]identity.Role{
-	v1connect.AuthServiceWhoAmIProcedure:          identity.Viewer,
-	v1connect.AuthServiceLoginProcedure:           anyone, // by name and password
-	v1connect.AuthServiceGetLoginMethodsProcedure: anyone,
-
-	v1connect.UserServiceCreateUserProcedure:  identity.Admin,
-	v1connect.UserServiceUpdateUserProcedure:  identity.Admin,
-	v1connect.UserServiceDeleteUserProcedure:  identity.Admin,
-	v1connect.UserServiceListUsersProcedure:   identity.Admin,
-	v1connect.UserServiceCreateTokenProcedure: identity.Viewer,
-	v1connect.UserServiceListTokensProcedure:  identity.Viewer,
-	v1connect.UserServiceDeleteTokenProcedure: identity.Viewer,
-
-	v1connect.AuditServiceListAuditProcedure: identity.Admin,
-
-	v1connect.TrustServiceGetTrustProcedure:        identity.Viewer,
-	v1connect.TrustServicePutTrustProcedure:        identity.Admin,
-	v1connect.TrustServiceGetAuthoritiesProcedure:  identity.Viewer,
-	v1connect.TrustServiceRotateAuthorityProcedure: identity.Admin,
-	v1connect.TrustServiceRetireAuthorityProcedure: identity.Admin,
-
-	v1connect.EnrollmentServiceJoinProcedure:            anyone, // by its join token
-	v1connect.EnrollmentServiceRenewProcedure:           anyone, // by the old key's signature
-	v1connect.EnrollmentServiceGetTimeProcedure:         anyone,
-	v1connect.EnrollmentServiceCreateJoinTokenProcedure: identity.Admin,
-	v1connect.EnrollmentServiceDeleteJoinTokenProcedure: identity.Admin,
-	v1connect.EnrollmentServiceListJoinTokensProcedure:  identity.Admin,
-
-	v1connect.ModelServiceCreateVersionProcedure: identity.Operator,
-	v1connect.ModelServiceListModelsProcedure:    identity.Viewer,
-
-	v1connect.ObjectServiceApplyProcedure:           identity.Operator,
-	v1connect.ObjectServiceDeleteProcedure:          identity.Operator,
-	v1connect.ObjectServiceListDeploymentsProcedure: identity.Viewer,
-	v1connect.ObjectServiceListRoutesProcedure:      identity.Viewer,
-
-	v1connect.ProfileServiceListProfilesProcedure: identity.Viewer,
-	v1connect.ProfileServicePlanProcedure:         identity.Viewer,
-
-	v1connect.RolloutServiceListRolloutsProcedure: identity.Viewer,
-	v1connect.RolloutServiceGetRolloutProcedure:   identity.Viewer,
-	v1connect.RolloutServiceWatchRolloutProcedure: identity.Viewer,
-
-	v1connect.DeviceServiceListDevicesProcedure:  identity.Viewer,
-	v1connect.DeviceServiceRemoveDeviceProcedure: identity.Admin,
-	v1connect.DeviceServiceRevokeDeviceProcedure: identity.Admin,
-	v1connect.DeviceServiceListEventsProcedure:   identity.Viewer,
+func baseOf(r *http.Request) string {
+	if r.TLS != nil {
+		return "https://" + r.Host
+	}
+	return "http://" + r.Host
 }
 
 // gate authorises each call and gives its error a code.
 type gate struct{ log *slog.Logger }
 
+// authorise asks the rules. Of a caller whose credentials were not looked at,
+// because too many were wrong, it says so.
 func authorise(ctx context.Context, procedure string) error {
-	role, ok := roles[procedure]
-	p := identity.FromContext(ctx)
-	switch {
-	case ok && role == anyone, ok && p.May(role):
-		return nil
-	case p.Kind == 0:
-		return connect.NewError(connect.CodeUnauthenticated, errors.New("credentials are missing or wrong"))
-	default:
-		return connect.NewError(connect.CodePermissionDenied, errors.New(p.String()+" lacks the role "+string(role)))
+	err := identity.Allow(identity.FromContext(ctx), procedure)
+	if limited, ok := ctx.Value(limitedKey{}).(*identity.LimitedError); ok && err != nil {
+		return limited
 	}
+	return err
 }
 
 func (g gate) WrapUnary(next connect.UnaryFunc) connect.UnaryFunc {
 	return func(ctx context.Context, req connect.AnyRequest) (connect.AnyResponse, error) {
 		if err := authorise(ctx, req.Spec().Procedure); err != nil {
-			return nil, err
+			return nil, g.coded(ctx, req.Spec().Procedure, err)
 		}
 		resp, err := next(ctx, req)
 		return resp, g.coded(ctx, req.Spec().Procedure, err)
@@ -169,7 +130,7 @@ func (g gate) WrapUnary(next connect.UnaryFunc) connect.UnaryFunc {
 func (g gate) WrapStreamingHandler(next connect.StreamingHandlerFunc) connect.StreamingHandlerFunc {
 	return func(ctx context.Context, conn connect.StreamingHandlerConn) error {
 		if err := authorise(ctx, conn.Spec().Procedure); err != nil {
-			return err
+			return g.coded(ctx, conn.Spec().Procedure, err)
 		}
 		return g.coded(ctx, conn.Spec().Procedure, next(ctx, conn))
 	}
@@ -193,7 +154,13 @@ func (g gate) coded(ctx context.Context, procedure string, err error) error {
 	if _, ok := errors.AsType[*connect.Error](err); ok {
 		return err
 	}
+	if limited, ok := errors.AsType[*identity.LimitedError](err); ok {
+		coded := connect.NewError(connect.CodeResourceExhausted, limited)
+		coded.Meta().Set("Retry-After", strconv.Itoa(limited.Seconds()))
+		return coded
+	}
 	code := connect.CodeInternal
+	_, denied := errors.AsType[*identity.DeniedError](err)
 	_, invalid := errors.AsType[invalidError](err)
 	_, faults := errors.AsType[fleet.Faults](err)
 	_, taken := errors.AsType[registry.ErrVersionExists](err)
@@ -208,7 +175,9 @@ func (g gate) coded(ctx context.Context, procedure string, err error) error {
 		code = connect.CodeNotFound
 	case taken, errors.Is(err, store.ErrExists):
 		code = connect.CodeAlreadyExists
-	case errors.Is(err, store.ErrRefused):
+	case errors.Is(err, identity.ErrUnauthenticated):
+		code = connect.CodeUnauthenticated
+	case denied, errors.Is(err, store.ErrRefused):
 		code = connect.CodePermissionDenied
 	}
 	if code == connect.CodeInternal {

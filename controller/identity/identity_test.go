@@ -8,23 +8,34 @@ import (
 	"reflect"
 	"strings"
 	"testing"
+	"time"
 )
 
 type credentials struct {
-	tokens  map[[32]byte]Principal
+	tokens  map[[32]byte]Grant
 	devices map[string][32]byte
 	err     error
+	used    int
+	usedErr error
 }
 
-func (c *credentials) TokenOwner(_ context.Context, hash [32]byte) (string, Role, error) {
+func (c *credentials) TokenOwner(_ context.Context, hash [32]byte) (Grant, error) {
 	if c.err != nil {
-		return "", "", c.err
+		return Grant{}, c.err
 	}
-	p, ok := c.tokens[hash]
+	g, ok := c.tokens[hash]
 	if !ok {
-		return "", "", ErrUnknown
+		return Grant{}, ErrUnknown
 	}
-	return p.Name, p.Role, nil
+	return g, nil
+}
+
+func (c *credentials) TokenUsed(_ context.Context, hash [32]byte, at time.Time) error {
+	g := c.tokens[hash]
+	g.LastUsed = at
+	c.tokens[hash] = g
+	c.used++
+	return c.usedErr
 }
 
 func (c *credentials) DeviceSecret(_ context.Context, device string) ([32]byte, error) {
@@ -43,11 +54,13 @@ func TestFromRequest(t *testing.T) {
 	secret, secretHash := NewToken("")
 	other, otherHash := NewToken("")
 	a := New(&credentials{
-		tokens:  map[[32]byte]Principal{tokenHash: {Name: "ada", Role: Operator}},
+		tokens:  map[[32]byte]Grant{tokenHash: {User: "ada", UserRole: Operator}},
 		devices: map[string][32]byte{"cam-1": secretHash, "cam-2": otherHash},
-	})
-	ada := Principal{Kind: User, Name: "ada", Role: Operator}
-	cam := Principal{Kind: Device, Name: "cam-1"}
+	}, Options{})
+	const from = "192.0.2.1:1234"
+	ada := Principal{Kind: User, Name: "ada", Role: Operator, From: from}
+	cam := Principal{Kind: Device, Name: "cam-1", From: from}
+	nobody := Principal{From: from}
 	bearer := func(s string) func(*http.Request) {
 		return func(r *http.Request) { r.Header.Set("Authorization", s) }
 	}
@@ -61,18 +74,18 @@ func TestFromRequest(t *testing.T) {
 		"basic token":            {basic("anything", token), ada},
 		"basic token, no name":   {basic("", token), ada},
 		"device":                 {basic("cam-1", secret), cam},
-		"nothing":                {func(*http.Request) {}, Principal{}},
-		"wrong token":            {bearer("Bearer " + token + "x"), Principal{}},
-		"empty bearer":           {bearer("Bearer "), Principal{}},
-		"device secret bearer":   {bearer("Bearer " + secret), Principal{}},
-		"other device's secret":  {basic("cam-1", other), Principal{}},
-		"unknown device":         {basic("cam-9", secret), Principal{}},
-		"empty secret":           {basic("cam-1", ""), Principal{}},
-		"malformed basic":        {bearer("Basic !!!"), Principal{}},
-		"another scheme":         {bearer("Digest " + token), Principal{}},
-		"a token that is long":   {bearer("Bearer " + strings.Repeat("x", 1<<16)), Principal{}},
-		"the hash is no secret":  {basic("cam-1", string(secretHash[:])), Principal{}},
-		"zero hash's absent one": {basic("cam-9", ""), Principal{}},
+		"nothing":                {func(*http.Request) {}, nobody},
+		"wrong token":            {bearer("Bearer " + token + "x"), nobody},
+		"empty bearer":           {bearer("Bearer "), nobody},
+		"device secret bearer":   {bearer("Bearer " + secret), nobody},
+		"other device's secret":  {basic("cam-1", other), nobody},
+		"unknown device":         {basic("cam-9", secret), nobody},
+		"empty secret":           {basic("cam-1", ""), nobody},
+		"malformed basic":        {bearer("Basic !!!"), nobody},
+		"another scheme":         {bearer("Digest " + token), nobody},
+		"a token that is long":   {bearer("Bearer " + strings.Repeat("x", 1<<16)), nobody},
+		"the hash is no secret":  {basic("cam-1", string(secretHash[:])), nobody},
+		"zero hash's absent one": {basic("cam-9", ""), nobody},
 	} {
 		r := httptest.NewRequest("GET", "/", nil)
 		c.set(r)
@@ -98,7 +111,7 @@ func TestFromRequest(t *testing.T) {
 
 func TestLookupFails(t *testing.T) {
 	broken := errors.New("disk on fire")
-	a := New(&credentials{err: broken})
+	a := New(&credentials{err: broken}, Options{})
 	for _, set := range []func(*http.Request){
 		func(r *http.Request) { r.Header.Set("Authorization", "Bearer x") },
 		func(r *http.Request) { r.SetBasicAuth("cam-1", "x") },
@@ -153,7 +166,11 @@ func TestContext(t *testing.T) {
 
 func FuzzFromRequest(f *testing.F) {
 	_, hash := NewToken("")
-	a := New(&credentials{devices: map[string][32]byte{"cam-1": hash}})
+	now := time.Unix(0, 0)
+	a := New(&credentials{devices: map[string][32]byte{"cam-1": hash}}, Options{Now: func() time.Time {
+		now = now.Add(time.Minute) // so that no guess is too many
+		return now
+	}})
 	for _, s := range []string{"", "Bearer x", "Basic Y2FtLTE6eA==", "Basic", "Basic ::", "Bearer  "} {
 		f.Add(s)
 	}

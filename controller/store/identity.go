@@ -16,15 +16,6 @@ import (
 	dunlinv1 "github.com/dunlin/dunlin/proto/dunlin/v1"
 )
 
-// TokenOwner implements identity.Credentials.
-func (s *Store) TokenOwner(ctx context.Context, hash [32]byte) (name string, role identity.Role, err error) {
-	err = s.reader.QueryRowContext(ctx, "SELECT users.name, users.role FROM tokens JOIN users ON users.name = tokens.user WHERE hash = ?", hash[:]).Scan(&name, &role)
-	if errors.Is(err, sql.ErrNoRows) {
-		return "", "", identity.ErrUnknown
-	}
-	return name, role, err
-}
-
 // DeviceSecret implements identity.Credentials.
 func (s *Store) DeviceSecret(ctx context.Context, device string) (hash [32]byte, err error) {
 	var b []byte
@@ -34,20 +25,6 @@ func (s *Store) DeviceSecret(ctx context.Context, device string) (hash [32]byte,
 	}
 	copy(hash[:], b)
 	return hash, err
-}
-
-// AddToken gives a user, who is made where there is none, one more token.
-func (s *Store) AddToken(ctx context.Context, user string, role identity.Role, hash [32]byte) error {
-	return s.write(ctx, "token", func(tx *sql.Tx) error {
-		now := s.now().UnixNano()
-		if _, err := tx.ExecContext(ctx, "INSERT INTO users (name, role, created_at) VALUES (?, ?, ?) ON CONFLICT (name) DO UPDATE SET role = excluded.role", user, role, now); err != nil {
-			return fmt.Errorf("add user %s: %w", user, err)
-		}
-		if _, err := tx.ExecContext(ctx, "INSERT INTO tokens (hash, id, user, created_at) VALUES (?, ?, ?, ?)", hash[:], hex.EncodeToString(hash[:6]), user, now); err != nil {
-			return fmt.Errorf("add token of %s: %w", user, err)
-		}
-		return s.audit(ctx, tx, AuditRecord{Who: "controller", Action: "token.create", Object: "user/" + user, After: string(role)})
-	})
 }
 
 // JoinToken lets devices join. Its ID is the start of its hash.
