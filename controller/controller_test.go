@@ -434,6 +434,10 @@ func TestLoadConfigFaults(t *testing.T) {
 		{[]string{"--broker-url", "mqtt://localhost", "--mosquitto-pid-file", "y"}, []string{"mosquitto-pid-file needs mosquitto-password-file"}},
 		{[]string{"--broker-url", "mqtt://localhost", "--mosquitto-password-file", "y", "--broker-username", "z"}, []string{"it must be dunlin.controller"}},
 		{[]string{"--log-level", "loud", "--log-format", "xml"}, []string{`log-level "loud"`, `log-format "xml"`}},
+		{[]string{"--oidc-client-id", "dunlin"}, []string{"oidc-client-id needs oidc-issuer"}},
+		{[]string{"--oidc-issuer", "https://a.example", "--oidc-role-claim", ""}, []string{"oidc-issuer needs oidc-client-id", "oidc-issuer needs oidc-role-claim"}},
+		{[]string{"--oidc-issuer", "http://a.example", "--oidc-client-id", "x"}, []string{`oidc-issuer "http://a.example" is not https`}},
+		{[]string{"--oidc-issuer", "https://user:secret@a.example", "--oidc-client-id", "x"}, []string{"oidc-issuer is not https://host[/path]"}},
 		{[]string{"--nonsense"}, []string{"nonsense"}},
 	} {
 		_, err := LoadConfig(tt.args, none, io.Discard)

@@ -1,7 +1,6 @@
 package api
 
 import (
-	"context"
 	"fmt"
 	"io"
 	"log/slog"
@@ -461,17 +460,4 @@ func TestExternal(t *testing.T) {
 	if diff := cmp.Diff([]string{"user:oidc:ada user.update user/oidc:ada viewer of site=rome"}, w.audited(t, 1)); diff != "" {
 		t.Error(diff)
 	}
-}
-
-// Too many tokens of one user are refused.
-func TestTooManyTokens(t *testing.T) {
-	w := start(t)
-	create := func(n int) error {
-		_, err := w.store.CreateToken(context.WithoutCancel(t.Context()), "user:viewer", identity.Hash(fmt.Sprint(n)), store.Token{User: "viewer"})
-		return err
-	}
-	for n := range store.MaxTokens - 1 {
-		must(t, create(n))
-	}
-	refused(t, w.users(viewer).CreateToken, &v1.CreateTokenRequest{}, connect.CodePermissionDenied, "user viewer has 1000 tokens, the limit is 1000")
 }
