@@ -98,7 +98,11 @@ func (c *cli) login(ctx context.Context, url string, f loginFlags) error {
 	who, err := call(ctx, ctl.auth().WhoAmI, &dunlinv1.WhoAmIRequest{})
 	if err != nil {
 		if exitCode(err) == exitNotAllowed {
-			return codeError{code: exitNotAllowed, err: fmt.Errorf("%s refuses the token; nothing was stored", url)}
+			why := err.Error()
+			if e, ok := errors.AsType[*connect.Error](err); ok {
+				why = e.Message()
+			}
+			return codeError{code: exitNotAllowed, err: fmt.Errorf("%s refuses the token; nothing was stored: %s", url, plain(why))}
 		}
 		return fmt.Errorf("log in to %s: %w", url, err)
 	}

@@ -255,7 +255,7 @@ func TestLoginOIDC(t *testing.T) {
 			}
 			get(t, u.Query().Get("redirect_uri")+"?code=none&state="+url.QueryEscape(u.Query().Get("state")))
 		}, exitError, "sign in at " + m.Issuer()},
-		"has no role": {map[string]string{}, func(t *testing.T, page string) { get(t, page) }, exitNotAllowed, "refuses the token; nothing was stored"},
+		"has no role": {map[string]string{}, func(t *testing.T, page string) { get(t, page) }, exitNotAllowed, "refuses the token; nothing was stored: the token of " + m.Issuer() + ": it has no claim dunlin_role"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			nobody(t)

@@ -99,6 +99,9 @@ func (s settings) write() error {
 	if err != nil {
 		return fmt.Errorf("write settings: %w", err)
 	}
+	if len(b) > maxSettings {
+		return fmt.Errorf("write settings: they have %d bytes, allowed are %d: is --ca a file of one controller's authorities?", len(b), maxSettings)
+	}
 	if err := os.MkdirAll(filepath.Dir(path), 0o700); err != nil {
 		return fmt.Errorf("write settings: %w", err)
 	}

@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"net/http"
 	"strconv"
+	"strings"
 
 	"connectrpc.com/connect"
 
@@ -74,9 +75,9 @@ func New(c Config) http.Handler {
 			err = c.Store.External(r.Context(), p, false)
 		}
 		ctx := identity.WithPrincipal(r.Context(), p)
-		if limited, ok := errors.AsType[*identity.LimitedError](err); ok {
-			ctx = context.WithValue(ctx, limitedKey{}, limited)
-		} else if err != nil && !errors.Is(err, identity.ErrUnauthenticated) {
+		if _, limited := errors.AsType[*identity.LimitedError](err); limited || errors.Is(err, identity.ErrUnauthenticated) {
+			ctx = context.WithValue(ctx, whyKey{}, err)
+		} else if err != nil {
 			c.Log.Error("cannot authenticate", "error", err)
 			http.Error(w, "cannot authenticate", http.StatusInternalServerError)
 			return
@@ -85,8 +86,8 @@ func New(c Config) http.Handler {
 	})
 }
 
-// limitedKey has the LimitedError of a caller who was not looked at.
-type limitedKey struct{}
+// whyKey has the error by which a caller is nobody.
+type whyKey struct{}
 
 type baseKey struct{}
 
@@ -107,12 +108,12 @@ func baseOf(r *http.Request) string {
 // gate authorises each call and gives its error a code.
 type gate struct{ log *slog.Logger }
 
-// authorise asks the rules. Of a caller whose credentials were not looked at,
-// because too many were wrong, it says so.
+// authorise asks the rules. Of a caller who is nobody it says why, as far as
+// that may be said.
 func authorise(ctx context.Context, procedure string) error {
 	err := identity.Allow(identity.FromContext(ctx), procedure)
-	if limited, ok := ctx.Value(limitedKey{}).(*identity.LimitedError); ok && err != nil {
-		return limited
+	if why, ok := ctx.Value(whyKey{}).(error); ok && err != nil {
+		return why
 	}
 	return err
 }
@@ -176,7 +177,7 @@ func (g gate) coded(ctx context.Context, procedure string, err error) error {
 	case taken, errors.Is(err, store.ErrExists):
 		code = connect.CodeAlreadyExists
 	case errors.Is(err, identity.ErrUnauthenticated):
-		code = connect.CodeUnauthenticated
+		return connect.NewError(connect.CodeUnauthenticated, errors.New(strings.TrimPrefix(err.Error(), identity.ErrUnauthenticated.Error()+": ")))
 	case denied, errors.Is(err, store.ErrRefused):
 		code = connect.CodePermissionDenied
 	}

@@ -76,9 +76,15 @@ func (a Attempt) address() string {
 func (a Attempt) key() [32]byte { return Hash(a.address() + " " + a.Credential) }
 
 // LimitedError says that too many credentials were wrong, and how long to wait.
-type LimitedError struct{ Wait time.Duration }
+type LimitedError struct {
+	Wait time.Duration
+	Busy bool // it is not that: too many passwords wait to be hashed
+}
 
 func (e *LimitedError) Error() string {
+	if e.Busy {
+		return fmt.Sprintf("too many sign in at once; try again in %d s", e.Seconds())
+	}
 	return fmt.Sprintf("too many wrong credentials; try again in %d s", e.Seconds())
 }
 
@@ -98,7 +104,7 @@ func (g *Guard) Check(a Attempt) error {
 		}
 	}
 	if wait > 0 {
-		return &LimitedError{wait}
+		return &LimitedError{Wait: wait}
 	}
 	return nil
 }

@@ -267,7 +267,7 @@ func (a *Authenticator) fromRequest(r *http.Request) (Principal, error) {
 	device := ""
 	switch {
 	case header == "":
-		return Principal{}, fmt.Errorf("%w: no credentials", ErrUnauthenticated)
+		return Principal{}, fmt.Errorf("%w: credentials are missing", ErrUnauthenticated)
 	case strings.EqualFold(scheme, "Bearer"):
 		attempt.Credential = strings.TrimSpace(rest)
 	case strings.EqualFold(scheme, "Basic"):

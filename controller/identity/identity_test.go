@@ -3,12 +3,15 @@ package identity
 import (
 	"context"
 	"errors"
+	"log/slog"
 	"net/http"
 	"net/http/httptest"
 	"reflect"
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/coreos/go-oidc/v3/oidc"
 )
 
 type credentials struct {
@@ -167,11 +170,13 @@ func TestContext(t *testing.T) {
 func FuzzFromRequest(f *testing.F) {
 	_, hash := NewToken("")
 	now := time.Unix(0, 0)
-	a := New(&credentials{devices: map[string][32]byte{"cam-1": hash}}, Options{Now: func() time.Time {
+	o := NewOIDC(OIDCConfig{Issuer: "https://a.example", ClientID: "a", NameClaim: "sub", RoleClaim: "role", Log: slog.New(slog.DiscardHandler)})
+	o.verifier = oidc.NewVerifier(o.Issuer, new(oidc.StaticKeySet), &oidc.Config{ClientID: o.ClientID})
+	a := New(&credentials{devices: map[string][32]byte{"cam-1": hash}}, Options{OIDC: o, Now: func() time.Time {
 		now = now.Add(time.Minute) // so that no guess is too many
 		return now
 	}})
-	for _, s := range []string{"", "Bearer x", "Basic Y2FtLTE6eA==", "Basic", "Basic ::", "Bearer  "} {
+	for _, s := range []string{"", "Bearer x", "Basic Y2FtLTE6eA==", "Basic", "Basic ::", "Bearer  ", "Bearer eyJhbGciOiJSUzI1NiJ9.e30.AA", "Bearer ..", "Bearer eyJhbGciOiJub25lIn0.e30."} {
 		f.Add(s)
 	}
 	f.Fuzz(func(t *testing.T, header string) {

@@ -154,10 +154,10 @@ func (o *OIDC) principal(claims map[string]any) (Principal, error) {
 		return Principal{}, errors.New("its claim email is not verified")
 	}
 	role, err := text(o.RoleClaim)
-	if err == nil {
-		err = CheckRole(Role(role))
-	}
 	if err != nil {
+		return Principal{}, err
+	}
+	if err := CheckRole(Role(role)); err != nil {
 		return Principal{}, fmt.Errorf("claim %s: %w", o.RoleClaim, err)
 	}
 	p := Principal{Kind: User, Name: externalPrefix + name, Role: Role(role), External: true}

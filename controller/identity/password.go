@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"strconv"
 	"strings"
+	"time"
 	"unicode/utf8"
 
 	"golang.org/x/crypto/argon2"
@@ -56,7 +57,7 @@ func newPasswords() passwords {
 }
 
 // errBusy says that too many wait to have a password hashed.
-var errBusy = &LimitedError{Wait: 1}
+var errBusy = &LimitedError{Wait: time.Second, Busy: true}
 
 // take waits for a slot, and gives what frees it.
 func (p passwords) take(ctx context.Context) (func(), error) {
