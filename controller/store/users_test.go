@@ -91,12 +91,9 @@ func TestMaxTokens(t *testing.T) {
 	_, err := s.CreateUser(ctx, "user:admin", User{Name: "ada", Role: identity.Viewer})
 	must(t, err)
 	must(t, s.write(ctx, "tokens", func(tx *sql.Tx) error {
-		for n := range MaxTokens - 1 {
-			if _, err := s.addToken(ctx, tx, "user:ada", identity.Hash(fmt.Sprint(n)), Token{User: "ada"}); err != nil {
-				return err
-			}
-		}
-		return nil
+		_, err := tx.ExecContext(ctx, `WITH RECURSIVE n (i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < ?)
+			INSERT INTO tokens (hash, id, user, created_at) SELECT randomblob(32), i, 'ada', 0 FROM n`, MaxTokens-1)
+		return err
 	}))
 	_, err = s.CreateToken(ctx, "user:ada", identity.Hash("last"), Token{User: "ada"})
 	must(t, err)
