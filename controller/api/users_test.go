@@ -80,6 +80,7 @@ func TestUsers(t *testing.T) {
 	}
 	refused(t, w.auth("").Login, &v1.LoginRequest{Name: "ada", Password: ""}, connect.CodeUnauthenticated, "wrong credentials")
 	refused(t, c.UpdateUser, &v1.UpdateUserRequest{Name: "eve"}, connect.CodeNotFound, `user "eve"`)
+	refused(t, c.UpdateUser, &v1.UpdateUserRequest{Name: "ada", Scope: map[string]string{"a": "b"}}, connect.CodeInvalidArgument, "set_scope is false")
 	refused(t, c.UpdateUser, &v1.UpdateUserRequest{Name: "ada", Role: new("root")}, connect.CodeInvalidArgument, "role")
 
 	var names []string
