@@ -9,9 +9,14 @@ import (
 	"log/slog"
 	"net"
 	"net/url"
+	"os"
+	"regexp"
 	"slices"
+	"strings"
+	"time"
 
 	"github.com/dunlin/dunlin/controller/broker"
+	"github.com/dunlin/dunlin/controller/identity"
 	"github.com/dunlin/dunlin/internal/program"
 )
 
@@ -22,6 +27,13 @@ type Config struct {
 	Data       string `yaml:"data"`
 	Listen     string `yaml:"listen"`
 	MQTTListen string `yaml:"mqtt-listen"`
+
+	Hosts           string `yaml:"hosts"`             // names and addresses by which the controller is reached, comma apart
+	TLSCert         string `yaml:"tls-cert"`          // PEM file of a certificate of another authority; "": the controller's own
+	TLSKey          string `yaml:"tls-key"`           // PEM file of its key
+	TLSCA           string `yaml:"tls-ca"`            // PEM file of that authority, for devices; "": they trust the system's
+	DeviceCertDays  int    `yaml:"device-cert-days"`  // how long a device's certificate counts
+	DeviceGraceDays int    `yaml:"device-grace-days"` // how long after that it can be renewed
 
 	BrokerURL             string `yaml:"broker-url"`
 	BrokerUsername        string `yaml:"broker-username"`
@@ -44,8 +56,9 @@ type Config struct {
 
 // Addresses is where a running controller listens.
 type Addresses struct {
-	URL    string // of the API and the registry
-	Broker string // URL that devices connect to
+	URL       string // of the API and the registry, for users
+	DeviceURL string // of the same for devices, which always speak TLS
+	Broker    string // URL that devices connect to
 }
 
 const environment = "DUNLIN_CONTROLLER_"
@@ -55,6 +68,12 @@ func (c *Config) settings() []program.Setting {
 		{Name: "data", Usage: "`folder` of everything that the controller keeps", Value: &c.Data},
 		{Name: "listen", Usage: "`host:port` of the API and the registry", Value: &c.Listen},
 		{Name: "mqtt-listen", Usage: "`host:port` of the embedded broker", Value: &c.MQTTListen},
+		{Name: "hosts", Usage: "`names` and addresses by which the controller is reached, comma apart; the first is the one that devices are told; without any, that of the listener, or this machine's", Value: &c.Hosts},
+		{Name: "tls-cert", Usage: "PEM `file` of a certificate of another authority than the controller's own", Value: &c.TLSCert},
+		{Name: "tls-key", Usage: "PEM `file` of that certificate's key", Value: &c.TLSKey},
+		{Name: "tls-ca", Usage: "PEM `file` of that authority, by which devices know the controller; without it they must trust it already", Value: &c.TLSCA},
+		{Name: "device-cert-days", Usage: "`days` that a device's certificate counts; it is renewed when half of them are over", Value: &c.DeviceCertDays},
+		{Name: "device-grace-days", Usage: "`days` after its end in which a device's certificate can still be renewed", Value: &c.DeviceGraceDays},
 		{Name: "broker-url", Usage: "`URL` of an external MQTT broker, mqtt://host:port, instead of the embedded one", Value: &c.BrokerURL},
 		{Name: "broker-username", Usage: "`name` of the controller's account at the external broker", Value: &c.BrokerUsername},
 		{Name: "broker-password-file", Usage: "`file` with the password of that account; not needed with --mosquitto-password-file", Value: &c.BrokerPasswordFile},
@@ -68,7 +87,8 @@ func (c *Config) settings() []program.Setting {
 // DefaultConfig gives the configuration that every other one starts from.
 func DefaultConfig() Config {
 	return Config{
-		Data: "dunlin-controller", Listen: "127.0.0.1:8080", MQTTListen: "127.0.0.1:1883",
+		Data: "dunlin-controller", Listen: "127.0.0.1:8080", MQTTListen: "127.0.0.1:8883",
+		DeviceCertDays: int(identity.DeviceLifetime / day), DeviceGraceDays: int(identity.Grace / day),
 		BrokerUsername: broker.ControllerUser, LogLevel: "info", LogFormat: "text",
 	}
 }
@@ -92,6 +112,41 @@ func LoadConfig(args []string, getenv func(string) string, output io.Writer) (Co
 	return c, err
 }
 
+const (
+	day         = 24 * time.Hour
+	maxCertDays = 10 * 365
+)
+
+// hostPattern is a DNS name.
+var hostPattern = regexp.MustCompile(`^[A-Za-z0-9]([A-Za-z0-9.-]{0,251}[A-Za-z0-9])?$`)
+
+// hosts gives the names and addresses by which the controller is reached, the
+// one that devices are told first.
+func (c *Config) hosts() []string {
+	var hosts []string
+	for h := range strings.SplitSeq(c.Hosts, ",") {
+		if h = strings.TrimSpace(h); h != "" {
+			hosts = append(hosts, h)
+		}
+	}
+	if host, _, err := net.SplitHostPort(c.Listen); err == nil {
+		if ip := net.ParseIP(host); host != "" && (ip == nil || !ip.IsUnspecified()) {
+			hosts = append(hosts, host)
+		}
+	}
+	if own, err := os.Hostname(); err == nil && hostPattern.MatchString(own) {
+		hosts = append(hosts, own)
+	}
+	hosts = append(hosts, "localhost", "127.0.0.1", "::1")
+	var once []string
+	for _, h := range hosts {
+		if !slices.Contains(once, h) {
+			once = append(once, h)
+		}
+	}
+	return once
+}
+
 // check gives all faults of the configuration.
 func (c *Config) check() error {
 	var faults []error
@@ -105,12 +160,29 @@ func (c *Config) check() error {
 	if !slices.Contains([]string{"text", "json"}, c.LogFormat) {
 		fault("log-format %q is not text or json", c.LogFormat)
 	}
-	if err := program.CheckAddress(c.Listen); err != nil {
+	if err := program.CheckListen(c.Listen, true); err != nil {
 		fault("listen %w", err)
+	}
+	for _, h := range c.hosts() {
+		if !hostPattern.MatchString(h) && net.ParseIP(h) == nil {
+			fault("hosts: %q is not a name or an address", h)
+		}
+	}
+	if (c.TLSCert == "") != (c.TLSKey == "") {
+		fault("tls-cert and tls-key: one is not enough")
+	}
+	if c.TLSCA != "" && c.TLSCert == "" {
+		fault("tls-ca needs tls-cert")
+	}
+	if c.DeviceCertDays < 1 || c.DeviceCertDays > maxCertDays {
+		fault("device-cert-days is %d, allowed are 1 to %d", c.DeviceCertDays, maxCertDays)
+	}
+	if most := int(identity.MaxGrace / day); c.DeviceGraceDays < 0 || c.DeviceGraceDays > most {
+		fault("device-grace-days is %d, allowed are 0 to %d", c.DeviceGraceDays, most)
 	}
 	switch {
 	case c.BrokerURL == "":
-		if err := program.CheckAddress(c.MQTTListen); err != nil {
+		if err := program.CheckListen(c.MQTTListen, true); err != nil {
 			fault("mqtt-listen %w", err)
 		}
 		if c.MosquittoPasswordFile != "" || c.BrokerPasswordFile != "" {
