@@ -3,7 +3,6 @@ package controller
 
 import (
 	"context"
-	"crypto/rand"
 	"errors"
 	"fmt"
 	"io"
@@ -68,7 +67,11 @@ func Run(ctx context.Context, c Config) (err error) {
 	auth := identity.New(st)
 	metrics := telemetry.NewMetrics()
 
-	bus, err := openBus(ctx, c, st, auth, log)
+	trust, err := openTrust(ctx, c, st)
+	if err != nil {
+		return err
+	}
+	bus, err := openBus(ctx, c, trust, log)
 	if err != nil {
 		return err
 	}
@@ -94,7 +97,7 @@ func Run(ctx context.Context, c Config) (err error) {
 	mux.Handle("/", api.New(api.Config{
 		Store: st, Dispatch: dispatcher, Registry: reg, Auth: auth, Log: log,
 		Version: program.Version(), BrokerURL: bus.url,
-		HashPassword: broker.HashPassword, AccountsChanged: bus.accounts, Stopping: stopping,
+		HashPassword: broker.HashPassword, AccountsChanged: bus.changed, Stopping: stopping,
 	}))
 	server := newServer(mux, log)
 	server.RegisterOnShutdown(func() { close(stopping) })
@@ -105,7 +108,7 @@ func Run(ctx context.Context, c Config) (err error) {
 	}
 	return runAll(ctx, []component{
 		{"dispatch", dispatcher.Run},
-		{"broker", func(ctx context.Context) error { return bus.bus.Run(ctx, dispatcher.Handle) }},
+		{"broker", func(ctx context.Context) error { return bus.run(ctx, dispatcher.Handle) }},
 		{"registry", reg.Run},
 		{"http", func(ctx context.Context) error { return serve(ctx, server, listener) }},
 	})
@@ -256,10 +259,7 @@ func (v versions) VersionDigest(ctx context.Context, model string, version int64
 // password gives the controller's own for an external broker.
 func password(c Config) (string, error) {
 	if c.BrokerPasswordFile == "" {
-		if c.MosquittoPasswordFile == "" {
-			return "", nil
-		}
-		return rand.Text(), nil // its hash is in the file that the controller writes
+		return "", nil
 	}
 	b, err := os.ReadFile(c.BrokerPasswordFile)
 	if err != nil {

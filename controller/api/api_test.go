@@ -2,6 +2,8 @@ package api
 
 import (
 	"context"
+	"crypto/tls"
+	"crypto/x509"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -34,6 +36,15 @@ func TestMain(m *testing.M) {
 // versions is the store as the registry sees it; nothing is pushed here.
 type versions struct{ registry.Versions }
 
+// nobody comes by the broker here.
+type nobody struct{}
+
+func (nobody) Device(context.Context, *x509.Certificate) (string, error) {
+	return "", identity.ErrUnknown
+}
+
+func (nobody) Enrolling(context.Context, string, string, string) bool { return false }
+
 type world struct {
 	store    *store.Store
 	dispatch *dispatch.Dispatcher
@@ -49,7 +60,7 @@ func start(t *testing.T) *world {
 	must(t, err)
 	auth := identity.New(st)
 	log := slog.New(slog.DiscardHandler)
-	bus, err := broker.NewEmbedded(broker.EmbeddedConfig{Listen: "127.0.0.1:0", Auth: auth, Log: log})
+	bus, err := broker.NewEmbedded(broker.EmbeddedConfig{Listen: "127.0.0.1:0", TLS: &tls.Config{}, Auth: nobody{}, Log: log})
 	must(t, err)
 	reg, err := registry.New(registry.Config{Root: t.TempDir(), Auth: auth, Versions: versions{}, Log: log})
 	must(t, err)
@@ -61,7 +72,7 @@ func start(t *testing.T) *world {
 	go func() { done <- bus.Run(ctx, w.dispatch.Handle) }()
 	server := httptest.NewServer(New(Config{
 		Store: st, Dispatch: w.dispatch, Registry: reg, Auth: auth, Log: log, Version: "v1.2.3",
-		BrokerURL: "tcp://" + bus.Addr().String(), HashPassword: broker.HashPassword,
+		BrokerURL: "mqtts://" + bus.Addr().String(), HashPassword: broker.HashPassword,
 		AccountsChanged: func(context.Context) error { w.accounts++; return nil }, Stopping: w.stopping,
 	}))
 	w.url, w.client = server.URL, server.Client()
