@@ -3,11 +3,14 @@ package controller
 import (
 	"context"
 	"crypto/subtle"
+	"crypto/tls"
 	"crypto/x509"
+	"errors"
 	"fmt"
 	"log/slog"
-	"strings"
+	"net"
 	"sync"
+	"time"
 
 	"github.com/dunlin/dunlin/controller/broker"
 	"github.com/dunlin/dunlin/controller/identity"
@@ -15,13 +18,146 @@ import (
 	"github.com/dunlin/dunlin/internal/link"
 )
 
+// brokerTrust is how the controller and those who come by its broker know each
+// other.
+type brokerTrust struct {
+	authorities
+	server *tls.Config // of the embedded broker
+	auth   broker.Authenticator
+	// refused may be nil.
+	refused func(who, object, reason, from string)
+	// revoked are the devices that may do nothing any more, joinTokens the
+	// broker.HashPassword of each join token that can still be used, by its id.
+	revoked    func(context.Context) ([]string, error)
+	joinTokens func(context.Context) (map[string]string, error)
+}
+
+type authorities interface {
+	Roots() []*x509.Certificate
+	// ServerCertificate is for the names and addresses of this machine.
+	ServerCertificate() (*tls.Certificate, error)
+	ClientTLS(serverName string) *tls.Config
+	// CRLs are the lists of revoked certificates of all authorities, which
+	// have not run out: the same ones while nothing is revoked and they have
+	// time left.
+	CRLs(ctx context.Context) ([][]byte, error)
+}
+
+// mosquittoEvery is how often the files of Mosquitto are looked at, besides
+// when something is known to have changed: certificates are renewed, join
+// tokens run out.
+const mosquittoEvery = time.Minute
+
 // bus is the configured broker.
 type bus struct {
-	bus      broker.Bus
-	url      string                          // that devices connect to
-	accounts func(ctx context.Context) error // tells who may connect; nil: the broker asks the store itself
-	resumed  func()                          // set before Run
-	close    func()                          // of one that was not run
+	bus     broker.Bus
+	url     string                          // that devices connect to
+	changed func(ctx context.Context) error // after a change of who may connect; nil: the broker asks itself
+	resumed func()                          // set before Run
+	close   func()                          // of one that was not run
+	log     *slog.Logger
+}
+
+func openBus(ctx context.Context, c Config, t brokerTrust, log *slog.Logger) (*bus, error) {
+	if t.authorities == nil || t.auth == nil {
+		return nil, errors.New("a broker needs certificate authorities")
+	}
+	if c.BrokerURL == "" {
+		e, err := broker.NewEmbedded(broker.EmbeddedConfig{
+			Listen: c.MQTTListen, TLS: t.server, Auth: t.auth, Refused: t.refused, Log: log,
+		})
+		if err != nil {
+			return nil, err
+		}
+		return &bus{bus: e, url: "mqtts://" + publicAddress(c.hosts()[0], e.Addr()), close: func() { _ = e.Close() }, log: log}, nil
+	}
+	secret, err := password(c)
+	if err != nil {
+		return nil, err
+	}
+	address, secure, err := brokerAddress(c.BrokerURL)
+	if err != nil {
+		return nil, err
+	}
+	host, _, err := net.SplitHostPort(address)
+	if err != nil {
+		return nil, fmt.Errorf("broker-url: %w", err)
+	}
+	b := &bus{url: "tcp://" + address, close: func() {}, log: log}
+	cfg := broker.ExternalConfig{
+		URL: c.BrokerURL, Username: c.BrokerUsername, Password: secret, Log: log, OnConnect: func() { b.resumed() },
+	}
+	if secure {
+		b.url, cfg.TLS = "mqtts://"+address, t.ClientTLS(host)
+	}
+	if b.bus, err = broker.NewExternal(cfg); err != nil {
+		return nil, err
+	}
+	if c.MosquittoDir == "" {
+		return b, nil
+	}
+	mosquitto := broker.Mosquitto{Dir: c.MosquittoDir}
+	var mu sync.Mutex // one writer of the files, which then hold all that the store has
+	b.changed = func(ctx context.Context) error {
+		mu.Lock()
+		defer mu.Unlock()
+		files, err := t.mosquitto(ctx, host)
+		if err != nil {
+			return err
+		}
+		return mosquitto.Write(files)
+	}
+	// A broker that does not run yet reads the files when it starts.
+	if err := b.changed(ctx); err != nil {
+		log.Warn("cannot tell Mosquitto who may connect", "error", err)
+	}
+	return b, nil
+}
+
+// run carries messages, and keeps Mosquitto's files.
+func (b *bus) run(ctx context.Context, handle broker.Handler) error {
+	var keeping sync.WaitGroup
+	defer keeping.Wait()
+	if b.changed != nil {
+		keeping.Go(func() {
+			tick := time.NewTicker(mosquittoEvery)
+			defer tick.Stop()
+			for {
+				select {
+				case <-tick.C:
+				case <-ctx.Done():
+					return
+				}
+				if err := b.changed(ctx); err != nil && ctx.Err() == nil {
+					b.log.Warn("cannot tell Mosquitto who may connect", "error", err)
+				}
+			}
+		})
+	}
+	return b.bus.Run(ctx, handle)
+}
+
+// mosquitto gives what Mosquitto goes by, under a name that devices call it by.
+func (t brokerTrust) mosquitto(ctx context.Context, host string) (files broker.MosquittoFiles, err error) {
+	files.Roots = t.Roots()
+	if files.Certificate, err = t.ServerCertificate(); err != nil {
+		return files, err
+	}
+	leaf, err := x509.ParseCertificate(files.Certificate.Certificate[0])
+	if err == nil {
+		err = leaf.VerifyHostname(host)
+	}
+	if err != nil {
+		return files, fmt.Errorf("certificate for Mosquitto: %w", err)
+	}
+	if files.CRLs, err = t.CRLs(ctx); err != nil {
+		return files, err
+	}
+	if files.Revoked, err = t.revoked(ctx); err != nil {
+		return files, err
+	}
+	files.JoinTokens, err = t.joinTokens(ctx)
+	return files, err
 }
 
 // brokerAuth says who may connect to the embedded broker.
@@ -29,10 +165,6 @@ type brokerAuth struct {
 	*identity.Authenticator
 	store *store.Store
 	log   *slog.Logger
-}
-
-func (a brokerAuth) Device(ctx context.Context, cert *x509.Certificate) (string, error) {
-	return a.Authenticator.Device(ctx, cert)
 }
 
 // Enrolling lets in who holds a join token, and whom anybody can say to be:
@@ -50,17 +182,4 @@ func (a brokerAuth) Enrolling(ctx context.Context, user, password, _ string) boo
 		a.log.Error("cannot look a join token up", "error", err)
 	}
 	return known && err == nil
-}
-
-func openBus(ctx context.Context, c Config, st *store.Store, auth *identity.Authenticator, t *trust, refused func(who, object, reason, from string), log *slog.Logger) (*bus, error) {
-	if c.BrokerURL == "" {
-		e, err := broker.NewEmbedded(broker.EmbeddedConfig{
-			Listen: c.MQTTListen, TLS: t.serverTLS(), Auth: brokerAuth{auth, st, log}, Refused: refused, Log: log,
-		})
-		if err != nil {
-			return nil, err
-		}
-		return &bus{bus: e, url: "mqtts://" + publicAddress(c.hosts()[0], e.Addr()), close: func() { _ = e.Close() }}, nil
-	}
-	return nil, fmt.Errorf("to do %s %v", strings.ToUpper(""), &sync.Mutex{})
 }

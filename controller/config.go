@@ -35,11 +35,10 @@ type Config struct {
 	DeviceCertDays  int    `yaml:"device-cert-days"`  // how long a device's certificate counts
 	DeviceGraceDays int    `yaml:"device-grace-days"` // how long after that it can be renewed
 
-	BrokerURL             string `yaml:"broker-url"`
-	BrokerUsername        string `yaml:"broker-username"`
-	BrokerPasswordFile    string `yaml:"broker-password-file"`
-	MosquittoPasswordFile string `yaml:"mosquitto-password-file"`
-	MosquittoPIDFile      string `yaml:"mosquitto-pid-file"`
+	BrokerURL          string `yaml:"broker-url"`
+	BrokerUsername     string `yaml:"broker-username"`
+	BrokerPasswordFile string `yaml:"broker-password-file"`
+	MosquittoDir       string `yaml:"mosquitto-dir"`
 
 	LogLevel  string `yaml:"log-level"`
 	LogFormat string `yaml:"log-format"`
@@ -74,11 +73,10 @@ func (c *Config) settings() []program.Setting {
 		{Name: "tls-ca", Usage: "PEM `file` of that authority, by which devices know the controller; without it they must trust it already", Value: &c.TLSCA},
 		{Name: "device-cert-days", Usage: "`days` that a device's certificate counts; it is renewed when half of them are over", Value: &c.DeviceCertDays},
 		{Name: "device-grace-days", Usage: "`days` after its end in which a device's certificate can still be renewed", Value: &c.DeviceGraceDays},
-		{Name: "broker-url", Usage: "`URL` of an external MQTT broker, mqtt://host:port, instead of the embedded one", Value: &c.BrokerURL},
-		{Name: "broker-username", Usage: "`name` of the controller's account at the external broker", Value: &c.BrokerUsername},
-		{Name: "broker-password-file", Usage: "`file` with the password of that account; not needed with --mosquitto-password-file", Value: &c.BrokerPasswordFile},
-		{Name: "mosquitto-password-file", Usage: "Mosquitto's password_file, a `file` that the controller writes", Value: &c.MosquittoPasswordFile},
-		{Name: "mosquitto-pid-file", Usage: "Mosquitto's pid_file, a `file` by which the controller tells it of new accounts", Value: &c.MosquittoPIDFile},
+		{Name: "broker-url", Usage: "`URL` of an external MQTT broker, mqtts://host:port, instead of the embedded one", Value: &c.BrokerURL},
+		{Name: "broker-username", Usage: "`name` of the controller's account at an external broker that does not go by certificates", Value: &c.BrokerUsername},
+		{Name: "broker-password-file", Usage: "`file` with the password of that account", Value: &c.BrokerPasswordFile},
+		{Name: "mosquitto-dir", Usage: "`folder` that dunlin-controller broker config mosquitto has made, and that the controller keeps up to date", Value: &c.MosquittoDir},
 		{Name: "log-level", Usage: "`level` of the log: debug, info, warn or error", Value: &c.LogLevel},
 		{Name: "log-format", Usage: "`format` of the log: text or json", Value: &c.LogFormat},
 	}
@@ -185,40 +183,44 @@ func (c *Config) check() error {
 		if err := program.CheckListen(c.MQTTListen, true); err != nil {
 			fault("mqtt-listen %w", err)
 		}
-		if c.MosquittoPasswordFile != "" || c.BrokerPasswordFile != "" {
-			fault("mosquitto-password-file and broker-password-file need broker-url")
+		if c.MosquittoDir != "" || c.BrokerPasswordFile != "" {
+			fault("mosquitto-dir and broker-password-file need broker-url")
 		}
 	default:
-		u, err := url.Parse(c.BrokerURL)
-		if err != nil {
-			fault("broker-url: %w", err)
-			break
-		}
-		if u.Scheme != "mqtt" && u.Scheme != "tcp" || u.User != nil {
-			fault("broker-url %q is not mqtt://host:port", u.Redacted())
-			break
-		}
-		address, err := brokerAddress(c.BrokerURL)
+		address, secure, err := brokerAddress(c.BrokerURL)
 		if err != nil {
 			faults = append(faults, err)
-		} else if err := program.CheckAddress(address); err != nil {
+			break
+		}
+		if secure {
+			err = program.CheckListen(address, true)
+		} else {
+			err = program.CheckAddress(address)
+		}
+		if err != nil {
 			fault("broker-url %w", err)
 		}
-		if c.MosquittoPasswordFile != "" && c.BrokerUsername != broker.ControllerUser {
-			fault("broker-username is %q, with mosquitto-password-file it must be %s", c.BrokerUsername, broker.ControllerUser)
+		if c.MosquittoDir != "" && !secure {
+			fault("mosquitto-dir needs a broker-url mqtts://host:port")
 		}
-	}
-	if c.MosquittoPIDFile != "" && c.MosquittoPasswordFile == "" {
-		fault("mosquitto-pid-file needs mosquitto-password-file")
 	}
 	return errors.Join(faults...)
 }
 
-// brokerAddress gives the host and port of an external broker's URL.
-func brokerAddress(s string) (string, error) {
+// brokerAddress gives the host and port of an external broker's URL, and
+// whether it is one for TLS.
+func brokerAddress(s string) (address string, secure bool, err error) {
 	u, err := url.Parse(s)
 	if err != nil {
-		return "", fmt.Errorf("broker-url: %w", err)
+		return "", false, fmt.Errorf("broker-url: %w", err)
 	}
-	return net.JoinHostPort(u.Hostname(), cmp.Or(u.Port(), "1883")), nil
+	secure = u.Scheme == "mqtts"
+	if !secure && u.Scheme != "mqtt" && u.Scheme != "tcp" || u.Hostname() == "" || u.User != nil {
+		return "", false, fmt.Errorf("broker-url %q is not mqtts://host:port", u.Redacted())
+	}
+	port := "1883"
+	if secure {
+		port = "8883"
+	}
+	return net.JoinHostPort(u.Hostname(), cmp.Or(u.Port(), port)), secure, nil
 }

@@ -3,7 +3,6 @@ package controller
 
 import (
 	"context"
-	"crypto/rand"
 	"errors"
 	"fmt"
 	"io"
@@ -74,14 +73,18 @@ func Run(ctx context.Context, c Config) (err error) {
 		return err
 	}
 
-	bus, err := openBus(ctx, c, st, auth, t, log)
+	bus, err := openBus(ctx, c, t.forBroker(brokerAuth{auth, st, log}, func(who, object, reason, from string) {}), log)
 	if err != nil {
 		return err
 	}
 	defer bus.close()
 	dispatcher := dispatch.New(dispatch.Config{
 		Store: st, Bus: bus.bus, Log: log, Metrics: metrics, OnStep: c.OnStep,
-		Trusted: t.trusted, Superseded: func() { bus.changed(log) },
+		Trusted: t.trusted, Superseded: func() {
+			if err := t.changed(ctx, bus); err != nil {
+				log.Warn("cannot tell the broker of revoked certificates", "error", err)
+			}
+		},
 	})
 	bus.resumed = dispatcher.Resumed
 
@@ -103,7 +106,7 @@ func Run(ctx context.Context, c Config) (err error) {
 	enrolment := enrol.New(enrol.Config{
 		Store: st, Authorities: t.Authorities, Lifetime: time.Duration(c.DeviceCertDays) * day, Grace: time.Duration(c.DeviceGraceDays) * day,
 		BrokerURL: bus.url, RegistryURL: "https://" + publicAddress(c.hosts()[0], listener.Addr()),
-		Roots: t.deviceRoots, Trust: t.documents, AccountsChanged: bus.accounts, Joined: dispatcher.Replan,
+		Roots: t.deviceRoots, Trust: t.documents, AccountsChanged: func(ctx context.Context) error { return t.changed(ctx, bus) }, Joined: dispatcher.Replan,
 		Refused: func(ctx context.Context, who, object, reason string) {
 			log.Warn("enrolment refused", "who", who, "object", object, "reason", reason)
 		},
@@ -116,7 +119,7 @@ func Run(ctx context.Context, c Config) (err error) {
 	mux.HandleFunc("/healthz", func(w http.ResponseWriter, r *http.Request) { _, _ = io.WriteString(w, "ok\n") })
 	mux.Handle("/", api.New(api.Config{
 		Store: st, Dispatch: dispatcher, Registry: reg, Auth: auth, Log: log, Enrol: enrolment, Authorities: t.Authorities,
-		Version: program.Version(), AccountsChanged: bus.accounts, Stopping: stopping,
+		Version: program.Version(), AccountsChanged: func(ctx context.Context) error { return t.changed(ctx, bus) }, Stopping: stopping,
 	}))
 	server := newServer(mux, log)
 	server.RegisterOnShutdown(func() { close(stopping) })
@@ -129,7 +132,7 @@ func Run(ctx context.Context, c Config) (err error) {
 		{"dispatch", dispatcher.Run},
 		{"enrolment", func(ctx context.Context) error { return enrolment.Run(ctx, bus.bus.Publish) }},
 		{"broker", func(ctx context.Context) error {
-			return bus.bus.Run(ctx, func(topic string, payload []byte) {
+			return bus.run(ctx, func(topic string, payload []byte) {
 				if user, nonce, err := link.ParseJoinUp(topic); err == nil {
 					enrolment.Take(user, nonce, payload)
 					return
@@ -267,10 +270,7 @@ func (v versions) VersionDigest(ctx context.Context, model string, version int64
 // password gives the controller's own for an external broker.
 func password(c Config) (string, error) {
 	if c.BrokerPasswordFile == "" {
-		if c.MosquittoPasswordFile == "" {
-			return "", nil
-		}
-		return rand.Text(), nil // its hash is in the file that the controller writes
+		return "", nil
 	}
 	b, err := os.ReadFile(c.BrokerPasswordFile)
 	if err != nil {

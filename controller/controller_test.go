@@ -4,6 +4,8 @@ import (
 	"bytes"
 	"context"
 	"crypto/sha256"
+	"crypto/tls"
+	"crypto/x509"
 	"encoding/json"
 	"errors"
 	"flag"
@@ -25,6 +27,7 @@ import (
 	"google.golang.org/protobuf/proto"
 
 	"github.com/dunlin/dunlin/internal/link"
+	"github.com/dunlin/dunlin/internal/pki"
 	"github.com/dunlin/dunlin/models"
 	v1 "github.com/dunlin/dunlin/proto/dunlin/v1"
 	v1connect "github.com/dunlin/dunlin/proto/dunlin/v1/dunlinv1connect"
@@ -405,14 +408,62 @@ func TestLoadConfig(t *testing.T) {
 func TestBrokerURL(t *testing.T) {
 	for given, want := range map[string]string{
 		"mqtt://localhost": "tcp://localhost:1883", "mqtt://127.0.0.1:1884": "tcp://127.0.0.1:1884", "tcp://[::1]:1": "tcp://[::1]:1",
+		"mqtts://broker": "mqtts://broker:8883", "mqtts://10.0.0.1:1": "mqtts://10.0.0.1:1",
 	} {
-		b, err := openBus(t.Context(), Config{BrokerURL: given}, nil, nil, slog.New(slog.DiscardHandler))
+		b, err := openBus(t.Context(), Config{BrokerURL: given}, testTrust(t), slog.New(slog.DiscardHandler))
 		must(t, err)
 		if b.url != want {
 			t.Errorf("%s: devices are told %s, want %s", given, b.url, want)
 		}
 	}
 }
+
+// testAuthorities is one that a test made.
+type testAuthorities struct {
+	*pki.Authority
+	certificate *tls.Certificate
+}
+
+func (a testAuthorities) Roots() []*x509.Certificate { return []*x509.Certificate{a.Certificate} }
+
+func (a testAuthorities) ServerCertificate() (*tls.Certificate, error) { return a.certificate, nil }
+
+func (a testAuthorities) ClientTLS(serverName string) *tls.Config {
+	return pki.ClientConfig(pki.Client{
+		Trust:       func() pki.Trust { return pki.Trust{Roots: a.Roots()} },
+		Certificate: func() *tls.Certificate { return a.certificate },
+	}, serverName)
+}
+
+func (a testAuthorities) CRLs(context.Context) ([][]byte, error) {
+	crl, err := a.Revoke(nil, 1, time.Now(), time.Hour)
+	return [][]byte{crl}, err
+}
+
+// testTrust is for 127.0.0.1.
+func testTrust(t *testing.T) brokerTrust {
+	t.Helper()
+	key, err := pki.NewKey()
+	must(t, err)
+	a, err := pki.NewAuthority(key, time.Now(), time.Hour)
+	must(t, err)
+	leaf, err := a.IssueController([]string{"127.0.0.1"}, key.Public(), time.Now(), time.Hour)
+	must(t, err)
+	return brokerTrust{
+		authorities: testAuthorities{a, &tls.Certificate{Certificate: pki.Raw(a.Chain(leaf)), PrivateKey: key}},
+		auth:        noDevices{},
+		revoked:     func(context.Context) ([]string, error) { return []string{"gone"}, nil },
+		joinTokens:  func(context.Context) (map[string]string, error) { return nil, nil },
+	}
+}
+
+type noDevices struct{}
+
+func (noDevices) Device(context.Context, *x509.Certificate) (string, error) {
+	return "", errors.New("no device")
+}
+
+func (noDevices) Enrolling(context.Context, string, string, string) bool { return false }
 
 func TestLoadConfigFaults(t *testing.T) {
 	file := filepath.Join(t.TempDir(), "c.yaml")
@@ -422,17 +473,17 @@ func TestLoadConfigFaults(t *testing.T) {
 		args []string
 		want []string
 	}{
-		{[]string{"--listen", "0.0.0.0:80", "--mqtt-listen", "example.com:1", "--data", "", "x"}, []string{
-			`unexpected argument "x"`, "data is missing", `listen "0.0.0.0:80" is not on loopback`, `mqtt-listen "example.com:1" is not on loopback`}},
+		{[]string{"--listen", "0.0.0.0:80", "--mqtt-listen", "example.com", "--data", "", "x"}, []string{
+			`unexpected argument "x"`, "data is missing", `listen "0.0.0.0:80" is not on loopback`, `mqtt-listen "example.com" is not host:port`}},
 		{[]string{"--listen", ":80"}, []string{`listen ":80" is not on loopback`}},
 		{[]string{"--listen", "x"}, []string{`listen "x" is not host:port`}},
 		{[]string{"--config", file, "--listen", "1.1.1.1:1"}, []string{"colour", "not on loopback"}},
 		{[]string{"--config", "/does/not/exist"}, []string{"/does/not/exist"}},
 		{[]string{"--broker-url", "mqtt://10.0.0.1:1883"}, []string{`broker-url "10.0.0.1:1883" is not on loopback`}},
-		{[]string{"--broker-url", "http://127.0.0.1"}, []string{"is not mqtt://host:port"}},
-		{[]string{"--mosquitto-password-file", "x", "--mosquitto-pid-file", "y"}, []string{"need broker-url"}},
-		{[]string{"--broker-url", "mqtt://localhost", "--mosquitto-pid-file", "y"}, []string{"mosquitto-pid-file needs mosquitto-password-file"}},
-		{[]string{"--broker-url", "mqtt://localhost", "--mosquitto-password-file", "y", "--broker-username", "z"}, []string{"it must be dunlin.controller"}},
+		{[]string{"--broker-url", "http://127.0.0.1"}, []string{"is not mqtts://host:port"}},
+		{[]string{"--broker-url", "mqtts://:1883"}, []string{"broker-url"}},
+		{[]string{"--mosquitto-dir", "x"}, []string{"need broker-url"}},
+		{[]string{"--broker-url", "mqtt://localhost", "--mosquitto-dir", "x"}, []string{"mosquitto-dir needs a broker-url mqtts://host:port"}},
 		{[]string{"--log-level", "loud", "--log-format", "xml"}, []string{`log-level "loud"`, `log-format "xml"`}},
 		{[]string{"--nonsense"}, []string{"nonsense"}},
 	} {

@@ -4,12 +4,16 @@ import (
 	"context"
 	"crypto/tls"
 	"crypto/x509"
+	"errors"
 	"fmt"
 	"net"
 	"path/filepath"
+	"slices"
 	"strconv"
+	"sync"
 	"time"
 
+	"github.com/dunlin/dunlin/controller/broker"
 	"github.com/dunlin/dunlin/controller/identity"
 	"github.com/dunlin/dunlin/controller/store"
 	"github.com/dunlin/dunlin/internal/pki"
@@ -30,6 +34,42 @@ type trust struct {
 	data  string
 	files *pki.Files          // nil: the certificate is of the controller's own authority
 	extra []*x509.Certificate // the authority of files
+	store *store.Store
+
+	mu      sync.Mutex // guards what follows
+	crls    [][]byte
+	listed  []x509.RevocationListEntry // in crls
+	issuers []*x509.Certificate        // of crls
+	renew   time.Time                  // when crls are made anew
+}
+
+// crlRenewal is how long a list of revoked certificates is given out.
+const crlRenewal = 24 * time.Hour
+
+// CRLs implements authorities.
+func (t *trust) CRLs(ctx context.Context) ([][]byte, error) {
+	revoked, err := t.store.Revoked(ctx)
+	if err != nil {
+		return nil, err
+	}
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	same := func(a, b x509.RevocationListEntry) bool { return a.SerialNumber.Cmp(b.SerialNumber) == 0 }
+	if roots := t.Roots(); time.Now().After(t.renew) || !slices.EqualFunc(revoked, t.listed, same) || !pki.Same(roots, t.issuers) {
+		if t.crls, err = t.Authorities.CRLs(revoked); err != nil {
+			return nil, err
+		}
+		t.listed, t.issuers, t.renew = revoked, roots, time.Now().Add(crlRenewal)
+	}
+	return t.crls, nil
+}
+
+// forBroker gives what a broker goes by.
+func (t *trust) forBroker(auth broker.Authenticator, refused func(who, object, reason, from string)) brokerTrust {
+	return brokerTrust{
+		authorities: t, server: t.serverTLS(), auth: auth, refused: refused,
+		revoked: t.store.RevokedDevices, joinTokens: t.store.BrokerTokens,
+	}
 }
 
 func openTrust(ctx context.Context, c Config, st *store.Store) (*trust, error) {
@@ -37,7 +77,7 @@ func openTrust(ctx context.Context, c Config, st *store.Store) (*trust, error) {
 	if err != nil {
 		return nil, err
 	}
-	t := &trust{Authorities: own, data: c.Data}
+	t := &trust{Authorities: own, data: c.Data, store: st}
 	if c.TLSCert != "" {
 		if t.files, err = pki.NewFiles(c.TLSCert, c.TLSKey); err != nil {
 			return nil, fmt.Errorf("tls-cert, tls-key: %w", err)
@@ -89,4 +129,14 @@ func (t *trust) serverTLS() *tls.Config {
 // publicAddress is an address that others reach the listener at.
 func publicAddress(host string, a net.Addr) string {
 	return net.JoinHostPort(host, strconv.Itoa(a.(*net.TCPAddr).Port))
+}
+
+// changed tells those who do not ask, before a change of who may connect is
+// answered.
+func (t *trust) changed(ctx context.Context, b *bus) error {
+	err := t.write()
+	if b.changed != nil {
+		err = errors.Join(err, b.changed(ctx))
+	}
+	return err
 }
