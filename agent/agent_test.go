@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"crypto/sha256"
+	"crypto/tls"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -186,30 +187,6 @@ func TestAgent(t *testing.T) {
 	stop()
 }
 
-// A join whose answer is lost is the same join when it is repeated.
-func TestJoinIsRepeatable(t *testing.T) {
-	c := startControl(t)
-	c.cutJoin = 2
-	cfg := testConfig(t, c)
-	store, err := state.Open(t.Context(), filepath.Join(t.TempDir(), stateFile), state.Limits{})
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer store.Close()
-	id, err := join(t.Context(), cfg, store, &dunlinv1.DeviceInfo{})
-	if err != nil {
-		t.Fatal(err)
-	}
-	if stored, err := store.Identity(t.Context()); err != nil || stored != id || c.joins != 3 || c.secrets["edge-1"] != id.Secret || len(id.Secret) < 43 {
-		t.Errorf("stored %v (%v) after %d joins, the controller has %v", stored, err, c.joins, c.secrets)
-	}
-	// Once joined, nothing more is needed.
-	cfg.JoinToken = ""
-	if again, err := join(t.Context(), cfg, store, &dunlinv1.DeviceInfo{}); err != nil || again != id || c.joins != 3 {
-		t.Errorf("again: %v, %v after %d joins", again, err, c.joins)
-	}
-}
-
 func TestJoinIsRefused(t *testing.T) {
 	c := startControl(t)
 	for _, token := range []string{"", "wrong"} {
@@ -281,11 +258,13 @@ func TestEventsArriveOnce(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	id, err := join(t.Context(), cfg, a.store, a.info)
-	if err != nil {
+	if err := a.identity.Join(t.Context(), a.info); err != nil {
 		t.Fatal(err)
 	}
-	l, err := link.New(link.Config{BrokerURL: id.BrokerURL, Device: id.Device, Secret: id.Secret, BootID: "boot", Log: cfg.Log, MaxBackoff: 50 * time.Millisecond})
+	l, err := link.New(link.Config{
+		BrokerURL: c.BrokerURL(), Device: cfg.Name, BootID: "boot", Log: cfg.Log, MaxBackoff: 50 * time.Millisecond,
+		TLS: func() *tls.Config { return a.identity.TLS("127.0.0.1") },
+	})
 	if err != nil {
 		t.Fatal(err)
 	}

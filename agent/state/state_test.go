@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"github.com/google/go-cmp/cmp"
+	"github.com/google/go-cmp/cmp/cmpopts"
 	"go.uber.org/goleak"
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/testing/protocmp"
@@ -66,12 +67,12 @@ func TestIdentityAndDesired(t *testing.T) {
 	if _, err := s.Desired(ctx); !errors.Is(err, ErrNone) {
 		t.Errorf("desired document of a new file: %v", err)
 	}
-	for _, id := range []Identity{{Device: "a"}, {"b", "secret", "http://c", "tcp://b", "http://r"}} {
+	for _, id := range []Identity{{Device: "a"}, {"b", "https://c", "mqtts://b", "https://r", []byte{1, 2}, []byte{3}}} {
 		if err := s.SetIdentity(ctx, id); err != nil {
 			t.Fatal(err)
 		}
-		if got := must(s.Identity(ctx))(t); got != id {
-			t.Errorf("identity %+v, want %+v", got, id)
+		if diff := cmp.Diff(id, must(s.Identity(ctx))(t), cmpopts.EquateEmpty()); diff != "" {
+			t.Error(diff)
 		}
 	}
 	for _, d := range []Desired{
