@@ -173,11 +173,10 @@ func (a brokerAuth) Enrolling(ctx context.Context, user, password, _ string) boo
 	if user == link.RenewUser {
 		return subtle.ConstantTimeCompare([]byte(password), []byte(link.RenewUser)) == 1
 	}
-	hash := identity.Hash(password)
-	if user != link.JoinUser(store.TokenID(hash)) {
+	if user != link.TokenUser(password) {
 		return false
 	}
-	known, err := a.store.JoinTokenKnown(ctx, hash)
+	known, err := a.store.JoinTokenKnown(ctx, identity.Hash(password))
 	if err != nil {
 		a.log.Error("cannot look a join token up", "error", err)
 	}

@@ -17,7 +17,6 @@ import (
 	"github.com/dunlin/dunlin/agent"
 	"github.com/dunlin/dunlin/agent/sim"
 	"github.com/dunlin/dunlin/controller"
-	"github.com/dunlin/dunlin/controller/broker"
 	"github.com/dunlin/dunlin/controller/fleet"
 	profiles "github.com/dunlin/dunlin/firmware-profiles"
 )
@@ -234,21 +233,6 @@ func TestDocsYAML(t *testing.T) {
 	}
 	if len(kinds) != 5 || kinds["document"] < 2 {
 		t.Errorf("found only %v", kinds)
-	}
-}
-
-// TestDocsMosquitto: the configuration of Mosquitto is the one that is tested.
-func TestDocsMosquitto(t *testing.T) {
-	const dir = "/etc/mosquitto/dunlin/"
-	m := broker.Mosquitto{PasswordFile: dir + "passwords", PIDFile: "/run/mosquitto/dunlin.pid"}
-	want := map[string]bool{m.Config(1883, dir+"acl"): true, broker.MosquittoACL: true}
-	for _, p := range readPages(t) {
-		for _, b := range p.blocks {
-			delete(want, b.text)
-		}
-	}
-	for text := range want {
-		t.Errorf("docs/operate.md lacks\n%s", text)
 	}
 }
 

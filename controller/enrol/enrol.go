@@ -293,8 +293,7 @@ func (s *Service) handle(ctx context.Context, user string, payload []byte) (*v1.
 	}
 	switch r := m.GetRequest().(type) {
 	case *v1.EnrolRequest_Join:
-		hash := identity.Hash(r.Join.GetJoinToken())
-		if user != link.JoinUser(store.TokenID(hash)) {
+		if user != link.TokenUser(r.Join.GetJoinToken()) {
 			return nil, Invalid("join_token is not that of the user %s", user)
 		}
 		answer, err := s.Join(ctx, r.Join, s.RegistryURL)

@@ -287,7 +287,7 @@ func TestTime(t *testing.T) {
 // Over MQTT the same is answered, to the user that may ask.
 func TestHandle(t *testing.T) {
 	w := start(t)
-	user := link.JoinUser(store.TokenID(identity.Hash(w.token)))
+	user := link.TokenUser(w.token)
 	ask := func(user string, m *v1.EnrolRequest) *v1.EnrolResponse {
 		b, err := proto.Marshal(m)
 		if err != nil {

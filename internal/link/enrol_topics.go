@@ -1,6 +1,8 @@
 package link
 
 import (
+	"crypto/sha256"
+	"encoding/hex"
 	"fmt"
 	"strings"
 )
@@ -17,9 +19,16 @@ const (
 	// request proves who they are.
 	RenewUser  = "renew"
 	joinPrefix = "join."
+	joinID     = 6 // bytes of a join token's hash that are its id
 	// maxNonce bounds the nonce in a topic.
 	maxNonce = 64
 )
+
+// TokenUser gives the MQTT user of a device that holds a join token.
+func TokenUser(token string) string {
+	sum := sha256.Sum256([]byte(token))
+	return JoinUser(hex.EncodeToString(sum[:joinID]))
+}
 
 // JoinUser gives the MQTT user of a join token by the token's id.
 func JoinUser(id string) string { return joinPrefix + id }
@@ -30,7 +39,7 @@ func CheckEnrolUser(user string) error {
 		return nil
 	}
 	id, ok := strings.CutPrefix(user, joinPrefix)
-	if !ok || id == "" || len(id) > maxNonce || strings.Trim(id, "0123456789abcdef") != "" {
+	if !ok || len(id) != 2*joinID || strings.Trim(id, "0123456789abcdef") != "" {
 		return fmt.Errorf("user %q is not %s or %s<id>", user, RenewUser, joinPrefix)
 	}
 	return nil
@@ -57,9 +66,7 @@ func parseJoin(topic, direction string) (user, nonce string, err error) {
 	if err := CheckEnrolUser(parts[0]); err != nil {
 		return "", "", fmt.Errorf("topic %q: %w", topic, err)
 	}
-	if n := parts[1]; n == "" || len(n) > maxNonce || strings.ContainsFunc(n, func(c rune) bool {
-		return !(c >= 'A' && c <= 'Z' || c >= 'a' && c <= 'z' || c >= '0' && c <= '9' || c == '_' || c == '-')
-	}) {
+	if n := parts[1]; len(n) > maxNonce || CheckDevice(n) != nil {
 		return "", "", fmt.Errorf("topic %q: the nonce is not 1 to %d of A-Z a-z 0-9 _ -", topic, maxNonce)
 	}
 	return parts[0], parts[1], nil

@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/dunlin/dunlin/internal/pki"
+	dunlinv1 "github.com/dunlin/dunlin/proto/dunlin/v1"
 )
 
 // lifetime is that of what is made here.
@@ -103,4 +104,23 @@ func Showing(tb testing.TB, a *pki.Authority, next http.Handler) http.Handler {
 		}
 		next.ServeHTTP(w, r)
 	})
+}
+
+// Joined is a device as a controller knows it: its key, and what the
+// controller answered to its join.
+type Joined struct {
+	Key      crypto.Signer
+	Identity *dunlinv1.Identity
+}
+
+// TLS is how the device connects to a host.
+func (j Joined) TLS(host string) (*tls.Config, error) {
+	roots, err := pki.ParseCertificates(j.Identity.GetRoots())
+	if err != nil {
+		return nil, err
+	}
+	own := &tls.Certificate{Certificate: j.Identity.GetCertificates(), PrivateKey: j.Key}
+	return pki.ClientConfig(pki.Client{
+		Trust: func() pki.Trust { return pki.Trust{Roots: roots} }, Certificate: func() *tls.Certificate { return own },
+	}, host), nil
 }
