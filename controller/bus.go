@@ -96,7 +96,7 @@ func openBus(ctx context.Context, c Config, t brokerTrust, log *slog.Logger) (*b
 	if c.MosquittoDir == "" {
 		return b, nil
 	}
-	mosquitto := broker.Mosquitto{Dir: c.MosquittoDir}
+	mosquitto := &broker.Mosquitto{Dir: c.MosquittoDir}
 	var mu sync.Mutex // one writer of the files, which then hold all that the store has
 	b.changed = func(ctx context.Context) error {
 		mu.Lock()

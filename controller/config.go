@@ -98,7 +98,7 @@ func DefaultConfig() Config {
 func LoadConfig(args []string, getenv func(string) string, output io.Writer) (Config, error) {
 	c := DefaultConfig()
 	err := program.Source{
-		Program: "dunlin-controller", Notes: "Other commands: dunlin-controller version.", Prefix: environment,
+		Program: "dunlin-controller", Notes: "Other commands: dunlin-controller version, dunlin-controller broker config mosquitto.", Prefix: environment,
 		Args: args, Getenv: getenv, Help: output,
 	}.Load(c.settings(), &c, nil)
 	if errors.Is(err, flag.ErrHelp) {
@@ -136,6 +136,9 @@ func (c *Config) hosts() []string {
 		hosts = append(hosts, own)
 	}
 	hosts = append(hosts, "localhost", "127.0.0.1", "::1")
+	if u, err := url.Parse(c.BrokerURL); err == nil && u.Hostname() != "" { // Mosquitto beside it has the same certificate
+		hosts = append(hosts, u.Hostname())
+	}
 	var once []string
 	for _, h := range hosts {
 		if !slices.Contains(once, h) {

@@ -17,6 +17,7 @@ import (
 	"github.com/dunlin/dunlin/agent"
 	"github.com/dunlin/dunlin/agent/sim"
 	"github.com/dunlin/dunlin/controller"
+	"github.com/dunlin/dunlin/controller/broker"
 	"github.com/dunlin/dunlin/controller/fleet"
 	profiles "github.com/dunlin/dunlin/firmware-profiles"
 )
@@ -136,6 +137,13 @@ func (c commands) check(line string, whole bool) error {
 		_, err := agent.ParseConfig(args, none, io.Discard)
 		return err
 	case "dunlin-controller":
+		if len(args) > 2 && slices.Equal(args[:3], []string{"broker", "config", "mosquitto"}) {
+			if !whole {
+				args = append(args, "--dir", "d", "--host", "h")
+			}
+			_, err := controller.LoadMosquittoConfig(args[3:], none, io.Discard)
+			return err
+		}
 		_, err := controller.LoadConfig(args, none, io.Discard)
 		return err
 	case "make":
@@ -189,6 +197,9 @@ func (c commands) flag(name string) bool {
 	if _, err := agent.ParseAlone([]string{"--help"}, none, &help); err == nil {
 		return false
 	}
+	if _, err := controller.LoadMosquittoConfig([]string{"--help"}, none, &help); err == nil {
+		return false
+	}
 	if _, err := controller.LoadConfig([]string{"--help"}, none, &help); err == nil {
 		return false
 	}
@@ -234,6 +245,22 @@ func TestDocsYAML(t *testing.T) {
 	if len(kinds) != 5 || kinds["document"] < 2 {
 		t.Errorf("found only %v", kinds)
 	}
+}
+
+// TestDocsACL: the ACL in the documents is the one that is tested.
+func TestDocsACL(t *testing.T) {
+	want, err := broker.MosquittoACL(nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, p := range readPages(t) {
+		for _, b := range p.blocks {
+			if b.text == want {
+				return
+			}
+		}
+	}
+	t.Errorf("docs/operate.md lacks\n%s", want)
 }
 
 // TestHelpIsNoFailure: --help of the daemons lists flags as the documents

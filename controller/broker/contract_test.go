@@ -77,21 +77,19 @@ func newMosquitto(t *testing.T) *mosquitto {
 		Roots: []*x509.Certificate{trusted().Certificate}, Certificate: certificateOf(ControllerUser), JoinTokens: map[string]string{},
 	}
 	m.list(trusted(), 1)
-	if err := m.Write(m.files); err == nil || !strings.Contains(err.Error(), "not told") {
+	if err := m.Setup(m.port, m.enrol, m.files); err != nil {
 		t.Fatal(err)
 	}
-	config := m.Config(m.port, m.enrol)
 	if os.Getuid() == 0 {
-		config += "user root\n" // it could not read its files otherwise
+		m.configure(m.Config(m.port, m.enrol) + "user root\n") // it could not read its files otherwise
 	}
-	m.configure(config)
 	t.Cleanup(m.stop)
 	return m
 }
 
 func (m *mosquitto) configure(text string) {
 	m.t.Helper()
-	if err := os.WriteFile(filepath.Join(m.Dir, MosquittoConf), []byte(text), 0o600); err != nil {
+	if err := os.WriteFile(filepath.Join(m.Dir, mosquittoConf), []byte(text), 0o600); err != nil {
 		m.t.Fatal(err)
 	}
 }
@@ -136,7 +134,7 @@ func (m *mosquitto) start() {
 	if _, err := os.Stat(path); err != nil {
 		m.t.Fatal("no mosquitto: run make test, which installs it")
 	}
-	m.process = exec.Command(path, "-c", filepath.Join(m.Dir, MosquittoConf))
+	m.process = exec.Command(path, "-c", filepath.Join(m.Dir, mosquittoConf))
 	m.process.Stdout, m.process.Stderr = m.t.Output(), m.t.Output()
 	m.process.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	if err := m.process.Start(); err != nil {

@@ -197,7 +197,7 @@ func TestExternalEndsWhileItWaits(t *testing.T) {
 // TestExternalTrustsNoBroker: this one lets everything through.
 func TestExternalTrustsNoBroker(t *testing.T) {
 	m := newMosquitto(t)
-	conf, err := os.ReadFile(filepath.Join(m.Dir, MosquittoConf))
+	conf, err := os.ReadFile(filepath.Join(m.Dir, mosquittoConf))
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -46,7 +46,7 @@ const (
 
 // The files in a Mosquitto's folder.
 const (
-	MosquittoConf      = "mosquitto.conf"
+	mosquittoConf      = "mosquitto.conf"
 	mosquittoACL       = "acl"
 	mosquittoRoots     = "ca.pem"
 	mosquittoCert      = "server.pem"
@@ -59,7 +59,11 @@ const (
 // Mosquitto is a Mosquitto 2 broker on the same machine, whose files are the
 // controller's. The controller must be allowed to replace them and to signal
 // the process.
-type Mosquitto struct{ Dir string }
+type Mosquitto struct {
+	Dir string
+
+	told bool // Mosquitto has read what is in the files
+}
 
 // MosquittoFiles is what Mosquitto goes by.
 type MosquittoFiles struct {
@@ -95,29 +99,53 @@ func hashPassword(secret string, salt []byte) (string, error) {
 }
 
 // Write makes files all that Mosquitto goes by, and has it read them again
-// where they have changed. When Mosquitto cannot be told, the error says so and
-// the files are written all the same. One call at a time.
-func (m Mosquitto) Write(files MosquittoFiles) error {
+// where they have changed, and the first time. When Mosquitto cannot be told,
+// the error says so, the files are written all the same, and the next call
+// tells it. One call at a time.
+//
+// Mosquitto 2.0.11 reads everything but its listeners and limits again, within
+// 0.1 s. Connections stay, but for those that enrol by a password that is no
+// more. A revoked device keeps its connection, through which by the ACL nothing
+// goes any more, and by the CRL gets no new one.
+func (m *Mosquitto) Write(files MosquittoFiles) error {
 	text, err := files.text()
 	if err != nil {
 		return fmt.Errorf("files for Mosquitto: %w", err)
 	}
-	changed := false
+	if err := m.replace(text); err != nil {
+		return err
+	}
+	if m.told {
+		return nil
+	}
+	if err := m.reload(); err != nil {
+		return fmt.Errorf("files written, but Mosquitto not told: %w", err)
+	}
+	m.told = true
+	return nil
+}
+
+// Setup writes files and Config, for Mosquitto to be started with.
+func (m *Mosquitto) Setup(port, enrolPort int, files MosquittoFiles) error {
+	text, err := files.text()
+	if err != nil {
+		return fmt.Errorf("files for Mosquitto: %w", err)
+	}
+	text[mosquittoConf] = []byte(m.Config(port, enrolPort))
+	return m.replace(text)
+}
+
+// replace replaces those files that differ.
+func (m *Mosquitto) replace(text map[string][]byte) error {
 	for _, name := range slices.Sorted(maps.Keys(text)) {
 		path := filepath.Join(m.Dir, name)
 		if old, err := os.ReadFile(path); err == nil && bytes.Equal(old, text[name]) {
 			continue
 		}
+		m.told = false
 		if err := replaceFile(path, text[name]); err != nil {
 			return fmt.Errorf("write a file for Mosquitto: %w", err)
 		}
-		changed = true
-	}
-	if !changed {
-		return nil
-	}
-	if err := m.reload(); err != nil {
-		return fmt.Errorf("files written, but Mosquitto not told: %w", err)
 	}
 	return nil
 }
@@ -272,7 +300,7 @@ func keepOwner(f *os.File, old fs.FileInfo) error {
 
 // reload sends SIGHUP to the process of the PID file, if it is Mosquitto: most
 // others would die of it.
-func (m Mosquitto) reload() error {
+func (m *Mosquitto) reload() error {
 	file := filepath.Join(m.Dir, mosquittoPID)
 	b, err := os.ReadFile(file)
 	if err != nil {
@@ -306,7 +334,7 @@ func (m Mosquitto) reload() error {
 // Config is the text of a mosquitto.conf: a listener for devices and the
 // controller, and, unless enrolPort is 0, one for devices that enrol, with the
 // limits of the embedded broker where Mosquitto has them.
-func (m Mosquitto) Config(port, enrolPort int) string {
+func (m *Mosquitto) Config(port, enrolPort int) string {
 	path := func(name string) string { return filepath.Join(m.Dir, name) }
 	var text strings.Builder
 	fmt.Fprintf(&text, `# Mosquitto 2 for Dunlin, by dunlin-controller broker config mosquitto.

@@ -99,8 +99,10 @@ func (f *Fleet) StartController(ctx context.Context) error {
 	return f.startController(ctx, f.Programs.Controller, nil)
 }
 
+func (f *Fleet) controllerData() string { return filepath.Join(f.Dir, "controller") }
+
 func (f *Fleet) startController(ctx context.Context, program string, env []string) error {
-	data := filepath.Join(f.Dir, "controller")
+	data := f.controllerData()
 	args := append([]string{"--data", data, "--listen", strings.TrimPrefix(f.URL, "http://"), "--mqtt-listen", f.MQTT}, f.ControllerArgs...)
 	p, err := Start("controller", filepath.Join(f.Dir, "controller.log"), env, program, args...)
 	if err != nil {
