@@ -189,7 +189,7 @@ func TestAgent(t *testing.T) {
 
 func TestJoinIsRefused(t *testing.T) {
 	c := startControl(t)
-	for _, token := range []string{"", "wrong"} {
+	for _, token := range []string{"", "x" + c.Token} {
 		cfg := testConfig(t, c)
 		cfg.JoinToken = token
 		if err := Run(t.Context(), cfg); err == nil || !strings.Contains(err.Error(), "join") {
