@@ -164,7 +164,7 @@ func TestAgent(t *testing.T) {
 		raw, err := io.ReadAll(resp.Body)
 		resp.Body.Close()
 		if err != nil || resp.StatusCode != http.StatusOK || path == "/metrics" && !(bytes.Contains(raw, []byte(`dunlin_requests_total{model="digits",outcome="success",version="2"}`)) &&
-			bytes.Contains(raw, []byte("\ndunlin_agent_malformed_total 0\n")) && bytes.Contains(raw, []byte("\ndunlin_agent_dropped_total 0\n"))) {
+			bytes.Contains(raw, []byte("\ndunlin_agent_certificate_expiry_seconds 1.")) && bytes.Contains(raw, []byte("\ndunlin_agent_malformed_total 0\n")) && bytes.Contains(raw, []byte("\ndunlin_agent_dropped_total 0\n"))) {
 			t.Errorf("%s: %s %v\n%s", path, resp.Status, err, raw)
 		}
 	}
@@ -189,7 +189,7 @@ func TestAgent(t *testing.T) {
 
 func TestJoinIsRefused(t *testing.T) {
 	c := startControl(t)
-	for _, token := range []string{"", "wrong"} {
+	for _, token := range []string{"", "x" + c.Token} {
 		cfg := testConfig(t, c)
 		cfg.JoinToken = token
 		if err := Run(t.Context(), cfg); err == nil || !strings.Contains(err.Error(), "join") {

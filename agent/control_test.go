@@ -146,12 +146,12 @@ func (c *control) send(device, kind string, m proto.Message) {
 }
 
 func (c *control) registry(w http.ResponseWriter, r *http.Request) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
 	if _, ok := c.Device(r.TLS); !ok {
 		w.WriteHeader(http.StatusUnauthorized)
 		return
 	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
 	if r.URL.Path == "/v2/" {
 		return
 	}

@@ -489,3 +489,32 @@ func BenchmarkAppend(b *testing.B) {
 		must(s.Append(b.Context(), event("x")))(b)
 	}
 }
+
+// A file of the time of secrets: the device keeps its name, its events and its
+// document, and has to join again.
+func TestMigrateSecret(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "state.db")
+	all := migrations
+	defer func() { migrations = all }()
+	migrations = all[:1]
+	old := must(Open(t.Context(), path, Limits{}))(t)
+	for _, q := range []string{
+		`INSERT INTO identity VALUES (1, 'cam-1', 'secret', 'http://c', 'tcp://b', 'http://r')`, `INSERT INTO desired VALUES (1, 'i', 7, x'01', x'02')`,
+	} {
+		if _, err := old.db.ExecContext(t.Context(), q); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := old.Close(); err != nil {
+		t.Fatal(err)
+	}
+	migrations = all
+	s := must(Open(t.Context(), path, Limits{}))(t)
+	defer s.Close()
+	if id := must(s.Identity(t.Context()))(t); id.Device != "cam-1" || len(id.Certificates)+len(id.Roots) != 0 {
+		t.Errorf("identity %+v", id)
+	}
+	if d := must(s.Desired(t.Context()))(t); d.Number != 7 {
+		t.Errorf("desired document %+v", d)
+	}
+}
