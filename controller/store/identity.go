@@ -40,13 +40,17 @@ func (s *Store) DeviceSecret(ctx context.Context, device string) (hash [32]byte,
 func (s *Store) AddToken(ctx context.Context, user string, role identity.Role, hash [32]byte) error {
 	return s.write(ctx, "token", func(tx *sql.Tx) error {
 		now := s.now().UnixNano()
+		var before string
+		if err := tx.QueryRowContext(ctx, "SELECT role FROM users WHERE name = ?", user).Scan(&before); err != nil && !errors.Is(err, sql.ErrNoRows) {
+			return err
+		}
 		if _, err := tx.ExecContext(ctx, "INSERT INTO users (name, role, created_at) VALUES (?, ?, ?) ON CONFLICT (name) DO UPDATE SET role = excluded.role", user, role, now); err != nil {
 			return fmt.Errorf("add user %s: %w", user, err)
 		}
 		if _, err := tx.ExecContext(ctx, "INSERT INTO tokens (hash, id, user, created_at) VALUES (?, ?, ?, ?)", hash[:], hex.EncodeToString(hash[:6]), user, now); err != nil {
 			return fmt.Errorf("add token of %s: %w", user, err)
 		}
-		return s.audit(ctx, tx, AuditRecord{Who: "controller", Action: "token.create", Object: "user/" + user, After: string(role)})
+		return s.audit(ctx, tx, AuditRecord{Who: "controller", Action: "token.create", Object: "user/" + user, Before: before, After: string(role)})
 	})
 }
 
@@ -70,7 +74,7 @@ func (s *Store) CreateJoinToken(ctx context.Context, by string, hash [32]byte, t
 			hash[:], t.ID, t.UsesLeft, nanos(t.ExpiresAt), jsonText(t.Labels)); err != nil {
 			return fmt.Errorf("create join token: %w", err)
 		}
-		return s.audit(ctx, tx, AuditRecord{Who: by, Action: "join-token.create", Object: "join-token/" + t.ID, After: fmt.Sprintf("%d uses until %s", t.UsesLeft, t.ExpiresAt.UTC().Format(time.RFC3339))})
+		return s.audit(ctx, tx, AuditRecord{Who: by, Action: "join-token.create", Object: "join-token/" + t.ID, After: fmt.Sprintf("%d uses until %s, labels %s", t.UsesLeft, t.ExpiresAt.UTC().Format(time.RFC3339), jsonText(t.Labels))})
 	})
 	return t, err
 }
@@ -145,21 +149,24 @@ func (s *Store) Join(ctx context.Context, j Join) error {
 			j.Device, j.Secret[:], j.Broker, jsonText(j.Labels), labels, info, now); err != nil {
 			return fmt.Errorf("add device %s: %w", j.Device, err)
 		}
-		return s.audit(ctx, tx, AuditRecord{Who: "device:" + j.Device, Action: "device.join", Object: "device/" + j.Device, After: "join token " + id})
+		return s.audit(ctx, tx, AuditRecord{Who: "device:" + j.Device, Action: "device.join", Object: "device/" + j.Device, After: fmt.Sprintf("join token %s, labels %s, its own %s", id, labels, jsonText(j.Labels))})
 	})
 }
 
 // RemoveDevice forgets a device, its credentials and its events.
 func (s *Store) RemoveDevice(ctx context.Context, by, device string) error {
 	return s.write(ctx, "remove device", func(tx *sql.Tx) error {
-		r, err := tx.ExecContext(ctx, "DELETE FROM devices WHERE name = ?", device)
+		var own, token string
+		var joined int64
+		err := tx.QueryRowContext(ctx, "DELETE FROM devices WHERE name = ? RETURNING own_labels, token_labels, joined_at", device).Scan(&own, &token, &joined)
+		if errors.Is(err, sql.ErrNoRows) {
+			return fmt.Errorf("device %s: %w", device, ErrNotFound)
+		}
 		if err != nil {
 			return err
 		}
-		if n, err := r.RowsAffected(); err != nil || n == 0 {
-			return errors.Join(fmt.Errorf("device %s: %w", device, ErrNotFound), err)
-		}
-		return s.audit(ctx, tx, AuditRecord{Who: by, Action: "device.remove", Object: "device/" + device})
+		return s.audit(ctx, tx, AuditRecord{Who: by, Action: "device.remove", Object: "device/" + device,
+			Before: fmt.Sprintf("joined %s, labels %s, its own %s", instant(joined).Format(time.RFC3339), token, own)})
 	})
 }
 
