@@ -76,7 +76,7 @@ func Run(ctx context.Context, c Config) (err error) {
 	dispatcher := dispatch.New(dispatch.Config{Store: st, Bus: bus.bus, Log: log, Metrics: metrics, OnStep: c.OnStep})
 	bus.resumed = dispatcher.Resumed
 
-	reg, err := registry.New(registry.Config{Root: filepath.Join(c.Data, registryFolder), Auth: auth, Versions: versions{st}, Log: log})
+	reg, err := registry.New(registry.Config{Root: filepath.Join(c.Data, registryFolder), Auth: auth, Refusals: st, Versions: versions{st}, Log: log})
 	if err != nil {
 		return err
 	}
@@ -104,6 +104,7 @@ func Run(ctx context.Context, c Config) (err error) {
 		c.OnReady(Addresses{URL: url, Broker: bus.url})
 	}
 	return runAll(ctx, []component{
+		{"audit", func(ctx context.Context) error { return st.RunRefusals(ctx, log) }},
 		{"dispatch", dispatcher.Run},
 		{"broker", func(ctx context.Context) error { return bus.bus.Run(ctx, dispatcher.Handle) }},
 		{"registry", reg.Run},

@@ -51,7 +51,7 @@ func start(t *testing.T) *world {
 	log := slog.New(slog.DiscardHandler)
 	bus, err := broker.NewEmbedded(broker.EmbeddedConfig{Listen: "127.0.0.1:0", Auth: auth, Log: log})
 	must(t, err)
-	reg, err := registry.New(registry.Config{Root: t.TempDir(), Auth: auth, Versions: versions{}, Log: log})
+	reg, err := registry.New(registry.Config{Root: t.TempDir(), Auth: auth, Refusals: st, Versions: versions{}, Log: log})
 	must(t, err)
 	w := &world{store: st, stopping: make(chan struct{})}
 	w.dispatch = dispatch.New(dispatch.Config{Store: st, Bus: bus, Log: log})
@@ -306,9 +306,9 @@ func TestObjects(t *testing.T) {
 	if got := call(t, c.Delete, &v1.DeleteRequest{Kind: "Route", Name: "r"}).Change; got.Action != v1.ObjectChange_ACTION_DELETED || got.Before == "" {
 		t.Errorf("got %v", got)
 	}
-	records, err := w.store.Audit(t.Context(), 1)
-	if err != nil || records[0].Who != "user:operator" || records[0].Object != "Route/r" {
-		t.Errorf("got %v, %v", records, err)
+	records := w.audit(t, 1)
+	if r := records[0]; r.Who != "user:operator" || r.Object != "Route/r" || !strings.HasPrefix(r.From, "127.0.0.1:") {
+		t.Errorf("got %v", records)
 	}
 }
 
@@ -419,7 +419,7 @@ func TestInternalErrors(t *testing.T) {
 func TestDeadline(t *testing.T) {
 	ctx, cancel := context.WithTimeout(t.Context(), -1)
 	defer cancel()
-	err := gate{slog.New(slog.DiscardHandler)}.coded(ctx, "x", errors.New("interrupted"))
+	err := gate{log: slog.New(slog.DiscardHandler)}.coded(ctx, "x", errors.New("interrupted"))
 	if connect.CodeOf(err) != connect.CodeDeadlineExceeded {
 		t.Errorf("got %v", err)
 	}
