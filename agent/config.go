@@ -168,7 +168,7 @@ type Config struct {
 	Serving    `yaml:",inline"`
 	Data       string            `yaml:"data"`       // folder of everything that the agent keeps
 	Controller string            `yaml:"controller"` // base URL; "": serve what is there, without a controller
-	JoinToken  string            `yaml:"join-token"` // needed until the device has joined; "@path" reads a file
+	JoinToken  string            `yaml:"join-token"` // needed until the device has joined
 	Name       string            `yaml:"name"`       // of the device; the host's where empty
 	Labels     map[string]string `yaml:"labels"`     // of the device
 }
@@ -228,7 +228,7 @@ func parseInto(cfg *Config, name string, args []string, getenv func(string) stri
 	}.Load(append([]program.Setting{
 		{Name: "data", Usage: "`folder` of everything that the agent keeps", Value: &cfg.Data},
 		{Name: "controller", Usage: "base `URL` of the controller; without one, serve what is there", Value: &cfg.Controller},
-		{Name: "join-token", Usage: "`token` by which the device joins, or @file; also DUNLIN_JOIN_TOKEN", Value: &cfg.JoinToken, Environment: "DUNLIN_JOIN_TOKEN"},
+		{Name: "join-token", Usage: "`@file` with the token by which the device joins; also DUNLIN_JOIN_TOKEN", Value: &cfg.JoinToken, Environment: "DUNLIN_JOIN_TOKEN", Secret: true},
 		{Name: "name", Usage: "`name` of the device; without one, the host's", Value: &cfg.Name},
 	}, cfg.settings()...), cfg, func(flags *flag.FlagSet) {
 		flags.Func("label", "`key=value` label of the device; may be repeated; in the file, labels is a mapping", func(s string) error {
@@ -289,11 +289,6 @@ func (cfg *Config) check() error {
 	cfg.Serving.check(add)
 	if cfg.Controller != "" {
 		add("controller", program.CheckURL(cfg.Controller, "http"))
-	}
-	if path, ok := strings.CutPrefix(cfg.JoinToken, "@"); ok {
-		raw, err := os.ReadFile(path)
-		add("join-token", err)
-		cfg.JoinToken = strings.TrimSpace(string(raw))
 	}
 	if len(cfg.Labels) > maxLabels {
 		add("label", fmt.Errorf("%d labels, allowed are %d", len(cfg.Labels), maxLabels))

@@ -283,7 +283,7 @@ func httpGet(ctx context.Context, url, user, password string) (*http.Response, e
 // would end the session of an agent that runs.
 func checkBroker(ctx context.Context, id state.Identity) Finding {
 	if !joined(id) {
-		return Finding{"broker", Warn, "the device has not joined a controller", "start the agent with --controller and --join-token"}
+		return Finding{"broker", Warn, "the device has not joined a controller", "start the agent with --controller and --join-token @FILE"}
 	}
 	const remedy = "start the controller, or see that nothing is between this device and its MQTT port"
 	u, err := url.Parse(id.BrokerURL)
@@ -317,7 +317,7 @@ func checkBroker(ctx context.Context, id state.Identity) Finding {
 
 func checkRegistry(ctx context.Context, id state.Identity) Finding {
 	if id.RegistryURL == "" {
-		return Finding{"registry", Warn, "the device has not joined a controller", "start the agent with --controller and --join-token"}
+		return Finding{"registry", Warn, "the device has not joined a controller", "start the agent with --controller and --join-token @FILE"}
 	}
 	resp, err := httpGet(ctx, strings.TrimSuffix(id.RegistryURL, "/")+"/v2/", id.Device, id.Secret)
 	if err != nil {

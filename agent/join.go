@@ -40,7 +40,7 @@ func join(ctx context.Context, cfg Config, store *state.Store, info *dunlinv1.De
 		return id, nil
 	}
 	if cfg.JoinToken == "" {
-		return id, fmt.Errorf("join %s: no join token: make one with `dunlin join-token create` and pass it by --join-token or DUNLIN_JOIN_TOKEN", cfg.Controller)
+		return id, fmt.Errorf("join %s: no join token: make one with `dunlin join-token create` and pass it by --join-token @FILE or DUNLIN_JOIN_TOKEN", cfg.Controller)
 	}
 	if id.Secret == "" {
 		raw := make([]byte, 32)

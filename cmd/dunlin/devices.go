@@ -40,8 +40,8 @@ func (c *cli) joinTokenCommand() *cobra.Command {
 		Long: `create prints a join token, once: the controller keeps only its hash. Give it to
 the agent on the device:
 
-  dunlin-agent --controller URL --join-token TOKEN`,
-		Example: "  dunlin join-token create --uses 20 --valid-for 24h --label site=demo",
+  dunlin-agent --controller URL --join-token @FILE`,
+		Example: "  (umask 077; dunlin join-token create --uses 20 --valid-for 24h --label site=demo > join-token)",
 		Args:    arguments(0, 0),
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			labels, err := parseLabels(labelFlags)

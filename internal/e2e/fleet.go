@@ -130,9 +130,20 @@ func (f *Fleet) JoinToken(ctx context.Context) (string, error) {
 	return v.JoinToken, nil
 }
 
+// JoinTokenFile makes a file with a join token for one device, which an agent
+// takes as --join-token @FILE.
+func (f *Fleet) JoinTokenFile(ctx context.Context, device string) (string, error) {
+	token, err := f.JoinToken(ctx)
+	if err != nil {
+		return "", err
+	}
+	path := filepath.Join(f.Dir, device+".join-token")
+	return path, os.WriteFile(path, []byte(token+"\n"), 0o600)
+}
+
 // StartAgent starts a new device and waits until its port answers.
 func (f *Fleet) StartAgent(ctx context.Context, name string, args ...string) (*Agent, error) {
-	token, err := f.JoinToken(ctx)
+	token, err := f.JoinTokenFile(ctx, name)
 	if err != nil {
 		return nil, err
 	}
@@ -141,7 +152,7 @@ func (f *Fleet) StartAgent(ctx context.Context, name string, args ...string) (*A
 		return nil, err
 	}
 	a := &Agent{Name: name, URL: "http://" + listen, Data: filepath.Join(f.Dir, name)}
-	a.args = append([]string{"--data", a.Data, "--controller", f.URL, "--join-token", token, "--name", name,
+	a.args = append([]string{"--data", a.Data, "--controller", f.URL, "--join-token", "@" + token, "--name", name,
 		"--listen", listen, "--grpc-listen", "127.0.0.1:0", "--runtime-lib", f.Runtime}, args...)
 	f.Agents = append(f.Agents, a)
 	return a, f.RestartAgent(ctx, a)

@@ -68,6 +68,56 @@ func TestFaults(t *testing.T) {
 	}
 }
 
+func TestSecrets(t *testing.T) {
+	dir := t.TempDir()
+	write := func(name, text string, mode os.FileMode) string {
+		path := filepath.Join(dir, name)
+		if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.Chmod(path, mode); err != nil {
+			t.Fatal(err)
+		}
+		return path
+	}
+	file := write("token", "from-file\n", 0o600)
+	for name, c := range map[string]struct {
+		args  []string
+		env   string
+		want  string
+		fault string
+	}{
+		"none":              {},
+		"file":              {args: []string{"--token", "@" + file}, want: "from-file"},
+		"environment":       {env: "s3cret", want: "s3cret"},
+		"environment, file": {env: "@" + file, want: "from-file"},
+		"yaml":              {args: []string{"--config", write("private.yaml", "token: s3cret", 0o600)}, want: "s3cret"},
+		"yaml, file":        {args: []string{"--config", write("file.yaml", "token: '@"+file+"'", 0o644)}, want: "from-file"},
+		"yaml, nothing":     {args: []string{"--config", write("public.yaml", "name: x", 0o644)}},
+		"empty":             {args: []string{"--token", ""}, env: "s3cret"},
+		"line":              {args: []string{"--token", "s3cret"}, fault: "token: everybody on this machine can read command lines: give --token @FILE, or set TOKEN"},
+		"line, with =":      {args: []string{"--token=s3cret"}, env: "other", fault: "give --token @FILE"},
+		"yaml for others":   {args: []string{"--config", write("shared.yaml", "token: s3cret", 0o640)}, fault: "shared.yaml holds token and others can read it, its mode is 0640: run chmod 600 " + dir},
+		"no file":           {args: []string{"--token", "@" + dir + "/missing"}, fault: "token: open "},
+		"large file":        {args: []string{"--token", "@" + write("large", strings.Repeat("s3cret", maxSecret), 0o600)}, fault: "has more than the 65536 bytes"},
+		"yaml fault":        {args: []string{"--config", write("bad.yaml", "token: s3cret\nnome: x", 0o600)}, fault: "nome"},
+	} {
+		got := struct {
+			Token string `yaml:"token"`
+			Name  string `yaml:"name"`
+		}{}
+		env := map[string]string{"TOKEN": c.env}
+		err := Source{Program: "test", Prefix: "TEST_", Args: c.args, Getenv: func(name string) string { return env[name] }, Help: io.Discard}.Load(
+			[]Setting{{Name: "token", Value: &got.Token, Environment: "TOKEN", Secret: true}, {Name: "name", Value: &got.Name}}, &got, nil)
+		if c.fault == "" && (err != nil || got.Token != c.want) {
+			t.Errorf("%s: got %q, %v, want %q", name, got.Token, err, c.want)
+		}
+		if c.fault != "" && (err == nil || !strings.Contains(err.Error(), c.fault) || strings.Contains(err.Error(), "s3cret")) {
+			t.Errorf("%s: got %v, want %s", name, err, c.fault)
+		}
+	}
+}
+
 func TestCheckAddress(t *testing.T) {
 	for address, ok := range map[string]bool{
 		"127.0.0.1:80": true, "[::1]:80": true, "localhost:http": true, "127.1.2.3:0": true,
