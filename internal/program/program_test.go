@@ -1,12 +1,16 @@
 package program
 
 import (
+	"crypto/rand"
 	"errors"
 	"flag"
+	"fmt"
 	"io"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
 )
 
@@ -115,6 +119,56 @@ func TestSecrets(t *testing.T) {
 		if c.fault != "" && (err == nil || !strings.Contains(err.Error(), c.fault) || strings.Contains(err.Error(), "s3cret")) {
 			t.Errorf("%s: got %v, want %s", name, err, c.fault)
 		}
+	}
+}
+
+// TestHideMemory hides the memory of a process of its own: this one stays open
+// to debuggers.
+func TestHideMemory(t *testing.T) {
+	if os.Getenv("PROGRAM_HIDES") != "" {
+		if err := HideMemory(); err != nil {
+			t.Fatal(err)
+		}
+		// What a program reads of itself stays readable.
+		for _, name := range []string{"maps", "status", "stat", "statm", "limits", "cmdline", "smaps"} {
+			if _, err := os.ReadFile("/proc/self/" + name); err != nil {
+				t.Error(err)
+			}
+		}
+		for _, name := range []string{"fd", "task"} {
+			if _, err := os.ReadDir("/proc/self/" + name); err != nil {
+				t.Error(err)
+			}
+		}
+		if _, err := os.Readlink("/proc/self/exe"); err != nil {
+			t.Error(err)
+		}
+		other := exec.Command("cat", fmt.Sprintf("/proc/%d/environ", os.Getpid()))
+		err := other.Run()
+		limits, _ := os.ReadFile("/proc/self/limits")
+		fmt.Printf("environ readable: %t\n%s", err == nil, limits)
+		return
+	}
+	cmd := exec.Command(os.Args[0], "-test.run=TestHideMemory")
+	cmd.Env = append(os.Environ(), "PROGRAM_HIDES=1")
+	if os.Getuid() == 0 { // who may read everything
+		cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: 65534, Gid: 65534}}
+		cmd.Dir = "/"
+		// The test's own program lies where only root may go.
+		path := filepath.Join(os.TempDir(), "program.test."+rand.Text())
+		raw, err := os.ReadFile(os.Args[0])
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer os.Remove(path)
+		if err := os.WriteFile(path, raw, 0o755); err != nil {
+			t.Fatal(err)
+		}
+		cmd.Path = path
+	}
+	out, err := cmd.CombinedOutput()
+	if err != nil || !strings.Contains(string(out), "environ readable: false") || !strings.Contains(strings.Join(strings.Fields(string(out)), " "), "Max core file size 0 0 bytes") {
+		t.Errorf("%v\n%s", err, out)
 	}
 }
 
