@@ -173,7 +173,7 @@ type Config struct {
 	Data       string            `yaml:"data"`       // folder of everything that the agent keeps
 	Controller string            `yaml:"controller"` // base URL; "": serve what is there, without a controller
 	CA         string            `yaml:"ca"`         // PEM file of authorities that may vouch for the controller; "": the system's
-	JoinToken  string            `yaml:"join-token"` // needed until the device has joined; "@path" reads a file
+	JoinToken  string            `yaml:"join-token"` // needed until the device has joined
 	Name       string            `yaml:"name"`       // of the device; the host's where empty
 	Labels     map[string]string `yaml:"labels"`     // of the device
 
@@ -236,7 +236,7 @@ func parseInto(cfg *Config, name string, args []string, getenv func(string) stri
 		{Name: "data", Usage: "`folder` of everything that the agent keeps", Value: &cfg.Data},
 		{Name: "controller", Usage: "base `URL` of the controller; without one, serve what is there", Value: &cfg.Controller},
 		{Name: "ca", Usage: "PEM `file` of authorities that may vouch for the controller beside its own; without one, the system's", Value: &cfg.CA},
-		{Name: "join-token", Usage: "`token` by which the device joins, or @file; also DUNLIN_JOIN_TOKEN", Value: &cfg.JoinToken, Environment: "DUNLIN_JOIN_TOKEN"},
+		{Name: "join-token", Usage: "`@file` with the token by which the device joins; also DUNLIN_JOIN_TOKEN", Value: &cfg.JoinToken, Environment: "DUNLIN_JOIN_TOKEN", Secret: true},
 		{Name: "name", Usage: "`name` of the device; without one, the host's", Value: &cfg.Name},
 	}, cfg.settings()...), cfg, func(flags *flag.FlagSet) {
 		flags.Func("label", "`key=value` label of the device; may be repeated; in the file, labels is a mapping", func(s string) error {
@@ -301,11 +301,6 @@ func (cfg *Config) check() error {
 	if cfg.CA != "" {
 		cfg.roots, err = pki.ReadCertificates(cfg.CA)
 		add("ca", err)
-	}
-	if path, ok := strings.CutPrefix(cfg.JoinToken, "@"); ok {
-		raw, err := os.ReadFile(path)
-		add("join-token", err)
-		cfg.JoinToken = strings.TrimSpace(string(raw))
 	}
 	if len(cfg.Labels) > maxLabels {
 		add("label", fmt.Errorf("%d labels, allowed are %d", len(cfg.Labels), maxLabels))

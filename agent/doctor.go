@@ -292,7 +292,7 @@ func httpGet(ctx context.Context, client *http.Client, url string) (*http.Respon
 // would end the session of an agent that runs.
 func checkBroker(ctx context.Context, id *identity.Device) Finding {
 	if !id.Joined() {
-		return Finding{"broker", Warn, "the device has not joined a controller", "start the agent with --controller and --join-token"}
+		return Finding{"broker", Warn, "the device has not joined a controller", "start the agent with --controller and --join-token @FILE"}
 	}
 	const remedy = "start the controller, or see that nothing is between this device and its MQTT port"
 	broker := id.Stored().BrokerURL
@@ -330,7 +330,7 @@ func checkBroker(ctx context.Context, id *identity.Device) Finding {
 func checkRegistry(ctx context.Context, id *identity.Device) Finding {
 	registry, client := id.Registry()
 	if registry == "" {
-		return Finding{"registry", Warn, "the device has not joined a controller", "start the agent with --controller and --join-token"}
+		return Finding{"registry", Warn, "the device has not joined a controller", "start the agent with --controller and --join-token @FILE"}
 	}
 	defer client.CloseIdleConnections()
 	resp, err := httpGet(ctx, client, strings.TrimSuffix(registry, "/")+"/v2/")

@@ -73,7 +73,9 @@ func Run(ctx context.Context, c Config) (err error) {
 		return err
 	}
 
-	bus, err := openBus(ctx, c, t.forBroker(brokerAuth{auth, st, log}, func(who, object, reason, from string) {}), log)
+	bus, err := openBus(ctx, c, t.forBroker(brokerAuth{auth, st, log}, func(who, object, reason, from string) {
+		st.Refused(ctx, identity.Refusal{Who: who, From: from, Action: "mqtt.refused", Object: object, Reason: reason})
+	}), log)
 	if err != nil {
 		return err
 	}
@@ -88,7 +90,7 @@ func Run(ctx context.Context, c Config) (err error) {
 	})
 	bus.resumed = dispatcher.Resumed
 
-	reg, err := registry.New(registry.Config{Root: filepath.Join(c.Data, registryFolder), Auth: auth, Versions: versions{st}, Log: log})
+	reg, err := registry.New(registry.Config{Root: filepath.Join(c.Data, registryFolder), Auth: auth, Refusals: st, Versions: versions{st}, Log: log})
 	if err != nil {
 		return err
 	}
@@ -107,9 +109,7 @@ func Run(ctx context.Context, c Config) (err error) {
 		Store: st, Authorities: t.Authorities, Lifetime: time.Duration(c.DeviceCertDays) * day, Grace: time.Duration(c.DeviceGraceDays) * day,
 		BrokerURL: bus.url, RegistryURL: "https://" + publicAddress(c.hosts()[0], listener.Addr()),
 		Roots: t.deviceRoots, Trust: t.documents, AccountsChanged: func(ctx context.Context) error { return t.changed(ctx, bus) }, Joined: dispatcher.Replan,
-		Refused: func(ctx context.Context, who, object, reason string) {
-			log.Warn("enrolment refused", "who", who, "object", object, "reason", reason)
-		},
+		Refusals: st,
 		Now: time.Now, Log: log,
 	})
 	stopping := make(chan struct{})
@@ -129,6 +129,7 @@ func Run(ctx context.Context, c Config) (err error) {
 		c.OnReady(Addresses{URL: url, DeviceURL: deviceURL, Broker: bus.url})
 	}
 	return runAll(ctx, []component{
+		{"audit", func(ctx context.Context) error { return st.RunRefusals(ctx, log) }},
 		{"dispatch", dispatcher.Run},
 		{"enrolment", func(ctx context.Context) error { return enrolment.Run(ctx, bus.bus.Publish) }},
 		{"broker", func(ctx context.Context) error {

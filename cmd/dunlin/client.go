@@ -42,6 +42,9 @@ func newClient(s settings) *client {
 func (c *client) auth() dunlinv1connect.AuthServiceClient {
 	return dunlinv1connect.NewAuthServiceClient(c.http, c.URL, c.opts...)
 }
+func (c *client) audit() dunlinv1connect.AuditServiceClient {
+	return dunlinv1connect.NewAuditServiceClient(c.http, c.URL, c.opts...)
+}
 func (c *client) enrollment() dunlinv1connect.EnrollmentServiceClient {
 	return dunlinv1connect.NewEnrollmentServiceClient(c.http, c.URL, c.opts...)
 }

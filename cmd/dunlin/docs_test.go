@@ -121,7 +121,12 @@ func (c commands) check(line string, whole bool) error {
 		return nil
 	}
 	none := func(string) string { return "" }
-	args := words[1:]
+	args := slices.Clone(words[1:])
+	for i, a := range args {
+		if strings.HasPrefix(a, "@") { // a file that the programs read
+			args[i] = "@/dev/null"
+		}
+	}
 	switch words[0] {
 	case "dunlin":
 		cmd, err := verb(args, whole)

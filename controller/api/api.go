@@ -56,7 +56,7 @@ type server struct {
 // New gives the handler of all services.
 func New(c Config) http.Handler {
 	s := &server{Config: c}
-	options := connect.WithHandlerOptions(connect.WithInterceptors(gate{c.Log}), connect.WithReadMaxBytes(maxRequest))
+	options := connect.WithHandlerOptions(connect.WithInterceptors(gate{c.Log, c.Store}), connect.WithReadMaxBytes(maxRequest))
 	mux := http.NewServeMux()
 	mux.Handle(v1connect.NewAuthServiceHandler(s, options))
 	mux.Handle(v1connect.NewEnrollmentServiceHandler(s, options))
@@ -66,17 +66,17 @@ func New(c Config) http.Handler {
 	mux.Handle(v1connect.NewRolloutServiceHandler(s, options))
 	mux.Handle(v1connect.NewDeviceServiceHandler(s, options))
 	mux.Handle(v1connect.NewTrustServiceHandler(s, options))
+	mux.Handle(v1connect.NewAuditServiceHandler(s, options))
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		p, err := c.Auth.FromRequest(r)
-		switch {
-		case err == nil:
-			r = r.WithContext(identity.WithPrincipal(r.Context(), p))
-		case !errors.Is(err, identity.ErrUnauthenticated):
+		if err != nil && !errors.Is(err, identity.ErrUnauthenticated) {
 			c.Log.Error("cannot authenticate", "error", err)
 			http.Error(w, "cannot authenticate", http.StatusInternalServerError)
 			return
 		}
-		mux.ServeHTTP(w, r.WithContext(context.WithValue(r.Context(), hostKey{}, r.Host)))
+		p.From = r.RemoteAddr
+		ctx := identity.WithPrincipal(r.Context(), p)
+		mux.ServeHTTP(w, r.WithContext(context.WithValue(ctx, hostKey{}, r.Host)))
 	})
 }
 
@@ -151,7 +151,10 @@ var roles = map[string]identity.Role{
 }
 
 // gate authorises each call and gives its error a code.
-type gate struct{ log *slog.Logger }
+type gate struct {
+	log      *slog.Logger
+	refusals identity.Refusals
+}
 
 func authorise(ctx context.Context, procedure string) error {
 	role, ok := roles[procedure]
@@ -168,20 +171,25 @@ func authorise(ctx context.Context, procedure string) error {
 
 func (g gate) WrapUnary(next connect.UnaryFunc) connect.UnaryFunc {
 	return func(ctx context.Context, req connect.AnyRequest) (connect.AnyResponse, error) {
-		if err := authorise(ctx, req.Spec().Procedure); err != nil {
-			return nil, err
+		err := authorise(ctx, req.Spec().Procedure)
+		var resp connect.AnyResponse
+		if err == nil {
+			resp, err = next(ctx, req)
+			err = g.coded(ctx, req.Spec().Procedure, err)
 		}
-		resp, err := next(ctx, req)
-		return resp, g.coded(ctx, req.Spec().Procedure, err)
+		g.note(ctx, req.Spec().Procedure, req.Any(), err)
+		return resp, err
 	}
 }
 
 func (g gate) WrapStreamingHandler(next connect.StreamingHandlerFunc) connect.StreamingHandlerFunc {
 	return func(ctx context.Context, conn connect.StreamingHandlerConn) error {
-		if err := authorise(ctx, conn.Spec().Procedure); err != nil {
-			return err
+		err := authorise(ctx, conn.Spec().Procedure)
+		if err == nil {
+			err = g.coded(ctx, conn.Spec().Procedure, next(ctx, conn))
 		}
-		return g.coded(ctx, conn.Spec().Procedure, next(ctx, conn))
+		g.note(ctx, conn.Spec().Procedure, nil, err)
+		return err
 	}
 }
 

@@ -60,7 +60,7 @@ func start(t *testing.T) *world {
 	authorities, err := identity.OpenAuthorities(t.Context(), st, t.TempDir(), []string{"localhost"}, time.Now)
 	must(t, err)
 	bus := silent{}
-	reg, err := registry.New(registry.Config{Root: t.TempDir(), Auth: auth, Versions: versions{}, Log: log})
+	reg, err := registry.New(registry.Config{Root: t.TempDir(), Auth: auth, Refusals: st, Versions: versions{}, Log: log})
 	must(t, err)
 	w := &world{store: st, stopping: make(chan struct{})}
 	w.dispatch = dispatch.New(dispatch.Config{Store: st, Bus: bus, Log: log})
@@ -71,7 +71,7 @@ func start(t *testing.T) *world {
 	enrolment := enrol.New(enrol.Config{
 		Store: st, Authorities: authorities, Lifetime: identity.DeviceLifetime, Grace: identity.Grace, BrokerURL: "mqtts://localhost:8883",
 		Roots: authorities.Roots, Trust: func(context.Context, uint64) ([]*v1.SignedTrust, error) { return nil, nil },
-		AccountsChanged: accounts, Joined: w.dispatch.Replan, Refused: func(context.Context, string, string, string) {}, Now: time.Now, Log: log,
+		AccountsChanged: accounts, Joined: w.dispatch.Replan, Refusals: st, Now: time.Now, Log: log,
 	})
 	_, active := authorities.All()
 	server := httptest.NewServer(pkitest.Showing(t, active, New(Config{
@@ -323,9 +323,9 @@ func TestObjects(t *testing.T) {
 	if got := call(t, c.Delete, &v1.DeleteRequest{Kind: "Route", Name: "r"}).Change; got.Action != v1.ObjectChange_ACTION_DELETED || got.Before == "" {
 		t.Errorf("got %v", got)
 	}
-	records, err := w.store.Audit(t.Context(), 1)
-	if err != nil || records[0].Who != "user:operator" || records[0].Object != "Route/r" {
-		t.Errorf("got %v, %v", records, err)
+	records := w.audit(t, 1)
+	if r := records[0]; r.Who != "user:operator" || r.Object != "Route/r" || !strings.HasPrefix(r.From, "127.0.0.1:") {
+		t.Errorf("got %v", records)
 	}
 }
 
@@ -437,7 +437,7 @@ func TestInternalErrors(t *testing.T) {
 func TestDeadline(t *testing.T) {
 	ctx, cancel := context.WithTimeout(t.Context(), -1)
 	defer cancel()
-	err := gate{slog.New(slog.DiscardHandler)}.coded(ctx, "x", errors.New("interrupted"))
+	err := gate{log: slog.New(slog.DiscardHandler)}.coded(ctx, "x", errors.New("interrupted"))
 	if connect.CodeOf(err) != connect.CodeDeadlineExceeded {
 		t.Errorf("got %v", err)
 	}

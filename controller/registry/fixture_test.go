@@ -120,6 +120,21 @@ type fixture struct {
 	server   *httptest.Server
 	root     string
 	log      *bytes.Buffer
+	refusals refusals
+}
+
+// refusals keeps what was refused.
+type refusals struct {
+	mu  sync.Mutex
+	all []identity.Refusal
+}
+
+func (r *refusals) Refused(ctx context.Context, one identity.Refusal) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	p := identity.FromContext(ctx)
+	one.Who, one.From = p.String(), p.From
+	r.all = append(r.all, one)
 }
 
 func start(t testing.TB) *fixture {
@@ -135,7 +150,7 @@ func (f *fixture) open() {
 		f.server.Close()
 	}
 	r, err := New(Config{
-		Root: f.root, Auth: identity.New(credentials{}), Versions: f.versions,
+		Root: f.root, Auth: identity.New(credentials{}), Refusals: &f.refusals, Versions: f.versions,
 		Log: slog.New(slog.NewTextHandler(&lockedWriter{w: f.log}, &slog.HandlerOptions{Level: slog.LevelInfo})),
 	})
 	if err != nil {

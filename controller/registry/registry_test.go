@@ -238,12 +238,21 @@ func TestAuthorization(t *testing.T) {
 				t.Errorf("%s: %d with challenge %q", name, res.status, challenge)
 			}
 		}
+		f.refusals.all = nil
 		check(c.pull, f.do("GET", "/v2/", nil, c.as))
 		check(c.pull, f.do("GET", "/v2/digits/manifests/1", nil, c.as))
 		check(c.pull, f.do("GET", "/v2/digits/blobs/"+digest.FromString("{}").String(), nil, c.as))
 		check(c.push, f.do("POST", "/v2/digits/blobs/uploads/", nil, c.as))
 		check(c.push, f.do("PUT", "/v2/digits/manifests/1", v1, ociManifest, c.as))
 		check(c.push, f.do("PUT", "/v2/digits/manifests/"+digest.FromBytes(v1).String(), v1, ociManifest, c.as))
+		if want := map[string]int{ok + ok: 0, ok + denied: 3, unauthorized + unauthorized: 6}[c.pull+c.push]; len(f.refusals.all) != want {
+			t.Errorf("%s: %d refusals are noted, want %d", name, len(f.refusals.all), want)
+		}
+		for _, r := range f.refusals.all {
+			if r.Action != "registry.refused" || r.Reason == "" || !strings.Contains(r.Object, " /v2/") || !strings.HasPrefix(r.From, "127.0.0.1:") || (r.Who == "nobody") != (c.pull != ok) {
+				t.Errorf("%s: noted as %+v", name, r)
+			}
+		}
 	}
 	// What an operator began, a device may not look at, go on with, or end.
 	upload := f.location(f.do("POST", "/v2/digits/blobs/uploads/", nil))

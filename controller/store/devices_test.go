@@ -237,18 +237,6 @@ func TestHeardMeanwhile(t *testing.T) {
 	}
 }
 
-func TestAuditIsBounded(t *testing.T) {
-	s, _ := fresh(t)
-	_, err := s.writer.Exec("INSERT INTO audit (id, at, who, action, object, detail) VALUES (1, 0, '', '', '', ''), (?, 0, '', '', '', '')", MaxAudit)
-	must(t, err)
-	join(t, s, "d", nil)
-	var n, least int
-	must(t, s.reader.QueryRow("SELECT count(*), min(id) FROM audit").Scan(&n, &least))
-	if n != 3 || least != MaxAudit {
-		t.Errorf("%d records from %d are kept", n, least)
-	}
-}
-
 func TestPrune(t *testing.T) {
 	s, _ := fresh(t)
 	join(t, s, "d", nil)

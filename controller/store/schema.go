@@ -1,5 +1,10 @@
 package store
 
+import (
+	"context"
+	"database/sql"
+)
+
 // migrations[n] brings a store of version n to n+1. They are never changed
 // once released, only added to.
 var migrations = []string{`
@@ -236,3 +241,7 @@ CREATE TABLE signatures (
 	PRIMARY KEY (model, digest, manifest)
 ) STRICT, WITHOUT ROWID;
 `}
+
+// alongside has what SQL alone cannot do: it runs after the migration of the
+// same index, in its transaction.
+var alongside = map[int]func(context.Context, *sql.Tx) error{2: chainAudit}
