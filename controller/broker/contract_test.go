@@ -28,6 +28,7 @@ type testBroker struct {
 	address string // where devices connect
 	inbox   inbox  // what the handler got
 	remove  func(device string)
+	cuts    bool // ends the connection of a removed device
 }
 
 // TestContract holds both implementations to the same contract.
@@ -44,7 +45,7 @@ func startEmbedded(t *testing.T, names ...string) *testBroker {
 	}
 	in := newInbox()
 	start(t, e, in.handle)
-	return &testBroker{bus: e, address: e.Addr().String(), inbox: in, remove: a.remove}
+	return &testBroker{bus: e, address: e.Addr().String(), inbox: in, remove: a.remove, cuts: true}
 }
 
 func startMosquittoBus(t *testing.T, _ ...string) *testBroker {
@@ -348,6 +349,9 @@ func testContract(t *testing.T, start func(t *testing.T, names ...string) *testB
 			_, err := dial(t, b.address, credentials{device: "a"})
 			return err != nil
 		})
+		if b.cuts {
+			a.wantCut()
+		}
 		// A connection that stands carries nothing, where it does not end.
 		a.paho.Publish(link.Up("a", link.Hello), 0, false, "revoked").WaitTimeout(patience)
 		mustPublish(t, b.bus, link.Down("a", link.Desired), "secret")
