@@ -241,7 +241,7 @@ func mosquittoAccounts(joinTokens map[string]string) (string, error) {
 }
 
 // replaceFile replaces a file by one with the same mode and owner, or makes
-// one with mode 0640. After a crash there is the old or the new one.
+// one with mode 0600. After a crash there is the old or the new one.
 func replaceFile(path string, data []byte) error {
 	dir := filepath.Dir(path)
 	f, err := os.CreateTemp(dir, "."+filepath.Base(path)+".*")
@@ -250,7 +250,7 @@ func replaceFile(path string, data []byte) error {
 	}
 	defer os.Remove(f.Name()) // fails once it is renamed
 	defer f.Close()
-	mode := fs.FileMode(0o640)
+	mode := fs.FileMode(0o600)
 	old, err := os.Stat(path)
 	switch {
 	case err == nil:

@@ -190,9 +190,9 @@ func TestMosquittoFiles(t *testing.T) {
 	if got, want := look(), []string{"acl", "ca.pem", "crl.pem", "mosquitto.conf", "passwords", "server.key", "server.pem"}; !slices.Equal(got, want) {
 		t.Errorf("wrote %v, want %v", got, want)
 	}
-	for name, mode := range map[string]os.FileMode{mosquittoKey: 0o640, mosquittoPasswords: 0o640} {
-		if got := old[name].Mode().Perm(); got != mode {
-			t.Errorf("%s has mode %v, want %v", name, got, mode)
+	for _, name := range []string{mosquittoKey, mosquittoPasswords} {
+		if got := old[name].Mode().Perm(); got != 0o600 {
+			t.Errorf("%s has mode %v", name, got)
 		}
 	}
 	for range 2 { // it has not been told yet
