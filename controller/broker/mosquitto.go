@@ -105,8 +105,9 @@ func hashPassword(secret string, salt []byte) (string, error) {
 //
 // Mosquitto 2.0.11 reads everything but its listeners and limits again, within
 // 0.1 s. Connections stay, but for those that enrol by a password that is no
-// more. A revoked device keeps its connection, through which by the ACL nothing
-// goes any more, and by the CRL gets no new one.
+// more. A revoked device keeps its connection (until External.Disconnect),
+// through which by the ACL nothing goes any more, and by the CRL gets no new
+// one.
 func (m *Mosquitto) Write(files MosquittoFiles) error {
 	text, err := files.text()
 	if err != nil {
