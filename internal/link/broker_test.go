@@ -64,7 +64,7 @@ func (s *site) issue(t *testing.T, at time.Time) *tls.Certificate {
 	if err != nil {
 		t.Fatal(err)
 	}
-	return &tls.Certificate{Certificate: pki.Raw(s.authority.Chain(device)), PrivateKey: key}
+	return &tls.Certificate{Certificate: pki.Raw(s.authority.Chain(device)), PrivateKey: key, Leaf: device}
 }
 
 // server is the broker's side of TLS.

@@ -9,6 +9,7 @@ import (
 	"log/slog"
 	"net"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -194,6 +195,124 @@ func TestBrokerAway(t *testing.T) {
 	next(t, b, Hello, new(dunlinv1.Hello))
 	if n := l.log.count(slog.LevelWarn); n != 1 {
 		t.Errorf("%d warnings were logged for one outage", n)
+	}
+}
+
+// A link that is to use another certificate connects once more, with it, and
+// loses nothing that it took.
+func TestReconnect(t *testing.T) {
+	b := startBroker(t, "127.0.0.1:0")
+	var certificate atomic.Pointer[tls.Certificate]
+	certificate.Store(b.device)
+	l := start(t, b.site, b.address, func(c *Config) {
+		dial := c.Dial
+		c.Dial = func(ctx context.Context, network, address string) (net.Conn, error) {
+			if err := b.cleared(ctx); err != nil { // see TestLostConnection
+				return nil, err
+			}
+			return dial(ctx, network, address)
+		}
+		c.TLS = func() *tls.Config {
+			s := *b.site
+			s.device = certificate.Load()
+			return s.client()
+		}
+	})
+	within(t, l.Connected(), "session")
+	first := next(t, b, Hello, new(dunlinv1.Hello)).Session
+	ctx, cancel := context.WithCancel(t.Context())
+	sent := make(chan uint64, 1)
+	go func() {
+		var n uint64
+		for ctx.Err() == nil {
+			if l.Send(Reported, &dunlinv1.Reported{Sequence: n + 1}) == nil {
+				n++
+			}
+		}
+		sent <- n
+	}()
+	var got uint64
+	var others []message
+	report := func() bool {
+		m := within(t, b.received, "message")
+		var r dunlinv1.Reported
+		if m.topic != Up("dev", Reported) {
+			others = append(others, m)
+			return false
+		}
+		if err := proto.Unmarshal(m.payload, &r); err != nil || r.Sequence != got+1 {
+			t.Fatalf("report %d after %d, %v", r.Sequence, got, err)
+		}
+		got++
+		return true
+	}
+	for got < 100 {
+		report()
+	}
+	other := b.issue(t, time.Now())
+	certificate.Store(other)
+	if err := l.Reconnect("mqtts://" + b.address); err != nil {
+		t.Fatal(err)
+	}
+	for before := got; got < before+2000 || len(others) < 2; {
+		report()
+	}
+	cancel()
+	for n := within(t, sent, "end of the sender"); got < n; {
+		report()
+	}
+	if len(l.attempts) != 2 || len(others) != 2 || others[0].topic != Up("dev", Gone) || others[1].topic != Up("dev", Hello) || l.Session() == first {
+		t.Errorf("%d connections, in between came %v", len(l.attempts), others)
+	}
+	c, _ := b.Clients.Get("dev")
+	if !c.Net.Conn.(*tls.Conn).ConnectionState().PeerCertificates[0].Equal(other.Leaf) {
+		t.Error("the certificate is the old one")
+	}
+	if err := l.Reconnect("tcp://127.0.0.1:1883"); err == nil {
+		t.Error("another protocol is taken")
+	}
+}
+
+// One of two agents with one identity is told to be quiet, and is so for a
+// while.
+func TestStandDown(t *testing.T) {
+	b := startBroker(t, "127.0.0.1:0")
+	l := start(t, b.site, b.address, func(c *Config) {
+		dial := c.Dial
+		c.Dial = func(ctx context.Context, network, address string) (net.Conn, error) {
+			if err := b.cleared(ctx); err != nil {
+				return nil, err
+			}
+			return dial(ctx, network, address)
+		}
+	})
+	l.quietFor = 300 * time.Millisecond // read when it is told to
+	within(t, l.Connected(), "session")
+	next(t, b, Hello, new(dunlinv1.Hello))
+	down := func(boot string) {
+		b.send(t, Down("dev", Command), &dunlinv1.Command{Command: &dunlinv1.Command_StandDown{StandDown: &dunlinv1.StandDown{BootId: boot, KeptHostname: "other-host"}}})
+	}
+	down("another boot")
+	b.send(t, Down("dev", Command), &dunlinv1.Command{Command: &dunlinv1.Command_RenewNow{RenewNow: &dunlinv1.RenewNow{WithinMs: 5}}})
+	if m, ok := within(t, l.Inbox(), "command").(*dunlinv1.Command); !ok || m.GetRenewNow().GetWithinMs() != 5 {
+		t.Errorf("inbox gave %v", m)
+	}
+	begin := time.Now()
+	down("boot")
+	if err := awaitState(t, l.Link, StoodDown); err == nil || !strings.Contains(err.Error(), "other-host") {
+		t.Errorf("cause: %v", err)
+	}
+	next(t, b, Gone, new(dunlinv1.Gone))
+	if err := l.Reconnect("mqtts://" + b.address); err != nil { // does not end it
+		t.Fatal(err)
+	}
+	within(t, l.Connected(), "session after a while")
+	if d := time.Since(begin); d < 300*time.Millisecond {
+		t.Errorf("it was quiet for %s", d)
+	}
+	next(t, b, Hello, new(dunlinv1.Hello))
+	if len(l.attempts) != 2 {
+		t.Errorf("%d connections", len(l.attempts))
 	}
 }
 
