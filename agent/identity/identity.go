@@ -155,6 +155,17 @@ func (d *Device) Certificate() *x509.Certificate {
 	return d.own.chain[0]
 }
 
+// Key says what kind the device's key is, and where it is kept; "" until it
+// has one.
+func (d *Device) Key() string {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.own.key == nil {
+		return ""
+	}
+	return describeKey(d.own.key)
+}
+
 // Roots gives the controller's authorities; nobody changes them.
 func (d *Device) Roots() []*x509.Certificate {
 	d.mu.Lock()
@@ -169,6 +180,19 @@ func (d *Device) TLS(host string) *tls.Config {
 		defer d.mu.Unlock()
 		return d.own.tls()
 	}}, host)
+}
+
+// BrokerTLS gives the configuration of connections to the broker as this
+// device.
+func (d *Device) BrokerTLS() *tls.Config { return d.TLS(hostOf(d.Stored().BrokerURL)) }
+
+// hostOf gives the host of a URL that was checked before it was stored.
+func hostOf(checked string) string {
+	u, err := url.Parse(checked)
+	if err != nil {
+		panic(err)
+	}
+	return u.Hostname()
 }
 
 // Stranger gives the configuration of connections to a host as nobody: a
@@ -208,13 +232,9 @@ func (d *Device) Registry() (string, *http.Client) {
 // client gives an HTTP client for the host of a URL. There is no limit to how
 // long an answer may take in all.
 func (d *Device) client(rawURL string, by func(host string) *tls.Config) *http.Client {
-	u, err := url.Parse(rawURL)
-	if err != nil {
-		panic(err) // it was checked before it was stored
-	}
 	return &http.Client{Transport: &http.Transport{
 		Proxy:               http.ProxyFromEnvironment,
-		TLSClientConfig:     by(u.Hostname()),
+		TLSClientConfig:     by(hostOf(rawURL)),
 		DialContext:         (&net.Dialer{Timeout: callTimeout}).DialContext,
 		TLSHandshakeTimeout: callTimeout,
 		MaxIdleConnsPerHost: 1,
@@ -222,6 +242,15 @@ func (d *Device) client(rawURL string, by func(host string) *tls.Config) *http.C
 		IdleConnTimeout:     10 * time.Second,
 		DisableCompression:  true,
 	}}
+}
+
+// TrustVersion gives the version of the trust document that the device has; 0:
+// none.
+func (d *Device) TrustVersion() uint64 {
+	if d.cfg.TrustVersion == nil {
+		return 0
+	}
+	return d.cfg.TrustVersion()
 }
 
 // Introduce adds to a hello what the device is known by and whom it trusts.
@@ -232,9 +261,7 @@ func (d *Device) Introduce(h *dunlinv1.Hello) {
 		pin := pki.PinOf(root)
 		h.RootIds = append(h.RootIds, pin[:])
 	}
-	if d.cfg.TrustVersion != nil {
-		h.TrustVersion = d.cfg.TrustVersion()
-	}
+	h.TrustVersion = d.TrustVersion()
 	if len(d.own.chain) > 0 {
 		h.CertificateSerial = d.own.chain[0].SerialNumber.Bytes()
 	}

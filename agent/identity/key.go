@@ -2,6 +2,7 @@ package identity
 
 import (
 	"crypto"
+	"crypto/ecdsa"
 	"crypto/x509"
 	"errors"
 	"fmt"
@@ -79,4 +80,13 @@ func (d *Device) step(name string, do func() error) error {
 		defer d.cfg.OnStep("after " + name)
 	}
 	return do()
+}
+
+// describeKey says what kind a key is, and where it is kept.
+func describeKey(key crypto.Signer) string {
+	kind := "Ed25519"
+	if k, ok := key.Public().(*ecdsa.PublicKey); ok {
+		kind = "ECDSA " + k.Curve.Params().Name
+	}
+	return kind + " in a file"
 }

@@ -38,9 +38,9 @@ func (d *Device) RenewWithin(within time.Duration) {
 
 // Run keeps the certificate of a device that has joined valid, and its clock
 // known, until ctx is done.
-func (d *Device) Run(ctx context.Context) error {
-	if err := d.settle(); err != nil {
-		return err
+func (d *Device) Run(ctx context.Context) {
+	if err := d.settle(); err != nil { // the next renewal tries it again
+		d.cfg.Log.Error("the key is not where it belongs", "error", err)
 	}
 	timeWait := firstTimeWait
 	for {
@@ -72,7 +72,7 @@ func (d *Device) Run(ctx context.Context) error {
 		case <-time.After(wait):
 		case <-d.asked:
 		case <-ctx.Done():
-			return nil
+			return
 		}
 	}
 }
@@ -110,10 +110,7 @@ func (d *Device) renew(ctx context.Context) error {
 	d.mu.Lock()
 	id, own := d.stored, d.own
 	d.mu.Unlock()
-	request := &dunlinv1.RenewRequest{Certificate: own.chain[0].Raw}
-	if d.cfg.TrustVersion != nil {
-		request.TrustVersion = d.cfg.TrustVersion()
-	}
+	request := &dunlinv1.RenewRequest{Certificate: own.chain[0].Raw, TrustVersion: d.TrustVersion()}
 	if request.Csr, err = pki.Request(next, id.Device); err != nil {
 		return err
 	}

@@ -54,13 +54,11 @@ func serveAt(t *testing.T, w *watch) *identitytest.Controller {
 func running(t *testing.T, d *Device) (stop func()) {
 	t.Helper()
 	ctx, cancel := context.WithCancel(t.Context())
-	done := make(chan error, 1)
-	go func() { done <- d.Run(ctx) }()
+	var wg sync.WaitGroup
+	wg.Go(func() { d.Run(ctx) })
 	stop = sync.OnceFunc(func() {
 		cancel()
-		if err := <-done; err != nil {
-			t.Errorf("Run: %v", err)
-		}
+		wg.Wait()
 	})
 	t.Cleanup(stop)
 	return stop

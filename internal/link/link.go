@@ -62,7 +62,9 @@ type Config struct {
 	// Hello gives what the agent says of itself at the start of a session;
 	// boot id and session are filled in here. It must be quick, and may be
 	// called from several goroutines.
-	Hello      func() *dunlinv1.Hello
+	Hello func() *dunlinv1.Hello
+	// OnState is told of each change of the state, one at a time; nil: not.
+	OnState    func(State, error)
 	KeepAlive  time.Duration // 0: DefaultKeepAlive
 	MaxBackoff time.Duration // 0: DefaultMaxBackoff
 	// Dial opens the connection below TLS; nil: TCP.
@@ -80,6 +82,9 @@ const (
 	StoodDown                // another agent has the device's identity, and is kept
 	Refused                  // broker and device refuse each other's certificate, or the broker the client id or the subscriptions
 )
+
+// States are all of them.
+var States = []State{Connecting, Connected, Unreachable, StoodDown, Refused}
 
 func (s State) String() string {
 	return [...]string{"connecting", "connected", "unreachable", "stood down", "refused"}[s]
@@ -322,7 +327,8 @@ func sleep(ctx context.Context, d time.Duration) bool {
 // lasts is logged again now and then.
 func (l *Link) setState(s State, cause error) {
 	l.mu.Lock()
-	say := l.state != s
+	changed := l.state != s
+	say := changed
 	l.state, l.cause = s, cause
 	if s == Refused {
 		now := time.Now()
@@ -331,6 +337,9 @@ func (l *Link) setState(s State, cause error) {
 		}
 	}
 	l.mu.Unlock()
+	if changed && l.cfg.OnState != nil {
+		l.cfg.OnState(s, cause)
+	}
 	if !say {
 		return
 	}
