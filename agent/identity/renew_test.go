@@ -375,3 +375,41 @@ func FuzzTimeOf(f *testing.F) {
 		}
 	})
 }
+
+// A device that reaches nothing but the broker joins, learns the time, and
+// renews over it, also when its certificate has expired.
+func TestOnlyMQTT(t *testing.T) {
+	w := &watch{at: time.Now()}
+	c := identitytest.New(t, w.now)
+	cfg := newConfig(t, c)
+	cfg.Controller = c.ServeMQTT()
+	wrong := cfg
+	wrong.JoinToken = "x" + c.Token
+	if err := open(t, wrong).Join(t.Context(), &dunlinv1.DeviceInfo{}); err == nil || !strings.Contains(err.Error(), "does not know the join token") {
+		t.Errorf("a wrong token: %v", err)
+	}
+	own := &watch{at: time.Unix(0, 0)}
+	cfg.Now = own.now
+	d := join(t, cfg)
+	if c.Calls("Join") != 1 || c.Calls("GetTime") != 1 || d.Stored().ControllerURL != cfg.Controller {
+		t.Errorf("%v", d.Stored())
+	}
+	twin := newConfig(t, c)
+	twin.Controller = cfg.Controller
+	if err := open(t, twin).Join(t.Context(), &dunlinv1.DeviceInfo{}); err == nil || !strings.Contains(err.Error(), "another device has this name") {
+		t.Errorf("another key: %v", err)
+	}
+	before := pki.CertificateID(d.Certificate())
+	w.add(c.Lifetime + c.Grace/2)
+	own.add(c.Lifetime + c.Grace/2)
+	stop := running(t, d)
+	changed(t, d)
+	stop()
+	if pki.CertificateID(d.Certificate()) == before || c.Calls("Renew") != 1 {
+		t.Errorf("not renewed after %d calls", c.Calls("Renew"))
+	}
+	c.Remove()
+	if err := d.renew(t.Context()); err == nil || !refused(err) {
+		t.Errorf("a device that was removed: %v", err)
+	}
+}

@@ -9,10 +9,13 @@ import (
 	"log/slog"
 	"net"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
 
+	mochi "github.com/mochi-mqtt/server/v2"
+	brokerpackets "github.com/mochi-mqtt/server/v2/packets"
 	"google.golang.org/protobuf/proto"
 
 	dunlinv1 "github.com/dunlin/dunlin/proto/dunlin/v1"
@@ -469,5 +472,66 @@ func TestPacketTooLong(t *testing.T) {
 	l := start(t, site, address, nil)
 	if err := awaitState(t, l.Link, Unreachable); err == nil || !strings.Contains(err.Error(), "allowed are") {
 		t.Errorf("cause: %v", err)
+	}
+}
+
+// What may go wrong when a stranger asks.
+func TestEnrol(t *testing.T) {
+	site := newSite(t)
+	site.strangers = true
+	b := site.startBroker(t, "127.0.0.1:0")
+	q := &dunlinv1.EnrolRequest{Request: &dunlinv1.EnrolRequest_Time{Time: &dunlinv1.GetTimeRequest{Nonce: []byte("0123456789abcdef")}}}
+	answer := func(topic string) []byte { return nil }
+	var mu sync.Mutex
+	if err := b.Subscribe(JoinUpFilter, 2, func(_ *mochi.Client, _ brokerpackets.Subscription, p brokerpackets.Packet) {
+		user, nonce, err := ParseJoinUp(p.TopicName)
+		got := new(dunlinv1.EnrolRequest)
+		if err := errors.Join(err, proto.Unmarshal(p.Payload, got)); err != nil || user != RenewUser || !proto.Equal(got, q) {
+			t.Errorf("%s: %v, %v", p.TopicName, got, err)
+		}
+		mu.Lock()
+		defer mu.Unlock()
+		if raw := answer(p.TopicName); raw != nil {
+			go b.Publish(JoinDown(user, nonce), raw, false, 0)
+		}
+	}); err != nil {
+		t.Fatal(err)
+	}
+	nobody := *b.site
+	nobody.device = new(tls.Certificate)
+	cfg := Enrolment{BrokerURL: "mqtts://" + b.address, User: RenewUser, Password: RenewUser, TLS: nobody.client}
+	ask := func(raw []byte, within time.Duration) (*dunlinv1.EnrolResponse, error) {
+		mu.Lock()
+		answer = func(string) []byte { return raw }
+		mu.Unlock()
+		ctx, cancel := context.WithTimeout(t.Context(), within)
+		defer cancel()
+		return Enrol(ctx, cfg, q)
+	}
+	want := &dunlinv1.EnrolResponse{Response: &dunlinv1.EnrolResponse_Error{Error: &dunlinv1.EnrolError{Code: 7, Message: "no"}}}
+	raw, err := proto.Marshal(want)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got, err := ask(raw, patience); err != nil || !proto.Equal(got, want) {
+		t.Errorf("%v, %v", got, err)
+	}
+	if _, err := ask([]byte{0xff}, patience); !errors.Is(err, errMalformed) {
+		t.Errorf("malformed: %v", err)
+	}
+	if _, err := ask(nil, 200*time.Millisecond); !errors.Is(err, context.DeadlineExceeded) {
+		t.Errorf("no answer: %v", err)
+	}
+	b.rules.set(true, "")
+	if _, err := ask(raw, patience); !errors.Is(err, ErrStranger) {
+		t.Errorf("refused: %v", err)
+	}
+	cfg.TLS = newSite(t).client
+	if _, err := ask(raw, patience); err == nil || !strings.Contains(err.Error(), "unknown authority") {
+		t.Errorf("another broker: %v", err)
+	}
+	cfg.BrokerURL = "tcp://" + b.address
+	if _, err := ask(raw, patience); err == nil {
+		t.Error("another protocol is taken")
 	}
 }
