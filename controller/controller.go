@@ -110,7 +110,7 @@ func Run(ctx context.Context, c Config) (err error) {
 		BrokerURL: bus.url, RegistryURL: "https://" + publicAddress(c.hosts()[0], listener.Addr()),
 		Roots: t.deviceRoots, Trust: t.documents, AccountsChanged: func(ctx context.Context) error { return t.changed(ctx, bus) }, Joined: dispatcher.Replan,
 		Refusals: st,
-		Now: time.Now, Log: log,
+		Now:      time.Now, Log: log,
 	})
 	stopping := make(chan struct{})
 	mux := http.NewServeMux()
