@@ -66,7 +66,7 @@ func Run(ctx context.Context, c Config) (err error) {
 	if err := adminToken(ctx, st, filepath.Join(c.Data, AdminTokenFile), log); err != nil {
 		return fmt.Errorf("administrator's token: %w", err)
 	}
-	auth := identity.New(st)
+	auth := identity.New(st, identity.Options{OIDC: c.oidc(log), Log: log})
 	metrics := telemetry.NewMetrics()
 	t, err := openTrust(ctx, c, st)
 	if err != nil {
@@ -115,7 +115,7 @@ func Run(ctx context.Context, c Config) (err error) {
 	stopping := make(chan struct{})
 	mux := http.NewServeMux()
 	mux.Handle("/v2/", reg)
-	mux.Handle("/metrics", telemetry.Handler(metrics))
+	mux.Handle("/metrics", api.Protect(auth, log, identity.Metrics, telemetry.Handler(metrics)))
 	mux.HandleFunc("/healthz", func(w http.ResponseWriter, r *http.Request) { _, _ = io.WriteString(w, "ok\n") })
 	mux.Handle("/", api.New(api.Config{
 		Store: st, Dispatch: dispatcher, Registry: reg, Auth: auth, Log: log, Enrol: enrolment, Authorities: t.Authorities,
@@ -224,7 +224,7 @@ func adminToken(ctx context.Context, st *store.Store, path string, log *slog.Log
 	if err != nil && !errors.Is(err, os.ErrNotExist) {
 		return err
 	}
-	_, _, err = st.TokenOwner(ctx, identity.Hash(strings.TrimSpace(string(b))))
+	_, err = st.TokenOwner(ctx, identity.Hash(strings.TrimSpace(string(b))))
 	if !errors.Is(err, identity.ErrUnknown) {
 		return err
 	}

@@ -14,6 +14,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"time"
 
 	"github.com/opencontainers/go-digest"
 	"github.com/opencontainers/image-spec/specs-go"
@@ -32,15 +33,17 @@ const (
 // credentials knows an operator, a viewer and the device cam-1.
 type credentials struct{}
 
-func (credentials) TokenOwner(_ context.Context, hash [32]byte) (string, identity.Role, error) {
+func (credentials) TokenOwner(_ context.Context, hash [32]byte) (identity.Grant, error) {
 	switch hash {
 	case identity.Hash(operatorToken):
-		return "ada", identity.Operator, nil
+		return identity.Grant{User: "ada", UserRole: identity.Operator}, nil
 	case identity.Hash(viewerToken):
-		return "eve", identity.Viewer, nil
+		return identity.Grant{User: "eve", UserRole: identity.Viewer}, nil
 	}
-	return "", "", identity.ErrUnknown
+	return identity.Grant{}, identity.ErrUnknown
 }
+
+func (credentials) TokenUsed(context.Context, [32]byte, time.Time) error { return nil }
 
 func (credentials) CheckDevice(_ context.Context, device string, _ *x509.Certificate) error {
 	if device == "cam-1" {
@@ -150,7 +153,7 @@ func (f *fixture) open() {
 		f.server.Close()
 	}
 	r, err := New(Config{
-		Root: f.root, Auth: identity.New(credentials{}), Refusals: &f.refusals, Versions: f.versions,
+		Root: f.root, Auth: identity.New(credentials{}, identity.Options{}), Refusals: &f.refusals, Versions: f.versions,
 		Log: slog.New(slog.NewTextHandler(&lockedWriter{w: f.log}, &slog.HandlerOptions{Level: slog.LevelInfo})),
 	})
 	if err != nil {

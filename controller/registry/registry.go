@@ -203,13 +203,8 @@ func parsePath(path string) (target, error) {
 // ServeHTTP answers requests under /v2/.
 func (r *Registry) ServeHTTP(w http.ResponseWriter, req *http.Request) {
 	p, err := r.auth.FromRequest(req)
-	p.From = req.RemoteAddr
 	req = req.WithContext(identity.WithPrincipal(req.Context(), p))
-	switch {
-	case errors.Is(err, identity.ErrUnauthenticated):
-		r.fail(w, req, apiError{http.StatusUnauthorized, "UNAUTHORIZED", err.Error()})
-		return
-	case err != nil:
+	if err != nil {
 		r.fail(w, req, err)
 		return
 	}
@@ -232,23 +227,16 @@ func (r *Registry) ServeHTTP(w http.ResponseWriter, req *http.Request) {
 	}
 }
 
-// authorize says what each principal may do: devices and viewers pull,
-// operators push, nobody deletes.
+// authorize asks the rules whether p may pull or push; nobody deletes.
 func authorize(p identity.Principal, method string, t target) error {
-	denied := func(what string) error {
-		return apiError{http.StatusForbidden, "DENIED", fmt.Sprintf("%s may not %s", p, what)}
-	}
+	action := identity.RegistryPull
 	switch {
 	case method == http.MethodDelete && t.kind != "uploads":
 		return apiError{http.StatusMethodNotAllowed, "UNSUPPORTED", "model versions are immutable: nothing is deleted"}
 	case method != http.MethodGet && method != http.MethodHead, t.kind == "uploads":
-		if !p.May(identity.Operator) {
-			return denied("push")
-		}
-	case p.Kind != identity.Device && !p.May(identity.Viewer):
-		return denied("pull")
+		action = identity.RegistryPush
 	}
-	return nil
+	return identity.Allow(p, action)
 }
 
 // tagVersion says whether a tag names a version, and which. Other tags are

@@ -285,3 +285,23 @@ func TestRange(t *testing.T) {
 		t.Errorf("a range beyond the end: %d", res.status)
 	}
 }
+
+// Guessing is slowed here as everywhere, and is answered in the API's shape.
+func TestGuessing(t *testing.T) {
+	f := start(t)
+	wrong := func(r *http.Request) { r.SetBasicAuth("token", "guess") }
+	if res := f.do("GET", "/v2/", nil); res.status != http.StatusOK {
+		t.Fatalf("the right token: %d", res.status)
+	}
+	n := 0
+	res := f.do("GET", "/v2/", nil, wrong)
+	for ; res.status == http.StatusUnauthorized && n < 100; n++ {
+		res = f.do("GET", "/v2/", nil, wrong)
+	}
+	if code, _ := res.message(t); res.status != http.StatusTooManyRequests || code != "TOOMANYREQUESTS" || res.header.Get("Retry-After") == "" {
+		t.Errorf("after %d guesses: %d %s, Retry-After %q", n, res.status, code, res.header.Get("Retry-After"))
+	}
+	if res := f.do("GET", "/v2/", nil); res.status != http.StatusOK {
+		t.Errorf("a token that was in before: %d", res.status)
+	}
+}

@@ -210,6 +210,7 @@ ALTER TABLE tokens ADD COLUMN expires_at INTEGER NOT NULL DEFAULT 0; -- 0: never
 ALTER TABLE tokens ADD COLUMN last_used_at INTEGER NOT NULL DEFAULT 0;
 UPDATE tokens SET id = lower(hex(substr(hash, 1, 6)));
 CREATE UNIQUE INDEX tokens_by_id ON tokens (id);
+CREATE INDEX tokens_by_user ON tokens (user);
 
 -- Each record has the hash of the one before in its own.
 CREATE TABLE audit_log (
