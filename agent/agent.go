@@ -10,10 +10,12 @@ import (
 	"path/filepath"
 	"strconv"
 	"sync"
+	"time"
 
 	"google.golang.org/protobuf/proto"
 
 	"github.com/dunlin/dunlin/agent/engine"
+	"github.com/dunlin/dunlin/agent/identity"
 	"github.com/dunlin/dunlin/agent/oip"
 	"github.com/dunlin/dunlin/agent/reconcile"
 	"github.com/dunlin/dunlin/agent/state"
@@ -39,14 +41,15 @@ type agent struct {
 	cfg       Config
 	profile   profiles.Profile
 	store     *state.Store
+	identity  *identity.Device
 	reconcile *reconcile.Reconciler
 	watch     *watch
 	outbox    chan struct{} // an event was appended
+	stoodDown bool          // as the store has it; linkState's
 
-	mu       sync.Mutex // guards what follows
-	info     *dunlinv1.DeviceInfo
-	identity state.Identity
-	link     *link.Link // nil until the device has joined
+	mu   sync.Mutex // guards what follows
+	info *dunlinv1.DeviceInfo
+	link *link.Link // nil until the device has joined
 }
 
 // Run runs an agent until ctx is done, and gives nil then, or until a part of
@@ -98,7 +101,7 @@ func newAgent(ctx context.Context, cfg Config, profile profiles.Profile, info *d
 	}
 	a.info.AgentVersion, a.info.ServingUrl = program.Version(), url
 	var err error
-	if a.identity, err = store.Identity(ctx); err != nil && !errors.Is(err, state.ErrNone) {
+	if a.identity, err = identity.Open(ctx, cfg.identity(store)); err != nil {
 		return nil, err
 	}
 	w := cfg.Serving.workerConfig(profile.Threads)
@@ -141,7 +144,7 @@ func (a *agent) lost(id engine.VersionID, reason error) {
 // control joins where that has not been done, and then talks to the
 // controller.
 func (a *agent) control(ctx context.Context) error {
-	if a.cfg.Controller == "" && !joined(a.registered()) {
+	if a.cfg.Controller == "" && !a.identity.Joined() {
 		a.cfg.Log.Info("no controller is named: serving what is on the device")
 		<-ctx.Done()
 		return nil
@@ -151,40 +154,75 @@ func (a *agent) control(ctx context.Context) error {
 	case <-ctx.Done():
 		return nil
 	}
-	id, err := join(ctx, a.cfg, a.store, a.deviceInfo())
-	if err != nil {
+	if err := a.identity.Join(ctx, a.deviceInfo()); err != nil {
 		return err
 	}
-	a.mu.Lock()
-	a.identity = id
-	a.mu.Unlock()
-	if err := errors.Join(program.CheckURL(id.BrokerURL, "tcp"), program.CheckURL(id.RegistryURL, "http")); err != nil {
-		return err
-	}
-	l, err := link.New(link.Config{
-		BrokerURL: id.BrokerURL, Device: id.Device, Secret: id.Secret, BootID: rand.Text(), Log: a.cfg.Log,
-		Hello: func() *dunlinv1.Hello {
-			return &dunlinv1.Hello{HaveGeneration: a.reconcile.Generation(), Info: a.deviceInfo(), Labels: a.cfg.Labels}
-		},
-	})
+	l, err := a.newLink()
 	if err != nil {
 		return err
 	}
 	a.mu.Lock()
 	a.link = l
 	a.mu.Unlock()
+	if err := a.store.SetStoodDown(ctx, time.Time{}, ""); err != nil {
+		return err
+	}
+	var wg sync.WaitGroup
+	defer wg.Wait()
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	wg.Go(func() { a.identity.Run(ctx) })
+	wg.Go(func() { a.reconnect(ctx, l) })
 	return newSession(l, a).run(ctx)
 }
 
-func (a *agent) registered() state.Identity {
-	a.mu.Lock()
-	defer a.mu.Unlock()
-	return a.identity
+// reconnect has the link use what the device's identity is now.
+func (a *agent) reconnect(ctx context.Context, l *link.Link) {
+	for {
+		select {
+		case <-a.identity.Changed():
+			if err := l.Reconnect(a.identity.Stored().BrokerURL); err != nil {
+				a.cfg.Log.Error("the connection stays the old one", "error", err)
+			}
+		case <-ctx.Done():
+			return
+		}
+	}
+}
+
+// linkState keeps for the doctor that the link is quiet. The link calls it,
+// once at a time.
+func (a *agent) linkState(s link.State, cause error) {
+	var until time.Time
+	text := ""
+	if s == link.StoodDown {
+		until, text = time.Now().Add(link.StandDownFor), cause.Error()
+	} else if !a.stoodDown {
+		return
+	}
+	a.stoodDown = s == link.StoodDown
+	if err := a.store.SetStoodDown(context.Background(), until, text); err != nil {
+		a.cfg.Log.Error("the state of the connection is not kept", "error", err)
+	}
+}
+
+// newLink makes the link of a device that has joined.
+func (a *agent) newLink() (*link.Link, error) {
+	id := a.identity.Stored()
+	return link.New(link.Config{
+		BrokerURL: id.BrokerURL, Device: id.Device, BootID: rand.Text(), Log: a.cfg.Log,
+		TLS: a.identity.BrokerTLS, OnState: a.linkState,
+		Hello: func() *dunlinv1.Hello {
+			h := &dunlinv1.Hello{HaveGeneration: a.reconcile.Generation(), Info: a.deviceInfo(), Labels: a.cfg.Labels}
+			a.identity.Introduce(h)
+			return h
+		},
+	})
 }
 
 func (a *agent) registry() reconcile.Registry {
-	id := a.registered()
-	return reconcile.Registry{URL: id.RegistryURL, Device: id.Device, Secret: id.Secret}
+	url, client := a.identity.Registry()
+	return reconcile.Registry{URL: url, Client: client}
 }
 
 // passing says whether an error of loading is not the version's own.

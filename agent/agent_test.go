@@ -163,7 +163,7 @@ func TestAgent(t *testing.T) {
 		raw, err := io.ReadAll(resp.Body)
 		resp.Body.Close()
 		if err != nil || resp.StatusCode != http.StatusOK || path == "/metrics" && !(bytes.Contains(raw, []byte(`dunlin_requests_total{model="digits",outcome="success",version="2"}`)) &&
-			bytes.Contains(raw, []byte("\ndunlin_agent_malformed_total 0\n")) && bytes.Contains(raw, []byte("\ndunlin_agent_dropped_total 0\n"))) {
+			bytes.Contains(raw, []byte("\ndunlin_agent_certificate_expiry_seconds 1.")) && bytes.Contains(raw, []byte("\ndunlin_agent_malformed_total 0\n")) && bytes.Contains(raw, []byte("\ndunlin_agent_dropped_total 0\n"))) {
 			t.Errorf("%s: %s %v\n%s", path, resp.Status, err, raw)
 		}
 	}
@@ -186,33 +186,9 @@ func TestAgent(t *testing.T) {
 	stop()
 }
 
-// A join whose answer is lost is the same join when it is repeated.
-func TestJoinIsRepeatable(t *testing.T) {
-	c := startControl(t)
-	c.cutJoin = 2
-	cfg := testConfig(t, c)
-	store, err := state.Open(t.Context(), filepath.Join(t.TempDir(), stateFile), state.Limits{})
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer store.Close()
-	id, err := join(t.Context(), cfg, store, &dunlinv1.DeviceInfo{})
-	if err != nil {
-		t.Fatal(err)
-	}
-	if stored, err := store.Identity(t.Context()); err != nil || stored != id || c.joins != 3 || c.secrets["edge-1"] != id.Secret || len(id.Secret) < 43 {
-		t.Errorf("stored %v (%v) after %d joins, the controller has %v", stored, err, c.joins, c.secrets)
-	}
-	// Once joined, nothing more is needed.
-	cfg.JoinToken = ""
-	if again, err := join(t.Context(), cfg, store, &dunlinv1.DeviceInfo{}); err != nil || again != id || c.joins != 3 {
-		t.Errorf("again: %v, %v after %d joins", again, err, c.joins)
-	}
-}
-
 func TestJoinIsRefused(t *testing.T) {
 	c := startControl(t)
-	for _, token := range []string{"", "wrong"} {
+	for _, token := range []string{"", "x" + c.Token} {
 		cfg := testConfig(t, c)
 		cfg.JoinToken = token
 		if err := Run(t.Context(), cfg); err == nil || !strings.Contains(err.Error(), "join") {
@@ -226,6 +202,49 @@ func TestJoinIsRefused(t *testing.T) {
 	if err := Run(ctx, cfg); !errors.Is(err, context.DeadlineExceeded) {
 		t.Errorf("while the controller is away: %v", err)
 	}
+}
+
+// An agent that is told to renew connects once more, with another
+// certificate; one that is told that another agent has its identity is quiet,
+// and the doctor says so.
+func TestAgentRenewsAndStandsDown(t *testing.T) {
+	c := startControl(t)
+	cfg := simulatedConfig(t, c, "")
+	startAgent(t, cfg)
+	var hello *dunlinv1.Hello
+	says := func(m proto.Message) bool {
+		h, ok := m.(*dunlinv1.Hello)
+		if ok {
+			hello = h
+		}
+		return ok
+	}
+	c.until("says hello", says)
+	first := hello
+	if len(first.CertificateSerial) != 16 || len(first.RootIds) != 1 {
+		t.Errorf("hello %v", first)
+	}
+	until(t, "renews", func() error { // this broker may forget the device for a moment
+		c.send("edge-1", link.Command, &dunlinv1.Command{Command: &dunlinv1.Command_RenewNow{RenewNow: &dunlinv1.RenewNow{}}})
+		if c.Calls("Renew") == 0 {
+			return errors.New("no call")
+		}
+		return nil
+	})
+	c.until("says good-bye", func(m proto.Message) bool { _, ok := m.(*dunlinv1.Gone); return ok })
+	c.until("says hello again", says)
+	if bytes.Equal(hello.CertificateSerial, first.CertificateSerial) || hello.BootId != first.BootId {
+		t.Errorf("hello %v after %v", hello, first)
+	}
+	c.until("reports", func(m proto.Message) bool { _, ok := m.(*dunlinv1.Reported); return ok })
+	until(t, "told to the doctor", func() error {
+		c.send("edge-1", link.Command, &dunlinv1.Command{Command: &dunlinv1.Command_StandDown{StandDown: &dunlinv1.StandDown{BootId: hello.BootId, KeptHostname: "twin"}}})
+		found, _ := diagnose(t, "--data", cfg.Data)
+		if f := found["link"]; f.Verdict != Fail || !strings.Contains(f.Detail, "twin") {
+			return fmt.Errorf("%v", f)
+		}
+		return nil
+	})
 }
 
 // A document that is being put together gives way to one that comes whole.
@@ -281,11 +300,13 @@ func TestEventsArriveOnce(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	id, err := join(t.Context(), cfg, a.store, a.info)
-	if err != nil {
+	if err := a.identity.Join(t.Context(), a.info); err != nil {
 		t.Fatal(err)
 	}
-	l, err := link.New(link.Config{BrokerURL: id.BrokerURL, Device: id.Device, Secret: id.Secret, BootID: "boot", Log: cfg.Log, MaxBackoff: 50 * time.Millisecond})
+	l, err := link.New(link.Config{
+		BrokerURL: c.BrokerURL(), Device: cfg.Name, BootID: "boot", Log: cfg.Log, MaxBackoff: 50 * time.Millisecond,
+		TLS: a.identity.BrokerTLS,
+	})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -63,6 +63,18 @@ func signal(c chan struct{}) {
 	}
 }
 
+// sleep waits, and says whether ctx lasted that long.
+func sleep(ctx context.Context, d time.Duration) bool {
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case <-t.C:
+		return true
+	case <-ctx.Done():
+		return false
+	}
+}
+
 // receive takes in what the controller says.
 func (s *session) receive(ctx context.Context) {
 	var document assembly
@@ -109,7 +121,9 @@ func (s *session) receive(ctx context.Context) {
 				}
 				ask()
 			case *dunlinv1.Command:
-				if ack := m.GetEventAck(); ack != nil {
+				if renew := m.GetRenewNow(); renew != nil {
+					s.identity.RenewWithin(time.Duration(renew.WithinMs) * time.Millisecond)
+				} else if ack := m.GetEventAck(); ack != nil {
 					if err := s.store.Ack(ctx, ack.OutboxId, ack.Sequence); err != nil && ctx.Err() == nil {
 						s.cfg.Log.Warn("acknowledgement ignored", "error", err)
 					}

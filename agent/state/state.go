@@ -41,10 +41,13 @@ type Limits struct {
 // Identity is who the agent is, and whom it talks to.
 type Identity struct {
 	Device        string
-	Secret        string
 	ControllerURL string
 	BrokerURL     string
 	RegistryURL   string
+	// Certificates is the device's own and those up to a root, and Roots the
+	// controller's authorities, in DER one after another; empty until the
+	// device has joined.
+	Certificates, Roots []byte
 }
 
 // Desired is the newest desired document that the agent has accepted.
@@ -132,16 +135,59 @@ func syncDir(dir string) error {
 // Identity gives the stored identity, or ErrNone.
 func (s *Store) Identity(ctx context.Context) (Identity, error) {
 	var i Identity
-	err := s.db.QueryRowContext(ctx, `SELECT device, secret, controller_url, broker_url, registry_url FROM identity`).
-		Scan(&i.Device, &i.Secret, &i.ControllerURL, &i.BrokerURL, &i.RegistryURL)
+	err := s.db.QueryRowContext(ctx, `SELECT device, controller_url, broker_url, registry_url, certificates, roots FROM identity`).
+		Scan(&i.Device, &i.ControllerURL, &i.BrokerURL, &i.RegistryURL, &i.Certificates, &i.Roots)
 	return i, none("identity", err)
 }
 
 // SetIdentity stores the identity in place of an earlier one.
 func (s *Store) SetIdentity(ctx context.Context, i Identity) error {
-	_, err := s.db.ExecContext(ctx, `INSERT OR REPLACE INTO identity VALUES (1, ?, ?, ?, ?, ?)`,
-		i.Device, i.Secret, i.ControllerURL, i.BrokerURL, i.RegistryURL)
+	_, err := s.db.ExecContext(ctx, `INSERT OR REPLACE INTO identity (one, device, controller_url, broker_url, registry_url, certificates, roots) VALUES (1, ?, ?, ?, ?, ?, ?)`,
+		i.Device, i.ControllerURL, i.BrokerURL, i.RegistryURL, append([]byte{}, i.Certificates...), append([]byte{}, i.Roots...))
 	return wrap("store identity", err)
+}
+
+// Clock is what the device knows of the time.
+type Clock struct {
+	Answered time.Time // the last time that the controller said
+	Seen     time.Time // the last time by the device's own clock
+}
+
+// Clock gives the stored times; zero ones where there are none.
+func (s *Store) Clock(ctx context.Context) (Clock, error) {
+	var answered, seen int64
+	err := s.db.QueryRowContext(ctx, `SELECT answered, seen FROM clock`).Scan(&answered, &seen)
+	if errors.Is(err, sql.ErrNoRows) {
+		return Clock{}, nil
+	}
+	return Clock{time.Unix(0, answered).UTC(), time.Unix(0, seen).UTC()}, wrap("read clock", err)
+}
+
+// SetClock stores the times in place of earlier ones.
+func (s *Store) SetClock(ctx context.Context, c Clock) error {
+	_, err := s.db.ExecContext(ctx, `INSERT OR REPLACE INTO clock VALUES (1, ?, ?)`, c.Answered.UnixNano(), c.Seen.UnixNano())
+	return wrap("store clock", err)
+}
+
+// StoodDown says until when the agent does not talk to the controller, and
+// why; the zero time where it does.
+func (s *Store) StoodDown(ctx context.Context) (until time.Time, cause string, err error) {
+	var nanoseconds int64
+	err = s.db.QueryRowContext(ctx, `SELECT until, cause FROM stood_down`).Scan(&nanoseconds, &cause)
+	if errors.Is(err, sql.ErrNoRows) {
+		return time.Time{}, "", nil
+	}
+	return time.Unix(0, nanoseconds).UTC(), cause, wrap("read stood_down", err)
+}
+
+// SetStoodDown stores what StoodDown gives.
+func (s *Store) SetStoodDown(ctx context.Context, until time.Time, cause string) error {
+	if until.IsZero() {
+		_, err := s.db.ExecContext(ctx, `DELETE FROM stood_down`)
+		return wrap("store stood_down", err)
+	}
+	_, err := s.db.ExecContext(ctx, `INSERT OR REPLACE INTO stood_down VALUES (1, ?, ?)`, until.UnixNano(), cause)
+	return wrap("store stood_down", err)
 }
 
 // Desired gives the stored desired document, or ErrNone.

@@ -57,6 +57,9 @@ func newClient(s settings) (*client, error) {
 func (c *client) auth() dunlinv1connect.AuthServiceClient {
 	return dunlinv1connect.NewAuthServiceClient(c.http, c.URL, c.opts...)
 }
+func (c *client) audit() dunlinv1connect.AuditServiceClient {
+	return dunlinv1connect.NewAuditServiceClient(c.http, c.URL, c.opts...)
+}
 func (c *client) users() dunlinv1connect.UserServiceClient {
 	return dunlinv1connect.NewUserServiceClient(c.http, c.URL, c.opts...)
 }
@@ -77,6 +80,10 @@ func (c *client) rollouts() dunlinv1connect.RolloutServiceClient {
 }
 func (c *client) devices() dunlinv1connect.DeviceServiceClient {
 	return dunlinv1connect.NewDeviceServiceClient(c.http, c.URL, c.opts...)
+}
+
+func (c *client) trust() dunlinv1connect.TrustServiceClient {
+	return dunlinv1connect.NewTrustServiceClient(c.http, c.URL, c.opts...)
 }
 
 // call makes a unary call within callTimeout and gives the answer's message.

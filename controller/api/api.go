@@ -12,6 +12,7 @@ import (
 	"connectrpc.com/connect"
 
 	"github.com/dunlin/dunlin/controller/dispatch"
+	"github.com/dunlin/dunlin/controller/enrol"
 	"github.com/dunlin/dunlin/controller/fleet"
 	"github.com/dunlin/dunlin/controller/identity"
 	"github.com/dunlin/dunlin/controller/registry"
@@ -35,40 +36,39 @@ type Config struct {
 	Auth     *identity.Authenticator
 	Log      *slog.Logger
 
-	Version   string // of the controller
-	BrokerURL string // that devices connect to
-	// HashPassword gives a device's secret the form of an external broker.
-	HashPassword func(secret string) (string, error)
-	// AccountsChanged tells an external broker of new and removed devices
-	// before the call that changed them answers; nil where there is none.
+	Enrol *enrol.Service
+	// Authorities vouch for devices.
+	Authorities *identity.Authorities
+
+	Version string // of the controller
+	// AccountsChanged tells an external broker of revoked devices, join tokens
+	// and authorities before the call that changed them answers; nil where there is none.
 	AccountsChanged func(ctx context.Context) error
 	// Stopping is closed when streams are to end.
 	Stopping <-chan struct{}
 }
 
 type server struct {
-	v1connect.UnimplementedAuditServiceHandler
 	v1connect.UnimplementedTrustServiceHandler
 	v1connect.UnimplementedEnrollmentServiceHandler
-	v1connect.UnimplementedDeviceServiceHandler
 	Config
 }
 
 // New gives the handler of all services.
 func New(c Config) http.Handler {
 	s := &server{Config: c}
-	options := connect.WithHandlerOptions(connect.WithInterceptors(gate{c.Log}), connect.WithReadMaxBytes(maxRequest))
+	options := connect.WithHandlerOptions(connect.WithInterceptors(gate{c.Log, c.Store}), connect.WithReadMaxBytes(maxRequest))
 	mux := http.NewServeMux()
 	mux.Handle(v1connect.NewAuthServiceHandler(s, options))
 	mux.Handle(v1connect.NewUserServiceHandler(s, options))
-	mux.Handle(v1connect.NewAuditServiceHandler(s, options))
-	mux.Handle(v1connect.NewTrustServiceHandler(s, options))
 	mux.Handle(v1connect.NewEnrollmentServiceHandler(s, options))
 	mux.Handle(v1connect.NewModelServiceHandler(s, options))
 	mux.Handle(v1connect.NewObjectServiceHandler(s, options))
 	mux.Handle(v1connect.NewProfileServiceHandler(s, options))
 	mux.Handle(v1connect.NewRolloutServiceHandler(s, options))
 	mux.Handle(v1connect.NewDeviceServiceHandler(s, options))
+	mux.Handle(v1connect.NewTrustServiceHandler(s, options))
+	mux.Handle(v1connect.NewAuditServiceHandler(s, options))
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		p, err := c.Auth.FromRequest(r)
 		if err == nil && p.External {
@@ -91,6 +91,12 @@ type whyKey struct{}
 
 type baseKey struct{}
 
+// deviceURL is the registry's base URL for the device that calls: devices
+// always speak TLS.
+func deviceURL(ctx context.Context) string {
+	return "https://" + strings.TrimPrefix(strings.TrimPrefix(registryURL(ctx), "http://"), "https://")
+}
+
 // registryURL gives the registry's base URL as this caller reaches it: both
 // are on one port, which may have other names behind a proxy.
 func registryURL(ctx context.Context) string {
@@ -106,7 +112,10 @@ func baseOf(r *http.Request) string {
 }
 
 // gate authorises each call and gives its error a code.
-type gate struct{ log *slog.Logger }
+type gate struct {
+	log      *slog.Logger
+	refusals identity.Refusals
+}
 
 // authorise asks the rules. Of a caller who is nobody it says why, as far as
 // that may be said.
@@ -120,31 +129,32 @@ func authorise(ctx context.Context, procedure string) error {
 
 func (g gate) WrapUnary(next connect.UnaryFunc) connect.UnaryFunc {
 	return func(ctx context.Context, req connect.AnyRequest) (connect.AnyResponse, error) {
-		if err := authorise(ctx, req.Spec().Procedure); err != nil {
-			return nil, g.coded(ctx, req.Spec().Procedure, err)
+		err := authorise(ctx, req.Spec().Procedure)
+		var resp connect.AnyResponse
+		if err == nil {
+			resp, err = next(ctx, req)
 		}
-		resp, err := next(ctx, req)
-		return resp, g.coded(ctx, req.Spec().Procedure, err)
+		err = g.coded(ctx, req.Spec().Procedure, err)
+		g.note(ctx, req.Spec().Procedure, req.Any(), err)
+		return resp, err
 	}
 }
 
 func (g gate) WrapStreamingHandler(next connect.StreamingHandlerFunc) connect.StreamingHandlerFunc {
 	return func(ctx context.Context, conn connect.StreamingHandlerConn) error {
-		if err := authorise(ctx, conn.Spec().Procedure); err != nil {
-			return g.coded(ctx, conn.Spec().Procedure, err)
+		err := authorise(ctx, conn.Spec().Procedure)
+		if err == nil {
+			err = next(ctx, conn)
 		}
-		return g.coded(ctx, conn.Spec().Procedure, next(ctx, conn))
+		err = g.coded(ctx, conn.Spec().Procedure, err)
+		g.note(ctx, conn.Spec().Procedure, nil, err)
+		return err
 	}
 }
 
 func (g gate) WrapStreamingClient(next connect.StreamingClientFunc) connect.StreamingClientFunc {
 	return next
 }
-
-// invalidError is a request that cannot be served as it is.
-type invalidError struct{ error }
-
-func (e invalidError) Unwrap() error { return e.error }
 
 // coded maps errors to codes, the only place that does. What is not the
 // caller's fault is logged and not shown.
@@ -162,7 +172,6 @@ func (g gate) coded(ctx context.Context, procedure string, err error) error {
 	}
 	code := connect.CodeInternal
 	_, denied := errors.AsType[*identity.DeniedError](err)
-	_, invalid := errors.AsType[invalidError](err)
 	_, faults := errors.AsType[fleet.Faults](err)
 	_, taken := errors.AsType[registry.ErrVersionExists](err)
 	switch {
@@ -170,16 +179,18 @@ func (g gate) coded(ctx context.Context, procedure string, err error) error {
 		code = connect.CodeDeadlineExceeded
 	case ctx.Err() != nil:
 		code = connect.CodeCanceled
-	case invalid, faults, errors.Is(err, registry.ErrInvalid):
+	case faults, errors.Is(err, registry.ErrInvalid):
 		code = connect.CodeInvalidArgument
-	case errors.Is(err, store.ErrNotFound), errors.Is(err, registry.ErrNotFound):
+	case errors.Is(err, registry.ErrNotFound):
 		code = connect.CodeNotFound
-	case taken, errors.Is(err, store.ErrExists):
+	case taken:
 		code = connect.CodeAlreadyExists
 	case errors.Is(err, identity.ErrUnauthenticated):
 		return connect.NewError(connect.CodeUnauthenticated, errors.New(strings.TrimPrefix(err.Error(), identity.ErrUnauthenticated.Error()+": ")))
-	case denied, errors.Is(err, store.ErrRefused):
+	case denied:
 		code = connect.CodePermissionDenied
+	default:
+		code = enrol.Code(err)
 	}
 	if code == connect.CodeInternal {
 		g.log.Error("call failed", "procedure", procedure, "error", err)

@@ -57,7 +57,7 @@ func (s *server) password(ctx context.Context, password string) (string, error) 
 		return "", nil
 	}
 	if err := identity.CheckPassword(password); err != nil {
-		return "", invalidError{err}
+		return "", invalid("%w", err)
 	}
 	return s.Auth.HashPassword(ctx, password)
 }
@@ -66,10 +66,10 @@ func (s *server) CreateUser(ctx context.Context, req *connect.Request[v1.CreateU
 	m := req.Msg
 	u := store.User{Name: m.GetName(), Role: identity.Role(m.GetRole()), Scope: m.GetScope()}
 	if err := identity.CheckUser(u.Name); err != nil {
-		return nil, invalidError{err}
+		return nil, invalid("%w", err)
 	}
 	if err := identity.CheckRole(u.Role); err != nil {
-		return nil, invalidError{err}
+		return nil, invalid("%w", err)
 	}
 	if err := fleet.CheckLabels(u.Scope); err != nil {
 		return nil, invalid("scope: %w", err)
@@ -88,7 +88,7 @@ func (s *server) UpdateUser(ctx context.Context, req *connect.Request[v1.UpdateU
 	m := req.Msg
 	if m.Role != nil {
 		if err := identity.CheckRole(identity.Role(m.GetRole())); err != nil {
-			return nil, invalidError{err}
+			return nil, invalid("%w", err)
 		}
 	}
 	if err := fleet.CheckLabels(m.GetScope()); err != nil {
@@ -174,7 +174,7 @@ func (s *server) CreateToken(ctx context.Context, req *connect.Request[v1.Create
 	if m.GetRole() != "" {
 		t.Role = identity.Role(m.GetRole())
 		if err := identity.CheckRole(t.Role); err != nil {
-			return nil, invalidError{err}
+			return nil, invalid("%w", err)
 		}
 		if !owner.May(t.Role) {
 			return nil, invalid("role is %s, that of %s is %s", t.Role, owner, owner.Role)

@@ -6,6 +6,7 @@ import (
 	"log/slog"
 	"net/http"
 	"net/http/httptest"
+	"slices"
 	"strconv"
 	"strings"
 	"testing"
@@ -18,6 +19,7 @@ import (
 	"github.com/dunlin/dunlin/controller/fleet"
 	"github.com/dunlin/dunlin/controller/identity"
 	"github.com/dunlin/dunlin/controller/store"
+	"github.com/dunlin/dunlin/internal/pki/pkitest"
 	v1 "github.com/dunlin/dunlin/proto/dunlin/v1"
 	v1connect "github.com/dunlin/dunlin/proto/dunlin/v1/dunlinv1connect"
 )
@@ -34,8 +36,8 @@ const password = "correct horse battery"
 // audited gives the newest records as "who action object before > after".
 func (w *world) audited(t *testing.T, n int) (lines []string) {
 	t.Helper()
-	records, err := w.store.Audit(t.Context(), n)
-	must(t, err)
+	records := w.audit(t, uint32(n))
+	slices.Reverse(records)
 	for _, r := range records {
 		lines = append(lines, fmt.Sprintf("%s %s %s %s", r.Who, r.Action, r.Object, r.After))
 	}
@@ -231,11 +233,12 @@ func TestGuessing(t *testing.T) {
 	}
 	refused(t, w.auth(viewer).WhoAmI, &v1.WhoAmIRequest{}, connect.CodeResourceExhausted, "too many")
 	call(t, w.auth(admin).WhoAmI, &v1.WhoAmIRequest{}) // was in before
-	refused(t, w.enrollment("").Join, &v1.JoinRequest{JoinToken: "guess", Name: "dev", Secret: secret}, connect.CodeResourceExhausted, "too many")
+	_, csr := pkitest.Request(t, "dev")
+	refused(t, w.enrollment("").Join, &v1.JoinRequest{JoinToken: "guess", Name: "dev", Csr: csr}, connect.CodeResourceExhausted, "too many")
 
 	w.wait(time.Hour)
 	for n := 0; ; n++ {
-		_, err := w.enrollment("").Join(t.Context(), connect.NewRequest(&v1.JoinRequest{JoinToken: "guess", Name: "dev", Secret: secret}))
+		_, err := w.enrollment("").Join(t.Context(), connect.NewRequest(&v1.JoinRequest{JoinToken: "guess", Name: "dev", Csr: csr}))
 		if connect.CodeOf(err) == connect.CodeResourceExhausted {
 			break
 		}

@@ -1,13 +1,13 @@
 // Package identity says who is calling and what they may do: users by token,
-// password or OpenID Connect, devices by secret; one table of rules; and a
-// guard that slows guessing.
+// password or OpenID Connect, devices by the certificates that the controller's
+// own authorities issue; one table of rules; and a guard that slows guessing.
 package identity
 
 import (
 	"context"
 	"crypto/rand"
 	"crypto/sha256"
-	"crypto/subtle"
+	"crypto/x509"
 	"encoding/base64"
 	"errors"
 	"fmt"
@@ -18,6 +18,8 @@ import (
 	"slices"
 	"strings"
 	"time"
+
+	"github.com/dunlin/dunlin/internal/pki"
 )
 
 // Kind is what a principal is. The zero Kind is nobody.
@@ -156,6 +158,9 @@ func clip(s string) string {
 // not have.
 var ErrUnknown = errors.New("unknown credentials")
 
+// ErrRevoked is what Credentials answers for a certificate that was taken back.
+var ErrRevoked = errors.New("revoked")
+
 // ErrUnauthenticated is the error of missing or wrong credentials. It does
 // not say which part was wrong.
 var ErrUnauthenticated = errors.New("unauthenticated")
@@ -199,8 +204,9 @@ type Credentials interface {
 	TokenOwner(ctx context.Context, hash [32]byte) (Grant, error)
 	// TokenUsed keeps when a token was used last.
 	TokenUsed(ctx context.Context, hash [32]byte, at time.Time) error
-	// DeviceSecret gives the hash of a device's secret.
-	DeviceSecret(ctx context.Context, device string) (hash [32]byte, err error)
+	// CheckDevice says whether a device is known by a certificate that one of
+	// the authorities has issued to it: ErrUnknown or ErrRevoked where it is not.
+	CheckDevice(ctx context.Context, device string, cert *x509.Certificate) error
 }
 
 // Options are what an Authenticator may have beside its credentials.
@@ -250,10 +256,10 @@ const (
 )
 
 // FromRequest gives the principal of a request: a user by "Bearer TOKEN" or
-// "Basic ANYTHING:TOKEN", a device by "Basic DEVICE:SECRET". Its error is
-// ErrUnauthenticated, a LimitedError where too many credentials from there
-// were wrong, or that of looking them up; the principal then is nobody, with
-// the address that the request came from.
+// "Basic ANYTHING:TOKEN", a device by the certificate of its connection, which
+// TLS has verified. Its error is ErrUnauthenticated, a LimitedError where too
+// many credentials from there were wrong, or that of looking them up; the
+// principal then is nobody, with the address that the request came from.
 func (a *Authenticator) FromRequest(r *http.Request) (Principal, error) {
 	p, err := a.fromRequest(r)
 	p.From = r.RemoteAddr
@@ -264,15 +270,20 @@ func (a *Authenticator) fromRequest(r *http.Request) (Principal, error) {
 	header := r.Header.Get("Authorization")
 	scheme, rest, _ := strings.Cut(header, " ")
 	attempt := Attempt{From: r.RemoteAddr}
-	device := ""
 	switch {
+	case header == "" && r.TLS != nil && len(r.TLS.VerifiedChains) > 0:
+		device, err := a.Device(r.Context(), r.TLS.PeerCertificates[0])
+		if err != nil {
+			return Principal{}, err
+		}
+		return Principal{Kind: Device, Name: device}, nil
 	case header == "":
 		return Principal{}, fmt.Errorf("%w: credentials are missing", ErrUnauthenticated)
 	case strings.EqualFold(scheme, "Bearer"):
 		attempt.Credential = strings.TrimSpace(rest)
 	case strings.EqualFold(scheme, "Basic"):
 		var ok bool
-		if device, attempt.Credential, ok = r.BasicAuth(); !ok {
+		if _, attempt.Credential, ok = r.BasicAuth(); !ok {
 			return Principal{}, fmt.Errorf("%w: malformed Basic credentials", ErrUnauthenticated)
 		}
 	default:
@@ -282,9 +293,6 @@ func (a *Authenticator) fromRequest(r *http.Request) (Principal, error) {
 		return Principal{}, err
 	}
 	p, err := a.user(r.Context(), attempt.Credential)
-	if errors.Is(err, errWrong) && strings.EqualFold(scheme, "Basic") {
-		p, err = a.device(r.Context(), device, attempt.Credential)
-	}
 	switch {
 	case err == nil:
 		a.guard.Right(attempt)
@@ -294,11 +302,21 @@ func (a *Authenticator) fromRequest(r *http.Request) (Principal, error) {
 	return p, err
 }
 
-// AuthenticateDevice says whether secret is the device's. Failing to look it
-// up counts as no.
-func (a *Authenticator) AuthenticateDevice(ctx context.Context, device, secret string) bool {
-	_, err := a.device(ctx, device, secret)
-	return err == nil
+// Device gives the device whose certificate it is, which TLS has verified.
+// Where it is nobody's, or revoked, the error is ErrUnauthenticated and says
+// why.
+func (a *Authenticator) Device(ctx context.Context, cert *x509.Certificate) (string, error) {
+	device, ok := pki.DeviceOf(cert)
+	if !ok {
+		return "", fmt.Errorf("%w: the certificate is not a device's", ErrUnauthenticated)
+	}
+	switch err := a.credentials.CheckDevice(ctx, device, cert); {
+	case errors.Is(err, ErrUnknown), errors.Is(err, ErrRevoked):
+		return "", fmt.Errorf("%w: %w", ErrUnauthenticated, err)
+	case err != nil:
+		return "", fmt.Errorf("look up device %s: %w", device, err)
+	}
+	return device, nil
 }
 
 func (a *Authenticator) user(ctx context.Context, token string) (Principal, error) {
@@ -332,21 +350,6 @@ func (a *Authenticator) user(ctx context.Context, token string) (Principal, erro
 	return p, nil
 }
 
-func (a *Authenticator) device(ctx context.Context, device, secret string) (Principal, error) {
-	if device == "" || len(device) > maxCredential || secret == "" || len(secret) > maxCredential {
-		return Principal{}, errWrong
-	}
-	want, err := a.credentials.DeviceSecret(ctx, device)
-	if err != nil && !errors.Is(err, ErrUnknown) {
-		return Principal{}, fmt.Errorf("look up device %s: %w", device, err)
-	}
-	got := Hash(secret)
-	if subtle.ConstantTimeCompare(got[:], want[:]) != 1 || err != nil {
-		return Principal{}, errWrong
-	}
-	return Principal{Kind: Device, Name: device}, nil
-}
-
 // NewToken makes a token, prefix and 32 random bytes in base64url, and its
 // hash.
 func NewToken(prefix string) (token string, hash [32]byte) {
@@ -356,7 +359,7 @@ func NewToken(prefix string) (token string, hash [32]byte) {
 	return token, Hash(token)
 }
 
-// Hash gives the SHA-256 of a token or secret. Both hold 32 random bytes, so
+// Hash gives the SHA-256 of a token. It holds 32 random bytes, so
 // a slow hash would add nothing.
 func Hash(token string) [32]byte { return sha256.Sum256([]byte(token)) }
 

@@ -2,6 +2,8 @@ package identity
 
 import (
 	"context"
+	"crypto/tls"
+	"crypto/x509"
 	"errors"
 	"log/slog"
 	"net/http"
@@ -12,11 +14,12 @@ import (
 	"time"
 
 	"github.com/coreos/go-oidc/v3/oidc"
+
+	"github.com/dunlin/dunlin/internal/pki/pkitest"
 )
 
 type credentials struct {
 	tokens  map[[32]byte]Grant
-	devices map[string][32]byte
 	err     error
 	used    int
 	usedErr error
@@ -41,25 +44,30 @@ func (c *credentials) TokenUsed(_ context.Context, hash [32]byte, at time.Time) 
 	return c.usedErr
 }
 
-func (c *credentials) DeviceSecret(_ context.Context, device string) ([32]byte, error) {
-	if c.err != nil {
-		return [32]byte{}, c.err
+func (c *credentials) CheckDevice(_ context.Context, device string, cert *x509.Certificate) error {
+	switch {
+	case c.err != nil:
+		return c.err
+	case device == "cam-2":
+		return ErrRevoked
+	case device != "cam-1":
+		return ErrUnknown
 	}
-	h, ok := c.devices[device]
-	if !ok {
-		return [32]byte{}, ErrUnknown
-	}
-	return h, nil
+	return nil
 }
 
 func TestFromRequest(t *testing.T) {
 	token, tokenHash := NewToken("dunlin_")
-	secret, secretHash := NewToken("")
-	other, otherHash := NewToken("")
-	a := New(&credentials{
-		tokens:  map[[32]byte]Grant{tokenHash: {User: "ada", UserRole: Operator}},
-		devices: map[string][32]byte{"cam-1": secretHash, "cam-2": otherHash},
-	}, Options{})
+	a := New(&credentials{tokens: map[[32]byte]Grant{tokenHash: {User: "ada", UserRole: Operator}}}, Options{})
+	authority := pkitest.Authority(t)
+	shows := func(c *tls.Certificate, verified bool) func(*http.Request) {
+		return func(r *http.Request) {
+			r.TLS = &tls.ConnectionState{PeerCertificates: []*x509.Certificate{c.Leaf}}
+			if verified {
+				r.TLS.VerifiedChains = [][]*x509.Certificate{{c.Leaf, authority.Certificate}}
+			}
+		}
+	}
 	const from = "192.0.2.1:1234"
 	ada := Principal{Kind: User, Name: "ada", Role: Operator, From: from}
 	cam := Principal{Kind: Device, Name: "cam-1", From: from}
@@ -72,23 +80,25 @@ func TestFromRequest(t *testing.T) {
 		set  func(*http.Request)
 		want Principal
 	}{
-		"bearer":                 {bearer("Bearer " + token), ada},
-		"bearer lower case":      {bearer("bearer " + token), ada},
-		"basic token":            {basic("anything", token), ada},
-		"basic token, no name":   {basic("", token), ada},
-		"device":                 {basic("cam-1", secret), cam},
-		"nothing":                {func(*http.Request) {}, nobody},
-		"wrong token":            {bearer("Bearer " + token + "x"), nobody},
-		"empty bearer":           {bearer("Bearer "), nobody},
-		"device secret bearer":   {bearer("Bearer " + secret), nobody},
-		"other device's secret":  {basic("cam-1", other), nobody},
-		"unknown device":         {basic("cam-9", secret), nobody},
-		"empty secret":           {basic("cam-1", ""), nobody},
-		"malformed basic":        {bearer("Basic !!!"), nobody},
-		"another scheme":         {bearer("Digest " + token), nobody},
-		"a token that is long":   {bearer("Bearer " + strings.Repeat("x", 1<<16)), nobody},
-		"the hash is no secret":  {basic("cam-1", string(secretHash[:])), nobody},
-		"zero hash's absent one": {basic("cam-9", ""), nobody},
+		"bearer":               {bearer("Bearer " + token), ada},
+		"bearer lower case":    {bearer("bearer " + token), ada},
+		"basic token":          {basic("anything", token), ada},
+		"basic token, no name": {basic("", token), ada},
+		"device":               {shows(pkitest.Device(t, authority, "cam-1"), true), cam},
+		"device, not verified": {shows(pkitest.Device(t, authority, "cam-1"), false), nobody},
+		"device, revoked":      {shows(pkitest.Device(t, authority, "cam-2"), true), nobody},
+		"device, unknown":      {shows(pkitest.Device(t, authority, "cam-3"), true), nobody},
+		"controller":           {shows(pkitest.Server(t, authority), true), nobody},
+		"a user from a device": {func(r *http.Request) {
+			shows(pkitest.Device(t, authority, "cam-1"), true)(r)
+			r.Header.Set("Authorization", "Bearer "+token)
+		}, ada},
+		"nothing":              {func(*http.Request) {}, nobody},
+		"wrong token":          {bearer("Bearer " + token + "x"), nobody},
+		"empty bearer":         {bearer("Bearer "), nobody},
+		"malformed basic":      {bearer("Basic !!!"), nobody},
+		"another scheme":       {bearer("Digest " + token), nobody},
+		"a token that is long": {bearer("Bearer " + strings.Repeat("x", 1<<16)), nobody},
 	} {
 		r := httptest.NewRequest("GET", "/", nil)
 		c.set(r)
@@ -99,16 +109,9 @@ func TestFromRequest(t *testing.T) {
 		if (c.want.Kind == 0) != errors.Is(err, ErrUnauthenticated) {
 			t.Errorf("%s: got error %v", name, err)
 		}
-		if err != nil && strings.Contains(err.Error(), secret) {
-			t.Errorf("%s: the error tells the secret: %v", name, err)
+		if err != nil && strings.Contains(err.Error(), token) {
+			t.Errorf("%s: the error tells the token: %v", name, err)
 		}
-	}
-	if !a.AuthenticateDevice(t.Context(), "cam-1", secret) || a.AuthenticateDevice(t.Context(), "cam-2", secret) {
-		t.Error("AuthenticateDevice: wrong answer")
-	}
-	// A user's token is not a device's secret.
-	if a.AuthenticateDevice(t.Context(), "cam-1", token) {
-		t.Error("AuthenticateDevice took a user's token")
 	}
 }
 
@@ -117,16 +120,16 @@ func TestLookupFails(t *testing.T) {
 	a := New(&credentials{err: broken}, Options{})
 	for _, set := range []func(*http.Request){
 		func(r *http.Request) { r.Header.Set("Authorization", "Bearer x") },
-		func(r *http.Request) { r.SetBasicAuth("cam-1", "x") },
+		func(r *http.Request) {
+			leaf := pkitest.Device(t, pkitest.Authority(t), "cam-1").Leaf
+			r.TLS = &tls.ConnectionState{PeerCertificates: []*x509.Certificate{leaf}, VerifiedChains: [][]*x509.Certificate{{leaf}}}
+		},
 	} {
 		r := httptest.NewRequest("GET", "/", nil)
 		set(r)
 		if p, err := a.FromRequest(r); !errors.Is(err, broken) || errors.Is(err, ErrUnauthenticated) || p.Kind != 0 {
 			t.Errorf("got %v, %v; want nobody and the lookup's error", p, err)
 		}
-	}
-	if a.AuthenticateDevice(t.Context(), "cam-1", "x") {
-		t.Error("a device whose secret cannot be looked up was let in")
 	}
 }
 
@@ -168,11 +171,10 @@ func TestContext(t *testing.T) {
 }
 
 func FuzzFromRequest(f *testing.F) {
-	_, hash := NewToken("")
 	now := time.Unix(0, 0)
 	o := NewOIDC(OIDCConfig{Issuer: "https://a.example", ClientID: "a", NameClaim: "sub", RoleClaim: "role", Log: slog.New(slog.DiscardHandler)})
 	o.verifier = oidc.NewVerifier(o.Issuer, new(oidc.StaticKeySet), &oidc.Config{ClientID: o.ClientID})
-	a := New(&credentials{devices: map[string][32]byte{"cam-1": hash}}, Options{OIDC: o, Now: func() time.Time {
+	a := New(&credentials{}, Options{OIDC: o, Now: func() time.Time {
 		now = now.Add(time.Minute) // so that no guess is too many
 		return now
 	}})
