@@ -76,8 +76,15 @@ func Run(ctx context.Context, c Config) (err error) {
 	dispatcher := dispatch.New(dispatch.Config{Store: st, Bus: bus.bus, Log: log, Metrics: metrics, OnStep: c.OnStep})
 	bus.resumed = dispatcher.Resumed
 
-	reg, err := registry.New(registry.Config{Root: filepath.Join(c.Data, registryFolder), Auth: auth, Versions: versions{st}, Log: log})
+	signer, err := openSigner(ctx, c.Data, st, log, time.Now, dispatcher.Replan)
 	if err != nil {
+		return err
+	}
+	reg, err := registry.New(registry.Config{Root: filepath.Join(c.Data, registryFolder), Auth: auth, Versions: versions{st}, Signatures: signer, Log: log})
+	if err != nil {
+		return err
+	}
+	if err := signer.signAll(ctx, reg); err != nil {
 		return err
 	}
 	listener, err := net.Listen("tcp", c.Listen)
@@ -93,7 +100,7 @@ func Run(ctx context.Context, c Config) (err error) {
 	mux.HandleFunc("/healthz", func(w http.ResponseWriter, r *http.Request) { _, _ = io.WriteString(w, "ok\n") })
 	mux.Handle("/", api.New(api.Config{
 		Store: st, Dispatch: dispatcher, Registry: reg, Auth: auth, Log: log,
-		Version: program.Version(), BrokerURL: bus.url,
+		Version: program.Version(), BrokerURL: bus.url, SigningKey: signer.id,
 		HashPassword: broker.HashPassword, AccountsChanged: bus.accounts, Stopping: stopping,
 	}))
 	server := newServer(mux, log)
@@ -107,6 +114,7 @@ func Run(ctx context.Context, c Config) (err error) {
 		{"dispatch", dispatcher.Run},
 		{"broker", func(ctx context.Context) error { return bus.bus.Run(ctx, dispatcher.Handle) }},
 		{"registry", reg.Run},
+		{"signer", signer.run},
 		{"http", func(ctx context.Context) error { return serve(ctx, server, listener) }},
 	})
 }

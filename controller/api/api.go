@@ -35,6 +35,8 @@ type Config struct {
 
 	Version   string // of the controller
 	BrokerURL string // that devices connect to
+	// SigningKey is the id of the key by which the controller signs versions.
+	SigningKey string
 	// HashPassword gives a device's secret the form of an external broker.
 	HashPassword func(secret string) (string, error)
 	// AccountsChanged tells an external broker of new and removed devices
@@ -48,6 +50,7 @@ type server struct {
 	v1connect.UnimplementedAuthServiceHandler
 	v1connect.UnimplementedEnrollmentServiceHandler
 	v1connect.UnimplementedDeviceServiceHandler
+	v1connect.UnimplementedTrustServiceHandler
 	Config
 }
 
@@ -63,6 +66,7 @@ func New(c Config) http.Handler {
 	mux.Handle(v1connect.NewProfileServiceHandler(s, options))
 	mux.Handle(v1connect.NewRolloutServiceHandler(s, options))
 	mux.Handle(v1connect.NewDeviceServiceHandler(s, options))
+	mux.Handle(v1connect.NewTrustServiceHandler(s, options))
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		p, err := c.Auth.FromRequest(r)
 		switch {

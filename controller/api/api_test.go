@@ -41,6 +41,7 @@ type world struct {
 	client   *http.Client
 	accounts int // calls of AccountsChanged
 	stopping chan struct{}
+	site     site // whose keys sign
 }
 
 func start(t *testing.T) *world {
@@ -53,7 +54,8 @@ func start(t *testing.T) *world {
 	must(t, err)
 	reg, err := registry.New(registry.Config{Root: t.TempDir(), Auth: auth, Versions: versions{}, Log: log})
 	must(t, err)
-	w := &world{store: st, stopping: make(chan struct{})}
+	w := &world{store: st, stopping: make(chan struct{}), site: newSite(t)}
+	must(t, st.AddTrust(t.Context(), "test", w.site.first))
 	w.dispatch = dispatch.New(dispatch.Config{Store: st, Bus: bus, Log: log})
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan error, 2)
@@ -61,7 +63,7 @@ func start(t *testing.T) *world {
 	go func() { done <- bus.Run(ctx, w.dispatch.Handle) }()
 	server := httptest.NewServer(New(Config{
 		Store: st, Dispatch: w.dispatch, Registry: reg, Auth: auth, Log: log, Version: "v1.2.3",
-		BrokerURL: "tcp://" + bus.Addr().String(), HashPassword: broker.HashPassword,
+		BrokerURL: "tcp://" + bus.Addr().String(), HashPassword: broker.HashPassword, SigningKey: w.site.controller.KeyId,
 		AccountsChanged: func(context.Context) error { w.accounts++; return nil }, Stopping: w.stopping,
 	}))
 	w.url, w.client = server.URL, server.Client()

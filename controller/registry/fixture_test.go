@@ -105,16 +105,17 @@ func (v *versions) count() (n int) {
 
 // fixture is a registry behind a real HTTP server.
 type fixture struct {
-	t        testing.TB
-	registry *Registry
-	versions *versions
-	server   *httptest.Server
-	root     string
-	log      *bytes.Buffer
+	t          testing.TB
+	registry   *Registry
+	versions   *versions
+	signatures *signatures
+	server     *httptest.Server
+	root       string
+	log        *bytes.Buffer
 }
 
 func start(t testing.TB) *fixture {
-	f := &fixture{t: t, versions: &versions{digests: map[string][]string{}}, root: t.TempDir(), log: &bytes.Buffer{}}
+	f := &fixture{t: t, versions: &versions{digests: map[string][]string{}}, signatures: newSignatures(t), root: t.TempDir(), log: &bytes.Buffer{}}
 	f.open()
 	return f
 }
@@ -126,7 +127,7 @@ func (f *fixture) open() {
 		f.server.Close()
 	}
 	r, err := New(Config{
-		Root: f.root, Auth: identity.New(credentials{}), Versions: f.versions,
+		Root: f.root, Auth: identity.New(credentials{}), Versions: f.versions, Signatures: f.signatures,
 		Log: slog.New(slog.NewTextHandler(&lockedWriter{w: f.log}, &slog.HandlerOptions{Level: slog.LevelInfo})),
 	})
 	if err != nil {
