@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"strconv"
 	"sync"
+	"sync/atomic"
 
 	"google.golang.org/protobuf/proto"
 
@@ -21,6 +22,7 @@ import (
 	profiles "github.com/dunlin/dunlin/firmware-profiles"
 	"github.com/dunlin/dunlin/internal/link"
 	"github.com/dunlin/dunlin/internal/program"
+	"github.com/dunlin/dunlin/models/signing"
 	dunlinv1 "github.com/dunlin/dunlin/proto/dunlin/v1"
 	"github.com/dunlin/dunlin/proto/inference"
 )
@@ -41,7 +43,8 @@ type agent struct {
 	store     *state.Store
 	reconcile *reconcile.Reconciler
 	watch     *watch
-	outbox    chan struct{} // an event was appended
+	outbox    chan struct{}                 // an event was appended
+	trust     atomic.Pointer[signing.Trust] // nil: none yet
 
 	mu       sync.Mutex // guards what follows
 	info     *dunlinv1.DeviceInfo
@@ -101,6 +104,11 @@ func newAgent(ctx context.Context, cfg Config, profile profiles.Profile, info *d
 	if a.identity, err = store.Identity(ctx); err != nil && !errors.Is(err, state.ErrNone) {
 		return nil, err
 	}
+	trust, err := store.Trust(ctx)
+	if err != nil && !errors.Is(err, state.ErrNone) {
+		return nil, err
+	}
+	a.trust.Store(trust)
 	w := cfg.Serving.workerConfig(profile.Threads)
 	w.OnDeath, w.OnLost = a.died, a.lost
 	if a.host, err = newHost(cfg.Serving, profile, cfg.Data, w); err != nil {
@@ -114,7 +122,7 @@ func newAgent(ctx context.Context, cfg Config, profile profiles.Profile, info *d
 	}
 	a.reconcile, err = reconcile.New(reconcile.Config{
 		Dir: filepath.Join(cfg.Data, bundlesFolder), Registry: a.registry, Reserve: uint64(profile.Storage.ReserveBytes),
-		State: store, Engine: a.engine, Check: a.check, Passing: passing, Front: a.front, Event: a.event, Log: cfg.Log,
+		State: store, Trust: a.trust.Load, Engine: a.engine, Check: a.check, Passing: passing, Front: a.front, Event: a.event, Log: cfg.Log,
 	})
 	return a, err
 }
@@ -151,7 +159,7 @@ func (a *agent) control(ctx context.Context) error {
 	case <-ctx.Done():
 		return nil
 	}
-	id, err := join(ctx, a.cfg, a.store, a.deviceInfo())
+	id, err := join(ctx, a.cfg, a.store, a.deviceInfo(), a.takeTrust)
 	if err != nil {
 		return err
 	}

@@ -43,6 +43,25 @@ func startAgent(t *testing.T, cfg Config) (stop func()) {
 	return stop
 }
 
+// openAgent puts the parts of an agent together, and starts none of them.
+func openAgent(t *testing.T, cfg Config) *agent {
+	t.Helper()
+	if err := os.MkdirAll(cfg.Data, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	store, err := state.Open(t.Context(), filepath.Join(cfg.Data, stateFile), state.Limits{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { store.Close() })
+	t.Cleanup(cfg.openMachine(cfg.Data))
+	a, err := newAgent(t.Context(), cfg, profiles.Profile{}, &dunlinv1.DeviceInfo{}, store, "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	return a
+}
+
 // until asks again and again until there is no error.
 func until(t *testing.T, what string, try func() error) {
 	t.Helper()
@@ -196,7 +215,7 @@ func TestJoinIsRepeatable(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer store.Close()
-	id, err := join(t.Context(), cfg, store, &dunlinv1.DeviceInfo{})
+	id, err := join(t.Context(), cfg, store, &dunlinv1.DeviceInfo{}, ignoreTrust)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -205,7 +224,7 @@ func TestJoinIsRepeatable(t *testing.T) {
 	}
 	// Once joined, nothing more is needed.
 	cfg.JoinToken = ""
-	if again, err := join(t.Context(), cfg, store, &dunlinv1.DeviceInfo{}); err != nil || again != id || c.joins != 3 {
+	if again, err := join(t.Context(), cfg, store, &dunlinv1.DeviceInfo{}, ignoreTrust); err != nil || again != id || c.joins != 3 {
 		t.Errorf("again: %v, %v after %d joins", again, err, c.joins)
 	}
 }
@@ -268,20 +287,8 @@ func TestEventsArriveOnce(t *testing.T) {
 	const events, disconnects = 100, 10
 	c := startControl(t)
 	cfg := testConfig(t, c)
-	if err := os.MkdirAll(cfg.Data, 0o700); err != nil {
-		t.Fatal(err)
-	}
-	store, err := state.Open(t.Context(), filepath.Join(cfg.Data, stateFile), state.Limits{})
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer store.Close()
-	defer cfg.openMachine(cfg.Data)()
-	a, err := newAgent(t.Context(), cfg, profiles.Profile{}, &dunlinv1.DeviceInfo{}, store, "")
-	if err != nil {
-		t.Fatal(err)
-	}
-	id, err := join(t.Context(), cfg, a.store, a.info)
+	a := openAgent(t, cfg)
+	id, err := join(t.Context(), cfg, a.store, a.info, a.takeTrust)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -3,6 +3,7 @@ package agent
 import (
 	"bytes"
 	"context"
+	"crypto"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -26,6 +27,7 @@ import (
 	"github.com/dunlin/dunlin/agent/worker"
 	"github.com/dunlin/dunlin/internal/link"
 	"github.com/dunlin/dunlin/models"
+	"github.com/dunlin/dunlin/models/signing"
 	dunlinv1 "github.com/dunlin/dunlin/proto/dunlin/v1"
 	"github.com/dunlin/dunlin/proto/dunlin/v1/dunlinv1connect"
 )
@@ -41,9 +43,11 @@ func TestMain(m *testing.M) {
 // join, has a broker, and a registry.
 type control struct {
 	dunlinv1connect.UnimplementedEnrollmentServiceHandler
-	t    testing.TB
-	http *httptest.Server
-	up   chan proto.Message // what devices say, but for telemetry
+	t     testing.TB
+	http  *httptest.Server
+	up    chan proto.Message // what devices say, but for telemetry
+	key   crypto.Signer      // signs versions, and the trust document
+	trust *dunlinv1.SignedTrust
 
 	mu      sync.Mutex
 	broker  *mochi.Server
@@ -76,7 +80,8 @@ const joinToken = "join-me"
 
 func startControl(t testing.TB) *control {
 	t.Helper()
-	c := &control{t: t, up: make(chan proto.Message, 4096), secrets: map[string]string{}, blobs: map[digest.Digest][]byte{}}
+	key, trust := testTrust(t)
+	c := &control{t: t, key: key, trust: trust, up: make(chan proto.Message, 4096), secrets: map[string]string{}, blobs: map[digest.Digest][]byte{}}
 	mux := http.NewServeMux()
 	mux.Handle(dunlinv1connect.NewEnrollmentServiceHandler(c))
 	mux.HandleFunc("/v2/", c.registry)
@@ -164,6 +169,7 @@ func (c *control) Join(_ context.Context, r *connect.Request[dunlinv1.JoinReques
 	}
 	return connect.NewResponse(&dunlinv1.JoinResponse{
 		Device: r.Msg.Name, Shard: link.Shard(r.Msg.Name), BrokerUrl: "tcp://" + c.address, RegistryUrl: c.http.URL,
+		Identity: &dunlinv1.Identity{Trust: []*dunlinv1.SignedTrust{c.trust}},
 	}), nil
 }
 
@@ -207,7 +213,23 @@ func (c *control) push(onnx, model string, version int64) *dunlinv1.DesiredVersi
 		c.blobs[f.Digest] = raw
 		size += f.Size
 	}
-	return &dunlinv1.DesiredVersion{Deployment: model, Model: model, Version: version, Digest: b.Digest.String(), SizeBytes: uint64(size)}
+	m, err := models.ParseManifest(b.ManifestBytes)
+	if err != nil {
+		c.t.Fatal(err)
+	}
+	signature, err := signing.SignBundle(signing.Signer{Key: c.key}, model, version, m)
+	if err != nil {
+		c.t.Fatal(err)
+	}
+	manifest, err := signing.NewManifest(b.Digest, int64(len(b.ManifestBytes)), signature)
+	if err != nil {
+		c.t.Fatal(err)
+	}
+	c.blobs[digest.FromBytes(signature)], c.blobs[digest.FromBytes(manifest)] = signature, manifest
+	return &dunlinv1.DesiredVersion{
+		Deployment: model, Model: model, Version: version, Digest: b.Digest.String(), SizeBytes: uint64(size),
+		Signatures: []string{digest.FromBytes(manifest).String()},
+	}
 }
 
 // runtimeLibrary gives the path of ONNX Runtime.

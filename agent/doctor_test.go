@@ -66,7 +66,7 @@ func TestDoctor(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if _, err := join(t.Context(), cfg, store, &dunlinv1.DeviceInfo{}); err != nil {
+	if _, err := join(t.Context(), cfg, store, &dunlinv1.DeviceInfo{}, ignoreTrust); err != nil {
 		t.Fatal(err)
 	}
 	found, err = diagnose(t, "--data", data, "--runtime-lib", lib)

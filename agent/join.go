@@ -27,8 +27,9 @@ const (
 
 // join gives the device's identity. Until the device has one it asks the
 // controller for it, for as long as the controller is away. The secret is on
-// disk before it is sent, so that a repeated join is the same join.
-func join(ctx context.Context, cfg Config, store *state.Store, info *dunlinv1.DeviceInfo) (state.Identity, error) {
+// disk before it is sent, so that a repeated join is the same join. take gets
+// the trust documents that come with the identity.
+func join(ctx context.Context, cfg Config, store *state.Store, info *dunlinv1.DeviceInfo, take func(context.Context, []*dunlinv1.SignedTrust) error) (state.Identity, error) {
 	id, err := store.Identity(ctx)
 	if err != nil && !errors.Is(err, state.ErrNone) {
 		return id, err
@@ -62,6 +63,9 @@ func join(ctx context.Context, cfg Config, store *state.Store, info *dunlinv1.De
 			id.BrokerURL, id.RegistryURL = answer.Msg.BrokerUrl, answer.Msg.RegistryUrl
 			if err := errors.Join(program.CheckURL(id.BrokerURL, "tcp"), program.CheckURL(id.RegistryURL, "http")); err != nil {
 				return id, fmt.Errorf("join %s: the controller's answer: %w", cfg.Controller, err)
+			}
+			if err := take(ctx, answer.Msg.Identity.GetTrust()); err != nil {
+				return id, fmt.Errorf("join %s: %w", cfg.Controller, err)
 			}
 			cfg.Log.Info("joined", "device", id.Device, "controller", cfg.Controller)
 			return id, store.SetIdentity(ctx, id)

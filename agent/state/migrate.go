@@ -48,6 +48,13 @@ var migrations = []string{
 		events INTEGER NOT NULL, -- rows of outbox
 		bytes  INTEGER NOT NULL  -- sum of the lengths of its events
 	) STRICT;`,
+	`CREATE TABLE trust (
+		one     INTEGER PRIMARY KEY CHECK (one = 1),
+		version INTEGER NOT NULL,
+		signed  BLOB NOT NULL -- an encoded SignedTrust
+	) STRICT;
+	-- What is there was taken before there were signatures.
+	ALTER TABLE versions ADD COLUMN admitted INTEGER NOT NULL DEFAULT 1;`,
 }
 
 // cacheKiB is the size of the page cache. The tables are small and mostly
