@@ -20,6 +20,7 @@ var errNoTrust = errors.New("there is no trust document yet by which its signatu
 // version; where it does not, the error is a *signing.RefusedError.
 func (d *download) admit(ctx context.Context, m *models.Manifest) error {
 	trust := d.trust()
+	d.judged = trust
 	switch trust {
 	case nil:
 		return errNoTrust

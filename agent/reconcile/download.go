@@ -62,6 +62,7 @@ type download struct {
 	// Whom the device trusts, and the manifests that hold the signatures.
 	trust      func() *signing.Trust
 	signatures []digest.Digest
+	judged     *signing.Trust // by which admit judged last
 	reserve    uint64
 	free       func(dir string) (uint64, error)
 	wrote      func() // called after each chunk written; for tests

@@ -20,6 +20,7 @@ import (
 	"log/slog"
 	"math/rand/v2"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -474,7 +475,7 @@ func (r *Reconciler) finish(ctx context.Context, e ending) {
 		}
 		o.wait = bound/2 + rand.N(bound/2)
 		_, o.refused = errors.AsType[*signing.RefusedError](e.err)
-		o.permanent = o.refused || r.permanent(e)
+		o.permanent = o.refused && !r.outdated(e) || r.permanent(e)
 	}
 	r.core.done(e.key, o, time.Now())
 	switch {
@@ -513,6 +514,13 @@ func (r *Reconciler) condemn(l lost) {
 		r.cfg.Log.Error("version put into quarantine", "model", l.id.Model, "version", l.id.Version, "digest", v.digest, "reason", quarantine)
 		r.event("version.quarantined", dunlinv1.Severity_SEVERITY_ERROR, v.key, quarantine)
 	}
+}
+
+// outdated says whether a fetch was refused by a trust document, or for
+// signatures, that have changed since it began.
+func (r *Reconciler) outdated(e ending) bool {
+	d := r.downloads[e.key]
+	return e.op == fetching && (d.judged != r.cfg.Trust() || !slices.Equal(d.signatures, r.core.versions[e.key].signatures))
 }
 
 // permanent says whether an op that failed would fail again.
