@@ -67,7 +67,29 @@ func idOf(spki []byte) string {
 
 // hintOf is how OpenSSF Model Signing names a key: SHA-256 of its PEM text.
 func hintOf(spki []byte) string {
-	return idOf(pem.EncodeToMemory(&pem.Block{Type: "PUBLIC KEY", Bytes: spki}))
+	return idOf(encodePublicKey(spki))
+}
+
+// EncodePublicKey writes a public key as PEM.
+func EncodePublicKey(public crypto.PublicKey) ([]byte, error) {
+	der, err := x509.MarshalPKIXPublicKey(public)
+	if err != nil {
+		return nil, fmt.Errorf("encode public key: %w", err)
+	}
+	return encodePublicKey(der), nil
+}
+
+func encodePublicKey(spki []byte) []byte {
+	return pem.EncodeToMemory(&pem.Block{Type: "PUBLIC KEY", Bytes: spki})
+}
+
+// DecodePublicKey reads a public key in PEM.
+func DecodePublicKey(text []byte) (crypto.PublicKey, error) {
+	block, _ := pem.Decode(text)
+	if block == nil || block.Type != "PUBLIC KEY" {
+		return nil, errors.New("no PEM block PUBLIC KEY")
+	}
+	return x509.ParsePKIXPublicKey(block.Bytes)
 }
 
 // hashOf gives what a key signs the hash of, as OpenSSF Model Signing has it.
