@@ -90,8 +90,15 @@ func Run(ctx context.Context, c Config) (err error) {
 	})
 	bus.resumed = dispatcher.Resumed
 
-	reg, err := registry.New(registry.Config{Root: filepath.Join(c.Data, registryFolder), Auth: auth, Refusals: st, Versions: versions{st}, Log: log})
+	signer, err := openSigner(ctx, c.Data, st, log, time.Now, dispatcher.Replan)
 	if err != nil {
+		return err
+	}
+	reg, err := registry.New(registry.Config{Root: filepath.Join(c.Data, registryFolder), Auth: auth, Refusals: st, Versions: versions{st}, Signatures: signer, Log: log})
+	if err != nil {
+		return err
+	}
+	if err := signer.signAll(ctx, reg); err != nil {
 		return err
 	}
 	listener, err := net.Listen("tcp", c.Listen)
@@ -108,7 +115,7 @@ func Run(ctx context.Context, c Config) (err error) {
 	enrolment := enrol.New(enrol.Config{
 		Store: st, Authorities: t.Authorities, Lifetime: time.Duration(c.DeviceCertDays) * day, Grace: time.Duration(c.DeviceGraceDays) * day,
 		BrokerURL: bus.url, RegistryURL: "https://" + publicAddress(c.hosts()[0], listener.Addr()),
-		Roots: t.deviceRoots, Trust: t.documents, AccountsChanged: func(ctx context.Context) error { return t.changed(ctx, bus) }, Joined: dispatcher.Replan,
+		Roots: t.deviceRoots, Trust: st.TrustSince, AccountsChanged: func(ctx context.Context) error { return t.changed(ctx, bus) }, Joined: dispatcher.Replan,
 		Refusals: st,
 		Now:      time.Now, Log: log,
 	})
@@ -119,7 +126,7 @@ func Run(ctx context.Context, c Config) (err error) {
 	mux.HandleFunc("/healthz", func(w http.ResponseWriter, r *http.Request) { _, _ = io.WriteString(w, "ok\n") })
 	mux.Handle("/", api.New(api.Config{
 		Store: st, Dispatch: dispatcher, Registry: reg, Auth: auth, Log: log, Enrol: enrolment, Authorities: t.Authorities,
-		Version: program.Version(), AccountsChanged: func(ctx context.Context) error { return t.changed(ctx, bus) }, Stopping: stopping,
+		Version: program.Version(), SigningKey: signer.id, AccountsChanged: func(ctx context.Context) error { return t.changed(ctx, bus) }, Stopping: stopping,
 	}))
 	server := newServer(mux, log)
 	server.RegisterOnShutdown(func() { close(stopping) })
@@ -142,6 +149,7 @@ func Run(ctx context.Context, c Config) (err error) {
 			})
 		}},
 		{"registry", reg.Run},
+		{"signer", signer.run},
 		{"http", func(ctx context.Context) error { return serve(ctx, server, split(listener, tls)) }},
 	})
 }

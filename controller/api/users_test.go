@@ -257,7 +257,8 @@ func TestScope(t *testing.T) {
 	for i, site := range []string{"berlin", "rome"} {
 		token := call(t, w.enrollment(admin).CreateJoinToken, &v1.CreateJoinTokenRequest{Labels: map[string]string{"site": site}}).JoinToken
 		device := "cam-" + site
-		call(t, w.enrollment("").Join, &v1.JoinRequest{JoinToken: token, Name: device, Secret: secret})
+		_, csr := pkitest.Request(t, device)
+		call(t, w.enrollment("").Join, &v1.JoinRequest{JoinToken: token, Name: device, Csr: csr})
 		_, _, err := w.store.AddEvents(t.Context(), device, "o", []*v1.Event{{Sequence: 1, Kind: "k", Profile: nil}})
 		must(t, err)
 		w.push(t, "digits", i+1)
