@@ -164,5 +164,5 @@ func Serve(ctx context.Context, cfg Alone) (err error) {
 	}
 	h.source = models
 	watch := h.newWatch(cfg.machine, profile, nil)
-	return h.run(ctx, l, h.metrics(watch), part{"alarms", watch.run}, part{"models", models.Run})
+	return h.run(ctx, l, h.metrics(l, watch), part{"alarms", watch.run}, part{"models", models.Run})
 }
