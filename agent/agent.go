@@ -103,6 +103,7 @@ func newAgent(ctx context.Context, cfg Config, profile profiles.Profile, info *d
 	}
 	w := cfg.Serving.workerConfig(profile.Threads)
 	w.OnDeath, w.OnLost = a.died, a.lost
+	w.Folders = []string{filepath.Join(cfg.Data, bundlesFolder)}
 	if a.host, err = newHost(cfg.Serving, profile, cfg.Data, w); err != nil {
 		return nil, err
 	}

@@ -176,6 +176,7 @@ func newHost(s Serving, profile profiles.Profile, data string, cfg worker.Config
 			return nil, err
 		}
 		cfg.CheckMemory = s.compileMemory
+		cfg.Folders = append(cfg.Folders, filepath.Join(data, cacheFolder))
 		h.compile = h.counted(permitted(profile.Limits, worker.Cached(h.cache, cfg)))
 		cfg.Compile = h.compile
 		if h.profiler, err = newProfiler(h, profile, data); err != nil {
