@@ -259,6 +259,9 @@ func (s *sandbox) restart() error {
 	others := slices.DeleteFunc(os.Environ(), func(v string) bool { return strings.HasPrefix(v, sandboxVariable+"=") })
 	env := append(others, s.environment()...)
 	program, args := "/proc/self/exe", os.Args
+	if name, err := os.Executable(); err == nil && rootsOf([]string{program}).hold(name) {
+		program = name // by which it is known to ps
+	}
 	if s.ABI == 0 { // any file can be executed, and what runs this one may be an emulator
 		program, args = s.Command[0], s.Command
 	}
