@@ -375,3 +375,23 @@ func TestCalls(t *testing.T) {
 		t.Errorf("with a key that is gone: %v", err)
 	}
 }
+
+// What anybody may send gives a key or a refusal, and never the wrong rule.
+func FuzzAuthorization(f *testing.F) {
+	for _, text := range []string{"", "Bearer " + goodKey, "Basic YTpi", "basic YTo6Og==", "Bearer  x ", "\xff Basic"} {
+		f.Add(text, "[::1%eth0]:1")
+	}
+	f.Fuzz(func(t *testing.T, authorization, remote string) {
+		g, _, _ := guard(t, goodKey+"\n")
+		c, err := g.identify(authorization, remote, nil)
+		if err == nil {
+			err = g.admit(c)
+		}
+		if err != nil && oip.CodeOf(err) != oip.Unauthenticated {
+			t.Fatalf("%v", err)
+		}
+		if err == nil && !strings.Contains(authorization, goodKey) && !strings.HasPrefix(strings.ToLower(strings.TrimSpace(authorization)), "basic") {
+			t.Fatalf("%q is let in", authorization)
+		}
+	})
+}
