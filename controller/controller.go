@@ -73,6 +73,8 @@ func Run(ctx context.Context, c Config) (err error) {
 		return err
 	}
 
+	certificates := watchCertificates(t, metrics, log)
+
 	bus, err := openBus(ctx, c, t.forBroker(brokerAuth{auth, st, log}, func(who, object, reason, from string) {}), log)
 	if err != nil {
 		return err
@@ -97,7 +99,7 @@ func Run(ctx context.Context, c Config) (err error) {
 		return fmt.Errorf("%w; --listen chooses another address", err)
 	}
 	defer listener.Close()
-	tls := t.serverTLS()
+	tls := t.listenerTLS()
 	deviceURL := "https://" + listener.Addr().String()
 	url := deviceURL
 	if program.CheckAddress(listener.Addr().String()) == nil { // in clear, which needs no --ca
@@ -128,7 +130,8 @@ func Run(ctx context.Context, c Config) (err error) {
 	if c.OnReady != nil {
 		c.OnReady(Addresses{URL: url, DeviceURL: deviceURL, Broker: bus.url})
 	}
-	return runAll(ctx, []component{
+	components := []component{
+		{"certificates", certificates.run},
 		{"dispatch", dispatcher.Run},
 		{"enrolment", func(ctx context.Context) error { return enrolment.Run(ctx, bus.bus.Publish) }},
 		{"broker", func(ctx context.Context) error {
@@ -142,7 +145,11 @@ func Run(ctx context.Context, c Config) (err error) {
 		}},
 		{"registry", reg.Run},
 		{"http", func(ctx context.Context) error { return serve(ctx, server, split(listener, tls)) }},
-	})
+	}
+	if t.acme != nil {
+		components = append(components, component{"acme", func(ctx context.Context) error { return t.acme.run(ctx, log) }})
+	}
+	return runAll(ctx, components)
 }
 
 // component is a part that runs until its context is done.

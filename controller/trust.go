@@ -28,12 +28,13 @@ const (
 )
 
 // trust is who vouches for whom: the controller's own authorities, and
-// another one where a certificate of its own is configured.
+// another one where a certificate of that is configured, or asked for by ACME.
 type trust struct {
 	*identity.Authorities
 	data  string
-	files *pki.Files          // nil: the certificate is of the controller's own authority
+	files *pki.Files          // nil: none is configured
 	extra []*x509.Certificate // the authority of files
+	acme  *acmeCertificates   // nil: no names for it
 	store *store.Store
 
 	mu      sync.Mutex // guards what follows
@@ -88,6 +89,11 @@ func openTrust(ctx context.Context, c Config, st *store.Store) (*trust, error) {
 			return nil, fmt.Errorf("tls-ca: %w", err)
 		}
 	}
+	if len(c.acmeDomains()) > 0 {
+		if t.acme, err = newACME(c); err != nil {
+			return nil, err
+		}
+	}
 	return t, t.write()
 }
 
@@ -113,17 +119,44 @@ func (t *trust) trusted() (version uint64, roots [][]byte) {
 // documents gives the signed trust documents from a version on.
 func (t *trust) documents(context.Context, uint64) ([]*v1.SignedTrust, error) { return nil, nil }
 
-// certificate is that by which the controller answers.
-func (t *trust) certificate() (*tls.Certificate, error) {
-	if t.files != nil {
-		return t.files.Certificate()
+// foreign gives the certificate of another authority for what a client asks
+// for, a name or "" for an address; nil: none counts for that, and the own
+// authority's, by which devices know the controller, does.
+func (t *trust) foreign(name string) *tls.Certificate {
+	var c *tls.Certificate
+	switch {
+	case t.acme != nil:
+		c = t.acme.certificate(name)
+	case t.files != nil:
+		c, _ = t.files.Certificate() // never an error once it was read
 	}
-	return t.ServerCertificate()
+	if c == nil || time.Now().After(c.Leaf.NotAfter) ||
+		name != "" && c.Leaf.VerifyHostname(name) != nil || name == "" && len(c.Leaf.IPAddresses) == 0 {
+		return nil
+	}
+	return c
 }
 
 // serverTLS is how the controller answers: devices may show a certificate.
 func (t *trust) serverTLS() *tls.Config {
-	return pki.ServerConfig(t.certificate, t.Roots, tls.VerifyClientCertIfGiven)
+	c := pki.ServerConfig(t.ServerCertificate, t.Roots, tls.VerifyClientCertIfGiven)
+	own := c.GetConfigForClient
+	c.GetConfigForClient = func(h *tls.ClientHelloInfo) (*tls.Config, error) {
+		c, err := own(h)
+		if foreign := t.foreign(h.ServerName); err == nil && foreign != nil {
+			c.Certificates = []tls.Certificate{*foreign}
+		}
+		return c, err
+	}
+	return c
+}
+
+// listenerTLS is that for --listen, where an ACME server asks too.
+func (t *trust) listenerTLS() *tls.Config {
+	if t.acme == nil {
+		return t.serverTLS()
+	}
+	return t.acme.answering(t.serverTLS())
 }
 
 // publicAddress is an address that others reach the listener at.

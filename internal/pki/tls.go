@@ -139,14 +139,22 @@ func ServerConfig(certificate func() (*tls.Certificate, error), roots func() []*
 type Files struct {
 	cert, key string
 
-	mu      sync.Mutex
-	looked  time.Time
-	changed [2]time.Time
-	pair    *tls.Certificate
+	mu    sync.Mutex // guards what follows
+	pair  *tls.Certificate
+	tried [2]version // of the files when they were read last
+	err   error      // of that
+	again time.Time  // when files that cannot be read are read again as they are
 }
 
-// lookEvery bounds how often the files are looked at.
-const lookEvery = 5 * time.Second
+// version tells one content of a file from another.
+type version struct {
+	changed time.Time
+	size    int64
+}
+
+// retryEvery is how often unchanged files that could not be read are tried:
+// the permission to may have come.
+const retryEvery = 5 * time.Second
 
 // NewFiles reads a certificate and its key from PEM files.
 func NewFiles(cert, key string) (*Files, error) {
@@ -160,33 +168,39 @@ func NewFiles(cert, key string) (*Files, error) {
 func (f *Files) Certificate() (*tls.Certificate, error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	now := time.Now()
-	if f.pair != nil && now.Sub(f.looked) < lookEvery {
-		return f.pair, nil
+	f.look(time.Now())
+	if f.pair == nil {
+		return nil, f.err
 	}
-	f.looked = now
-	var changed [2]time.Time
-	for i, path := range []string{f.cert, f.key} {
-		info, err := os.Stat(path)
-		if err != nil {
-			return f.or(err)
-		}
-		changed[i] = info.ModTime()
-	}
-	if f.pair != nil && changed == f.changed {
-		return f.pair, nil
-	}
-	pair, err := tls.LoadX509KeyPair(f.cert, f.key)
-	if err != nil {
-		return f.or(fmt.Errorf("certificate %s, key %s: %w", f.cert, f.key, err))
-	}
-	f.pair, f.changed = &pair, changed
 	return f.pair, nil
 }
 
-func (f *Files) or(err error) (*tls.Certificate, error) {
-	if f.pair != nil {
-		return f.pair, nil
+// Err says why the files as they are now are not in use; nil: they are.
+func (f *Files) Err() error {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.look(time.Now())
+	return f.err
+}
+
+func (f *Files) look(now time.Time) {
+	var found [2]version
+	for i, path := range []string{f.cert, f.key} {
+		info, err := os.Stat(path)
+		if err != nil {
+			f.err, f.again = err, now
+			return
+		}
+		found[i] = version{info.ModTime(), info.Size()}
 	}
-	return nil, err
+	if found == f.tried && (f.err == nil || now.Before(f.again)) {
+		return
+	}
+	pair, err := tls.LoadX509KeyPair(f.cert, f.key)
+	f.tried, f.err = found, nil
+	if err != nil {
+		f.err, f.again = fmt.Errorf("certificate %s, key %s: %w", f.cert, f.key, err), now.Add(retryEvery)
+		return
+	}
+	f.pair = &pair
 }
