@@ -136,10 +136,11 @@ func (w *certificateWatch) look(now time.Time) {
 	w.warn(now, "clock", wrongClock(uses, now), "the clock of this machine is wrong: set it, or devices and users refuse the controller")
 	w.warn(now, "files", w.unread(), "the certificate of tls-cert and tls-key cannot be read; the one before stays in use")
 	for _, u := range uses {
+		key := u.is + " " + u.name
 		if u.leaf == nil {
+			w.serials[key] = ""
 			continue
 		}
-		key := u.is + " " + u.name
 		serial := u.leaf.SerialNumber.Text(16)
 		if before, known := w.serials[key]; known && before != serial {
 			w.log.Info("a new certificate is in use", "use", u.is, "name", u.name, "serial", serial, "until", u.leaf.NotAfter)

@@ -12,6 +12,7 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
+	"net/url"
 	"os"
 	"path/filepath"
 	"regexp"
@@ -54,7 +55,7 @@ func TestCertificateWatch(t *testing.T) {
 		{"a minute later", -5*365*day + day + time.Minute, nil, nil},
 		{"the clock is set", 0, nil, nil},
 		{"a slow clock", -time.Minute, nil, nil},
-		{"issued", 6 * day, func() { uses[2].leaf = week }, []string{"acme a.example.com ends 2030-01-08"}}, // less than a quarter is left
+		{"issued", 6 * day, func() { uses[2].leaf = week }, []string{"a new certificate is in use.*name=a.example.com", "acme a.example.com ends 2030-01-08"}}, // less than a quarter is left
 		{"renewed", 6 * day, func() { uses[2].leaf = leaf(30 * day) }, []string{"a new certificate is in use.*name=a.example.com"}},
 		{"15 days before", 350 * day, func() { uses = uses[:2] }, nil},
 		{"14 days before", 351 * day, nil, []string{"tls-cert ends 2031-01-01 00:00:00"}},
@@ -125,11 +126,18 @@ func issued(t *testing.T, ca *pki.Authority, hosts ...string) *tls.Certificate {
 	return &tls.Certificate{Certificate: pki.Raw(ca.Chain(leaf)), PrivateKey: key, Leaf: leaf}
 }
 
+// local is the address of a port of this machine, whatever name its URL has.
+func local(t *testing.T, rawURL string) string {
+	t.Helper()
+	u, err := url.Parse(rawURL)
+	must(t, err)
+	return "127.0.0.1:" + u.Port()
+}
+
 // shown gives the certificate that a port shows to who asks for a name.
 func shown(t *testing.T, url, name string) *x509.Certificate {
 	t.Helper()
-	_, address, _ := strings.Cut(url, "://")
-	c, err := tls.Dial("tcp", address, &tls.Config{ServerName: name, InsecureSkipVerify: true})
+	c, err := tls.Dial("tcp", local(t, url), &tls.Config{ServerName: name, InsecureSkipVerify: true})
 	must(t, err)
 	defer c.Close()
 	return c.ConnectionState().PeerCertificates[0]
@@ -177,7 +185,7 @@ func TestConfiguredCertificate(t *testing.T) {
 	device := w.join("dev")
 	d := w.connect(w.Broker, device)
 	inbox(t, d, func(*v1.Desired) bool { return true })
-	conn, err := tls.Dial("tcp", strings.TrimPrefix(w.DeviceURL, "https://"), &tls.Config{RootCAs: pki.Pool([]*x509.Certificate{ca.Certificate}), ServerName: "dunlin.example.com"})
+	conn, err := tls.Dial("tcp", local(t, w.DeviceURL), &tls.Config{RootCAs: pki.Pool([]*x509.Certificate{ca.Certificate}), ServerName: "dunlin.example.com"})
 	must(t, err)
 	defer conn.Close()
 	conns := make(chan net.Conn, 1)
