@@ -3,11 +3,14 @@ package controller
 import (
 	"context"
 	"crypto/x509"
+	"errors"
 	"fmt"
 	"log/slog"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
+
+	"github.com/dunlin/dunlin/internal/pki"
 )
 
 const (
@@ -39,9 +42,7 @@ func (t *trust) uses() []use {
 		uses = append(uses, use{"own", "", c.Leaf})
 	}
 	if t.files != nil {
-		if c, err := t.files.Certificate(); err == nil {
-			uses = append(uses, use{"tls-cert", "", c.Leaf})
-		}
+		uses = append(uses, use{"tls-cert", "", t.files.Certificate().Leaf})
 	}
 	if t.acme != nil {
 		for _, d := range t.acme.domains {
@@ -55,12 +56,16 @@ func (t *trust) uses() []use {
 	return uses
 }
 
-// unread says why the configured certificate is not the one in its files.
+// unread says why what is in use is not what stands in the configured files.
 func (t *trust) unread() error {
-	if t.files == nil {
-		return nil
+	var errs []error
+	if t.files != nil {
+		errs = append(errs, t.files.Err())
 	}
-	return t.files.Err()
+	if t.extra != nil {
+		errs = append(errs, t.extra.Err())
+	}
+	return errors.Join(errs...)
 }
 
 // certificateWatch says what must be known about certificates: by metrics, and
@@ -68,6 +73,7 @@ func (t *trust) unread() error {
 type certificateWatch struct {
 	uses   func() []use
 	unread func() error
+	extra  func() []*x509.Certificate // that devices must know
 	log    *slog.Logger
 
 	expiry, failed *prometheus.Desc
@@ -75,23 +81,25 @@ type certificateWatch struct {
 	// What look has said.
 	serials map[string]string    // of the certificates, by use and name
 	said    map[string]time.Time // warnings, by their subject
+
+	known []*x509.Certificate // what extra gave last
 }
 
 // watchCertificates looks once, at what there is at the start.
 func watchCertificates(t *trust, metrics prometheus.Registerer, log *slog.Logger) *certificateWatch {
-	w := newCertificateWatch(t.uses, t.unread, log)
+	w := newCertificateWatch(t.uses, t.unread, t.extraRoots, log)
 	metrics.MustRegister(w)
 	w.look(time.Now())
 	return w
 }
 
-func newCertificateWatch(uses func() []use, unread func() error, log *slog.Logger) *certificateWatch {
+func newCertificateWatch(uses func() []use, unread func() error, extra func() []*x509.Certificate, log *slog.Logger) *certificateWatch {
 	return &certificateWatch{
-		uses: uses, unread: unread, log: log, serials: map[string]string{}, said: map[string]time.Time{},
+		uses: uses, unread: unread, extra: extra, known: extra(), log: log, serials: map[string]string{}, said: map[string]time.Time{},
 		expiry: prometheus.NewDesc("dunlin_controller_certificate_expiry_seconds",
 			"End of a certificate in seconds since 1970, 0 until there is one.", []string{"use", "name"}, nil),
 		failed: prometheus.NewDesc("dunlin_controller_certificate_unreadable",
-			"1 while the files of the configured certificate cannot be read and the one before stays in use.", nil, nil),
+			"1 while files of the configured certificate cannot be read and what they held before stays in use.", nil, nil),
 	}
 }
 
@@ -117,13 +125,20 @@ func (w *certificateWatch) Collect(c chan<- prometheus.Metric) {
 	c <- prometheus.MustNewConstMetric(w.failed, prometheus.GaugeValue, failed)
 }
 
-func (w *certificateWatch) run(ctx context.Context) error {
+// run looks until ctx is done, and calls changed where devices and users must
+// learn of other authorities.
+func (w *certificateWatch) run(ctx context.Context, changed func(context.Context)) error {
 	tick := time.NewTicker(certificatesEvery)
 	defer tick.Stop()
 	for {
 		select {
 		case <-tick.C:
 			w.look(time.Now())
+			if extra := w.extra(); !pki.Same(extra, w.known) {
+				w.known = extra
+				w.log.Info("devices are told of the authorities in tls-ca", "authorities", len(extra))
+				changed(ctx)
+			}
 		case <-ctx.Done():
 			return nil
 		}
@@ -134,7 +149,7 @@ func (w *certificateWatch) run(ctx context.Context) error {
 func (w *certificateWatch) look(now time.Time) {
 	uses := w.uses()
 	w.warn(now, "clock", wrongClock(uses, now), "the clock of this machine is wrong: set it, or devices and users refuse the controller")
-	w.warn(now, "files", w.unread(), "the certificate of tls-cert and tls-key cannot be read; the one before stays in use")
+	w.warn(now, "files", w.unread(), "tls-cert, tls-key or tls-ca cannot be read; what they held before stays in use")
 	for _, u := range uses {
 		key := u.is + " " + u.name
 		if u.leaf == nil {

@@ -17,7 +17,9 @@ import (
 	"path/filepath"
 	"regexp"
 	"strings"
+	"sync/atomic"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/dunlin/dunlin/controller/identity"
@@ -43,7 +45,7 @@ func TestCertificateWatch(t *testing.T) {
 	var failure error
 	uses := []use{{"authority", ca.Certificate.Subject.CommonName, ca.Certificate}, {"tls-cert", "", year}, {"acme", "a.example.com", nil}}
 	var log bytes.Buffer
-	w := newCertificateWatch(func() []use { return uses }, func() error { return failure }, slog.New(slog.NewTextHandler(&log, nil)))
+	w := newCertificateWatch(func() []use { return uses }, func() error { return failure }, func() []*x509.Certificate { return nil }, slog.New(slog.NewTextHandler(&log, nil)))
 	for _, step := range []struct {
 		name string
 		at   time.Duration
@@ -75,6 +77,29 @@ func TestCertificateWatch(t *testing.T) {
 		w.look(start.Add(step.at))
 		expectLines(t, step.name, log.String(), step.want)
 	}
+}
+
+// Other authorities that devices must know are noticed, once.
+func TestCertificateWatchRoots(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var roots atomic.Value
+		var told atomic.Int32
+		roots.Store([]*x509.Certificate{})
+		w := newCertificateWatch(func() []use { return nil }, func() error { return nil }, func() []*x509.Certificate { return roots.Load().([]*x509.Certificate) }, slog.New(slog.DiscardHandler))
+		ctx, cancel := context.WithCancel(t.Context())
+		done := make(chan error)
+		go func() { done <- w.run(ctx, func(context.Context) { told.Add(1) }) }()
+		for want := range int32(3) {
+			time.Sleep(2 * certificatesEvery)
+			synctest.Wait()
+			if got := told.Load(); got != want {
+				t.Errorf("told %d times, want %d", got, want)
+			}
+			roots.Store([]*x509.Certificate{{Raw: []byte{byte(want)}}})
+		}
+		cancel()
+		must(t, <-done)
+	})
 }
 
 // expectLines compares a log with a pattern for each of its lines.
@@ -228,6 +253,12 @@ func TestConfiguredCertificate(t *testing.T) {
 	expect("gone", map[string]*tls.Certificate{"dunlin.example.com": second})
 	metrics("dunlin_controller_certificate_unreadable 1")
 	alive("gone")
+	// Other authorities of it reach the devices.
+	other := pkitest.Authority(t)
+	must(t, pki.WriteFile(roots, pki.EncodeCertificates(ca.Certificate, other.Certificate), 0o644))
+	if got := w.join("other").Joined.Identity.GetRoots(); len(got) != 3 || !bytes.Equal(got[2], other.Certificate.Raw) {
+		t.Errorf("a device that joins learns of %d authorities", len(got))
+	}
 	files.write(t, first)
 	expect("mended", map[string]*tls.Certificate{"dunlin.example.com": first})
 	metrics(expiry(first), "dunlin_controller_certificate_unreadable 0")

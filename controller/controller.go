@@ -131,7 +131,14 @@ func Run(ctx context.Context, c Config) (err error) {
 		c.OnReady(Addresses{URL: url, DeviceURL: deviceURL, Broker: bus.url})
 	}
 	components := []component{
-		{"certificates", certificates.run},
+		{"certificates", func(ctx context.Context) error {
+			return certificates.run(ctx, func(ctx context.Context) {
+				if err := t.changed(ctx, bus); err != nil {
+					log.Warn("cannot tell of other authorities", "error", err)
+				}
+				dispatcher.Resumed()
+			})
+		}},
 		{"dispatch", dispatcher.Run},
 		{"enrolment", func(ctx context.Context) error { return enrolment.Run(ctx, bus.bus.Publish) }},
 		{"broker", func(ctx context.Context) error {

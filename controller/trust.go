@@ -27,14 +27,18 @@ const (
 	CAFile = "ca.pem"
 )
 
+// maxExtraRoots bounds the authorities beside the own ones: devices take 8 in
+// all.
+const maxExtraRoots = 4
+
 // trust is who vouches for whom: the controller's own authorities, and
 // another one where a certificate of that is configured, or asked for by ACME.
 type trust struct {
 	*identity.Authorities
 	data  string
-	files *pki.Files          // nil: none is configured
-	extra []*x509.Certificate // the authority of files
-	acme  *acmeCertificates   // nil: no names for it
+	files *pki.Files        // nil: none is configured
+	extra *pki.RootsFile    // the authority of files; nil: none is configured
+	acme  *acmeCertificates // nil: no names for it
 	store *store.Store
 
 	mu      sync.Mutex // guards what follows
@@ -85,7 +89,7 @@ func openTrust(ctx context.Context, c Config, st *store.Store) (*trust, error) {
 		}
 	}
 	if c.TLSCA != "" {
-		if t.extra, err = pki.ReadCertificates(c.TLSCA); err != nil {
+		if t.extra, err = pki.NewRootsFile(c.TLSCA, maxExtraRoots); err != nil {
 			return nil, fmt.Errorf("tls-ca: %w", err)
 		}
 	}
@@ -104,7 +108,14 @@ func (t *trust) write() error {
 
 // deviceRoots are those by which devices and users know the controller.
 func (t *trust) deviceRoots() []*x509.Certificate {
-	return append(t.Roots(), t.extra...)
+	return append(t.Roots(), t.extraRoots()...)
+}
+
+func (t *trust) extraRoots() []*x509.Certificate {
+	if t.extra == nil {
+		return nil
+	}
+	return t.extra.Roots()
 }
 
 // trusted gives what a device should have, for the dispatcher.
@@ -128,7 +139,7 @@ func (t *trust) foreign(name string) *tls.Certificate {
 	case t.acme != nil:
 		c = t.acme.certificate(name)
 	case t.files != nil:
-		c, _ = t.files.Certificate() // never an error once it was read
+		c = t.files.Certificate()
 	}
 	if c == nil || time.Now().After(c.Leaf.NotAfter) ||
 		name != "" && c.Leaf.VerifyHostname(name) != nil || name == "" && len(c.Leaf.IPAddresses) == 0 {

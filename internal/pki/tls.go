@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -136,14 +137,60 @@ func ServerConfig(certificate func() (*tls.Certificate, error), roots func() []*
 
 // Files is a certificate in files, which is read again when they change. It
 // is safe for concurrent use.
-type Files struct {
-	cert, key string
+type Files struct{ kept[*tls.Certificate] }
+
+// NewFiles reads a certificate and its key from PEM files.
+func NewFiles(cert, key string) (*Files, error) {
+	f := &Files{kept[*tls.Certificate]{paths: []string{cert, key}, read: func() (*tls.Certificate, error) {
+		pair, err := tls.LoadX509KeyPair(cert, key)
+		if err != nil {
+			return nil, fmt.Errorf("certificate %s, key %s: %w", cert, key, err)
+		}
+		return &pair, nil
+	}}}
+	return f, f.Err()
+}
+
+// Certificate gives the newest certificate. Files that are changed and
+// cannot be read leave the one before in use.
+func (f *Files) Certificate() *tls.Certificate { return f.newest() }
+
+// RootsFile are authorities in a file, which is read again when it changes.
+// It is safe for concurrent use.
+type RootsFile struct{ kept[[]*x509.Certificate] }
+
+// NewRootsFile reads the certificates of a PEM file, at most limit, all of
+// them of authorities.
+func NewRootsFile(path string, limit int) (*RootsFile, error) {
+	f := &RootsFile{kept[[]*x509.Certificate]{paths: []string{path}, read: func() ([]*x509.Certificate, error) {
+		certs, err := ReadCertificates(path)
+		if err == nil && len(certs) > limit {
+			err = fmt.Errorf("%s holds %d certificates, the limit is %d", path, len(certs), limit)
+		}
+		for _, c := range certs {
+			if err == nil && !c.IsCA {
+				err = fmt.Errorf("%s: %q is not an authority", path, c.Subject)
+			}
+		}
+		return certs, err
+	}}}
+	return f, f.Err()
+}
+
+// Roots gives the newest certificates. A file that is changed and cannot be
+// read leaves those before in use.
+func (f *RootsFile) Roots() []*x509.Certificate { return f.newest() }
+
+// kept is what stands in files.
+type kept[T any] struct {
+	paths []string
+	read  func() (T, error)
 
 	mu    sync.Mutex // guards what follows
-	pair  *tls.Certificate
-	tried [2]version // of the files when they were read last
-	err   error      // of that
-	again time.Time  // when files that cannot be read are read again as they are
+	value T
+	tried []version // of the files when they were read last
+	err   error     // of that
+	again time.Time // when files that cannot be read are read again as they are
 }
 
 // version tells one content of a file from another.
@@ -156,51 +203,37 @@ type version struct {
 // the permission to may have come.
 const retryEvery = 5 * time.Second
 
-// NewFiles reads a certificate and its key from PEM files.
-func NewFiles(cert, key string) (*Files, error) {
-	f := &Files{cert: cert, key: key}
-	_, err := f.Certificate()
-	return f, err
-}
-
-// Certificate gives the newest certificate. Files that are changed and
-// cannot be read leave the one before in use.
-func (f *Files) Certificate() (*tls.Certificate, error) {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	f.look(time.Now())
-	if f.pair == nil {
-		return nil, f.err
-	}
-	return f.pair, nil
+func (k *kept[T]) newest() T {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	k.look(time.Now())
+	return k.value
 }
 
 // Err says why the files as they are now are not in use; nil: they are.
-func (f *Files) Err() error {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	f.look(time.Now())
-	return f.err
+func (k *kept[T]) Err() error {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	k.look(time.Now())
+	return k.err
 }
 
-func (f *Files) look(now time.Time) {
-	var found [2]version
-	for i, path := range []string{f.cert, f.key} {
+func (k *kept[T]) look(now time.Time) {
+	found := make([]version, len(k.paths))
+	for i, path := range k.paths {
 		info, err := os.Stat(path)
 		if err != nil {
-			f.err, f.again = err, now
+			k.err, k.again = err, now
 			return
 		}
 		found[i] = version{info.ModTime(), info.Size()}
 	}
-	if found == f.tried && (f.err == nil || now.Before(f.again)) {
+	if slices.Equal(found, k.tried) && (k.err == nil || now.Before(k.again)) {
 		return
 	}
-	pair, err := tls.LoadX509KeyPair(f.cert, f.key)
-	f.tried, f.err = found, nil
-	if err != nil {
-		f.err, f.again = fmt.Errorf("certificate %s, key %s: %w", f.cert, f.key, err), now.Add(retryEvery)
-		return
+	value, err := k.read()
+	k.tried, k.err, k.again = found, err, now.Add(retryEvery)
+	if err == nil {
+		k.value = value
 	}
-	f.pair = &pair
 }

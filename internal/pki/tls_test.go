@@ -63,8 +63,43 @@ func TestFiles(t *testing.T) {
 		if step.do != nil {
 			step.do()
 		}
-		if f.look(start.Add(step.at)); !f.pair.Leaf.Equal(step.want) || (f.err == nil) != step.ok {
+		if f.look(start.Add(step.at)); !f.value.Leaf.Equal(step.want) || (f.err == nil) != step.ok {
 			t.Errorf("%s: %v", step.name, f.err)
+		}
+	}
+}
+
+func TestRootsFile(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "roots.pem")
+	a, b := authority(t, time.Now()), authority(t, time.Now())
+	write := func(certs ...*x509.Certificate) {
+		t.Helper()
+		if err := WriteFile(path, EncodeCertificates(certs...), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	write(a.Certificate)
+	f, err := NewRootsFile(path, 2)
+	if err != nil || !Same(f.Roots(), []*x509.Certificate{a.Certificate}) {
+		t.Fatal(err)
+	}
+	write(a.Certificate, b.Certificate)
+	both := f.Roots()
+	if err := f.Err(); err != nil || len(both) != 2 {
+		t.Errorf("changed: %v, %d certificates", err, len(both))
+	}
+	leaf, err := a.IssueController([]string{"localhost"}, b.key.Public(), time.Now(), time.Hour)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for want, certs := range map[string][]*x509.Certificate{
+		"the limit is 2":      {a.Certificate, b.Certificate, a.Certificate},
+		"is not an authority": {leaf},
+		"no PEM block":        nil,
+	} {
+		write(certs...)
+		if err := f.Err(); err == nil || !strings.Contains(err.Error(), want) || !Same(f.Roots(), both) {
+			t.Errorf("got %v, want %q", err, want)
 		}
 	}
 }
