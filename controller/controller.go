@@ -73,6 +73,8 @@ func Run(ctx context.Context, c Config) (err error) {
 		return err
 	}
 
+	certificates := watchCertificates(t, metrics, log)
+
 	bus, err := openBus(ctx, c, t.forBroker(brokerAuth{auth, st, log}, func(who, object, reason, from string) {
 		st.Refused(ctx, identity.Refusal{Who: who, From: from, Action: "mqtt.refused", Object: object, Reason: reason})
 	}), log)
@@ -106,7 +108,7 @@ func Run(ctx context.Context, c Config) (err error) {
 		return fmt.Errorf("%w; --listen chooses another address", err)
 	}
 	defer listener.Close()
-	tls := t.serverTLS()
+	tls := t.listenerTLS()
 	deviceURL := "https://" + listener.Addr().String()
 	url := deviceURL
 	if program.CheckAddress(listener.Addr().String()) == nil { // in clear, which needs no --ca
@@ -135,8 +137,16 @@ func Run(ctx context.Context, c Config) (err error) {
 	if c.OnReady != nil {
 		c.OnReady(Addresses{URL: url, DeviceURL: deviceURL, Broker: bus.url})
 	}
-	return runAll(ctx, []component{
+	components := []component{
 		{"audit", func(ctx context.Context) error { return st.RunRefusals(ctx, log) }},
+		{"certificates", func(ctx context.Context) error {
+			return certificates.run(ctx, func(ctx context.Context) {
+				if err := t.changed(ctx, bus); err != nil {
+					log.Warn("cannot tell of other authorities", "error", err)
+				}
+				dispatcher.Resumed()
+			})
+		}},
 		{"dispatch", dispatcher.Run},
 		{"enrolment", func(ctx context.Context) error { return enrolment.Run(ctx, bus.bus.Publish) }},
 		{"broker", func(ctx context.Context) error {
@@ -151,7 +161,11 @@ func Run(ctx context.Context, c Config) (err error) {
 		{"registry", reg.Run},
 		{"signer", signer.run},
 		{"http", func(ctx context.Context) error { return serve(ctx, server, split(listener, tls)) }},
-	})
+	}
+	if t.acme != nil {
+		components = append(components, component{"acme", func(ctx context.Context) error { return t.acme.run(ctx, log) }})
+	}
+	return runAll(ctx, components)
 }
 
 // component is a part that runs until its context is done.
