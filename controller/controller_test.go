@@ -55,10 +55,13 @@ type world struct {
 	stop  func() error
 }
 
-func start(t *testing.T, data string) *world {
+func start(t *testing.T, data string, change ...func(*Config)) *world {
 	t.Helper()
 	c := DefaultConfig()
 	c.Data, c.Listen, c.MQTTListen, c.Log = data, "127.0.0.1:0", "127.0.0.1:0", slog.New(slog.DiscardHandler)
+	for _, f := range change {
+		f(&c)
+	}
 	ready := make(chan Addresses, 1)
 	c.OnReady = func(a Addresses) { ready <- a }
 	ctx, cancel := context.WithCancel(context.Background())

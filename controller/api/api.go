@@ -41,6 +41,8 @@ type Config struct {
 	Authorities *identity.Authorities
 
 	Version string // of the controller
+	// SigningKey is the id of the key by which the controller signs versions.
+	SigningKey string
 	// AccountsChanged tells an external broker of revoked devices, join tokens
 	// and authorities before the call that changed them answers; nil where there is none.
 	AccountsChanged func(ctx context.Context) error

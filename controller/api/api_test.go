@@ -50,6 +50,7 @@ type world struct {
 	client   *http.Client
 	accounts int // calls of AccountsChanged
 	stopping chan struct{}
+	site     site // whose keys sign
 
 	mu sync.Mutex
 	at time.Time // of the guard
@@ -79,6 +80,8 @@ func start(t *testing.T) *world {
 	bus := silent{}
 	reg, err := registry.New(registry.Config{Root: t.TempDir(), Auth: auth, Refusals: st, Versions: versions{}, Log: log})
 	must(t, err)
+	w.site = newSite(t)
+	must(t, st.AddTrust(t.Context(), "test", w.site.first))
 	w.dispatch = dispatch.New(dispatch.Config{Store: st, Bus: bus, Log: log})
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan error, 1)
@@ -86,12 +89,12 @@ func start(t *testing.T) *world {
 	accounts := func(context.Context) error { w.accounts++; return nil }
 	enrolment := enrol.New(enrol.Config{
 		Store: st, Authorities: authorities, Lifetime: identity.DeviceLifetime, Grace: identity.Grace, BrokerURL: "mqtts://localhost:8883",
-		Roots: authorities.Roots, Trust: func(context.Context, uint64) ([]*v1.SignedTrust, error) { return nil, nil },
+		Roots: authorities.Roots, Trust: st.TrustSince,
 		AccountsChanged: accounts, Joined: w.dispatch.Replan, Refusals: st, Now: time.Now, Log: log,
 	})
 	_, active := authorities.All()
 	server := httptest.NewServer(pkitest.Showing(t, active, New(Config{
-		Store: st, Dispatch: w.dispatch, Registry: reg, Auth: auth, Log: log, Version: "v1.2.3", Enrol: enrolment, Authorities: authorities,
+		Store: st, Dispatch: w.dispatch, Registry: reg, Auth: auth, Log: log, Version: "v1.2.3", SigningKey: w.site.controller.KeyId, Enrol: enrolment, Authorities: authorities,
 		AccountsChanged: accounts, Stopping: w.stopping,
 	})))
 	w.url, w.client = server.URL, server.Client()

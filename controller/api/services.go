@@ -182,7 +182,8 @@ func (s *server) CreateVersion(ctx context.Context, req *connect.Request[v1.Crea
 	if err != nil {
 		return nil, err
 	}
-	return connect.NewResponse(&v1.CreateVersionResponse{Version: modelVersion(v), Created: created}), nil
+	resp := &v1.CreateVersionResponse{Version: modelVersion(v), Created: created}
+	return connect.NewResponse(resp), s.withSigners(ctx, v.Model, []*v1.ModelVersion{resp.Version})
 }
 
 func (s *server) ListModels(ctx context.Context, req *connect.Request[v1.ListModelsRequest]) (*connect.Response[v1.ListModelsResponse], error) {
@@ -190,7 +191,8 @@ func (s *server) ListModels(ctx context.Context, req *connect.Request[v1.ListMod
 	if err != nil {
 		return nil, err
 	}
-	return connect.NewResponse(&v1.ListModelsResponse{Versions: convert(versions, modelVersion)}), nil
+	resp := &v1.ListModelsResponse{Versions: convert(versions, modelVersion)}
+	return connect.NewResponse(resp), s.withSigners(ctx, req.Msg.GetModel(), resp.Versions)
 }
 
 func (s *server) Apply(ctx context.Context, req *connect.Request[v1.ApplyRequest]) (*connect.Response[v1.ApplyResponse], error) {

@@ -117,13 +117,14 @@ func (v *versions) count() (n int) {
 
 // fixture is a registry behind a real HTTP server.
 type fixture struct {
-	t        testing.TB
-	registry *Registry
-	versions *versions
-	server   *httptest.Server
-	root     string
-	log      *bytes.Buffer
-	refusals refusals
+	t          testing.TB
+	registry   *Registry
+	versions   *versions
+	signatures *signatures
+	server     *httptest.Server
+	root       string
+	log        *bytes.Buffer
+	refusals   refusals
 }
 
 // refusals keeps what was refused.
@@ -141,7 +142,7 @@ func (r *refusals) Refused(ctx context.Context, one identity.Refusal) {
 }
 
 func start(t testing.TB) *fixture {
-	f := &fixture{t: t, versions: &versions{digests: map[string][]string{}}, root: t.TempDir(), log: &bytes.Buffer{}}
+	f := &fixture{t: t, versions: &versions{digests: map[string][]string{}}, signatures: newSignatures(t), root: t.TempDir(), log: &bytes.Buffer{}}
 	f.open()
 	return f
 }
@@ -153,7 +154,7 @@ func (f *fixture) open() {
 		f.server.Close()
 	}
 	r, err := New(Config{
-		Root: f.root, Auth: identity.New(credentials{}, identity.Options{}), Refusals: &f.refusals, Versions: f.versions,
+		Root: f.root, Auth: identity.New(credentials{}, identity.Options{}), Refusals: &f.refusals, Versions: f.versions, Signatures: f.signatures,
 		Log: slog.New(slog.NewTextHandler(&lockedWriter{w: f.log}, &slog.HandlerOptions{Level: slog.LevelInfo})),
 	})
 	if err != nil {

@@ -181,7 +181,7 @@ func TestNamesAndPaths(t *testing.T) {
 		"/v2/-digits/blobs/uploads/":        http.StatusBadRequest,
 		"/v2/digits":                        http.StatusNotFound,
 		"/v2/digits/manifests":              http.StatusNotFound,
-		"/v2/digits/referrers/sha256:abc":   http.StatusNotFound,
+		"/v2/digits/referrers/sha256:abc":   http.StatusBadRequest,
 		"/v3/digits/manifests/1":            http.StatusNotFound,
 		"/v2/digits/manifests/0":            http.StatusBadRequest,
 		"/v2/digits/manifests/007":          http.StatusBadRequest,

@@ -236,8 +236,9 @@ CREATE TABLE trust (
 CREATE TABLE signatures (
 	model      TEXT NOT NULL,
 	digest     TEXT NOT NULL, -- of the bundle's manifest
-	manifest   TEXT NOT NULL, -- of the signature's
-	signer     TEXT NOT NULL,
+	manifest   TEXT NOT NULL, -- digest of the signature's
+	size       INTEGER NOT NULL, -- of the signature's manifest
+	signer     TEXT NOT NULL, -- the key in the trust document, or else what the signature says
 	created_at INTEGER NOT NULL,
 	PRIMARY KEY (model, digest, manifest)
 ) STRICT, WITHOUT ROWID;
