@@ -26,6 +26,8 @@ import (
 // Config says who a device is to be, and where what it is gets kept.
 type Config struct {
 	Dir        string // folder of the key
+	InTPM      bool   // new keys are made in the TPM, and only their names are in the folder
+	TPM        string // path of the TPM: a device, or the socket of a simulated one
 	State      *state.Store
 	Name       string // of the device, until it has joined
 	Controller string // "https://host:port", or "mqtts://host:port" where nothing else can be reached
