@@ -175,7 +175,7 @@ type Config struct {
 	CA         string            `yaml:"ca"`         // PEM file of authorities that may vouch for the controller; "": the system's
 	KeyStore   string            `yaml:"key-store"`  // where the device's key is made: file or tpm
 	TPM        string            `yaml:"tpm"`        // path of the TPM
-	JoinToken  string            `yaml:"join-token"` // needed until the device has joined; "@path" reads a file
+	JoinToken  string            `yaml:"join-token"` // needed until the device has joined
 	Name       string            `yaml:"name"`       // of the device; the host's where empty
 	Labels     map[string]string `yaml:"labels"`     // of the device
 
@@ -238,7 +238,7 @@ func parseInto(cfg *Config, name string, args []string, getenv func(string) stri
 		{Name: "data", Usage: "`folder` of everything that the agent keeps", Value: &cfg.Data},
 		{Name: "controller", Usage: "base `URL` of the controller, or mqtts://host:port of its broker; without one, serve what is there", Value: &cfg.Controller},
 		{Name: "ca", Usage: "PEM `file` of authorities that may vouch for the controller beside its own; without one, the system's", Value: &cfg.CA},
-		{Name: "join-token", Usage: "`token` by which the device joins, or @file; also DUNLIN_JOIN_TOKEN", Value: &cfg.JoinToken, Environment: "DUNLIN_JOIN_TOKEN"},
+		{Name: "join-token", Usage: "`@file` with the token by which the device joins; also DUNLIN_JOIN_TOKEN", Value: &cfg.JoinToken, Environment: "DUNLIN_JOIN_TOKEN", Secret: true},
 		{Name: "key-store", Usage: "`where` the device's key is made: file, in the data folder, or tpm", Value: &cfg.KeyStore},
 		{Name: "tpm", Usage: "`path` of the TPM: its device, or the socket of a simulated one", Value: &cfg.TPM},
 		{Name: "name", Usage: "`name` of the device; without one, the host's", Value: &cfg.Name},
@@ -309,11 +309,6 @@ func (cfg *Config) check() error {
 	if cfg.CA != "" {
 		cfg.roots, err = pki.ReadCertificates(cfg.CA)
 		add("ca", err)
-	}
-	if path, ok := strings.CutPrefix(cfg.JoinToken, "@"); ok {
-		raw, err := os.ReadFile(path)
-		add("join-token", err)
-		cfg.JoinToken = strings.TrimSpace(string(raw))
 	}
 	if len(cfg.Labels) > maxLabels {
 		add("label", fmt.Errorf("%d labels, allowed are %d", len(cfg.Labels), maxLabels))

@@ -126,7 +126,7 @@ func examine(ctx context.Context, cfg Config) []Finding {
 	return append(findings, checkIdentity(id, time.Now()), checkClock(ctx, controller, id.Stranger, time.Now), checkBroker(ctx, id), checkRegistry(ctx, id))
 }
 
-const joinRemedy = "start the agent with --controller and --join-token"
+const joinRemedy = "start the agent with --controller and --join-token @FILE"
 
 // checkIdentity says who the device is, and whether it will stay so.
 func checkIdentity(id *identity.Device, now time.Time) Finding {

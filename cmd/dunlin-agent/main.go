@@ -23,6 +23,10 @@ func main() {
 	if verb == "worker" { // the agent's own child
 		os.Exit(worker.Child())
 	}
+	if err := program.HideMemory(); err != nil {
+		fmt.Fprintln(os.Stderr, "dunlin-agent: hide memory:", err)
+		os.Exit(1)
+	}
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
 	err := fmt.Errorf("%w: unknown command %q; there are run (the default), serve, doctor and version\nrun: dunlin-agent --help", program.ErrUsage, verb)

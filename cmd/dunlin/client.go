@@ -42,6 +42,9 @@ func newClient(s settings) *client {
 func (c *client) auth() dunlinv1connect.AuthServiceClient {
 	return dunlinv1connect.NewAuthServiceClient(c.http, c.URL, c.opts...)
 }
+func (c *client) audit() dunlinv1connect.AuditServiceClient {
+	return dunlinv1connect.NewAuditServiceClient(c.http, c.URL, c.opts...)
+}
 func (c *client) enrollment() dunlinv1connect.EnrollmentServiceClient {
 	return dunlinv1connect.NewEnrollmentServiceClient(c.http, c.URL, c.opts...)
 }
@@ -59,6 +62,10 @@ func (c *client) rollouts() dunlinv1connect.RolloutServiceClient {
 }
 func (c *client) devices() dunlinv1connect.DeviceServiceClient {
 	return dunlinv1connect.NewDeviceServiceClient(c.http, c.URL, c.opts...)
+}
+
+func (c *client) trust() dunlinv1connect.TrustServiceClient {
+	return dunlinv1connect.NewTrustServiceClient(c.http, c.URL, c.opts...)
 }
 
 // call makes a unary call within callTimeout and gives the answer's message.

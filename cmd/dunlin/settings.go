@@ -31,25 +31,35 @@ func settingsPath() (string, error) {
 	return filepath.Join(dir, "dunlin", "config.yaml"), nil
 }
 
+// readPrivate gives the content of a file in the folder of settings, nil
+// where there is none.
+func readPrivate(path string) ([]byte, error) {
+	info, err := os.Stat(path)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, fmt.Errorf("read settings: %w", err)
+	}
+	if info.Size() > maxSettings {
+		return nil, fmt.Errorf("read settings: %s has %d bytes, allowed are %d", path, info.Size(), maxSettings)
+	}
+	b, err := os.ReadFile(path)
+	if err != nil {
+		return nil, fmt.Errorf("read settings: %w", err)
+	}
+	return b, nil
+}
+
 // readSettings gives the stored settings, or none.
 func readSettings() (settings, error) {
 	path, err := settingsPath()
 	if err != nil {
 		return settings{}, err
 	}
-	info, err := os.Stat(path)
-	if errors.Is(err, fs.ErrNotExist) {
-		return settings{}, nil
-	}
-	if err != nil {
-		return settings{}, fmt.Errorf("read settings: %w", err)
-	}
-	if info.Size() > maxSettings {
-		return settings{}, fmt.Errorf("read settings: %s has %d bytes, allowed are %d", path, info.Size(), maxSettings)
-	}
-	b, err := os.ReadFile(path)
-	if err != nil {
-		return settings{}, fmt.Errorf("read settings: %w", err)
+	b, err := readPrivate(path)
+	if b == nil {
+		return settings{}, err
 	}
 	var s settings
 	if err := yaml.UnmarshalWithOptions(b, &s, yaml.Strict()); err != nil {
@@ -65,14 +75,20 @@ func (s settings) write() error {
 	if err != nil {
 		return err
 	}
-	b, err := yaml.Marshal(s)
+	return writePrivate(path, s)
+}
+
+// writePrivate replaces a file in the folder of settings at once or not at
+// all, readable by its owner only.
+func writePrivate(path string, v any) error {
+	b, err := yaml.Marshal(v)
 	if err != nil {
 		return fmt.Errorf("write settings: %w", err)
 	}
 	if err := os.MkdirAll(filepath.Dir(path), 0o700); err != nil {
 		return fmt.Errorf("write settings: %w", err)
 	}
-	f, err := os.CreateTemp(filepath.Dir(path), ".config-*") // 0600
+	f, err := os.CreateTemp(filepath.Dir(path), ".new-*") // 0600
 	if err != nil {
 		return fmt.Errorf("write settings: %w", err)
 	}

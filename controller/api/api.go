@@ -10,6 +10,7 @@ import (
 	"connectrpc.com/connect"
 
 	"github.com/dunlin/dunlin/controller/dispatch"
+	"github.com/dunlin/dunlin/controller/enrol"
 	"github.com/dunlin/dunlin/controller/fleet"
 	"github.com/dunlin/dunlin/controller/identity"
 	"github.com/dunlin/dunlin/controller/registry"
@@ -33,12 +34,13 @@ type Config struct {
 	Auth     *identity.Authenticator
 	Log      *slog.Logger
 
-	Version   string // of the controller
-	BrokerURL string // that devices connect to
-	// HashPassword gives a device's secret the form of an external broker.
-	HashPassword func(secret string) (string, error)
-	// AccountsChanged tells an external broker of new and removed devices
-	// before the call that changed them answers; nil where there is none.
+	Enrol *enrol.Service
+	// Authorities vouch for devices.
+	Authorities *identity.Authorities
+
+	Version string // of the controller
+	// AccountsChanged tells an external broker of revoked devices, join tokens
+	// and authorities before the call that changed them answers; nil where there is none.
 	AccountsChanged func(ctx context.Context) error
 	// Stopping is closed when streams are to end.
 	Stopping <-chan struct{}
@@ -47,14 +49,14 @@ type Config struct {
 type server struct {
 	v1connect.UnimplementedAuthServiceHandler
 	v1connect.UnimplementedEnrollmentServiceHandler
-	v1connect.UnimplementedDeviceServiceHandler
+	v1connect.UnimplementedTrustServiceHandler
 	Config
 }
 
 // New gives the handler of all services.
 func New(c Config) http.Handler {
 	s := &server{Config: c}
-	options := connect.WithHandlerOptions(connect.WithInterceptors(gate{c.Log}), connect.WithReadMaxBytes(maxRequest))
+	options := connect.WithHandlerOptions(connect.WithInterceptors(gate{c.Log, c.Store}), connect.WithReadMaxBytes(maxRequest))
 	mux := http.NewServeMux()
 	mux.Handle(v1connect.NewAuthServiceHandler(s, options))
 	mux.Handle(v1connect.NewEnrollmentServiceHandler(s, options))
@@ -63,21 +65,29 @@ func New(c Config) http.Handler {
 	mux.Handle(v1connect.NewProfileServiceHandler(s, options))
 	mux.Handle(v1connect.NewRolloutServiceHandler(s, options))
 	mux.Handle(v1connect.NewDeviceServiceHandler(s, options))
+	mux.Handle(v1connect.NewTrustServiceHandler(s, options))
+	mux.Handle(v1connect.NewAuditServiceHandler(s, options))
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		p, err := c.Auth.FromRequest(r)
-		switch {
-		case err == nil:
-			r = r.WithContext(identity.WithPrincipal(r.Context(), p))
-		case !errors.Is(err, identity.ErrUnauthenticated):
+		if err != nil && !errors.Is(err, identity.ErrUnauthenticated) {
 			c.Log.Error("cannot authenticate", "error", err)
 			http.Error(w, "cannot authenticate", http.StatusInternalServerError)
 			return
 		}
-		mux.ServeHTTP(w, r.WithContext(context.WithValue(r.Context(), hostKey{}, r.Host)))
+		p.From = r.RemoteAddr
+		ctx := identity.WithPrincipal(r.Context(), p)
+		mux.ServeHTTP(w, r.WithContext(context.WithValue(ctx, hostKey{}, r.Host)))
 	})
 }
 
 type hostKey struct{}
+
+// deviceURL is the registry's base URL for the device that calls: devices
+// always speak TLS.
+func deviceURL(ctx context.Context) string {
+	host, _ := ctx.Value(hostKey{}).(string)
+	return "https://" + host
+}
 
 // registryURL gives the registry's base URL as this caller reaches it: both
 // are on one port, which may have other names behind a proxy.
@@ -141,7 +151,10 @@ var roles = map[string]identity.Role{
 }
 
 // gate authorises each call and gives its error a code.
-type gate struct{ log *slog.Logger }
+type gate struct {
+	log      *slog.Logger
+	refusals identity.Refusals
+}
 
 func authorise(ctx context.Context, procedure string) error {
 	role, ok := roles[procedure]
@@ -158,31 +171,31 @@ func authorise(ctx context.Context, procedure string) error {
 
 func (g gate) WrapUnary(next connect.UnaryFunc) connect.UnaryFunc {
 	return func(ctx context.Context, req connect.AnyRequest) (connect.AnyResponse, error) {
-		if err := authorise(ctx, req.Spec().Procedure); err != nil {
-			return nil, err
+		err := authorise(ctx, req.Spec().Procedure)
+		var resp connect.AnyResponse
+		if err == nil {
+			resp, err = next(ctx, req)
+			err = g.coded(ctx, req.Spec().Procedure, err)
 		}
-		resp, err := next(ctx, req)
-		return resp, g.coded(ctx, req.Spec().Procedure, err)
+		g.note(ctx, req.Spec().Procedure, req.Any(), err)
+		return resp, err
 	}
 }
 
 func (g gate) WrapStreamingHandler(next connect.StreamingHandlerFunc) connect.StreamingHandlerFunc {
 	return func(ctx context.Context, conn connect.StreamingHandlerConn) error {
-		if err := authorise(ctx, conn.Spec().Procedure); err != nil {
-			return err
+		err := authorise(ctx, conn.Spec().Procedure)
+		if err == nil {
+			err = g.coded(ctx, conn.Spec().Procedure, next(ctx, conn))
 		}
-		return g.coded(ctx, conn.Spec().Procedure, next(ctx, conn))
+		g.note(ctx, conn.Spec().Procedure, nil, err)
+		return err
 	}
 }
 
 func (g gate) WrapStreamingClient(next connect.StreamingClientFunc) connect.StreamingClientFunc {
 	return next
 }
-
-// invalidError is a request that cannot be served as it is.
-type invalidError struct{ error }
-
-func (e invalidError) Unwrap() error { return e.error }
 
 // coded maps errors to codes, the only place that does. What is not the
 // caller's fault is logged and not shown.
@@ -194,7 +207,6 @@ func (g gate) coded(ctx context.Context, procedure string, err error) error {
 		return err
 	}
 	code := connect.CodeInternal
-	_, invalid := errors.AsType[invalidError](err)
 	_, faults := errors.AsType[fleet.Faults](err)
 	_, taken := errors.AsType[registry.ErrVersionExists](err)
 	switch {
@@ -202,14 +214,14 @@ func (g gate) coded(ctx context.Context, procedure string, err error) error {
 		code = connect.CodeDeadlineExceeded
 	case ctx.Err() != nil:
 		code = connect.CodeCanceled
-	case invalid, faults, errors.Is(err, registry.ErrInvalid):
+	case faults, errors.Is(err, registry.ErrInvalid):
 		code = connect.CodeInvalidArgument
-	case errors.Is(err, store.ErrNotFound), errors.Is(err, registry.ErrNotFound):
+	case errors.Is(err, registry.ErrNotFound):
 		code = connect.CodeNotFound
-	case taken, errors.Is(err, store.ErrExists):
+	case taken:
 		code = connect.CodeAlreadyExists
-	case errors.Is(err, store.ErrRefused):
-		code = connect.CodePermissionDenied
+	default:
+		code = enrol.Code(err)
 	}
 	if code == connect.CodeInternal {
 		g.log.Error("call failed", "procedure", procedure, "error", err)

@@ -5,6 +5,8 @@ import (
 	"errors"
 	"log/slog"
 	"net/http"
+
+	"github.com/dunlin/dunlin/controller/identity"
 )
 
 // apiError is an error of the OCI distribution API.
@@ -42,6 +44,9 @@ func (r *Registry) fail(w http.ResponseWriter, req *http.Request, err error) {
 	e := toAPI(err)
 	if e.status == http.StatusInternalServerError && req.Context().Err() == nil {
 		r.log.ErrorContext(req.Context(), "registry request failed", slog.String("method", req.Method), slog.String("path", req.URL.Path), slog.Any("error", err))
+	}
+	if e.status == http.StatusUnauthorized || e.status == http.StatusForbidden {
+		r.refusals.Refused(req.Context(), identity.Refusal{Action: "registry.refused", Object: req.Method + " " + req.URL.Path, Reason: e.message})
 	}
 	type item struct {
 		Code    string `json:"code"`

@@ -3,6 +3,7 @@ package registry
 import (
 	"bytes"
 	"context"
+	"crypto/x509"
 	"encoding/json"
 	"io"
 	"log/slog"
@@ -19,13 +20,13 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"github.com/dunlin/dunlin/controller/identity"
+	"github.com/dunlin/dunlin/internal/pki/pkitest"
 	"github.com/dunlin/dunlin/models"
 )
 
 const (
 	operatorToken = "operator-token"
 	viewerToken   = "viewer-token"
-	deviceSecret  = "device-secret"
 )
 
 // credentials knows an operator, a viewer and the device cam-1.
@@ -41,11 +42,19 @@ func (credentials) TokenOwner(_ context.Context, hash [32]byte) (string, identit
 	return "", "", identity.ErrUnknown
 }
 
-func (credentials) DeviceSecret(_ context.Context, device string) ([32]byte, error) {
+func (credentials) CheckDevice(_ context.Context, device string, _ *x509.Certificate) error {
 	if device == "cam-1" {
-		return identity.Hash(deviceSecret), nil
+		return nil
 	}
-	return [32]byte{}, identity.ErrUnknown
+	return identity.ErrUnknown
+}
+
+// device has a request come with a device's certificate.
+func device(name string) func(*http.Request) {
+	return func(r *http.Request) {
+		r.Header.Del("Authorization")
+		r.Header.Set(pkitest.AsDevice, name)
+	}
 }
 
 // versions keeps versions in memory, under the rules of Versions.
@@ -111,6 +120,21 @@ type fixture struct {
 	server   *httptest.Server
 	root     string
 	log      *bytes.Buffer
+	refusals refusals
+}
+
+// refusals keeps what was refused.
+type refusals struct {
+	mu  sync.Mutex
+	all []identity.Refusal
+}
+
+func (r *refusals) Refused(ctx context.Context, one identity.Refusal) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	p := identity.FromContext(ctx)
+	one.Who, one.From = p.String(), p.From
+	r.all = append(r.all, one)
 }
 
 func start(t testing.TB) *fixture {
@@ -126,14 +150,14 @@ func (f *fixture) open() {
 		f.server.Close()
 	}
 	r, err := New(Config{
-		Root: f.root, Auth: identity.New(credentials{}), Versions: f.versions,
+		Root: f.root, Auth: identity.New(credentials{}), Refusals: &f.refusals, Versions: f.versions,
 		Log: slog.New(slog.NewTextHandler(&lockedWriter{w: f.log}, &slog.HandlerOptions{Level: slog.LevelInfo})),
 	})
 	if err != nil {
 		f.t.Fatal(err)
 	}
 	f.registry = r
-	f.server = httptest.NewServer(r)
+	f.server = httptest.NewServer(pkitest.Showing(f.t, pkitest.Authority(f.t), r))
 	f.t.Cleanup(f.server.Close)
 }
 

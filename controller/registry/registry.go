@@ -49,6 +49,7 @@ const (
 type Config struct {
 	Root     string // folder of the registry's files, made where it is missing
 	Auth     *identity.Authenticator
+	Refusals identity.Refusals
 	Versions Versions
 	Log      *slog.Logger
 }
@@ -58,6 +59,7 @@ type Config struct {
 type Registry struct {
 	root      string
 	auth      *identity.Authenticator
+	refusals  identity.Refusals
 	versions  Versions
 	log       *slog.Logger
 	app       http.Handler // the embedded registry's own API
@@ -104,7 +106,7 @@ func New(cfg Config) (*Registry, error) {
 			RelativeURLs: true,
 		},
 	})
-	return &Registry{root: root, auth: cfg.Auth, versions: cfg.Versions, log: cfg.Log, app: app, driver: driver, namespace: namespace}, nil
+	return &Registry{root: root, auth: cfg.Auth, refusals: cfg.Refusals, versions: cfg.Versions, log: cfg.Log, app: app, driver: driver, namespace: namespace}, nil
 }
 
 // uploadSecret gives the key that the state of an upload is signed with. It
@@ -201,6 +203,8 @@ func parsePath(path string) (target, error) {
 // ServeHTTP answers requests under /v2/.
 func (r *Registry) ServeHTTP(w http.ResponseWriter, req *http.Request) {
 	p, err := r.auth.FromRequest(req)
+	p.From = req.RemoteAddr
+	req = req.WithContext(identity.WithPrincipal(req.Context(), p))
 	switch {
 	case errors.Is(err, identity.ErrUnauthenticated):
 		r.fail(w, req, apiError{http.StatusUnauthorized, "UNAUTHORIZED", err.Error()})
@@ -209,7 +213,6 @@ func (r *Registry) ServeHTTP(w http.ResponseWriter, req *http.Request) {
 		r.fail(w, req, err)
 		return
 	}
-	req = req.WithContext(identity.WithPrincipal(req.Context(), p))
 	t, err := parsePath(req.URL.Path)
 	if err == nil {
 		err = authorize(p, req.Method, t)

@@ -216,10 +216,10 @@ func TestAuthorization(t *testing.T) {
 		"operator":       {basic("token", operatorToken), ok, ok},
 		"operator token": {bearer, ok, ok},
 		"viewer":         {basic("token", viewerToken), ok, denied},
-		"device":         {basic("cam-1", deviceSecret), ok, denied},
+		"device":         {device("cam-1"), ok, denied},
 		"nobody":         {nobody, unauthorized, unauthorized},
 		"wrong secret":   {basic("cam-1", "x"), unauthorized, unauthorized},
-		"another device": {basic("cam-2", deviceSecret), unauthorized, unauthorized},
+		"another device": {device("cam-2"), unauthorized, unauthorized},
 	} {
 		check := func(want string, res response) {
 			t.Helper()
@@ -238,17 +238,26 @@ func TestAuthorization(t *testing.T) {
 				t.Errorf("%s: %d with challenge %q", name, res.status, challenge)
 			}
 		}
+		f.refusals.all = nil
 		check(c.pull, f.do("GET", "/v2/", nil, c.as))
 		check(c.pull, f.do("GET", "/v2/digits/manifests/1", nil, c.as))
 		check(c.pull, f.do("GET", "/v2/digits/blobs/"+digest.FromString("{}").String(), nil, c.as))
 		check(c.push, f.do("POST", "/v2/digits/blobs/uploads/", nil, c.as))
 		check(c.push, f.do("PUT", "/v2/digits/manifests/1", v1, ociManifest, c.as))
 		check(c.push, f.do("PUT", "/v2/digits/manifests/"+digest.FromBytes(v1).String(), v1, ociManifest, c.as))
+		if want := map[string]int{ok + ok: 0, ok + denied: 3, unauthorized + unauthorized: 6}[c.pull+c.push]; len(f.refusals.all) != want {
+			t.Errorf("%s: %d refusals are noted, want %d", name, len(f.refusals.all), want)
+		}
+		for _, r := range f.refusals.all {
+			if r.Action != "registry.refused" || r.Reason == "" || !strings.Contains(r.Object, " /v2/") || !strings.HasPrefix(r.From, "127.0.0.1:") || (r.Who == "nobody") != (c.pull != ok) {
+				t.Errorf("%s: noted as %+v", name, r)
+			}
+		}
 	}
 	// What an operator began, a device may not look at, go on with, or end.
 	upload := f.location(f.do("POST", "/v2/digits/blobs/uploads/", nil))
 	for _, method := range []string{"GET", "PATCH", "PUT", "DELETE"} {
-		if res := f.do(method, upload, nil, basic("cam-1", deviceSecret)); res.status != http.StatusForbidden {
+		if res := f.do(method, upload, nil, device("cam-1")); res.status != http.StatusForbidden {
 			t.Errorf("a device's %s of an upload: %d", method, res.status)
 		}
 	}
@@ -267,7 +276,7 @@ func TestRange(t *testing.T) {
 		"bytes=-7":                             model[len(model)-7:],
 		fmt.Sprintf("bytes=%d-", len(model)-1): model[len(model)-1:],
 	} {
-		res := f.do("GET", "/v2/digits/blobs/"+d.String(), nil, header("Range", spec), func(r *http.Request) { r.SetBasicAuth("cam-1", deviceSecret) })
+		res := f.do("GET", "/v2/digits/blobs/"+d.String(), nil, header("Range", spec), device("cam-1"))
 		if res.status != http.StatusPartialContent || !bytes.Equal(res.body, want) {
 			t.Errorf("%s: %d, %d bytes, want %d", spec, res.status, len(res.body), len(want))
 		}

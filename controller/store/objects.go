@@ -122,7 +122,7 @@ func (s *Store) put(ctx context.Context, tx *sql.Tx, by string, old, o fleet.Obj
 			r.From = was.Version
 		}
 	}
-	r, err = s.startRollout(ctx, tx, r)
+	r, err = s.startRollout(ctx, tx, by, r)
 	if err != nil || dryRun {
 		return "", err
 	}
@@ -200,7 +200,7 @@ func (s *Store) Delete(ctx context.Context, by, kind, name string) (c Change, er
 			return err
 		}
 		if kind == fleet.KindDeployment {
-			if err := s.supersede(ctx, tx, name, "the deployment was deleted"); err != nil {
+			if err := s.supersede(ctx, tx, by, name, "the deployment was deleted"); err != nil {
 				return err
 			}
 		}

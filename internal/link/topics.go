@@ -1,8 +1,6 @@
 package link
 
 import (
-	"crypto/sha256"
-	"encoding/hex"
 	"fmt"
 	"hash/fnv"
 	"slices"
@@ -44,25 +42,6 @@ const (
 	EpochTopic = root + "controller/epoch"
 	// UpFilter matches everything that devices send.
 	UpFilter = root + "+/+/up/+"
-	// JoinUpFilter matches everything that devices without a valid
-	// certificate send.
-	JoinUpFilter = joinRoot + "+/+/up"
-	joinRoot     = root + "join/"
-)
-
-// How a device without a valid certificate calls itself at the broker.
-const (
-	// RenewUser is the user name, and the password, of one that has an older
-	// certificate, or that asks for the time only.
-	RenewUser = "renew"
-	joinUser  = "join."
-	joinID    = 6 // bytes of a join token's hash that are its id
-)
-
-// Bounds of the nonce in the topics of a conversation.
-const (
-	minNonce = 16
-	maxNonce = 64
 )
 
 var downKinds = []string{Desired, Command, Block}
@@ -141,46 +120,4 @@ func DeviceMaySubscribe(device, filter string) bool {
 func DeviceMayPublish(device, topic string) bool {
 	d, _, err := ParseUp(topic)
 	return err == nil && d == device
-}
-
-// JoinUser gives the user name of a device that joins: it has the id of its
-// join token, which is the password.
-func JoinUser(token string) string {
-	sum := sha256.Sum256([]byte(token))
-	return joinUser + hex.EncodeToString(sum[:joinID])
-}
-
-// JoinID gives the id of a join token from a user name of JoinUser.
-func JoinID(user string) (id string, ok bool) {
-	id, ok = strings.CutPrefix(user, joinUser)
-	return id, ok && len(id) == 2*joinID && strings.Trim(id, "0123456789abcdef") == ""
-}
-
-// JoinUp gives the topic of what a device without a valid certificate sends in
-// one conversation.
-func JoinUp(user, nonce string) string { return joinRoot + user + "/" + nonce + "/up" }
-
-// JoinDown gives the topic of the answers.
-func JoinDown(user, nonce string) string { return joinRoot + user + "/" + nonce + "/down" }
-
-// ParseJoinUp takes a topic of JoinUp apart, and refuses every other topic.
-func ParseJoinUp(topic string) (user, nonce string, err error) { return parseJoin(topic, "up") }
-
-// ParseJoinDown takes a topic of JoinDown apart, and refuses every other topic.
-func ParseJoinDown(topic string) (user, nonce string, err error) { return parseJoin(topic, "down") }
-
-func parseJoin(topic, direction string) (user, nonce string, err error) {
-	rest, ok := strings.CutPrefix(topic, joinRoot)
-	parts := strings.Split(rest, "/")
-	if !ok || len(parts) != 3 || parts[2] != direction {
-		return "", "", fmt.Errorf("topic %q is not %s<user>/<nonce>/%s", topic, joinRoot, direction)
-	}
-	user, nonce = parts[0], parts[1]
-	if _, ok := JoinID(user); !ok && user != RenewUser {
-		return "", "", fmt.Errorf("topic %q: user %q is not %s<id> or %s", topic, user, joinUser, RenewUser)
-	}
-	if len(nonce) < minNonce || len(nonce) > maxNonce || CheckDevice(nonce) != nil {
-		return "", "", fmt.Errorf("topic %q: nonce %q is not %d to %d of A-Z a-z 0-9 _ -", topic, nonce, minNonce, maxNonce)
-	}
-	return user, nonce, nil
 }
