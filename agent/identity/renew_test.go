@@ -129,6 +129,25 @@ func TestRenew(t *testing.T) {
 	}
 }
 
+// A device that could not renew does so as soon as the controller can be
+// reached again, though it would wait for longer.
+func TestRenewWhenReached(t *testing.T) {
+	w := &watch{at: time.Now()}
+	c := serveAt(t, w)
+	d := join(t, newConfig(t, c))
+	w.add(c.Lifetime + time.Hour)
+	for range 20 {
+		d.plan = d.plan.fail(w.now(), 1)
+	}
+	running(t, d)
+	w.add(time.Hour)
+	d.Reached()
+	changed(t, d)
+	if c.Calls("Renew") != 1 {
+		t.Errorf("%d calls", c.Calls("Renew"))
+	}
+}
+
 // Whatever is on the disk between two steps of a renewal is a device that
 // starts, has the key of its certificate, and renews.
 func TestRenewSurvivesKill(t *testing.T) {

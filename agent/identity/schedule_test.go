@@ -99,6 +99,14 @@ func TestScheduleAsked(t *testing.T) {
 	if got := over.due(now.Add(2 * year)); !got.Equal(now.Add(2*year + firstRenewWait/2)) {
 		t.Errorf("after the end: due at %s", got)
 	}
+	// When the controller can be reached again, the wait is over, but not for
+	// what has been tried just now.
+	if got := failed.again(failed.tried.Add(time.Hour)).due(at); !got.Equal(asked.due(now)) {
+		t.Errorf("reached: due at %s", got)
+	}
+	if got := failed.again(failed.tried.Add(time.Second)).due(at); !got.Equal(failed.due(at)) {
+		t.Errorf("reached at once: due at %s", got)
+	}
 	// A clock that was ahead when an attempt failed does not stop the next.
 	if got := over.due(now.Add(year)); got.After(now.Add(year)) {
 		t.Errorf("after the clock was set back: due at %s", got)
