@@ -148,36 +148,68 @@ func TestRenewWhenReached(t *testing.T) {
 	}
 }
 
+// copying copies the folder of a device before and after each step.
+func copying(t *testing.T, cfg *Config) (copies *[]string) {
+	t.Helper()
+	to, copies := t.TempDir(), new([]string)
+	cfg.OnStep = func(step string) {
+		dir := filepath.Join(to, strings.ReplaceAll(step, " ", "-"))
+		if err := os.CopyFS(dir, os.DirFS(cfg.Dir)); err != nil {
+			t.Fatal(err)
+		}
+		*copies = append(*copies, dir)
+	}
+	return copies
+}
+
+// revive starts the device that is in a folder.
+func revive(t *testing.T, cfg Config, dir string) *Device {
+	t.Helper()
+	store, err := state.Open(t.Context(), filepath.Join(dir, "state.db"), state.Limits{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { store.Close() })
+	cfg.Dir, cfg.State, cfg.OnStep = dir, store, nil
+	return open(t, cfg)
+}
+
+// Whatever is on the disk between two steps of a join is a device that starts,
+// and joins as the same.
+func TestJoinSurvivesKill(t *testing.T) {
+	c := serve(t)
+	cfg := newConfig(t, c)
+	copies := copying(t, &cfg)
+	join(t, cfg)
+	if len(*copies) != 4 {
+		t.Errorf("steps %v", *copies)
+	}
+	for _, dir := range *copies {
+		if filepath.Base(dir) == "before-write-key" {
+			continue // the controller has not heard of the device: tested by each join
+		}
+		if err := revive(t, cfg, dir).Join(t.Context(), &dunlinv1.DeviceInfo{}); err != nil {
+			t.Errorf("%s: %v", dir, err)
+		}
+	}
+}
+
 // Whatever is on the disk between two steps of a renewal is a device that
 // starts, has the key of its certificate, and renews.
 func TestRenewSurvivesKill(t *testing.T) {
 	w := &watch{at: time.Now()}
 	c := serveAt(t, w)
 	cfg := newConfig(t, c)
-	copies := t.TempDir()
-	var steps []string
 	d := join(t, cfg)
-	d.cfg.OnStep = func(step string) {
-		to := filepath.Join(copies, strings.ReplaceAll(step, " ", "-"))
-		steps = append(steps, to)
-		if err := os.CopyFS(to, os.DirFS(cfg.Dir)); err != nil {
-			t.Fatal(err)
-		}
-	}
+	copies := copying(t, &d.cfg)
 	if err := d.renew(t.Context()); err != nil {
 		t.Fatal(err)
 	}
-	if len(steps) != 6 {
-		t.Errorf("steps %v", steps)
+	if len(*copies) != 6 {
+		t.Errorf("steps %v", *copies)
 	}
-	for _, dir := range steps {
-		store, err := state.Open(t.Context(), filepath.Join(dir, "state.db"), state.Limits{})
-		if err != nil {
-			t.Fatal(err)
-		}
-		cfg := cfg
-		cfg.Dir, cfg.State = dir, store
-		d := open(t, cfg)
+	for _, dir := range *copies {
+		d := revive(t, cfg, dir)
 		if err := d.settle(); err != nil {
 			t.Errorf("%s: %v", dir, err)
 		}
@@ -195,10 +227,6 @@ func TestRenewSurvivesKill(t *testing.T) {
 			t.Error(err)
 		} else if id, _ := pki.ID(key.Public()); id != pki.CertificateID(d.Certificate()) {
 			t.Errorf("%s: %s is not the key", dir, keyFile)
-		}
-		d.Close()
-		if err := store.Close(); err != nil {
-			t.Error(err)
 		}
 	}
 }
