@@ -98,9 +98,7 @@ func Open(ctx context.Context, cfg Config) (*Device, error) {
 	if err != nil {
 		return nil, err
 	}
-	if known.Answered.After(d.clock.floor) {
-		d.clock.floor = known.Answered
-	}
+	d.clock.floor = later(d.clock.floor, known.Answered)
 	d.clock.seen = known.Seen
 	if len(d.stored.Certificates) == 0 {
 		return d, nil

@@ -272,6 +272,12 @@ func TestClockOf1970(t *testing.T) {
 	if n := c.Calls("GetTime"); n != 2 {
 		t.Errorf("asked for the time %d times", n)
 	}
+	// One that is a little slow is not asked about.
+	slow := cfg
+	slow.Now = func() time.Time { return w.now().Add(-slack / 2) }
+	if open(t, slow).lost() {
+		t.Error("a clock that is a little slow is not believed")
+	}
 	// The clock is set: it counts from then on.
 	own.set(w.now())
 	connects(again, "the clock was set")
@@ -354,13 +360,13 @@ func TestClock(t *testing.T) {
 	day0 := time.Date(2026, 6, 1, 0, 0, 0, 0, time.UTC)
 	end := day0.Add(10 * year)
 	c := clock{floor: day0}
-	if _, err := c.hear(day0.Add(-1), time.Unix(0, 0), end); err == nil {
+	if _, err := c.hear(day0.Add(-slack-1), time.Unix(0, 0), end); err == nil {
 		t.Error("a time before the floor is believed")
 	}
 	if _, err := c.hear(end.Add(1), time.Unix(0, 0), end); err == nil {
 		t.Error("a time after the authority's end is believed")
 	}
-	if c.wrong(day0) || !c.wrong(day0.Add(-1)) || !c.wrong(day0, &x509.Certificate{NotBefore: day0.Add(1)}) {
+	if c.wrong(day0.Add(-slack)) || !c.wrong(day0.Add(-slack-1)) || !c.wrong(day0, &x509.Certificate{NotBefore: day0.Add(1)}) {
 		t.Error("wrong")
 	}
 	heard, err := c.hear(day0.Add(year), time.Unix(5, 0), end)
