@@ -4,8 +4,10 @@ package agent
 import (
 	"context"
 	"crypto/rand"
+	"crypto/tls"
 	"errors"
 	"fmt"
+	"net/url"
 	"os"
 	"path/filepath"
 	"strconv"
@@ -14,6 +16,7 @@ import (
 	"google.golang.org/protobuf/proto"
 
 	"github.com/dunlin/dunlin/agent/engine"
+	"github.com/dunlin/dunlin/agent/identity"
 	"github.com/dunlin/dunlin/agent/oip"
 	"github.com/dunlin/dunlin/agent/reconcile"
 	"github.com/dunlin/dunlin/agent/state"
@@ -39,14 +42,14 @@ type agent struct {
 	cfg       Config
 	profile   profiles.Profile
 	store     *state.Store
+	identity  *identity.Device
 	reconcile *reconcile.Reconciler
 	watch     *watch
 	outbox    chan struct{} // an event was appended
 
-	mu       sync.Mutex // guards what follows
-	info     *dunlinv1.DeviceInfo
-	identity state.Identity
-	link     *link.Link // nil until the device has joined
+	mu   sync.Mutex // guards what follows
+	info *dunlinv1.DeviceInfo
+	link *link.Link // nil until the device has joined
 }
 
 // Run runs an agent until ctx is done, and gives nil then, or until a part of
@@ -98,7 +101,7 @@ func newAgent(ctx context.Context, cfg Config, profile profiles.Profile, info *d
 	}
 	a.info.AgentVersion, a.info.ServingUrl = program.Version(), url
 	var err error
-	if a.identity, err = store.Identity(ctx); err != nil && !errors.Is(err, state.ErrNone) {
+	if a.identity, err = identity.Open(ctx, cfg.identity(store)); err != nil {
 		return nil, err
 	}
 	w := cfg.Serving.workerConfig(profile.Threads)
@@ -141,7 +144,7 @@ func (a *agent) lost(id engine.VersionID, reason error) {
 // control joins where that has not been done, and then talks to the
 // controller.
 func (a *agent) control(ctx context.Context) error {
-	if a.cfg.Controller == "" && !joined(a.registered()) {
+	if a.cfg.Controller == "" && !a.identity.Joined() {
 		a.cfg.Log.Info("no controller is named: serving what is on the device")
 		<-ctx.Done()
 		return nil
@@ -151,22 +154,10 @@ func (a *agent) control(ctx context.Context) error {
 	case <-ctx.Done():
 		return nil
 	}
-	id, err := join(ctx, a.cfg, a.store, a.deviceInfo())
-	if err != nil {
+	if err := a.identity.Join(ctx, a.deviceInfo()); err != nil {
 		return err
 	}
-	a.mu.Lock()
-	a.identity = id
-	a.mu.Unlock()
-	if err := errors.Join(program.CheckURL(id.BrokerURL, "tcp"), program.CheckURL(id.RegistryURL, "http")); err != nil {
-		return err
-	}
-	l, err := link.New(link.Config{
-		BrokerURL: id.BrokerURL, Device: id.Device, Secret: id.Secret, BootID: rand.Text(), Log: a.cfg.Log,
-		Hello: func() *dunlinv1.Hello {
-			return &dunlinv1.Hello{HaveGeneration: a.reconcile.Generation(), Info: a.deviceInfo(), Labels: a.cfg.Labels}
-		},
-	})
+	l, err := a.newLink()
 	if err != nil {
 		return err
 	}
@@ -176,15 +167,27 @@ func (a *agent) control(ctx context.Context) error {
 	return newSession(l, a).run(ctx)
 }
 
-func (a *agent) registered() state.Identity {
-	a.mu.Lock()
-	defer a.mu.Unlock()
-	return a.identity
+// newLink makes the link of a device that has joined.
+func (a *agent) newLink() (*link.Link, error) {
+	id := a.identity.Stored()
+	u, err := url.Parse(id.BrokerURL)
+	if err != nil {
+		return nil, fmt.Errorf("broker URL: %w", err)
+	}
+	return link.New(link.Config{
+		BrokerURL: id.BrokerURL, Device: id.Device, BootID: rand.Text(), Log: a.cfg.Log,
+		TLS: func() *tls.Config { return a.identity.TLS(u.Hostname()) },
+		Hello: func() *dunlinv1.Hello {
+			h := &dunlinv1.Hello{HaveGeneration: a.reconcile.Generation(), Info: a.deviceInfo(), Labels: a.cfg.Labels}
+			a.identity.Introduce(h)
+			return h
+		},
+	})
 }
 
 func (a *agent) registry() reconcile.Registry {
-	id := a.registered()
-	return reconcile.Registry{URL: id.RegistryURL, Device: id.Device, Secret: id.Secret}
+	url, client := a.identity.Registry()
+	return reconcile.Registry{URL: url, Client: client}
 }
 
 // passing says whether an error of loading is not the version's own.

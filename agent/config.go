@@ -3,6 +3,7 @@ package agent
 import (
 	"cmp"
 	"context"
+	"crypto/x509"
 	"errors"
 	"flag"
 	"fmt"
@@ -19,7 +20,10 @@ import (
 	"strings"
 
 	"github.com/dunlin/dunlin/agent/alarm"
+	"github.com/dunlin/dunlin/agent/identity"
+	"github.com/dunlin/dunlin/agent/state"
 	"github.com/dunlin/dunlin/internal/link"
+	"github.com/dunlin/dunlin/internal/pki"
 	"github.com/dunlin/dunlin/internal/program"
 	"github.com/dunlin/dunlin/internal/telemetry"
 )
@@ -168,9 +172,12 @@ type Config struct {
 	Serving    `yaml:",inline"`
 	Data       string            `yaml:"data"`       // folder of everything that the agent keeps
 	Controller string            `yaml:"controller"` // base URL; "": serve what is there, without a controller
+	CA         string            `yaml:"ca"`         // PEM file of authorities that may vouch for the controller; "": the system's
 	JoinToken  string            `yaml:"join-token"` // needed until the device has joined
 	Name       string            `yaml:"name"`       // of the device; the host's where empty
 	Labels     map[string]string `yaml:"labels"`     // of the device
+
+	roots []*x509.Certificate // of CA
 }
 
 // Limits of what the command line gives.
@@ -228,6 +235,7 @@ func parseInto(cfg *Config, name string, args []string, getenv func(string) stri
 	}.Load(append([]program.Setting{
 		{Name: "data", Usage: "`folder` of everything that the agent keeps", Value: &cfg.Data},
 		{Name: "controller", Usage: "base `URL` of the controller; without one, serve what is there", Value: &cfg.Controller},
+		{Name: "ca", Usage: "PEM `file` of authorities that may vouch for the controller beside its own; without one, the system's", Value: &cfg.CA},
 		{Name: "join-token", Usage: "`@file` with the token by which the device joins; also DUNLIN_JOIN_TOKEN", Value: &cfg.JoinToken, Environment: "DUNLIN_JOIN_TOKEN", Secret: true},
 		{Name: "name", Usage: "`name` of the device; without one, the host's", Value: &cfg.Name},
 	}, cfg.settings()...), cfg, func(flags *flag.FlagSet) {
@@ -288,7 +296,11 @@ func (cfg *Config) check() error {
 	add("name", link.CheckDevice(cfg.Name))
 	cfg.Serving.check(add)
 	if cfg.Controller != "" {
-		add("controller", program.CheckURL(cfg.Controller, "http"))
+		add("controller", program.CheckURL(cfg.Controller, "https"))
+	}
+	if cfg.CA != "" {
+		cfg.roots, err = pki.ReadCertificates(cfg.CA)
+		add("ca", err)
 	}
 	if len(cfg.Labels) > maxLabels {
 		add("label", fmt.Errorf("%d labels, allowed are %d", len(cfg.Labels), maxLabels))
@@ -301,6 +313,14 @@ func (cfg *Config) check() error {
 		}
 	}
 	return errors.Join(errs...)
+}
+
+// identity says who the device is to be.
+func (cfg *Config) identity(store *state.Store) identity.Config {
+	return identity.Config{
+		Dir: cfg.Data, State: store, Name: cfg.Name, Controller: cfg.Controller, JoinToken: cfg.JoinToken,
+		Labels: cfg.Labels, Roots: cfg.roots, Log: cfg.Log,
+	}
 }
 
 // deviceName makes a host's name one of a device.

@@ -34,7 +34,7 @@ func TestConfigPrecedence(t *testing.T) {
 		}
 	}
 	cfg, err := ParseConfig([]string{
-		"--config", file, "--name", "from-flag", "--label", "site=flag", "--join-token", "@" + token, "--controller", "http://localhost:8080",
+		"--config", file, "--name", "from-flag", "--label", "site=flag", "--join-token", "@" + token, "--controller", "https://localhost:8080",
 	}, env("DUNLIN_ORT_LIB", "from-env", "DUNLIN_JOIN_TOKEN", "from-env"), io.Discard)
 	if err != nil {
 		t.Fatal(err)
@@ -68,7 +68,7 @@ func TestConfigFaultsTogether(t *testing.T) {
 func TestConfigRefuses(t *testing.T) {
 	for _, args := range [][]string{
 		{"surplus"}, {"--label", "nokey"}, {"--config", "/does/not/exist"}, {"--unknown"},
-		{"--controller", "https://localhost"}, {"--controller", "http://user@localhost"}, {"--listen", "localhost"}, {"--listen", "[::]:80"},
+		{"--controller", "http://localhost"}, {"--controller", "https://user@localhost"}, {"--ca", "/does/not/exist"}, {"--listen", "localhost"}, {"--listen", "[::]:80"},
 	} {
 		if cfg, err := ParseConfig(args, env(), io.Discard); err == nil {
 			t.Errorf("%q gives %+v", args, cfg)

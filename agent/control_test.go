@@ -2,8 +2,7 @@ package agent
 
 import (
 	"bytes"
-	"context"
-	"errors"
+	"crypto/tls"
 	"fmt"
 	"log/slog"
 	"net/http"
@@ -16,18 +15,17 @@ import (
 	"testing"
 	"time"
 
-	"connectrpc.com/connect"
 	mochi "github.com/mochi-mqtt/server/v2"
 	"github.com/mochi-mqtt/server/v2/listeners"
 	"github.com/mochi-mqtt/server/v2/packets"
 	"github.com/opencontainers/go-digest"
 	"google.golang.org/protobuf/proto"
 
+	"github.com/dunlin/dunlin/agent/identity/identitytest"
 	"github.com/dunlin/dunlin/agent/worker"
 	"github.com/dunlin/dunlin/internal/link"
 	"github.com/dunlin/dunlin/models"
 	dunlinv1 "github.com/dunlin/dunlin/proto/dunlin/v1"
-	"github.com/dunlin/dunlin/proto/dunlin/v1/dunlinv1connect"
 )
 
 func TestMain(m *testing.M) {
@@ -40,7 +38,7 @@ func TestMain(m *testing.M) {
 // control is the little of a controller that an agent sees: it lets devices
 // join, has a broker, and a registry.
 type control struct {
-	dunlinv1connect.UnimplementedEnrollmentServiceHandler
+	*identitytest.Controller
 	t    testing.TB
 	http *httptest.Server
 	up   chan proto.Message // what devices say, but for telemetry
@@ -48,9 +46,6 @@ type control struct {
 	mu      sync.Mutex
 	broker  *mochi.Server
 	address string // of the broker
-	secrets map[string]string
-	joins   int
-	cutJoin int // how many joins get no answer
 	blobs   map[digest.Digest][]byte
 }
 
@@ -64,25 +59,25 @@ func (d *devices) ID() string { return "devices" }
 func (d *devices) Provides(b byte) bool {
 	return b == mochi.OnConnectAuthenticate || b == mochi.OnACLCheck
 }
-func (d *devices) OnConnectAuthenticate(_ *mochi.Client, p packets.Packet) bool {
-	d.control.mu.Lock()
-	defer d.control.mu.Unlock()
-	want, ok := d.control.secrets[string(p.Connect.Username)]
-	return ok && want == string(p.Connect.Password)
+func (d *devices) OnConnectAuthenticate(cl *mochi.Client, p packets.Packet) bool {
+	s := cl.Net.Conn.(*tls.Conn).ConnectionState()
+	device, ok := d.control.Device(&s)
+	return ok && device == string(p.Connect.Username)
 }
 func (d *devices) OnACLCheck(*mochi.Client, string, bool) bool { return true }
 
-const joinToken = "join-me"
-
 func startControl(t testing.TB) *control {
 	t.Helper()
-	c := &control{t: t, up: make(chan proto.Message, 4096), secrets: map[string]string{}, blobs: map[digest.Digest][]byte{}}
+	c := &control{Controller: identitytest.New(t, time.Now), t: t, up: make(chan proto.Message, 4096), blobs: map[digest.Digest][]byte{}}
+	c.BrokerURL = func() string {
+		c.mu.Lock()
+		defer c.mu.Unlock()
+		return "mqtts://" + c.address
+	}
 	mux := http.NewServeMux()
-	mux.Handle(dunlinv1connect.NewEnrollmentServiceHandler(c))
 	mux.HandleFunc("/v2/", c.registry)
 	mux.HandleFunc("/healthz", func(http.ResponseWriter, *http.Request) {})
-	c.http = httptest.NewServer(mux)
-	t.Cleanup(c.http.Close)
+	c.http = c.Serve(mux)
 	c.startBroker("127.0.0.1:0")
 	t.Cleanup(c.stopBroker)
 	return c
@@ -91,7 +86,7 @@ func startControl(t testing.TB) *control {
 func (c *control) startBroker(address string) {
 	c.t.Helper()
 	b := mochi.New(&mochi.Options{InlineClient: true, Logger: slog.New(slog.DiscardHandler)})
-	tcp := listeners.NewTCP(listeners.Config{ID: "tcp", Address: address})
+	tcp := listeners.NewTCP(listeners.Config{ID: "tcp", Address: address, TLSConfig: c.TLS()})
 	for _, err := range []error{
 		b.AddHook(&devices{control: c}, nil), b.AddListener(tcp),
 		b.Subscribe(link.UpFilter, 1, func(_ *mochi.Client, _ packets.Subscription, p packets.Packet) { c.heard(p.TopicName, p.Payload) }),
@@ -150,31 +145,13 @@ func (c *control) send(device, kind string, m proto.Message) {
 	}
 }
 
-func (c *control) Join(_ context.Context, r *connect.Request[dunlinv1.JoinRequest]) (*connect.Response[dunlinv1.JoinResponse], error) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	c.joins++
-	if have, known := c.secrets[r.Msg.Name]; r.Msg.JoinToken != joinToken || known && have != r.Msg.Secret {
-		return nil, connect.NewError(connect.CodePermissionDenied, errors.New("the token is not known"))
-	}
-	c.secrets[r.Msg.Name] = r.Msg.Secret
-	if c.cutJoin > 0 {
-		c.cutJoin--
-		panic(http.ErrAbortHandler)
-	}
-	return connect.NewResponse(&dunlinv1.JoinResponse{
-		Device: r.Msg.Name, Shard: link.Shard(r.Msg.Name), BrokerUrl: "tcp://" + c.address, RegistryUrl: c.http.URL,
-	}), nil
-}
-
 func (c *control) registry(w http.ResponseWriter, r *http.Request) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	device, secret, _ := r.BasicAuth()
-	if want, ok := c.secrets[device]; !ok || want != secret {
+	if _, ok := c.Device(r.TLS); !ok {
 		w.WriteHeader(http.StatusUnauthorized)
 		return
 	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
 	if r.URL.Path == "/v2/" {
 		return
 	}
@@ -230,7 +207,7 @@ func runtimeLibrary(t testing.TB) string {
 func testConfig(t testing.TB, c *control) Config {
 	t.Helper()
 	cfg := Config{
-		Data: filepath.Join(t.TempDir(), "data"), Controller: c.http.URL, JoinToken: joinToken, Name: "edge-1",
+		Data: filepath.Join(t.TempDir(), "data"), Controller: c.http.URL, JoinToken: c.Token, Name: "edge-1",
 		Labels: map[string]string{"site": "test"}, Serving: Serving{Listen: "127.0.0.1:0", GRPCListen: "127.0.0.1:0", RuntimeLib: runtimeLibrary(t), Worker: []string{os.Args[0], "worker"},
 			Log: slog.New(slog.NewTextHandler(t.Output(), &slog.HandlerOptions{Level: slog.LevelDebug}))},
 	}

@@ -3,13 +3,13 @@ package agent
 import (
 	"bufio"
 	"context"
+	"crypto/tls"
 	"encoding/json"
 	"errors"
 	"flag"
 	"fmt"
 	"io"
 	"io/fs"
-	"net"
 	"net/http"
 	"net/url"
 	"os"
@@ -21,9 +21,11 @@ import (
 	"github.com/eclipse/paho.mqtt.golang/packets"
 
 	"github.com/dunlin/dunlin/agent/device"
+	"github.com/dunlin/dunlin/agent/identity"
 	"github.com/dunlin/dunlin/agent/state"
 	"github.com/dunlin/dunlin/agent/worker"
 	profiles "github.com/dunlin/dunlin/firmware-profiles"
+	"github.com/dunlin/dunlin/internal/pki"
 	"github.com/dunlin/dunlin/internal/program"
 )
 
@@ -108,34 +110,34 @@ func examine(ctx context.Context, cfg Config) []Finding {
 		findings = append(findings, checkMemory(cfg, profile))
 	}
 	findings = append(findings, checkDisk(cfg.Data, uint64(profile.Storage.ReserveBytes)))
-	id, err := storedIdentity(ctx, cfg.Data)
-	if err != nil {
-		findings = append(findings, Finding{"identity", Fail, err.Error(), "run the doctor as the user that the agent runs as"})
-	}
-	if id.ControllerURL == "" {
-		id.ControllerURL = cfg.Controller
-	}
 	findings = append(findings, checkWeights(ctx, cfg), checkProfiles(cfg.Data))
-	return append(findings, checkClock(ctx, id.ControllerURL, time.Now), checkBroker(ctx, id), checkRegistry(ctx, id))
+	id, closeState, err := storedIdentity(ctx, cfg)
+	if err != nil {
+		return append(findings, Finding{"identity", Fail, err.Error(), "run the doctor as the user that the agent runs as"})
+	}
+	defer closeState()
+	controller := cfg.Controller
+	if id.Joined() {
+		controller = id.Stored().ControllerURL
+	}
+	return append(findings, checkClock(ctx, controller, id.Stranger, time.Now), checkBroker(ctx, id), checkRegistry(ctx, id))
 }
 
 // storedIdentity reads who the device is, where it has an identity. It makes
 // no file.
-func storedIdentity(ctx context.Context, data string) (state.Identity, error) {
-	path := filepath.Join(data, stateFile)
+func storedIdentity(ctx context.Context, cfg Config) (id *identity.Device, closeState func(), err error) {
+	path := filepath.Join(cfg.Data, stateFile)
 	if _, err := os.Stat(path); errors.Is(err, fs.ErrNotExist) {
-		return state.Identity{}, nil
+		return identity.New(cfg.identity(nil)), func() {}, nil
 	}
 	s, err := state.Open(ctx, path, state.Limits{})
 	if err != nil {
-		return state.Identity{}, err
+		return nil, nil, err
 	}
-	defer s.Close()
-	id, err := s.Identity(ctx)
-	if errors.Is(err, state.ErrNone) {
-		err = nil
+	if id, err = identity.Open(ctx, cfg.identity(s)); err != nil {
+		return nil, nil, errors.Join(err, s.Close())
 	}
-	return id, err
+	return id, func() { _ = s.Close() }, nil
 }
 
 func checkRuntime(ctx context.Context, cfg Config, profile profiles.Profile) []Finding {
@@ -242,7 +244,7 @@ func checkDisk(data string, reserve uint64) Finding {
 func megabytes(n uint64) string { return fmt.Sprintf("%d MB", n/1e6) }
 
 // checkClock compares the clock with the controller's, where that answers.
-func checkClock(ctx context.Context, controller string, now func() time.Time) Finding {
+func checkClock(ctx context.Context, controller string, by func(host string) *tls.Config, now func() time.Time) Finding {
 	const remedy = "set the clock, best by NTP"
 	f := Finding{Check: "clock", Verdict: Pass, Detail: now().UTC().Format(time.RFC3339)}
 	if y := now().Year(); y < 2025 || y > 2100 {
@@ -251,11 +253,15 @@ func checkClock(ctx context.Context, controller string, now func() time.Time) Fi
 	if controller == "" {
 		return f
 	}
-	resp, err := httpGet(ctx, strings.TrimSuffix(controller, "/")+"/healthz", "", "")
+	u, err := url.Parse(controller)
+	if err != nil {
+		return Finding{"clock", Warn, err.Error(), "correct --controller"}
+	}
+	client := &http.Client{Transport: &http.Transport{Proxy: http.ProxyFromEnvironment, TLSClientConfig: by(u.Hostname()), DisableKeepAlives: true}}
+	resp, err := httpGet(ctx, client, strings.TrimSuffix(controller, "/")+"/healthz")
 	if err != nil {
 		return Finding{"clock", Warn, f.Detail + ", not compared with the controller's: " + err.Error(), "start the controller, or correct --controller"}
 	}
-	defer resp.Body.Close()
 	theirs, err := http.ParseTime(resp.Header.Get("Date"))
 	if err != nil {
 		return f
@@ -268,29 +274,35 @@ func checkClock(ctx context.Context, controller string, now func() time.Time) Fi
 	return f
 }
 
-func httpGet(ctx context.Context, url, user, password string) (*http.Response, error) {
+func httpGet(ctx context.Context, client *http.Client, url string) (*http.Response, error) {
+	ctx, cancel := context.WithTimeout(ctx, doctorTimeout)
+	defer cancel()
 	req, err := http.NewRequestWithContext(ctx, http.MethodGet, url, nil)
 	if err != nil {
 		return nil, err
 	}
-	if user != "" {
-		req.SetBasicAuth(user, password)
+	resp, err := client.Do(req)
+	if err != nil {
+		return nil, err
 	}
-	return (&http.Client{Timeout: doctorTimeout}).Do(req)
+	return resp, resp.Body.Close()
 }
 
 // checkBroker connects to the broker as a stranger: as the device itself it
 // would end the session of an agent that runs.
-func checkBroker(ctx context.Context, id state.Identity) Finding {
-	if !joined(id) {
+func checkBroker(ctx context.Context, id *identity.Device) Finding {
+	if !id.Joined() {
 		return Finding{"broker", Warn, "the device has not joined a controller", "start the agent with --controller and --join-token @FILE"}
 	}
 	const remedy = "start the controller, or see that nothing is between this device and its MQTT port"
-	u, err := url.Parse(id.BrokerURL)
+	broker := id.Stored().BrokerURL
+	u, err := url.Parse(broker)
 	if err != nil {
 		return Finding{"broker", Fail, err.Error(), "join again with an empty --data folder"}
 	}
-	conn, err := (&net.Dialer{Timeout: doctorTimeout}).DialContext(ctx, "tcp", u.Host)
+	dialing, cancel := context.WithTimeout(ctx, doctorTimeout)
+	defer cancel()
+	conn, err := (&tls.Dialer{Config: id.Stranger(u.Hostname())}).DialContext(dialing, "tcp", u.Host)
 	if err != nil {
 		return Finding{"broker", Fail, err.Error(), remedy}
 	}
@@ -300,39 +312,44 @@ func checkBroker(ctx context.Context, id state.Identity) Finding {
 	connect.ProtocolName, connect.ProtocolVersion, connect.CleanSession, connect.Keepalive = "MQTT", 4, true, 10
 	connect.ClientIdentifier = "doctor"
 	if err := connect.Write(conn); err != nil {
-		return Finding{"broker", Fail, fmt.Sprintf("%s does not take a CONNECT: %v", id.BrokerURL, err), remedy}
+		return Finding{"broker", Fail, fmt.Sprintf("%s does not take a CONNECT: %v", broker, err), remedy}
 	}
 	answer, err := packets.ReadPacket(conn)
 	if err != nil {
 		// Brokers may refuse a stranger by closing the connection.
-		return Finding{Check: "broker", Verdict: Pass, Detail: id.BrokerURL + " answers, and refuses clients without credentials"}
+		return Finding{Check: "broker", Verdict: Pass, Detail: broker + " answers, and refuses clients without credentials"}
 	}
 	if ack, ok := answer.(*packets.ConnackPacket); !ok {
-		return Finding{"broker", Fail, id.BrokerURL + " does not speak MQTT 3.1.1", remedy}
+		return Finding{"broker", Fail, broker + " does not speak MQTT 3.1.1", remedy}
 	} else if ack.ReturnCode == packets.Accepted {
-		return Finding{"broker", Warn, id.BrokerURL + " lets clients in without credentials", "configure the broker to refuse them"}
+		return Finding{"broker", Warn, broker + " lets clients in without credentials", "configure the broker to refuse them"}
 	}
-	return Finding{Check: "broker", Verdict: Pass, Detail: id.BrokerURL + " answers, and refuses clients without credentials"}
+	return Finding{Check: "broker", Verdict: Pass, Detail: broker + " answers, and refuses clients without credentials"}
 }
 
-func checkRegistry(ctx context.Context, id state.Identity) Finding {
-	if id.RegistryURL == "" {
+func checkRegistry(ctx context.Context, id *identity.Device) Finding {
+	registry, client := id.Registry()
+	if registry == "" {
 		return Finding{"registry", Warn, "the device has not joined a controller", "start the agent with --controller and --join-token @FILE"}
 	}
-	resp, err := httpGet(ctx, strings.TrimSuffix(id.RegistryURL, "/")+"/v2/", id.Device, id.Secret)
-	if err != nil {
+	defer client.CloseIdleConnections()
+	resp, err := httpGet(ctx, client, strings.TrimSuffix(registry, "/")+"/v2/")
+	if reason, refused := pki.Refusal(err); refused {
+		return Finding{"registry", Fail, registry + ": " + reason, refusedRemedy}
+	} else if err != nil {
 		return Finding{"registry", Fail, err.Error(), "start the controller, or see that nothing is between this device and its HTTP port"}
 	}
-	defer resp.Body.Close()
 	switch resp.StatusCode {
 	case http.StatusOK:
-		return Finding{Check: "registry", Verdict: Pass, Detail: id.RegistryURL + " answers and accepts this device"}
+		return Finding{Check: "registry", Verdict: Pass, Detail: registry + " answers and accepts this device"}
 	case http.StatusUnauthorized, http.StatusForbidden:
-		return Finding{"registry", Fail, id.RegistryURL + " refuses this device's credentials", "the device was removed: join again with an empty --data folder"}
+		return Finding{"registry", Fail, registry + " refuses this device's certificate", refusedRemedy}
 	default:
-		return Finding{"registry", Fail, fmt.Sprintf("%s/v2/ answers %s", id.RegistryURL, resp.Status), "see the controller's log"}
+		return Finding{"registry", Fail, fmt.Sprintf("%s/v2/ answers %s", registry, resp.Status), "see the controller's log"}
 	}
 }
+
+const refusedRemedy = "where the device was removed, or its certificate revoked: join again with an empty --data folder"
 
 // usable gives the execution providers that models run on here: those of the
 // firmware profile, in its order, that the library was built with.

@@ -1,10 +1,10 @@
 package agent
 
 import (
+	"crypto/tls"
 	"encoding/json"
 	"errors"
 	"io"
-	"net"
 	"net/http"
 	"net/http/httptest"
 	"path/filepath"
@@ -12,6 +12,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/dunlin/dunlin/agent/identity"
 	"github.com/dunlin/dunlin/agent/state"
 	"github.com/dunlin/dunlin/agent/worker"
 	dunlinv1 "github.com/dunlin/dunlin/proto/dunlin/v1"
@@ -62,11 +63,13 @@ func TestDoctor(t *testing.T) {
 
 	c := startControl(t)
 	cfg := testConfig(t, c)
-	store, err := state.Open(t.Context(), filepath.Join(data, stateFile), state.Limits{})
+	cfg.Data = data
+	store := openState(t, data)
+	id, err := identity.Open(t.Context(), cfg.identity(store))
 	if err != nil {
 		t.Fatal(err)
 	}
-	if _, err := join(t.Context(), cfg, store, &dunlinv1.DeviceInfo{}); err != nil {
+	if err := id.Join(t.Context(), &dunlinv1.DeviceInfo{}); err != nil {
 		t.Fatal(err)
 	}
 	found, err = diagnose(t, "--data", data, "--runtime-lib", lib)
@@ -78,9 +81,7 @@ func TestDoctor(t *testing.T) {
 		t.Errorf("clock: %v", f)
 	}
 
-	c.mu.Lock()
-	clear(c.secrets) // the device was removed
-	c.mu.Unlock()
+	c.Remove()
 	found, err = diagnose(t, "--data", data, "--runtime-lib", lib)
 	if !errors.Is(err, ErrUnhealthy) {
 		t.Errorf("got %v", err)
@@ -94,9 +95,20 @@ func TestDoctor(t *testing.T) {
 		t.Errorf("got %v", err)
 	}
 	expect(t, found, map[string]Verdict{"runtime": Fail, "clock": Warn, "broker": Fail, "registry": Fail})
-	if err := store.Close(); err != nil {
-		t.Error(err)
+}
+
+func openState(t *testing.T, data string) *state.Store {
+	t.Helper()
+	store, err := state.Open(t.Context(), filepath.Join(data, stateFile), state.Limits{})
+	if err != nil {
+		t.Fatal(err)
 	}
+	t.Cleanup(func() {
+		if err := store.Close(); err != nil {
+			t.Error(err)
+		}
+	})
+	return store
 }
 
 func TestDoctorClock(t *testing.T) {
@@ -105,6 +117,7 @@ func TestDoctorClock(t *testing.T) {
 		w.Header().Set("Date", now.Format(http.TimeFormat))
 	}))
 	defer server.Close()
+	anyone := func(string) *tls.Config { return nil }
 	tests := []struct {
 		at   time.Time
 		want Verdict
@@ -113,7 +126,7 @@ func TestDoctorClock(t *testing.T) {
 		{time.Unix(0, 0), Fail},
 	}
 	for _, tt := range tests {
-		if f := checkClock(t.Context(), server.URL, func() time.Time { return tt.at }); f.Verdict != tt.want {
+		if f := checkClock(t.Context(), server.URL, anyone, func() time.Time { return tt.at }); f.Verdict != tt.want {
 			t.Errorf("at %v: %v, want %s", tt.at, f, tt.want)
 		}
 	}
@@ -131,7 +144,8 @@ func TestDoctorWeights(t *testing.T) {
 }
 
 func TestDoctorKnowsWhatIsNoBroker(t *testing.T) {
-	l, err := net.Listen("tcp", "127.0.0.1:0")
+	c := startControl(t)
+	l, err := tls.Listen("tcp", "127.0.0.1:0", c.TLS())
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -145,7 +159,17 @@ func TestDoctorKnowsWhatIsNoBroker(t *testing.T) {
 		_, _ = conn.Read(make([]byte, 100))
 		_, _ = conn.Write([]byte{0xd0, 0}) // PINGRESP
 	}()
-	if f := checkBroker(t.Context(), state.Identity{BrokerURL: "tcp://" + l.Addr().String()}); f.Verdict != Fail {
+	c.BrokerURL = func() string { return "mqtts://" + l.Addr().String() }
+	cfg := testConfig(t, c)
+	cfg.Data = t.TempDir()
+	id, err := identity.Open(t.Context(), cfg.identity(openState(t, cfg.Data)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := id.Join(t.Context(), &dunlinv1.DeviceInfo{}); err != nil {
+		t.Fatal(err)
+	}
+	if f := checkBroker(t.Context(), id); f.Verdict != Fail {
 		t.Errorf("got %v", f)
 	}
 }

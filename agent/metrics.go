@@ -40,6 +40,14 @@ func (h *host) pooled() float64 {
 func (a *agent) metrics() http.Handler {
 	return a.host.metrics(
 		a.watch,
+		prometheus.NewGaugeFunc(prometheus.GaugeOpts{
+			Name: "dunlin_agent_certificate_expiry_seconds", Help: "End of the device's certificate, in seconds since 1970; 0 until it has one.",
+		}, func() float64 {
+			if c := a.identity.Certificate(); c != nil {
+				return float64(c.NotAfter.Unix())
+			}
+			return 0
+		}),
 		a.linkCounter("dunlin_agent_malformed_total", "Messages of the controller that were dropped because they are malformed.", (*link.Link).Malformed),
 		a.linkCounter("dunlin_agent_dropped_total", "Messages of the controller that were dropped because too many waited.", (*link.Link).Dropped))
 }

@@ -63,6 +63,18 @@ func signal(c chan struct{}) {
 	}
 }
 
+// sleep waits, and says whether ctx lasted that long.
+func sleep(ctx context.Context, d time.Duration) bool {
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case <-t.C:
+		return true
+	case <-ctx.Done():
+		return false
+	}
+}
+
 // receive takes in what the controller says.
 func (s *session) receive(ctx context.Context) {
 	var document assembly

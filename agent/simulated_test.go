@@ -58,7 +58,7 @@ func TestSimulationConfig(t *testing.T) {
 func simulatedConfig(t *testing.T, c *control, text string) Config {
 	t.Helper()
 	cfg := Config{
-		Data: filepath.Join(t.TempDir(), "data"), Controller: c.http.URL, JoinToken: joinToken, Name: "edge-1",
+		Data: filepath.Join(t.TempDir(), "data"), Controller: c.http.URL, JoinToken: c.Token, Name: "edge-1",
 		Serving: Serving{
 			Listen: "127.0.0.1:0", Worker: []string{"/missing"}, Simulation: Simulation{SimDevice: simDevice},
 			Log: slog.New(slog.NewTextHandler(t.Output(), &slog.HandlerOptions{Level: slog.LevelDebug})),

@@ -2,70 +2,183 @@ package controller
 
 import (
 	"context"
+	"crypto/subtle"
+	"crypto/tls"
+	"crypto/x509"
+	"errors"
 	"fmt"
 	"log/slog"
+	"net"
 	"sync"
+	"time"
 
 	"github.com/dunlin/dunlin/controller/broker"
 	"github.com/dunlin/dunlin/controller/identity"
 	"github.com/dunlin/dunlin/controller/store"
+	"github.com/dunlin/dunlin/internal/link"
 )
+
+// brokerTrust is how the controller and those who come by its broker know each
+// other.
+type brokerTrust struct {
+	authorities
+	server *tls.Config // of the embedded broker
+	auth   broker.Authenticator
+	// refused may be nil.
+	refused func(who, object, reason, from string)
+	// revoked are the devices that may do nothing any more, joinTokens the
+	// broker.HashPassword of each join token that can still be used, by its id.
+	revoked    func(context.Context) ([]string, error)
+	joinTokens func(context.Context) (map[string]string, error)
+}
+
+type authorities interface {
+	Roots() []*x509.Certificate
+	// ServerCertificate is for the names and addresses of this machine.
+	ServerCertificate() (*tls.Certificate, error)
+	ClientTLS(serverName string) *tls.Config
+	// CRLs are the lists of revoked certificates of all authorities, which
+	// have not run out: the same ones while nothing is revoked and they have
+	// time left.
+	CRLs(ctx context.Context) ([][]byte, error)
+}
+
+// mosquittoEvery is how often the files of Mosquitto are looked at, besides
+// when something is known to have changed: certificates are renewed, join
+// tokens run out.
+const mosquittoEvery = time.Minute
 
 // bus is the configured broker.
 type bus struct {
-	bus      broker.Bus
-	url      string                          // that devices connect to
-	accounts func(ctx context.Context) error // nil: the broker asks the store itself
-	resumed  func()                          // set before Run
-	close    func()                          // of one that was not run
+	bus     broker.Bus
+	url     string                          // that devices connect to
+	changed func(ctx context.Context) error // after a change of who may connect; nil: the broker asks itself
+	resumed func()                          // set before Run
+	close   func()                          // of one that was not run
+	log     *slog.Logger
 }
 
-func openBus(ctx context.Context, c Config, st *store.Store, auth *identity.Authenticator, log *slog.Logger) (*bus, error) {
+func openBus(ctx context.Context, c Config, t brokerTrust, log *slog.Logger) (*bus, error) {
+	if t.authorities == nil || t.auth == nil {
+		return nil, errors.New("a broker needs certificate authorities")
+	}
 	if c.BrokerURL == "" {
-		e, err := broker.NewEmbedded(broker.EmbeddedConfig{Listen: c.MQTTListen, Auth: auth, Log: log})
+		e, err := broker.NewEmbedded(broker.EmbeddedConfig{
+			Listen: c.MQTTListen, TLS: t.server, Auth: t.auth, Refused: t.refused, Log: log,
+		})
 		if err != nil {
 			return nil, err
 		}
-		return &bus{bus: e, url: "tcp://" + e.Addr().String(), close: func() { _ = e.Close() }}, nil
+		return &bus{bus: e, url: "mqtts://" + publicAddress(c.hosts()[0], e.Addr()), close: func() { _ = e.Close() }, log: log}, nil
 	}
 	secret, err := password(c)
 	if err != nil {
 		return nil, err
 	}
-	address, err := brokerAddress(c.BrokerURL)
+	address, secure, err := brokerAddress(c.BrokerURL)
 	if err != nil {
 		return nil, err
 	}
-	b := &bus{url: "tcp://" + address, close: func() {}}
-	e, err := broker.NewExternal(broker.ExternalConfig{
+	host, _, err := net.SplitHostPort(address)
+	if err != nil {
+		return nil, fmt.Errorf("broker-url: %w", err)
+	}
+	b := &bus{url: "tcp://" + address, close: func() {}, log: log}
+	cfg := broker.ExternalConfig{
 		URL: c.BrokerURL, Username: c.BrokerUsername, Password: secret, Log: log, OnConnect: func() { b.resumed() },
-	})
-	if err != nil {
+	}
+	if secure {
+		b.url, cfg.TLS = "mqtts://"+address, t.ClientTLS(host)
+	}
+	if b.bus, err = broker.NewExternal(cfg); err != nil {
 		return nil, err
 	}
-	b.bus = e
-	if c.MosquittoPasswordFile == "" {
+	if c.MosquittoDir == "" {
 		return b, nil
 	}
-	own, err := broker.HashPassword(secret)
-	if err != nil {
-		return nil, fmt.Errorf("hash the controller's password: %w", err)
-	}
-	mosquitto := broker.Mosquitto{PasswordFile: c.MosquittoPasswordFile, PIDFile: c.MosquittoPIDFile}
-	var mu sync.Mutex // one writer of the file, which then holds all that the store has
-	b.accounts = func(ctx context.Context) error {
+	mosquitto := &broker.Mosquitto{Dir: c.MosquittoDir}
+	var mu sync.Mutex // one writer of the files, which then hold all that the store has
+	b.changed = func(ctx context.Context) error {
 		mu.Lock()
 		defer mu.Unlock()
-		accounts, err := st.BrokerAccounts(ctx)
+		files, err := t.mosquitto(ctx, host)
 		if err != nil {
 			return err
 		}
-		accounts[broker.ControllerUser] = own
-		return mosquitto.Write(accounts)
+		return mosquitto.Write(files)
 	}
-	// A broker that does not run yet reads the file when it starts.
-	if err := b.accounts(ctx); err != nil {
-		log.Warn("cannot tell Mosquitto of its accounts", "error", err)
+	// A broker that does not run yet reads the files when it starts.
+	if err := b.changed(ctx); err != nil {
+		log.Warn("cannot tell Mosquitto who may connect", "error", err)
 	}
 	return b, nil
+}
+
+// run carries messages, and keeps Mosquitto's files.
+func (b *bus) run(ctx context.Context, handle broker.Handler) error {
+	var keeping sync.WaitGroup
+	defer keeping.Wait()
+	if b.changed != nil {
+		keeping.Go(func() {
+			tick := time.NewTicker(mosquittoEvery)
+			defer tick.Stop()
+			for {
+				select {
+				case <-tick.C:
+				case <-ctx.Done():
+					return
+				}
+				if err := b.changed(ctx); err != nil && ctx.Err() == nil {
+					b.log.Warn("cannot tell Mosquitto who may connect", "error", err)
+				}
+			}
+		})
+	}
+	return b.bus.Run(ctx, handle)
+}
+
+// mosquitto gives what Mosquitto goes by, under a name that devices call it by.
+func (t brokerTrust) mosquitto(ctx context.Context, host string) (files broker.MosquittoFiles, err error) {
+	files.Roots = t.Roots()
+	if files.Certificate, err = t.ServerCertificate(); err != nil {
+		return files, err
+	}
+	leaf, err := x509.ParseCertificate(files.Certificate.Certificate[0])
+	if err == nil {
+		err = leaf.VerifyHostname(host)
+	}
+	if err != nil {
+		return files, fmt.Errorf("certificate for Mosquitto: %w", err)
+	}
+	if files.CRLs, err = t.CRLs(ctx); err != nil {
+		return files, err
+	}
+	if files.Revoked, err = t.revoked(ctx); err != nil {
+		return files, err
+	}
+	files.JoinTokens, err = t.joinTokens(ctx)
+	return files, err
+}
+
+// brokerAuth says who may connect to the embedded broker.
+type brokerAuth struct {
+	*identity.Authenticator
+	store *store.Store
+	log   *slog.Logger
+}
+
+// Enrolling lets in who holds a join token, and whom anybody can say to be:
+// each of their requests proves what it asks for.
+func (a brokerAuth) Enrolling(ctx context.Context, user, password, _ string) bool {
+	if user == link.RenewUser {
+		return subtle.ConstantTimeCompare([]byte(password), []byte(link.RenewUser)) == 1
+	}
+	if user != link.TokenUser(password) {
+		return false
+	}
+	known, err := a.store.JoinTokenKnown(ctx, identity.Hash(password))
+	if err != nil {
+		a.log.Error("cannot look a join token up", "error", err)
+	}
+	return known && err == nil
 }

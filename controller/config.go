@@ -9,9 +9,14 @@ import (
 	"log/slog"
 	"net"
 	"net/url"
+	"os"
+	"regexp"
 	"slices"
+	"strings"
+	"time"
 
 	"github.com/dunlin/dunlin/controller/broker"
+	"github.com/dunlin/dunlin/controller/identity"
 	"github.com/dunlin/dunlin/internal/program"
 )
 
@@ -23,11 +28,17 @@ type Config struct {
 	Listen     string `yaml:"listen"`
 	MQTTListen string `yaml:"mqtt-listen"`
 
-	BrokerURL             string `yaml:"broker-url"`
-	BrokerUsername        string `yaml:"broker-username"`
-	BrokerPasswordFile    string `yaml:"broker-password-file"`
-	MosquittoPasswordFile string `yaml:"mosquitto-password-file"`
-	MosquittoPIDFile      string `yaml:"mosquitto-pid-file"`
+	Hosts           string `yaml:"hosts"`             // names and addresses by which the controller is reached, comma apart
+	TLSCert         string `yaml:"tls-cert"`          // PEM file of a certificate of another authority; "": the controller's own
+	TLSKey          string `yaml:"tls-key"`           // PEM file of its key
+	TLSCA           string `yaml:"tls-ca"`            // PEM file of that authority, for devices; "": they trust the system's
+	DeviceCertDays  int    `yaml:"device-cert-days"`  // how long a device's certificate counts
+	DeviceGraceDays int    `yaml:"device-grace-days"` // how long after that it can be renewed
+
+	BrokerURL          string `yaml:"broker-url"`
+	BrokerUsername     string `yaml:"broker-username"`
+	BrokerPasswordFile string `yaml:"broker-password-file"`
+	MosquittoDir       string `yaml:"mosquitto-dir"`
 
 	LogLevel  string `yaml:"log-level"`
 	LogFormat string `yaml:"log-format"`
@@ -44,8 +55,9 @@ type Config struct {
 
 // Addresses is where a running controller listens.
 type Addresses struct {
-	URL    string // of the API and the registry
-	Broker string // URL that devices connect to
+	URL       string // of the API and the registry, for users
+	DeviceURL string // of the same for devices, which always speak TLS
+	Broker    string // URL that devices connect to
 }
 
 const environment = "DUNLIN_CONTROLLER_"
@@ -55,11 +67,16 @@ func (c *Config) settings() []program.Setting {
 		{Name: "data", Usage: "`folder` of everything that the controller keeps", Value: &c.Data},
 		{Name: "listen", Usage: "`host:port` of the API and the registry", Value: &c.Listen},
 		{Name: "mqtt-listen", Usage: "`host:port` of the embedded broker", Value: &c.MQTTListen},
-		{Name: "broker-url", Usage: "`URL` of an external MQTT broker, mqtt://host:port, instead of the embedded one", Value: &c.BrokerURL},
-		{Name: "broker-username", Usage: "`name` of the controller's account at the external broker", Value: &c.BrokerUsername},
-		{Name: "broker-password-file", Usage: "`file` with the password of that account; not needed with --mosquitto-password-file", Value: &c.BrokerPasswordFile},
-		{Name: "mosquitto-password-file", Usage: "Mosquitto's password_file, a `file` that the controller writes", Value: &c.MosquittoPasswordFile},
-		{Name: "mosquitto-pid-file", Usage: "Mosquitto's pid_file, a `file` by which the controller tells it of new accounts", Value: &c.MosquittoPIDFile},
+		{Name: "hosts", Usage: "`names` and addresses by which the controller is reached, comma apart; the first is the one that devices are told; without any, that of the listener, or this machine's", Value: &c.Hosts},
+		{Name: "tls-cert", Usage: "PEM `file` of a certificate of another authority than the controller's own", Value: &c.TLSCert},
+		{Name: "tls-key", Usage: "PEM `file` of that certificate's key", Value: &c.TLSKey},
+		{Name: "tls-ca", Usage: "PEM `file` of that authority, by which devices know the controller; without it they must trust it already", Value: &c.TLSCA},
+		{Name: "device-cert-days", Usage: "`days` that a device's certificate counts; it is renewed when half of them are over", Value: &c.DeviceCertDays},
+		{Name: "device-grace-days", Usage: "`days` after its end in which a device's certificate can still be renewed", Value: &c.DeviceGraceDays},
+		{Name: "broker-url", Usage: "`URL` of an external MQTT broker, mqtts://host:port, instead of the embedded one", Value: &c.BrokerURL},
+		{Name: "broker-username", Usage: "`name` of the controller's account at an external broker that does not go by certificates", Value: &c.BrokerUsername},
+		{Name: "broker-password-file", Usage: "`file` with the password of that account", Value: &c.BrokerPasswordFile},
+		{Name: "mosquitto-dir", Usage: "`folder` that dunlin-controller broker config mosquitto has made, and that the controller keeps up to date", Value: &c.MosquittoDir},
 		{Name: "log-level", Usage: "`level` of the log: debug, info, warn or error", Value: &c.LogLevel},
 		{Name: "log-format", Usage: "`format` of the log: text or json", Value: &c.LogFormat},
 	}
@@ -68,7 +85,8 @@ func (c *Config) settings() []program.Setting {
 // DefaultConfig gives the configuration that every other one starts from.
 func DefaultConfig() Config {
 	return Config{
-		Data: "dunlin-controller", Listen: "127.0.0.1:8080", MQTTListen: "127.0.0.1:1883",
+		Data: "dunlin-controller", Listen: "127.0.0.1:8080", MQTTListen: "127.0.0.1:8883",
+		DeviceCertDays: int(identity.DeviceLifetime / day), DeviceGraceDays: int(identity.Grace / day),
 		BrokerUsername: broker.ControllerUser, LogLevel: "info", LogFormat: "text",
 	}
 }
@@ -80,7 +98,7 @@ func DefaultConfig() Config {
 func LoadConfig(args []string, getenv func(string) string, output io.Writer) (Config, error) {
 	c := DefaultConfig()
 	err := program.Source{
-		Program: "dunlin-controller", Notes: "Other commands: dunlin-controller version.", Prefix: environment,
+		Program: "dunlin-controller", Notes: "Other commands: dunlin-controller version, dunlin-controller broker config mosquitto.", Prefix: environment,
 		Args: args, Getenv: getenv, Help: output,
 	}.Load(c.settings(), &c, nil)
 	if errors.Is(err, flag.ErrHelp) {
@@ -90,6 +108,44 @@ func LoadConfig(args []string, getenv func(string) string, output io.Writer) (Co
 		err = errors.Join(err, fmt.Errorf("%w: %w", program.ErrUsage, faults))
 	}
 	return c, err
+}
+
+const (
+	day         = 24 * time.Hour
+	maxCertDays = 10 * 365
+)
+
+// hostPattern is a DNS name.
+var hostPattern = regexp.MustCompile(`^[A-Za-z0-9]([A-Za-z0-9.-]{0,251}[A-Za-z0-9])?$`)
+
+// hosts gives the names and addresses by which the controller is reached, the
+// one that devices are told first.
+func (c *Config) hosts() []string {
+	var hosts []string
+	for h := range strings.SplitSeq(c.Hosts, ",") {
+		if h = strings.TrimSpace(h); h != "" {
+			hosts = append(hosts, h)
+		}
+	}
+	if host, _, err := net.SplitHostPort(c.Listen); err == nil {
+		if ip := net.ParseIP(host); host != "" && (ip == nil || !ip.IsUnspecified()) {
+			hosts = append(hosts, host)
+		}
+	}
+	if own, err := os.Hostname(); err == nil && hostPattern.MatchString(own) {
+		hosts = append(hosts, own)
+	}
+	hosts = append(hosts, "localhost", "127.0.0.1", "::1")
+	if u, err := url.Parse(c.BrokerURL); err == nil && u.Hostname() != "" { // Mosquitto beside it has the same certificate
+		hosts = append(hosts, u.Hostname())
+	}
+	var once []string
+	for _, h := range hosts {
+		if !slices.Contains(once, h) {
+			once = append(once, h)
+		}
+	}
+	return once
 }
 
 // check gives all faults of the configuration.
@@ -105,48 +161,69 @@ func (c *Config) check() error {
 	if !slices.Contains([]string{"text", "json"}, c.LogFormat) {
 		fault("log-format %q is not text or json", c.LogFormat)
 	}
-	if err := program.CheckAddress(c.Listen); err != nil {
+	if err := program.CheckListen(c.Listen, true); err != nil {
 		fault("listen %w", err)
+	}
+	for _, h := range c.hosts() {
+		if !hostPattern.MatchString(h) && net.ParseIP(h) == nil {
+			fault("hosts: %q is not a name or an address", h)
+		}
+	}
+	if (c.TLSCert == "") != (c.TLSKey == "") {
+		fault("tls-cert and tls-key: one is not enough")
+	}
+	if c.TLSCA != "" && c.TLSCert == "" {
+		fault("tls-ca needs tls-cert")
+	}
+	if c.DeviceCertDays < 1 || c.DeviceCertDays > maxCertDays {
+		fault("device-cert-days is %d, allowed are 1 to %d", c.DeviceCertDays, maxCertDays)
+	}
+	if most := int(identity.MaxGrace / day); c.DeviceGraceDays < 0 || c.DeviceGraceDays > most {
+		fault("device-grace-days is %d, allowed are 0 to %d", c.DeviceGraceDays, most)
 	}
 	switch {
 	case c.BrokerURL == "":
-		if err := program.CheckAddress(c.MQTTListen); err != nil {
+		if err := program.CheckListen(c.MQTTListen, true); err != nil {
 			fault("mqtt-listen %w", err)
 		}
-		if c.MosquittoPasswordFile != "" || c.BrokerPasswordFile != "" {
-			fault("mosquitto-password-file and broker-password-file need broker-url")
+		if c.MosquittoDir != "" || c.BrokerPasswordFile != "" {
+			fault("mosquitto-dir and broker-password-file need broker-url")
 		}
 	default:
-		u, err := url.Parse(c.BrokerURL)
-		if err != nil {
-			fault("broker-url: %w", err)
-			break
-		}
-		if u.Scheme != "mqtt" && u.Scheme != "tcp" || u.User != nil {
-			fault("broker-url %q is not mqtt://host:port", u.Redacted())
-			break
-		}
-		address, err := brokerAddress(c.BrokerURL)
+		address, secure, err := brokerAddress(c.BrokerURL)
 		if err != nil {
 			faults = append(faults, err)
-		} else if err := program.CheckAddress(address); err != nil {
+			break
+		}
+		if secure {
+			err = program.CheckListen(address, true)
+		} else {
+			err = program.CheckAddress(address)
+		}
+		if err != nil {
 			fault("broker-url %w", err)
 		}
-		if c.MosquittoPasswordFile != "" && c.BrokerUsername != broker.ControllerUser {
-			fault("broker-username is %q, with mosquitto-password-file it must be %s", c.BrokerUsername, broker.ControllerUser)
+		if c.MosquittoDir != "" && !secure {
+			fault("mosquitto-dir needs a broker-url mqtts://host:port")
 		}
-	}
-	if c.MosquittoPIDFile != "" && c.MosquittoPasswordFile == "" {
-		fault("mosquitto-pid-file needs mosquitto-password-file")
 	}
 	return errors.Join(faults...)
 }
 
-// brokerAddress gives the host and port of an external broker's URL.
-func brokerAddress(s string) (string, error) {
+// brokerAddress gives the host and port of an external broker's URL, and
+// whether it is one for TLS.
+func brokerAddress(s string) (address string, secure bool, err error) {
 	u, err := url.Parse(s)
 	if err != nil {
-		return "", fmt.Errorf("broker-url: %w", err)
+		return "", false, fmt.Errorf("broker-url: %w", err)
 	}
-	return net.JoinHostPort(u.Hostname(), cmp.Or(u.Port(), "1883")), nil
+	secure = u.Scheme == "mqtts"
+	if !secure && u.Scheme != "mqtt" && u.Scheme != "tcp" || u.Hostname() == "" || u.User != nil {
+		return "", false, fmt.Errorf("broker-url %q is not mqtts://host:port", u.Redacted())
+	}
+	port := "1883"
+	if secure {
+		port = "8883"
+	}
+	return net.JoinHostPort(u.Hostname(), cmp.Or(u.Port(), port)), secure, nil
 }

@@ -3,7 +3,6 @@ package controller
 
 import (
 	"context"
-	"crypto/rand"
 	"errors"
 	"fmt"
 	"io"
@@ -16,12 +15,14 @@ import (
 	"time"
 
 	"github.com/dunlin/dunlin/controller/api"
-	"github.com/dunlin/dunlin/controller/broker"
 	"github.com/dunlin/dunlin/controller/dispatch"
+	"github.com/dunlin/dunlin/controller/enrol"
 	"github.com/dunlin/dunlin/controller/fleet"
 	"github.com/dunlin/dunlin/controller/identity"
 	"github.com/dunlin/dunlin/controller/registry"
 	"github.com/dunlin/dunlin/controller/store"
+	"github.com/dunlin/dunlin/internal/link"
+	"github.com/dunlin/dunlin/internal/pki"
 	"github.com/dunlin/dunlin/internal/program"
 	"github.com/dunlin/dunlin/internal/telemetry"
 )
@@ -67,13 +68,26 @@ func Run(ctx context.Context, c Config) (err error) {
 	}
 	auth := identity.New(st)
 	metrics := telemetry.NewMetrics()
+	t, err := openTrust(ctx, c, st)
+	if err != nil {
+		return err
+	}
 
-	bus, err := openBus(ctx, c, st, auth, log)
+	bus, err := openBus(ctx, c, t.forBroker(brokerAuth{auth, st, log}, func(who, object, reason, from string) {
+		st.Refused(ctx, identity.Refusal{Who: who, From: from, Action: "broker.refused", Object: object, Reason: reason})
+	}), log)
 	if err != nil {
 		return err
 	}
 	defer bus.close()
-	dispatcher := dispatch.New(dispatch.Config{Store: st, Bus: bus.bus, Log: log, Metrics: metrics, OnStep: c.OnStep})
+	dispatcher := dispatch.New(dispatch.Config{
+		Store: st, Bus: bus.bus, Log: log, Metrics: metrics, OnStep: c.OnStep,
+		Trusted: t.trusted, Superseded: func() {
+			if err := t.changed(ctx, bus); err != nil {
+				log.Warn("cannot tell the broker of revoked certificates", "error", err)
+			}
+		},
+	})
 	bus.resumed = dispatcher.Resumed
 
 	reg, err := registry.New(registry.Config{Root: filepath.Join(c.Data, registryFolder), Auth: auth, Refusals: st, Versions: versions{st}, Log: log})
@@ -85,30 +99,52 @@ func Run(ctx context.Context, c Config) (err error) {
 		return fmt.Errorf("%w; --listen chooses another address", err)
 	}
 	defer listener.Close()
-	url := "http://" + listener.Addr().String()
+	tls := t.serverTLS()
+	deviceURL := "https://" + listener.Addr().String()
+	url := deviceURL
+	if program.CheckAddress(listener.Addr().String()) == nil { // in clear, which needs no --ca
+		url = "http://" + listener.Addr().String()
+	}
+	enrolment := enrol.New(enrol.Config{
+		Store: st, Authorities: t.Authorities, Lifetime: time.Duration(c.DeviceCertDays) * day, Grace: time.Duration(c.DeviceGraceDays) * day,
+		BrokerURL: bus.url, RegistryURL: "https://" + publicAddress(c.hosts()[0], listener.Addr()),
+		Roots: t.deviceRoots, Trust: t.documents, AccountsChanged: func(ctx context.Context) error { return t.changed(ctx, bus) }, Joined: dispatcher.Replan,
+		Refused: func(ctx context.Context, who, object, reason string) {
+			st.Refused(ctx, identity.Refusal{Who: who, Action: "device.enrol", Object: object, Reason: reason})
+		},
+		Now: time.Now, Log: log,
+	})
 	stopping := make(chan struct{})
 	mux := http.NewServeMux()
 	mux.Handle("/v2/", reg)
 	mux.Handle("/metrics", telemetry.Handler(metrics))
 	mux.HandleFunc("/healthz", func(w http.ResponseWriter, r *http.Request) { _, _ = io.WriteString(w, "ok\n") })
 	mux.Handle("/", api.New(api.Config{
-		Store: st, Dispatch: dispatcher, Registry: reg, Auth: auth, Log: log,
-		Version: program.Version(), BrokerURL: bus.url,
-		HashPassword: broker.HashPassword, AccountsChanged: bus.accounts, Stopping: stopping,
+		Store: st, Dispatch: dispatcher, Registry: reg, Auth: auth, Log: log, Enrol: enrolment, Authorities: t.Authorities,
+		Version: program.Version(), AccountsChanged: func(ctx context.Context) error { return t.changed(ctx, bus) }, Stopping: stopping,
 	}))
 	server := newServer(mux, log)
 	server.RegisterOnShutdown(func() { close(stopping) })
 
-	log.Info("controller is ready", "url", url, "broker", bus.url, "data", c.Data, "version", program.Version())
+	log.Info("controller is ready", "url", url, "devices", deviceURL, "broker", bus.url, "data", c.Data, "version", program.Version())
 	if c.OnReady != nil {
-		c.OnReady(Addresses{URL: url, Broker: bus.url})
+		c.OnReady(Addresses{URL: url, DeviceURL: deviceURL, Broker: bus.url})
 	}
 	return runAll(ctx, []component{
 		{"audit", func(ctx context.Context) error { return st.RunRefusals(ctx, log) }},
 		{"dispatch", dispatcher.Run},
-		{"broker", func(ctx context.Context) error { return bus.bus.Run(ctx, dispatcher.Handle) }},
+		{"enrolment", func(ctx context.Context) error { return enrolment.Run(ctx, bus.bus.Publish) }},
+		{"broker", func(ctx context.Context) error {
+			return bus.run(ctx, func(topic string, payload []byte) {
+				if user, nonce, err := link.ParseJoinUp(topic); err == nil {
+					enrolment.Take(user, nonce, payload)
+					return
+				}
+				dispatcher.Handle(topic, payload)
+			})
+		}},
 		{"registry", reg.Run},
-		{"http", func(ctx context.Context) error { return serve(ctx, server, listener) }},
+		{"http", func(ctx context.Context) error { return serve(ctx, server, split(listener, tls)) }},
 	})
 }
 
@@ -158,6 +194,7 @@ func runAll(ctx context.Context, components []component) error {
 func newServer(h http.Handler, log *slog.Logger) *http.Server {
 	protocols := new(http.Protocols)
 	protocols.SetHTTP1(true)
+	protocols.SetHTTP2(true)
 	protocols.SetUnencryptedHTTP2(true) // gRPC on loopback
 	return &http.Server{
 		Handler: h, Protocols: protocols, ReadHeaderTimeout: 10 * time.Second, IdleTimeout: 2 * time.Minute,
@@ -197,32 +234,11 @@ func adminToken(ctx context.Context, st *store.Store, path string, log *slog.Log
 	if err := st.AddToken(ctx, "admin", identity.Admin, hash); err != nil {
 		return err
 	}
-	if err := writeFile(path, token+"\n"); err != nil {
+	if err := pki.WriteFile(path, []byte(token+"\n"), 0o600); err != nil {
 		return err
 	}
 	log.Info("made a token for the administrator", "file", path)
 	return nil
-}
-
-// writeFile replaces a file at once or not at all, readable for its owner only.
-func writeFile(path, text string) error {
-	f, err := os.CreateTemp(filepath.Dir(path), ".new-*")
-	if err != nil {
-		return err
-	}
-	defer os.Remove(f.Name())
-	_, err = f.WriteString(text)
-	if err = errors.Join(err, f.Sync(), f.Close()); err != nil {
-		return err
-	}
-	if err := os.Rename(f.Name(), path); err != nil {
-		return err
-	}
-	dir, err := os.Open(filepath.Dir(path))
-	if err != nil {
-		return err
-	}
-	return errors.Join(dir.Sync(), dir.Close())
 }
 
 // versions is the store as the registry sees it.
@@ -257,10 +273,7 @@ func (v versions) VersionDigest(ctx context.Context, model string, version int64
 // password gives the controller's own for an external broker.
 func password(c Config) (string, error) {
 	if c.BrokerPasswordFile == "" {
-		if c.MosquittoPasswordFile == "" {
-			return "", nil
-		}
-		return rand.Text(), nil // its hash is in the file that the controller writes
+		return "", nil
 	}
 	b, err := os.ReadFile(c.BrokerPasswordFile)
 	if err != nil {

@@ -4,6 +4,8 @@ import (
 	"bytes"
 	"context"
 	"crypto/sha256"
+	"crypto/tls"
+	"crypto/x509"
 	"encoding/json"
 	"errors"
 	"flag"
@@ -25,6 +27,8 @@ import (
 	"google.golang.org/protobuf/proto"
 
 	"github.com/dunlin/dunlin/internal/link"
+	"github.com/dunlin/dunlin/internal/pki"
+	"github.com/dunlin/dunlin/internal/pki/pkitest"
 	"github.com/dunlin/dunlin/models"
 	v1 "github.com/dunlin/dunlin/proto/dunlin/v1"
 	v1connect "github.com/dunlin/dunlin/proto/dunlin/v1/dunlinv1connect"
@@ -156,17 +160,35 @@ type device struct {
 	done   chan struct{}
 }
 
-func (w *world) join(name, secret string) *v1.JoinResponse {
+// joined is a device that the controller knows.
+type joined struct {
+	pkitest.Joined
+	*v1.JoinResponse
+}
+
+func (w *world) join(name string) joined {
 	w.t.Helper()
 	enrollment := v1connect.NewEnrollmentServiceClient(client, w.URL, w.auth())
 	token := call(w.t, enrollment.CreateJoinToken, &v1.CreateJoinTokenRequest{}).JoinToken
-	return call(w.t, enrollment.Join, &v1.JoinRequest{JoinToken: token, Name: name, Secret: secret, Labels: map[string]string{"site": "demo"}})
+	key, csr := pkitest.Request(w.t, name)
+	answer := call(w.t, enrollment.Join, &v1.JoinRequest{JoinToken: token, Name: name, Csr: csr, Labels: map[string]string{"site": "demo"}})
+	return joined{pkitest.Joined{Key: key, Identity: answer.Identity}, answer}
 }
 
-func (w *world) connect(url, name, secret string) *device {
+// https is who asks as the device.
+func (w *world) https(j joined) *http.Client {
 	w.t.Helper()
+	secure, err := j.TLS("127.0.0.1")
+	must(w.t, err)
+	return &http.Client{Transport: &http.Transport{DisableKeepAlives: true, TLSClientConfig: secure}}
+}
+
+func (w *world) connect(url string, j joined) *device {
+	w.t.Helper()
+	secure, err := j.TLS("127.0.0.1")
+	must(w.t, err)
 	l, err := link.New(link.Config{
-		BrokerURL: url, Device: name, Secret: secret, BootID: "boot", Log: slog.New(slog.DiscardHandler), MaxBackoff: 100 * time.Millisecond,
+		BrokerURL: url, Device: j.Device, TLS: func() *tls.Config { return secure }, BootID: "boot", Log: slog.New(slog.DiscardHandler), MaxBackoff: 100 * time.Millisecond,
 		Hello: func() *v1.Hello { return &v1.Hello{Info: &v1.DeviceInfo{Hostname: "host"}} },
 	})
 	must(w.t, err)
@@ -203,8 +225,6 @@ func document(t *testing.T, m *v1.Desired) *v1.DesiredDocument {
 	return doc
 }
 
-var secret = strings.Repeat("s", 43)
-
 const digits = "../models/examples/digits/v1.onnx"
 
 // The controller's part of the main job: push, join, apply, deliver, report.
@@ -222,8 +242,8 @@ func TestMainJob(t *testing.T) {
 		t.Fatalf("got %v", versions)
 	}
 
-	joined := w.join("dev", secret)
-	d := w.connect(joined.BrokerUrl, "dev", secret)
+	joined := w.join("dev")
+	d := w.connect(joined.BrokerUrl, joined)
 	inbox(t, d, func(*v1.Desired) bool { return true })
 	objects := v1connect.NewObjectServiceClient(client, w.URL, w.auth())
 	change := call(t, objects.Apply, &v1.ApplyRequest{Documents: `apiVersion: dunlin/v1
@@ -245,8 +265,7 @@ spec: {targets: [{model: digits, weight: 1}]}
 	// The device pulls with its own credentials, and may do nothing else.
 	req, err := http.NewRequestWithContext(t.Context(), http.MethodGet, joined.RegistryUrl+"/v2/digits/manifests/"+versions[0].Digest, nil)
 	must(t, err)
-	req.SetBasicAuth("dev", secret)
-	resp, err := client.Do(req)
+	resp, err := w.https(joined).Do(req)
 	must(t, err)
 	text, err := io.ReadAll(resp.Body)
 	must(t, errors.Join(err, resp.Body.Close()))
@@ -291,8 +310,7 @@ spec: {targets: [{model: digits, weight: 1}]}
 			t.Fatal("a removed device is still connected")
 		}
 	}
-	req.SetBasicAuth("dev", secret)
-	resp, err = client.Do(req)
+	resp, err = w.https(joined).Do(req)
 	must(t, err)
 	must(t, resp.Body.Close())
 	if resp.StatusCode != http.StatusUnauthorized {
@@ -305,7 +323,7 @@ func TestRestart(t *testing.T) {
 	data := t.TempDir()
 	w := start(t, data)
 	w.push("digits", "1", digits)
-	w.join("dev", secret)
+	dev := w.join("dev")
 	call(t, v1connect.NewObjectServiceClient(client, w.URL, w.auth()).Apply, &v1.ApplyRequest{Documents: "apiVersion: dunlin/v1\nkind: Deployment\nmetadata: {name: digits}\nspec: {model: digits, version: 1, selector: {}}\n"})
 	token := w.token
 	must(t, w.stop())
@@ -313,7 +331,7 @@ func TestRestart(t *testing.T) {
 	if w.token != token {
 		t.Error("a new administrator's token though the old one is valid")
 	}
-	d := w.connect(w.Broker, "dev", secret)
+	d := w.connect(w.Broker, dev)
 	inbox(t, d, func(m *v1.Desired) bool { return len(document(t, m).Versions) == 1 })
 }
 
@@ -362,8 +380,8 @@ func TestAddressTaken(t *testing.T) {
 func TestStop(t *testing.T) {
 	w := start(t, t.TempDir())
 	w.push("digits", "1", digits)
-	w.join("dev", secret)
-	d := w.connect(w.Broker, "dev", secret)
+	dev := w.join("dev")
+	d := w.connect(w.Broker, dev)
 	inbox(t, d, func(*v1.Desired) bool { return true })
 	id := call(t, v1connect.NewObjectServiceClient(client, w.URL, w.auth()).Apply, &v1.ApplyRequest{Documents: "apiVersion: dunlin/v1\nkind: Deployment\nmetadata: {name: digits}\nspec: {model: digits, version: 1, selector: {}}\n"}).Changes[0].Rollout
 	watch := connect.NewRequest(&v1.WatchRolloutRequest{Id: id})
@@ -405,14 +423,62 @@ func TestLoadConfig(t *testing.T) {
 func TestBrokerURL(t *testing.T) {
 	for given, want := range map[string]string{
 		"mqtt://localhost": "tcp://localhost:1883", "mqtt://127.0.0.1:1884": "tcp://127.0.0.1:1884", "tcp://[::1]:1": "tcp://[::1]:1",
+		"mqtts://broker": "mqtts://broker:8883", "mqtts://10.0.0.1:1": "mqtts://10.0.0.1:1",
 	} {
-		b, err := openBus(t.Context(), Config{BrokerURL: given}, nil, nil, slog.New(slog.DiscardHandler))
+		b, err := openBus(t.Context(), Config{BrokerURL: given}, testTrust(t), slog.New(slog.DiscardHandler))
 		must(t, err)
 		if b.url != want {
 			t.Errorf("%s: devices are told %s, want %s", given, b.url, want)
 		}
 	}
 }
+
+// testAuthorities is one that a test made.
+type testAuthorities struct {
+	*pki.Authority
+	certificate *tls.Certificate
+}
+
+func (a testAuthorities) Roots() []*x509.Certificate { return []*x509.Certificate{a.Certificate} }
+
+func (a testAuthorities) ServerCertificate() (*tls.Certificate, error) { return a.certificate, nil }
+
+func (a testAuthorities) ClientTLS(serverName string) *tls.Config {
+	return pki.ClientConfig(pki.Client{
+		Trust:       func() pki.Trust { return pki.Trust{Roots: a.Roots()} },
+		Certificate: func() *tls.Certificate { return a.certificate },
+	}, serverName)
+}
+
+func (a testAuthorities) CRLs(context.Context) ([][]byte, error) {
+	crl, err := a.Revoke(nil, 1, time.Now(), time.Hour)
+	return [][]byte{crl}, err
+}
+
+// testTrust is for 127.0.0.1.
+func testTrust(t *testing.T) brokerTrust {
+	t.Helper()
+	key, err := pki.NewKey()
+	must(t, err)
+	a, err := pki.NewAuthority(key, time.Now(), time.Hour)
+	must(t, err)
+	leaf, err := a.IssueController([]string{"127.0.0.1"}, key.Public(), time.Now(), time.Hour)
+	must(t, err)
+	return brokerTrust{
+		authorities: testAuthorities{a, &tls.Certificate{Certificate: pki.Raw(a.Chain(leaf)), PrivateKey: key}},
+		auth:        noDevices{},
+		revoked:     func(context.Context) ([]string, error) { return []string{"gone"}, nil },
+		joinTokens:  func(context.Context) (map[string]string, error) { return nil, nil },
+	}
+}
+
+type noDevices struct{}
+
+func (noDevices) Device(context.Context, *x509.Certificate) (string, error) {
+	return "", errors.New("no device")
+}
+
+func (noDevices) Enrolling(context.Context, string, string, string) bool { return false }
 
 func TestLoadConfigFaults(t *testing.T) {
 	file := filepath.Join(t.TempDir(), "c.yaml")
@@ -422,17 +488,16 @@ func TestLoadConfigFaults(t *testing.T) {
 		args []string
 		want []string
 	}{
-		{[]string{"--listen", "0.0.0.0:80", "--mqtt-listen", "example.com:1", "--data", "", "x"}, []string{
-			`unexpected argument "x"`, "data is missing", `listen "0.0.0.0:80" is not on loopback`, `mqtt-listen "example.com:1" is not on loopback`}},
-		{[]string{"--listen", ":80"}, []string{`listen ":80" is not on loopback`}},
+		{[]string{"--listen", "0.0.0.0:80", "--mqtt-listen", "example.com", "--data", "", "x"}, []string{
+			`unexpected argument "x"`, "data is missing", `mqtt-listen "example.com" is not host:port`}},
 		{[]string{"--listen", "x"}, []string{`listen "x" is not host:port`}},
-		{[]string{"--config", file, "--listen", "1.1.1.1:1"}, []string{"colour", "not on loopback"}},
+		{[]string{"--config", file, "--listen", "1.1.1.1:1"}, []string{"colour"}},
 		{[]string{"--config", "/does/not/exist"}, []string{"/does/not/exist"}},
 		{[]string{"--broker-url", "mqtt://10.0.0.1:1883"}, []string{`broker-url "10.0.0.1:1883" is not on loopback`}},
-		{[]string{"--broker-url", "http://127.0.0.1"}, []string{"is not mqtt://host:port"}},
-		{[]string{"--mosquitto-password-file", "x", "--mosquitto-pid-file", "y"}, []string{"need broker-url"}},
-		{[]string{"--broker-url", "mqtt://localhost", "--mosquitto-pid-file", "y"}, []string{"mosquitto-pid-file needs mosquitto-password-file"}},
-		{[]string{"--broker-url", "mqtt://localhost", "--mosquitto-password-file", "y", "--broker-username", "z"}, []string{"it must be dunlin.controller"}},
+		{[]string{"--broker-url", "http://127.0.0.1"}, []string{"is not mqtts://host:port"}},
+		{[]string{"--broker-url", "mqtts://:1883"}, []string{"broker-url"}},
+		{[]string{"--mosquitto-dir", "x"}, []string{"need broker-url"}},
+		{[]string{"--broker-url", "mqtt://localhost", "--mosquitto-dir", "x"}, []string{"mosquitto-dir needs a broker-url mqtts://host:port"}},
 		{[]string{"--log-level", "loud", "--log-format", "xml"}, []string{`log-level "loud"`, `log-format "xml"`}},
 		{[]string{"--nonsense"}, []string{"nonsense"}},
 	} {

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io/fs"
 	"math/rand/v2"
+	"net/http"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -242,7 +243,7 @@ func fetchAsChild(dir string) int {
 	if err == nil {
 		d := &download{
 			store: s, model: "m", digest: digest.Digest(os.Getenv(childDigest)), free: freeSpace,
-			remote: newRemote(Registry{URL: os.Getenv(childURL), Device: "edge-1", Secret: testSecret}, 10*time.Second),
+			remote: newRemote(Registry{URL: os.Getenv(childURL), Client: http.DefaultClient}, 10*time.Second),
 		}
 		err = d.run(context.Background())
 	}

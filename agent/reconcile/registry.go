@@ -14,10 +14,12 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
 
-// Registry says where bundles come from, and as whom the device asks for them.
+// Registry says where bundles come from.
 type Registry struct {
-	URL            string // "http://host:port"
-	Device, Secret string
+	URL string // "https://host:port"
+	// Client asks for them, as the device. It must have no limit to the time
+	// that an answer may take in all, and leave compression to others.
+	Client *http.Client
 }
 
 // defaultStall is how long a transfer may go without a byte before it is
@@ -29,19 +31,12 @@ var errStalled = errors.New("no byte arrived")
 // remote reads from the registry. It may be used by many goroutines.
 type remote struct {
 	Registry
-	client *http.Client
-	stall  time.Duration
+	stall time.Duration
 }
 
 func newRemote(r Registry, stall time.Duration) *remote {
 	r.URL = strings.TrimSuffix(r.URL, "/")
-	return &remote{Registry: r, stall: stall, client: &http.Client{Transport: &http.Transport{
-		Proxy:               http.ProxyFromEnvironment,
-		MaxIdleConnsPerHost: 1,
-		MaxConnsPerHost:     4,
-		IdleConnTimeout:     10 * time.Second,
-		DisableCompression:  true,
-	}}}
+	return &remote{Registry: r, stall: stall}
 }
 
 // statusError is an answer that is not the one asked for.
@@ -54,7 +49,7 @@ func (e *statusError) Error() string {
 	text := fmt.Sprintf("GET %s: %d %s", e.url, e.status, http.StatusText(e.status))
 	switch e.status {
 	case http.StatusUnauthorized, http.StatusForbidden:
-		return text + ": the registry refuses this device's credentials"
+		return text + ": the registry refuses this device's certificate"
 	case http.StatusNotFound:
 		return text + ": the registry does not have it"
 	}
@@ -109,7 +104,6 @@ func (r *remote) get(ctx context.Context, url string, offset, length int64) (*bo
 		cancel(nil)
 		return nil, err
 	}
-	req.SetBasicAuth(r.Device, r.Secret)
 	req.Header.Set("User-Agent", "dunlin-agent")
 	req.Header.Set("Accept", ocispec.MediaTypeImageManifest+", */*;q=0.1")
 	if length > 0 {
@@ -119,7 +113,7 @@ func (r *remote) get(ctx context.Context, url string, offset, length int64) (*bo
 	b.timer = time.AfterFunc(r.stall, func() {
 		cancel(fmt.Errorf("GET %s: %w for %s", url, errStalled, r.stall))
 	})
-	resp, err := r.client.Do(req)
+	resp, err := r.Client.Do(req)
 	if err != nil {
 		if cause := context.Cause(ctx); cause != nil {
 			err = cause

@@ -16,6 +16,7 @@ import (
 	"path"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -117,6 +118,7 @@ type testRegistry struct {
 	asked    map[digest.Digest][]span // of blobs, by what was asked for
 	served   int64                    // bytes of bodies
 	noRanges bool
+	refuses  atomic.Bool
 	// fault sees a copy of the bytes before they are written, one call at a
 	// time, and may change them.
 	fault func(d digest.Digest, offset int64, p []byte) verdict
@@ -130,8 +132,6 @@ const (
 	stalled         // sends nothing more
 )
 
-const testSecret = "secret"
-
 func serveBundles(t testing.TB, bundles ...*testBundle) *testRegistry {
 	r := &testRegistry{blobs: map[digest.Digest][]byte{}, asked: map[digest.Digest][]span{}}
 	for _, b := range bundles {
@@ -143,11 +143,11 @@ func serveBundles(t testing.TB, bundles ...*testBundle) *testRegistry {
 }
 
 func (r *testRegistry) registry() Registry {
-	return Registry{URL: r.URL, Device: "edge-1", Secret: testSecret}
+	return Registry{URL: r.URL, Client: r.Client()}
 }
 
 func (r *testRegistry) serve(w http.ResponseWriter, req *http.Request) {
-	if user, secret, _ := req.BasicAuth(); user != "edge-1" || secret != testSecret {
+	if r.refuses.Load() {
 		w.WriteHeader(http.StatusUnauthorized)
 		return
 	}
@@ -238,11 +238,10 @@ func (f transport) RoundTrip(r *http.Request) (*http.Response, error) { return f
 func TestStallIsByProgress(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		in, out := io.Pipe()
-		r := newRemote(Registry{URL: "http://registry"}, 30*time.Second)
-		r.client.Transport = transport(func(req *http.Request) (*http.Response, error) {
+		r := newRemote(Registry{URL: "http://registry", Client: &http.Client{Transport: transport(func(req *http.Request) (*http.Response, error) {
 			context.AfterFunc(req.Context(), func() { in.CloseWithError(req.Context().Err()) })
 			return &http.Response{StatusCode: http.StatusOK, Body: in}, nil
-		})
+		})}}, 30*time.Second)
 		go func() {
 			for range 100 {
 				time.Sleep(29 * time.Second)
@@ -268,10 +267,10 @@ func TestStatusErrorsSayWhat(t *testing.T) {
 	if err == nil || !strings.Contains(err.Error(), "404") || !strings.Contains(err.Error(), "does not have it") {
 		t.Errorf("unknown blob: %v", err)
 	}
-	r.Secret = "wrong"
+	reg.refuses.Store(true)
 	_, err = r.get(t.Context(), reg.URL+"/v2/m/blobs/sha256:00", 0, 0)
-	if err == nil || !strings.Contains(err.Error(), "refuses this device's credentials") {
-		t.Errorf("wrong secret: %v", err)
+	if err == nil || !strings.Contains(err.Error(), "refuses this device's certificate") {
+		t.Errorf("refused: %v", err)
 	}
 }
 

@@ -48,6 +48,14 @@ var migrations = []string{
 		events INTEGER NOT NULL, -- rows of outbox
 		bytes  INTEGER NOT NULL  -- sum of the lengths of its events
 	) STRICT;`,
+	// A device that had a secret joins again.
+	`ALTER TABLE identity DROP COLUMN secret;
+	ALTER TABLE identity ADD COLUMN certificates BLOB NOT NULL DEFAULT x''; -- DER, one after another
+	ALTER TABLE identity ADD COLUMN roots BLOB NOT NULL DEFAULT x'';
+	CREATE TABLE clock (
+		one    INTEGER PRIMARY KEY CHECK (one = 1),
+		latest INTEGER NOT NULL -- nanoseconds since 1970; no moment before it comes again
+	) STRICT;`,
 }
 
 // cacheKiB is the size of the page cache. The tables are small and mostly

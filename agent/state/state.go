@@ -41,10 +41,13 @@ type Limits struct {
 // Identity is who the agent is, and whom it talks to.
 type Identity struct {
 	Device        string
-	Secret        string
 	ControllerURL string
 	BrokerURL     string
 	RegistryURL   string
+	// Certificates is the device's own and those up to a root, and Roots the
+	// controller's authorities, in DER one after another; empty until the
+	// device has joined.
+	Certificates, Roots []byte
 }
 
 // Desired is the newest desired document that the agent has accepted.
@@ -132,15 +135,15 @@ func syncDir(dir string) error {
 // Identity gives the stored identity, or ErrNone.
 func (s *Store) Identity(ctx context.Context) (Identity, error) {
 	var i Identity
-	err := s.db.QueryRowContext(ctx, `SELECT device, secret, controller_url, broker_url, registry_url FROM identity`).
-		Scan(&i.Device, &i.Secret, &i.ControllerURL, &i.BrokerURL, &i.RegistryURL)
+	err := s.db.QueryRowContext(ctx, `SELECT device, controller_url, broker_url, registry_url, certificates, roots FROM identity`).
+		Scan(&i.Device, &i.ControllerURL, &i.BrokerURL, &i.RegistryURL, &i.Certificates, &i.Roots)
 	return i, none("identity", err)
 }
 
 // SetIdentity stores the identity in place of an earlier one.
 func (s *Store) SetIdentity(ctx context.Context, i Identity) error {
-	_, err := s.db.ExecContext(ctx, `INSERT OR REPLACE INTO identity VALUES (1, ?, ?, ?, ?, ?)`,
-		i.Device, i.Secret, i.ControllerURL, i.BrokerURL, i.RegistryURL)
+	_, err := s.db.ExecContext(ctx, `INSERT OR REPLACE INTO identity (one, device, controller_url, broker_url, registry_url, certificates, roots) VALUES (1, ?, ?, ?, ?, ?, ?)`,
+		i.Device, i.ControllerURL, i.BrokerURL, i.RegistryURL, append([]byte{}, i.Certificates...), append([]byte{}, i.Roots...))
 	return wrap("store identity", err)
 }
 

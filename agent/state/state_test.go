@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"github.com/google/go-cmp/cmp"
+	"github.com/google/go-cmp/cmp/cmpopts"
 	"go.uber.org/goleak"
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/testing/protocmp"
@@ -66,12 +67,12 @@ func TestIdentityAndDesired(t *testing.T) {
 	if _, err := s.Desired(ctx); !errors.Is(err, ErrNone) {
 		t.Errorf("desired document of a new file: %v", err)
 	}
-	for _, id := range []Identity{{Device: "a"}, {"b", "secret", "http://c", "tcp://b", "http://r"}} {
+	for _, id := range []Identity{{Device: "a"}, {"b", "https://c", "mqtts://b", "https://r", []byte{1, 2}, []byte{3}}} {
 		if err := s.SetIdentity(ctx, id); err != nil {
 			t.Fatal(err)
 		}
-		if got := must(s.Identity(ctx))(t); got != id {
-			t.Errorf("identity %+v, want %+v", got, id)
+		if diff := cmp.Diff(id, must(s.Identity(ctx))(t), cmpopts.EquateEmpty()); diff != "" {
+			t.Error(diff)
 		}
 	}
 	for _, d := range []Desired{
@@ -486,5 +487,34 @@ func BenchmarkAppend(b *testing.B) {
 	defer s.Close()
 	for b.Loop() {
 		must(s.Append(b.Context(), event("x")))(b)
+	}
+}
+
+// A file of the time of secrets: the device keeps its name, its events and its
+// document, and has to join again.
+func TestMigrateSecret(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "state.db")
+	all := migrations
+	defer func() { migrations = all }()
+	migrations = all[:1]
+	old := must(Open(t.Context(), path, Limits{}))(t)
+	for _, q := range []string{
+		`INSERT INTO identity VALUES (1, 'cam-1', 'secret', 'http://c', 'tcp://b', 'http://r')`, `INSERT INTO desired VALUES (1, 'i', 7, x'01', x'02')`,
+	} {
+		if _, err := old.db.ExecContext(t.Context(), q); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := old.Close(); err != nil {
+		t.Fatal(err)
+	}
+	migrations = all
+	s := must(Open(t.Context(), path, Limits{}))(t)
+	defer s.Close()
+	if id := must(s.Identity(t.Context()))(t); id.Device != "cam-1" || len(id.Certificates)+len(id.Roots) != 0 {
+		t.Errorf("identity %+v", id)
+	}
+	if d := must(s.Desired(t.Context()))(t); d.Number != 7 {
+		t.Errorf("desired document %+v", d)
 	}
 }

@@ -65,7 +65,7 @@ func run(ctx context.Context, starts int, idle time.Duration) (err error) {
 	if err != nil {
 		return err
 	}
-	args := []string{"--data", filepath.Join(dir, "agent"), "--controller", fleet.URL, "--join-token", "@" + token, "--name", "footprint",
+	args := []string{"--data", filepath.Join(dir, "agent"), "--controller", fleet.DeviceURL(), "--join-token", "@" + token, "--name", "footprint",
 		"--listen", listen, "--grpc-listen", "127.0.0.1:0", "--runtime-lib", library}
 	var took []time.Duration
 	var agent *e2e.Process

@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"os"
 	"os/signal"
+	"slices"
 	"syscall"
 
 	"github.com/dunlin/dunlin/controller"
@@ -24,18 +25,31 @@ func main() {
 		fmt.Println("dunlin-controller", program.Version())
 		return
 	}
-	c, err := controller.LoadConfig(os.Args[1:], os.Getenv, os.Stdout)
-	if errors.Is(err, flag.ErrHelp) {
-		return
-	}
-	if err != nil {
-		fmt.Fprintln(os.Stderr, "dunlin-controller:", err)
-		os.Exit(2)
-	}
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
-	if err := controller.Run(ctx, c); err != nil {
+	err := run(ctx, os.Args[1:])
+	switch {
+	case err == nil, errors.Is(err, flag.ErrHelp):
+	case errors.Is(err, program.ErrUsage):
+		fmt.Fprintln(os.Stderr, "dunlin-controller:", err)
+		os.Exit(2)
+	default:
 		fmt.Fprintln(os.Stderr, "dunlin-controller:", err)
 		os.Exit(1)
 	}
+}
+
+func run(ctx context.Context, args []string) error {
+	if len(args) >= 3 && slices.Equal(args[:3], []string{"broker", "config", "mosquitto"}) {
+		c, err := controller.LoadMosquittoConfig(args[3:], os.Getenv, os.Stdout)
+		if err != nil {
+			return err
+		}
+		return controller.SetUpMosquitto(ctx, c)
+	}
+	c, err := controller.LoadConfig(args, os.Getenv, os.Stdout)
+	if err != nil {
+		return err
+	}
+	return controller.Run(ctx, c)
 }

@@ -64,6 +64,10 @@ func (c *client) devices() dunlinv1connect.DeviceServiceClient {
 	return dunlinv1connect.NewDeviceServiceClient(c.http, c.URL, c.opts...)
 }
 
+func (c *client) trust() dunlinv1connect.TrustServiceClient {
+	return dunlinv1connect.NewTrustServiceClient(c.http, c.URL, c.opts...)
+}
+
 // call makes a unary call within callTimeout and gives the answer's message.
 func call[Req, Res any](ctx context.Context, f func(context.Context, *connect.Request[Req]) (*connect.Response[Res], error), req *Req) (*Res, error) {
 	ctx, cancel := context.WithTimeout(ctx, callTimeout)

@@ -104,6 +104,10 @@ func (c *cli) getDevices(ctx context.Context, ctl *client, name string, selector
 	return c.print(f, res, func() *table { return devicesTable(time.Now(), res.GetDevices()) })
 }
 
+// soonExpired is the time before a certificate's end in which a device should
+// have renewed long ago.
+const soonExpired = 30 * 24 * time.Hour
+
 func devicesTable(now time.Time, devices []*dunlinv1.Device) *table {
 	t := &table{header: []string{"NAME", "STATE", "SERVING", "TROUBLE", "ARCH", "CLASS", "RUNTIME", "LAST HEARD", "LABELS"}}
 	for _, d := range devices {
@@ -112,6 +116,21 @@ func devicesTable(now time.Time, devices []*dunlinv1.Device) *table {
 			state = "online"
 		}
 		var serving, trouble []string
+		known := d.GetIdentity()
+		if known.GetRevokedAt() != nil {
+			state = "revoked"
+			trouble = append(trouble, strings.TrimSuffix("revoked: "+known.GetRevokedReason(), ": "))
+		}
+		if twins := known.GetTwins(); len(twins) > 0 {
+			var hosts []string
+			for _, t := range twins {
+				hosts = append(hosts, t.GetHostname())
+			}
+			trouble = append(trouble, fmt.Sprintf("%d agents use its identity: %s", len(twins), strings.Join(hosts, " and ")))
+		}
+		if end := known.GetNotAfter(); end != nil && known.GetRevokedAt() == nil && end.AsTime().Sub(now) < soonExpired {
+			trouble = append(trouble, "certificate expires "+end.AsTime().Format(time.DateOnly))
+		}
 		for _, v := range d.GetReported().GetVersions() {
 			ref := fmt.Sprintf("%s:%d", v.GetModel(), v.GetVersion())
 			if v.GetServing() && d.GetConnected() {
@@ -390,13 +409,13 @@ func (c *cli) getJoinTokens(ctx context.Context, ctl *client, name string, f for
 }
 
 func joinTokensTable(now time.Time, tokens []*dunlinv1.JoinToken) *table {
-	t := &table{header: []string{"ID", "USES LEFT", "EXPIRES", "LABELS"}}
+	t := &table{header: []string{"ID", "USES LEFT", "EXPIRES", "DEVICE", "LABELS"}}
 	for _, j := range tokens {
 		expires := "expired"
 		if left := j.GetExpiresAt().AsTime().Sub(now); left > 0 {
 			expires = "in " + durationText(left)
 		}
-		t.add(j.GetId(), fmt.Sprint(j.GetUsesLeft()), expires, labelsText(j.GetLabels()))
+		t.add(j.GetId(), fmt.Sprint(j.GetUsesLeft()), expires, j.GetDevice(), labelsText(j.GetLabels()))
 	}
 	return t
 }

@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"crypto/tls"
 	"fmt"
 	"log/slog"
 	"os"
@@ -18,8 +19,9 @@ import (
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	"github.com/dunlin/dunlin/controller"
-	"github.com/dunlin/dunlin/controller/identity"
 	"github.com/dunlin/dunlin/internal/link"
+	"github.com/dunlin/dunlin/internal/pki"
+	"github.com/dunlin/dunlin/internal/pki/pkitest"
 	dunlinv1 "github.com/dunlin/dunlin/proto/dunlin/v1"
 	"github.com/dunlin/dunlin/proto/dunlin/v1/dunlinv1connect"
 )
@@ -252,17 +254,28 @@ func join(ts *testscript.TestScript, url, name, token string, limits *dunlinv1.D
 
 func joinDevice(url, name, token string, limits *dunlinv1.DeviceLimits) (*device, error) {
 	info := &dunlinv1.DeviceInfo{Arch: "arm64", RuntimeVersion: "1.30.0", ServingUrl: "http://127.0.0.1:1", FirmwareProfile: "board", Limits: limits}
-	secret, _ := identity.NewToken("")
+	key, err := pki.NewKey()
+	if err != nil {
+		return nil, err
+	}
+	csr, err := pki.Request(key, name)
+	if err != nil {
+		return nil, err
+	}
 	ctx, cancel := context.WithTimeout(context.Background(), patience)
 	defer cancel()
 	res, err := dunlinv1connect.NewEnrollmentServiceClient(newClient(settings{}).http, url).Join(ctx, connect.NewRequest(&dunlinv1.JoinRequest{
-		JoinToken: token, Name: name, Secret: secret, Info: info,
+		JoinToken: token, Name: name, Csr: csr, Info: info,
 	}))
 	if err != nil {
 		return nil, err
 	}
+	secure, err := pkitest.Joined{Key: key, Identity: res.Msg.GetIdentity()}.TLS("127.0.0.1")
+	if err != nil {
+		return nil, err
+	}
 	l, err := link.New(link.Config{
-		BrokerURL: res.Msg.GetBrokerUrl(), Device: name, Secret: secret, BootID: "boot-" + name, Log: slog.New(slog.DiscardHandler),
+		BrokerURL: res.Msg.GetBrokerUrl(), Device: name, TLS: func() *tls.Config { return secure }, BootID: "boot-" + name, Log: slog.New(slog.DiscardHandler),
 		Hello: func() *dunlinv1.Hello { return &dunlinv1.Hello{Info: info} },
 	})
 	if err != nil {

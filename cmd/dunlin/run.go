@@ -165,7 +165,7 @@ Environment: DUNLIN_URL and DUNLIN_TOKEN override what "dunlin login" stored.`,
 	}
 	root.AddCommand(
 		c.loginCommand(), c.pushCommand(), c.applyCommand(), c.diffCommand(), c.planCommand(), c.deleteCommand(),
-		c.getCommand(), c.profileCommand(), c.joinTokenCommand(), c.deviceCommand(), c.rolloutCommand(), c.inferCommand(),
+		c.getCommand(), c.profileCommand(), c.joinTokenCommand(), c.deviceCommand(), c.authorityCommand(), c.rolloutCommand(), c.inferCommand(),
 		c.auditCommand(), c.versionCommand(),
 		&cobra.Command{Use: "exit-codes", Short: "What the exit codes mean", Long: exitCodesHelp},
 	)

@@ -10,6 +10,7 @@ import (
 	"connectrpc.com/connect"
 
 	"github.com/dunlin/dunlin/controller/dispatch"
+	"github.com/dunlin/dunlin/controller/enrol"
 	"github.com/dunlin/dunlin/controller/fleet"
 	"github.com/dunlin/dunlin/controller/identity"
 	"github.com/dunlin/dunlin/controller/registry"
@@ -33,12 +34,13 @@ type Config struct {
 	Auth     *identity.Authenticator
 	Log      *slog.Logger
 
-	Version   string // of the controller
-	BrokerURL string // that devices connect to
-	// HashPassword gives a device's secret the form of an external broker.
-	HashPassword func(secret string) (string, error)
-	// AccountsChanged tells an external broker of new and removed devices
-	// before the call that changed them answers; nil where there is none.
+	Enrol *enrol.Service
+	// Authorities vouch for devices.
+	Authorities *identity.Authorities
+
+	Version string // of the controller
+	// AccountsChanged tells an external broker of revoked devices, join tokens
+	// and authorities before the call that changed them answers; nil where there is none.
 	AccountsChanged func(ctx context.Context) error
 	// Stopping is closed when streams are to end.
 	Stopping <-chan struct{}
@@ -47,7 +49,7 @@ type Config struct {
 type server struct {
 	v1connect.UnimplementedAuthServiceHandler
 	v1connect.UnimplementedEnrollmentServiceHandler
-	v1connect.UnimplementedDeviceServiceHandler
+	v1connect.UnimplementedTrustServiceHandler
 	Config
 }
 
@@ -64,6 +66,7 @@ func New(c Config) http.Handler {
 	mux.Handle(v1connect.NewRolloutServiceHandler(s, options))
 	mux.Handle(v1connect.NewDeviceServiceHandler(s, options))
 	mux.Handle(v1connect.NewAuditServiceHandler(s, options))
+	mux.Handle(v1connect.NewTrustServiceHandler(s, options))
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		p, err := c.Auth.FromRequest(r)
 		if err != nil && !errors.Is(err, identity.ErrUnauthenticated) {
@@ -78,6 +81,13 @@ func New(c Config) http.Handler {
 }
 
 type hostKey struct{}
+
+// deviceURL is the registry's base URL for the device that calls: devices
+// always speak TLS.
+func deviceURL(ctx context.Context) string {
+	host, _ := ctx.Value(hostKey{}).(string)
+	return "https://" + host
+}
 
 // registryURL gives the registry's base URL as this caller reaches it: both
 // are on one port, which may have other names behind a proxy.
@@ -187,11 +197,6 @@ func (g gate) WrapStreamingClient(next connect.StreamingClientFunc) connect.Stre
 	return next
 }
 
-// invalidError is a request that cannot be served as it is.
-type invalidError struct{ error }
-
-func (e invalidError) Unwrap() error { return e.error }
-
 // coded maps errors to codes, the only place that does. What is not the
 // caller's fault is logged and not shown.
 func (g gate) coded(ctx context.Context, procedure string, err error) error {
@@ -202,7 +207,6 @@ func (g gate) coded(ctx context.Context, procedure string, err error) error {
 		return err
 	}
 	code := connect.CodeInternal
-	_, invalid := errors.AsType[invalidError](err)
 	_, faults := errors.AsType[fleet.Faults](err)
 	_, taken := errors.AsType[registry.ErrVersionExists](err)
 	switch {
@@ -210,14 +214,14 @@ func (g gate) coded(ctx context.Context, procedure string, err error) error {
 		code = connect.CodeDeadlineExceeded
 	case ctx.Err() != nil:
 		code = connect.CodeCanceled
-	case invalid, faults, errors.Is(err, registry.ErrInvalid):
+	case faults, errors.Is(err, registry.ErrInvalid):
 		code = connect.CodeInvalidArgument
-	case errors.Is(err, store.ErrNotFound), errors.Is(err, registry.ErrNotFound):
+	case errors.Is(err, registry.ErrNotFound):
 		code = connect.CodeNotFound
-	case taken, errors.Is(err, store.ErrExists):
+	case taken:
 		code = connect.CodeAlreadyExists
-	case errors.Is(err, store.ErrRefused):
-		code = connect.CodePermissionDenied
+	default:
+		code = enrol.Code(err)
 	}
 	if code == connect.CodeInternal {
 		g.log.Error("call failed", "procedure", procedure, "error", err)

@@ -1,6 +1,7 @@
 package api
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -17,11 +18,12 @@ import (
 	"go.uber.org/goleak"
 	"google.golang.org/protobuf/types/known/durationpb"
 
-	"github.com/dunlin/dunlin/controller/broker"
 	"github.com/dunlin/dunlin/controller/dispatch"
+	"github.com/dunlin/dunlin/controller/enrol"
 	"github.com/dunlin/dunlin/controller/identity"
 	"github.com/dunlin/dunlin/controller/registry"
 	"github.com/dunlin/dunlin/controller/store"
+	"github.com/dunlin/dunlin/internal/pki/pkitest"
 	v1 "github.com/dunlin/dunlin/proto/dunlin/v1"
 	v1connect "github.com/dunlin/dunlin/proto/dunlin/v1/dunlinv1connect"
 )
@@ -33,6 +35,12 @@ func TestMain(m *testing.M) {
 
 // versions is the store as the registry sees it; nothing is pushed here.
 type versions struct{ registry.Versions }
+
+// silent is a broker without devices.
+type silent struct{}
+
+func (silent) Publish(string, []byte) error { return nil }
+func (silent) Disconnect(string)            {}
 
 type world struct {
 	store    *store.Store
@@ -49,26 +57,35 @@ func start(t *testing.T) *world {
 	must(t, err)
 	auth := identity.New(st)
 	log := slog.New(slog.DiscardHandler)
-	bus, err := broker.NewEmbedded(broker.EmbeddedConfig{Listen: "127.0.0.1:0", Auth: auth, Log: log})
+	authorities, err := identity.OpenAuthorities(t.Context(), st, t.TempDir(), []string{"localhost"}, time.Now)
 	must(t, err)
+	bus := silent{}
 	reg, err := registry.New(registry.Config{Root: t.TempDir(), Auth: auth, Refusals: st, Versions: versions{}, Log: log})
 	must(t, err)
 	w := &world{store: st, stopping: make(chan struct{})}
 	w.dispatch = dispatch.New(dispatch.Config{Store: st, Bus: bus, Log: log})
 	ctx, cancel := context.WithCancel(context.Background())
-	done := make(chan error, 2)
+	done := make(chan error, 1)
 	go func() { done <- w.dispatch.Run(ctx) }()
-	go func() { done <- bus.Run(ctx, w.dispatch.Handle) }()
-	server := httptest.NewServer(New(Config{
-		Store: st, Dispatch: w.dispatch, Registry: reg, Auth: auth, Log: log, Version: "v1.2.3",
-		BrokerURL: "tcp://" + bus.Addr().String(), HashPassword: broker.HashPassword,
-		AccountsChanged: func(context.Context) error { w.accounts++; return nil }, Stopping: w.stopping,
-	}))
+	accounts := func(context.Context) error { w.accounts++; return nil }
+	enrolment := enrol.New(enrol.Config{
+		Store: st, Authorities: authorities, Lifetime: identity.DeviceLifetime, Grace: identity.Grace, BrokerURL: "mqtts://localhost:8883",
+		Roots: authorities.Roots, Trust: func(context.Context, uint64) ([]*v1.SignedTrust, error) { return nil, nil },
+		AccountsChanged: accounts, Joined: w.dispatch.Replan, Now: time.Now, Log: log,
+		Refused: func(ctx context.Context, who, object, reason string) {
+			st.Refused(ctx, identity.Refusal{Who: who, Action: "device.enrol", Object: object, Reason: reason})
+		},
+	})
+	_, active := authorities.All()
+	server := httptest.NewServer(pkitest.Showing(t, active, New(Config{
+		Store: st, Dispatch: w.dispatch, Registry: reg, Auth: auth, Log: log, Version: "v1.2.3", Enrol: enrolment, Authorities: authorities,
+		AccountsChanged: accounts, Stopping: w.stopping,
+	})))
 	w.url, w.client = server.URL, server.Client()
 	t.Cleanup(func() {
 		server.Close()
 		cancel()
-		if err := errors.Join(<-done, <-done, st.Close()); err != nil {
+		if err := errors.Join(<-done, st.Close()); err != nil {
 			t.Error(err)
 		}
 	})
@@ -132,12 +149,16 @@ const (
 	admin    = "admin-token"
 )
 
-var secret = strings.Repeat("s", minSecret)
-
 func (w *world) join(t *testing.T, name string) *v1.JoinResponse {
 	t.Helper()
+	return w.joinAs(t, name, nil)
+}
+
+func (w *world) joinAs(t *testing.T, name string, info *v1.DeviceInfo) *v1.JoinResponse {
+	t.Helper()
 	token := call(t, w.enrollment(admin).CreateJoinToken, &v1.CreateJoinTokenRequest{}).JoinToken
-	return call(t, w.enrollment("").Join, &v1.JoinRequest{JoinToken: token, Name: name, Secret: secret, Labels: map[string]string{"site": "demo"}})
+	_, csr := pkitest.Request(t, name)
+	return call(t, w.enrollment("").Join, &v1.JoinRequest{JoinToken: token, Name: name, Csr: csr, Labels: map[string]string{"site": "demo"}, Info: info})
 }
 
 func (w *world) push(t *testing.T, model string, n int) {
@@ -179,7 +200,7 @@ func TestAuthorisation(t *testing.T) {
 			switch caller {
 			case "":
 			case "device":
-				req.SetBasicAuth("dev", secret)
+				req.Header.Set(pkitest.AsDevice, "dev")
 			default:
 				req.Header.Set("Authorization", "Bearer "+caller)
 			}
@@ -223,8 +244,9 @@ func TestJoin(t *testing.T) {
 	if created.Info.UsesLeft != 2 || created.Info.Id == "" || time.Until(created.Info.ExpiresAt.AsTime()) > time.Minute {
 		t.Errorf("got %v", created.Info)
 	}
+	_, csr := pkitest.Request(t, "dev")
 	good := func() *v1.JoinRequest {
-		return &v1.JoinRequest{JoinToken: created.JoinToken, Name: "dev", Secret: secret, Labels: map[string]string{"a": "b"}, Info: &v1.DeviceInfo{Arch: "arm64"}}
+		return &v1.JoinRequest{JoinToken: created.JoinToken, Name: "dev", Csr: csr, Labels: map[string]string{"a": "b"}, Info: &v1.DeviceInfo{Arch: "arm64"}}
 	}
 	join := w.enrollment("").Join
 	for _, tt := range []struct {
@@ -233,10 +255,8 @@ func TestJoin(t *testing.T) {
 		part   string
 	}{
 		{func(r *v1.JoinRequest) { r.Name = "a/b" }, connect.CodeInvalidArgument, `name: device name "a/b" holds '/'`},
-		{func(r *v1.JoinRequest) { r.Secret = "short" }, connect.CodeInvalidArgument, "secret has 5 characters, allowed are 43 to 256"},
-		{func(r *v1.JoinRequest) { r.Secret = strings.Repeat("!", 43) }, connect.CodeInvalidArgument, "secret is not base64url"},
 		{func(r *v1.JoinRequest) { r.Labels = map[string]string{"": ""} }, connect.CodeInvalidArgument, "labels: label key"},
-		{func(r *v1.JoinRequest) { r.Info.Hostname = strings.Repeat("h", maxInfoBytes) }, connect.CodeInvalidArgument, "the limit is 16384"},
+		{func(r *v1.JoinRequest) { r.Info.Hostname = strings.Repeat("h", 16<<10) }, connect.CodeInvalidArgument, "the limit is 16384"},
 		{func(r *v1.JoinRequest) { r.JoinToken = "other" }, connect.CodePermissionDenied, "join token is unknown"},
 	} {
 		r := good()
@@ -244,11 +264,11 @@ func TestJoin(t *testing.T) {
 		refused(t, join, r, tt.code, tt.part)
 	}
 	first, again := call(t, join, good()), call(t, join, good())
-	if first.Device != "dev" || first.BrokerUrl == "" || first.String() != again.String() || w.accounts != 2 {
+	if first.Device != "dev" || first.BrokerUrl == "" || !slices.EqualFunc(first.Identity.Certificates, again.Identity.Certificates, bytes.Equal) || w.accounts != 3 {
 		t.Errorf("got %v, then %v; %d", first, again, w.accounts)
 	}
 	r := good()
-	r.Secret = strings.Repeat("t", minSecret)
+	_, r.Csr = pkitest.Request(t, "dev")
 	refused(t, join, r, connect.CodeAlreadyExists, "device dev: already exists")
 	list := call(t, w.enrollment(admin).ListJoinTokens, &v1.ListJoinTokensRequest{})
 	if len(list.JoinTokens) != 1 || list.JoinTokens[0].UsesLeft != 1 {
@@ -397,7 +417,7 @@ func TestDevices(t *testing.T) {
 	refused(t, c.ListEvents, &v1.ListEventsRequest{Limit: maxEvents + 1}, connect.CodeInvalidArgument, "limit is 10001")
 	call(t, c.RemoveDevice, &v1.RemoveDeviceRequest{Device: "a"})
 	refused(t, c.RemoveDevice, &v1.RemoveDeviceRequest{Device: "a"}, connect.CodeNotFound, "device a")
-	if got := names(&v1.ListDevicesRequest{}); !slices.Equal(got, []string{"b"}) || w.accounts != 3 {
+	if got := names(&v1.ListDevicesRequest{}); !slices.Equal(got, []string{"b"}) || w.accounts != 5 {
 		t.Errorf("got %v, accounts changed %d times", got, w.accounts)
 	}
 }
@@ -412,7 +432,8 @@ func TestInternalErrors(t *testing.T) {
 	if resp.StatusCode != http.StatusUnauthorized {
 		t.Errorf("without credentials: %s", resp.Status)
 	}
-	refused(t, w.enrollment("").Join, &v1.JoinRequest{Name: "d", Secret: secret}, connect.CodeInternal, "internal error; the controller's log says more")
+	_, csr := pkitest.Request(t, "d")
+	refused(t, w.enrollment("").Join, &v1.JoinRequest{Name: "d", Csr: csr}, connect.CodeInternal, "internal error; the controller's log says more")
 }
 
 // A store that was interrupted says so in its own words.

@@ -12,6 +12,7 @@ import (
 	"connectrpc.com/connect"
 
 	"github.com/dunlin/dunlin/internal/audit"
+	"github.com/dunlin/dunlin/internal/pki/pkitest"
 	v1 "github.com/dunlin/dunlin/proto/dunlin/v1"
 	v1connect "github.com/dunlin/dunlin/proto/dunlin/v1/dunlinv1connect"
 )
@@ -32,7 +33,7 @@ func (w *world) flush(t *testing.T) {
 
 func TestListAudit(t *testing.T) {
 	w := start(t)
-	w.push(t, "digits", 5)
+	w.push(t, "digits", 4)
 	c := v1connect.NewAuditServiceClient(w.client, w.url, as(admin))
 	all := call(t, c.ListAudit, &v1.ListAuditRequest{})
 	if len(all.Records) != 8 || all.AnchorNumber != 0 || len(all.Anchor) != 32 || all.HeadNumber != 8 || !slices.Equal(all.Head, all.Records[7].Hash) {
@@ -78,8 +79,9 @@ func TestRefusalsAreRecorded(t *testing.T) {
 	refused(t, w.objects("").Apply, &v1.ApplyRequest{}, connect.CodeUnauthenticated, "")
 	refused(t, w.objects(viewer).Apply, &v1.ApplyRequest{}, connect.CodePermissionDenied, "")
 	refused(t, w.devices(operator).RemoveDevice, &v1.RemoveDeviceRequest{Device: "dev"}, connect.CodePermissionDenied, "")
+	_, csr := pkitest.Request(t, "cam-1")
 	for range 3 {
-		refused(t, w.enrollment("").Join, &v1.JoinRequest{JoinToken: "wrong-join-token", Name: "cam-1", Secret: secret}, connect.CodePermissionDenied, "")
+		refused(t, w.enrollment("").Join, &v1.JoinRequest{JoinToken: "wrong-join-token", Name: "cam-1", Csr: csr}, connect.CodePermissionDenied, "")
 	}
 	refused(t, w.enrollment("").Join, &v1.JoinRequest{Name: "bad name"}, connect.CodeInvalidArgument, "") // not for who it is
 	stream, err := v1connect.NewRolloutServiceClient(w.client, w.url).WatchRollout(t.Context(), connect.NewRequest(&v1.WatchRolloutRequest{}))
@@ -91,7 +93,7 @@ func TestRefusalsAreRecorded(t *testing.T) {
 	req, err := http.NewRequestWithContext(t.Context(), http.MethodPost, w.url+v1connect.ModelServiceListModelsProcedure, strings.NewReader("{}"))
 	must(t, err)
 	req.Header.Set("Content-Type", "application/json")
-	req.SetBasicAuth("dev", secret)
+	req.Header.Set(pkitest.AsDevice, "dev")
 	resp, err := w.client.Do(req)
 	must(t, err)
 	must(t, resp.Body.Close())
@@ -105,7 +107,7 @@ func TestRefusalsAreRecorded(t *testing.T) {
 		if !r.Refused || r.Reason == "" || !strings.HasPrefix(r.From, "127.0.0.1:") {
 			t.Errorf("got %v", r)
 		}
-		for _, s := range []string{"wrong-token", "wrong-join-token", secret, viewer, operator} {
+		for _, s := range []string{"wrong-token", "wrong-join-token", viewer, operator} {
 			if strings.Contains(r.String(), s) {
 				t.Errorf("%s is in %v", s, r)
 			}
@@ -115,7 +117,7 @@ func TestRefusalsAreRecorded(t *testing.T) {
 		"nobody call.refused " + v1connect.ObjectServiceApplyProcedure + " x2",
 		"user:viewer call.refused " + v1connect.ObjectServiceApplyProcedure + " x1",
 		"user:operator call.refused " + v1connect.DeviceServiceRemoveDeviceProcedure + " x1",
-		"nobody device.join device/cam-1 x3",
+		"nobody device.enrol device/cam-1 x3",
 		"nobody call.refused " + v1connect.RolloutServiceWatchRolloutProcedure + " x1",
 		"device:dev call.refused " + v1connect.ModelServiceListModelsProcedure + " x1",
 	}

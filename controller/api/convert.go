@@ -3,7 +3,6 @@ package api
 import (
 	"time"
 
-	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	"github.com/dunlin/dunlin/controller/fleet"
@@ -28,10 +27,8 @@ func timestamp(t time.Time) *timestamppb.Timestamp {
 	return timestamppb.New(t)
 }
 
-func sizeOf(m proto.Message) int { return proto.Size(m) }
-
 func joinToken(t store.JoinToken) *v1.JoinToken {
-	return &v1.JoinToken{Id: t.ID, UsesLeft: t.UsesLeft, ExpiresAt: timestamp(t.ExpiresAt), Labels: t.Labels}
+	return &v1.JoinToken{Id: t.ID, UsesLeft: t.UsesLeft, ExpiresAt: timestamp(t.ExpiresAt), Labels: t.Labels, Device: t.Device}
 }
 
 func modelVersion(v store.Version) *v1.ModelVersion {
@@ -92,10 +89,10 @@ func rollout(r fleet.Rollout) *v1.Rollout {
 	}
 }
 
-func device(d *store.Device, incarnation string, t *v1.Telemetry) *v1.Device {
+func device(d *store.Device, incarnation string, t *v1.Telemetry, known *v1.DeviceIdentity) *v1.Device {
 	m := &v1.Device{
 		Name: d.Name, Labels: d.Labels, Info: d.Info, Connected: d.Connected, LastHeardAt: timestamp(d.LastHeardAt),
-		JoinedAt: timestamp(d.JoinedAt), Reported: d.Reported, Telemetry: t,
+		JoinedAt: timestamp(d.JoinedAt), Reported: d.Reported, Telemetry: t, Identity: known,
 	}
 	if d.Desired > 0 {
 		m.Desired = &v1.Generation{Incarnation: incarnation, Number: d.Desired}

@@ -21,10 +21,9 @@ func (w *world) profiles(token string) v1connect.ProfileServiceClient {
 // joinLimited joins a device of class board whose models may take so many bytes.
 func (w *world) joinLimited(t *testing.T, name string, budget uint64) {
 	t.Helper()
-	token := call(t, w.enrollment(admin).CreateJoinToken, &v1.CreateJoinTokenRequest{}).JoinToken
-	call(t, w.enrollment("").Join, &v1.JoinRequest{JoinToken: token, Name: name, Secret: secret, Labels: map[string]string{"site": "demo"}, Info: &v1.DeviceInfo{
+	w.joinAs(t, name, &v1.DeviceInfo{
 		FirmwareProfile: "board", Limits: &v1.DeviceLimits{HostMemoryBytes: budget, Fp32Gflops: 1, MemoryGbPerSecond: 1},
-	}})
+	})
 }
 
 func (w *world) pushLarge(t *testing.T, model string, weights uint64) store.Version {

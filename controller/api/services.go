@@ -3,7 +3,6 @@ package api
 import (
 	"cmp"
 	"context"
-	"encoding/base64"
 	"errors"
 	"fmt"
 	"slices"
@@ -11,11 +10,13 @@ import (
 
 	"connectrpc.com/connect"
 
-	"github.com/dunlin/dunlin/controller/dispatch"
+	"github.com/dunlin/dunlin/controller/broker"
+	"github.com/dunlin/dunlin/controller/enrol"
 	"github.com/dunlin/dunlin/controller/fleet"
 	"github.com/dunlin/dunlin/controller/identity"
 	"github.com/dunlin/dunlin/controller/store"
 	"github.com/dunlin/dunlin/internal/link"
+	"github.com/dunlin/dunlin/internal/pki"
 	"github.com/dunlin/dunlin/models"
 	v1 "github.com/dunlin/dunlin/proto/dunlin/v1"
 )
@@ -25,15 +26,13 @@ const (
 	maxUses         = 10000
 	defaultValidFor = time.Hour
 	maxValidFor     = 30 * 24 * time.Hour
-	minSecret       = 43 // characters: 32 bytes in base64url without padding
-	maxSecret       = 256
-	maxInfoBytes    = 16 << 10
+	maxReason       = 1024 // bytes
 	defaultEvents   = 100
 	maxEvents       = 10000
 	maxRollouts     = 1000 // that one call lists
 )
 
-func invalid(format string, args ...any) error { return invalidError{fmt.Errorf(format, args...)} }
+func invalid(format string, args ...any) error { return enrol.Invalid(format, args...) }
 
 func caller(ctx context.Context) string { return identity.FromContext(ctx).String() }
 
@@ -43,43 +42,25 @@ func (s *server) WhoAmI(ctx context.Context, _ *connect.Request[v1.WhoAmIRequest
 }
 
 func (s *server) Join(ctx context.Context, req *connect.Request[v1.JoinRequest]) (*connect.Response[v1.JoinResponse], error) {
-	m := req.Msg
-	if err := link.CheckDevice(m.GetName()); err != nil {
-		return nil, invalid("name: %w", err)
-	}
-	if n := len(m.GetSecret()); n < minSecret || n > maxSecret {
-		return nil, invalid("secret has %d characters, allowed are %d to %d", n, minSecret, maxSecret)
-	}
-	if _, err := base64.RawURLEncoding.DecodeString(m.GetSecret()); err != nil {
-		return nil, invalid("secret is not base64url without padding")
-	}
-	if err := fleet.CheckLabels(m.GetLabels()); err != nil {
-		return nil, invalid("labels: %w", err)
-	}
-	if n := sizeOf(m.GetInfo()); n > maxInfoBytes {
-		return nil, invalid("info has %d bytes, the limit is %d", n, maxInfoBytes)
-	}
-	if err := dispatch.CheckNumbers(m.GetInfo()); err != nil {
-		return nil, invalid("info: %w", err)
-	}
-	hash, err := s.HashPassword(m.GetSecret())
-	if err != nil {
-		return nil, fmt.Errorf("hash the secret of device %s: %w", m.GetName(), err)
-	}
-	err = s.Store.Join(ctx, store.Join{
-		Token: identity.Hash(m.GetJoinToken()), Device: m.GetName(), Secret: identity.Hash(m.GetSecret()),
-		Broker: hash, Labels: m.GetLabels(), Info: m.GetInfo(),
-	})
+	answer, err := s.Enrol.Join(ctx, req.Msg, deviceURL(ctx))
+	return response(answer, err)
+}
+
+func (s *server) Renew(ctx context.Context, req *connect.Request[v1.RenewRequest]) (*connect.Response[v1.RenewResponse], error) {
+	answer, err := s.Enrol.Renew(ctx, req.Msg, deviceURL(ctx))
+	return response(answer, err)
+}
+
+func (s *server) GetTime(ctx context.Context, req *connect.Request[v1.GetTimeRequest]) (*connect.Response[v1.GetTimeResponse], error) {
+	answer, err := s.Enrol.Time(ctx, req.Msg)
+	return response(answer, err)
+}
+
+func response[T any](m *T, err error) (*connect.Response[T], error) {
 	if err != nil {
 		return nil, err
 	}
-	if err := s.accountsChanged(ctx); err != nil {
-		return nil, err
-	}
-	s.Dispatch.Replan()
-	return connect.NewResponse(&v1.JoinResponse{
-		Device: m.GetName(), Shard: link.Shard(m.GetName()), BrokerUrl: s.BrokerURL, RegistryUrl: registryURL(ctx),
-	}), nil
+	return connect.NewResponse(m), nil
 }
 
 func (s *server) accountsChanged(ctx context.Context) error {
@@ -104,9 +85,28 @@ func (s *server) CreateJoinToken(ctx context.Context, req *connect.Request[v1.Cr
 	if err := fleet.CheckLabels(m.GetLabels()); err != nil {
 		return nil, invalid("labels: %w", err)
 	}
-	token, hash := identity.NewToken("dunlin_join_")
-	t, err := s.Store.CreateJoinToken(ctx, caller(ctx), hash, store.JoinToken{UsesLeft: uses, ExpiresAt: time.Now().Add(validFor), Labels: m.GetLabels()})
+	if m.GetDevice() != "" {
+		if uses != 1 {
+			return nil, invalid("uses is %d, a join token for one device has 1", uses)
+		}
+		if err := link.CheckDevice(m.GetDevice()); err != nil {
+			return nil, invalid("device: %w", err)
+		}
+	}
+	secret, _ := identity.NewToken("dunlin_join_")
+	token := pki.AppendPin(secret, s.Authorities.Pin())
+	hashed, err := broker.HashPassword(token)
 	if err != nil {
+		return nil, err
+	}
+	t, err := s.Store.CreateJoinToken(ctx, caller(ctx), identity.Hash(token), store.JoinToken{
+		UsesLeft: uses, ExpiresAt: time.Now().Add(validFor), Labels: m.GetLabels(), Device: m.GetDevice(), Broker: hashed,
+	})
+	if err != nil {
+		return nil, err
+	}
+	// A device with its MQTT port only joins through the broker.
+	if err := s.accountsChanged(ctx); err != nil {
 		return nil, err
 	}
 	return connect.NewResponse(&v1.CreateJoinTokenResponse{JoinToken: token, Info: joinToken(t)}), nil
@@ -118,6 +118,13 @@ func (s *server) ListJoinTokens(ctx context.Context, _ *connect.Request[v1.ListJ
 		return nil, err
 	}
 	return connect.NewResponse(&v1.ListJoinTokensResponse{JoinTokens: convert(tokens, joinToken)}), nil
+}
+
+func (s *server) DeleteJoinToken(ctx context.Context, req *connect.Request[v1.DeleteJoinTokenRequest]) (*connect.Response[v1.DeleteJoinTokenResponse], error) {
+	if err := s.Store.DeleteJoinToken(ctx, caller(ctx), req.Msg.GetId()); err != nil {
+		return nil, err
+	}
+	return connect.NewResponse(&v1.DeleteJoinTokenResponse{}), s.accountsChanged(ctx)
 }
 
 func (s *server) CreateVersion(ctx context.Context, req *connect.Request[v1.CreateVersionRequest]) (*connect.Response[v1.CreateVersionResponse], error) {
@@ -381,10 +388,14 @@ func (s *server) ListDevices(ctx context.Context, req *connect.Request[v1.ListDe
 			return nil, err
 		}
 	}
+	known, err := s.Store.Identities(ctx, req.Msg.GetDevice())
+	if err != nil {
+		return nil, err
+	}
 	resp := &v1.ListDevicesResponse{}
 	for _, d := range all {
 		if fleet.Matches(req.Msg.GetSelector(), d.Fleet()) {
-			resp.Devices = append(resp.Devices, device(d, s.Store.Incarnation(), s.Dispatch.Telemetry(d.Name)))
+			resp.Devices = append(resp.Devices, device(d, s.Store.Incarnation(), s.Dispatch.Telemetry(d.Name), known[d.Name]))
 		}
 	}
 	return connect.NewResponse(resp), nil

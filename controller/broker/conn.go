@@ -1,39 +1,59 @@
 package broker
 
 import (
+	"container/list"
+	"crypto/x509"
 	"errors"
 	"fmt"
 	"io"
 	"net"
+	"sync/atomic"
 	"time"
 
 	mqtt "github.com/mochi-mqtt/server/v2"
+
+	"github.com/dunlin/dunlin/internal/pki"
 )
 
 // conn is a connection to the embedded broker.
 type conn struct {
-	net.Conn
-	number uint64        // greater than those of all earlier connections
-	header []byte        // read ahead, for Read to give out first
-	ended  chan struct{} // closed when the broker has let go of the connection
+	net.Conn               // over TLS, once the handshake is done
+	raw      net.Conn      // below TLS
+	number   uint64        // greater than those of all earlier connections
+	began    *list.Element // in the broker's list; guarded by its mu
+	header   []byte        // read ahead, for Read to give out first
+	ended    chan struct{} // closed when the broker has let go of the connection
 
 	// What the connection's own goroutine found out. It is set before the
 	// connection is entered among the sessions, and stays.
-	device string
-	client *mqtt.Client
-	will   []byte // nil: none
+	certificate *x509.Certificate // that the client showed; nil: none
+	device      string            // "": it enrols
+	user        string            // of one that enrols
+	id          string            // of its client, in the server
+	client      *mqtt.Client
+	will        []byte    // nil: none
+	until       time.Time // when it ends at the latest; zero: never
 
-	established, refused bool // used by the connection's own goroutine only
+	established, refused bool        // used by the connection's own goroutine only
+	denied               atomic.Bool // a topic, once
+	enrols               bool        // counted among those that do; guarded by the broker's mu
+}
+
+// name says whose connection it is, as far as is known.
+func (c *conn) name() string {
+	if c.certificate != nil {
+		if device, ok := pki.DeviceOf(c.certificate); ok {
+			return "device:" + device
+		}
+	}
+	return "nobody"
 }
 
 // readConnectHeader reads ahead the fixed header of the first packet, which the
 // server then expects to be CONNECT, and refuses a large one before anything
-// is allocated for it. The deadline it sets stays until the server has the
+// is allocated for it. The deadline it has stays until the server has the
 // whole packet.
 func (c *conn) readConnectHeader() error {
-	if err := c.SetReadDeadline(time.Now().Add(connectTimeout)); err != nil {
-		return err
-	}
 	var b [5]byte // a type, and a length of up to four bytes
 	if _, err := io.ReadFull(c.Conn, b[:2]); err != nil {
 		return fmt.Errorf("read CONNECT: %w", err)
@@ -75,12 +95,21 @@ func (c *conn) Write(p []byte) (int, error) {
 	}
 	n, err := c.Conn.Write(p)
 	if err != nil {
-		c.Conn.Close()
+		c.Close()
 	}
 	return n, err
 }
 
+// Close closes what is below TLS. A goodbye of TLS would wait for a client
+// that takes nothing, and MQTT has its own.
+func (c *conn) Close() error { return c.raw.Close() }
+
 // SetDeadline moves the read deadline only: the server moves both whenever it
 // has read a packet, and a device that sends but does not take what it is sent
-// would never be cut off.
-func (c *conn) SetDeadline(t time.Time) error { return c.Conn.SetReadDeadline(t) }
+// would never be cut off. It moves it up to the end of the connection.
+func (c *conn) SetDeadline(t time.Time) error {
+	if !c.until.IsZero() && (t.IsZero() || t.After(c.until)) {
+		t = c.until
+	}
+	return c.SetReadDeadline(t)
+}

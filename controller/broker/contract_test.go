@@ -1,6 +1,8 @@
 package broker
 
 import (
+	"crypto/tls"
+	"crypto/x509"
 	"errors"
 	"fmt"
 	"net"
@@ -17,6 +19,7 @@ import (
 	"github.com/eclipse/paho.mqtt.golang/packets"
 
 	"github.com/dunlin/dunlin/internal/link"
+	"github.com/dunlin/dunlin/internal/pki"
 )
 
 // testBroker is one implementation of Bus, running, as the contract test sees it.
@@ -35,7 +38,7 @@ func TestContract(t *testing.T) {
 
 func startEmbedded(t *testing.T, names ...string) *testBroker {
 	a := newAccounts(names...)
-	e, err := NewEmbedded(EmbeddedConfig{Listen: "127.0.0.1:0", Auth: a, Log: testLog(t.Output())})
+	e, err := NewEmbedded(EmbeddedConfig{Listen: "127.0.0.1:0", TLS: serverTLS(), Auth: a, Log: testLog(t.Output())})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -44,19 +47,15 @@ func startEmbedded(t *testing.T, names ...string) *testBroker {
 	return &testBroker{bus: e, address: e.Addr().String(), inbox: in, remove: a.remove}
 }
 
-func startMosquittoBus(t *testing.T, names ...string) *testBroker {
-	m := newMosquitto(t, names...)
+func startMosquittoBus(t *testing.T, _ ...string) *testBroker {
+	m := newMosquitto(t)
 	m.start()
 	e, connected := m.external(nil)
 	in := newInbox()
 	start(t, e, in.handle)
-	select {
-	case <-connected:
-	case <-time.After(patience):
-		t.Fatal("External has not connected")
-	}
+	wait(t, "External has connected", connected)
 	return &testBroker{bus: e, address: m.address(), inbox: in, remove: func(device string) {
-		delete(m.accounts, device)
+		m.revoke(device)
 		m.write()
 	}}
 }
@@ -64,61 +63,62 @@ func startMosquittoBus(t *testing.T, names ...string) *testBroker {
 // mosquitto is a Mosquitto process with files of its own.
 type mosquitto struct {
 	Mosquitto
-	t        *testing.T
-	port     int
-	config   string
-	accounts map[string]string
-	process  *exec.Cmd
-	secret   string // the controller's
+	t           *testing.T
+	port, enrol int
+	files       MosquittoFiles
+	revoked     []x509.RevocationListEntry
+	process     *exec.Cmd
 }
 
-func newMosquitto(t *testing.T, names ...string) *mosquitto {
+func newMosquitto(t *testing.T) *mosquitto {
 	t.Helper()
-	dir := t.TempDir()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
+	m := &mosquitto{Mosquitto: Mosquitto{Dir: t.TempDir()}, t: t, port: freePort(t), enrol: freePort(t)}
+	m.files = MosquittoFiles{
+		Roots: []*x509.Certificate{trusted().Certificate}, Certificate: certificateOf(ControllerUser), JoinTokens: map[string]string{},
+	}
+	m.list(trusted(), 1)
+	if err := m.Setup(m.port, m.enrol, m.files); err != nil {
 		t.Fatal(err)
 	}
-	port := l.Addr().(*net.TCPAddr).Port
-	l.Close()
-	m := &mosquitto{
-		Mosquitto: Mosquitto{PasswordFile: filepath.Join(dir, "passwords"), PIDFile: filepath.Join(dir, "pid")},
-		t:         t, port: port, config: filepath.Join(dir, "mosquitto.conf"),
-		accounts: map[string]string{}, secret: "the controller's",
-	}
-	for _, n := range names {
-		m.account(n, secretOf(n))
-	}
-	m.account(ControllerUser, m.secret)
-	if err := (Mosquitto{PasswordFile: m.PasswordFile}).Write(m.accounts); err != nil {
-		t.Fatal(err)
-	}
-	acl := filepath.Join(dir, "acl")
-	config := m.Config(port, acl)
 	if os.Getuid() == 0 {
-		config += "user root\n" // it could not read its files otherwise
-	}
-	for path, text := range map[string]string{acl: MosquittoACL, m.config: config} {
-		if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
-			t.Fatal(err)
-		}
+		m.configure(m.Config(m.port, m.enrol) + "user root\n") // it could not read its files otherwise
 	}
 	t.Cleanup(m.stop)
 	return m
 }
 
-func (m *mosquitto) account(name, secret string) {
+func (m *mosquitto) configure(text string) {
 	m.t.Helper()
-	hash, err := HashPassword(secret)
-	if err != nil {
+	if err := os.WriteFile(filepath.Join(m.Dir, mosquittoConf), []byte(text), 0o600); err != nil {
 		m.t.Fatal(err)
 	}
-	m.accounts[name] = hash
+}
+
+func freePort(t *testing.T) int {
+	t.Helper()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	return l.Addr().(*net.TCPAddr).Port
+}
+
+// list makes an authority's list of all certificates revoked so far.
+func (m *mosquitto) list(a *pki.Authority, number int64) {
+	m.files.CRLs = [][]byte{must(a.Revoke(m.revoked, number, time.Now(), time.Hour))}
+}
+
+// revoke revokes a device and its certificate.
+func (m *mosquitto) revoke(device string) {
+	m.revoked = append(m.revoked, x509.RevocationListEntry{SerialNumber: certificateOf(device).Leaf.SerialNumber, RevocationTime: time.Now()})
+	m.list(trusted(), int64(1+len(m.revoked)))
+	m.files.Revoked = append(m.files.Revoked, device)
 }
 
 func (m *mosquitto) write() {
 	m.t.Helper()
-	if err := m.Write(m.accounts); err != nil {
+	if err := m.Write(m.files); err != nil {
 		m.t.Fatal(err)
 	}
 }
@@ -134,7 +134,7 @@ func (m *mosquitto) start() {
 	if _, err := os.Stat(path); err != nil {
 		m.t.Fatal("no mosquitto: run make test, which installs it")
 	}
-	m.process = exec.Command(path, "-c", m.config)
+	m.process = exec.Command(path, "-c", filepath.Join(m.Dir, mosquittoConf))
 	m.process.Stdout, m.process.Stderr = m.t.Output(), m.t.Output()
 	m.process.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	if err := m.process.Start(); err != nil {
@@ -145,7 +145,7 @@ func (m *mosquitto) start() {
 		if err == nil {
 			c.Close()
 		}
-		_, noPID := os.Stat(m.PIDFile)
+		_, noPID := os.Stat(filepath.Join(m.Dir, mosquittoPID))
 		return err == nil && noPID == nil
 	})
 }
@@ -163,7 +163,7 @@ func (m *mosquitto) external(change func(*ExternalConfig)) (*External, chan stru
 	m.t.Helper()
 	connected := make(chan struct{}, 100)
 	cfg := ExternalConfig{
-		URL: "mqtt://" + m.address(), Username: ControllerUser, Password: m.secret,
+		URL: "mqtts://" + m.address(), TLS: clientTLS(certificateOf(ControllerUser)),
 		Log: testLog(m.t.Output()), OnConnect: func() { connected <- struct{}{} },
 	}
 	if change != nil {
@@ -202,15 +202,10 @@ func testContract(t *testing.T, start func(t *testing.T, names ...string) *testB
 	t.Run("wrong credentials are refused", func(t *testing.T) {
 		b := start(t, "a", "b")
 		for name, cr := range map[string]credentials{
-			"wrong secret":            {device: "a", secret: "wrong"},
-			"secret of another":       {device: "a", secret: secretOf("b")},
-			"no credentials":          {device: "a", anonymous: true},
-			"user name only":          {device: "a", user: "a", secret: " "},
-			"unknown device":          {device: "c", secret: "x"},
-			"no name":                 {device: "a", user: " "},
-			"name of two devices":     {device: "a", user: "a/b"},
-			"name with a wildcard":    {device: "a", user: "+", clientID: "+"},
-			"controller with nothing": {device: ControllerUser, secret: "x"},
+			"no certificate":              {device: "a", anonymous: true},
+			"no certificate, a user name": {device: "a", anonymous: true, user: "a", password: "x"},
+			"another authority's":         {device: "a", certificate: issue(newAuthority(), certified.key, "a")},
+			"expired":                     {device: "a", certificate: expired("a")},
 		} {
 			if _, err := dial(t, b.address, cr); err == nil {
 				t.Errorf("%s: connected", name)
@@ -279,7 +274,7 @@ func testContract(t *testing.T, start func(t *testing.T, names ...string) *testB
 
 	t.Run("no will after a goodbye", func(t *testing.T) {
 		b := start(t, "a")
-		nc, err := net.Dial("tcp", b.address)
+		nc, err := tls.Dial("tcp", b.address, clientTLS(certificateOf("a")))
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -341,19 +336,24 @@ func testContract(t *testing.T, start func(t *testing.T, names ...string) *testB
 		a.inbox.want(t, link.Down("a", link.Command), "taken")
 	})
 
-	t.Run("a removed device is cut off", func(t *testing.T) {
+	t.Run("a revoked device is cut off", func(t *testing.T) {
 		b := start(t, "a", "b")
 		a := mustDial(t, b.address, credentials{device: "a"})
+		a.mustSubscribe(link.Down("a", "+"))
 		other := mustDial(t, b.address, credentials{device: "b"})
 		b.remove("a")
 		b.bus.Disconnect("a")
 		b.bus.Disconnect("nobody")
-		a.wantCut()
-		if _, err := dial(t, b.address, credentials{device: "a"}); err == nil {
-			t.Error("the removed device is back")
-		}
+		eventually(t, "the revoked device is refused", func() bool {
+			_, err := dial(t, b.address, credentials{device: "a"})
+			return err != nil
+		})
+		// A connection that stands carries nothing, where it does not end.
+		a.paho.Publish(link.Up("a", link.Hello), 0, false, "revoked").WaitTimeout(patience)
+		mustPublish(t, b.bus, link.Down("a", link.Desired), "secret")
 		other.publish(link.Up("b", link.Hello), "unharmed")
 		b.inbox.want(t, link.Up("b", link.Hello), "unharmed")
+		a.mustReceiveNothing()
 	})
 
 	t.Run("the largest payload passes and a larger one does not", func(t *testing.T) {

@@ -1,7 +1,10 @@
 package broker
 
 import (
+	"container/list"
 	"context"
+	"crypto/tls"
+	"crypto/x509"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -18,13 +21,15 @@ import (
 
 // The limits of the embedded broker.
 const (
-	// defaultMaxConnections bounds the connections at one time. One beyond it
-	// is closed before anything is read from it.
+	// defaultMaxConnections bounds the connections at one time, those of
+	// enrolling devices apart. One beyond it ends the oldest of those that
+	// have not said yet who they are, or is closed before anything is read
+	// from it where there is none.
 	defaultMaxConnections = 10_000
 	// connectTimeout bounds the time from the opening of a connection to the
-	// last byte of its CONNECT.
+	// last byte of its CONNECT, the handshake of TLS included.
 	connectTimeout = 10 * time.Second
-	// authTimeout bounds the check of a device's credentials.
+	// authTimeout bounds the look at who connects.
 	authTimeout = 5 * time.Second
 	// takeoverTimeout bounds the wait for a device's older connection to end.
 	// The new one is refused when its last message is still being handled.
@@ -36,6 +41,17 @@ const (
 	// 0, for none, counts as more. A device silent for one and a half times
 	// its keepalive is cut off.
 	maxKeepalive = 300
+	// maxEnrolling bounds the connections of enrolling devices at one time.
+	// Half of them may be of link.RenewUser, whom anybody can say to be.
+	maxEnrolling = 512
+	// enrolTimeout bounds the time of each, from its opening.
+	enrolTimeout = 2 * time.Minute
+	// maxEnrolKeepalive is their maxKeepalive.
+	maxEnrolKeepalive = 60
+	// maxEnrolFilters bounds what each subscribes to.
+	maxEnrolFilters = 4
+	// maxEnrolClientID bounds the client id of each.
+	maxEnrolClientID = 64
 	// maxConnectPacket bounds the CONNECT packet, the only one that anybody
 	// may send.
 	maxConnectPacket = 4 << 10
@@ -49,40 +65,53 @@ const (
 
 // EmbeddedConfig configures an Embedded broker.
 type EmbeddedConfig struct {
-	// Listen is a TCP address, "127.0.0.1:1883"; port 0 takes a free one.
+	// Listen is a TCP address, "127.0.0.1:8883"; port 0 takes a free one.
 	Listen string
+	// TLS is what pki.ServerConfig makes with tls.VerifyClientCertIfGiven.
+	TLS *tls.Config
 	// Auth knows the devices.
 	Auth Authenticator
 	Log  *slog.Logger
-	// MaxConnections is 10,000 if 0.
+	// MaxConnections is 10,000 if 0. It leaves out enrolling devices.
 	MaxConnections int
+	// Refused, if set, is told whom the broker has turned away: a connection,
+	// with the object "broker", or the first message or subscription of one,
+	// with its topic. Who is "device:NAME" by the certificate, or "nobody";
+	// from is an address. It is called from many goroutines.
+	Refused func(who, object, reason, from string)
 }
 
 // Embedded is an MQTT 3.1.1 broker for the controller and its devices only,
-// in this process. A device connects with its name as user name and as client
-// id, and its secret as password. It may have a will on its own topic "gone",
-// at QoS 0 and not retained; it publishes on its own up topics and subscribes
-// to its own down topics and the epoch. Of two connections of one device the
-// newer stays. Sessions end with their connection, nothing is retained, and a
-// publication at QoS 1 or 2 is taken as one at QoS 0, without an answer.
+// in this process, over TLS. A device connects with its certificate, and its
+// name as client id. It may have a will on its own topic "gone", at QoS 0 and
+// not retained; it publishes on its own up topics and subscribes to its own
+// down topics and the epoch. Of two connections of one device the newer stays.
+// A connection without a certificate is for enrolling only: by user name and
+// password, without a will, for a few minutes. Sessions end with their
+// connection, nothing is retained, and a publication at QoS 1 or 2 is taken as
+// one at QoS 0, without an answer.
 type Embedded struct {
 	listener net.Listener
+	secure   secure
 	server   *mqtt.Server
 	auth     Authenticator
+	refused  func(who, object, reason, from string)
 	log      *slog.Logger
 	max      int
 
-	mu       sync.Mutex       // guards what follows
-	conns    map[*conn]bool   // every open connection
-	sessions map[string]*conn // by device: the one connection that passed authentication
-	accepted uint64           // connections so far
-	closing  bool             // no connection and no message is taken any more
+	mu        sync.Mutex       // guards what follows
+	conns     map[*conn]bool   // every open connection
+	unknown   list.List        // the *conn that have not said who they are, oldest first
+	sessions  map[string]*conn // by device: the one connection that passed authentication
+	enrolling map[string]int   // connections by the user that enrols
+	accepted  uint64           // connections so far
+	closing   bool             // no connection and no message is taken any more
 }
 
 // NewEmbedded opens the address to listen on. Connections wait until Run.
 func NewEmbedded(cfg EmbeddedConfig) (*Embedded, error) {
-	if cfg.Auth == nil || cfg.Log == nil {
-		return nil, errors.New("the embedded broker needs Auth and Log")
+	if cfg.TLS == nil || cfg.Auth == nil || cfg.Log == nil {
+		return nil, errors.New("the embedded broker needs TLS, Auth and Log")
 	}
 	if cfg.MaxConnections < 0 {
 		return nil, fmt.Errorf("max connections is %d, must not be negative", cfg.MaxConnections)
@@ -91,16 +120,19 @@ func NewEmbedded(cfg EmbeddedConfig) (*Embedded, error) {
 	if err != nil {
 		return nil, fmt.Errorf("listen for MQTT: %w; --mqtt-listen chooses another address", err)
 	}
-	return newEmbedded(cfg, listener), nil
+	return newEmbedded(cfg, listener, overTLS(cfg.TLS)), nil
 }
 
-func newEmbedded(cfg EmbeddedConfig, listener net.Listener) *Embedded {
+func newEmbedded(cfg EmbeddedConfig, listener net.Listener, secure secure) *Embedded {
 	if cfg.MaxConnections == 0 {
 		cfg.MaxConnections = defaultMaxConnections
 	}
+	if cfg.Refused == nil {
+		cfg.Refused = func(_, _, _, _ string) {}
+	}
 	log := slog.New(newLimiter(cfg.Log.Handler()))
 	capabilities := mqtt.NewDefaultServerCapabilities()
-	capabilities.MaximumClients = int64(cfg.MaxConnections)
+	capabilities.MaximumClients = int64(cfg.MaxConnections + maxEnrolling)
 	capabilities.MaximumClientWritesPending = maxWritesPending
 	capabilities.MaximumPacketSize = maxPacket
 	capabilities.MaximumQos = 0
@@ -115,6 +147,7 @@ func newEmbedded(cfg EmbeddedConfig, listener net.Listener) *Embedded {
 	capabilities.MaximumSessionExpiryInterval = math.MaxUint32
 	return &Embedded{
 		listener: listener,
+		secure:   secure,
 		server: mqtt.New(&mqtt.Options{
 			Capabilities: capabilities,
 			Logger:       log,
@@ -123,11 +156,13 @@ func newEmbedded(cfg EmbeddedConfig, listener net.Listener) *Embedded {
 			// world each time. Ten years.
 			SysTopicResendInterval: 10 * 365 * 24 * 3600,
 		}),
-		auth:     cfg.Auth,
-		log:      log,
-		max:      cfg.MaxConnections,
-		conns:    map[*conn]bool{},
-		sessions: map[string]*conn{},
+		auth:      cfg.Auth,
+		refused:   cfg.Refused,
+		log:       log,
+		max:       cfg.MaxConnections,
+		conns:     map[*conn]bool{},
+		sessions:  map[string]*conn{},
+		enrolling: map[string]int{},
 	}
 }
 
@@ -146,11 +181,19 @@ func (e *Embedded) Close() error {
 // Run implements Bus.
 func (e *Embedded) Run(ctx context.Context, handle Handler) error {
 	defer e.Close()
-	h := &hook{broker: e, handle: handle, authenticate: func(device, secret string) bool {
-		ctx, cancel := context.WithTimeout(ctx, authTimeout)
-		defer cancel()
-		return e.auth.AuthenticateDevice(ctx, device, secret)
-	}}
+	h := &hook{
+		broker: e, handle: handle,
+		device: func(cert *x509.Certificate) (string, error) {
+			ctx, cancel := context.WithTimeout(ctx, authTimeout)
+			defer cancel()
+			return e.auth.Device(ctx, cert)
+		},
+		mayEnrol: func(user, password, from string) bool {
+			ctx, cancel := context.WithTimeout(ctx, authTimeout)
+			defer cancel()
+			return e.auth.Enrolling(ctx, user, password, from)
+		},
+	}
 	if err := e.server.AddHook(h, nil); err != nil {
 		return fmt.Errorf("start the embedded broker: %w", err)
 	}
@@ -209,39 +252,119 @@ func (e *Embedded) accept(ctx context.Context, serving *sync.WaitGroup) {
 func (e *Embedded) admit(nc net.Conn) *conn {
 	e.mu.Lock()
 	defer e.mu.Unlock()
-	if e.closing || len(e.conns) >= e.max {
+	if e.closing {
 		return nil
 	}
+	if len(e.conns)-e.enrollingNow() >= e.max {
+		oldest := e.unknown.Front()
+		if oldest == nil {
+			return nil
+		}
+		e.remove(oldest.Value.(*conn))
+	}
 	e.accepted++
-	c := &conn{Conn: nc, number: e.accepted, ended: make(chan struct{})}
+	c := &conn{Conn: nc, raw: nc, number: e.accepted, ended: make(chan struct{})}
+	c.began = e.unknown.PushBack(c)
 	e.conns[c] = true
 	return c
 }
 
+// remove closes a connection and counts it no more. mu is held.
+func (e *Embedded) remove(c *conn) {
+	c.Close()
+	delete(e.conns, c)
+	e.unknown.Remove(c.began)
+	if c.enrols {
+		c.enrols = false
+		e.enrolling[c.user]--
+		if e.enrolling[c.user] == 0 {
+			delete(e.enrolling, c.user)
+		}
+	}
+}
+
+// enrollingNow counts the connections of enrolling devices. mu is held.
+func (e *Embedded) enrollingNow() (n int) {
+	for _, of := range e.enrolling {
+		n += of
+	}
+	return n
+}
+
+// known notes that a connection has said whose it is.
+func (e *Embedded) known(c *conn) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	e.unknown.Remove(c.began)
+}
+
+// enrol counts a connection among the enrolling ones, or says no when there
+// are too many.
+func (e *Embedded) enrol(c *conn) bool {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if !e.conns[c] || e.enrollingNow() >= maxEnrolling || c.user == link.RenewUser && e.enrolling[c.user] >= maxEnrolling/2 {
+		return false
+	}
+	e.unknown.Remove(c.began)
+	c.enrols = true
+	e.enrolling[c.user]++
+	return true
+}
+
 // serve owns a connection from its first byte to its end.
 func (e *Embedded) serve(c *conn) {
-	err := c.readConnectHeader()
+	err := e.open(c)
 	if err == nil {
 		err = e.server.EstablishConnection("mqtt", c)
 	}
-	c.Close()
 	if err != nil && e.taking() && !c.refused {
-		e.log.Warn("MQTT connection ended", "remote", c.RemoteAddr(), "device", c.device, "error", err)
+		e.log.Warn("MQTT connection ended", "remote", c.raw.RemoteAddr(), "device", c.device, "error", err)
 	}
 	// The server forgets a client that read its last packet, but not one
 	// that was lost before. No newer one can be there before ended is closed.
 	if c.client != nil {
-		if cl, ok := e.server.Clients.Get(c.device); ok && cl == c.client {
-			e.server.Clients.Delete(c.device)
+		if cl, ok := e.server.Clients.Get(c.id); ok && cl == c.client {
+			e.server.Clients.Delete(c.id)
 		}
 	}
 	e.mu.Lock()
-	delete(e.conns, c)
+	e.remove(c)
 	if c.device != "" && e.sessions[c.device] == c {
 		delete(e.sessions, c.device)
 	}
 	e.mu.Unlock()
 	close(c.ended)
+}
+
+// open does the handshake of a connection and reads the beginning of its
+// CONNECT.
+func (e *Embedded) open(c *conn) error {
+	deadline := time.Now().Add(connectTimeout)
+	if err := c.raw.SetDeadline(deadline); err != nil {
+		return err
+	}
+	secured, certificate, err := e.secure(c.raw)
+	if err != nil {
+		if wrong, ok := errors.AsType[*tls.CertificateVerificationError](err); ok && e.taking() {
+			e.refuse(c, "", wrong.Error())
+		}
+		return err
+	}
+	c.Conn, c.certificate = secured, certificate
+	if certificate != nil {
+		c.until = certificate.NotAfter
+	} else {
+		c.until = time.Now().Add(enrolTimeout)
+	}
+	return c.readConnectHeader()
+}
+
+// refuse says that a connection was turned away.
+func (e *Embedded) refuse(c *conn, client, reason string) {
+	e.log.Warn("MQTT connection refused", "remote", c.raw.RemoteAddr(), "client", client, "reason", reason)
+	e.refused(c.name(), "broker", reason, c.raw.RemoteAddr().String())
+	c.refused = true
 }
 
 // claim makes c the connection of its device, after the end of an older one.

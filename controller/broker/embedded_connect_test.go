@@ -33,7 +33,7 @@ func TestDeadlineBeforeConnect(t *testing.T) {
 				_, p, stop := startPiped(t, newAccounts("a"), newInbox().handle, t.Output())
 				defer stop()
 				began := time.Now()
-				c := p.dial(t)
+				c := p.dial(t, "a")
 				c.Write(sent)
 				c.wantClosed()
 				if took := time.Since(began); took != connectTimeout {
@@ -49,7 +49,7 @@ func TestTrickledConnectEndsAtTheDeadline(t *testing.T) {
 		_, p, stop := startPiped(t, newAccounts("a"), newInbox().handle, t.Output())
 		defer stop()
 		began := time.Now()
-		c := p.dial(t)
+		c := p.dial(t, "a")
 		for _, b := range encode(connectPacket("a")) { // one byte a second
 			if _, err := c.Write([]byte{b}); err != nil {
 				break
@@ -79,7 +79,7 @@ func TestFirstPacketMustBeAReasonableConnect(t *testing.T) {
 				_, p, stop := startPiped(t, newAccounts("a"), newInbox().handle, t.Output())
 				defer stop()
 				began := time.Now()
-				c := p.dial(t)
+				c := p.dial(t, "a")
 				c.Write(sent)
 				c.wantClosed()
 				if took := time.Since(began); took != 0 {
@@ -97,18 +97,18 @@ func TestConnectionLimit(t *testing.T) {
 		defer stop()
 		var open []*rawClient
 		for i := range limit {
-			c := p.dial(t)
+			c := p.dial(t, fmt.Sprintf("dev-%d", i))
 			c.mustConnect(connectPacket(fmt.Sprintf("dev-%d", i)))
 			open = append(open, c)
 		}
-		c := p.dial(t)
+		c := p.dial(t, "dev-9")
 		if code := c.connect(connectPacket("dev-9")); code != -1 {
 			t.Fatalf("connection %d: code %d, want it closed", limit+1, code)
 		}
 		open[0].roundtrip()
 		open[0].Close()
 		synctest.Wait()
-		p.dial(t).mustConnect(connectPacket("dev-9"))
+		p.dial(t, "dev-9").mustConnect(connectPacket("dev-9"))
 	})
 }
 
@@ -131,11 +131,11 @@ func TestAcceptSurvivesErrors(t *testing.T) {
 		fail := func(errno syscall.Errno) error { return &net.OpError{Op: "accept", Net: "tcp", Err: errno} }
 		p := newPipes()
 		f := &faulty{Listener: p, errs: slices.Repeat([]error{fail(syscall.EMFILE), fail(syscall.ENFILE), fail(syscall.ECONNABORTED), fail(syscall.ENOBUFS)}, 5)}
-		e := newEmbedded(EmbeddedConfig{Auth: newAccounts("a"), Log: testLog(t.Output())}, f)
+		e := newEmbedded(EmbeddedConfig{Auth: newAccounts("a"), Log: testLog(t.Output())}, f, showing)
 		stop := start(t, e, newInbox().handle)
 		defer stop()
 		began := time.Now()
-		p.dial(t).mustConnect(connectPacket("a"))
+		p.dial(t, "a").mustConnect(connectPacket("a"))
 		if int(f.calls.Load()) < len(f.errs) {
 			t.Errorf("%d calls of Accept, want more than %d", f.calls.Load(), len(f.errs))
 		}
@@ -149,7 +149,7 @@ func TestAcceptSurvivesErrors(t *testing.T) {
 func TestAcceptErrorsDoNotHoldTheEnd(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		f := &faulty{Listener: newPipes(), errs: slices.Repeat([]error{syscall.EMFILE}, 10_000)}
-		e := newEmbedded(EmbeddedConfig{Auth: newAccounts(), Log: testLog(t.Output())}, f)
+		e := newEmbedded(EmbeddedConfig{Auth: newAccounts(), Log: testLog(t.Output())}, f, showing)
 		stop := start(t, e, newInbox().handle)
 		time.Sleep(time.Minute)
 		began := time.Now()
@@ -173,26 +173,25 @@ func TestConnectIsBoundToTheIdentity(t *testing.T) {
 		"another's client id":        {func(c *packets.ConnectPacket) { c.ClientIdentifier = "b" }, refused},
 		"a client id of its own":     {func(c *packets.ConnectPacket) { c.ClientIdentifier = "x" }, refused},
 		"no client id":               {func(c *packets.ConnectPacket) { c.ClientIdentifier = "" }, refused},
-		"the server's client id":     {func(c *packets.ConnectPacket) { c.ClientIdentifier, c.Username = "inline", "inline" }, refused},
-		"another's name":             {func(c *packets.ConnectPacket) { c.ClientIdentifier, c.Username = "b", "b" }, refused},
-		"no password":                {func(c *packets.ConnectPacket) { c.PasswordFlag, c.Password = false, nil }, refused},
-		"no user name": {func(c *packets.ConnectPacket) {
-			c.UsernameFlag, c.Username, c.PasswordFlag, c.Password = false, "", false, nil
-		}, refused},
-		"a will on another's topic": {withWill(link.Up("b", link.Gone), "x"), refused},
-		"a will on a down topic":    {withWill(link.Down("a", link.Desired), "x"), refused},
-		"a will on another up kind": {withWill(link.Up("a", link.Hello), "x"), refused},
-		"a will on the epoch":       {withWill(link.EpochTopic, "x"), refused},
-		"a will at QoS 1":           {func(c *packets.ConnectPacket) { withWill(gone, "x")(c); c.WillQos = 1 }, refused},
-		"a retained will":           {func(c *packets.ConnectPacket) { withWill(gone, "x")(c); c.WillRetain = true }, refused},
-		"MQTT 3.1":                  {func(c *packets.ConnectPacket) { c.ProtocolName, c.ProtocolVersion = "MQIsdp", 3 }, 1},
+		"the server's client id":     {func(c *packets.ConnectPacket) { c.ClientIdentifier = "inline" }, refused},
+		"another's name":             {func(c *packets.ConnectPacket) { c.ClientIdentifier, c.UsernameFlag, c.Username = "b", true, "b" }, refused},
+		"another's user name":        {func(c *packets.ConnectPacket) { c.UsernameFlag, c.Username = true, "b" }, refused},
+		"its own user name":          {func(c *packets.ConnectPacket) { c.UsernameFlag, c.Username = true, "a" }, 0},
+		"the user name of renewals":  {func(c *packets.ConnectPacket) { c.UsernameFlag, c.Username = true, link.RenewUser }, refused},
+		"a will on another's topic":  {withWill(link.Up("b", link.Gone), "x"), refused},
+		"a will on a down topic":     {withWill(link.Down("a", link.Desired), "x"), refused},
+		"a will on another up kind":  {withWill(link.Up("a", link.Hello), "x"), refused},
+		"a will on the epoch":        {withWill(link.EpochTopic, "x"), refused},
+		"a will at QoS 1":            {func(c *packets.ConnectPacket) { withWill(gone, "x")(c); c.WillQos = 1 }, refused},
+		"a retained will":            {func(c *packets.ConnectPacket) { withWill(gone, "x")(c); c.WillRetain = true }, refused},
+		"MQTT 3.1":                   {func(c *packets.ConnectPacket) { c.ProtocolName, c.ProtocolVersion = "MQIsdp", 3 }, 1},
 	} {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				in := newInbox()
 				_, p, stop := startPiped(t, newAccounts("a", "b"), in.handle, t.Output())
 				defer stop()
-				c := p.dial(t)
+				c := p.dial(t, "a")
 				if code := c.connect(connectPacket("a", tc.change)); code != tc.code {
 					t.Errorf("code %d, want %d", code, tc.code)
 				}
@@ -216,7 +215,7 @@ func TestKeepaliveIsBounded(t *testing.T) {
 				in := newInbox()
 				_, p, stop := startPiped(t, newAccounts("a"), in.handle, t.Output())
 				defer stop()
-				c := p.dial(t)
+				c := p.dial(t, "a")
 				c.mustConnect(connectPacket("a", withWill(link.Up("a", link.Gone), "gone"), func(c *packets.ConnectPacket) { c.Keepalive = tc.keepalive }))
 				time.Sleep(tc.silence - time.Second)
 				c.roundtrip()

@@ -2,6 +2,9 @@ package broker
 
 import (
 	"context"
+	"crypto/tls"
+	"crypto/x509"
+	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -26,7 +29,7 @@ func TestNewestConnectionWins(t *testing.T) {
 		// Many at once: one stays, and it is whole.
 		var all []*rawClient
 		for range 50 {
-			c := p.dial(t)
+			c := p.dial(t, "a")
 			all = append(all, c)
 			go c.send(connectPacket("a"), subscribePacket(0, link.Down("a", "+")))
 		}
@@ -58,46 +61,49 @@ func TestOlderConnectionThatDoesNotEnd(t *testing.T) {
 		release := make(chan struct{})
 		_, p, stop := startPiped(t, newAccounts("a"), func(string, []byte) { <-release }, t.Output())
 		defer stop()
-		old := p.dial(t)
+		old := p.dial(t, "a")
 		old.mustConnect(connectPacket("a"))
 		old.send(publishPacket(link.Up("a", link.Hello), "x", 0))
 		began := time.Now()
-		if code := p.dial(t).connect(connectPacket("a")); code != 5 {
+		if code := p.dial(t, "a").connect(connectPacket("a")); code != 5 {
 			t.Errorf("code %d, want 5", code)
 		}
 		if took := time.Since(began); took != takeoverTimeout {
 			t.Errorf("took %v, want %v", took, takeoverTimeout)
 		}
 		close(release)
-		p.dial(t).mustConnect(connectPacket("a"))
+		p.dial(t, "a").mustConnect(connectPacket("a"))
 	})
 }
 
-// authFunc is an Authenticator.
-type authFunc func(device, secret string) bool
+// authFunc is an Authenticator of devices only.
+type authFunc func(device string) error
 
-func (f authFunc) AuthenticateDevice(_ context.Context, device, secret string) bool {
-	return f(device, secret)
+func (f authFunc) Device(_ context.Context, cert *x509.Certificate) (string, error) {
+	return cert.Subject.CommonName, f(cert.Subject.CommonName)
 }
 
+func (f authFunc) Enrolling(context.Context, string, string, string) bool { return false }
+
 // TestRemovedWhileConnecting: the device is removed, and Disconnect called,
-// between the look at its secret and its session.
+// between the look at its certificate and its session.
 func TestRemovedWhileConnecting(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		in := newInbox()
 		var e *Embedded
 		var looks int
-		auth := authFunc(func(device, _ string) bool {
+		auth := authFunc(func(device string) error {
 			looks++
 			if looks == 1 {
 				e.Disconnect(device) // finds no session yet
+				return nil
 			}
-			return looks == 1
+			return errors.New("revoked")
 		})
 		e, p, stop := startPiped(t, auth, in.handle, t.Output())
 		defer stop()
 		_ = e
-		c := p.dial(t)
+		c := p.dial(t, "a")
 		c.send(connectPacket("a", withWill(link.Up("a", link.Gone), "gone")), publishPacket(link.Up("a", link.Hello), "x", 0))
 		c.wantClosed()
 		synctest.Wait()
@@ -118,7 +124,7 @@ func TestDisconnectDropsWhatWasReadAhead(t *testing.T) {
 		}
 		e, p, stop := startPiped(t, newAccounts("a"), handle, t.Output())
 		defer stop()
-		c := p.dial(t)
+		c := p.dial(t, "a")
 		c.mustConnect(connectPacket("a"))
 		c.Write(slices.Repeat(encode(publishPacket(link.Up("a", link.Hello), "x", 0)), 10)) // in one buffer
 		c.wantClosed()
@@ -133,7 +139,7 @@ func TestSubscriptionsOutsideTheSubtreeAreRefused(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		_, p, stop := startPiped(t, newAccounts("a", "b"), newInbox().handle, t.Output())
 		defer stop()
-		c := p.dial(t)
+		c := p.dial(t, "a")
 		c.mustConnect(connectPacket("a"))
 		refused := []string{"#", "+/#", "$SYS/#", link.UpFilter, link.Up("a", link.Hello), link.Down("b", "+"), link.Down("b", link.Desired),
 			"$share/g/" + link.Down("a", link.Desired), "$share/g/#", "dunlin/v1/+/a/down/+", link.Down("a", "x")}
@@ -155,7 +161,7 @@ func TestEverythingIsQoS0(t *testing.T) {
 		e, p, stop := startPiped(t, newAccounts("a"), in.handle, t.Output())
 		defer stop()
 		for qos := range byte(3) {
-			c := p.dial(t)
+			c := p.dial(t, "a")
 			c.mustConnect(connectPacket("a"))
 			c.send(subscribePacket(qos, link.Down("a", "+")))
 			if ack := c.next().(*packets.SubackPacket); !slices.Equal(ack.ReturnCodes, []byte{0}) {
@@ -178,7 +184,7 @@ func TestNothingIsRetained(t *testing.T) {
 		in := newInbox()
 		e, p, stop := startPiped(t, newAccounts("a"), in.handle, t.Output())
 		defer stop()
-		c := p.dial(t)
+		c := p.dial(t, "a")
 		c.mustConnect(connectPacket("a"))
 		retained := publishPacket(link.Up("a", link.Hello), "x", 0)
 		retained.Retain = true
@@ -198,7 +204,7 @@ func TestSessionsEndWithTheirConnection(t *testing.T) {
 		e, p, stop := startPiped(t, newAccounts("a"), newInbox().handle, t.Output())
 		defer stop()
 		lasting := func(c *packets.ConnectPacket) { c.CleanSession = false }
-		c := p.dial(t)
+		c := p.dial(t, "a")
 		c.mustConnect(connectPacket("a", lasting))
 		c.send(subscribePacket(1, link.Down("a", "+")))
 		c.next()
@@ -210,7 +216,7 @@ func TestSessionsEndWithTheirConnection(t *testing.T) {
 		if got := e.server.Topics.Subscribers(link.Down("a", link.Desired)).Subscriptions; len(got) != 0 {
 			t.Errorf("subscriptions are kept: %v", got)
 		}
-		c = p.dial(t)
+		c = p.dial(t, "a")
 		c.send(connectPacket("a", lasting))
 		if ack := c.next().(*packets.ConnackPacket); ack.ReturnCode != 0 || ack.SessionPresent {
 			t.Errorf("CONNACK %v, want no session present", ack)
@@ -230,14 +236,14 @@ func TestLostBeforeConnack(t *testing.T) {
 		e, p, stop := startPiped(t, newAccounts("a"), newInbox().handle, t.Output())
 		defer stop()
 		near, far := net.Pipe()
-		p.conns <- far
+		p.conns <- shows(far, "a")
 		near.Write(encode(connectPacket("a")))
 		near.Close() // nobody reads the CONNACK
 		synctest.Wait()
 		if n := e.server.Clients.Len(); n != 1 {
 			t.Errorf("%d clients are kept, want 1", n)
 		}
-		p.dial(t).mustConnect(connectPacket("a"))
+		p.dial(t, "a").mustConnect(connectPacket("a"))
 	})
 }
 
@@ -246,7 +252,7 @@ func TestOversizedPacketIsNotReadFirst(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		_, p, stop := startPiped(t, newAccounts("a"), newInbox().handle, t.Output())
 		defer stop()
-		c := p.dial(t)
+		c := p.dial(t, "a")
 		c.mustConnect(connectPacket("a"))
 		began := time.Now()
 		c.Write([]byte{packets.Publish << 4, 0xff, 0xff, 0xff, 0x7f})
@@ -264,7 +270,7 @@ func TestOversizedPacketEndsTheConnection(t *testing.T) {
 				in := newInbox()
 				_, p, stop := startPiped(t, newAccounts("a"), in.handle, t.Output())
 				defer stop()
-				c := p.dial(t)
+				c := p.dial(t, "a")
 				c.mustConnect(connectPacket("a", withWill(link.Up("a", link.Gone), "gone")))
 				go c.send(publishPacket(link.Up("a", link.Hello), strings.Repeat("x", size), 0))
 				c.wantClosed()
@@ -282,13 +288,13 @@ func TestSlowConsumer(t *testing.T) {
 		in := newInbox()
 		e, p, stop := startPiped(t, newAccounts("slow", "fast"), in.handle, t.Output())
 		defer stop()
-		fast := p.dial(t)
+		fast := p.dial(t, "fast")
 		fast.mustConnect(connectPacket("fast"))
 		fast.send(subscribePacket(0, link.Down("fast", "+")))
 		fast.next()
 
 		near, far := net.Pipe()
-		p.conns <- far
+		p.conns <- shows(far, "slow")
 		for _, p := range []packets.ControlPacket{connectPacket("slow", withWill(link.Up("slow", link.Gone), "gone")), subscribePacket(0, link.Down("slow", "+"))} {
 			near.Write(encode(p))
 			if _, err := packets.ReadPacket(near); err != nil { // the answer; nothing after it
@@ -342,7 +348,7 @@ func TestBackpressure(t *testing.T) {
 		}
 		_, p, stop := startPiped(t, newAccounts("slow", "fast"), handle, t.Output())
 		defer stop()
-		a, b := p.dial(t), p.dial(t)
+		a, b := p.dial(t, "slow"), p.dial(t, "fast")
 		a.mustConnect(connectPacket("slow"))
 		b.mustConnect(connectPacket("fast"))
 		const n = 100
@@ -377,14 +383,14 @@ func TestEnd(t *testing.T) {
 		e, p, stop := startPiped(t, newAccounts(devices(20)...), in.handle, t.Output())
 		var all []*rawClient
 		for i, name := range devices(20) {
-			c := p.dial(t)
+			c := p.dial(t, name)
 			if i%4 > 0 {
 				c.mustConnect(connectPacket(name, withWill(link.Up(name, link.Gone), "gone")))
 			}
 			all = append(all, c)
 		}
 		near, far := net.Pipe() // stalled: it does not read its CONNACK
-		p.conns <- far
+		p.conns <- shows(far, "dev-0")
 		near.Write(encode(connectPacket("dev-0")))
 		synctest.Wait()
 		began := time.Now()
@@ -413,7 +419,7 @@ func TestEndHandlesNoMore(t *testing.T) {
 			handled.Add(1)
 			<-gate
 		}, t.Output())
-		c := p.dial(t)
+		c := p.dial(t, "a")
 		c.mustConnect(connectPacket("a"))
 		c.Write(slices.Repeat(encode(publishPacket(link.Up("a", link.Hello), "x", 0)), 10)) // in one buffer
 		synctest.Wait()
@@ -429,7 +435,7 @@ func TestEndHandlesNoMore(t *testing.T) {
 
 func TestEndWhileDevicesComeAndGo(t *testing.T) {
 	names := devices(8)
-	e, err := NewEmbedded(EmbeddedConfig{Listen: "127.0.0.1:0", Auth: newAccounts(names...), Log: testLog(io.Discard)})
+	e, err := NewEmbedded(EmbeddedConfig{Listen: "127.0.0.1:0", TLS: serverTLS(), Auth: newAccounts(names...), Log: testLog(io.Discard)})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -439,7 +445,7 @@ func TestEndWhileDevicesComeAndGo(t *testing.T) {
 	for _, name := range names {
 		coming.Go(func() {
 			for {
-				nc, err := net.Dial("tcp", e.Addr().String())
+				nc, err := tls.Dial("tcp", e.Addr().String(), clientTLS(certificateOf(name)))
 				if err != nil {
 					return // the end
 				}
@@ -473,11 +479,12 @@ func TestNewEmbeddedRefuses(t *testing.T) {
 	defer l.Close()
 	log := testLog(io.Discard)
 	for name, cfg := range map[string]EmbeddedConfig{
-		"no authenticator":      {Listen: "127.0.0.1:0", Log: log},
-		"no log":                {Listen: "127.0.0.1:0", Auth: newAccounts()},
-		"an address in use":     {Listen: l.Addr().String(), Auth: newAccounts(), Log: log},
-		"negative limit":        {Listen: "127.0.0.1:0", Auth: newAccounts(), Log: log, MaxConnections: -1},
-		"an address that isn't": {Listen: "x", Auth: newAccounts(), Log: log},
+		"no authenticator":      {Listen: "127.0.0.1:0", TLS: serverTLS(), Log: log},
+		"no TLS":                {Listen: "127.0.0.1:0", Auth: newAccounts(), Log: log},
+		"no log":                {Listen: "127.0.0.1:0", TLS: serverTLS(), Auth: newAccounts()},
+		"an address in use":     {Listen: l.Addr().String(), TLS: serverTLS(), Auth: newAccounts(), Log: log},
+		"negative limit":        {Listen: "127.0.0.1:0", TLS: serverTLS(), Auth: newAccounts(), Log: log, MaxConnections: -1},
+		"an address that isn't": {Listen: "x", TLS: serverTLS(), Auth: newAccounts(), Log: log},
 	} {
 		if _, err := NewEmbedded(cfg); err == nil {
 			t.Errorf("%s: no error", name)

@@ -3,6 +3,7 @@ package broker
 import (
 	"context"
 	"crypto/rand"
+	"crypto/tls"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -41,9 +42,15 @@ const (
 
 // ExternalConfig configures an External broker.
 type ExternalConfig struct {
-	// URL is mqtt://host:port or tcp://host:port; the port is 1883 if left
-	// out. Credentials do not belong in it.
-	URL                string
+	// URL is mqtts://host:port, or mqtt:// or tcp:// for a connection without
+	// TLS; the port is 8883 or 1883 if left out. Credentials do not belong in
+	// it.
+	URL string
+	// TLS is for mqtts: whom the controller believes, and the certificate that
+	// it shows, whose common name is ControllerUser.
+	TLS *tls.Config
+	// Username and Password are of the controller's account at a broker that
+	// does not go by certificates.
 	Username, Password string
 	// ClientID is a random one if empty, so that nobody who can connect can
 	// take over the controller's connection.
@@ -56,10 +63,11 @@ type ExternalConfig struct {
 }
 
 // External is a connection to any MQTT 3.1.1 broker. It asks of the broker
-// that it lets a device send and receive on the device's own topics only, that
-// it keeps their wills, and that it drops the session of a device whose
-// account is taken away. Messages on topics that are no device's, and too
-// large ones, are dropped here whatever the broker let through.
+// that it lets a device send and receive on the device's own topics only, and
+// one that enrols on those of its conversation, that it keeps their wills, and
+// that it cuts off a device that is revoked. Messages on topics that are none
+// of those, and too large ones, are dropped here whatever the broker let
+// through.
 type External struct {
 	cfg     ExternalConfig
 	address string
@@ -87,14 +95,21 @@ func NewExternal(cfg ExternalConfig) (*External, error) {
 	if err != nil {
 		return nil, fmt.Errorf("broker URL: %w", err)
 	}
-	if u.Scheme != "mqtt" && u.Scheme != "tcp" || u.Hostname() == "" {
-		return nil, fmt.Errorf("broker URL %s is not of the form mqtt://host:port", u.Redacted())
+	secure := u.Scheme == "mqtts"
+	if !secure && u.Scheme != "mqtt" && u.Scheme != "tcp" || u.Hostname() == "" {
+		return nil, fmt.Errorf("broker URL %s is not of the form mqtts://host:port", u.Redacted())
+	}
+	if secure != (cfg.TLS != nil) {
+		return nil, fmt.Errorf("broker URL %s: the scheme must be mqtts with TLS, and mqtt or tcp without", u.Redacted())
 	}
 	if u.User != nil || u.Path != "" && u.Path != "/" || u.RawQuery != "" || u.Fragment != "" {
 		return nil, fmt.Errorf("broker URL %s has more than a host and a port; credentials go into user name and password", u.Redacted())
 	}
 	port := u.Port()
-	if port == "" {
+	switch {
+	case port == "" && secure:
+		port = "8883"
+	case port == "":
 		port = "1883"
 	}
 	if cfg.ClientID == "" {
@@ -166,7 +181,7 @@ func (e *External) connect(ctx context.Context, queue chan<- message) error {
 		SetWriteTimeout(externalTimeout).
 		SetConnectionLostHandler(func(_ paho.Client, err error) { end(err) }).
 		SetDefaultPublishHandler(func(_ paho.Client, m paho.Message) {
-			if _, _, err := link.ParseUp(m.Topic()); err != nil || len(m.Payload()) > link.MaxPayload {
+			if !isUp(m.Topic(), len(m.Payload())) {
 				return
 			}
 			select {
@@ -182,7 +197,17 @@ func (e *External) connect(ctx context.Context, queue chan<- message) error {
 			}
 			// CONNECT cannot be given up otherwise.
 			nc, unwatch = c, context.AfterFunc(ctx, func() { c.Close() })
-			return c, nil
+			if e.cfg.TLS == nil {
+				return c, nil
+			}
+			secured := tls.Client(c, e.cfg.TLS)
+			handshake, cancel := context.WithTimeout(ctx, externalTimeout)
+			defer cancel()
+			if err := secured.HandshakeContext(handshake); err != nil {
+				c.Close()
+				return nil, fmt.Errorf("TLS handshake: %w", err)
+			}
+			return secured, nil
 		})
 	client := paho.NewClient(opts)
 	token := client.Connect()
@@ -198,7 +223,8 @@ func (e *External) connect(ctx context.Context, queue chan<- message) error {
 		nc.Close()
 	}()
 
-	subscription := client.Subscribe(link.UpFilter, 0, nil).(*paho.SubscribeToken)
+	filters := map[string]byte{link.UpFilter: 0, link.JoinUpFilter: 0}
+	subscription := client.SubscribeMultiple(filters, nil).(*paho.SubscribeToken)
 	select {
 	case <-subscription.Done():
 	case <-time.After(externalTimeout):
@@ -210,8 +236,10 @@ func (e *External) connect(ctx context.Context, queue chan<- message) error {
 		return fmt.Errorf("subscribe: %w", err)
 	}
 	// The error says nothing of a refusal.
-	if code, ok := subscription.Result()[link.UpFilter]; !ok || code == subackRefused {
-		return fmt.Errorf("the broker refuses user %q the subscription to %s", e.cfg.Username, link.UpFilter)
+	for filter := range filters {
+		if code, ok := subscription.Result()[filter]; !ok || code == subackRefused {
+			return fmt.Errorf("the broker refuses the controller the subscription to %s", filter)
+		}
 	}
 
 	e.session.Store(&session{client: client, lost: ctx.Done()})
@@ -251,6 +279,6 @@ func (e *External) Publish(topic string, payload []byte) error {
 }
 
 // Disconnect implements Bus. MQTT 3.1.1 has no means to end the session of
-// another client: the broker does it when it learns that the account is gone
-// (see Mosquitto.Write), which comes before.
+// another client: the broker cuts it off when it learns that the device is
+// revoked (see Mosquitto.Write), which comes before.
 func (e *External) Disconnect(string) {}

@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"net"
 	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"sync"
@@ -17,6 +18,7 @@ import (
 	"github.com/eclipse/paho.mqtt.golang/packets"
 
 	"github.com/dunlin/dunlin/internal/link"
+	"github.com/dunlin/dunlin/internal/pki"
 )
 
 func wait(t testing.TB, what string, c <-chan struct{}) {
@@ -29,7 +31,7 @@ func wait(t testing.TB, what string, c <-chan struct{}) {
 }
 
 func TestExternalOutlivesItsBroker(t *testing.T) {
-	m := newMosquitto(t, "a")
+	m := newMosquitto(t)
 	e, connected := m.external(nil)
 	in := newInbox()
 	if err := e.Publish(link.EpochTopic, nil); !errors.Is(err, ErrNotConnected) {
@@ -126,18 +128,19 @@ func TestExternalBackoff(t *testing.T) {
 }
 
 func TestExternalRefused(t *testing.T) {
-	e, err := NewEmbedded(EmbeddedConfig{Listen: "127.0.0.1:0", Auth: newAccounts("a"), Log: testLog(io.Discard)})
+	e, err := NewEmbedded(EmbeddedConfig{Listen: "127.0.0.1:0", TLS: serverTLS(), Auth: newAccounts("a"), Log: testLog(io.Discard)})
 	if err != nil {
 		t.Fatal(err)
 	}
 	start(t, e, newInbox().handle)
-	address := "mqtt://" + e.Addr().String()
+	address := "mqtts://" + e.Addr().String()
 	for name, tc := range map[string]struct {
 		cfg  ExternalConfig
 		want string
 	}{
-		"the password":     {ExternalConfig{URL: address, Username: "a", ClientID: "a", Password: "x"}, "not Authorized"},
-		"the subscription": {ExternalConfig{URL: address, Username: "a", ClientID: "a", Password: secretOf("a")}, "refuses user \"a\" the subscription"},
+		"the certificate":  {ExternalConfig{URL: address, TLS: clientTLS(certificateOf(ControllerUser))}, "not Authorized"},
+		"the subscription": {ExternalConfig{URL: address, TLS: clientTLS(certificateOf("a")), ClientID: "a"}, "refuses the controller the subscription"},
+		"the server":       {ExternalConfig{URL: address, TLS: pki.ClientConfig(pki.Client{Trust: func() pki.Trust { return pki.Trust{} }}, "127.0.0.1")}, "TLS handshake"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			tc.cfg.OnConnect = func() { t.Error("connected") }
@@ -193,8 +196,8 @@ func TestExternalEndsWhileItWaits(t *testing.T) {
 
 // TestExternalTrustsNoBroker: this one lets everything through.
 func TestExternalTrustsNoBroker(t *testing.T) {
-	m := newMosquitto(t, "a")
-	conf, err := os.ReadFile(m.config)
+	m := newMosquitto(t)
+	conf, err := os.ReadFile(filepath.Join(m.Dir, mosquittoConf))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -204,9 +207,7 @@ func TestExternalTrustsNoBroker(t *testing.T) {
 			open = append(open, line)
 		}
 	}
-	if err := os.WriteFile(m.config, []byte(strings.Join(open, "")), 0o600); err != nil {
-		t.Fatal(err)
-	}
+	m.configure(strings.Join(open, ""))
 	m.start()
 	e, connected := m.external(nil)
 	in := newInbox()
@@ -223,7 +224,7 @@ func TestExternalTrustsNoBroker(t *testing.T) {
 }
 
 func TestExternalSlowHandler(t *testing.T) {
-	m := newMosquitto(t, "a")
+	m := newMosquitto(t)
 	m.start()
 	e, connected := m.external(nil)
 	const n = 4 * externalQueue
@@ -248,7 +249,7 @@ func TestExternalSlowHandler(t *testing.T) {
 
 func TestNewExternalRefuses(t *testing.T) {
 	log := testLog(io.Discard)
-	for _, url := range []string{"", "127.0.0.1:1883", "http://127.0.0.1", "mqtts://127.0.0.1", "mqtt://", "mqtt://:1883", "mqtt://u:p@127.0.0.1",
+	for _, url := range []string{"", "127.0.0.1:1883", "http://127.0.0.1", "mqtts://127.0.0.1", "mqtts://", "mqtt://", "mqtt://:1883", "mqtt://u:p@127.0.0.1",
 		"mqtt://127.0.0.1/x", "mqtt://127.0.0.1?x=y", "mqtt://127.0.0.1:port", "tcp://%zz"} {
 		_, err := NewExternal(ExternalConfig{URL: url, Log: log})
 		if err == nil || strings.Contains(err.Error(), ":p@") {
@@ -257,6 +258,12 @@ func TestNewExternalRefuses(t *testing.T) {
 	}
 	if _, err := NewExternal(ExternalConfig{URL: "mqtt://127.0.0.1"}); err == nil {
 		t.Error("no log: no error")
+	}
+	if _, err := NewExternal(ExternalConfig{URL: "mqtt://127.0.0.1", TLS: serverTLS(), Log: log}); err == nil {
+		t.Error("TLS for mqtt: no error")
+	}
+	if e, err := NewExternal(ExternalConfig{URL: "mqtts://broker", TLS: serverTLS(), Log: log}); err != nil || e.address != "broker:8883" {
+		t.Errorf("%v: %v", e, err)
 	}
 	e, err := NewExternal(ExternalConfig{URL: "mqtt://[::1]", Log: log})
 	if err != nil || e.address != "[::1]:1883" || len(e.cfg.ClientID) < 30 {

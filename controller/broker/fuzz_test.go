@@ -40,6 +40,20 @@ func fuzzSeeds() [][]byte {
 	)
 }
 
+// enrolSeeds are those of a client without a certificate.
+func enrolSeeds() [][]byte {
+	connect := encode(enrolPacket(joinUser))
+	seeds := [][]byte{connect, connect[:10], encode(enrolPacket(link.RenewUser)), encode(connectPacket("a"))}
+	for _, p := range []packets.ControlPacket{
+		publishPacket(link.JoinUp(joinUser, "n"), "x", 0), publishPacket(link.JoinUp(link.RenewUser, "n"), "forged", 0),
+		publishPacket(link.Up("a", link.Hello), "forged", 0), publishPacket(link.JoinDown(joinUser, "n"), "forged", 0),
+		subscribePacket(0, link.JoinDown(joinUser, "n")), subscribePacket(0, link.JoinDown(joinUser, "+"), "#", link.JoinUpFilter),
+	} {
+		seeds = append(seeds, slices.Concat(connect, encode(p), encode(packets.NewControlPacket(packets.Pingreq))))
+	}
+	return seeds
+}
+
 // hostile gives a running broker bytes over a connection of its own, and
 // checks that the broker ends it, still works, and lets nothing forged through.
 type hostile struct {
@@ -51,7 +65,8 @@ func newHostile(t testing.TB) *hostile {
 	in := newInbox()
 	// The handler checks while it runs: nothing is kept.
 	handle := func(topic string, payload []byte) {
-		if !link.DeviceMayPublish("a", topic) && topic != link.Up("probe", link.Hello) || len(payload) > link.MaxPayload {
+		enrols := (link.EnrollingMayPublish(joinUser, topic) || link.EnrollingMayPublish(link.RenewUser, topic)) && len(payload) <= MaxEnrolPayload
+		if !enrols && !link.DeviceMayPublish("a", topic) && topic != link.Up("probe", link.Hello) || len(payload) > link.MaxPayload {
 			t.Errorf("the handler got %d bytes on %s", len(payload), topic)
 		}
 		if strings.Contains(topic, "probe") {
@@ -59,16 +74,16 @@ func newHostile(t testing.TB) *hostile {
 		}
 	}
 	e, p, _ := startPiped(t, newAccounts("a", "probe"), handle, io.Discard)
-	c := p.dial(t)
+	c := p.dial(t, "probe")
 	c.mustConnect(connectPacket("probe")) // the broker runs
 	c.Close()
 	return &hostile{broker: e, inbox: in}
 }
 
 // serve lets the broker serve one connection as if it had been accepted.
-func (h *hostile) serve(t testing.TB) (net.Conn, <-chan struct{}) {
+func (h *hostile) serve(t testing.TB, device string) (net.Conn, <-chan struct{}) {
 	near, far := net.Pipe()
-	c := h.broker.admit(far)
+	c := h.broker.admit(shows(far, device))
 	if c == nil {
 		t.Fatal("not admitted")
 	}
@@ -76,8 +91,12 @@ func (h *hostile) serve(t testing.TB) (net.Conn, <-chan struct{}) {
 	return near, c.ended
 }
 
-func (h *hostile) try(t testing.TB, data []byte) {
-	near, ended := h.serve(t)
+func (h *hostile) try(t testing.TB, data []byte, anonymous bool) {
+	device := "a"
+	if anonymous {
+		device = ""
+	}
+	near, ended := h.serve(t, device)
 	go io.Copy(io.Discard, near)
 	near.SetWriteDeadline(time.Now().Add(patience))
 	near.Write(data)
@@ -86,7 +105,7 @@ func (h *hostile) try(t testing.TB, data []byte) {
 }
 
 func (h *hostile) probe(t testing.TB) {
-	near, ended := h.serve(t)
+	near, ended := h.serve(t, "probe")
 	r := newRawClient(t, near)
 	r.mustConnect(connectPacket("probe"))
 	r.send(publishPacket(link.Up("probe", link.Hello), "alive", 0))
@@ -97,11 +116,14 @@ func (h *hostile) probe(t testing.TB) {
 
 func FuzzConnection(f *testing.F) {
 	for _, s := range fuzzSeeds() {
-		f.Add(s)
+		f.Add(s, false)
+	}
+	for _, s := range enrolSeeds() {
+		f.Add(s, true)
 	}
 	h := newHostile(f)
-	f.Fuzz(func(t *testing.T, data []byte) {
-		h.try(t, data)
+	f.Fuzz(func(t *testing.T, data []byte, anonymous bool) {
+		h.try(t, data, anonymous)
 		h.probe(t)
 	})
 }
@@ -112,9 +134,12 @@ func TestHostileBytes(t *testing.T) {
 	t.Logf("seed %d", seed)
 	r := rand.New(rand.NewPCG(seed, 0))
 	h := newHostile(t)
-	seeds := fuzzSeeds()
-	connect := encode(connectPacket("a"))
 	for i := range 2000 {
+		anonymous := i%4 == 0
+		seeds, connect := fuzzSeeds(), encode(connectPacket("a"))
+		if anonymous {
+			seeds, connect = enrolSeeds(), encode(enrolPacket(joinUser))
+		}
 		data := slices.Clone(seeds[r.IntN(len(seeds))])
 		from := 0
 		if bytes.HasPrefix(data, connect[:2]) && r.IntN(2) == 0 {
@@ -135,7 +160,7 @@ func TestHostileBytes(t *testing.T) {
 				data = slices.Insert(data, k, byte(r.Uint32()))
 			}
 		}
-		h.try(t, data)
+		h.try(t, data, anonymous)
 		if i%100 == 0 {
 			h.probe(t)
 		}

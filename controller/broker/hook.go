@@ -1,7 +1,10 @@
 package broker
 
 import (
+	"crypto/x509"
+	"fmt"
 	"log/slog"
+	"strings"
 
 	mqtt "github.com/mochi-mqtt/server/v2"
 	"github.com/mochi-mqtt/server/v2/packets"
@@ -19,9 +22,10 @@ const protocolVersion = 4
 // for OnACLCheck of a delivery and OnPacketEncode.
 type hook struct {
 	mqtt.HookBase
-	broker       *Embedded
-	handle       Handler
-	authenticate func(device, secret string) bool
+	broker   *Embedded
+	handle   Handler
+	device   func(*x509.Certificate) (string, error)
+	mayEnrol func(user, password, from string) bool
 }
 
 func (h *hook) ID() string { return "dunlin" }
@@ -43,55 +47,94 @@ func (h *hook) OnConnect(cl *mqtt.Client, pk packets.Packet) error {
 		_ = h.broker.server.SendConnack(cl, packets.ErrUnsupportedProtocolVersion, false, nil)
 		return packets.ErrUnsupportedProtocolVersion
 	}
-	if k := cl.State.Keepalive; k == 0 || k > maxKeepalive {
-		cl.State.Keepalive = maxKeepalive
+	limit := uint16(maxKeepalive)
+	if c, ok := cl.Net.Conn.(*conn); ok && c.certificate == nil {
+		limit = maxEnrolKeepalive
+	}
+	if k := cl.State.Keepalive; k == 0 || k > limit {
+		cl.State.Keepalive = limit
 	}
 	return nil
 }
 
 // OnConnectAuthenticate makes the client id and the will those of the device
-// whose secret it is.
+// whose certificate it is, or lets a device enrol.
 func (h *hook) OnConnectAuthenticate(cl *mqtt.Client, pk packets.Packet) bool {
 	c, ok := cl.Net.Conn.(*conn)
 	if !ok {
 		return false
 	}
-	refuse := func(reason string) bool {
-		h.broker.log.Warn("MQTT connection refused", "remote", c.RemoteAddr(), "client", pk.Connect.ClientIdentifier, "reason", reason)
-		c.refused = true
+	admit := h.connect
+	if c.certificate == nil {
+		admit = h.enrol
+	}
+	if reason := admit(c, cl, pk.Connect); reason != "" {
+		h.broker.refuse(c, pk.Connect.ClientIdentifier, reason)
 		return false
 	}
-	device := string(pk.Connect.Username)
-	if link.CheckDevice(device) != nil {
-		return refuse("the user name is not the name of a device")
-	}
-	if pk.Connect.ClientIdentifier != device {
-		return refuse("the client id is not the user name")
-	}
-	if pk.Connect.WillFlag && pk.Connect.WillTopic != link.Up(device, link.Gone) {
-		return refuse("the topic of the will is not " + link.Up(device, link.Gone))
-	}
-	if !h.authenticate(device, string(pk.Connect.Password)) {
-		return refuse("unknown device or wrong secret")
-	}
 	cl.Properties.Clean = true
-	c.device, c.client = device, cl
-	if pk.Connect.WillFlag {
-		c.will = pk.Connect.WillPayload
+	return true
+}
+
+// connect lets a device in, or says why not.
+func (h *hook) connect(c *conn, cl *mqtt.Client, p packets.ConnectParams) string {
+	h.broker.known(c)
+	device, err := h.device(c.certificate)
+	if err == nil {
+		err = link.CheckDevice(device)
+	}
+	switch user := string(p.Username); {
+	case err != nil:
+		return err.Error()
+	case p.ClientIdentifier != device:
+		return "the client id is not " + device + ", the name in the certificate"
+	case user != "" && user != device:
+		return "the user name is not " + device + ", the name in the certificate"
+	case p.WillFlag && p.WillTopic != link.Up(device, link.Gone):
+		return "the topic of the will is not " + link.Up(device, link.Gone)
+	}
+	c.device, c.client, c.id = device, cl, device
+	if p.WillFlag {
+		c.will = p.WillPayload
 	}
 	if !h.broker.claim(c) {
-		return refuse("another connection of the device has not ended, or is newer")
+		return "another connection of the device has not ended, or is newer"
 	}
-	return true
+	return ""
+}
+
+// enrol lets a client without a certificate in, or says why not. Its client id
+// is one of the broker's, so that nobody can take over its connection.
+func (h *hook) enrol(c *conn, cl *mqtt.Client, p packets.ConnectParams) string {
+	user := string(p.Username)
+	if err := link.CheckEnrolUser(user); err != nil {
+		return "no certificate, and " + err.Error()
+	}
+	switch id := p.ClientIdentifier; {
+	case len(id) > maxEnrolClientID || strings.ContainsFunc(id, func(r rune) bool { return r <= ' ' || r > '~' }):
+		return fmt.Sprintf("the client id is not up to %d characters of ASCII", maxEnrolClientID)
+	case p.WillFlag:
+		return "an enrolling device may have no will"
+	case !h.mayEnrol(user, string(p.Password), c.RemoteAddr().String()):
+		return "user " + user + " may not enrol, or the password is wrong"
+	}
+	c.user, c.client, c.id = user, cl, fmt.Sprint("enrolling:", c.number)
+	cl.ID = c.id
+	if !h.broker.enrol(c) {
+		return "too many devices enrol"
+	}
+	return ""
 }
 
 // OnSessionEstablished looks again: Disconnect finds the session from now on,
 // but a device removed since the first look would have escaped it.
-func (h *hook) OnSessionEstablished(cl *mqtt.Client, pk packets.Packet) {
+func (h *hook) OnSessionEstablished(cl *mqtt.Client, _ packets.Packet) {
 	c := cl.Net.Conn.(*conn)
-	if !h.authenticate(c.device, string(pk.Connect.Password)) {
-		cl.Stop(packets.ErrNotAuthorized)
-		return
+	if c.certificate != nil {
+		if device, err := h.device(c.certificate); err != nil || device != c.device {
+			cl.Stop(packets.ErrNotAuthorized)
+			return
+		}
 	}
 	c.established = true
 }
@@ -103,10 +146,21 @@ func (h *hook) OnACLCheck(cl *mqtt.Client, topic string, write bool) bool {
 	if !ok {
 		return false
 	}
-	if write {
-		return link.DeviceMayPublish(c.device, topic)
+	switch {
+	case write && c.device != "":
+		ok = link.DeviceMayPublish(c.device, topic)
+	case write:
+		ok = link.EnrollingMayPublish(c.user, topic)
+	case c.device != "":
+		ok = link.DeviceMaySubscribe(c.device, topic)
+	default:
+		_, has := cl.State.Subscriptions.Get(topic)
+		ok = link.EnrollingMaySubscribe(c.user, topic) && (has || cl.State.Subscriptions.Len() < maxEnrolFilters)
 	}
-	return link.DeviceMaySubscribe(c.device, topic)
+	if !ok && c.denied.CompareAndSwap(false, true) {
+		h.broker.refused(c.name(), fmt.Sprintf("topic %.200q", topic), "the topic is none of the client's own", c.RemoteAddr().String())
+	}
+	return ok
 }
 
 // OnPublish hands what devices send to the controller, which alone may receive
@@ -115,7 +169,11 @@ func (h *hook) OnPublish(cl *mqtt.Client, pk packets.Packet) (packets.Packet, er
 	if cl.Net.Inline {
 		return pk, nil
 	}
-	if len(pk.Payload) > link.MaxPayload {
+	limit := link.MaxPayload
+	if c, ok := cl.Net.Conn.(*conn); ok && c.device == "" {
+		limit = MaxEnrolPayload
+	}
+	if len(pk.Payload) > limit {
 		cl.Stop(packets.ErrPacketTooLarge)
 		return pk, packets.ErrRejectPacket
 	}

@@ -8,8 +8,6 @@ import (
 	"testing"
 	"testing/synctest"
 	"time"
-
-	"github.com/dunlin/dunlin/internal/link"
 )
 
 func TestLimiter(t *testing.T) {
@@ -42,11 +40,11 @@ func TestAbruptEndsAreLoggedWithinBounds(t *testing.T) {
 		_, p, stop := startPiped(t, newAccounts("a"), newInbox().handle, &out)
 		defer stop()
 		for range 500 {
-			c := p.dial(t)
+			c := p.dial(t, "a")
 			c.mustConnect(connectPacket("a"))
 			c.Close()
-			p.dial(t).connect(connectPacket("b"))
-			c = p.dial(t)
+			p.dial(t, "b").connect(connectPacket("b"))
+			c = p.dial(t, "a")
 			c.mustConnect(connectPacket("a"))
 			c.Write([]byte{0xff, 0xff})
 			c.wantClosed()
@@ -66,12 +64,12 @@ func TestSecretsAreNotLogged(t *testing.T) {
 		var out syncBuffer
 		_, p, stop := startPiped(t, newAccounts("a"), newInbox().handle, io.MultiWriter(&out, t.Output()))
 		defer stop()
-		c := p.dial(t)
-		c.mustConnect(connectPacket("a"))
-		c.send(connectPacket("a", withWill(link.Up("a", link.Gone), "gone")))
+		c := p.dial(t, "")
+		c.mustConnect(enrolPacket(joinUser))
+		c.send(enrolPacket(joinUser))
 		c.wantClosed()
 		synctest.Wait()
-		if !strings.Contains(out.String(), "error processing packet") || strings.Contains(out.String(), secretOf("a")) {
+		if !strings.Contains(out.String(), "error processing packet") || strings.Contains(out.String(), passwordOf(joinUser)) {
 			t.Errorf("the log has the secret, or nothing of the packet:\n%s", out.String())
 		}
 	})

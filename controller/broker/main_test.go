@@ -4,6 +4,10 @@ import (
 	"bytes"
 	"cmp"
 	"context"
+	"crypto"
+	"crypto/tls"
+	"crypto/x509"
+	"errors"
 	"fmt"
 	"io"
 	"log/slog"
@@ -16,6 +20,9 @@ import (
 
 	paho "github.com/eclipse/paho.mqtt.golang"
 	"go.uber.org/goleak"
+
+	"github.com/dunlin/dunlin/internal/link"
+	"github.com/dunlin/dunlin/internal/pki"
 )
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
@@ -41,30 +48,117 @@ func eventually(t testing.TB, what string, ok func() bool) {
 // accounts is an Authenticator over a map.
 type accounts struct {
 	mu      sync.Mutex
-	secrets map[string]string
+	devices map[string]bool
 }
 
 func newAccounts(devices ...string) *accounts {
-	a := &accounts{secrets: map[string]string{}}
+	a := &accounts{devices: map[string]bool{}}
 	for _, d := range devices {
-		a.secrets[d] = secretOf(d)
+		a.devices[d] = true
 	}
 	return a
 }
 
-func secretOf(device string) string { return "secret of " + device }
-
-func (a *accounts) AuthenticateDevice(_ context.Context, device, secret string) bool {
+func (a *accounts) Device(_ context.Context, cert *x509.Certificate) (string, error) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	want, ok := a.secrets[device]
-	return ok && want == secret
+	if name := cert.Subject.CommonName; a.devices[name] {
+		return name, nil
+	}
+	return "", errors.New("the device is revoked or unknown")
+}
+
+func (a *accounts) Enrolling(_ context.Context, user, password, from string) bool {
+	return from != "" && password == passwordOf(user)
 }
 
 func (a *accounts) remove(device string) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	delete(a.secrets, device)
+	delete(a.devices, device)
+}
+
+// passwordOf gives the password of a user that enrols.
+func passwordOf(user string) string {
+	if user == link.RenewUser {
+		return user
+	}
+	return "token of " + user
+}
+
+// certified holds keys and certificates of the authority that all tests trust.
+// They count in real time and in that of a synctest bubble.
+var certified struct {
+	mu        sync.Mutex
+	authority *pki.Authority
+	key       crypto.Signer // everybody's: making keys takes time
+	issued    map[string]*tls.Certificate
+}
+
+// certificateOf gives a device's certificate; that of ControllerUser is the
+// controller's, for 127.0.0.1.
+func certificateOf(device string) *tls.Certificate {
+	c := &certified
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.authority == nil {
+		c.authority, c.key, c.issued = newAuthority(), must(pki.NewKey()), map[string]*tls.Certificate{}
+	}
+	if c.issued[device] == nil {
+		c.issued[device] = issue(c.authority, c.key, device)
+	}
+	return c.issued[device]
+}
+
+// trusted is the authority of certificateOf.
+func trusted() *pki.Authority {
+	certificateOf(ControllerUser)
+	return certified.authority
+}
+
+var longAgo = time.Date(1999, time.December, 1, 0, 0, 0, 0, time.UTC)
+
+const century = 100 * 365 * 24 * time.Hour
+
+func newAuthority() *pki.Authority {
+	return must(pki.NewAuthority(must(pki.NewKey()), longAgo, century))
+}
+
+func issue(a *pki.Authority, key crypto.Signer, device string) *tls.Certificate {
+	var leaf *x509.Certificate
+	if device == ControllerUser {
+		leaf = must(a.IssueController([]string{"127.0.0.1"}, key.Public(), longAgo, century))
+	} else {
+		leaf = must(a.IssueDevice(device, key.Public(), longAgo, century))
+	}
+	return &tls.Certificate{Certificate: pki.Raw(a.Chain(leaf)), PrivateKey: key, Leaf: leaf}
+}
+
+// expired is a device's certificate that counts no more.
+func expired(device string) *tls.Certificate {
+	key := must(pki.NewKey())
+	leaf := must(trusted().IssueDevice(device, key.Public(), longAgo, time.Hour))
+	return &tls.Certificate{Certificate: pki.Raw(trusted().Chain(leaf)), PrivateKey: key, Leaf: leaf}
+}
+
+func must[T any](v T, err error) T {
+	if err != nil {
+		panic(err)
+	}
+	return v
+}
+
+func serverTLS() *tls.Config {
+	return pki.ServerConfig(func() (*tls.Certificate, error) { return certificateOf(ControllerUser), nil },
+		func() []*x509.Certificate { return []*x509.Certificate{trusted().Certificate} }, tls.VerifyClientCertIfGiven)
+}
+
+// clientTLS shows a certificate, or none.
+func clientTLS(own *tls.Certificate) *tls.Config {
+	return pki.ClientConfig(pki.Client{
+		Trust:       func() pki.Trust { return pki.Trust{Roots: []*x509.Certificate{trusted().Certificate}} },
+		Certificate: func() *tls.Certificate { return own },
+	}, "127.0.0.1")
 }
 
 // syncBuffer is a log to look into.
@@ -130,12 +224,13 @@ func start(t testing.TB, bus Bus, handle Handler) (stop func()) {
 	return stop
 }
 
-// credentials are what a client connects with. The zero values of user and
-// client id are the device, that of the secret the device's.
+// credentials are what a client connects with. The zero value of the client id
+// is the device, that of the certificate the device's.
 type credentials struct {
-	device, user, secret, clientID string
-	anonymous                      bool
-	willTopic, will                string
+	device, user, password, clientID string
+	certificate                      *tls.Certificate
+	anonymous                        bool // no certificate
+	willTopic, will                  string
 }
 
 // client is a device's MQTT client.
@@ -153,8 +248,10 @@ func dial(t testing.TB, address string, cr credentials) (*client, error) {
 	t.Helper()
 	c := &client{t: t, inbox: newInbox(), cut: make(chan struct{})}
 	opts := paho.NewClientOptions().
-		AddBroker("tcp://" + address).
+		AddBroker("tcp://" + address). // which is over TLS all the same
 		SetClientID(cmp.Or(cr.clientID, cr.device)).
+		SetUsername(cr.user).
+		SetPassword(cr.password).
 		SetProtocolVersion(4).
 		SetAutoReconnect(false).
 		SetConnectTimeout(patience).
@@ -162,15 +259,19 @@ func dial(t testing.TB, address string, cr credentials) (*client, error) {
 		SetDefaultPublishHandler(func(_ paho.Client, m paho.Message) { c.inbox.handle(m.Topic(), m.Payload()) }).
 		SetConnectionLostHandler(func(paho.Client, error) { close(c.cut) }).
 		SetCustomOpenConnectionFn(func(uri *url.URL, _ paho.ClientOptions) (net.Conn, error) {
-			nc, err := net.Dial("tcp", uri.Host)
+			own := cr.certificate
+			if own == nil && !cr.anonymous {
+				own = certificateOf(cr.device)
+			}
+			nc, err := tls.Dial("tcp", uri.Host, clientTLS(own))
+			if err != nil {
+				return nil, err
+			}
 			c.mu.Lock()
 			defer c.mu.Unlock()
-			c.conn = nc
-			return nc, err
+			c.conn = nc.NetConn()
+			return nc, nil
 		})
-	if !cr.anonymous {
-		opts.SetUsername(cmp.Or(cr.user, cr.device)).SetPassword(cmp.Or(cr.secret, secretOf(cr.device)))
-	}
 	if cr.willTopic != "" {
 		opts.SetWill(cr.willTopic, cr.will, 0, false)
 	}
@@ -236,6 +337,18 @@ func (c *client) vanish() {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.conn.Close()
+}
+
+// mustReceiveNothing returns when the broker has sent what it had for the
+// client, or has cut it off.
+func (c *client) mustReceiveNothing() {
+	c.t.Helper()
+	c.paho.Subscribe("nothing", 0, nil).WaitTimeout(patience)
+	select {
+	case m := <-c.inbox:
+		c.t.Fatalf("got %.80q on %s", m.payload, m.topic)
+	default:
+	}
 }
 
 func (c *client) wantCut() {

@@ -2,6 +2,7 @@ package broker
 
 import (
 	"bytes"
+	"crypto/x509"
 	"io"
 	"net"
 	"sync"
@@ -9,6 +10,8 @@ import (
 
 	"github.com/eclipse/paho.mqtt.golang/packets"
 	mochi "github.com/mochi-mqtt/server/v2/packets"
+
+	"github.com/dunlin/dunlin/internal/link"
 )
 
 // pipes is a net.Listener whose connections are pipes, for tests in which time
@@ -37,12 +40,32 @@ func (p *pipes) Close() error {
 
 func (p *pipes) Addr() net.Addr { return &net.TCPAddr{} }
 
-// dial opens a connection on which the test speaks MQTT itself.
-func (p *pipes) dial(t testing.TB) *rawClient {
+// shown is a connection whose client has shown a certificate, or none.
+type shown struct {
+	net.Conn
+	certificate *x509.Certificate
+}
+
+// shows makes a connection one of a device, "" for one without a certificate.
+func shows(nc net.Conn, device string) net.Conn {
+	if device == "" {
+		return shown{nc, nil}
+	}
+	return shown{nc, certificateOf(device).Leaf}
+}
+
+// showing stands in for TLS.
+func showing(nc net.Conn) (net.Conn, *x509.Certificate, error) {
+	return nc, nc.(shown).certificate, nil
+}
+
+// dial opens a connection of a device, "" for one without a certificate, on
+// which the test speaks MQTT itself.
+func (p *pipes) dial(t testing.TB, device string) *rawClient {
 	t.Helper()
 	near, far := net.Pipe()
 	select {
-	case p.conns <- far:
+	case p.conns <- shows(far, device):
 	case <-p.done:
 		t.Fatal("the listener is closed")
 	}
@@ -135,12 +158,21 @@ func connectPacket(device string, change ...func(*packets.ConnectPacket)) *packe
 	c := packets.NewControlPacket(packets.Connect).(*packets.ConnectPacket)
 	c.ProtocolName, c.ProtocolVersion = "MQTT", 4
 	c.ClientIdentifier, c.CleanSession, c.Keepalive = device, true, 60
-	c.UsernameFlag, c.Username = true, device
-	c.PasswordFlag, c.Password = true, []byte(secretOf(device))
 	for _, f := range change {
 		f(c)
 	}
 	return c
+}
+
+// joinUser is the user of a join token.
+var joinUser = link.JoinUser("0a1b2c3d4e5f")
+
+// enrolPacket is the CONNECT of a device that enrols.
+func enrolPacket(user string, change ...func(*packets.ConnectPacket)) *packets.ConnectPacket {
+	return connectPacket("any", append([]func(*packets.ConnectPacket){func(c *packets.ConnectPacket) {
+		c.UsernameFlag, c.Username = true, user
+		c.PasswordFlag, c.Password = true, []byte(passwordOf(user))
+	}}, change...)...)
 }
 
 // connect5 is a CONNECT of MQTT 5 without a fault.
@@ -150,7 +182,6 @@ func connect5(device string) []byte {
 		ProtocolVersion: 5,
 		Connect: mochi.ConnectParams{
 			ProtocolName: []byte("MQTT"), ClientIdentifier: device, Clean: true, Keepalive: 60,
-			UsernameFlag: true, Username: []byte(device), PasswordFlag: true, Password: []byte(secretOf(device)),
 		},
 	}
 	var b bytes.Buffer
@@ -193,6 +224,6 @@ func startPiped(t testing.TB, auth Authenticator, handle Handler, log io.Writer,
 		f(&cfg)
 	}
 	p := newPipes()
-	e := newEmbedded(cfg, p)
+	e := newEmbedded(cfg, p, showing)
 	return e, p, start(t, e, handle)
 }

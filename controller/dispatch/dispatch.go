@@ -37,6 +37,13 @@ type Config struct {
 	// OnStep is called with "before publish KIND" and "after publish KIND"
 	// around each message to a device.
 	OnStep func(step string)
+	// Trusted gives the version of the newest trust document and the
+	// fingerprints of the certificate authorities: a device that has less is
+	// told to renew. Nil: there is nothing that devices lack.
+	Trusted func() (version uint64, roots [][]byte)
+	// Superseded is called when a device has begun to use a new certificate,
+	// and older ones count no more. May be nil.
+	Superseded func()
 }
 
 const (
@@ -72,6 +79,9 @@ type Dispatcher struct {
 	timing timing
 	now    func() time.Time
 
+	trusted    func() (uint64, [][]byte)
+	superseded func()
+
 	queues  [workers]chan message
 	stopped chan struct{} // closed when Run ends: queued messages are dropped
 	kick    chan struct{} // capacity 1: the planner has something to do
@@ -83,6 +93,7 @@ type Dispatcher struct {
 
 	mu      sync.Mutex // guards what follows; held for memory only
 	live    map[string]*live
+	twins   map[string]*twins
 	refused map[string][]fleet.Refusal // by device, as of the last documents; replaced, never changed
 	bootID  string
 	changed chan struct{}
@@ -115,7 +126,14 @@ func New(c Config) *Dispatcher {
 	if c.OnStep == nil {
 		c.OnStep = func(string) {}
 	}
+	if c.Trusted == nil {
+		c.Trusted = func() (uint64, [][]byte) { return 0, nil }
+	}
+	if c.Superseded == nil {
+		c.Superseded = func() {}
+	}
 	d := &Dispatcher{
+		trusted: c.Trusted, superseded: c.Superseded, twins: map[string]*twins{},
 		store: c.Store, bus: c.Bus, log: c.Log, onStep: c.OnStep, timing: defaultTiming, now: time.Now,
 		stopped: make(chan struct{}), kick: make(chan struct{}, 1),
 		live: map[string]*live{}, bootID: rand.Text(), changed: make(chan struct{}),
@@ -207,10 +225,14 @@ func (d *Dispatcher) wake() {
 func (d *Dispatcher) Forget(device string) {
 	d.mu.Lock()
 	delete(d.live, device)
+	delete(d.twins, device)
 	d.mu.Unlock()
 	d.bus.Disconnect(device)
 	d.Replan()
 }
+
+// CutOff ends the session of a device whose certificates were revoked before.
+func (d *Dispatcher) CutOff(device string) { d.bus.Disconnect(device) }
 
 // Telemetry gives the newest sample of a connected device, or nil.
 func (d *Dispatcher) Telemetry(device string) *dunlinv1.Telemetry {

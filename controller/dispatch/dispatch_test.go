@@ -150,7 +150,7 @@ func (w *world) join(device string) {
 	_, hash := identity.NewToken("")
 	_, err := w.store.CreateJoinToken(w.t.Context(), "user:test", hash, store.JoinToken{UsesLeft: 1, ExpiresAt: time.Now().Add(time.Hour)})
 	w.must(err)
-	w.must(w.store.Join(w.t.Context(), store.Join{Token: hash, Device: device, Secret: identity.Hash(device)}))
+	w.must(joinDevice(w.t.Context(), w.store, hash, device))
 	w.d.Replan()
 }
 

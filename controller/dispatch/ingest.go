@@ -289,6 +289,9 @@ func (d *Dispatcher) hello(ctx context.Context, device string, h *dunlinv1.Hello
 	if err != nil {
 		return err
 	}
+	if serve, err := d.identify(ctx, device, h); err != nil || !serve {
+		return err
+	}
 	// Heard not before the store has it: it counts as away by this time.
 	d.touch(device, func(l *live) { l.greeted = true })
 	d.log.Info("device connected", "device", device)

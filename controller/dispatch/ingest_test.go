@@ -270,7 +270,7 @@ func FuzzTake(f *testing.F) {
 	if _, err := s.CreateJoinToken(context.Background(), "user:test", hash, store.JoinToken{UsesLeft: 1, ExpiresAt: time.Now().Add(time.Hour)}); err != nil {
 		f.Fatal(err)
 	}
-	if err := s.Join(context.Background(), store.Join{Token: hash, Device: "dev", Secret: identity.Hash("dev")}); err != nil {
+	if err := joinDevice(context.Background(), s, hash, "dev"); err != nil {
 		f.Fatal(err)
 	}
 	metrics := prometheus.NewRegistry()

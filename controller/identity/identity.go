@@ -1,16 +1,19 @@
-// Package identity says who is calling: users by token, devices by secret.
+// Package identity says who is calling: users by token, devices by the
+// certificates that the controller's own authorities issue.
 package identity
 
 import (
 	"context"
 	"crypto/rand"
 	"crypto/sha256"
-	"crypto/subtle"
+	"crypto/x509"
 	"encoding/base64"
 	"errors"
 	"fmt"
 	"net/http"
 	"strings"
+
+	"github.com/dunlin/dunlin/internal/pki"
 )
 
 // Kind is what a principal is. The zero Kind is nobody.
@@ -68,6 +71,9 @@ func (p Principal) String() string {
 // not have.
 var ErrUnknown = errors.New("unknown credentials")
 
+// ErrRevoked is what Credentials answers for a certificate that was taken back.
+var ErrRevoked = errors.New("revoked")
+
 // ErrUnauthenticated is the error of missing or wrong credentials. It does
 // not say which part was wrong.
 var ErrUnauthenticated = errors.New("unauthenticated")
@@ -76,8 +82,9 @@ var ErrUnauthenticated = errors.New("unauthenticated")
 type Credentials interface {
 	// TokenOwner gives the user whose token has this hash.
 	TokenOwner(ctx context.Context, hash [32]byte) (name string, role Role, err error)
-	// DeviceSecret gives the hash of a device's secret.
-	DeviceSecret(ctx context.Context, device string) (hash [32]byte, err error)
+	// CheckDevice says whether a device is known by a certificate that one of
+	// the authorities has issued to it: ErrUnknown or ErrRevoked where it is not.
+	CheckDevice(ctx context.Context, device string, cert *x509.Certificate) error
 }
 
 // Authenticator checks credentials. It is safe for concurrent use.
@@ -91,36 +98,49 @@ func New(credentials Credentials) *Authenticator { return &Authenticator{credent
 const maxCredential = 512
 
 // FromRequest gives the principal of a request: a user by "Bearer TOKEN" or
-// "Basic ANYTHING:TOKEN", a device by "Basic DEVICE:SECRET". Its error is
-// ErrUnauthenticated, or that of looking the credentials up.
+// "Basic ANYTHING:TOKEN", a device by the certificate of its connection, which
+// TLS has verified. Its error is ErrUnauthenticated, or that of looking the
+// credentials up.
 func (a *Authenticator) FromRequest(r *http.Request) (Principal, error) {
 	header := r.Header.Get("Authorization")
 	scheme, rest, _ := strings.Cut(header, " ")
 	switch {
+	case header == "" && r.TLS != nil && len(r.TLS.VerifiedChains) > 0:
+		device, err := a.Device(r.Context(), r.TLS.PeerCertificates[0])
+		if err != nil {
+			return Principal{}, err
+		}
+		return Principal{Kind: Device, Name: device}, nil
 	case header == "":
 		return Principal{}, fmt.Errorf("%w: no credentials", ErrUnauthenticated)
 	case strings.EqualFold(scheme, "Bearer"):
 		return a.user(r.Context(), strings.TrimSpace(rest))
 	case strings.EqualFold(scheme, "Basic"):
-		name, secret, ok := r.BasicAuth()
+		_, token, ok := r.BasicAuth()
 		if !ok {
 			return Principal{}, fmt.Errorf("%w: malformed Basic credentials", ErrUnauthenticated)
 		}
-		p, err := a.user(r.Context(), secret)
-		if !errors.Is(err, ErrUnauthenticated) {
-			return p, err
-		}
-		return a.device(r.Context(), name, secret)
+		return a.user(r.Context(), token)
 	default:
 		return Principal{}, fmt.Errorf("%w: the Authorization scheme is neither Bearer nor Basic", ErrUnauthenticated)
 	}
 }
 
-// AuthenticateDevice says whether secret is the device's. Failing to look it
-// up counts as no.
-func (a *Authenticator) AuthenticateDevice(ctx context.Context, device, secret string) bool {
-	_, err := a.device(ctx, device, secret)
-	return err == nil
+// Device gives the device whose certificate it is, which TLS has verified.
+// Where it is nobody's, or revoked, the error is ErrUnauthenticated and says
+// why.
+func (a *Authenticator) Device(ctx context.Context, cert *x509.Certificate) (string, error) {
+	device, ok := pki.DeviceOf(cert)
+	if !ok {
+		return "", fmt.Errorf("%w: the certificate is not a device's", ErrUnauthenticated)
+	}
+	switch err := a.credentials.CheckDevice(ctx, device, cert); {
+	case errors.Is(err, ErrUnknown), errors.Is(err, ErrRevoked):
+		return "", fmt.Errorf("%w: %w", ErrUnauthenticated, err)
+	case err != nil:
+		return "", fmt.Errorf("look up device %s: %w", device, err)
+	}
+	return device, nil
 }
 
 func (a *Authenticator) user(ctx context.Context, token string) (Principal, error) {
@@ -138,21 +158,6 @@ func (a *Authenticator) user(ctx context.Context, token string) (Principal, erro
 	return Principal{Kind: User, Name: name, Role: role}, nil
 }
 
-func (a *Authenticator) device(ctx context.Context, device, secret string) (Principal, error) {
-	if device == "" || len(device) > maxCredential || secret == "" || len(secret) > maxCredential {
-		return Principal{}, fmt.Errorf("%w: wrong credentials", ErrUnauthenticated)
-	}
-	want, err := a.credentials.DeviceSecret(ctx, device)
-	if err != nil && !errors.Is(err, ErrUnknown) {
-		return Principal{}, fmt.Errorf("look up device %s: %w", device, err)
-	}
-	got := Hash(secret)
-	if subtle.ConstantTimeCompare(got[:], want[:]) != 1 || err != nil {
-		return Principal{}, fmt.Errorf("%w: wrong credentials", ErrUnauthenticated)
-	}
-	return Principal{Kind: Device, Name: device}, nil
-}
-
 // NewToken makes a token, prefix and 32 random bytes in base64url, and its
 // hash.
 func NewToken(prefix string) (token string, hash [32]byte) {
@@ -162,7 +167,7 @@ func NewToken(prefix string) (token string, hash [32]byte) {
 	return token, Hash(token)
 }
 
-// Hash gives the SHA-256 of a token or secret. Both hold 32 random bytes, so
+// Hash gives the SHA-256 of a token. It holds 32 random bytes, so
 // a slow hash would add nothing.
 func Hash(token string) [32]byte { return sha256.Sum256([]byte(token)) }
 

@@ -2,18 +2,21 @@ package identity
 
 import (
 	"context"
+	"crypto/tls"
+	"crypto/x509"
 	"errors"
 	"net/http"
 	"net/http/httptest"
 	"reflect"
 	"strings"
 	"testing"
+
+	"github.com/dunlin/dunlin/internal/pki/pkitest"
 )
 
 type credentials struct {
-	tokens  map[[32]byte]Principal
-	devices map[string][32]byte
-	err     error
+	tokens map[[32]byte]Principal
+	err    error
 }
 
 func (c *credentials) TokenOwner(_ context.Context, hash [32]byte) (string, Role, error) {
@@ -27,25 +30,30 @@ func (c *credentials) TokenOwner(_ context.Context, hash [32]byte) (string, Role
 	return p.Name, p.Role, nil
 }
 
-func (c *credentials) DeviceSecret(_ context.Context, device string) ([32]byte, error) {
-	if c.err != nil {
-		return [32]byte{}, c.err
+func (c *credentials) CheckDevice(_ context.Context, device string, cert *x509.Certificate) error {
+	switch {
+	case c.err != nil:
+		return c.err
+	case device == "cam-2":
+		return ErrRevoked
+	case device != "cam-1":
+		return ErrUnknown
 	}
-	h, ok := c.devices[device]
-	if !ok {
-		return [32]byte{}, ErrUnknown
-	}
-	return h, nil
+	return nil
 }
 
 func TestFromRequest(t *testing.T) {
 	token, tokenHash := NewToken("dunlin_")
-	secret, secretHash := NewToken("")
-	other, otherHash := NewToken("")
-	a := New(&credentials{
-		tokens:  map[[32]byte]Principal{tokenHash: {Name: "ada", Role: Operator}},
-		devices: map[string][32]byte{"cam-1": secretHash, "cam-2": otherHash},
-	})
+	a := New(&credentials{tokens: map[[32]byte]Principal{tokenHash: {Name: "ada", Role: Operator}}})
+	authority := pkitest.Authority(t)
+	shows := func(c *tls.Certificate, verified bool) func(*http.Request) {
+		return func(r *http.Request) {
+			r.TLS = &tls.ConnectionState{PeerCertificates: []*x509.Certificate{c.Leaf}}
+			if verified {
+				r.TLS.VerifiedChains = [][]*x509.Certificate{{c.Leaf, authority.Certificate}}
+			}
+		}
+	}
 	ada := Principal{Kind: User, Name: "ada", Role: Operator}
 	cam := Principal{Kind: Device, Name: "cam-1"}
 	bearer := func(s string) func(*http.Request) {
@@ -56,23 +64,25 @@ func TestFromRequest(t *testing.T) {
 		set  func(*http.Request)
 		want Principal
 	}{
-		"bearer":                 {bearer("Bearer " + token), ada},
-		"bearer lower case":      {bearer("bearer " + token), ada},
-		"basic token":            {basic("anything", token), ada},
-		"basic token, no name":   {basic("", token), ada},
-		"device":                 {basic("cam-1", secret), cam},
-		"nothing":                {func(*http.Request) {}, Principal{}},
-		"wrong token":            {bearer("Bearer " + token + "x"), Principal{}},
-		"empty bearer":           {bearer("Bearer "), Principal{}},
-		"device secret bearer":   {bearer("Bearer " + secret), Principal{}},
-		"other device's secret":  {basic("cam-1", other), Principal{}},
-		"unknown device":         {basic("cam-9", secret), Principal{}},
-		"empty secret":           {basic("cam-1", ""), Principal{}},
-		"malformed basic":        {bearer("Basic !!!"), Principal{}},
-		"another scheme":         {bearer("Digest " + token), Principal{}},
-		"a token that is long":   {bearer("Bearer " + strings.Repeat("x", 1<<16)), Principal{}},
-		"the hash is no secret":  {basic("cam-1", string(secretHash[:])), Principal{}},
-		"zero hash's absent one": {basic("cam-9", ""), Principal{}},
+		"bearer":               {bearer("Bearer " + token), ada},
+		"bearer lower case":    {bearer("bearer " + token), ada},
+		"basic token":          {basic("anything", token), ada},
+		"basic token, no name": {basic("", token), ada},
+		"device":               {shows(pkitest.Device(t, authority, "cam-1"), true), cam},
+		"device, not verified": {shows(pkitest.Device(t, authority, "cam-1"), false), Principal{}},
+		"device, revoked":      {shows(pkitest.Device(t, authority, "cam-2"), true), Principal{}},
+		"device, unknown":      {shows(pkitest.Device(t, authority, "cam-3"), true), Principal{}},
+		"controller":           {shows(pkitest.Server(t, authority), true), Principal{}},
+		"a user from a device": {func(r *http.Request) {
+			shows(pkitest.Device(t, authority, "cam-1"), true)(r)
+			r.Header.Set("Authorization", "Bearer "+token)
+		}, ada},
+		"nothing":              {func(*http.Request) {}, Principal{}},
+		"wrong token":          {bearer("Bearer " + token + "x"), Principal{}},
+		"empty bearer":         {bearer("Bearer "), Principal{}},
+		"malformed basic":      {bearer("Basic !!!"), Principal{}},
+		"another scheme":       {bearer("Digest " + token), Principal{}},
+		"a token that is long": {bearer("Bearer " + strings.Repeat("x", 1<<16)), Principal{}},
 	} {
 		r := httptest.NewRequest("GET", "/", nil)
 		c.set(r)
@@ -83,16 +93,9 @@ func TestFromRequest(t *testing.T) {
 		if (c.want.Kind == 0) != errors.Is(err, ErrUnauthenticated) {
 			t.Errorf("%s: got error %v", name, err)
 		}
-		if err != nil && strings.Contains(err.Error(), secret) {
-			t.Errorf("%s: the error tells the secret: %v", name, err)
+		if err != nil && strings.Contains(err.Error(), token) {
+			t.Errorf("%s: the error tells the token: %v", name, err)
 		}
-	}
-	if !a.AuthenticateDevice(t.Context(), "cam-1", secret) || a.AuthenticateDevice(t.Context(), "cam-2", secret) {
-		t.Error("AuthenticateDevice: wrong answer")
-	}
-	// A user's token is not a device's secret.
-	if a.AuthenticateDevice(t.Context(), "cam-1", token) {
-		t.Error("AuthenticateDevice took a user's token")
 	}
 }
 
@@ -101,16 +104,16 @@ func TestLookupFails(t *testing.T) {
 	a := New(&credentials{err: broken})
 	for _, set := range []func(*http.Request){
 		func(r *http.Request) { r.Header.Set("Authorization", "Bearer x") },
-		func(r *http.Request) { r.SetBasicAuth("cam-1", "x") },
+		func(r *http.Request) {
+			leaf := pkitest.Device(t, pkitest.Authority(t), "cam-1").Leaf
+			r.TLS = &tls.ConnectionState{PeerCertificates: []*x509.Certificate{leaf}, VerifiedChains: [][]*x509.Certificate{{leaf}}}
+		},
 	} {
 		r := httptest.NewRequest("GET", "/", nil)
 		set(r)
 		if p, err := a.FromRequest(r); !errors.Is(err, broken) || errors.Is(err, ErrUnauthenticated) || p.Kind != 0 {
 			t.Errorf("got %v, %v; want nobody and the lookup's error", p, err)
 		}
-	}
-	if a.AuthenticateDevice(t.Context(), "cam-1", "x") {
-		t.Error("a device whose secret cannot be looked up was let in")
 	}
 }
 
@@ -152,8 +155,7 @@ func TestContext(t *testing.T) {
 }
 
 func FuzzFromRequest(f *testing.F) {
-	_, hash := NewToken("")
-	a := New(&credentials{devices: map[string][32]byte{"cam-1": hash}})
+	a := New(&credentials{})
 	for _, s := range []string{"", "Bearer x", "Basic Y2FtLTE6eA==", "Basic", "Basic ::", "Bearer  "} {
 		f.Add(s)
 	}

@@ -3,6 +3,7 @@ package registry
 import (
 	"bytes"
 	"context"
+	"crypto/x509"
 	"encoding/json"
 	"io"
 	"log/slog"
@@ -19,13 +20,13 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"github.com/dunlin/dunlin/controller/identity"
+	"github.com/dunlin/dunlin/internal/pki/pkitest"
 	"github.com/dunlin/dunlin/models"
 )
 
 const (
 	operatorToken = "operator-token"
 	viewerToken   = "viewer-token"
-	deviceSecret  = "device-secret"
 )
 
 // credentials knows an operator, a viewer and the device cam-1.
@@ -41,11 +42,19 @@ func (credentials) TokenOwner(_ context.Context, hash [32]byte) (string, identit
 	return "", "", identity.ErrUnknown
 }
 
-func (credentials) DeviceSecret(_ context.Context, device string) ([32]byte, error) {
+func (credentials) CheckDevice(_ context.Context, device string, _ *x509.Certificate) error {
 	if device == "cam-1" {
-		return identity.Hash(deviceSecret), nil
+		return nil
 	}
-	return [32]byte{}, identity.ErrUnknown
+	return identity.ErrUnknown
+}
+
+// device has a request come with a device's certificate.
+func device(name string) func(*http.Request) {
+	return func(r *http.Request) {
+		r.Header.Del("Authorization")
+		r.Header.Set(pkitest.AsDevice, name)
+	}
 }
 
 // versions keeps versions in memory, under the rules of Versions.
@@ -148,7 +157,7 @@ func (f *fixture) open() {
 		f.t.Fatal(err)
 	}
 	f.registry = r
-	f.server = httptest.NewServer(r)
+	f.server = httptest.NewServer(pkitest.Showing(f.t, pkitest.Authority(f.t), r))
 	f.t.Cleanup(f.server.Close)
 }
 

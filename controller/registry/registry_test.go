@@ -216,10 +216,10 @@ func TestAuthorization(t *testing.T) {
 		"operator":       {basic("token", operatorToken), ok, ok},
 		"operator token": {bearer, ok, ok},
 		"viewer":         {basic("token", viewerToken), ok, denied},
-		"device":         {basic("cam-1", deviceSecret), ok, denied},
+		"device":         {device("cam-1"), ok, denied},
 		"nobody":         {nobody, unauthorized, unauthorized},
 		"wrong secret":   {basic("cam-1", "x"), unauthorized, unauthorized},
-		"another device": {basic("cam-2", deviceSecret), unauthorized, unauthorized},
+		"another device": {device("cam-2"), unauthorized, unauthorized},
 	} {
 		check := func(want string, res response) {
 			t.Helper()
@@ -257,7 +257,7 @@ func TestAuthorization(t *testing.T) {
 	// What an operator began, a device may not look at, go on with, or end.
 	upload := f.location(f.do("POST", "/v2/digits/blobs/uploads/", nil))
 	for _, method := range []string{"GET", "PATCH", "PUT", "DELETE"} {
-		if res := f.do(method, upload, nil, basic("cam-1", deviceSecret)); res.status != http.StatusForbidden {
+		if res := f.do(method, upload, nil, device("cam-1")); res.status != http.StatusForbidden {
 			t.Errorf("a device's %s of an upload: %d", method, res.status)
 		}
 	}
@@ -276,7 +276,7 @@ func TestRange(t *testing.T) {
 		"bytes=-7":                             model[len(model)-7:],
 		fmt.Sprintf("bytes=%d-", len(model)-1): model[len(model)-1:],
 	} {
-		res := f.do("GET", "/v2/digits/blobs/"+d.String(), nil, header("Range", spec), func(r *http.Request) { r.SetBasicAuth("cam-1", deviceSecret) })
+		res := f.do("GET", "/v2/digits/blobs/"+d.String(), nil, header("Range", spec), device("cam-1"))
 		if res.status != http.StatusPartialContent || !bytes.Equal(res.body, want) {
 			t.Errorf("%s: %d, %d bytes, want %d", spec, res.status, len(res.body), len(want))
 		}

@@ -63,8 +63,11 @@ func TestAuditOfEachChange(t *testing.T) {
 	_, hash := identity.NewToken("")
 	jt, err := s.CreateJoinToken(ctx, "user:op", hash, JoinToken{UsesLeft: 1, ExpiresAt: s.now().Add(time.Hour), Labels: map[string]string{"site": "x"}})
 	must(t, err)
-	must(t, s.Join(ctx, Join{Token: hash, Device: "cam-1", Secret: identity.Hash("s"), Labels: map[string]string{"a": "b"}}))
-	must(t, s.Join(ctx, Join{Token: hash, Device: "cam-1", Secret: identity.Hash("s")})) // no change
+	j := joins(t, hash, "cam-1", map[string]string{"a": "b"})
+	cert, err := s.Join(ctx, j)
+	must(t, err)
+	_, err = s.Join(ctx, j) // no change
+	must(t, err)
 	_, _, err = s.CreateVersion(ctx, Version{Model: "digits", Digest: "d1", CreatedBy: "user:op"})
 	must(t, err)
 	_, _, err = s.CreateVersion(ctx, Version{Model: "digits", Digest: "d1", CreatedBy: "user:op"}) // no change
@@ -94,7 +97,7 @@ func TestAuditOfEachChange(t *testing.T) {
 		{Who: "controller", Action: "token.create", Object: "user/ada", After: "viewer", From: from},
 		{Who: "controller", Action: "token.create", Object: "user/ada", Before: "viewer", After: "admin", From: from},
 		{Who: "user:op", Action: "join-token.create", Object: "join-token/" + jt.ID, After: `1 uses until 2026-01-01T01:00:00Z, labels {"site":"x"}`, From: from},
-		{Who: "device:cam-1", Action: "device.join", Object: "device/cam-1", After: "join token " + jt.ID + `, labels {"site":"x"}, its own {"a":"b"}`, From: from},
+		{Who: "device:cam-1", Action: "device.join", Object: "device/cam-1", After: fmt.Sprintf(`join token %s, labels {"site":"x"}, its own {"a":"b"}, certificate %x until %s`, jt.ID, cert.SerialNumber, cert.NotAfter.UTC().Format(time.RFC3339)), From: from},
 		{Who: "user:op", Action: "version.create", Object: "model/digits:1", After: "d1", From: from},
 		{Who: "user:op", Action: "version.create", Object: "model/digits:2", After: "d2", From: from},
 		{Who: "user:op", Action: "object.apply", Object: "Deployment/a", After: one[0].YAML(), From: from},

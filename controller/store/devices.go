@@ -2,7 +2,9 @@ package store
 
 import (
 	"context"
+	"crypto/sha256"
 	"database/sql"
+	"encoding/hex"
 	"errors"
 	"fmt"
 	"maps"
@@ -168,8 +170,9 @@ func (s *Store) Hello(ctx context.Context, device string, h *dunlinv1.Hello) (d 
 		}
 		if _, err = tx.ExecContext(ctx, `UPDATE devices SET connected = 1, last_heard_at = ?, own_labels = ?, session = ?,
 			report_number = CASE WHEN session = ? THEN report_number ELSE 0 END,
-			info = CASE WHEN ? > 0 THEN ? ELSE info END WHERE name = ?`,
-			s.now().UnixNano(), own, h.GetSession(), h.GetSession(), len(info), append([]byte{}, info...), device); err != nil {
+			info = CASE WHEN ? > 0 THEN ? ELSE info END, trust_version = ?, root_ids = ? WHERE name = ?`,
+			s.now().UnixNano(), own, h.GetSession(), h.GetSession(), len(info), append([]byte{}, info...),
+			int64(min(h.GetTrustVersion(), math.MaxInt64)), jsonText(hexes(h.GetRootIds())), device); err != nil {
 			return err
 		}
 		d, err = scanDevice(tx.QueryRowContext(ctx, selectDevices+"WHERE name = ?", device).Scan)
@@ -179,6 +182,17 @@ func (s *Store) Hello(ctx context.Context, device string, h *dunlinv1.Hello) (d 
 		return nil, false, err
 	}
 	return d, changed, nil
+}
+
+// hexes writes the fingerprints of a device's roots, as many as make sense.
+func hexes(ids [][]byte) []string {
+	texts := []string{}
+	for _, id := range ids[:min(len(ids), 16)] {
+		if len(id) == sha256.Size {
+			texts = append(texts, hex.EncodeToString(id))
+		}
+	}
+	return texts
 }
 
 // Report keeps what a device reports. One of another session than the

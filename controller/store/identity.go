@@ -2,7 +2,6 @@ package store
 
 import (
 	"context"
-	"crypto/subtle"
 	"database/sql"
 	"encoding/hex"
 	"errors"
@@ -10,10 +9,7 @@ import (
 	"maps"
 	"time"
 
-	"google.golang.org/protobuf/proto"
-
 	"github.com/dunlin/dunlin/controller/identity"
-	dunlinv1 "github.com/dunlin/dunlin/proto/dunlin/v1"
 )
 
 // TokenOwner implements identity.Credentials.
@@ -23,17 +19,6 @@ func (s *Store) TokenOwner(ctx context.Context, hash [32]byte) (name string, rol
 		return "", "", identity.ErrUnknown
 	}
 	return name, role, err
-}
-
-// DeviceSecret implements identity.Credentials.
-func (s *Store) DeviceSecret(ctx context.Context, device string) (hash [32]byte, err error) {
-	var b []byte
-	err = s.reader.QueryRowContext(ctx, "SELECT secret_hash FROM devices WHERE name = ?", device).Scan(&b)
-	if errors.Is(err, sql.ErrNoRows) {
-		return hash, identity.ErrUnknown
-	}
-	copy(hash[:], b)
-	return hash, err
 }
 
 // AddToken gives a user, who is made where there is none, one more token.
@@ -47,12 +32,15 @@ func (s *Store) AddToken(ctx context.Context, user string, role identity.Role, h
 		if _, err := tx.ExecContext(ctx, "INSERT INTO users (name, role, created_at) VALUES (?, ?, ?) ON CONFLICT (name) DO UPDATE SET role = excluded.role", user, role, now); err != nil {
 			return fmt.Errorf("add user %s: %w", user, err)
 		}
-		if _, err := tx.ExecContext(ctx, "INSERT INTO tokens (hash, id, user, created_at) VALUES (?, ?, ?, ?)", hash[:], hex.EncodeToString(hash[:6]), user, now); err != nil {
+		if _, err := tx.ExecContext(ctx, "INSERT INTO tokens (hash, id, user, created_at) VALUES (?, ?, ?, ?)", hash[:], TokenID(hash), user, now); err != nil {
 			return fmt.Errorf("add token of %s: %w", user, err)
 		}
 		return s.audit(ctx, tx, AuditRecord{Who: "controller", Action: "token.create", Object: "user/" + user, Before: before, After: string(role)})
 	})
 }
+
+// TokenID names a token by the start of its hash.
+func TokenID(hash [32]byte) string { return hex.EncodeToString(hash[:6]) }
 
 // JoinToken lets devices join. Its ID is the start of its hash.
 type JoinToken struct {
@@ -60,18 +48,20 @@ type JoinToken struct {
 	UsesLeft  uint32
 	ExpiresAt time.Time
 	Labels    map[string]string
+	Device    string // the only one that may join with it; "": any
+	Broker    string // hash of the token as an external broker keeps it
 }
 
 // CreateJoinToken keeps the token under its hash and gives it its ID.
 func (s *Store) CreateJoinToken(ctx context.Context, by string, hash [32]byte, t JoinToken) (JoinToken, error) {
-	t.ID = hex.EncodeToString(hash[:6])
+	t.ID = TokenID(hash)
 	err := s.write(ctx, "join token", func(tx *sql.Tx) error {
 		now := s.now().UnixNano()
-		if _, err := tx.ExecContext(ctx, "DELETE FROM join_tokens WHERE uses_left = 0 OR expires_at <= ?", now); err != nil {
+		if _, err := tx.ExecContext(ctx, "DELETE FROM join_tokens WHERE expires_at <= ?", now); err != nil {
 			return err
 		}
-		if _, err := tx.ExecContext(ctx, "INSERT INTO join_tokens (hash, id, uses_left, expires_at, labels) VALUES (?, ?, ?, ?, ?)",
-			hash[:], t.ID, t.UsesLeft, nanos(t.ExpiresAt), jsonText(t.Labels)); err != nil {
+		if _, err := tx.ExecContext(ctx, "INSERT INTO join_tokens (hash, id, uses_left, expires_at, labels, device, broker_hash) VALUES (?, ?, ?, ?, ?, ?, ?)",
+			hash[:], t.ID, t.UsesLeft, nanos(t.ExpiresAt), jsonText(t.Labels), t.Device, t.Broker); err != nil {
 			return fmt.Errorf("create join token: %w", err)
 		}
 		return s.audit(ctx, tx, AuditRecord{Who: by, Action: "join-token.create", Object: "join-token/" + t.ID, After: fmt.Sprintf("%d uses until %s, labels %s", t.UsesLeft, t.ExpiresAt.UTC().Format(time.RFC3339), jsonText(t.Labels))})
@@ -82,12 +72,12 @@ func (s *Store) CreateJoinToken(ctx context.Context, by string, hash [32]byte, t
 // JoinTokens gives those that can still be used, the first to expire first.
 func (s *Store) JoinTokens(ctx context.Context) (tokens []JoinToken, err error) {
 	err = s.read(ctx, func(tx *sql.Tx) error {
-		query := "SELECT id, uses_left, expires_at, labels FROM join_tokens WHERE uses_left > 0 AND expires_at > ? ORDER BY expires_at, id"
+		query := "SELECT id, uses_left, expires_at, labels, device FROM join_tokens WHERE uses_left > 0 AND expires_at > ? ORDER BY expires_at, id"
 		return each(ctx, tx, query, []any{s.now().UnixNano()}, func(scan func(...any) error) error {
 			var t JoinToken
 			var expires int64
 			var labels string
-			if err := scan(&t.ID, &t.UsesLeft, &expires, &labels); err != nil {
+			if err := scan(&t.ID, &t.UsesLeft, &expires, &labels, &t.Device); err != nil {
 				return err
 			}
 			t.ExpiresAt = instant(expires)
@@ -98,92 +88,45 @@ func (s *Store) JoinTokens(ctx context.Context) (tokens []JoinToken, err error) 
 	return tokens, err
 }
 
-// Join is a device that wants to be known.
-type Join struct {
-	Token  [32]byte // hash of its join token
-	Device string
-	Secret [32]byte // hash of its secret
-	Broker string   // hash of its secret as an external broker keeps it
-	Labels map[string]string
-	Info   *dunlinv1.DeviceInfo
-}
-
-// Join makes a device known and uses its join token once; the token's labels
-// win over the device's own. A device that is known with the same secret is
-// joined already, whatever became of the token; with another secret it is
-// ErrExists. A token that is unknown, used up or expired is ErrRefused.
-func (s *Store) Join(ctx context.Context, j Join) error {
-	return s.write(ctx, "join", func(tx *sql.Tx) error {
-		var have []byte
-		err := tx.QueryRowContext(ctx, "SELECT secret_hash FROM devices WHERE name = ?", j.Device).Scan(&have)
-		switch {
-		case err == nil && subtle.ConstantTimeCompare(have, j.Secret[:]) == 1:
-			return nil
-		case err != nil && !errors.Is(err, sql.ErrNoRows):
-			return err
-		}
-		taken := err == nil
-		now := s.now().UnixNano()
-		var id, labels string
-		err = tx.QueryRowContext(ctx, "UPDATE join_tokens SET uses_left = uses_left - 1 WHERE hash = ? AND uses_left > 0 AND expires_at > ? RETURNING id, labels", j.Token[:], now).Scan(&id, &labels)
+// DeleteJoinToken takes a join token back.
+func (s *Store) DeleteJoinToken(ctx context.Context, by, id string) error {
+	return s.write(ctx, "delete join token", func(tx *sql.Tx) error {
+		var uses uint32
+		var expires int64
+		var labels string
+		err := tx.QueryRowContext(ctx, "DELETE FROM join_tokens WHERE id = ? RETURNING uses_left, expires_at, labels", id).Scan(&uses, &expires, &labels)
 		if errors.Is(err, sql.ErrNoRows) {
-			return fmt.Errorf("join token is unknown, used up or expired: %w", ErrRefused)
+			return fmt.Errorf("join token %s: %w", id, ErrNotFound)
 		}
 		if err != nil {
 			return err
 		}
-		if taken { // told only to one who may join; the token is not used
-			return fmt.Errorf("device %s: %w", j.Device, ErrExists)
-		}
-		info, err := proto.Marshal(j.Info)
-		if err != nil {
-			return fmt.Errorf("encode device info: %w", err)
-		}
-		if info == nil {
-			info = []byte{}
-		}
-		if j.Labels == nil {
-			j.Labels = map[string]string{}
-		}
-		if _, err := tx.ExecContext(ctx, "INSERT INTO devices (name, secret_hash, broker_hash, own_labels, token_labels, info, joined_at) VALUES (?, ?, ?, ?, ?, ?, ?)",
-			j.Device, j.Secret[:], j.Broker, jsonText(j.Labels), labels, info, now); err != nil {
-			return fmt.Errorf("add device %s: %w", j.Device, err)
-		}
-		return s.audit(ctx, tx, AuditRecord{Who: "device:" + j.Device, Action: "device.join", Object: "device/" + j.Device, After: fmt.Sprintf("join token %s, labels %s, its own %s", id, labels, jsonText(j.Labels))})
+		return s.audit(ctx, tx, AuditRecord{Who: by, Action: "join-token.delete", Object: "join-token/" + id,
+			Before: fmt.Sprintf("%d uses until %s, labels %s", uses, instant(expires).Format(time.RFC3339), labels)})
 	})
 }
 
-// RemoveDevice forgets a device, its credentials and its events.
-func (s *Store) RemoveDevice(ctx context.Context, by, device string) error {
-	return s.write(ctx, "remove device", func(tx *sql.Tx) error {
-		var own, token string
-		var joined int64
-		err := tx.QueryRowContext(ctx, "DELETE FROM devices WHERE name = ? RETURNING own_labels, token_labels, joined_at", device).Scan(&own, &token, &joined)
-		if errors.Is(err, sql.ErrNoRows) {
-			return fmt.Errorf("device %s: %w", device, ErrNotFound)
-		}
-		if err != nil {
-			return err
-		}
-		return s.audit(ctx, tx, AuditRecord{Who: by, Action: "device.remove", Object: "device/" + device,
-			Before: fmt.Sprintf("joined %s, labels %s, its own %s", instant(joined).Format(time.RFC3339), token, own)})
-	})
+// JoinTokenKnown says whether there is such a join token. One that is used up
+// is known until it expires: the last device may ask again for its answer.
+func (s *Store) JoinTokenKnown(ctx context.Context, hash [32]byte) (bool, error) {
+	var n int
+	err := s.reader.QueryRowContext(ctx, "SELECT count(*) FROM join_tokens WHERE hash = ? AND expires_at > ?", hash[:], s.now().UnixNano()).Scan(&n)
+	return n > 0, err
 }
 
-// BrokerAccounts gives the hash of each device's secret as an external broker keeps it.
-func (s *Store) BrokerAccounts(ctx context.Context) (map[string]string, error) {
-	accounts := map[string]string{}
+// BrokerTokens gives the hash of each known join token, as an external broker
+// keeps it, by the token's id.
+func (s *Store) BrokerTokens(ctx context.Context) (map[string]string, error) {
+	tokens := map[string]string{}
 	err := s.read(ctx, func(tx *sql.Tx) error {
-		return each(ctx, tx, "SELECT name, broker_hash FROM devices", nil, func(scan func(...any) error) error {
-			var name, hash string
-			if err := scan(&name, &hash); err != nil {
-				return err
-			}
-			accounts[name] = hash
-			return nil
+		return each(ctx, tx, "SELECT id, broker_hash FROM join_tokens WHERE expires_at > ? AND broker_hash <> ''", []any{s.now().UnixNano()}, func(scan func(...any) error) error {
+			var id, hash string
+			err := scan(&id, &hash)
+			tokens[id] = hash
+			return err
 		})
 	})
-	return accounts, err
+	return tokens, err
 }
 
 // merge lays a join token's labels over the device's own.

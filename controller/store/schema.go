@@ -187,13 +187,16 @@ CREATE TABLE certificates (
 ) STRICT, WITHOUT ROWID;
 CREATE INDEX certificates_by_device ON certificates (device);
 
+ALTER TABLE devices DROP COLUMN secret_hash;
+ALTER TABLE devices DROP COLUMN broker_hash;
 ALTER TABLE devices ADD COLUMN revoked_at INTEGER NOT NULL DEFAULT 0;
 ALTER TABLE devices ADD COLUMN revoked_reason TEXT NOT NULL DEFAULT '';
 ALTER TABLE devices ADD COLUMN twins BLOB NOT NULL DEFAULT x''; -- an encoded DeviceIdentity with its twins only
 ALTER TABLE devices ADD COLUMN trust_version INTEGER NOT NULL DEFAULT 0;
 ALTER TABLE devices ADD COLUMN root_ids TEXT NOT NULL DEFAULT '[]';
 
-ALTER TABLE join_tokens ADD COLUMN device TEXT NOT NULL DEFAULT ''; -- for this one only
+ALTER TABLE join_tokens ADD COLUMN device TEXT NOT NULL DEFAULT '';      -- for this one only
+ALTER TABLE join_tokens ADD COLUMN broker_hash TEXT NOT NULL DEFAULT ''; -- as an external broker keeps it
 
 ALTER TABLE users ADD COLUMN scope TEXT NOT NULL DEFAULT '{}';    -- labels
 ALTER TABLE users ADD COLUMN password TEXT NOT NULL DEFAULT '';   -- argon2id, in the PHC form; '': none

@@ -65,7 +65,8 @@ func join(t *testing.T, s *Store, device string, labels map[string]string) {
 	_, hash := identity.NewToken("")
 	_, err := s.CreateJoinToken(t.Context(), "user:test", hash, JoinToken{UsesLeft: 1, ExpiresAt: s.now().Add(time.Hour)})
 	must(t, err)
-	must(t, s.Join(t.Context(), Join{Token: hash, Device: device, Secret: identity.Hash(device), Broker: "$7$" + device, Labels: labels}))
+	_, err = s.Join(t.Context(), joins(t, hash, device, labels))
+	must(t, err)
 }
 
 // push makes the next version of a model.

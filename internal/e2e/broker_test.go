@@ -6,10 +6,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"strconv"
 	"testing"
-
-	"github.com/dunlin/dunlin/controller/broker"
 )
 
 // onEachBroker runs a test with the embedded broker, and with Mosquitto as an
@@ -19,8 +16,8 @@ func onEachBroker(t *testing.T, test func(*testing.T, *Fleet)) {
 	t.Run("mosquitto", func(t *testing.T) { test(t, newMosquittoFleet(t)) })
 }
 
-// newMosquittoFleet starts Mosquitto with a configuration, a password file and
-// an ACL file of its own, and a controller that uses it.
+// newMosquittoFleet starts Mosquitto with the files that the controller made
+// for it, and a controller that uses it.
 func newMosquittoFleet(t *testing.T) *Fleet {
 	t.Helper()
 	path, err := exec.LookPath("mosquitto")
@@ -30,28 +27,34 @@ func newMosquittoFleet(t *testing.T) *Fleet {
 	if _, err := os.Stat(path); err != nil {
 		t.Fatal("no mosquitto: run make test, which installs it")
 	}
-	dir := t.TempDir()
 	address, err := FreeAddress()
 	if err != nil {
 		t.Fatal(err)
 	}
-	_, portText, _ := net.SplitHostPort(address)
-	port, err := strconv.Atoi(portText)
+	host, port, err := net.SplitHostPort(address)
 	if err != nil {
 		t.Fatal(err)
 	}
-	accounts := broker.Mosquitto{PasswordFile: filepath.Join(dir, "passwords"), PIDFile: filepath.Join(dir, "pid")}
-	acl, config := filepath.Join(dir, "acl"), filepath.Join(dir, "mosquitto.conf")
-	text := accounts.Config(port, acl)
-	if os.Getuid() == 0 {
-		text += "user root\n" // it could not read its files otherwise
+	f, err := NewFleet(programs, t.TempDir(), library)
+	if err != nil {
+		t.Fatal(err)
 	}
-	for path, text := range map[string]string{acl: broker.MosquittoACL, config: text, accounts.PasswordFile: ""} {
-		if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
+	dir := filepath.Join(f.Dir, "mosquitto")
+	if _, err := Run(within(t), nil, f.Programs.Controller, "broker", "config", "mosquitto",
+		"--data", f.controllerData(), "--dir", dir, "--host", host, "--port", port); err != nil {
+		t.Fatal(err)
+	}
+	config := filepath.Join(dir, "mosquitto.conf")
+	if os.Getuid() == 0 {
+		text, err := os.ReadFile(config)
+		if err == nil {
+			err = os.WriteFile(config, append(text, "user root\n"...), 0o600) // it could not read its files otherwise
+		}
+		if err != nil {
 			t.Fatal(err)
 		}
 	}
-	p, err := Start("mosquitto", filepath.Join(dir, "log"), nil, path, "-c", config)
+	p, err := Start("mosquitto", filepath.Join(f.Dir, "mosquitto.log"), nil, path, "-c", config)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -70,13 +73,8 @@ func newMosquittoFleet(t *testing.T) *Fleet {
 	}); err != nil {
 		t.Fatal(err)
 	}
-	f, err := NewFleet(programs, t.TempDir(), library)
-	if err != nil {
-		t.Fatal(err)
-	}
 	f.MQTT = address
-	f.ControllerArgs = []string{"--broker-url", "mqtt://" + address,
-		"--mosquitto-password-file", accounts.PasswordFile, "--mosquitto-pid-file", accounts.PIDFile}
+	f.ControllerArgs = []string{"--broker-url", "mqtts://" + address, "--mosquitto-dir", dir}
 	t.Cleanup(func() { stop(t, f) })
 	if err := f.StartController(within(t)); err != nil {
 		t.Fatalf("%v\n%s", err, f.Controller.LogTail(50))

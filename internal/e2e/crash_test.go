@@ -165,7 +165,7 @@ func agentKilledDuringDownload(t *testing.T, f *Fleet) {
 	}
 	file := index.Files[0]
 
-	proxy := newBlobProxy(t, f.URL)
+	proxy := newBlobProxy(t, f)
 	a := startAgent(t, f, "device-1", "--controller", proxy.url)
 	cli(t, f, "push", path, "big:1")
 	held, release := proxy.hold(512 << 10)

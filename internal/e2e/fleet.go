@@ -90,14 +90,19 @@ func NewFleet(programs Programs, dir, runtimeLibrary string) (*Fleet, error) {
 	return &Fleet{Programs: programs, Dir: dir, Runtime: runtimeLibrary, URL: "http://" + api, MQTT: mqtt}, nil
 }
 
+// DeviceURL is the controller's URL for devices, which always speak TLS.
+func (f *Fleet) DeviceURL() string { return "https://" + strings.TrimPrefix(f.URL, "http://") }
+
 // StartController starts the controller, the first time and after each end,
 // with the same data, and waits until it answers.
 func (f *Fleet) StartController(ctx context.Context) error {
 	return f.startController(ctx, f.Programs.Controller, nil)
 }
 
+func (f *Fleet) controllerData() string { return filepath.Join(f.Dir, "controller") }
+
 func (f *Fleet) startController(ctx context.Context, program string, env []string) error {
-	data := filepath.Join(f.Dir, "controller")
+	data := f.controllerData()
 	args := append([]string{"--data", data, "--listen", strings.TrimPrefix(f.URL, "http://"), "--mqtt-listen", f.MQTT}, f.ControllerArgs...)
 	p, err := Start("controller", filepath.Join(f.Dir, "controller.log"), env, program, args...)
 	if err != nil {
@@ -152,7 +157,7 @@ func (f *Fleet) StartAgent(ctx context.Context, name string, args ...string) (*A
 		return nil, err
 	}
 	a := &Agent{Name: name, URL: "http://" + listen, Data: filepath.Join(f.Dir, name)}
-	a.args = append([]string{"--data", a.Data, "--controller", f.URL, "--join-token", "@" + token, "--name", name,
+	a.args = append([]string{"--data", a.Data, "--controller", f.DeviceURL(), "--join-token", "@" + token, "--name", name,
 		"--listen", listen, "--grpc-listen", "127.0.0.1:0", "--runtime-lib", f.Runtime}, args...)
 	f.Agents = append(f.Agents, a)
 	return a, f.RestartAgent(ctx, a)

@@ -5,13 +5,19 @@ import (
 	"net/http"
 	"net/http/httputil"
 	"net/url"
+	"path/filepath"
 	"strings"
 	"sync"
 	"testing"
+
+	"github.com/dunlin/dunlin/internal/pki"
+	"github.com/dunlin/dunlin/internal/pki/pkitest"
 )
 
-// blobProxy stands between a device and the controller's HTTP port, counts
-// the bytes of blobs that pass, and can hold them up.
+// blobProxy stands between a device and the controller's HTTPS port, counts
+// the bytes of blobs that pass, and can hold them up. It has a certificate of
+// the controller's authority, and asks the controller in the administrator's
+// name.
 type blobProxy struct {
 	url string
 
@@ -23,9 +29,9 @@ type blobProxy struct {
 	resume chan struct{}
 }
 
-func newBlobProxy(t *testing.T, target string) *blobProxy {
+func newBlobProxy(t *testing.T, f *Fleet) *blobProxy {
 	t.Helper()
-	to, err := url.Parse(target)
+	to, err := url.Parse(f.URL)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -34,6 +40,7 @@ func newBlobProxy(t *testing.T, target string) *blobProxy {
 		Rewrite: func(r *httputil.ProxyRequest) {
 			r.SetURL(to)
 			r.Out.Host = r.In.Host // the controller gives devices the address that they called
+			r.Out.Header.Set("Authorization", "Bearer "+f.Token)
 		},
 		FlushInterval: -1,
 		ErrorHandler:  func(w http.ResponseWriter, _ *http.Request, _ error) { w.WriteHeader(http.StatusBadGateway) },
@@ -51,18 +58,36 @@ func newBlobProxy(t *testing.T, target string) *blobProxy {
 	if err != nil {
 		t.Fatal(err)
 	}
-	server := &http.Server{Addr: listen, Handler: reverse}
+	server := &http.Server{Addr: listen, Handler: reverse, TLSConfig: pkitest.ServerTLS(t, authority(t, f))}
 	done := make(chan struct{})
 	go func() {
 		defer close(done)
-		_ = server.ListenAndServe()
+		_ = server.ListenAndServeTLS("", "")
 	}()
 	t.Cleanup(func() {
 		_ = server.Close()
 		<-done
 	})
-	p.url = "http://" + listen
+	p.url = "https://" + listen
 	return p
+}
+
+// authority is the controller's own.
+func authority(t *testing.T, f *Fleet) *pki.Authority {
+	t.Helper()
+	certs, err := pki.ReadCertificates(filepath.Join(f.Dir, "controller", "ca.pem"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	key, err := pki.ReadKey(filepath.Join(f.Dir, "controller", "ca", pki.CertificateID(certs[0])+".key"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	a, err := pki.LoadAuthority(certs[0], nil, key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return a
 }
 
 // passed gives how many bytes of blobs have passed.

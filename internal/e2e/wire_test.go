@@ -1,7 +1,7 @@
 package e2e
 
 import (
-	"crypto/rand"
+	"crypto/tls"
 	"fmt"
 	"io"
 	mathrand "math/rand/v2"
@@ -18,29 +18,34 @@ import (
 	"google.golang.org/protobuf/proto"
 
 	"github.com/dunlin/dunlin/internal/link"
+	"github.com/dunlin/dunlin/internal/pki/pkitest"
 	dunlinv1 "github.com/dunlin/dunlin/proto/dunlin/v1"
 	"github.com/dunlin/dunlin/proto/dunlin/v1/dunlinv1connect"
 )
 
-// joinByHand makes a device known that is no agent, and gives its secret.
-func joinByHand(t *testing.T, f *Fleet, name string) string {
+// joinByHand makes a device known that is no agent, and gives how it connects.
+func joinByHand(t *testing.T, f *Fleet, name string) *tls.Config {
 	t.Helper()
 	token, err := f.JoinToken(within(t))
 	if err != nil {
 		t.Fatal(err)
 	}
-	secret := rand.Text() + rand.Text()
-	_, err = dunlinv1connect.NewEnrollmentServiceClient(http.DefaultClient, f.URL).Join(within(t),
-		connect.NewRequest(&dunlinv1.JoinRequest{JoinToken: token, Name: name, Secret: secret}))
+	key, csr := pkitest.Request(t, name)
+	answer, err := dunlinv1connect.NewEnrollmentServiceClient(http.DefaultClient, f.URL).Join(within(t),
+		connect.NewRequest(&dunlinv1.JoinRequest{JoinToken: token, Name: name, Csr: csr}))
 	if err != nil {
 		t.Fatal(err)
 	}
-	return secret
+	secure, err := pkitest.Joined{Key: key, Identity: answer.Msg.GetIdentity()}.TLS("127.0.0.1")
+	if err != nil {
+		t.Fatal(err)
+	}
+	return secure
 }
 
-func dial(t *testing.T, f *Fleet, id, user, secret string) (mqtt.Client, error) {
+func dial(t *testing.T, f *Fleet, id string, secure *tls.Config) (mqtt.Client, error) {
 	t.Helper()
-	o := mqtt.NewClientOptions().AddBroker("tcp://" + f.MQTT).SetClientID(id).SetUsername(user).SetPassword(secret).
+	o := mqtt.NewClientOptions().AddBroker("ssl://" + f.MQTT).SetClientID(id).SetTLSConfig(secure).
 		SetProtocolVersion(4).SetAutoReconnect(false).SetConnectRetry(false).SetConnectTimeout(limit)
 	c := mqtt.NewClient(o)
 	token := c.Connect()
@@ -92,23 +97,29 @@ func events(t *testing.T, f *Fleet) []storedEvent {
 func TestStrangersAreRefused(t *testing.T) {
 	onEachBroker(t, func(t *testing.T, f *Fleet) {
 		a := startAgent(t, f, "device-1")
-		secret := joinByHand(t, f, "mallory")
-		var mallory mqtt.Client
-		eventually(t, func() string { // Mosquitto reads its accounts again in its own time
-			var err error
-			if mallory, err = dial(t, f, "mallory", "mallory", secret); err != nil {
-				return err.Error()
-			}
-			return ""
-		})
-		for _, tt := range []struct{ name, id, user, secret string }{
-			{"no credentials", "device-1", "", ""},
-			{"a wrong secret", "mallory", "mallory", secret + "x"},
-			{"another device's name", "device-1", "device-1", secret},
-			{"a device that is not known", "nobody", "nobody", secret},
+		own := joinByHand(t, f, "mallory")
+		mallory, err := dial(t, f, "mallory", own)
+		if err != nil {
+			t.Fatal(err)
+		}
+		ca := authority(t, f)
+		foreign := pkitest.Authority(t)
+		for name, secure := range map[string]*tls.Config{
+			"no certificate":                  pkitest.ClientTLS(ca, nil),
+			"another authority's certificate": pkitest.ClientTLS(ca, pkitest.Device(t, foreign, "device-1")),
 		} {
-			if _, err := dial(t, f, tt.id, tt.user, tt.secret); err == nil {
-				t.Errorf("connected with %s", tt.name)
+			if _, err := dial(t, f, "device-1", secure); err == nil {
+				t.Errorf("connected with %s", name)
+			}
+		}
+		// Of another device's client id a broker may make the right one.
+		if c, err := dial(t, f, "device-1", own); err == nil {
+			c.Disconnect(100)
+			if d := devices(t, f); len(d) != 2 || !d[0].Connected {
+				t.Errorf("device-1 was pushed out: %+v", d)
+			}
+			if mallory, err = dial(t, f, "mallory", own); err != nil {
+				t.Fatal(err)
 			}
 		}
 
@@ -122,14 +133,14 @@ func TestStrangersAreRefused(t *testing.T) {
 		forged := eventBatch(t, 1, "forged")
 		for _, topic := range []string{link.Up("device-1", link.Events), link.Down("device-1", link.Command), link.EpochTopic,
 			"dunlin/v1/0/mallory/up/events", "dunlin/v1/" + strconv.Itoa(int(link.Shard("device-1"))) + "/mallory/up/events"} {
-			c, err := dial(t, f, "mallory", "mallory", secret)
+			c, err := dial(t, f, "mallory", own)
 			if err != nil {
 				t.Fatal(err)
 			}
 			c.Publish(topic, 0, false, forged).Wait()
 			c.Disconnect(100)
 		}
-		c, err := dial(t, f, "mallory", "mallory", secret)
+		c, err := dial(t, f, "mallory", own)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -157,15 +168,10 @@ func TestMalformedPayloads(t *testing.T) {
 	random := mathrand.New(mathrand.NewPCG(seed, 0))
 	onEachBroker(t, func(t *testing.T, f *Fleet) {
 		a := startAgent(t, f, "device-1")
-		secret := joinByHand(t, f, "noisy")
-		var c mqtt.Client
-		eventually(t, func() string {
-			var err error
-			if c, err = dial(t, f, "noisy", "noisy", secret); err != nil {
-				return err.Error()
-			}
-			return ""
-		})
+		c, err := dial(t, f, "noisy", joinByHand(t, f, "noisy"))
+		if err != nil {
+			t.Fatal(err)
+		}
 		const each = 100
 		kinds := []string{link.Hello, link.Reported, link.Events, link.Telemetry, link.Request, link.Gone}
 		for range each {

@@ -3,6 +3,8 @@ package link
 import (
 	"bytes"
 	"context"
+	"crypto/tls"
+	"crypto/x509"
 	"log/slog"
 	"net"
 	"sync"
@@ -15,6 +17,7 @@ import (
 	"go.uber.org/goleak"
 	"google.golang.org/protobuf/proto"
 
+	"github.com/dunlin/dunlin/internal/pki"
 	dunlinv1 "github.com/dunlin/dunlin/proto/dunlin/v1"
 )
 
@@ -22,36 +25,94 @@ func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 
 const patience = 20 * time.Second
 
+// site is who can know each other in a test: an authority, a broker with a
+// certificate for 127.0.0.1, and the device "dev".
+type site struct {
+	authority *pki.Authority
+	broker    *tls.Certificate
+	device    *tls.Certificate
+}
+
+func newSite(t *testing.T) *site {
+	t.Helper()
+	ok := func(err error) {
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	key, err := pki.NewKey()
+	ok(err)
+	a, err := pki.NewAuthority(key, time.Now(), time.Hour)
+	ok(err)
+	brokerKey, err := pki.NewKey()
+	ok(err)
+	broker, err := a.IssueController([]string{"127.0.0.1"}, brokerKey.Public(), time.Now(), time.Hour)
+	ok(err)
+	s := &site{authority: a, broker: &tls.Certificate{Certificate: pki.Raw(a.Chain(broker)), PrivateKey: brokerKey}}
+	s.device = s.issue(t, time.Now())
+	return s
+}
+
+// issue makes a device's certificate that lasts an hour.
+func (s *site) issue(t *testing.T, at time.Time) *tls.Certificate {
+	t.Helper()
+	key, err := pki.NewKey()
+	if err != nil {
+		t.Fatal(err)
+	}
+	device, err := s.authority.IssueDevice("dev", key.Public(), at, time.Hour)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return &tls.Certificate{Certificate: pki.Raw(s.authority.Chain(device)), PrivateKey: key}
+}
+
+// server is the broker's side of TLS.
+func (s *site) server() *tls.Config {
+	return pki.ServerConfig(func() (*tls.Certificate, error) { return s.broker, nil },
+		func() []*x509.Certificate { return []*x509.Certificate{s.authority.Certificate} }, tls.RequireAndVerifyClientCert)
+}
+
+// client is the device's side of TLS.
+func (s *site) client() *tls.Config {
+	return pki.ClientConfig(pki.Client{
+		Trust:       func() pki.Trust { return pki.Trust{Roots: []*x509.Certificate{s.authority.Certificate}} },
+		Certificate: func() *tls.Certificate { return s.device },
+	}, "127.0.0.1")
+}
+
 // rules is the broker's hook: who may connect and subscribe.
 type rules struct {
 	mochi.HookBase
-	mu     sync.Mutex
-	secret string
-	denied string // filter that may not be subscribed
+	mu      sync.Mutex
+	refused bool   // nobody may connect
+	denied  string // filter that may not be subscribed
 }
 
 func (r *rules) ID() string { return "rules" }
 func (r *rules) Provides(b byte) bool {
 	return bytes.Contains([]byte{mochi.OnConnectAuthenticate, mochi.OnACLCheck}, []byte{b})
 }
-func (r *rules) OnConnectAuthenticate(_ *mochi.Client, p brokerpackets.Packet) bool {
+func (r *rules) OnConnectAuthenticate(cl *mochi.Client, p brokerpackets.Packet) bool {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	return string(p.Connect.Password) == r.secret
+	device, ok := pki.DeviceOf(cl.Net.Conn.(*tls.Conn).ConnectionState().PeerCertificates[0])
+	return ok && !r.refused && string(p.Connect.Username) == device && p.Connect.ClientIdentifier == device && !p.Connect.PasswordFlag
 }
 func (r *rules) OnACLCheck(_ *mochi.Client, topic string, write bool) bool {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	return write || topic != r.denied
 }
-func (r *rules) set(secret, denied string) {
+func (r *rules) set(refused bool, denied string) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	r.secret, r.denied = secret, denied
+	r.refused, r.denied = refused, denied
 }
 
 type testBroker struct {
 	*mochi.Server
+	*site
 	rules    *rules
 	address  string
 	received chan message
@@ -60,12 +121,18 @@ type testBroker struct {
 
 func startBroker(t *testing.T, address string) *testBroker {
 	t.Helper()
+	return newSite(t).startBroker(t, address)
+}
+
+func (s *site) startBroker(t *testing.T, address string) *testBroker {
+	t.Helper()
 	b := &testBroker{
 		Server:   mochi.New(&mochi.Options{InlineClient: true, Logger: slog.New(slog.DiscardHandler)}),
-		rules:    &rules{secret: "right"},
+		site:     s,
+		rules:    &rules{},
 		received: make(chan message, 1024),
 	}
-	tcp := listeners.NewTCP(listeners.Config{ID: "t", Address: address})
+	tcp := listeners.NewTCP(listeners.Config{ID: "t", Address: address, TLSConfig: s.server()})
 	for _, err := range []error{
 		b.AddHook(b.rules, nil), b.AddListener(tcp),
 		b.Subscribe(UpFilter, 1, func(_ *mochi.Client, _ brokerpackets.Subscription, p brokerpackets.Packet) {
@@ -186,11 +253,11 @@ type running struct {
 	stop     func() // ends Run and waits for it; may be called again
 }
 
-func start(t *testing.T, address string, change func(*Config)) *running {
+func start(t *testing.T, s *site, address string, change func(*Config)) *running {
 	t.Helper()
 	r := &running{attempts: make(chan struct{}, 1024), log: newLogged()}
 	cfg := Config{
-		BrokerURL: "tcp://" + address, Device: "dev", Secret: "right", BootID: "boot", Log: slog.New(r.log),
+		BrokerURL: "mqtts://" + address, Device: "dev", TLS: s.client, BootID: "boot", Log: slog.New(r.log),
 		Hello:      func() *dunlinv1.Hello { return &dunlinv1.Hello{Labels: map[string]string{"site": "test"}} },
 		MaxBackoff: 20 * time.Millisecond,
 		Dial: func(ctx context.Context, network, address string) (net.Conn, error) {

@@ -4,6 +4,7 @@ package link
 
 import (
 	"context"
+	"crypto/tls"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -36,6 +37,8 @@ const (
 	// maxHelloWithin bounds the time over which a new controller may spread
 	// the hellos of its devices.
 	maxHelloWithin = 5 * time.Minute
+	// refusedEvery bounds how often a refusal that lasts is logged.
+	refusedEvery = time.Minute
 )
 
 var (
@@ -47,18 +50,20 @@ var (
 
 // Config says how an agent connects.
 type Config struct {
-	BrokerURL string // "tcp://host:port"
+	BrokerURL string // "mqtts://host:port"
 	Device    string // also user name and client id
-	Secret    string
-	BootID    string // of this run of the agent
-	Log       *slog.Logger
+	// TLS gives the newest configuration, with the device's certificate, for
+	// a connection. It must be quick.
+	TLS    func() *tls.Config
+	BootID string // of this run of the agent
+	Log    *slog.Logger
 	// Hello gives what the agent says of itself at the start of a session;
 	// boot id and session are filled in here. It must be quick, and may be
 	// called from several goroutines.
 	Hello      func() *dunlinv1.Hello
 	KeepAlive  time.Duration // 0: DefaultKeepAlive
 	MaxBackoff time.Duration // 0: DefaultMaxBackoff
-	// Dial opens the connection; nil: TCP.
+	// Dial opens the connection below TLS; nil: TCP.
 	Dial func(ctx context.Context, network, address string) (net.Conn, error)
 }
 
@@ -70,7 +75,7 @@ const (
 	Connecting  State = iota // before the first answer of the broker
 	Connected                // a session is open
 	Unreachable              // the last attempt failed, or the connection was lost
-	Refused                  // the broker refuses the device's credentials, client id, or subscriptions
+	Refused                  // broker and device refuse each other's certificate, or the broker the client id or the subscriptions
 )
 
 func (s State) String() string {
@@ -90,17 +95,15 @@ type Link struct {
 	session *session   // nil without one
 	state   State
 	cause   error
-	epoch   string // the controller's boot id that hello was said to
+	warned  time.Time // when a refusal was logged last
+	epoch   string    // the controller's boot id that hello was said to
 }
 
 // New checks cfg; Run connects.
 func New(cfg Config) (*Link, error) {
-	u, err := url.Parse(cfg.BrokerURL)
+	address, err := brokerAddress(cfg.BrokerURL)
 	if err != nil {
-		return nil, fmt.Errorf("broker URL: %w", err)
-	}
-	if u.Scheme != "tcp" || u.Port() == "" {
-		return nil, fmt.Errorf("broker URL %q is not tcp://host:port", cfg.BrokerURL)
+		return nil, err
 	}
 	if err := CheckDevice(cfg.Device); err != nil {
 		return nil, err
@@ -114,7 +117,18 @@ func New(cfg Config) (*Link, error) {
 	if cfg.Dial == nil {
 		cfg.Dial = new(net.Dialer).DialContext
 	}
-	return &Link{cfg: cfg, address: u.Host, inbox: newInbox(), connected: make(chan struct{}, 1)}, nil
+	return &Link{cfg: cfg, address: address, inbox: newInbox(), connected: make(chan struct{}, 1)}, nil
+}
+
+func brokerAddress(brokerURL string) (string, error) {
+	u, err := url.Parse(brokerURL)
+	if err != nil {
+		return "", fmt.Errorf("broker URL: %w", err)
+	}
+	if u.Scheme != "mqtts" || u.Port() == "" {
+		return "", fmt.Errorf("broker URL %q is not mqtts://host:port", brokerURL)
+	}
+	return u.Host, nil
 }
 
 // Inbox gives the controller's messages: *dunlinv1.Desired, *dunlinv1.Block,
@@ -220,13 +234,20 @@ func sleep(ctx context.Context, d time.Duration) bool {
 	}
 }
 
-// setState notes the state, and logs it where it changed.
+// setState notes the state, and logs it where it changed; a refusal that
+// lasts is logged again now and then.
 func (l *Link) setState(s State, cause error) {
 	l.mu.Lock()
-	changed := l.state != s
+	say := l.state != s
 	l.state, l.cause = s, cause
+	if s == Refused {
+		now := time.Now()
+		if say = now.Sub(l.warned) >= refusedEvery; say {
+			l.warned = now
+		}
+	}
 	l.mu.Unlock()
-	if !changed {
+	if !say {
 		return
 	}
 	log := l.cfg.Log.With("device", l.cfg.Device, "broker", l.cfg.BrokerURL)
@@ -234,7 +255,7 @@ func (l *Link) setState(s State, cause error) {
 	case Connected:
 		log.Info("connected to the broker")
 	case Refused:
-		log.Error("the broker refuses this device; trying on", "error", cause)
+		log.Warn("the connection to the broker is refused; trying on", "error", cause)
 	default:
 		log.Warn("no connection to the broker; trying on", "error", cause)
 	}

@@ -3,6 +3,7 @@ package link
 import (
 	"context"
 	"crypto/sha256"
+	"crypto/tls"
 	"errors"
 	"io"
 	"log/slog"
@@ -27,7 +28,7 @@ func desired(number uint64) *dunlinv1.Desired {
 
 func TestSession(t *testing.T) {
 	b := startBroker(t, "127.0.0.1:0")
-	l := start(t, b.address, nil)
+	l := start(t, b.site, b.address, nil)
 
 	within(t, l.Connected(), "signal of a new session")
 	hello := next(t, b, Hello, new(dunlinv1.Hello))
@@ -85,7 +86,7 @@ func TestSession(t *testing.T) {
 
 func TestLostConnection(t *testing.T) {
 	b := startBroker(t, "127.0.0.1:0")
-	l := start(t, b.address, func(c *Config) {
+	l := start(t, b.site, b.address, func(c *Config) {
 		// This broker forgets a client that comes back while it cleans up
 		// after the client's last connection.
 		c.Dial = func(ctx context.Context, network, address string) (net.Conn, error) {
@@ -112,16 +113,16 @@ func TestLostConnection(t *testing.T) {
 
 func TestRefusedCredentials(t *testing.T) {
 	b := startBroker(t, "127.0.0.1:0")
-	b.rules.set("another", "")
-	l := start(t, b.address, nil)
+	b.rules.set(true, "")
+	l := start(t, b.site, b.address, nil)
 	if err := awaitState(t, l.Link, Refused); err == nil {
 		t.Error("refused without a cause")
 	}
 	for range 3 {
 		within(t, l.attempts, "attempt to connect")
 	}
-	if n := l.log.count(slog.LevelError); n != 1 {
-		t.Errorf("%d errors were logged over several refusals, want 1", n)
+	if n := l.log.count(slog.LevelWarn); n != 1 {
+		t.Errorf("%d warnings were logged over several refusals, want 1", n)
 	}
 	if err := l.Send(Reported, &dunlinv1.Reported{}); !errors.Is(err, ErrNotConnected) {
 		t.Errorf("Send: %v", err)
@@ -129,17 +130,49 @@ func TestRefusedCredentials(t *testing.T) {
 	if len(b.received) != 0 {
 		t.Error("the broker received a message from a refused device")
 	}
-	b.rules.set("right", "")
-	within(t, l.Connected(), "session after the secret was accepted")
+	b.rules.set(false, "")
+	within(t, l.Connected(), "session after the device was accepted")
 	if s, err := l.State(); s != Connected || err != nil {
 		t.Errorf("state %s, %v", s, err)
 	}
 }
 
+// A certificate that one side does not take is named, and tried again.
+func TestRefusedCertificate(t *testing.T) {
+	for name, test := range map[string]struct {
+		change func(b *testBroker, other *site)
+		want   string
+	}{
+		"expired":         {func(b *testBroker, _ *site) { b.device = b.issue(t, time.Now().Add(-3*time.Hour)) }, "it has expired"},
+		"other authority": {func(b *testBroker, other *site) { b.device = other.device }, "does not know its authority"},
+		"none":            {func(b *testBroker, _ *site) { b.device = new(tls.Certificate) }, "certificate required"},
+		"broker's expired": {func(b *testBroker, _ *site) {
+			*b.broker = *b.issue(t, time.Now().Add(-3*time.Hour))
+		}, "certificate does not count now"},
+		"broker's unknown":    {func(b *testBroker, other *site) { *b.broker = *other.broker }, "authority that is not trusted"},
+		"broker's other name": {func(b *testBroker, _ *site) { *b.broker = *b.issue(t, time.Now()) }, "is not for it"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			b := startBroker(t, "127.0.0.1:0")
+			test.change(b, newSite(t))
+			l := start(t, b.site, b.address, nil)
+			if err := awaitState(t, l.Link, Refused); err == nil || !strings.Contains(err.Error(), test.want) {
+				t.Errorf("cause %v, want %q", err, test.want)
+			}
+			for range 3 {
+				within(t, l.attempts, "attempt to connect")
+			}
+			if n := l.log.count(slog.LevelWarn); n != 1 {
+				t.Errorf("%d warnings were logged over several refusals, want 1", n)
+			}
+		})
+	}
+}
+
 func TestRefusedSubscription(t *testing.T) {
 	b := startBroker(t, "127.0.0.1:0")
-	b.rules.set("right", Down("dev", Command))
-	l := start(t, b.address, nil)
+	b.rules.set(false, Down("dev", Command))
+	l := start(t, b.site, b.address, nil)
 	if err := awaitState(t, l.Link, Refused); err == nil || !strings.Contains(err.Error(), Down("dev", Command)) {
 		t.Errorf("cause %v does not name the refused topic", err)
 	}
@@ -147,7 +180,7 @@ func TestRefusedSubscription(t *testing.T) {
 
 func TestBrokerAway(t *testing.T) {
 	b := startBroker(t, "127.0.0.1:0")
-	l := start(t, b.address, nil)
+	l := start(t, b.site, b.address, nil)
 	within(t, l.Connected(), "session")
 	b.stop()
 	if err := awaitState(t, l.Link, Unreachable); err == nil {
@@ -156,7 +189,7 @@ func TestBrokerAway(t *testing.T) {
 	if id := l.Session(); id != "" {
 		t.Errorf("session %s without a broker", id)
 	}
-	b = startBroker(t, b.address)
+	b = b.startBroker(t, b.address)
 	within(t, l.Connected(), "session with the broker that came back")
 	next(t, b, Hello, new(dunlinv1.Hello))
 	if n := l.log.count(slog.LevelWarn); n != 1 {
@@ -166,7 +199,7 @@ func TestBrokerAway(t *testing.T) {
 
 func TestHelloAgain(t *testing.T) {
 	b := startBroker(t, "127.0.0.1:0")
-	l := start(t, b.address, nil)
+	l := start(t, b.site, b.address, nil)
 	within(t, l.Connected(), "session")
 	session := next(t, b, Hello, new(dunlinv1.Hello)).Session
 	epoch := &dunlinv1.Epoch{Incarnation: "i", BootId: "controller 1", HelloWithinMs: 20}
@@ -193,7 +226,7 @@ func TestHelloAgain(t *testing.T) {
 }
 
 func TestSendTooLarge(t *testing.T) {
-	l, err := New(Config{BrokerURL: "tcp://127.0.0.1:1", Device: "dev"})
+	l, err := New(Config{BrokerURL: "mqtts://127.0.0.1:1", Device: "dev"})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -205,8 +238,8 @@ func TestSendTooLarge(t *testing.T) {
 
 func TestNewRefuses(t *testing.T) {
 	for _, c := range []Config{
-		{BrokerURL: "127.0.0.1:1883", Device: "dev"}, {BrokerURL: "tcp://127.0.0.1", Device: "dev"},
-		{BrokerURL: "ssl://127.0.0.1:1883", Device: "dev"}, {BrokerURL: "tcp://127.0.0.1:1883", Device: "a/b"},
+		{BrokerURL: "127.0.0.1:1883", Device: "dev"}, {BrokerURL: "mqtts://127.0.0.1", Device: "dev"},
+		{BrokerURL: "ssl://127.0.0.1:1883", Device: "dev"}, {BrokerURL: "tcp://127.0.0.1:1883", Device: "dev"}, {BrokerURL: "mqtts://127.0.0.1:1883", Device: "a/b"},
 	} {
 		if _, err := New(c); err == nil {
 			t.Errorf("New(%+v) gave no error", c)
@@ -216,9 +249,9 @@ func TestNewRefuses(t *testing.T) {
 
 // deadBroker accepts a session byte by byte as a broker would, and then does
 // what the test says.
-func deadBroker(t *testing.T, then func(net.Conn)) (address string) {
+func (s *site) deadBroker(t *testing.T, then func(net.Conn)) (address string) {
 	t.Helper()
-	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	listener, err := tls.Listen("tcp", "127.0.0.1:0", s.server())
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -266,9 +299,10 @@ func readPacket(r io.Reader) []byte {
 // A broker that takes nothing any more does not keep Run from ending.
 func TestStopWhileWriteStalls(t *testing.T) {
 	release := make(chan struct{})
-	address := deadBroker(t, func(net.Conn) { <-release })
+	site := newSite(t)
+	address := site.deadBroker(t, func(net.Conn) { <-release })
 	defer close(release)
-	l := start(t, address, nil)
+	l := start(t, site, address, nil)
 	within(t, l.Connected(), "session")
 	sent := make(chan error)
 	go func() {
@@ -307,12 +341,13 @@ func (l *Link) queue() chan message {
 // A packet above the limit ends the session instead of being read.
 func TestPacketTooLong(t *testing.T) {
 	release := make(chan struct{})
-	address := deadBroker(t, func(c net.Conn) {
+	site := newSite(t)
+	address := site.deadBroker(t, func(c net.Conn) {
 		c.Write([]byte{0x30, 0xff, 0xff, 0xff, 0x7f})
 		<-release
 	})
 	defer close(release)
-	l := start(t, address, nil)
+	l := start(t, site, address, nil)
 	if err := awaitState(t, l.Link, Unreachable); err == nil || !strings.Contains(err.Error(), "allowed are") {
 		t.Errorf("cause: %v", err)
 	}

@@ -3,6 +3,7 @@ package link
 import (
 	"context"
 	"crypto/rand"
+	"crypto/tls"
 	"errors"
 	"fmt"
 	mathrand "math/rand/v2"
@@ -13,6 +14,8 @@ import (
 
 	mqtt "github.com/eclipse/paho.mqtt.golang"
 	"github.com/eclipse/paho.mqtt.golang/packets"
+
+	"github.com/dunlin/dunlin/internal/pki"
 )
 
 type message struct {
@@ -23,7 +26,7 @@ type message struct {
 // session is one connection to the broker. Its client is never used again.
 type session struct {
 	id         string
-	conn       net.Conn
+	conn       net.Conn // below TLS: closing it waits for nothing
 	client     mqtt.Client
 	out        chan message
 	helloAgain chan time.Duration // holds one wish at most
@@ -38,11 +41,9 @@ var errSubscription = errors.New("subscription refused")
 
 // open connects and subscribes.
 func (l *Link) open(ctx context.Context) (*session, error) {
-	dialing, cancel := context.WithTimeout(ctx, connectTimeout)
-	conn, err := l.cfg.Dial(dialing, "tcp", l.address)
-	cancel()
+	conn, secure, err := dial(ctx, l.cfg.Dial, l.address, l.cfg.TLS())
 	if err != nil {
-		return nil, fmt.Errorf("connect: %w", err)
+		return nil, refusal(fmt.Errorf("connect: %w", err))
 	}
 	stop := context.AfterFunc(ctx, func() { conn.Close() })
 	defer stop()
@@ -53,19 +54,19 @@ func (l *Link) open(ctx context.Context) (*session, error) {
 	will := l.gone(s.id)
 	device := l.cfg.Device
 	s.client = mqtt.NewClient(mqtt.NewClientOptions().AddBroker(l.cfg.BrokerURL).
-		SetClientID(device).SetUsername(device).SetPassword(l.cfg.Secret).
+		SetClientID(device).SetUsername(device).
 		SetProtocolVersion(4).SetCleanSession(true).SetOrderMatters(true).
 		SetAutoReconnect(false).SetConnectRetry(false).
 		SetKeepAlive(l.cfg.KeepAlive).SetConnectTimeout(connectTimeout).SetWriteTimeout(writeTimeout).
 		SetBinaryWill(will.topic, will.payload, 0, false).
 		SetDefaultPublishHandler(func(_ mqtt.Client, m mqtt.Message) { l.receive(s, m.Topic(), m.Payload()) }).
 		SetConnectionLostHandler(func(_ mqtt.Client, err error) { s.end(err) }).
-		SetCustomOpenConnectionFn(func(*url.URL, mqtt.ClientOptions) (net.Conn, error) { return &boundedConn{Conn: conn}, nil }))
+		SetCustomOpenConnectionFn(func(*url.URL, mqtt.ClientOptions) (net.Conn, error) { return &boundedConn{Conn: secure}, nil }))
 	connect := s.client.Connect()
 	<-connect.Done()
 	if err := connect.Error(); err != nil {
 		conn.Close()
-		return nil, fmt.Errorf("connect: %w", err)
+		return nil, refusal(fmt.Errorf("connect: %w", err))
 	}
 	if err := s.subscribe(device); err != nil {
 		s.close()
@@ -99,10 +100,37 @@ func (s *session) subscribe(device string) error {
 	return nil
 }
 
+// dial opens a connection with TLS, and gives what is below it too.
+func dial(ctx context.Context, below func(context.Context, string, string) (net.Conn, error), address string, cfg *tls.Config) (conn net.Conn, secure *tls.Conn, err error) {
+	ctx, cancel := context.WithTimeout(ctx, connectTimeout)
+	defer cancel()
+	if conn, err = below(ctx, "tcp", address); err != nil {
+		return nil, nil, err
+	}
+	secure = tls.Client(conn, cfg)
+	if err := secure.HandshakeContext(ctx); err != nil {
+		conn.Close()
+		return nil, nil, err
+	}
+	return conn, secure, nil
+}
+
+// errCertificate is the error of a connection on which one side does not take
+// the other's certificate.
+var errCertificate = errors.New("certificate refused")
+
+// refusal says more of an error where it is about certificates.
+func refusal(err error) error {
+	if reason, ok := pki.Refusal(err); ok {
+		return fmt.Errorf("%w: %s", errCertificate, reason)
+	}
+	return err
+}
+
 // stateOf says what an error of a session makes of the link.
 func stateOf(err error) State {
 	for _, refusal := range []error{
-		errSubscription, packets.ErrorRefusedBadUsernameOrPassword, packets.ErrorRefusedNotAuthorised, packets.ErrorRefusedIDRejected,
+		errCertificate, errSubscription, packets.ErrorRefusedBadUsernameOrPassword, packets.ErrorRefusedNotAuthorised, packets.ErrorRefusedIDRejected,
 	} {
 		if errors.Is(err, refusal) {
 			return Refused

@@ -5,6 +5,7 @@ package program
 
 import (
 	"bytes"
+	"cmp"
 	"errors"
 	"flag"
 	"fmt"
@@ -297,7 +298,7 @@ func decode(raw []byte, into any) error {
 }
 
 var (
-	errNotLoopback = errors.New("is not on loopback: other addresses need TLS and device certificates, which come with a later version; use 127.0.0.1")
+	errNotLoopback = errors.New("is not on loopback: other addresses need TLS; or use 127.0.0.1")
 	errNeedsTLS    = errors.New("is not on loopback: other addresses need --tls-cert and --tls-key; or use 127.0.0.1")
 )
 
@@ -340,20 +341,22 @@ func Loopback(host string) bool {
 }
 
 // CheckURL says whether a URL is <scheme>://host[:port], with one of the
-// schemes, and on loopback. Only http has a usual port.
+// schemes, and on loopback where that scheme is not over TLS. Only http and
+// https have a usual port.
 func CheckURL(s string, schemes ...string) error {
 	u, err := url.Parse(s)
 	if err != nil {
 		return fmt.Errorf("%q is not a URL", s) // the error could show a password
 	}
-	if !slices.Contains(schemes, u.Scheme) || u.Host == "" || u.User != nil || u.RawQuery != "" || u.Fragment != "" {
-		return fmt.Errorf("%q is not %s://host:port", u.Redacted(), schemes[0])
+	if !slices.Contains(schemes, u.Scheme) || u.Hostname() == "" || u.User != nil || u.RawQuery != "" || u.Fragment != "" {
+		return fmt.Errorf("%q is not %s://host:port", u.Redacted(), strings.Join(schemes, ":// or "))
 	}
-	port := u.Port()
-	if port == "" && u.Scheme == "http" {
-		port = "80"
+	port := cmp.Or(u.Port(), map[string]string{"http": "80", "https": "443"}[u.Scheme])
+	remote := errNotLoopback
+	if u.Scheme == "https" || u.Scheme == "mqtts" {
+		remote = nil
 	}
-	return CheckAddress(net.JoinHostPort(u.Hostname(), port))
+	return checkAddress(net.JoinHostPort(u.Hostname(), port), remote)
 }
 
 // LockFolder keeps every other process away from a data folder. Closing what

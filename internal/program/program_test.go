@@ -199,6 +199,14 @@ func TestCheckAddress(t *testing.T) {
 	if err := CheckURL("tcp://127.0.0.1", "mqtt", "tcp"); err == nil {
 		t.Error("a broker without a port is taken")
 	}
+	for url, ok := range map[string]bool{
+		"https://example.com": true, "mqtts://example.com:8883": true, "mqtts://10.0.0.1:8883": true,
+		"mqtts://example.com": false, "http://127.0.0.1": false, "tcp://127.0.0.1:1883": false, "https://:443": false,
+	} {
+		if err := CheckURL(url, "https", "mqtts"); (err == nil) != ok {
+			t.Errorf("CheckURL(%q) = %v", url, err)
+		}
+	}
 }
 
 func TestLockFolder(t *testing.T) {

@@ -239,7 +239,7 @@ func (d *demo) stay(ctx context.Context, agent *e2e.Agent) error {
 	fmt.Fprintf(d.out, `
 Controller  %s
 Registry    %s/v2/
-Broker      tcp://%s
+Broker      mqtts://%s
 Device      %s/v2/models/read-digit
 
 To steer it from another terminal:

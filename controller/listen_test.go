@@ -1,0 +1,83 @@
+package controller
+
+import (
+	"crypto/tls"
+	"io"
+	"net"
+	"net/http"
+	"testing"
+	"time"
+
+	"github.com/dunlin/dunlin/internal/pki/pkitest"
+)
+
+// One port speaks TLS, with HTTP/2, and in clear with what is on this machine;
+// one that says nothing keeps nobody waiting.
+func TestSplit(t *testing.T) {
+	ca := pkitest.Authority(t)
+	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	s := split(listener, pkitest.ServerTLS(t, ca))
+	protocols := new(http.Protocols)
+	protocols.SetHTTP1(true)
+	protocols.SetHTTP2(true)
+	server := &http.Server{Protocols: protocols, Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		_, _ = io.WriteString(w, r.Proto)
+		if r.TLS != nil && len(r.TLS.VerifiedChains) > 0 {
+			_, _ = io.WriteString(w, " "+r.TLS.PeerCertificates[0].Subject.CommonName)
+		}
+	})}
+	done := make(chan error, 1)
+	go func() { done <- server.Serve(s) }()
+	defer func() {
+		server.Close()
+		<-done
+	}()
+	silent, err := net.Dial("tcp", listener.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer silent.Close()
+	for want, client := range map[string]*tls.Config{
+		"HTTP/1.1":     nil,
+		"HTTP/2.0":     pkitest.ClientTLS(ca, nil),
+		"HTTP/2.0 cam": pkitest.ClientTLS(ca, pkitest.Device(t, ca, "cam")),
+	} {
+		url := "http://" + listener.Addr().String()
+		transport := &http.Transport{TLSClientConfig: client, ForceAttemptHTTP2: true}
+		if client != nil {
+			url = "https://" + listener.Addr().String()
+		}
+		c := &http.Client{Transport: transport, Timeout: 30 * time.Second}
+		resp, err := c.Get(url)
+		if err != nil {
+			t.Errorf("%s: %v", want, err)
+			continue
+		}
+		b, err := io.ReadAll(resp.Body)
+		resp.Body.Close()
+		transport.CloseIdleConnections()
+		if string(b) != want || err != nil {
+			t.Errorf("got %q, %v, want %q", b, err, want)
+		}
+	}
+	if c, err := tls.Dial("tcp", listener.Addr().String(), &tls.Config{MaxVersion: tls.VersionTLS12, InsecureSkipVerify: true}); err == nil {
+		c.Close()
+		t.Error("TLS 1.2 is spoken")
+	}
+}
+
+func TestHosts(t *testing.T) {
+	c := DefaultConfig()
+	c.Listen, c.Hosts = "10.0.0.1:443", "dunlin.example.com, 10.0.0.2"
+	got := c.hosts()
+	if len(got) < 6 || got[0] != "dunlin.example.com" || got[1] != "10.0.0.2" || got[2] != "10.0.0.1" {
+		t.Errorf("%q", got)
+	}
+	c.Hosts, c.Listen = "", "0.0.0.0:443"
+	if got := c.hosts(); got[0] == "0.0.0.0" {
+		t.Errorf("%q", got)
+	}
+}
