@@ -4,14 +4,13 @@ package agent
 import (
 	"context"
 	"crypto/rand"
-	"crypto/tls"
 	"errors"
 	"fmt"
-	"net/url"
 	"os"
 	"path/filepath"
 	"strconv"
 	"sync"
+	"time"
 
 	"google.golang.org/protobuf/proto"
 
@@ -46,6 +45,7 @@ type agent struct {
 	reconcile *reconcile.Reconciler
 	watch     *watch
 	outbox    chan struct{} // an event was appended
+	stoodDown bool          // as the store has it; linkState's
 
 	mu   sync.Mutex // guards what follows
 	info *dunlinv1.DeviceInfo
@@ -164,19 +164,54 @@ func (a *agent) control(ctx context.Context) error {
 	a.mu.Lock()
 	a.link = l
 	a.mu.Unlock()
+	if err := a.store.SetStoodDown(ctx, time.Time{}, ""); err != nil {
+		return err
+	}
+	var wg sync.WaitGroup
+	defer wg.Wait()
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	wg.Go(func() { a.identity.Run(ctx) })
+	wg.Go(func() { a.reconnect(ctx, l) })
 	return newSession(l, a).run(ctx)
+}
+
+// reconnect has the link use what the device's identity is now.
+func (a *agent) reconnect(ctx context.Context, l *link.Link) {
+	for {
+		select {
+		case <-a.identity.Changed():
+			if err := l.Reconnect(a.identity.Stored().BrokerURL); err != nil {
+				a.cfg.Log.Error("the connection stays the old one", "error", err)
+			}
+		case <-ctx.Done():
+			return
+		}
+	}
+}
+
+// linkState keeps for the doctor that the link is quiet. The link calls it,
+// once at a time.
+func (a *agent) linkState(s link.State, cause error) {
+	var until time.Time
+	text := ""
+	if s == link.StoodDown {
+		until, text = time.Now().Add(link.StandDownFor), cause.Error()
+	} else if !a.stoodDown {
+		return
+	}
+	a.stoodDown = s == link.StoodDown
+	if err := a.store.SetStoodDown(context.Background(), until, text); err != nil {
+		a.cfg.Log.Error("the state of the connection is not kept", "error", err)
+	}
 }
 
 // newLink makes the link of a device that has joined.
 func (a *agent) newLink() (*link.Link, error) {
 	id := a.identity.Stored()
-	u, err := url.Parse(id.BrokerURL)
-	if err != nil {
-		return nil, fmt.Errorf("broker URL: %w", err)
-	}
 	return link.New(link.Config{
 		BrokerURL: id.BrokerURL, Device: id.Device, BootID: rand.Text(), Log: a.cfg.Log,
-		TLS: func() *tls.Config { return a.identity.TLS(u.Hostname()) },
+		TLS: a.identity.BrokerTLS, OnState: a.linkState,
 		Hello: func() *dunlinv1.Hello {
 			h := &dunlinv1.Hello{HaveGeneration: a.reconcile.Generation(), Info: a.deviceInfo(), Labels: a.cfg.Labels}
 			a.identity.Introduce(h)

@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"context"
 	"crypto/sha256"
-	"crypto/tls"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -205,6 +204,49 @@ func TestJoinIsRefused(t *testing.T) {
 	}
 }
 
+// An agent that is told to renew connects once more, with another
+// certificate; one that is told that another agent has its identity is quiet,
+// and the doctor says so.
+func TestAgentRenewsAndStandsDown(t *testing.T) {
+	c := startControl(t)
+	cfg := simulatedConfig(t, c, "")
+	startAgent(t, cfg)
+	var hello *dunlinv1.Hello
+	says := func(m proto.Message) bool {
+		h, ok := m.(*dunlinv1.Hello)
+		if ok {
+			hello = h
+		}
+		return ok
+	}
+	c.until("says hello", says)
+	first := hello
+	if len(first.CertificateSerial) != 16 || len(first.RootIds) != 1 {
+		t.Errorf("hello %v", first)
+	}
+	until(t, "renews", func() error { // this broker may forget the device for a moment
+		c.send("edge-1", link.Command, &dunlinv1.Command{Command: &dunlinv1.Command_RenewNow{RenewNow: &dunlinv1.RenewNow{}}})
+		if c.Calls("Renew") == 0 {
+			return errors.New("no call")
+		}
+		return nil
+	})
+	c.until("says good-bye", func(m proto.Message) bool { _, ok := m.(*dunlinv1.Gone); return ok })
+	c.until("says hello again", says)
+	if bytes.Equal(hello.CertificateSerial, first.CertificateSerial) || hello.BootId != first.BootId {
+		t.Errorf("hello %v after %v", hello, first)
+	}
+	c.until("reports", func(m proto.Message) bool { _, ok := m.(*dunlinv1.Reported); return ok })
+	until(t, "told to the doctor", func() error {
+		c.send("edge-1", link.Command, &dunlinv1.Command{Command: &dunlinv1.Command_StandDown{StandDown: &dunlinv1.StandDown{BootId: hello.BootId, KeptHostname: "twin"}}})
+		found, _ := diagnose(t, "--data", cfg.Data)
+		if f := found["link"]; f.Verdict != Fail || !strings.Contains(f.Detail, "twin") {
+			return fmt.Errorf("%v", f)
+		}
+		return nil
+	})
+}
+
 // A document that is being put together gives way to one that comes whole.
 func TestWholeDocumentEndsAssembly(t *testing.T) {
 	c := startControl(t)
@@ -263,7 +305,7 @@ func TestEventsArriveOnce(t *testing.T) {
 	}
 	l, err := link.New(link.Config{
 		BrokerURL: c.BrokerURL(), Device: cfg.Name, BootID: "boot", Log: cfg.Log, MaxBackoff: 50 * time.Millisecond,
-		TLS: func() *tls.Config { return a.identity.TLS("127.0.0.1") },
+		TLS: a.identity.BrokerTLS,
 	})
 	if err != nil {
 		t.Fatal(err)

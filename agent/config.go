@@ -234,7 +234,7 @@ func parseInto(cfg *Config, name string, args []string, getenv func(string) stri
 		Args: args, Getenv: getenv, Help: help,
 	}.Load(append([]program.Setting{
 		{Name: "data", Usage: "`folder` of everything that the agent keeps", Value: &cfg.Data},
-		{Name: "controller", Usage: "base `URL` of the controller; without one, serve what is there", Value: &cfg.Controller},
+		{Name: "controller", Usage: "base `URL` of the controller, or mqtts://host:port of its broker; without one, serve what is there", Value: &cfg.Controller},
 		{Name: "ca", Usage: "PEM `file` of authorities that may vouch for the controller beside its own; without one, the system's", Value: &cfg.CA},
 		{Name: "join-token", Usage: "`@file` with the token by which the device joins; also DUNLIN_JOIN_TOKEN", Value: &cfg.JoinToken, Environment: "DUNLIN_JOIN_TOKEN", Secret: true},
 		{Name: "name", Usage: "`name` of the device; without one, the host's", Value: &cfg.Name},
@@ -296,7 +296,7 @@ func (cfg *Config) check() error {
 	add("name", link.CheckDevice(cfg.Name))
 	cfg.Serving.check(add)
 	if cfg.Controller != "" {
-		add("controller", program.CheckURL(cfg.Controller, "https"))
+		add("controller", program.CheckURL(cfg.Controller, "https", "mqtts"))
 	}
 	if cfg.CA != "" {
 		cfg.roots, err = pki.ReadCertificates(cfg.CA)

@@ -48,8 +48,35 @@ func (a *agent) metrics() http.Handler {
 			}
 			return 0
 		}),
+		linkStates{a},
 		a.linkCounter("dunlin_agent_malformed_total", "Messages of the controller that were dropped because they are malformed.", (*link.Link).Malformed),
 		a.linkCounter("dunlin_agent_dropped_total", "Messages of the controller that were dropped because too many waited.", (*link.Link).Dropped))
+}
+
+// linkStates exports how the link is.
+type linkStates struct{ *agent }
+
+var linkStateNow = prometheus.NewDesc("dunlin_agent_link_state", "1 for the state that the connection to the broker is in.", []string{"state"}, nil)
+
+// Describe implements prometheus.Collector.
+func (s linkStates) Describe(ch chan<- *prometheus.Desc) { ch <- linkStateNow }
+
+// Collect implements prometheus.Collector.
+func (s linkStates) Collect(ch chan<- prometheus.Metric) {
+	s.mu.Lock()
+	l := s.link
+	s.mu.Unlock()
+	if l == nil {
+		return
+	}
+	now, _ := l.State()
+	for _, state := range link.States {
+		v := 0.0
+		if state == now {
+			v = 1
+		}
+		ch <- prometheus.MustNewConstMetric(linkStateNow, prometheus.GaugeValue, v, state.String())
+	}
 }
 
 // linkCounter exports a count of the link, 0 until the device has joined.

@@ -37,6 +37,8 @@ type authorities interface {
 	// ServerCertificate is for the names and addresses of this machine.
 	ServerCertificate() (*tls.Certificate, error)
 	ClientTLS(serverName string) *tls.Config
+	// DeviceTLS is how to connect as a device, for a moment.
+	DeviceTLS(device, serverName string) (*tls.Config, error)
 	// CRLs are the lists of revoked certificates of all authorities, which
 	// have not run out: the same ones while nothing is revoked and they have
 	// time left.
@@ -89,6 +91,7 @@ func openBus(ctx context.Context, c Config, t brokerTrust, log *slog.Logger) (*b
 	}
 	if secure {
 		b.url, cfg.TLS = "mqtts://"+address, t.ClientTLS(host)
+		cfg.DeviceTLS = func(device string) (*tls.Config, error) { return t.DeviceTLS(device, host) }
 	}
 	if b.bus, err = broker.NewExternal(cfg); err != nil {
 		return nil, err

@@ -74,7 +74,7 @@ func Run(ctx context.Context, c Config) (err error) {
 	}
 
 	bus, err := openBus(ctx, c, t.forBroker(brokerAuth{auth, st, log}, func(who, object, reason, from string) {
-		st.Refused(ctx, identity.Refusal{Who: who, From: from, Action: "broker.refused", Object: object, Reason: reason})
+		st.Refused(ctx, identity.Refusal{Who: who, From: from, Action: "mqtt.refused", Object: object, Reason: reason})
 	}), log)
 	if err != nil {
 		return err
@@ -109,10 +109,8 @@ func Run(ctx context.Context, c Config) (err error) {
 		Store: st, Authorities: t.Authorities, Lifetime: time.Duration(c.DeviceCertDays) * day, Grace: time.Duration(c.DeviceGraceDays) * day,
 		BrokerURL: bus.url, RegistryURL: "https://" + publicAddress(c.hosts()[0], listener.Addr()),
 		Roots: t.deviceRoots, Trust: t.documents, AccountsChanged: func(ctx context.Context) error { return t.changed(ctx, bus) }, Joined: dispatcher.Replan,
-		Refused: func(ctx context.Context, who, object, reason string) {
-			st.Refused(ctx, identity.Refusal{Who: who, Action: "device.enrol", Object: object, Reason: reason})
-		},
-		Now: time.Now, Log: log,
+		Refusals: st,
+		Now:      time.Now, Log: log,
 	})
 	stopping := make(chan struct{})
 	mux := http.NewServeMux()

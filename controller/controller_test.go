@@ -450,6 +450,10 @@ func (a testAuthorities) ClientTLS(serverName string) *tls.Config {
 	}, serverName)
 }
 
+func (a testAuthorities) DeviceTLS(string, string) (*tls.Config, error) {
+	return nil, errors.New("no device")
+}
+
 func (a testAuthorities) CRLs(context.Context) ([][]byte, error) {
 	crl, err := a.Revoke(nil, 1, time.Now(), time.Hour)
 	return [][]byte{crl}, err

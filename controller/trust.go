@@ -64,6 +64,24 @@ func (t *trust) CRLs(ctx context.Context) ([][]byte, error) {
 	return t.crls, nil
 }
 
+// DeviceTLS implements authorities. Its certificate counts for a few minutes,
+// and is none that the store knows.
+func (t *trust) DeviceTLS(device, serverName string) (*tls.Config, error) {
+	key, err := pki.NewKey()
+	if err != nil {
+		return nil, err
+	}
+	leaf, err := t.IssueDevice(device, key.Public(), 5*time.Minute)
+	if err != nil {
+		return nil, fmt.Errorf("connect as device %s: %w", device, err)
+	}
+	c := t.ClientTLS(serverName)
+	c.GetClientCertificate = func(*tls.CertificateRequestInfo) (*tls.Certificate, error) {
+		return &tls.Certificate{Certificate: pki.Raw(t.Chain(leaf)), PrivateKey: key, Leaf: leaf}, nil
+	}
+	return c, nil
+}
+
 // forBroker gives what a broker goes by.
 func (t *trust) forBroker(auth broker.Authenticator, refused func(who, object, reason, from string)) brokerTrust {
 	return brokerTrust{

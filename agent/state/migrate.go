@@ -53,8 +53,14 @@ var migrations = []string{
 	ALTER TABLE identity ADD COLUMN certificates BLOB NOT NULL DEFAULT x''; -- DER, one after another
 	ALTER TABLE identity ADD COLUMN roots BLOB NOT NULL DEFAULT x'';
 	CREATE TABLE clock (
-		one    INTEGER PRIMARY KEY CHECK (one = 1),
-		latest INTEGER NOT NULL -- nanoseconds since 1970; no moment before it comes again
+		one      INTEGER PRIMARY KEY CHECK (one = 1),
+		answered INTEGER NOT NULL, -- last time that the controller said, nanoseconds since 1970
+		seen     INTEGER NOT NULL  -- last time by the device's own clock
+	) STRICT;
+	CREATE TABLE stood_down (
+		one   INTEGER PRIMARY KEY CHECK (one = 1),
+		until INTEGER NOT NULL, -- nanoseconds since 1970
+		cause TEXT NOT NULL
 	) STRICT;`,
 }
 

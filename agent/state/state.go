@@ -147,6 +147,49 @@ func (s *Store) SetIdentity(ctx context.Context, i Identity) error {
 	return wrap("store identity", err)
 }
 
+// Clock is what the device knows of the time.
+type Clock struct {
+	Answered time.Time // the last time that the controller said
+	Seen     time.Time // the last time by the device's own clock
+}
+
+// Clock gives the stored times; zero ones where there are none.
+func (s *Store) Clock(ctx context.Context) (Clock, error) {
+	var answered, seen int64
+	err := s.db.QueryRowContext(ctx, `SELECT answered, seen FROM clock`).Scan(&answered, &seen)
+	if errors.Is(err, sql.ErrNoRows) {
+		return Clock{}, nil
+	}
+	return Clock{time.Unix(0, answered).UTC(), time.Unix(0, seen).UTC()}, wrap("read clock", err)
+}
+
+// SetClock stores the times in place of earlier ones.
+func (s *Store) SetClock(ctx context.Context, c Clock) error {
+	_, err := s.db.ExecContext(ctx, `INSERT OR REPLACE INTO clock VALUES (1, ?, ?)`, c.Answered.UnixNano(), c.Seen.UnixNano())
+	return wrap("store clock", err)
+}
+
+// StoodDown says until when the agent does not talk to the controller, and
+// why; the zero time where it does.
+func (s *Store) StoodDown(ctx context.Context) (until time.Time, cause string, err error) {
+	var nanoseconds int64
+	err = s.db.QueryRowContext(ctx, `SELECT until, cause FROM stood_down`).Scan(&nanoseconds, &cause)
+	if errors.Is(err, sql.ErrNoRows) {
+		return time.Time{}, "", nil
+	}
+	return time.Unix(0, nanoseconds).UTC(), cause, wrap("read stood_down", err)
+}
+
+// SetStoodDown stores what StoodDown gives.
+func (s *Store) SetStoodDown(ctx context.Context, until time.Time, cause string) error {
+	if until.IsZero() {
+		_, err := s.db.ExecContext(ctx, `DELETE FROM stood_down`)
+		return wrap("store stood_down", err)
+	}
+	_, err := s.db.ExecContext(ctx, `INSERT OR REPLACE INTO stood_down VALUES (1, ?, ?)`, until.UnixNano(), cause)
+	return wrap("store stood_down", err)
+}
+
 // Desired gives the stored desired document, or ErrNone.
 func (s *Store) Desired(ctx context.Context) (Desired, error) {
 	var d Desired

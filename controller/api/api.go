@@ -65,8 +65,8 @@ func New(c Config) http.Handler {
 	mux.Handle(v1connect.NewProfileServiceHandler(s, options))
 	mux.Handle(v1connect.NewRolloutServiceHandler(s, options))
 	mux.Handle(v1connect.NewDeviceServiceHandler(s, options))
-	mux.Handle(v1connect.NewAuditServiceHandler(s, options))
 	mux.Handle(v1connect.NewTrustServiceHandler(s, options))
+	mux.Handle(v1connect.NewAuditServiceHandler(s, options))
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		p, err := c.Auth.FromRequest(r)
 		if err != nil && !errors.Is(err, identity.ErrUnauthenticated) {

@@ -71,10 +71,7 @@ func start(t *testing.T) *world {
 	enrolment := enrol.New(enrol.Config{
 		Store: st, Authorities: authorities, Lifetime: identity.DeviceLifetime, Grace: identity.Grace, BrokerURL: "mqtts://localhost:8883",
 		Roots: authorities.Roots, Trust: func(context.Context, uint64) ([]*v1.SignedTrust, error) { return nil, nil },
-		AccountsChanged: accounts, Joined: w.dispatch.Replan, Now: time.Now, Log: log,
-		Refused: func(ctx context.Context, who, object, reason string) {
-			st.Refused(ctx, identity.Refusal{Who: who, Action: "device.enrol", Object: object, Reason: reason})
-		},
+		AccountsChanged: accounts, Joined: w.dispatch.Replan, Refusals: st, Now: time.Now, Log: log,
 	})
 	_, active := authorities.All()
 	server := httptest.NewServer(pkitest.Showing(t, active, New(Config{

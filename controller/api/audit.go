@@ -21,9 +21,11 @@ func (g gate) note(ctx context.Context, procedure string, request any, err error
 		return
 	}
 	r := identity.Refusal{Action: "call.refused", Object: procedure, Reason: e.Message()}
-	switch m := request.(type) { // of those who are nobody yet
-	case *v1.JoinRequest, *v1.RenewRequest: // enrol tells of these, over MQTT too
-		return
+	switch m := request.(type) { // what is known of those who are nobody yet
+	case *v1.JoinRequest:
+		r.Action, r.Object = "device.join", "device/"+m.GetName()
+	case *v1.RenewRequest:
+		r.Action = "device.renew"
 	case *v1.LoginRequest:
 		r.Action, r.Object = "user.login", "user/"+m.GetName()
 	}

@@ -117,7 +117,7 @@ func TestRefusalsAreRecorded(t *testing.T) {
 		"nobody call.refused " + v1connect.ObjectServiceApplyProcedure + " x2",
 		"user:viewer call.refused " + v1connect.ObjectServiceApplyProcedure + " x1",
 		"user:operator call.refused " + v1connect.DeviceServiceRemoveDeviceProcedure + " x1",
-		"nobody device.enrol device/cam-1 x3",
+		"nobody device.join device/cam-1 x3",
 		"nobody call.refused " + v1connect.RolloutServiceWatchRolloutProcedure + " x1",
 		"device:dev call.refused " + v1connect.ModelServiceListModelsProcedure + " x1",
 	}

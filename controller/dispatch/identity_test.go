@@ -1,6 +1,7 @@
 package dispatch
 
 import (
+	"slices"
 	"testing"
 
 	"github.com/dunlin/dunlin/internal/link"
@@ -33,11 +34,9 @@ func TestStandDown(t *testing.T) {
 	}
 	page, err := w.store.ListAudit(t.Context(), 0, 10, true)
 	w.must(err)
-	found := false
-	for _, r := range page.Records {
-		found = found || r.Action == "device.cloned" && r.After == "agents on shop, stolen"
-	}
-	if !found {
+	if !slices.ContainsFunc(page.Records, func(r *dunlinv1.AuditRecord) bool {
+		return r.GetAction() == "device.cloned" && r.GetAfter() == "agents on shop, stolen"
+	}) {
 		t.Errorf("the audit log does not say so: %v", page.Records)
 	}
 }

@@ -2,10 +2,12 @@ package e2e
 
 import (
 	"bytes"
+	"crypto/ecdsa"
 	"crypto/rand"
-	"database/sql"
+	"crypto/x509"
 	"encoding/base64"
 	"encoding/hex"
+	"encoding/pem"
 	"fmt"
 	"io"
 	"io/fs"
@@ -22,6 +24,11 @@ import (
 	"time"
 
 	_ "modernc.org/sqlite" // the agent's state
+
+	"github.com/dunlin/dunlin/internal/link"
+	"github.com/dunlin/dunlin/internal/pki"
+	"github.com/dunlin/dunlin/internal/pki/pkitest"
+	mqtt "github.com/eclipse/paho.mqtt.golang"
 )
 
 // secretText makes what looks like a token.
@@ -226,19 +233,26 @@ func TestSecretsStayWhereTheyBelong(t *testing.T) {
 	dunlin("push", digitsFile("v1"), "digits")
 	dunlin("apply", "-f", document(t, f, "digits", 1))
 	dunlin("rollout", "status", "digits", "--wait", "--timeout", limit.String())
-	state, err := sql.Open("sqlite", filepath.Join(a.Data, "state.db"))
-	if err != nil {
-		t.Fatal(err)
+	keys := map[string]string{ // files by what they hold
+		"device key":    filepath.Join(a.Data, "device.key"),
+		"authority key": filepath.Join(dir, "controller", "ca", pki.CertificateID(authority(t, f).Certificate)+".key"),
 	}
-	var deviceSecret string
-	err = state.QueryRowContext(within(t), "SELECT secret FROM identity").Scan(&deviceSecret)
-	if err := state.Close(); err != nil {
-		t.Error(err)
+	for name, path := range keys {
+		text, err := os.ReadFile(path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		block, _ := pem.Decode(text)
+		parsed, err := x509.ParsePKCS8PrivateKey(block.Bytes)
+		if err != nil {
+			t.Fatal(err)
+		}
+		scalar, err := parsed.(*ecdsa.PrivateKey).Bytes()
+		if err != nil {
+			t.Fatal(err)
+		}
+		secrets[name], secrets[name+", raw"] = strings.Split(string(text), "\n")[1], string(scalar)
 	}
-	if err != nil {
-		t.Fatal(err)
-	}
-	secrets["device secret"] = deviceSecret
 	image := `{"inputs": [{"name": "image", "datatype": "FP32", "shape": [1, 1, 8, 8], "data": [` + strings.Repeat("0,", 63) + `0]}]}`
 	infer := func(want int, authorization string) {
 		t.Helper()
@@ -246,14 +260,19 @@ func TestSecretsStayWhereTheyBelong(t *testing.T) {
 	}
 	infer(http.StatusOK, "Bearer "+apiKey)
 	manifest := "/v2/digits/manifests/1"
-	http1(http.StatusOK, http.MethodGet, f.URL+manifest, "Basic "+base64.StdEncoding.EncodeToString([]byte("cam-1:"+deviceSecret)), "")
 	http1(http.StatusOK, http.MethodGet, f.URL+manifest, "Bearer "+f.Token, "")
 
 	// Wrongly. A wrong secret may be one of another place, or have a slip.
 	wrong := map[string]string{"wrong token": secretText("dunlin_"), "wrong join token": secretText("dunlin_join_"), "wrong secret": secretText(""), "wrong API key": secretText("")}
 	maps.Copy(secrets, wrong)
 	const listModels, join = "/dunlin.v1.ModelService/ListModels", "/dunlin.v1.EnrollmentService/Join"
-	for _, secret := range slices.Sorted(maps.Values(secrets)) {
+	_, csr := pkitest.Request(t, "cam-2")
+	request := base64.StdEncoding.EncodeToString(csr)
+	for _, name := range slices.Sorted(maps.Keys(secrets)) {
+		secret := secrets[name]
+		if strings.HasSuffix(name, ", raw") { // of no use in text
+			continue
+		}
 		tokenFile := filepath.Join(t.TempDir(), "token")
 		if err := os.WriteFile(tokenFile, []byte(secret), 0o600); err != nil {
 			t.Fatal(err)
@@ -270,14 +289,16 @@ func TestSecretsStayWhereTheyBelong(t *testing.T) {
 		if secret != apiKey {
 			infer(http.StatusUnauthorized, "Bearer "+secret)
 		}
-		http1(http.StatusForbidden, http.MethodPost, f.URL+join, "", fmt.Sprintf(`{"joinToken": %q, "name": "cam-2", "secret": %q}`, secret, secretText("")))
-		http1(http.StatusBadRequest, http.MethodPost, f.URL+join, "", fmt.Sprintf(`{"joinToken": %q, "name": "cam 2", "secret": %q}`, secret, secret))
-		if _, err := dial(t, f, "cam-2", "cam-2", secret); err == nil {
-			t.Error("the broker let a stranger in")
-		} else {
-			say("broker", []byte(err.Error()))
+		http1(http.StatusForbidden, http.MethodPost, f.URL+join, "", fmt.Sprintf(`{"joinToken": %q, "name": "cam-2", "csr": %q}`, secret, request))
+		http1(http.StatusBadRequest, http.MethodPost, f.URL+join, "", fmt.Sprintf(`{"joinToken": %q, "name": "cam 2", "csr": %q}`, secret, request))
+		o := mqtt.NewClientOptions().AddBroker("ssl://" + f.MQTT).SetClientID("cam-2").SetUsername(link.TokenUser(secret)).SetPassword(secret).
+			SetTLSConfig(pkitest.ClientTLS(authority(t, f), nil)).SetProtocolVersion(4).SetAutoReconnect(false).SetConnectTimeout(limit)
+		if token := mqtt.NewClient(o).Connect(); token.Wait() && token.Error() == nil && name != "join token" {
+			t.Errorf("the broker let a stranger in with the %s", name)
+		} else if token.Error() != nil {
+			say("broker", []byte(token.Error().Error()))
 		}
-		run(false, nil, f.Programs.Agent, "--data", filepath.Join(dir, "cam-2"), "--controller", f.URL, "--join-token", "@"+tokenFile, "--name", "cam-2",
+		run(false, nil, f.Programs.Agent, "--data", filepath.Join(dir, "cam-2"), "--controller", f.DeviceURL(), "--ca", filepath.Join(dir, "controller", "ca.pem"), "--join-token", "@"+tokenFile, "--name", "cam-2",
 			"--listen", "127.0.0.1:0", "--grpc-listen", "127.0.0.1:0", "--runtime-lib", library, "--log-level", "debug")
 		bad := filepath.Join(filepath.Dir(tokenFile), "agent.yaml")
 		if err := os.WriteFile(bad, []byte("join-token: "+secret+"\nnome: x\n"), 0o644); err != nil {
@@ -363,8 +384,12 @@ func TestSecretsStayWhereTheyBelong(t *testing.T) {
 		"controller/registry/upload-secret": "upload key",
 		"api-keys":                          "API key",
 		"cam-1.join-token":                  "join token",
-		"cam-1/state.db":                    "device secret",
-		"cam-1/state.db-wal":                "device secret",
+	}
+	for name, path := range keys {
+		if path, err = filepath.Rel(dir, path); err != nil {
+			t.Fatal(err)
+		}
+		mayHold[path] = name
 	}
 	looked := 0
 	err = filepath.WalkDir(dir, func(path string, d fs.DirEntry, err error) error {
