@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"strconv"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"google.golang.org/protobuf/proto"
@@ -23,6 +24,7 @@ import (
 	profiles "github.com/dunlin/dunlin/firmware-profiles"
 	"github.com/dunlin/dunlin/internal/link"
 	"github.com/dunlin/dunlin/internal/program"
+	"github.com/dunlin/dunlin/models/signing"
 	dunlinv1 "github.com/dunlin/dunlin/proto/dunlin/v1"
 	"github.com/dunlin/dunlin/proto/inference"
 )
@@ -44,8 +46,9 @@ type agent struct {
 	identity  *identity.Device
 	reconcile *reconcile.Reconciler
 	watch     *watch
-	outbox    chan struct{} // an event was appended
-	stoodDown bool          // as the store has it; linkState's
+	outbox    chan struct{}                 // an event was appended
+	stoodDown bool                          // as the store has it; linkState's
+	trust     atomic.Pointer[signing.Trust] // nil: none yet
 
 	mu   sync.Mutex // guards what follows
 	info *dunlinv1.DeviceInfo
@@ -89,7 +92,7 @@ func Run(ctx context.Context, cfg Config) (err error) {
 	if err != nil {
 		return err
 	}
-	return a.run(ctx, l, a.metrics(), part{"alarms", a.watch.run}, part{"reconcile", a.reconcile.Run}, part{"controller", a.control})
+	return a.run(ctx, l, a.metrics(l), part{"alarms", a.watch.run}, part{"reconcile", a.reconcile.Run}, part{"controller", a.control})
 }
 
 // newAgent puts the parts together; info describes the device, and url is where
@@ -101,11 +104,17 @@ func newAgent(ctx context.Context, cfg Config, profile profiles.Profile, info *d
 	}
 	a.info.AgentVersion, a.info.ServingUrl = program.Version(), url
 	var err error
-	if a.identity, err = identity.Open(ctx, cfg.identity(store)); err != nil {
+	trust, err := store.Trust(ctx)
+	if err != nil && !errors.Is(err, state.ErrNone) {
+		return nil, err
+	}
+	a.trust.Store(trust)
+	if a.identity, err = identity.Open(ctx, a.identityConfig()); err != nil {
 		return nil, err
 	}
 	w := cfg.Serving.workerConfig(profile.Threads)
 	w.OnDeath, w.OnLost = a.died, a.lost
+	w.Folders = []string{filepath.Join(cfg.Data, bundlesFolder)}
 	if a.host, err = newHost(cfg.Serving, profile, cfg.Data, w); err != nil {
 		return nil, err
 	}
@@ -117,7 +126,7 @@ func newAgent(ctx context.Context, cfg Config, profile profiles.Profile, info *d
 	}
 	a.reconcile, err = reconcile.New(reconcile.Config{
 		Dir: filepath.Join(cfg.Data, bundlesFolder), Registry: a.registry, Reserve: uint64(profile.Storage.ReserveBytes),
-		State: store, Engine: a.engine, Check: a.check, Passing: passing, Front: a.front, Event: a.event, Log: cfg.Log,
+		State: store, Trust: a.trust.Load, Engine: a.engine, Check: a.check, Passing: passing, Front: a.front, Event: a.event, Log: cfg.Log,
 	})
 	return a, err
 }

@@ -43,6 +43,25 @@ func startAgent(t *testing.T, cfg Config) (stop func()) {
 	return stop
 }
 
+// openAgent puts the parts of an agent together, and starts none of them.
+func openAgent(t *testing.T, cfg Config) *agent {
+	t.Helper()
+	if err := os.MkdirAll(cfg.Data, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	store, err := state.Open(t.Context(), filepath.Join(cfg.Data, stateFile), state.Limits{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { store.Close() })
+	t.Cleanup(cfg.openMachine(cfg.Data))
+	a, err := newAgent(t.Context(), cfg, profiles.Profile{}, &dunlinv1.DeviceInfo{}, store, "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	return a
+}
+
 // until asks again and again until there is no error.
 func until(t *testing.T, what string, try func() error) {
 	t.Helper()
@@ -287,19 +306,7 @@ func TestEventsArriveOnce(t *testing.T) {
 	const events, disconnects = 100, 10
 	c := startControl(t)
 	cfg := testConfig(t, c)
-	if err := os.MkdirAll(cfg.Data, 0o700); err != nil {
-		t.Fatal(err)
-	}
-	store, err := state.Open(t.Context(), filepath.Join(cfg.Data, stateFile), state.Limits{})
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer store.Close()
-	defer cfg.openMachine(cfg.Data)()
-	a, err := newAgent(t.Context(), cfg, profiles.Profile{}, &dunlinv1.DeviceInfo{}, store, "")
-	if err != nil {
-		t.Fatal(err)
-	}
+	a := openAgent(t, cfg)
 	if err := a.identity.Join(t.Context(), a.info); err != nil {
 		t.Fatal(err)
 	}

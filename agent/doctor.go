@@ -205,13 +205,13 @@ func checkRuntime(ctx context.Context, cfg Config, profile profiles.Profile) []F
 	return append(findings, providers)
 }
 
-// sandboxFinding says what holds a process that looks at new models.
+// sandboxFinding says what holds the processes that open models.
 func sandboxFinding(s worker.Sandbox) Finding {
 	missing := s.Missing()
 	if len(missing) == 0 {
 		return Finding{Check: "sandbox", Verdict: Pass, Detail: s.String()}
 	}
-	return Finding{"sandbox", Warn, fmt.Sprintf("new models are checked without %s; there is %s", strings.Join(missing, " and "), s),
+	return Finding{"sandbox", Warn, fmt.Sprintf("the processes that open models are held without %s; there is %s", strings.Join(missing, " and "), s),
 		"use Linux 5.13 or newer with Landlock and seccomp switched on, and no container that refuses them"}
 }
 

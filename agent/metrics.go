@@ -15,7 +15,10 @@ import (
 
 // metrics shows the figures of the host, and more, for Prometheus. They are
 // put together when they are asked for first: most devices are never asked.
-func (h *host) metrics(more ...prometheus.Collector) http.Handler {
+func (h *host) metrics(l *ports, more ...prometheus.Collector) http.Handler {
+	if l.access != nil {
+		more = append(more, l.access)
+	}
 	handler := sync.OnceValue(func() http.Handler {
 		r := telemetry.NewMetrics()
 		r.MustRegister(append(more, versionMetrics{h.engine}, machineMetrics{h.serving.machine}, prometheus.NewGaugeFunc(prometheus.GaugeOpts{
@@ -37,8 +40,8 @@ func (h *host) pooled() float64 {
 }
 
 // metrics adds those of the link to a host's.
-func (a *agent) metrics() http.Handler {
-	return a.host.metrics(
+func (a *agent) metrics(l *ports) http.Handler {
+	return a.host.metrics(l,
 		a.watch,
 		prometheus.NewGaugeFunc(prometheus.GaugeOpts{
 			Name: "dunlin_agent_certificate_expiry_seconds", Help: "End of the device's certificate, in seconds since 1970; 0 until it has one.",

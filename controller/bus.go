@@ -170,18 +170,28 @@ type brokerAuth struct {
 	log   *slog.Logger
 }
 
-// Enrolling lets in who holds a join token, and whom anybody can say to be:
-// each of their requests proves what it asks for.
-func (a brokerAuth) Enrolling(ctx context.Context, user, password, _ string) bool {
+// Enrolling lets in who holds a join token, and who renews, whom anybody can
+// say to be: each of their requests proves what it asks for.
+func (a brokerAuth) Enrolling(ctx context.Context, user, password, from string) bool {
 	if user == link.RenewUser {
 		return subtle.ConstantTimeCompare([]byte(password), []byte(link.RenewUser)) == 1
 	}
-	if user != link.TokenUser(password) {
+	attempt := identity.Attempt{From: from, Credential: password}
+	if a.Guard().Check(attempt) != nil {
 		return false
 	}
-	known, err := a.store.JoinTokenKnown(ctx, identity.Hash(password))
-	if err != nil {
-		a.log.Error("cannot look a join token up", "error", err)
+	known := user == link.TokenUser(password)
+	if known {
+		var err error
+		if known, err = a.store.JoinTokenKnown(ctx, identity.Hash(password)); err != nil {
+			a.log.Error("cannot look a join token up", "error", err)
+			return false
+		}
 	}
-	return known && err == nil
+	if known {
+		a.Guard().Right(attempt)
+	} else {
+		a.Guard().Wrong(attempt)
+	}
+	return known
 }

@@ -15,6 +15,8 @@ import (
 	"strings"
 	"time"
 
+	"golang.org/x/crypto/acme"
+
 	"github.com/dunlin/dunlin/controller/broker"
 	"github.com/dunlin/dunlin/controller/identity"
 	"github.com/dunlin/dunlin/internal/program"
@@ -32,6 +34,10 @@ type Config struct {
 	TLSCert         string `yaml:"tls-cert"`          // PEM file of a certificate of another authority; "": the controller's own
 	TLSKey          string `yaml:"tls-key"`           // PEM file of its key
 	TLSCA           string `yaml:"tls-ca"`            // PEM file of that authority, for devices; "": they trust the system's
+	ACMEDomains     string `yaml:"acme-domains"`      // names for which a certificate is asked for by ACME, comma apart
+	ACMEDirectory   string `yaml:"acme-directory"`    // URL of the ACME server's directory
+	ACMEEmail       string `yaml:"acme-email"`        // whom the ACME server may write to
+	ACMECA          string `yaml:"acme-ca"`           // PEM file of the roots by which the ACME server is known; "": the system's
 	DeviceCertDays  int    `yaml:"device-cert-days"`  // how long a device's certificate counts
 	DeviceGraceDays int    `yaml:"device-grace-days"` // how long after that it can be renewed
 
@@ -39,6 +45,12 @@ type Config struct {
 	BrokerUsername     string `yaml:"broker-username"`
 	BrokerPasswordFile string `yaml:"broker-password-file"`
 	MosquittoDir       string `yaml:"mosquitto-dir"`
+
+	OIDCIssuer     string `yaml:"oidc-issuer"`
+	OIDCClientID   string `yaml:"oidc-client-id"`
+	OIDCNameClaim  string `yaml:"oidc-name-claim"`
+	OIDCRoleClaim  string `yaml:"oidc-role-claim"`
+	OIDCScopeClaim string `yaml:"oidc-scope-claim"`
 
 	LogLevel  string `yaml:"log-level"`
 	LogFormat string `yaml:"log-format"`
@@ -71,12 +83,21 @@ func (c *Config) settings() []program.Setting {
 		{Name: "tls-cert", Usage: "PEM `file` of a certificate of another authority than the controller's own", Value: &c.TLSCert},
 		{Name: "tls-key", Usage: "PEM `file` of that certificate's key", Value: &c.TLSKey},
 		{Name: "tls-ca", Usage: "PEM `file` of that authority, by which devices know the controller; without it they must trust it already", Value: &c.TLSCA},
+		{Name: "acme-domains", Usage: "`names`, comma apart, for which certificates are asked for by ACME, which accepts the terms of its server; --listen must be reached at port 443 of each", Value: &c.ACMEDomains},
+		{Name: "acme-directory", Usage: "`URL` of the directory of the ACME server", Value: &c.ACMEDirectory},
+		{Name: "acme-email", Usage: "`address` that the ACME server may write to", Value: &c.ACMEEmail},
+		{Name: "acme-ca", Usage: "PEM `file` of the roots by which a private ACME server is known, instead of the system's", Value: &c.ACMECA},
 		{Name: "device-cert-days", Usage: "`days` that a device's certificate counts; it is renewed when half of them are over", Value: &c.DeviceCertDays},
 		{Name: "device-grace-days", Usage: "`days` after its end in which a device's certificate can still be renewed", Value: &c.DeviceGraceDays},
 		{Name: "broker-url", Usage: "`URL` of an external MQTT broker, mqtts://host:port, instead of the embedded one", Value: &c.BrokerURL},
 		{Name: "broker-username", Usage: "`name` of the controller's account at an external broker that does not go by certificates", Value: &c.BrokerUsername},
 		{Name: "broker-password-file", Usage: "`file` with the password of that account", Value: &c.BrokerPasswordFile},
 		{Name: "mosquitto-dir", Usage: "`folder` that dunlin-controller broker config mosquitto has made, and that the controller keeps up to date", Value: &c.MosquittoDir},
+		{Name: "oidc-issuer", Usage: "`URL` of an OpenID Connect issuer whose users may sign in", Value: &c.OIDCIssuer},
+		{Name: "oidc-client-id", Usage: "`id` of Dunlin there, which tokens must have as audience", Value: &c.OIDCClientID},
+		{Name: "oidc-name-claim", Usage: "`claim` with the user's name, which must not change", Value: &c.OIDCNameClaim},
+		{Name: "oidc-role-claim", Usage: "`claim` with the user's role: viewer, operator or admin; who has none is refused", Value: &c.OIDCRoleClaim},
+		{Name: "oidc-scope-claim", Usage: "`claim` with the user's scope, site=berlin,env=prod or *; who has none is refused; empty: nobody has a scope", Value: &c.OIDCScopeClaim},
 		{Name: "log-level", Usage: "`level` of the log: debug, info, warn or error", Value: &c.LogLevel},
 		{Name: "log-format", Usage: "`format` of the log: text or json", Value: &c.LogFormat},
 	}
@@ -86,7 +107,9 @@ func (c *Config) settings() []program.Setting {
 func DefaultConfig() Config {
 	return Config{
 		Data: "dunlin-controller", Listen: "127.0.0.1:8080", MQTTListen: "127.0.0.1:8883",
+		ACMEDirectory:  acme.LetsEncryptURL,
 		DeviceCertDays: int(identity.DeviceLifetime / day), DeviceGraceDays: int(identity.Grace / day),
+		OIDCNameClaim: "sub", OIDCRoleClaim: "dunlin_role", OIDCScopeClaim: "dunlin_scope",
 		BrokerUsername: broker.ControllerUser, LogLevel: "info", LogFormat: "text",
 	}
 }
@@ -118,15 +141,21 @@ const (
 // hostPattern is a DNS name.
 var hostPattern = regexp.MustCompile(`^[A-Za-z0-9]([A-Za-z0-9.-]{0,251}[A-Za-z0-9])?$`)
 
+// listed gives what stands in a setting, comma apart.
+func listed(s string) []string {
+	var list []string
+	for one := range strings.SplitSeq(s, ",") {
+		if one = strings.TrimSpace(one); one != "" {
+			list = append(list, one)
+		}
+	}
+	return list
+}
+
 // hosts gives the names and addresses by which the controller is reached, the
 // one that devices are told first.
 func (c *Config) hosts() []string {
-	var hosts []string
-	for h := range strings.SplitSeq(c.Hosts, ",") {
-		if h = strings.TrimSpace(h); h != "" {
-			hosts = append(hosts, h)
-		}
-	}
+	hosts := append(listed(c.Hosts), c.acmeDomains()...)
 	if host, _, err := net.SplitHostPort(c.Listen); err == nil {
 		if ip := net.ParseIP(host); host != "" && (ip == nil || !ip.IsUnspecified()) {
 			hosts = append(hosts, host)
@@ -161,6 +190,7 @@ func (c *Config) check() error {
 	if !slices.Contains([]string{"text", "json"}, c.LogFormat) {
 		fault("log-format %q is not text or json", c.LogFormat)
 	}
+	faults = append(faults, c.checkOIDC()...)
 	if err := program.CheckListen(c.Listen, true); err != nil {
 		fault("listen %w", err)
 	}
@@ -175,6 +205,7 @@ func (c *Config) check() error {
 	if c.TLSCA != "" && c.TLSCert == "" {
 		fault("tls-ca needs tls-cert")
 	}
+	faults = append(faults, c.checkACME()...)
 	if c.DeviceCertDays < 1 || c.DeviceCertDays > maxCertDays {
 		fault("device-cert-days is %d, allowed are 1 to %d", c.DeviceCertDays, maxCertDays)
 	}

@@ -55,10 +55,13 @@ type world struct {
 	stop  func() error
 }
 
-func start(t *testing.T, data string) *world {
+func start(t *testing.T, data string, change ...func(*Config)) *world {
 	t.Helper()
 	c := DefaultConfig()
 	c.Data, c.Listen, c.MQTTListen, c.Log = data, "127.0.0.1:0", "127.0.0.1:0", slog.New(slog.DiscardHandler)
+	for _, f := range change {
+		f(&c)
+	}
 	ready := make(chan Addresses, 1)
 	c.OnReady = func(a Addresses) { ready <- a }
 	ctx, cancel := context.WithCancel(context.Background())
@@ -503,6 +506,10 @@ func TestLoadConfigFaults(t *testing.T) {
 		{[]string{"--mosquitto-dir", "x"}, []string{"need broker-url"}},
 		{[]string{"--broker-url", "mqtt://localhost", "--mosquitto-dir", "x"}, []string{"mosquitto-dir needs a broker-url mqtts://host:port"}},
 		{[]string{"--log-level", "loud", "--log-format", "xml"}, []string{`log-level "loud"`, `log-format "xml"`}},
+		{[]string{"--oidc-client-id", "dunlin"}, []string{"oidc-client-id needs oidc-issuer"}},
+		{[]string{"--oidc-issuer", "https://a.example", "--oidc-role-claim", ""}, []string{"oidc-issuer needs oidc-client-id", "oidc-issuer needs oidc-role-claim"}},
+		{[]string{"--oidc-issuer", "http://a.example", "--oidc-client-id", "x"}, []string{`oidc-issuer "http://a.example" is not https`}},
+		{[]string{"--oidc-issuer", "https://user:secret@a.example", "--oidc-client-id", "x"}, []string{"oidc-issuer is not https://host[/path]"}},
 		{[]string{"--nonsense"}, []string{"nonsense"}},
 	} {
 		_, err := LoadConfig(tt.args, none, io.Discard)

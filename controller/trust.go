@@ -17,7 +17,6 @@ import (
 	"github.com/dunlin/dunlin/controller/identity"
 	"github.com/dunlin/dunlin/controller/store"
 	"github.com/dunlin/dunlin/internal/pki"
-	v1 "github.com/dunlin/dunlin/proto/dunlin/v1"
 )
 
 // What is in the data folder for those who verify the controller.
@@ -27,13 +26,18 @@ const (
 	CAFile = "ca.pem"
 )
 
+// maxExtraRoots bounds the authorities beside the own ones: devices take 8 in
+// all.
+const maxExtraRoots = 4
+
 // trust is who vouches for whom: the controller's own authorities, and
-// another one where a certificate of its own is configured.
+// another one where a certificate of that is configured, or asked for by ACME.
 type trust struct {
 	*identity.Authorities
 	data  string
-	files *pki.Files          // nil: the certificate is of the controller's own authority
-	extra []*x509.Certificate // the authority of files
+	files *pki.Files        // nil: none is configured
+	extra *pki.RootsFile    // the authority of files; nil: none is configured
+	acme  *acmeCertificates // nil: no names for it
 	store *store.Store
 
 	mu      sync.Mutex // guards what follows
@@ -102,8 +106,13 @@ func openTrust(ctx context.Context, c Config, st *store.Store) (*trust, error) {
 		}
 	}
 	if c.TLSCA != "" {
-		if t.extra, err = pki.ReadCertificates(c.TLSCA); err != nil {
+		if t.extra, err = pki.NewRootsFile(c.TLSCA, maxExtraRoots); err != nil {
 			return nil, fmt.Errorf("tls-ca: %w", err)
+		}
+	}
+	if len(c.acmeDomains()) > 0 {
+		if t.acme, err = newACME(c); err != nil {
+			return nil, err
 		}
 	}
 	return t, t.write()
@@ -116,11 +125,22 @@ func (t *trust) write() error {
 
 // deviceRoots are those by which devices and users know the controller.
 func (t *trust) deviceRoots() []*x509.Certificate {
-	return append(t.Roots(), t.extra...)
+	return append(t.Roots(), t.extraRoots()...)
+}
+
+func (t *trust) extraRoots() []*x509.Certificate {
+	if t.extra == nil {
+		return nil
+	}
+	return t.extra.Roots()
 }
 
 // trusted gives what a device should have, for the dispatcher.
 func (t *trust) trusted() (version uint64, roots [][]byte) {
+	version, err := t.store.TrustVersion(context.Background())
+	if err != nil { // devices say hello again
+		return 0, nil
+	}
 	for _, c := range t.deviceRoots() {
 		pin := pki.PinOf(c)
 		roots = append(roots, pin[:])
@@ -128,20 +148,44 @@ func (t *trust) trusted() (version uint64, roots [][]byte) {
 	return version, roots
 }
 
-// documents gives the signed trust documents from a version on.
-func (t *trust) documents(context.Context, uint64) ([]*v1.SignedTrust, error) { return nil, nil }
-
-// certificate is that by which the controller answers.
-func (t *trust) certificate() (*tls.Certificate, error) {
-	if t.files != nil {
-		return t.files.Certificate()
+// foreign gives the certificate of another authority for what a client asks
+// for, a name or "" for an address; nil: none counts for that, and the own
+// authority's, by which devices know the controller, does.
+func (t *trust) foreign(name string) *tls.Certificate {
+	var c *tls.Certificate
+	switch {
+	case t.acme != nil:
+		c = t.acme.certificate(name)
+	case t.files != nil:
+		c = t.files.Certificate()
 	}
-	return t.ServerCertificate()
+	if c == nil || time.Now().After(c.Leaf.NotAfter) ||
+		name != "" && c.Leaf.VerifyHostname(name) != nil || name == "" && len(c.Leaf.IPAddresses) == 0 {
+		return nil
+	}
+	return c
 }
 
 // serverTLS is how the controller answers: devices may show a certificate.
 func (t *trust) serverTLS() *tls.Config {
-	return pki.ServerConfig(t.certificate, t.Roots, tls.VerifyClientCertIfGiven)
+	c := pki.ServerConfig(t.ServerCertificate, t.Roots, tls.VerifyClientCertIfGiven)
+	own := c.GetConfigForClient
+	c.GetConfigForClient = func(h *tls.ClientHelloInfo) (*tls.Config, error) {
+		c, err := own(h)
+		if foreign := t.foreign(h.ServerName); err == nil && foreign != nil {
+			c.Certificates = []tls.Certificate{*foreign}
+		}
+		return c, err
+	}
+	return c
+}
+
+// listenerTLS is that for --listen, where an ACME server asks too.
+func (t *trust) listenerTLS() *tls.Config {
+	if t.acme == nil {
+		return t.serverTLS()
+	}
+	return t.acme.answering(t.serverTLS())
 }
 
 // publicAddress is an address that others reach the listener at.

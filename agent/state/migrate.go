@@ -61,7 +61,14 @@ var migrations = []string{
 		one   INTEGER PRIMARY KEY CHECK (one = 1),
 		until INTEGER NOT NULL, -- nanoseconds since 1970
 		cause TEXT NOT NULL
-	) STRICT;`,
+	) STRICT;
+	CREATE TABLE trust (
+		one     INTEGER PRIMARY KEY CHECK (one = 1),
+		version INTEGER NOT NULL,
+		signed  BLOB NOT NULL -- an encoded SignedTrust
+	) STRICT;
+	-- What is there was taken before there were signatures.
+	ALTER TABLE versions ADD COLUMN admitted INTEGER NOT NULL DEFAULT 1;`,
 }
 
 // cacheKiB is the size of the page cache. The tables are small and mostly

@@ -1,6 +1,6 @@
 // Package state keeps what an agent must know after a crash in one SQLite
 // file: its identity, the last desired document, the state of each model
-// version, and the outbox of events.
+// version, whose signatures count, and the outbox of events.
 package state
 
 import (
@@ -69,6 +69,8 @@ type Version struct {
 	// LastGood marks the version of its model that served last without fault;
 	// at most one of a model has it.
 	LastGood bool
+	// Admitted says that its bundle's signatures have been verified.
+	Admitted bool
 }
 
 // Open opens the state file at path, and creates it (mode 0600) where there
@@ -218,7 +220,7 @@ func (s *Store) SetDesired(ctx context.Context, d Desired) error {
 // Versions gives all stored versions, by model and version.
 func (s *Store) Versions(ctx context.Context) ([]Version, error) {
 	rows, err := s.db.QueryContext(ctx,
-		`SELECT model, version, digest, state, reason, since, last_good FROM versions ORDER BY model, version`)
+		`SELECT model, version, digest, state, reason, since, last_good, admitted FROM versions ORDER BY model, version`)
 	if err != nil {
 		return nil, fmt.Errorf("read versions: %w", err)
 	}
@@ -227,7 +229,7 @@ func (s *Store) Versions(ctx context.Context) ([]Version, error) {
 	for rows.Next() {
 		var v Version
 		var since int64
-		if err := rows.Scan(&v.Model, &v.Version, &v.Digest, &v.State, &v.Reason, &since, &v.LastGood); err != nil {
+		if err := rows.Scan(&v.Model, &v.Version, &v.Digest, &v.State, &v.Reason, &since, &v.LastGood, &v.Admitted); err != nil {
 			return nil, fmt.Errorf("read versions: %w", err)
 		}
 		v.Since = time.Unix(0, since).UTC()
@@ -245,8 +247,8 @@ func (s *Store) PutVersion(ctx context.Context, v Version) error {
 				return err
 			}
 		}
-		_, err := tx.ExecContext(ctx, `INSERT OR REPLACE INTO versions VALUES (?, ?, ?, ?, ?, ?, ?)`,
-			v.Model, v.Version, v.Digest, int32(v.State), v.Reason, v.Since.UnixNano(), v.LastGood)
+		_, err := tx.ExecContext(ctx, `INSERT OR REPLACE INTO versions (model, version, digest, state, reason, since, last_good, admitted) VALUES (?, ?, ?, ?, ?, ?, ?, ?)`,
+			v.Model, v.Version, v.Digest, int32(v.State), v.Reason, v.Since.UnixNano(), v.LastGood, v.Admitted)
 		return err
 	})
 }

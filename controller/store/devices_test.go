@@ -15,11 +15,11 @@ func TestIdentity(t *testing.T) {
 	ctx := t.Context()
 	token, hash := identity.NewToken("x")
 	must(t, s.AddToken(ctx, "admin", identity.Admin, hash))
-	name, role, err := s.TokenOwner(ctx, identity.Hash(token))
-	if name != "admin" || role != identity.Admin || err != nil {
-		t.Errorf("got %s, %s, %v", name, role, err)
+	g, err := s.TokenOwner(ctx, identity.Hash(token))
+	if g.User != "admin" || g.UserRole != identity.Admin || err != nil {
+		t.Errorf("got %+v, %v", g, err)
 	}
-	_, _, err = s.TokenOwner(ctx, identity.Hash("other"))
+	_, err = s.TokenOwner(ctx, identity.Hash("other"))
 	is(t, err, identity.ErrUnknown)
 }
 

@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -136,57 +137,103 @@ func ServerConfig(certificate func() (*tls.Certificate, error), roots func() []*
 
 // Files is a certificate in files, which is read again when they change. It
 // is safe for concurrent use.
-type Files struct {
-	cert, key string
-
-	mu      sync.Mutex
-	looked  time.Time
-	changed [2]time.Time
-	pair    *tls.Certificate
-}
-
-// lookEvery bounds how often the files are looked at.
-const lookEvery = 5 * time.Second
+type Files struct{ kept[*tls.Certificate] }
 
 // NewFiles reads a certificate and its key from PEM files.
 func NewFiles(cert, key string) (*Files, error) {
-	f := &Files{cert: cert, key: key}
-	_, err := f.Certificate()
-	return f, err
+	f := &Files{kept[*tls.Certificate]{paths: []string{cert, key}, read: func() (*tls.Certificate, error) {
+		pair, err := tls.LoadX509KeyPair(cert, key)
+		if err != nil {
+			return nil, fmt.Errorf("certificate %s, key %s: %w", cert, key, err)
+		}
+		return &pair, nil
+	}}}
+	return f, f.Err()
 }
 
 // Certificate gives the newest certificate. Files that are changed and
 // cannot be read leave the one before in use.
-func (f *Files) Certificate() (*tls.Certificate, error) {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	now := time.Now()
-	if f.pair != nil && now.Sub(f.looked) < lookEvery {
-		return f.pair, nil
-	}
-	f.looked = now
-	var changed [2]time.Time
-	for i, path := range []string{f.cert, f.key} {
-		info, err := os.Stat(path)
-		if err != nil {
-			return f.or(err)
+func (f *Files) Certificate() *tls.Certificate { return f.newest() }
+
+// RootsFile are authorities in a file, which is read again when it changes.
+// It is safe for concurrent use.
+type RootsFile struct{ kept[[]*x509.Certificate] }
+
+// NewRootsFile reads the certificates of a PEM file, at most limit, all of
+// them of authorities.
+func NewRootsFile(path string, limit int) (*RootsFile, error) {
+	f := &RootsFile{kept[[]*x509.Certificate]{paths: []string{path}, read: func() ([]*x509.Certificate, error) {
+		certs, err := ReadCertificates(path)
+		if err == nil && len(certs) > limit {
+			err = fmt.Errorf("%s holds %d certificates, the limit is %d", path, len(certs), limit)
 		}
-		changed[i] = info.ModTime()
-	}
-	if f.pair != nil && changed == f.changed {
-		return f.pair, nil
-	}
-	pair, err := tls.LoadX509KeyPair(f.cert, f.key)
-	if err != nil {
-		return f.or(fmt.Errorf("certificate %s, key %s: %w", f.cert, f.key, err))
-	}
-	f.pair, f.changed = &pair, changed
-	return f.pair, nil
+		for _, c := range certs {
+			if err == nil && !c.IsCA {
+				err = fmt.Errorf("%s: %q is not an authority", path, c.Subject)
+			}
+		}
+		return certs, err
+	}}}
+	return f, f.Err()
 }
 
-func (f *Files) or(err error) (*tls.Certificate, error) {
-	if f.pair != nil {
-		return f.pair, nil
+// Roots gives the newest certificates. A file that is changed and cannot be
+// read leaves those before in use.
+func (f *RootsFile) Roots() []*x509.Certificate { return f.newest() }
+
+// kept is what stands in files.
+type kept[T any] struct {
+	paths []string
+	read  func() (T, error)
+
+	mu    sync.Mutex // guards what follows
+	value T
+	tried []version // of the files when they were read last
+	err   error     // of that
+	again time.Time // when files that cannot be read are read again as they are
+}
+
+// version tells one content of a file from another.
+type version struct {
+	changed time.Time
+	size    int64
+}
+
+// retryEvery is how often unchanged files that could not be read are tried:
+// the permission to may have come.
+const retryEvery = 5 * time.Second
+
+func (k *kept[T]) newest() T {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	k.look(time.Now())
+	return k.value
+}
+
+// Err says why the files as they are now are not in use; nil: they are.
+func (k *kept[T]) Err() error {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	k.look(time.Now())
+	return k.err
+}
+
+func (k *kept[T]) look(now time.Time) {
+	found := make([]version, len(k.paths))
+	for i, path := range k.paths {
+		info, err := os.Stat(path)
+		if err != nil {
+			k.err, k.again = err, now
+			return
+		}
+		found[i] = version{info.ModTime(), info.Size()}
 	}
-	return nil, err
+	if slices.Equal(found, k.tried) && (k.err == nil || now.Before(k.again)) {
+		return
+	}
+	value, err := k.read()
+	k.tried, k.err, k.again = found, err, now.Add(retryEvery)
+	if err == nil {
+		k.value = value
+	}
 }

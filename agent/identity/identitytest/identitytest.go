@@ -32,6 +32,7 @@ const Lifetime = 10 * 365 * 24 * time.Hour
 type Controller struct {
 	dunlinv1connect.UnimplementedEnrollmentServiceHandler
 	Token     string // the join token
+	Trust     []*dunlinv1.SignedTrust
 	BrokerURL func() string
 	Registry  string // URL; Serve sets it
 	Now       func() time.Time
@@ -263,5 +264,5 @@ func (c *Controller) issue(device string, public crypto.PublicKey) *dunlinv1.Ide
 	leaf, err := c.authority.IssueDevice(device, public, c.Now(), c.Lifetime)
 	c.ok(err)
 	c.devices[device] = append(c.devices[device], pki.CertificateID(leaf))
-	return &dunlinv1.Identity{Certificates: pki.Raw(c.authority.Chain(leaf)), Roots: pki.Raw(c.roots), Now: timestamppb.New(c.Now())}
+	return &dunlinv1.Identity{Certificates: pki.Raw(c.authority.Chain(leaf)), Roots: pki.Raw(c.roots), Trust: c.Trust, Now: timestamppb.New(c.Now())}
 }
