@@ -4,14 +4,14 @@ package agent
 import (
 	"context"
 	"crypto/rand"
-	"crypto/tls"
 	"errors"
 	"fmt"
-	"net/url"
 	"os"
 	"path/filepath"
 	"strconv"
 	"sync"
+	"sync/atomic"
+	"time"
 
 	"google.golang.org/protobuf/proto"
 
@@ -24,6 +24,7 @@ import (
 	profiles "github.com/dunlin/dunlin/firmware-profiles"
 	"github.com/dunlin/dunlin/internal/link"
 	"github.com/dunlin/dunlin/internal/program"
+	"github.com/dunlin/dunlin/models/signing"
 	dunlinv1 "github.com/dunlin/dunlin/proto/dunlin/v1"
 	"github.com/dunlin/dunlin/proto/inference"
 )
@@ -45,7 +46,9 @@ type agent struct {
 	identity  *identity.Device
 	reconcile *reconcile.Reconciler
 	watch     *watch
-	outbox    chan struct{} // an event was appended
+	outbox    chan struct{}                 // an event was appended
+	stoodDown bool                          // as the store has it; linkState's
+	trust     atomic.Pointer[signing.Trust] // nil: none yet
 
 	mu   sync.Mutex // guards what follows
 	info *dunlinv1.DeviceInfo
@@ -89,7 +92,7 @@ func Run(ctx context.Context, cfg Config) (err error) {
 	if err != nil {
 		return err
 	}
-	return a.run(ctx, l, a.metrics(), part{"alarms", a.watch.run}, part{"reconcile", a.reconcile.Run}, part{"controller", a.control})
+	return a.run(ctx, l, a.metrics(l), part{"alarms", a.watch.run}, part{"reconcile", a.reconcile.Run}, part{"controller", a.control})
 }
 
 // newAgent puts the parts together; info describes the device, and url is where
@@ -101,11 +104,17 @@ func newAgent(ctx context.Context, cfg Config, profile profiles.Profile, info *d
 	}
 	a.info.AgentVersion, a.info.ServingUrl = program.Version(), url
 	var err error
-	if a.identity, err = identity.Open(ctx, cfg.identity(store)); err != nil {
+	trust, err := store.Trust(ctx)
+	if err != nil && !errors.Is(err, state.ErrNone) {
+		return nil, err
+	}
+	a.trust.Store(trust)
+	if a.identity, err = identity.Open(ctx, a.identityConfig()); err != nil {
 		return nil, err
 	}
 	w := cfg.Serving.workerConfig(profile.Threads)
 	w.OnDeath, w.OnLost = a.died, a.lost
+	w.Folders = []string{filepath.Join(cfg.Data, bundlesFolder)}
 	if a.host, err = newHost(cfg.Serving, profile, cfg.Data, w); err != nil {
 		return nil, err
 	}
@@ -117,7 +126,7 @@ func newAgent(ctx context.Context, cfg Config, profile profiles.Profile, info *d
 	}
 	a.reconcile, err = reconcile.New(reconcile.Config{
 		Dir: filepath.Join(cfg.Data, bundlesFolder), Registry: a.registry, Reserve: uint64(profile.Storage.ReserveBytes),
-		State: store, Engine: a.engine, Check: a.check, Passing: passing, Front: a.front, Event: a.event, Log: cfg.Log,
+		State: store, Trust: a.trust.Load, Engine: a.engine, Check: a.check, Passing: passing, Front: a.front, Event: a.event, Log: cfg.Log,
 	})
 	return a, err
 }
@@ -164,19 +173,54 @@ func (a *agent) control(ctx context.Context) error {
 	a.mu.Lock()
 	a.link = l
 	a.mu.Unlock()
+	if err := a.store.SetStoodDown(ctx, time.Time{}, ""); err != nil {
+		return err
+	}
+	var wg sync.WaitGroup
+	defer wg.Wait()
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	wg.Go(func() { a.identity.Run(ctx) })
+	wg.Go(func() { a.reconnect(ctx, l) })
 	return newSession(l, a).run(ctx)
+}
+
+// reconnect has the link use what the device's identity is now.
+func (a *agent) reconnect(ctx context.Context, l *link.Link) {
+	for {
+		select {
+		case <-a.identity.Changed():
+			if err := l.Reconnect(a.identity.Stored().BrokerURL); err != nil {
+				a.cfg.Log.Error("the connection stays the old one", "error", err)
+			}
+		case <-ctx.Done():
+			return
+		}
+	}
+}
+
+// linkState keeps for the doctor that the link is quiet. The link calls it,
+// once at a time.
+func (a *agent) linkState(s link.State, cause error) {
+	var until time.Time
+	text := ""
+	if s == link.StoodDown {
+		until, text = time.Now().Add(link.StandDownFor), cause.Error()
+	} else if !a.stoodDown {
+		return
+	}
+	a.stoodDown = s == link.StoodDown
+	if err := a.store.SetStoodDown(context.Background(), until, text); err != nil {
+		a.cfg.Log.Error("the state of the connection is not kept", "error", err)
+	}
 }
 
 // newLink makes the link of a device that has joined.
 func (a *agent) newLink() (*link.Link, error) {
 	id := a.identity.Stored()
-	u, err := url.Parse(id.BrokerURL)
-	if err != nil {
-		return nil, fmt.Errorf("broker URL: %w", err)
-	}
 	return link.New(link.Config{
 		BrokerURL: id.BrokerURL, Device: id.Device, BootID: rand.Text(), Log: a.cfg.Log,
-		TLS: func() *tls.Config { return a.identity.TLS(u.Hostname()) },
+		TLS: a.identity.BrokerTLS, OnState: a.linkState,
 		Hello: func() *dunlinv1.Hello {
 			h := &dunlinv1.Hello{HaveGeneration: a.reconcile.Generation(), Info: a.deviceInfo(), Labels: a.cfg.Labels}
 			a.identity.Introduce(h)

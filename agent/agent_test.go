@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"context"
 	"crypto/sha256"
-	"crypto/tls"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -42,6 +41,25 @@ func startAgent(t *testing.T, cfg Config) (stop func()) {
 	})
 	t.Cleanup(stop)
 	return stop
+}
+
+// openAgent puts the parts of an agent together, and starts none of them.
+func openAgent(t *testing.T, cfg Config) *agent {
+	t.Helper()
+	if err := os.MkdirAll(cfg.Data, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	store, err := state.Open(t.Context(), filepath.Join(cfg.Data, stateFile), state.Limits{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { store.Close() })
+	t.Cleanup(cfg.openMachine(cfg.Data))
+	a, err := newAgent(t.Context(), cfg, profiles.Profile{}, &dunlinv1.DeviceInfo{}, store, "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	return a
 }
 
 // until asks again and again until there is no error.
@@ -205,6 +223,49 @@ func TestJoinIsRefused(t *testing.T) {
 	}
 }
 
+// An agent that is told to renew connects once more, with another
+// certificate; one that is told that another agent has its identity is quiet,
+// and the doctor says so.
+func TestAgentRenewsAndStandsDown(t *testing.T) {
+	c := startControl(t)
+	cfg := simulatedConfig(t, c, "")
+	startAgent(t, cfg)
+	var hello *dunlinv1.Hello
+	says := func(m proto.Message) bool {
+		h, ok := m.(*dunlinv1.Hello)
+		if ok {
+			hello = h
+		}
+		return ok
+	}
+	c.until("says hello", says)
+	first := hello
+	if len(first.CertificateSerial) != 16 || len(first.RootIds) != 1 {
+		t.Errorf("hello %v", first)
+	}
+	until(t, "renews", func() error { // this broker may forget the device for a moment
+		c.send("edge-1", link.Command, &dunlinv1.Command{Command: &dunlinv1.Command_RenewNow{RenewNow: &dunlinv1.RenewNow{}}})
+		if c.Calls("Renew") == 0 {
+			return errors.New("no call")
+		}
+		return nil
+	})
+	c.until("says good-bye", func(m proto.Message) bool { _, ok := m.(*dunlinv1.Gone); return ok })
+	c.until("says hello again", says)
+	if bytes.Equal(hello.CertificateSerial, first.CertificateSerial) || hello.BootId != first.BootId {
+		t.Errorf("hello %v after %v", hello, first)
+	}
+	c.until("reports", func(m proto.Message) bool { _, ok := m.(*dunlinv1.Reported); return ok })
+	until(t, "told to the doctor", func() error {
+		c.send("edge-1", link.Command, &dunlinv1.Command{Command: &dunlinv1.Command_StandDown{StandDown: &dunlinv1.StandDown{BootId: hello.BootId, KeptHostname: "twin"}}})
+		found, _ := diagnose(t, "--data", cfg.Data)
+		if f := found["link"]; f.Verdict != Fail || !strings.Contains(f.Detail, "twin") {
+			return fmt.Errorf("%v", f)
+		}
+		return nil
+	})
+}
+
 // A document that is being put together gives way to one that comes whole.
 func TestWholeDocumentEndsAssembly(t *testing.T) {
 	c := startControl(t)
@@ -245,25 +306,13 @@ func TestEventsArriveOnce(t *testing.T) {
 	const events, disconnects = 100, 10
 	c := startControl(t)
 	cfg := testConfig(t, c)
-	if err := os.MkdirAll(cfg.Data, 0o700); err != nil {
-		t.Fatal(err)
-	}
-	store, err := state.Open(t.Context(), filepath.Join(cfg.Data, stateFile), state.Limits{})
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer store.Close()
-	defer cfg.openMachine(cfg.Data)()
-	a, err := newAgent(t.Context(), cfg, profiles.Profile{}, &dunlinv1.DeviceInfo{}, store, "")
-	if err != nil {
-		t.Fatal(err)
-	}
+	a := openAgent(t, cfg)
 	if err := a.identity.Join(t.Context(), a.info); err != nil {
 		t.Fatal(err)
 	}
 	l, err := link.New(link.Config{
 		BrokerURL: c.BrokerURL(), Device: cfg.Name, BootID: "boot", Log: cfg.Log, MaxBackoff: 50 * time.Millisecond,
-		TLS: func() *tls.Config { return a.identity.TLS("127.0.0.1") },
+		TLS: a.identity.BrokerTLS,
 	})
 	if err != nil {
 		t.Fatal(err)

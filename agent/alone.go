@@ -148,6 +148,11 @@ func Serve(ctx context.Context, cfg Alone) (err error) {
 	}
 	defer l.close()
 	w := cfg.Serving.workerConfig(profile.Threads)
+	staging := filepath.Join(cfg.Data, "overrides")
+	w.Folders = []string{staging}
+	if cfg.Repository != "" {
+		w.Folders = append(w.Folders, cfg.Repository)
+	}
 	w.OnDeath = func(d worker.Death) { cfg.Log.Error("worker process died", "error", d.Err, "in_flight", d.InFlight) }
 	var models *repository.Repository
 	w.OnLost = func(id engine.VersionID, reason error) { models.Lost(id, reason) }
@@ -157,12 +162,12 @@ func Serve(ctx context.Context, cfg Alone) (err error) {
 	}
 	models, err = repository.New(repository.Config{
 		Dir: cfg.Repository, File: cfg.File, Control: controls[cfg.Control], Startup: cfg.Load, Poll: time.Duration(cfg.Poll) * time.Second,
-		Staging: filepath.Join(cfg.Data, "overrides"), Engine: h.engine, Check: h.check, Front: h.front, Log: cfg.Log,
+		Staging: staging, Engine: h.engine, Check: h.check, Front: h.front, Log: cfg.Log,
 	})
 	if err != nil {
 		return err
 	}
 	h.source = models
 	watch := h.newWatch(cfg.machine, profile, nil)
-	return h.run(ctx, l, h.metrics(watch), part{"alarms", watch.run}, part{"models", models.Run})
+	return h.run(ctx, l, h.metrics(l, watch), part{"alarms", watch.run}, part{"models", models.Run})
 }

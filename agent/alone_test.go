@@ -50,24 +50,26 @@ func TestAloneConfig(t *testing.T) {
 		t.Errorf("flags behind the model: %+v, %v", cfg, err)
 	}
 	for want, args := range map[string][]string{
-		"name one model file, or a folder":                                        {},
-		"name one model file, or a folder by":                                     {"a.onnx", "--model-repository", "b"},
-		`unexpected argument "b.onnx"`:                                            {"a.onnx", "b.onnx"},
-		`model-control: "sometimes" is not none, explicit`:                        {"a.onnx", "--model-control", "sometimes"},
-		"load-model: has a meaning with":                                          {"--model-repository", "b", "--load-model", "a"},
-		"poll-seconds: is 0, allowed are 1 to 86400":                              {"a.onnx", "--poll-seconds", "0"},
-		`"x" is not a whole number`:                                               {"a.onnx", "--threads", "x"},
-		"threads: is -1, allowed are 0 to 1024":                                   {"a.onnx", "--threads", "-1"},
-		"tls-cert, tls-key: one is not enough":                                    {"a.onnx", "--tls-cert", "c"},
-		`listen: "0.0.0.0:1" is not on loopback: other addresses need --tls-cert`: {"a.onnx", "--listen", "0.0.0.0:1"},
-		"grpc-listen: \"0.0.0.0:1\" is not on loopback":                           {"a.onnx", "--grpc-listen", "0.0.0.0:1"},
-		"shared-memory: needs listen and grpc-listen on loopback":                 {"a.onnx", "--shared-memory", "--listen", "0.0.0.0:1", "--tls-cert", "c", "--tls-key", "k"},
+		"name one model file, or a folder":                                                            {},
+		"name one model file, or a folder by":                                                         {"a.onnx", "--model-repository", "b"},
+		`unexpected argument "b.onnx"`:                                                                {"a.onnx", "b.onnx"},
+		`model-control: "sometimes" is not none, explicit`:                                            {"a.onnx", "--model-control", "sometimes"},
+		"load-model: has a meaning with":                                                              {"--model-repository", "b", "--load-model", "a"},
+		"poll-seconds: is 0, allowed are 1 to 86400":                                                  {"a.onnx", "--poll-seconds", "0"},
+		`"x" is not a whole number`:                                                                   {"a.onnx", "--threads", "x"},
+		"threads: is -1, allowed are 0 to 1024":                                                       {"a.onnx", "--threads", "-1"},
+		"tls-cert, tls-key: one is not enough":                                                        {"a.onnx", "--tls-cert", "c"},
+		`listen: "0.0.0.0:1" is not on loopback: other addresses need --tls-cert`:                     {"a.onnx", "--listen", "0.0.0.0:1"},
+		"grpc-listen: \"0.0.0.0:1\" is not on loopback":                                               {"a.onnx", "--grpc-listen", "0.0.0.0:1"},
+		`grpc-listen: "0.0.0.0:2" is not on loopback: other addresses need --api-keys or --client-ca`: {"a.onnx", "--grpc-listen", "0.0.0.0:2", "--tls-cert", "c", "--tls-key", "k"},
+		"client-ca: needs --tls-cert and --tls-key":                                                   {"a.onnx", "--client-ca", "c"},
+		"shared-memory: needs listen and grpc-listen on loopback":                                     {"a.onnx", "--shared-memory", "--listen", "0.0.0.0:1", "--tls-cert", "c", "--tls-key", "k"},
 	} {
 		if _, err := ParseAlone(args, env(), io.Discard); err == nil || !strings.Contains(err.Error(), want) {
 			t.Errorf("%q: %v, want %q", args, err, want)
 		}
 	}
-	if _, err := ParseAlone([]string{"a.onnx", "--listen", "0.0.0.0:1", "--tls-cert", "c", "--tls-key", "k"}, env(), io.Discard); err != nil {
+	if _, err := ParseAlone([]string{"a.onnx", "--listen", "0.0.0.0:1", "--tls-cert", "c", "--tls-key", "k", "--api-keys", "f"}, env(), io.Discard); err != nil {
 		t.Errorf("off loopback with TLS: %v", err)
 	}
 }

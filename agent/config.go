@@ -3,6 +3,7 @@ package agent
 import (
 	"cmp"
 	"context"
+	"crypto/tls"
 	"crypto/x509"
 	"errors"
 	"flag"
@@ -35,7 +36,8 @@ type Serving struct {
 	GRPCListen   string `yaml:"grpc-listen"`   // host:port of gRPC; "": none
 	TLSCert      string `yaml:"tls-cert"`      // PEM file of the listeners' certificate; "": no TLS, on loopback only
 	TLSKey       string `yaml:"tls-key"`       // PEM file of its key
-	APIKeys      string `yaml:"api-keys"`      // file of the keys of which requests need one; "": none do
+	APIKeys      string `yaml:"api-keys"`      // file of who may ask, by key or certificate; "": whom ClientCA vouches for, or everybody
+	ClientCA     string `yaml:"client-ca"`     // PEM file of who vouches for clients' certificates; "": they have none
 	SharedMemory bool   `yaml:"shared-memory"` // callers may name shared memory of this host
 	TraceFile    string `yaml:"trace-file"`    // where traces of requests go; "": there are none
 	Threads      int    `yaml:"threads"`       // of the runtime; 0: by the firmware profile
@@ -55,6 +57,9 @@ type Serving struct {
 	LogFormat string `yaml:"log-format"`
 
 	Simulation `yaml:",inline"`
+
+	// Certificate is the listeners' where TLSCert is empty; nil: there is none.
+	Certificate func() (*tls.Certificate, error) `yaml:"-"`
 
 	Log    *slog.Logger   `yaml:"-"`
 	Worker []string       `yaml:"-"` // command of the worker process; this program with "worker" where empty
@@ -89,7 +94,8 @@ func (s *Serving) settings() []program.Setting {
 		{Name: "grpc-listen", Usage: "`host:port` of inference by gRPC; off: none", Value: &s.GRPCListen},
 		{Name: "tls-cert", Usage: "PEM `file` of a certificate: REST and gRPC speak TLS", Value: &s.TLSCert},
 		{Name: "tls-key", Usage: "PEM `file` of the certificate's key", Value: &s.TLSKey},
-		{Name: "api-keys", Usage: "`file` with a key on each line, of which inference requests need one", Value: &s.APIKeys},
+		{Name: "api-keys", Usage: "`file` of the API keys and client certificates that may ask, and for what, one on each line", Value: &s.APIKeys},
+		{Name: "client-ca", Usage: "PEM `file` of the authorities whose client certificates may ask", Value: &s.ClientCA},
 		{Name: "shared-memory", Usage: "let callers name shared memory of this host", Value: &s.SharedMemory},
 		{Name: "trace-file", Usage: "`file` for traces of requests, where the trace settings ask for them", Value: &s.TraceFile},
 		{Name: "threads", Usage: "`number` of threads of the runtime; 0: as the firmware profile says", Value: &s.Threads},
@@ -113,17 +119,7 @@ func (s *Serving) check(add func(name string, err error)) {
 	if s.GRPCListen == "off" {
 		s.GRPCListen = ""
 	}
-	secure := s.TLSCert != "" && s.TLSKey != ""
-	if (s.TLSCert == "") != (s.TLSKey == "") {
-		add("tls-cert, tls-key", errors.New("one is not enough: both are needed for TLS"))
-	}
-	add("listen", program.CheckListen(s.Listen, secure))
-	if s.GRPCListen != "" {
-		add("grpc-listen", program.CheckListen(s.GRPCListen, secure))
-	}
-	if s.SharedMemory && (!onLoopback(s.Listen) || s.GRPCListen != "" && !onLoopback(s.GRPCListen)) {
-		add("shared-memory", errors.New("needs listen and grpc-listen on loopback: only programs of this host share its memory"))
-	}
+	s.checkPorts(add)
 	if s.Threads < 0 || s.Threads > maxThreads {
 		add("threads", fmt.Errorf("is %d, allowed are 0 to %d", s.Threads, maxThreads))
 	}
@@ -173,7 +169,7 @@ type Config struct {
 	Data       string            `yaml:"data"`       // folder of everything that the agent keeps
 	Controller string            `yaml:"controller"` // base URL; "": serve what is there, without a controller
 	CA         string            `yaml:"ca"`         // PEM file of authorities that may vouch for the controller; "": the system's
-	JoinToken  string            `yaml:"join-token"` // needed until the device has joined; "@path" reads a file
+	JoinToken  string            `yaml:"join-token"` // needed until the device has joined
 	Name       string            `yaml:"name"`       // of the device; the host's where empty
 	Labels     map[string]string `yaml:"labels"`     // of the device
 
@@ -224,7 +220,7 @@ func tune(getenv func(string) string) {
 const gcPercent = 200
 
 // commands is what every help says of the others.
-const commands = "Commands: dunlin-agent run, the default; dunlin-agent serve; dunlin-agent doctor; dunlin-agent version."
+const commands = "Commands: dunlin-agent run, the default; dunlin-agent serve; dunlin-agent doctor; dunlin-agent verify; dunlin-agent version."
 
 func parseInto(cfg *Config, name string, args []string, getenv func(string) string, help io.Writer, more func(*flag.FlagSet)) error {
 	*cfg = Config{Data: defaultData(getenv)}
@@ -234,9 +230,9 @@ func parseInto(cfg *Config, name string, args []string, getenv func(string) stri
 		Args: args, Getenv: getenv, Help: help,
 	}.Load(append([]program.Setting{
 		{Name: "data", Usage: "`folder` of everything that the agent keeps", Value: &cfg.Data},
-		{Name: "controller", Usage: "base `URL` of the controller; without one, serve what is there", Value: &cfg.Controller},
+		{Name: "controller", Usage: "base `URL` of the controller, or mqtts://host:port of its broker; without one, serve what is there", Value: &cfg.Controller},
 		{Name: "ca", Usage: "PEM `file` of authorities that may vouch for the controller beside its own; without one, the system's", Value: &cfg.CA},
-		{Name: "join-token", Usage: "`token` by which the device joins, or @file; also DUNLIN_JOIN_TOKEN", Value: &cfg.JoinToken, Environment: "DUNLIN_JOIN_TOKEN"},
+		{Name: "join-token", Usage: "`@file` with the token by which the device joins; also DUNLIN_JOIN_TOKEN", Value: &cfg.JoinToken, Environment: "DUNLIN_JOIN_TOKEN", Secret: true},
 		{Name: "name", Usage: "`name` of the device; without one, the host's", Value: &cfg.Name},
 	}, cfg.settings()...), cfg, func(flags *flag.FlagSet) {
 		flags.Func("label", "`key=value` label of the device; may be repeated; in the file, labels is a mapping", func(s string) error {
@@ -296,16 +292,11 @@ func (cfg *Config) check() error {
 	add("name", link.CheckDevice(cfg.Name))
 	cfg.Serving.check(add)
 	if cfg.Controller != "" {
-		add("controller", program.CheckURL(cfg.Controller, "https"))
+		add("controller", program.CheckURL(cfg.Controller, "https", "mqtts"))
 	}
 	if cfg.CA != "" {
 		cfg.roots, err = pki.ReadCertificates(cfg.CA)
 		add("ca", err)
-	}
-	if path, ok := strings.CutPrefix(cfg.JoinToken, "@"); ok {
-		raw, err := os.ReadFile(path)
-		add("join-token", err)
-		cfg.JoinToken = strings.TrimSpace(string(raw))
 	}
 	if len(cfg.Labels) > maxLabels {
 		add("label", fmt.Errorf("%d labels, allowed are %d", len(cfg.Labels), maxLabels))

@@ -2,6 +2,7 @@ package agent
 
 import (
 	"bytes"
+	"crypto"
 	"crypto/tls"
 	"fmt"
 	"log/slog"
@@ -25,6 +26,7 @@ import (
 	"github.com/dunlin/dunlin/agent/worker"
 	"github.com/dunlin/dunlin/internal/link"
 	"github.com/dunlin/dunlin/models"
+	"github.com/dunlin/dunlin/models/signing"
 	dunlinv1 "github.com/dunlin/dunlin/proto/dunlin/v1"
 )
 
@@ -42,6 +44,7 @@ type control struct {
 	t    testing.TB
 	http *httptest.Server
 	up   chan proto.Message // what devices say, but for telemetry
+	key  crypto.Signer      // signs versions, and the trust document
 
 	mu      sync.Mutex
 	broker  *mochi.Server
@@ -68,7 +71,9 @@ func (d *devices) OnACLCheck(*mochi.Client, string, bool) bool { return true }
 
 func startControl(t testing.TB) *control {
 	t.Helper()
-	c := &control{Controller: identitytest.New(t, time.Now), t: t, up: make(chan proto.Message, 4096), blobs: map[digest.Digest][]byte{}}
+	key, trust := testTrust(t)
+	c := &control{Controller: identitytest.New(t, time.Now), t: t, key: key, up: make(chan proto.Message, 4096), blobs: map[digest.Digest][]byte{}}
+	c.Trust = []*dunlinv1.SignedTrust{trust}
 	c.BrokerURL = func() string {
 		c.mu.Lock()
 		defer c.mu.Unlock()
@@ -184,7 +189,23 @@ func (c *control) push(onnx, model string, version int64) *dunlinv1.DesiredVersi
 		c.blobs[f.Digest] = raw
 		size += f.Size
 	}
-	return &dunlinv1.DesiredVersion{Deployment: model, Model: model, Version: version, Digest: b.Digest.String(), SizeBytes: uint64(size)}
+	m, err := models.ParseManifest(b.ManifestBytes)
+	if err != nil {
+		c.t.Fatal(err)
+	}
+	signature, err := signing.SignBundle(signing.Signer{Key: c.key}, model, version, m)
+	if err != nil {
+		c.t.Fatal(err)
+	}
+	manifest, err := signing.NewManifest(b.Digest, int64(len(b.ManifestBytes)), signature)
+	if err != nil {
+		c.t.Fatal(err)
+	}
+	c.blobs[digest.FromBytes(signature)], c.blobs[digest.FromBytes(manifest)] = signature, manifest
+	return &dunlinv1.DesiredVersion{
+		Deployment: model, Model: model, Version: version, Digest: b.Digest.String(), SizeBytes: uint64(size),
+		Signatures: []string{digest.FromBytes(manifest).String()},
+	}
 }
 
 // runtimeLibrary gives the path of ONNX Runtime.

@@ -111,33 +111,72 @@ func examine(ctx context.Context, cfg Config) []Finding {
 	}
 	findings = append(findings, checkDisk(cfg.Data, uint64(profile.Storage.ReserveBytes)))
 	findings = append(findings, checkWeights(ctx, cfg), checkProfiles(cfg.Data))
-	id, closeState, err := storedIdentity(ctx, cfg)
+	id, store, err := storedIdentity(ctx, cfg)
 	if err != nil {
 		return append(findings, Finding{"identity", Fail, err.Error(), "run the doctor as the user that the agent runs as"})
 	}
-	defer closeState()
+	if store != nil {
+		defer store.Close()
+		findings = append(findings, checkStoodDown(ctx, store, time.Now())...)
+	}
 	controller := cfg.Controller
 	if id.Joined() {
 		controller = id.Stored().ControllerURL
 	}
-	return append(findings, checkClock(ctx, controller, id.Stranger, time.Now), checkBroker(ctx, id), checkRegistry(ctx, id))
+	return append(findings, checkIdentity(id, time.Now()), checkClock(ctx, controller, id.Stranger, time.Now), checkBroker(ctx, id), checkRegistry(ctx, id))
 }
 
-// storedIdentity reads who the device is, where it has an identity. It makes
-// no file.
-func storedIdentity(ctx context.Context, cfg Config) (id *identity.Device, closeState func(), err error) {
+const joinRemedy = "start the agent with --controller and --join-token @FILE"
+
+// checkIdentity says who the device is, and whether it will stay so.
+func checkIdentity(id *identity.Device, now time.Time) Finding {
+	c := id.Certificate()
+	if c == nil {
+		return Finding{"identity", Warn, "the device has not joined a controller", joinRemedy}
+	}
+	var roots []string
+	for _, r := range id.Roots() {
+		roots = append(roots, pki.CertificateID(r)[:16])
+	}
+	f := Finding{Check: "identity", Verdict: Pass, Detail: fmt.Sprintf("%s; key %s; certificate until %s, by %s; roots %s",
+		id.Stored().Device, id.Key(), c.NotAfter.UTC().Format(time.RFC3339), c.Issuer.CommonName, strings.Join(roots, ", "))}
+	if version := id.TrustVersion(); version > 0 {
+		f.Detail += fmt.Sprintf("; trust document %d", version)
+	}
+	switch left := c.NotAfter.Sub(now); {
+	case left < 0:
+		f.Verdict, f.Remedy = Fail, "it has expired: start the agent where it reaches the controller, which renews it within the controller's grace period; later, join again with an empty --data folder"
+	case left < c.NotAfter.Sub(c.NotBefore)/4:
+		f.Verdict, f.Remedy = Warn, "its renewal is overdue: see the agent's log, and that the agent reaches "+id.Stored().ControllerURL
+	}
+	return f
+}
+
+// checkStoodDown says that another agent has the device's identity; nothing
+// where that is not so.
+func checkStoodDown(ctx context.Context, s *state.Store, now time.Time) []Finding {
+	until, cause, err := s.StoodDown(ctx)
+	if err != nil || !now.Before(until) {
+		return nil
+	}
+	return []Finding{{"link", Fail, fmt.Sprintf("quiet until %s: %s", until.Format(time.RFC3339), cause),
+		"two agents run with one identity, as after copying a data folder: stop one, empty its --data folder, and let it join by itself; then start this one again"}}
+}
+
+// storedIdentity reads who the device is, where it has an identity, and gives
+// the store, which is nil where there is none. It makes no file.
+func storedIdentity(ctx context.Context, cfg Config) (id *identity.Device, s *state.Store, err error) {
 	path := filepath.Join(cfg.Data, stateFile)
 	if _, err := os.Stat(path); errors.Is(err, fs.ErrNotExist) {
-		return identity.New(cfg.identity(nil)), func() {}, nil
+		return identity.New(cfg.identity(nil)), nil, nil
 	}
-	s, err := state.Open(ctx, path, state.Limits{})
-	if err != nil {
+	if s, err = state.Open(ctx, path, state.Limits{}); err != nil {
 		return nil, nil, err
 	}
 	if id, err = identity.Open(ctx, cfg.identity(s)); err != nil {
 		return nil, nil, errors.Join(err, s.Close())
 	}
-	return id, func() { _ = s.Close() }, nil
+	return id, s, nil
 }
 
 func checkRuntime(ctx context.Context, cfg Config, profile profiles.Profile) []Finding {
@@ -166,13 +205,13 @@ func checkRuntime(ctx context.Context, cfg Config, profile profiles.Profile) []F
 	return append(findings, providers)
 }
 
-// sandboxFinding says what holds a process that looks at new models.
+// sandboxFinding says what holds the processes that open models.
 func sandboxFinding(s worker.Sandbox) Finding {
 	missing := s.Missing()
 	if len(missing) == 0 {
 		return Finding{Check: "sandbox", Verdict: Pass, Detail: s.String()}
 	}
-	return Finding{"sandbox", Warn, fmt.Sprintf("new models are checked without %s; there is %s", strings.Join(missing, " and "), s),
+	return Finding{"sandbox", Warn, fmt.Sprintf("the processes that open models are held without %s; there is %s", strings.Join(missing, " and "), s),
 		"use Linux 5.13 or newer with Landlock and seccomp switched on, and no container that refuses them"}
 }
 
@@ -243,14 +282,15 @@ func checkDisk(data string, reserve uint64) Finding {
 
 func megabytes(n uint64) string { return fmt.Sprintf("%d MB", n/1e6) }
 
-// checkClock compares the clock with the controller's, where that answers.
+// checkClock compares the clock with the controller's, where that answers over
+// HTTPS.
 func checkClock(ctx context.Context, controller string, by func(host string) *tls.Config, now func() time.Time) Finding {
 	const remedy = "set the clock, best by NTP"
 	f := Finding{Check: "clock", Verdict: Pass, Detail: now().UTC().Format(time.RFC3339)}
 	if y := now().Year(); y < 2025 || y > 2100 {
 		return Finding{"clock", Fail, f.Detail + " cannot be", remedy}
 	}
-	if controller == "" {
+	if controller == "" || strings.HasPrefix(controller, "mqtts://") {
 		return f
 	}
 	u, err := url.Parse(controller)
@@ -292,7 +332,7 @@ func httpGet(ctx context.Context, client *http.Client, url string) (*http.Respon
 // would end the session of an agent that runs.
 func checkBroker(ctx context.Context, id *identity.Device) Finding {
 	if !id.Joined() {
-		return Finding{"broker", Warn, "the device has not joined a controller", "start the agent with --controller and --join-token"}
+		return Finding{"broker", Warn, "the device has not joined a controller", joinRemedy}
 	}
 	const remedy = "start the controller, or see that nothing is between this device and its MQTT port"
 	broker := id.Stored().BrokerURL
@@ -330,7 +370,7 @@ func checkBroker(ctx context.Context, id *identity.Device) Finding {
 func checkRegistry(ctx context.Context, id *identity.Device) Finding {
 	registry, client := id.Registry()
 	if registry == "" {
-		return Finding{"registry", Warn, "the device has not joined a controller", "start the agent with --controller and --join-token"}
+		return Finding{"registry", Warn, "the device has not joined a controller", joinRemedy}
 	}
 	defer client.CloseIdleConnections()
 	resp, err := httpGet(ctx, client, strings.TrimSuffix(registry, "/")+"/v2/")

@@ -53,7 +53,7 @@ func TestDoctor(t *testing.T) {
 	if err != nil {
 		t.Error(err)
 	}
-	expect(t, found, map[string]Verdict{"runtime": Pass, "providers": Pass, "disk": Pass, "clock": Pass, "broker": Warn, "registry": Warn})
+	expect(t, found, map[string]Verdict{"runtime": Pass, "providers": Pass, "disk": Pass, "identity": Warn, "clock": Pass, "broker": Warn, "registry": Warn})
 	if f := found["sandbox"]; f.Verdict == Fail || !strings.Contains(f.Detail, "limits") {
 		t.Errorf("sandbox: %v", f)
 	}
@@ -76,7 +76,15 @@ func TestDoctor(t *testing.T) {
 	if err != nil {
 		t.Error(err)
 	}
-	expect(t, found, map[string]Verdict{"clock": Pass, "broker": Pass, "registry": Pass})
+	expect(t, found, map[string]Verdict{"identity": Pass, "clock": Pass, "broker": Pass, "registry": Pass})
+	if f := found["identity"]; !strings.Contains(f.Detail, "edge-1; key ECDSA P-256 in a file; certificate until 20") || !strings.Contains(f.Detail, "by Dunlin CA ") {
+		t.Errorf("identity: %v", f)
+	}
+	for after, want := range map[time.Duration]Verdict{0: Pass, 200 * 24 * time.Hour: Pass, 300 * 24 * time.Hour: Warn, 400 * 24 * time.Hour: Fail} {
+		if f := checkIdentity(id, time.Now().Add(after)); f.Verdict != want || want != Pass && f.Remedy == "" {
+			t.Errorf("after %s: %v, want %s", after, f, want)
+		}
+	}
 	if f := found["clock"]; !strings.Contains(f.Detail, "controller's") {
 		t.Errorf("clock: %v", f)
 	}

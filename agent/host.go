@@ -17,6 +17,7 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials"
 
+	"github.com/dunlin/dunlin/agent/access"
 	"github.com/dunlin/dunlin/agent/compiled"
 	"github.com/dunlin/dunlin/agent/engine"
 	"github.com/dunlin/dunlin/agent/oip"
@@ -91,18 +92,18 @@ type host struct {
 
 // ports are where a host answers.
 type ports struct {
-	http, grpc *listener   // grpc may be nil
-	tls        *tls.Config // nil: neither speaks TLS
-	keys       *keys       // nil: everybody may ask
+	http, grpc *listener     // grpc may be nil
+	tls        *tls.Config   // nil: neither speaks TLS
+	access     *access.Guard // nil: everybody may ask
 }
 
 // listen opens the ports that the settings ask for.
 func listen(s *Serving) (_ *ports, err error) {
 	l := &ports{}
-	if l.tls, err = s.loadTLS(); err != nil {
+	if l.access, err = s.guard(); err != nil {
 		return nil, err
 	}
-	if l.keys, err = s.loadKeys(); err != nil {
+	if l.tls, err = s.loadTLS(l.access); err != nil {
 		return nil, err
 	}
 	room := make(chan struct{}, connectionLimit())
@@ -175,6 +176,7 @@ func newHost(s Serving, profile profiles.Profile, data string, cfg worker.Config
 			return nil, err
 		}
 		cfg.CheckMemory = s.compileMemory
+		cfg.Folders = append(cfg.Folders, filepath.Join(data, cacheFolder))
 		h.compile = h.counted(permitted(profile.Limits, worker.Cached(h.cache, cfg)))
 		cfg.Compile = h.compile
 		if h.profiler, err = newProfiler(h, profile, data); err != nil {
@@ -266,7 +268,7 @@ func (h *host) run(ctx context.Context, l *ports, metrics http.Handler, parts ..
 	}
 
 	h.oip = oip.New(oip.Config{
-		Backend: backend{h.front, h}, Repository: h.source, Version: program.Version(), SharedMemory: h.serving.SharedMemory,
+		Backend: backend{h.front, h}, Repository: h.source, Access: l.access, Version: program.Version(), SharedMemory: h.serving.SharedMemory,
 		TraceFile: h.serving.TraceFile, LogLevel: h.serving.level, Log: h.serving.Log,
 	})
 	served := make(chan error, 2)
@@ -309,7 +311,7 @@ func (h *host) serveHTTP(l *ports, metrics http.Handler, ended chan<- error) (st
 	base, refuse := context.WithCancelCause(context.Background())
 	server := &http.Server{
 		BaseContext: func(net.Listener) context.Context { return base },
-		Handler:     hurried(l.keys.handler(h.handler(metrics)), unreadTime), ReadHeaderTimeout: 10 * time.Second, IdleTimeout: 2 * time.Minute, MaxHeaderBytes: 64 << 10,
+		Handler:     hurried(l.access.Handler(h.handler(metrics)), unreadTime), ReadHeaderTimeout: 10 * time.Second, IdleTimeout: 2 * time.Minute, MaxHeaderBytes: 64 << 10,
 		TLSConfig: l.tls.Clone(), ErrorLog: slog.NewLogLogger(h.serving.Log.Handler(), slog.LevelDebug),
 	}
 	done := make(chan struct{})
@@ -342,7 +344,7 @@ func (h *host) serveHTTP(l *ports, metrics http.Handler, ended chan<- error) (st
 
 // serveGRPC is serveHTTP for gRPC.
 func (h *host) serveGRPC(l *ports, ended chan<- error) (stop func(context.Context)) {
-	options := l.keys.options()
+	var options []grpc.ServerOption
 	if l.tls != nil {
 		options = append(options, grpc.Creds(credentials.NewTLS(l.tls)))
 	}
@@ -350,7 +352,7 @@ func (h *host) serveGRPC(l *ports, ended chan<- error) (stop func(context.Contex
 	done := make(chan struct{})
 	go func() {
 		defer close(done)
-		if err := rpc.New(h.oip, rpc.Config{Options: options}).Run(ctx, l.grpc); err != nil {
+		if err := rpc.New(h.oip, rpc.Config{Options: options, Gate: l.access}).Run(ctx, l.grpc); err != nil {
 			ended <- err
 		}
 	}()

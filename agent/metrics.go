@@ -15,7 +15,10 @@ import (
 
 // metrics shows the figures of the host, and more, for Prometheus. They are
 // put together when they are asked for first: most devices are never asked.
-func (h *host) metrics(more ...prometheus.Collector) http.Handler {
+func (h *host) metrics(l *ports, more ...prometheus.Collector) http.Handler {
+	if l.access != nil {
+		more = append(more, l.access)
+	}
 	handler := sync.OnceValue(func() http.Handler {
 		r := telemetry.NewMetrics()
 		r.MustRegister(append(more, versionMetrics{h.engine}, machineMetrics{h.serving.machine}, prometheus.NewGaugeFunc(prometheus.GaugeOpts{
@@ -37,8 +40,8 @@ func (h *host) pooled() float64 {
 }
 
 // metrics adds those of the link to a host's.
-func (a *agent) metrics() http.Handler {
-	return a.host.metrics(
+func (a *agent) metrics(l *ports) http.Handler {
+	return a.host.metrics(l,
 		a.watch,
 		prometheus.NewGaugeFunc(prometheus.GaugeOpts{
 			Name: "dunlin_agent_certificate_expiry_seconds", Help: "End of the device's certificate, in seconds since 1970; 0 until it has one.",
@@ -48,8 +51,35 @@ func (a *agent) metrics() http.Handler {
 			}
 			return 0
 		}),
+		linkStates{a},
 		a.linkCounter("dunlin_agent_malformed_total", "Messages of the controller that were dropped because they are malformed.", (*link.Link).Malformed),
 		a.linkCounter("dunlin_agent_dropped_total", "Messages of the controller that were dropped because too many waited.", (*link.Link).Dropped))
+}
+
+// linkStates exports how the link is.
+type linkStates struct{ *agent }
+
+var linkStateNow = prometheus.NewDesc("dunlin_agent_link_state", "1 for the state that the connection to the broker is in.", []string{"state"}, nil)
+
+// Describe implements prometheus.Collector.
+func (s linkStates) Describe(ch chan<- *prometheus.Desc) { ch <- linkStateNow }
+
+// Collect implements prometheus.Collector.
+func (s linkStates) Collect(ch chan<- prometheus.Metric) {
+	s.mu.Lock()
+	l := s.link
+	s.mu.Unlock()
+	if l == nil {
+		return
+	}
+	now, _ := l.State()
+	for _, state := range link.States {
+		v := 0.0
+		if state == now {
+			v = 1
+		}
+		ch <- prometheus.MustNewConstMetric(linkStateNow, prometheus.GaugeValue, v, state.String())
+	}
 }
 
 // linkCounter exports a count of the link, 0 until the device has joined.

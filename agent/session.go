@@ -121,7 +121,9 @@ func (s *session) receive(ctx context.Context) {
 				}
 				ask()
 			case *dunlinv1.Command:
-				if ack := m.GetEventAck(); ack != nil {
+				if renew := m.GetRenewNow(); renew != nil {
+					s.identity.RenewWithin(time.Duration(renew.WithinMs) * time.Millisecond)
+				} else if ack := m.GetEventAck(); ack != nil {
 					if err := s.store.Ack(ctx, ack.OutboxId, ack.Sequence); err != nil && ctx.Err() == nil {
 						s.cfg.Log.Warn("acknowledgement ignored", "error", err)
 					}

@@ -37,6 +37,8 @@ type authorities interface {
 	// ServerCertificate is for the names and addresses of this machine.
 	ServerCertificate() (*tls.Certificate, error)
 	ClientTLS(serverName string) *tls.Config
+	// DeviceTLS is how to connect as a device, for a moment.
+	DeviceTLS(device, serverName string) (*tls.Config, error)
 	// CRLs are the lists of revoked certificates of all authorities, which
 	// have not run out: the same ones while nothing is revoked and they have
 	// time left.
@@ -89,6 +91,7 @@ func openBus(ctx context.Context, c Config, t brokerTrust, log *slog.Logger) (*b
 	}
 	if secure {
 		b.url, cfg.TLS = "mqtts://"+address, t.ClientTLS(host)
+		cfg.DeviceTLS = func(device string) (*tls.Config, error) { return t.DeviceTLS(device, host) }
 	}
 	if b.bus, err = broker.NewExternal(cfg); err != nil {
 		return nil, err
@@ -167,18 +170,28 @@ type brokerAuth struct {
 	log   *slog.Logger
 }
 
-// Enrolling lets in who holds a join token, and whom anybody can say to be:
-// each of their requests proves what it asks for.
-func (a brokerAuth) Enrolling(ctx context.Context, user, password, _ string) bool {
+// Enrolling lets in who holds a join token, and who renews, whom anybody can
+// say to be: each of their requests proves what it asks for.
+func (a brokerAuth) Enrolling(ctx context.Context, user, password, from string) bool {
 	if user == link.RenewUser {
 		return subtle.ConstantTimeCompare([]byte(password), []byte(link.RenewUser)) == 1
 	}
-	if user != link.TokenUser(password) {
+	attempt := identity.Attempt{From: from, Credential: password}
+	if a.Guard().Check(attempt) != nil {
 		return false
 	}
-	known, err := a.store.JoinTokenKnown(ctx, identity.Hash(password))
-	if err != nil {
-		a.log.Error("cannot look a join token up", "error", err)
+	known := user == link.TokenUser(password)
+	if known {
+		var err error
+		if known, err = a.store.JoinTokenKnown(ctx, identity.Hash(password)); err != nil {
+			a.log.Error("cannot look a join token up", "error", err)
+			return false
+		}
 	}
-	return known && err == nil
+	if known {
+		a.Guard().Right(attempt)
+	} else {
+		a.Guard().Wrong(attempt)
+	}
+	return known
 }

@@ -46,6 +46,12 @@ type Config struct {
 	BrokerPasswordFile string `yaml:"broker-password-file"`
 	MosquittoDir       string `yaml:"mosquitto-dir"`
 
+	OIDCIssuer     string `yaml:"oidc-issuer"`
+	OIDCClientID   string `yaml:"oidc-client-id"`
+	OIDCNameClaim  string `yaml:"oidc-name-claim"`
+	OIDCRoleClaim  string `yaml:"oidc-role-claim"`
+	OIDCScopeClaim string `yaml:"oidc-scope-claim"`
+
 	LogLevel  string `yaml:"log-level"`
 	LogFormat string `yaml:"log-format"`
 
@@ -87,6 +93,11 @@ func (c *Config) settings() []program.Setting {
 		{Name: "broker-username", Usage: "`name` of the controller's account at an external broker that does not go by certificates", Value: &c.BrokerUsername},
 		{Name: "broker-password-file", Usage: "`file` with the password of that account", Value: &c.BrokerPasswordFile},
 		{Name: "mosquitto-dir", Usage: "`folder` that dunlin-controller broker config mosquitto has made, and that the controller keeps up to date", Value: &c.MosquittoDir},
+		{Name: "oidc-issuer", Usage: "`URL` of an OpenID Connect issuer whose users may sign in", Value: &c.OIDCIssuer},
+		{Name: "oidc-client-id", Usage: "`id` of Dunlin there, which tokens must have as audience", Value: &c.OIDCClientID},
+		{Name: "oidc-name-claim", Usage: "`claim` with the user's name, which must not change", Value: &c.OIDCNameClaim},
+		{Name: "oidc-role-claim", Usage: "`claim` with the user's role: viewer, operator or admin; who has none is refused", Value: &c.OIDCRoleClaim},
+		{Name: "oidc-scope-claim", Usage: "`claim` with the user's scope, site=berlin,env=prod or *; who has none is refused; empty: nobody has a scope", Value: &c.OIDCScopeClaim},
 		{Name: "log-level", Usage: "`level` of the log: debug, info, warn or error", Value: &c.LogLevel},
 		{Name: "log-format", Usage: "`format` of the log: text or json", Value: &c.LogFormat},
 	}
@@ -98,6 +109,7 @@ func DefaultConfig() Config {
 		Data: "dunlin-controller", Listen: "127.0.0.1:8080", MQTTListen: "127.0.0.1:8883",
 		ACMEDirectory:  acme.LetsEncryptURL,
 		DeviceCertDays: int(identity.DeviceLifetime / day), DeviceGraceDays: int(identity.Grace / day),
+		OIDCNameClaim: "sub", OIDCRoleClaim: "dunlin_role", OIDCScopeClaim: "dunlin_scope",
 		BrokerUsername: broker.ControllerUser, LogLevel: "info", LogFormat: "text",
 	}
 }
@@ -178,6 +190,7 @@ func (c *Config) check() error {
 	if !slices.Contains([]string{"text", "json"}, c.LogFormat) {
 		fault("log-format %q is not text or json", c.LogFormat)
 	}
+	faults = append(faults, c.checkOIDC()...)
 	if err := program.CheckListen(c.Listen, true); err != nil {
 		fault("listen %w", err)
 	}

@@ -66,7 +66,7 @@ func Run(ctx context.Context, c Config) (err error) {
 	if err := adminToken(ctx, st, filepath.Join(c.Data, AdminTokenFile), log); err != nil {
 		return fmt.Errorf("administrator's token: %w", err)
 	}
-	auth := identity.New(st)
+	auth := identity.New(st, identity.Options{OIDC: c.oidc(log), Log: log})
 	metrics := telemetry.NewMetrics()
 	t, err := openTrust(ctx, c, st)
 	if err != nil {
@@ -75,7 +75,9 @@ func Run(ctx context.Context, c Config) (err error) {
 
 	certificates := watchCertificates(t, metrics, log)
 
-	bus, err := openBus(ctx, c, t.forBroker(brokerAuth{auth, st, log}, func(who, object, reason, from string) {}), log)
+	bus, err := openBus(ctx, c, t.forBroker(brokerAuth{auth, st, log}, func(who, object, reason, from string) {
+		st.Refused(ctx, identity.Refusal{Who: who, From: from, Action: "mqtt.refused", Object: object, Reason: reason})
+	}), log)
 	if err != nil {
 		return err
 	}
@@ -90,8 +92,15 @@ func Run(ctx context.Context, c Config) (err error) {
 	})
 	bus.resumed = dispatcher.Resumed
 
-	reg, err := registry.New(registry.Config{Root: filepath.Join(c.Data, registryFolder), Auth: auth, Versions: versions{st}, Log: log})
+	signer, err := openSigner(ctx, c.Data, st, log, time.Now, dispatcher.Replan)
 	if err != nil {
+		return err
+	}
+	reg, err := registry.New(registry.Config{Root: filepath.Join(c.Data, registryFolder), Auth: auth, Refusals: st, Versions: versions{st}, Signatures: signer, Log: log})
+	if err != nil {
+		return err
+	}
+	if err := signer.signAll(ctx, reg); err != nil {
 		return err
 	}
 	listener, err := net.Listen("tcp", c.Listen)
@@ -108,20 +117,18 @@ func Run(ctx context.Context, c Config) (err error) {
 	enrolment := enrol.New(enrol.Config{
 		Store: st, Authorities: t.Authorities, Lifetime: time.Duration(c.DeviceCertDays) * day, Grace: time.Duration(c.DeviceGraceDays) * day,
 		BrokerURL: bus.url, RegistryURL: "https://" + publicAddress(c.hosts()[0], listener.Addr()),
-		Roots: t.deviceRoots, Trust: t.documents, AccountsChanged: func(ctx context.Context) error { return t.changed(ctx, bus) }, Joined: dispatcher.Replan,
-		Refused: func(ctx context.Context, who, object, reason string) {
-			log.Warn("enrolment refused", "who", who, "object", object, "reason", reason)
-		},
-		Now: time.Now, Log: log,
+		Roots: t.deviceRoots, Trust: st.TrustSince, AccountsChanged: func(ctx context.Context) error { return t.changed(ctx, bus) }, Joined: dispatcher.Replan,
+		Refusals: st,
+		Now:      time.Now, Log: log,
 	})
 	stopping := make(chan struct{})
 	mux := http.NewServeMux()
 	mux.Handle("/v2/", reg)
-	mux.Handle("/metrics", telemetry.Handler(metrics))
+	mux.Handle("/metrics", api.Protect(auth, log, identity.Metrics, telemetry.Handler(metrics)))
 	mux.HandleFunc("/healthz", func(w http.ResponseWriter, r *http.Request) { _, _ = io.WriteString(w, "ok\n") })
 	mux.Handle("/", api.New(api.Config{
 		Store: st, Dispatch: dispatcher, Registry: reg, Auth: auth, Log: log, Enrol: enrolment, Authorities: t.Authorities,
-		Version: program.Version(), AccountsChanged: func(ctx context.Context) error { return t.changed(ctx, bus) }, Stopping: stopping,
+		Version: program.Version(), SigningKey: signer.id, AccountsChanged: func(ctx context.Context) error { return t.changed(ctx, bus) }, Stopping: stopping,
 	}))
 	server := newServer(mux, log)
 	server.RegisterOnShutdown(func() { close(stopping) })
@@ -131,6 +138,7 @@ func Run(ctx context.Context, c Config) (err error) {
 		c.OnReady(Addresses{URL: url, DeviceURL: deviceURL, Broker: bus.url})
 	}
 	components := []component{
+		{"audit", func(ctx context.Context) error { return st.RunRefusals(ctx, log) }},
 		{"certificates", func(ctx context.Context) error {
 			return certificates.run(ctx, func(ctx context.Context) {
 				if err := t.changed(ctx, bus); err != nil {
@@ -151,6 +159,7 @@ func Run(ctx context.Context, c Config) (err error) {
 			})
 		}},
 		{"registry", reg.Run},
+		{"signer", signer.run},
 		{"http", func(ctx context.Context) error { return serve(ctx, server, split(listener, tls)) }},
 	}
 	if t.acme != nil {
@@ -237,7 +246,7 @@ func adminToken(ctx context.Context, st *store.Store, path string, log *slog.Log
 	if err != nil && !errors.Is(err, os.ErrNotExist) {
 		return err
 	}
-	_, _, err = st.TokenOwner(ctx, identity.Hash(strings.TrimSpace(string(b))))
+	_, err = st.TokenOwner(ctx, identity.Hash(strings.TrimSpace(string(b))))
 	if !errors.Is(err, identity.ErrUnknown) {
 		return err
 	}

@@ -453,6 +453,10 @@ func (a testAuthorities) ClientTLS(serverName string) *tls.Config {
 	}, serverName)
 }
 
+func (a testAuthorities) DeviceTLS(string, string) (*tls.Config, error) {
+	return nil, errors.New("no device")
+}
+
 func (a testAuthorities) CRLs(context.Context) ([][]byte, error) {
 	crl, err := a.Revoke(nil, 1, time.Now(), time.Hour)
 	return [][]byte{crl}, err
@@ -502,6 +506,10 @@ func TestLoadConfigFaults(t *testing.T) {
 		{[]string{"--mosquitto-dir", "x"}, []string{"need broker-url"}},
 		{[]string{"--broker-url", "mqtt://localhost", "--mosquitto-dir", "x"}, []string{"mosquitto-dir needs a broker-url mqtts://host:port"}},
 		{[]string{"--log-level", "loud", "--log-format", "xml"}, []string{`log-level "loud"`, `log-format "xml"`}},
+		{[]string{"--oidc-client-id", "dunlin"}, []string{"oidc-client-id needs oidc-issuer"}},
+		{[]string{"--oidc-issuer", "https://a.example", "--oidc-role-claim", ""}, []string{"oidc-issuer needs oidc-client-id", "oidc-issuer needs oidc-role-claim"}},
+		{[]string{"--oidc-issuer", "http://a.example", "--oidc-client-id", "x"}, []string{`oidc-issuer "http://a.example" is not https`}},
+		{[]string{"--oidc-issuer", "https://user:secret@a.example", "--oidc-client-id", "x"}, []string{"oidc-issuer is not https://host[/path]"}},
 		{[]string{"--nonsense"}, []string{"nonsense"}},
 	} {
 		_, err := LoadConfig(tt.args, none, io.Discard)

@@ -90,7 +90,7 @@ func setUpMosquitto(ctx context.Context, c MosquittoConfig, t brokerTrust) error
 	if err != nil {
 		return err
 	}
-	if err := os.MkdirAll(dir, 0o750); err != nil {
+	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return fmt.Errorf("make folder for Mosquitto: %w", err)
 	}
 	return (&broker.Mosquitto{Dir: dir}).Setup(c.Port, c.EnrolPort, files)

@@ -17,7 +17,6 @@ import (
 	"github.com/dunlin/dunlin/controller/identity"
 	"github.com/dunlin/dunlin/controller/store"
 	"github.com/dunlin/dunlin/internal/pki"
-	v1 "github.com/dunlin/dunlin/proto/dunlin/v1"
 )
 
 // What is in the data folder for those who verify the controller.
@@ -67,6 +66,24 @@ func (t *trust) CRLs(ctx context.Context) ([][]byte, error) {
 		t.listed, t.issuers, t.renew = revoked, roots, time.Now().Add(crlRenewal)
 	}
 	return t.crls, nil
+}
+
+// DeviceTLS implements authorities. Its certificate counts for a few minutes,
+// and is none that the store knows.
+func (t *trust) DeviceTLS(device, serverName string) (*tls.Config, error) {
+	key, err := pki.NewKey()
+	if err != nil {
+		return nil, err
+	}
+	leaf, err := t.IssueDevice(device, key.Public(), 5*time.Minute)
+	if err != nil {
+		return nil, fmt.Errorf("connect as device %s: %w", device, err)
+	}
+	c := t.ClientTLS(serverName)
+	c.GetClientCertificate = func(*tls.CertificateRequestInfo) (*tls.Certificate, error) {
+		return &tls.Certificate{Certificate: pki.Raw(t.Chain(leaf)), PrivateKey: key, Leaf: leaf}, nil
+	}
+	return c, nil
 }
 
 // forBroker gives what a broker goes by.
@@ -120,15 +137,16 @@ func (t *trust) extraRoots() []*x509.Certificate {
 
 // trusted gives what a device should have, for the dispatcher.
 func (t *trust) trusted() (version uint64, roots [][]byte) {
+	version, err := t.store.TrustVersion(context.Background())
+	if err != nil { // devices say hello again
+		return 0, nil
+	}
 	for _, c := range t.deviceRoots() {
 		pin := pki.PinOf(c)
 		roots = append(roots, pin[:])
 	}
 	return version, roots
 }
-
-// documents gives the signed trust documents from a version on.
-func (t *trust) documents(context.Context, uint64) ([]*v1.SignedTrust, error) { return nil, nil }
 
 // foreign gives the certificate of another authority for what a client asks
 // for, a name or "" for an address; nil: none counts for that, and the own
@@ -139,7 +157,7 @@ func (t *trust) foreign(name string) *tls.Certificate {
 	case t.acme != nil:
 		c = t.acme.certificate(name)
 	case t.files != nil:
-		c = t.files.Certificate()
+		c, _ = t.files.Certificate()
 	}
 	if c == nil || time.Now().After(c.Leaf.NotAfter) ||
 		name != "" && c.Leaf.VerifyHostname(name) != nil || name == "" && len(c.Leaf.IPAddresses) == 0 {

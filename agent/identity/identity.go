@@ -28,25 +28,34 @@ type Config struct {
 	Dir        string // folder of the key
 	State      *state.Store
 	Name       string // of the device, until it has joined
-	Controller string // "https://host:port"
+	Controller string // "https://host:port", or "mqtts://host:port" where nothing else can be reached
 	JoinToken  string // needed until it has joined
 	Labels     map[string]string
 	// Roots are authorities that may vouch for the controller beside its own;
 	// none: the system's.
 	Roots []*x509.Certificate
-	Log   *slog.Logger
-	Now   func() time.Time // nil: time.Now
+	// TrustVersion gives the version of the trust document that the device
+	// has, and TakeTrust takes in newer ones; nil: it has none.
+	TrustVersion func() uint64
+	TakeTrust    func(context.Context, []*dunlinv1.SignedTrust) error
+	Log          *slog.Logger
+	Now          func() time.Time  // the device's own clock, which may be wrong; nil: time.Now
+	OnStep       func(step string) // called before and after each step that changes something on the disk; nil: not
 }
 
 // Device is a device's identity. Its methods may be called concurrently.
 type Device struct {
-	cfg Config
-	pin *pki.Pin // nil: the join token has none
+	cfg     Config
+	pin     *pki.Pin      // nil: the join token has none
+	changed chan struct{} // certificate or time are others
+	asked   chan struct{} // to renew
 
 	mu     sync.Mutex // guards what follows
 	stored state.Identity
 	own    holding
 	roots  []*x509.Certificate
+	clock  clock
+	plan   schedule // once the device has joined
 	// registry asks the registry of stored.
 	registry *http.Client
 }
@@ -69,7 +78,7 @@ func New(cfg Config) *Device {
 	if cfg.Now == nil {
 		cfg.Now = time.Now
 	}
-	d := &Device{cfg: cfg}
+	d := &Device{cfg: cfg, changed: make(chan struct{}, 1), asked: make(chan struct{}, 1), clock: clock{floor: built}}
 	if pin, ok := pki.PinIn(cfg.JoinToken); ok {
 		d.pin = &pin
 	}
@@ -83,6 +92,14 @@ func Open(ctx context.Context, cfg Config) (*Device, error) {
 	if d.stored, err = cfg.State.Identity(ctx); err != nil && !errors.Is(err, state.ErrNone) {
 		return nil, err
 	}
+	known, err := cfg.State.Clock(ctx)
+	if err != nil {
+		return nil, err
+	}
+	if known.Answered.After(d.clock.floor) {
+		d.clock.floor = known.Answered
+	}
+	d.clock.seen = known.Seen
 	if len(d.stored.Certificates) == 0 {
 		return d, nil
 	}
@@ -92,9 +109,10 @@ func Open(ctx context.Context, cfg Config) (*Device, error) {
 	if d.roots, err = x509.ParseCertificates(d.stored.Roots); err != nil {
 		return nil, fmt.Errorf("stored roots: %w", err)
 	}
-	if d.own.key, err = d.keyOf(d.own.chain[0]); err != nil {
+	if d.own.key, _, err = d.keyOf(d.own.chain[0]); err != nil {
 		return nil, err
 	}
+	d.plan = scheduleOf(d.own.chain[0])
 	d.registry = d.client(d.stored.RegistryURL, d.TLS)
 	return d, nil
 }
@@ -104,6 +122,13 @@ func (d *Device) Close() {
 	if _, client := d.Registry(); client != nil {
 		client.CloseIdleConnections()
 	}
+}
+
+// Now gives the time, as well as it is known.
+func (d *Device) Now() time.Time {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return d.clock.now(d.cfg.Now(), d.own.chain...)
 }
 
 // Joined says whether the device has a certificate.
@@ -130,6 +155,17 @@ func (d *Device) Certificate() *x509.Certificate {
 	return d.own.chain[0]
 }
 
+// Key says what kind the device's key is, and where it is kept; "" until it
+// has one.
+func (d *Device) Key() string {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.own.key == nil {
+		return ""
+	}
+	return describeKey(d.own.key)
+}
+
 // Roots gives the controller's authorities; nobody changes them.
 func (d *Device) Roots() []*x509.Certificate {
 	d.mu.Lock()
@@ -139,17 +175,39 @@ func (d *Device) Roots() []*x509.Certificate {
 
 // TLS gives the configuration of connections to a host as this device.
 func (d *Device) TLS(host string) *tls.Config {
-	return pki.ClientConfig(pki.Client{Trust: d.trust, Now: d.cfg.Now, Certificate: func() *tls.Certificate {
+	return pki.ClientConfig(pki.Client{Trust: d.trust, Now: d.Now, Certificate: func() *tls.Certificate {
 		d.mu.Lock()
 		defer d.mu.Unlock()
 		return d.own.tls()
 	}}, host)
 }
 
+// BrokerTLS gives the configuration of connections to the broker as this
+// device.
+func (d *Device) BrokerTLS() *tls.Config { return d.TLS(hostOf(d.Stored().BrokerURL)) }
+
+// hostOf gives the host of a URL that was checked before it was stored.
+func hostOf(checked string) string {
+	u, err := url.Parse(checked)
+	if err != nil {
+		panic(err)
+	}
+	return u.Hostname()
+}
+
 // Stranger gives the configuration of connections to a host as nobody: a
 // certificate that has expired would end them.
 func (d *Device) Stranger(host string) *tls.Config {
-	return pki.ClientConfig(pki.Client{Trust: d.trust, Now: d.cfg.Now}, host)
+	return pki.ClientConfig(pki.Client{Trust: d.trust, Now: d.Now}, host)
+}
+
+// timeless is Stranger's for the one question what time it is.
+func (d *Device) timeless(host string) *tls.Config {
+	return pki.ClientConfig(pki.Client{Now: d.Now, Trust: func() pki.Trust {
+		t := d.trust()
+		t.AnyTime = true
+		return t
+	}}, host)
 }
 
 // trust gives whom the device believes: the one that its join token names
@@ -174,13 +232,9 @@ func (d *Device) Registry() (string, *http.Client) {
 // client gives an HTTP client for the host of a URL. There is no limit to how
 // long an answer may take in all.
 func (d *Device) client(rawURL string, by func(host string) *tls.Config) *http.Client {
-	u, err := url.Parse(rawURL)
-	if err != nil {
-		panic(err) // it was checked before it was stored
-	}
 	return &http.Client{Transport: &http.Transport{
 		Proxy:               http.ProxyFromEnvironment,
-		TLSClientConfig:     by(u.Hostname()),
+		TLSClientConfig:     by(hostOf(rawURL)),
 		DialContext:         (&net.Dialer{Timeout: callTimeout}).DialContext,
 		TLSHandshakeTimeout: callTimeout,
 		MaxIdleConnsPerHost: 1,
@@ -188,6 +242,15 @@ func (d *Device) client(rawURL string, by func(host string) *tls.Config) *http.C
 		IdleConnTimeout:     10 * time.Second,
 		DisableCompression:  true,
 	}}
+}
+
+// TrustVersion gives the version of the trust document that the device has; 0:
+// none.
+func (d *Device) TrustVersion() uint64 {
+	if d.cfg.TrustVersion == nil {
+		return 0
+	}
+	return d.cfg.TrustVersion()
 }
 
 // Introduce adds to a hello what the device is known by and whom it trusts.
@@ -198,6 +261,7 @@ func (d *Device) Introduce(h *dunlinv1.Hello) {
 		pin := pki.PinOf(root)
 		h.RootIds = append(h.RootIds, pin[:])
 	}
+	h.TrustVersion = d.TrustVersion()
 	if len(d.own.chain) > 0 {
 		h.CertificateSerial = d.own.chain[0].SerialNumber.Bytes()
 	}
@@ -251,19 +315,25 @@ func check(device string, public crypto.PublicKey, now time.Time, id *dunlinv1.I
 
 // take keeps what the controller gave, with its key.
 func (d *Device) take(ctx context.Context, g granted, key crypto.Signer) error {
-	d.mu.Lock()
-	id := d.stored
-	d.mu.Unlock()
+	id := d.Stored()
 	id.BrokerURL, id.RegistryURL = g.brokerURL, g.registryURL
 	id.Certificates, id.Roots = bytes.Join(pki.Raw(g.chain), nil), bytes.Join(pki.Raw(g.roots), nil)
-	if err := d.cfg.State.SetIdentity(ctx, id); err != nil {
+	if err := d.step("store certificate", func() error { return d.cfg.State.SetIdentity(ctx, id) }); err != nil {
 		return err
 	}
 	d.mu.Lock()
-	defer d.mu.Unlock()
 	if d.registry == nil || d.stored.RegistryURL != id.RegistryURL {
 		d.registry = d.client(id.RegistryURL, d.TLS)
 	}
-	d.stored, d.own, d.roots = id, holding{key, g.chain}, g.roots
+	d.stored, d.own, d.roots, d.plan = id, holding{key, g.chain}, g.roots, scheduleOf(g.chain[0])
+	d.mu.Unlock()
+	d.Close() // the next request is by the new certificate
 	return nil
+}
+
+func signal(c chan struct{}) {
+	select {
+	case c <- struct{}{}:
+	default:
+	}
 }

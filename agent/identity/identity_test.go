@@ -3,8 +3,6 @@ package identity
 import (
 	"crypto"
 	"crypto/x509"
-	"errors"
-	"io/fs"
 	"log/slog"
 	"net/http"
 	"os"
@@ -13,7 +11,6 @@ import (
 	"testing"
 	"time"
 
-	"connectrpc.com/connect"
 	"go.uber.org/goleak"
 
 	"github.com/dunlin/dunlin/agent/identity/identitytest"
@@ -71,8 +68,8 @@ func TestJoin(t *testing.T) {
 	c.Cut(2)
 	cfg := newConfig(t, c)
 	d := join(t, cfg)
-	if c.Calls() != 3 {
-		t.Errorf("%d joins", c.Calls())
+	if c.Calls("Join") != 3 {
+		t.Errorf("%d joins", c.Calls("Join"))
 	}
 	info, err := os.Stat(filepath.Join(cfg.Dir, keyFile))
 	if err != nil || info.Mode().Perm() != 0o600 {
@@ -80,8 +77,8 @@ func TestJoin(t *testing.T) {
 	}
 	cfg.JoinToken = "" // once joined, nothing more is needed
 	again := join(t, cfg)
-	if !again.Joined() || c.Calls() != 3 || again.Certificate().SerialNumber.Cmp(d.Certificate().SerialNumber) != 0 {
-		t.Errorf("after a start: %v, %d joins", again.Stored(), c.Calls())
+	if !again.Joined() || c.Calls("Join") != 3 || again.Certificate().SerialNumber.Cmp(d.Certificate().SerialNumber) != 0 {
+		t.Errorf("after a start: %v, %d joins", again.Stored(), c.Calls("Join"))
 	}
 	var h dunlinv1.Hello
 	again.Introduce(&h)
@@ -100,7 +97,7 @@ func TestJoin(t *testing.T) {
 	if err := os.Remove(filepath.Join(cfg.Dir, keyFile)); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := Open(t.Context(), cfg); !errors.Is(err, fs.ErrNotExist) {
+	if _, err := Open(t.Context(), cfg); err == nil || !strings.Contains(err.Error(), "not the key") {
 		t.Errorf("without the key: %v", err)
 	}
 }
@@ -123,18 +120,19 @@ func TestJoinIsRefused(t *testing.T) {
 		}
 	}
 	// Nobody is told the token who is not the one that it names.
-	calls := c.Calls()
+	calls := c.Calls("Join")
 	cfg := newConfig(t, c)
 	cfg.JoinToken = other.Token
 	d := open(t, cfg)
-	_, err := d.service(cfg.Controller).Join(t.Context(), connect.NewRequest(&dunlinv1.JoinRequest{}))
-	if c.Calls() != calls || err == nil || !strings.Contains(messageOf(err), "the join token names") {
-		t.Errorf("%v after %d calls", err, c.Calls()-calls)
+	d.stored.ControllerURL = cfg.Controller
+	_, err := d.service(d.Stranger).join(t.Context(), new(dunlinv1.JoinRequest))
+	if c.Calls("Join") != calls || err == nil || !strings.Contains(messageOf(err), "the join token names") {
+		t.Errorf("%v after %d calls", err, c.Calls("Join")-calls)
 	}
 	// One that an authority vouches for which the device is told of is taken.
 	cfg.JoinToken, cfg.Roots = c.Token[:strings.Index(c.Token, ".")], []*x509.Certificate{c.Authority().Certificate}
-	if err := open(t, cfg).Join(t.Context(), &dunlinv1.DeviceInfo{}); err == nil || c.Calls() != calls+1 {
-		t.Errorf("by --ca: %v after %d calls", err, c.Calls()-calls)
+	if err := open(t, cfg).Join(t.Context(), &dunlinv1.DeviceInfo{}); err == nil || c.Calls("Join") != calls+1 {
+		t.Errorf("by --ca: %v after %d calls", err, c.Calls("Join")-calls)
 	}
 }
 

@@ -13,22 +13,12 @@ import (
 
 	"github.com/dunlin/dunlin/internal/pki"
 	dunlinv1 "github.com/dunlin/dunlin/proto/dunlin/v1"
-	"github.com/dunlin/dunlin/proto/dunlin/v1/dunlinv1connect"
 )
 
 const (
-	callTimeout   = 30 * time.Second
 	firstJoinWait = time.Second
 	lastJoinWait  = time.Minute
-	maxAnswer     = 1 << 20
 )
-
-// service is how the device asks the controller for an identity.
-func (d *Device) service(controller string) dunlinv1connect.EnrollmentServiceClient {
-	c := d.client(controller, d.Stranger)
-	c.Timeout = callTimeout
-	return dunlinv1connect.NewEnrollmentServiceClient(c, controller, connect.WithReadMaxBytes(maxAnswer))
-}
 
 // Join gets the device's certificate, where it has none, for as long as the
 // controller is away. The key is on disk before it is used, so that a repeated
@@ -60,29 +50,37 @@ func (d *Device) Join(ctx context.Context, info *dunlinv1.DeviceInfo) error {
 		return err
 	}
 	request := &dunlinv1.JoinRequest{JoinToken: cfg.JoinToken, Name: id.Device, Labels: cfg.Labels, Info: info, Csr: csr}
-	service := d.service(cfg.Controller)
 	bound := firstJoinWait
 	for {
-		answer, err := service.Join(ctx, connect.NewRequest(request))
+		var answer *dunlinv1.JoinResponse
+		err := d.learnTime(ctx)
 		if err == nil {
-			g, err := check(id.Device, key.Public(), cfg.Now(), answer.Msg.Identity, answer.Msg.BrokerUrl, answer.Msg.RegistryUrl)
+			answer, err = d.service(d.Stranger).join(ctx, request)
+		}
+		if err == nil {
+			g, err := check(id.Device, key.Public(), d.Now(), answer.Identity, answer.BrokerUrl, answer.RegistryUrl)
 			if err == nil && d.pin != nil && !slices.ContainsFunc(g.roots, func(c *x509.Certificate) bool { return pki.PinOf(c) == *d.pin }) {
 				err = errors.New("the authority that the join token names is not among its roots")
 			}
 			if err != nil {
 				return fmt.Errorf("join %s: the controller's answer: %w", cfg.Controller, err)
 			}
+			if d.cfg.TakeTrust != nil {
+				if err := d.cfg.TakeTrust(ctx, answer.Identity.Trust); err != nil {
+					return fmt.Errorf("join %s: the controller's answer: %w", cfg.Controller, err)
+				}
+			}
 			if err := d.take(ctx, g, key); err != nil {
 				return err
 			}
+			d.noteTime(ctx, answer.Identity.Now)
 			cfg.Log.Info("joined", "device", id.Device, "controller", cfg.Controller)
 			return nil
 		}
 		if ctx.Err() != nil {
 			return ctx.Err()
 		}
-		switch connect.CodeOf(err) {
-		case connect.CodeUnauthenticated, connect.CodePermissionDenied, connect.CodeInvalidArgument, connect.CodeAlreadyExists, connect.CodeFailedPrecondition:
+		if refused(err) {
 			hint := ""
 			if connect.CodeOf(err) == connect.CodePermissionDenied {
 				hint = "; make a new one with `dunlin join-token create`"
@@ -98,15 +96,4 @@ func (d *Device) Join(ctx context.Context, info *dunlinv1.DeviceInfo) error {
 		}
 		bound = min(2*bound, lastJoinWait)
 	}
-}
-
-// messageOf gives what an error of a call says, without the name of its code.
-func messageOf(err error) string {
-	if reason, ok := pki.Refusal(err); ok {
-		return reason
-	}
-	if e, ok := errors.AsType[*connect.Error](err); ok && e.Message() != "" {
-		return e.Message()
-	}
-	return err.Error()
 }

@@ -2,17 +2,23 @@ package identity
 
 import (
 	"crypto"
+	"crypto/ecdsa"
 	"crypto/x509"
 	"errors"
 	"fmt"
 	"io/fs"
+	"os"
 	"path/filepath"
 
 	"github.com/dunlin/dunlin/internal/pki"
 )
 
-// keyFile holds the key of the device's certificate.
-const keyFile = "device.key"
+// Where keys are: that of the device's certificate, and that of the next one,
+// which is the device's from the moment on at which its certificate is stored.
+const (
+	keyFile     = "device.key"
+	nextKeyFile = "device.key.next"
+)
 
 func (d *Device) path(file string) string { return filepath.Join(d.cfg.Dir, file) }
 
@@ -25,21 +31,62 @@ func (d *Device) makeKey(file string) (crypto.Signer, error) {
 	if key, err = pki.NewKey(); err != nil {
 		return nil, err
 	}
-	return key, pki.WriteKey(d.path(file), key)
+	return key, d.step("write key", func() error { return pki.WriteKey(d.path(file), key) })
 }
 
-// keyOf gives the key of a certificate.
-func (d *Device) keyOf(c *x509.Certificate) (crypto.Signer, error) {
-	key, err := pki.ReadKey(d.path(keyFile))
-	if err != nil {
-		return nil, err
+// keyOf gives the key of a certificate, and the file that it is in.
+func (d *Device) keyOf(c *x509.Certificate) (key crypto.Signer, file string, err error) {
+	for _, file := range []string{keyFile, nextKeyFile} {
+		key, err := pki.ReadKey(d.path(file))
+		if errors.Is(err, fs.ErrNotExist) {
+			continue
+		} else if err != nil {
+			return nil, "", err
+		}
+		id, err := pki.ID(key.Public())
+		if err != nil {
+			return nil, "", err
+		}
+		if id == pki.CertificateID(c) {
+			return key, file, nil
+		}
 	}
-	id, err := pki.ID(key.Public())
-	if err != nil {
-		return nil, err
+	return nil, "", fmt.Errorf("%s is not there, or is not the key of the device's certificate: put it back, or join again with an empty --data folder", d.path(keyFile))
+}
+
+// settle puts the key of the certificate where it belongs, which a renewal
+// that was cut short has left undone.
+func (d *Device) settle() error {
+	_, file, err := d.keyOf(d.Certificate())
+	if err != nil || file == keyFile {
+		return err
 	}
-	if id != pki.CertificateID(c) {
-		return nil, fmt.Errorf("%s is not the key of the device's certificate", d.path(keyFile))
+	return d.step("switch key", func() error {
+		if err := os.Rename(d.path(nextKeyFile), d.path(keyFile)); err != nil {
+			return err
+		}
+		dir, err := os.Open(d.cfg.Dir)
+		if err != nil {
+			return err
+		}
+		return errors.Join(dir.Sync(), dir.Close())
+	})
+}
+
+// step does what changes something on the disk.
+func (d *Device) step(name string, do func() error) error {
+	if d.cfg.OnStep != nil {
+		d.cfg.OnStep("before " + name)
+		defer d.cfg.OnStep("after " + name)
 	}
-	return key, nil
+	return do()
+}
+
+// describeKey says what kind a key is, and where it is kept.
+func describeKey(key crypto.Signer) string {
+	kind := "Ed25519"
+	if k, ok := key.Public().(*ecdsa.PublicKey); ok {
+		kind = "ECDSA " + k.Curve.Params().Name
+	}
+	return kind + " in a file"
 }

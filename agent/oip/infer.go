@@ -13,6 +13,9 @@ import (
 // Infer answers a request. A nil error comes with a response that must be
 // released.
 func (s *Server) Infer(ctx context.Context, r *Request) (*Response, error) {
+	if err := s.permit(ctx, r.Model); err != nil {
+		return nil, err
+	}
 	sampled := s.tracer.sample(r.Model)
 	if sampled == nil {
 		response, _, err := s.infer(ctx, r)

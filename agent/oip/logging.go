@@ -1,6 +1,7 @@
 package oip
 
 import (
+	"context"
 	"log/slog"
 	"math"
 	"sync"
@@ -35,7 +36,12 @@ var severities = []struct {
 
 // LogSettings changes the logging settings and gives those that are in force.
 // Values are bool, uint32 or string; nil changes nothing.
-func (s *Server) LogSettings(change map[string]any) (map[string]any, error) {
+func (s *Server) LogSettings(ctx context.Context, change map[string]any) (map[string]any, error) {
+	if len(change) > 0 {
+		if err := s.permit(ctx, ""); err != nil {
+			return nil, err
+		}
+	}
 	l := &s.logs
 	l.mu.Lock()
 	defer l.mu.Unlock()

@@ -51,6 +51,16 @@ type Repository interface {
 	Unload(ctx context.Context, model string) error
 }
 
+// Access says what the caller of a request may ask for, who is in the
+// request's context.
+type Access interface {
+	// Model says why the caller may not ask for a model; with "", for what
+	// concerns all models.
+	Model(ctx context.Context, model string) error
+	// Sees says whether the caller may know that a model is there.
+	Sees(ctx context.Context, model string) bool
+}
+
 // Override replaces parts of a model in the repository for one load.
 type Override struct {
 	Config []byte            // JSON of inference.ModelConfig; nil: the repository's
@@ -110,6 +120,7 @@ const (
 	NotFound                    // 404 NOT_FOUND
 	NotAllowed                  // 405; not in gRPC
 	TooLarge                    // 413 RESOURCE_EXHAUSTED
+	TooOften                    // 429 RESOURCE_EXHAUSTED, with Retry-After
 	Unsupported                 // 501 UNIMPLEMENTED
 	Unavailable                 // 503 UNAVAILABLE, with Retry-After
 	Expired                     // 503 DEADLINE_EXCEEDED, with Retry-After

@@ -19,13 +19,18 @@ const (
 
 var errNoRepository = Errorf(Unsupported, "this server has no model repository that callers can control")
 
-// Index lists the models of the repository; ready leaves out those that
+// Index lists the models of the repository that the caller may know of; ready leaves out those that
 // cannot answer.
 func (s *Server) Index(ctx context.Context, ready bool) ([]*inference.RepositoryIndexResponse_ModelIndex, error) {
 	if s.cfg.Repository == nil {
 		return nil, errNoRepository
 	}
 	list, err := s.cfg.Repository.Index(ctx)
+	if s.cfg.Access != nil {
+		list = slices.DeleteFunc(list, func(m *inference.RepositoryIndexResponse_ModelIndex) bool {
+			return !s.cfg.Access.Sees(ctx, m.GetName())
+		})
+	}
 	if ready {
 		list = slices.DeleteFunc(list, func(m *inference.RepositoryIndexResponse_ModelIndex) bool { return m.GetState() != stateReady })
 	}
@@ -42,6 +47,9 @@ func (s *Server) Load(ctx context.Context, model string, parameters map[string]*
 	if err := checkModelName(model); err != nil {
 		return err
 	}
+	if err := s.permit(ctx, model); err != nil {
+		return err
+	}
 	o, err := override(parameters)
 	if err != nil {
 		return prefix(err, "load model %q", model)
@@ -56,6 +64,9 @@ func (s *Server) Unload(ctx context.Context, model string, parameters map[string
 		return errNoRepository
 	}
 	if err := checkModelName(model); err != nil {
+		return err
+	}
+	if err := s.permit(ctx, model); err != nil {
 		return err
 	}
 	if p := parameters["unload_dependents"]; p != nil {

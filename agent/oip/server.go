@@ -3,6 +3,7 @@ package oip
 import (
 	"context"
 	"log/slog"
+	"slices"
 	"sync/atomic"
 	"time"
 
@@ -14,6 +15,7 @@ import (
 type Config struct {
 	Backend    Backend
 	Repository Repository // nil: there is none
+	Access     Access     // nil: everybody may ask for everything
 	Version    string     // of the program
 	MaxBody    int64      // bytes of a request; 0: DefaultMaxBody
 	MaxBodies  int64      // bytes of all requests at a time; 0: DefaultMaxBodies
@@ -49,6 +51,15 @@ func New(cfg Config) *Server {
 	s := &Server{cfg: cfg, logs: logs{level: cfg.LogLevel, format: formatDefault}}
 	s.tracer.init(cfg.TraceFile, cfg.Log)
 	return s
+}
+
+// permit says why the caller of a request may not ask for a model, or, with
+// "", for what concerns all models.
+func (s *Server) permit(ctx context.Context, model string) error {
+	if s.cfg.Access == nil {
+		return nil
+	}
+	return s.cfg.Access.Model(ctx, model)
 }
 
 // MaxBody is how many bytes a request may have.
@@ -170,6 +181,9 @@ func (s *Server) Metadata() *inference.ServerMetadataResponse {
 // Model describes what answers to a name; it is Unavailable where it is not
 // ready.
 func (s *Server) Model(ctx context.Context, name string, version int64) (Model, error) {
+	if err := s.permit(ctx, name); err != nil {
+		return Model{}, err
+	}
 	m, err := s.cfg.Backend.Model(ctx, name, version)
 	if err == nil && m.NotReady != "" {
 		err = Errorf(Unavailable, "model %q is not ready: %s", name, m.NotReady)
@@ -179,6 +193,9 @@ func (s *Server) Model(ctx context.Context, name string, version int64) (Model, 
 
 // ModelReady says why a model cannot answer.
 func (s *Server) ModelReady(ctx context.Context, name string, version int64) error {
+	if err := s.permit(ctx, name); err != nil {
+		return err
+	}
 	m, err := s.cfg.Backend.Model(ctx, name, version)
 	if err == nil && m.NotReady != "" {
 		err = Errorf(NotReady, "model %q is not ready: %s", name, m.NotReady)
@@ -186,7 +203,17 @@ func (s *Server) ModelReady(ctx context.Context, name string, version int64) err
 	return err
 }
 
-// Statistics is that of Backend.
+// Statistics is that of Backend; of all models, it gives those that the caller
+// may know of.
 func (s *Server) Statistics(ctx context.Context, name string, version int64) ([]*inference.ModelStatistics, error) {
-	return s.cfg.Backend.Statistics(ctx, name, version)
+	if name != "" {
+		if err := s.permit(ctx, name); err != nil {
+			return nil, err
+		}
+	}
+	list, err := s.cfg.Backend.Statistics(ctx, name, version)
+	if name == "" && s.cfg.Access != nil {
+		list = slices.DeleteFunc(list, func(m *inference.ModelStatistics) bool { return !s.cfg.Access.Sees(ctx, m.GetName()) })
+	}
+	return list, err
 }

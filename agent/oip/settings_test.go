@@ -68,7 +68,7 @@ func TestTraceSettings(t *testing.T) {
 		{"", settings{"trace_rate": nil, "log_frequency": nil, "trace_level": nil}, shown("OFF", "1000", "-1", "0")},
 		{"m", nil, shown("OFF", "1000", "-1", "0")},
 	} {
-		got, err := s.TraceSettings(step.model, step.change)
+		got, err := s.TraceSettings(t.Context(), step.model, step.change)
 		if err != nil {
 			t.Fatalf("step %d: %v", i, err)
 		}
@@ -79,7 +79,7 @@ func TestTraceSettings(t *testing.T) {
 	if s.tracer.active.Load() != nil || len(s.tracer.all.models) != 0 {
 		t.Error("settings are left that do nothing")
 	}
-	before, _ := s.TraceSettings("", nil)
+	before, _ := s.TraceSettings(t.Context(), "", nil)
 	for want, change := range map[string]settings{
 		"trace_file cannot be changed":                          {"trace_file": {"/tmp/x"}},
 		"trace_mode cannot be changed":                          {"trace_mode": {"opentelemetry"}},
@@ -95,18 +95,18 @@ func TestTraceSettings(t *testing.T) {
 		`log_frequency is [""]`:                                 {"log_frequency": {""}},
 		"trace_rate is 0":                                       {"trace_rate": {"0"}, "trace_level": {"TIMESTAMPS"}},
 	} {
-		if _, err := s.TraceSettings("", change); err == nil || !strings.Contains(err.Error(), want) || CodeOf(err) != InvalidArgument && CodeOf(err) != Unsupported {
+		if _, err := s.TraceSettings(t.Context(), "", change); err == nil || !strings.Contains(err.Error(), want) || CodeOf(err) != InvalidArgument && CodeOf(err) != Unsupported {
 			t.Errorf("%v: %v, want %q", change, err, want)
 		}
 	}
-	if after, _ := s.TraceSettings("", nil); !cmp.Equal(before, after) {
+	if after, _ := s.TraceSettings(t.Context(), "", nil); !cmp.Equal(before, after) {
 		t.Errorf("a refused change left %v", after)
 	}
-	if _, err := s.TraceSettings("other", nil); CodeOf(err) != InvalidArgument || !strings.Contains(err.Error(), `"other"`) {
+	if _, err := s.TraceSettings(t.Context(), "other", nil); CodeOf(err) != InvalidArgument || !strings.Contains(err.Error(), `"other"`) {
 		t.Errorf("an unknown model: %v", err)
 	}
 	without := New(Config{Backend: &fake{}})
-	if _, err := without.TraceSettings("", settings{"trace_level": {"TIMESTAMPS"}}); CodeOf(err) != InvalidArgument || !strings.Contains(err.Error(), "no trace_file") {
+	if _, err := without.TraceSettings(t.Context(), "", settings{"trace_level": {"TIMESTAMPS"}}); CodeOf(err) != InvalidArgument || !strings.Contains(err.Error(), "no trace_file") {
 		t.Errorf("without a file: %v", err)
 	}
 }
@@ -125,7 +125,7 @@ func TestTrace(t *testing.T) {
 	}
 	set := func(model string, change settings) {
 		t.Helper()
-		if _, err := s.TraceSettings(model, change); err != nil {
+		if _, err := s.TraceSettings(t.Context(), model, change); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -162,7 +162,7 @@ func TestTrace(t *testing.T) {
 	if got := traces(t, file); len(got) != 2 {
 		t.Errorf("%d traces", len(got))
 	}
-	if now, _ := s.TraceSettings("", nil); now["trace_count"][0] != "0" {
+	if now, _ := s.TraceSettings(t.Context(), "", nil); now["trace_count"][0] != "0" {
 		t.Errorf("settings %v", now)
 	}
 	set("m", settings{"trace_rate": {"1"}, "trace_count": {"1"}})
@@ -191,7 +191,7 @@ func TestTrace(t *testing.T) {
 func TestTraceConcurrently(t *testing.T) {
 	file := filepath.Join(t.TempDir(), "trace")
 	s := New(Config{Backend: &concurrent{}, TraceFile: file})
-	if _, err := s.TraceSettings("", settings{"trace_level": {"TIMESTAMPS"}, "trace_rate": {"1"}}); err != nil {
+	if _, err := s.TraceSettings(t.Context(), "", settings{"trace_level": {"TIMESTAMPS"}, "trace_rate": {"1"}}); err != nil {
 		t.Fatal(err)
 	}
 	var wg sync.WaitGroup
@@ -222,7 +222,7 @@ func TestTraceConcurrently(t *testing.T) {
 	if _, err := os.Stat(file + ".0"); err != nil {
 		t.Errorf("a full file is not renamed: %v", err)
 	}
-	if _, err := s.TraceSettings("", settings{"log_frequency": {"3"}}); err != nil {
+	if _, err := s.TraceSettings(t.Context(), "", settings{"log_frequency": {"3"}}); err != nil {
 		t.Fatal(err)
 	}
 	for range callers {
@@ -248,7 +248,7 @@ func TestTraceConcurrently(t *testing.T) {
 func TestTraceFileFails(t *testing.T) {
 	var log bytes.Buffer
 	s := New(Config{Backend: &fake{}, TraceFile: filepath.Join(t.TempDir(), "none", "trace"), Log: slog.New(slog.NewTextHandler(&log, nil))})
-	if _, err := s.TraceSettings("m", settings{"trace_level": {"TIMESTAMPS"}, "trace_rate": {"1"}}); err != nil {
+	if _, err := s.TraceSettings(t.Context(), "m", settings{"trace_level": {"TIMESTAMPS"}, "trace_rate": {"1"}}); err != nil {
 		t.Fatal(err)
 	}
 	if _, err := s.Infer(t.Context(), &Request{Model: "m"}); err != nil || !strings.Contains(log.String(), "a trace is lost") {
@@ -287,7 +287,7 @@ func TestLogSettings(t *testing.T) {
 		{map[string]any{"log_error": false, "log_info": false, "log_warning": false}, shown(false, false, false, 0, "default"), levelNone},
 		{map[string]any{"log_info": true}, shown(true, true, true, 0, "default"), slog.LevelInfo},
 	} {
-		got, err := s.LogSettings(step.change)
+		got, err := s.LogSettings(t.Context(), step.change)
 		if err != nil {
 			t.Fatalf("step %d: %v", i, err)
 		}
@@ -305,14 +305,14 @@ func TestLogSettings(t *testing.T) {
 		"log_info is true, and a severity above it is off":    {"log_info": true, "log_warning": false},
 		"log_verbose_level is 1, and a severity above":        {"log_verbose_level": uint32(1), "log_info": false},
 	} {
-		if _, err := s.LogSettings(change); err == nil || !strings.Contains(err.Error(), want) || CodeOf(err) != InvalidArgument && CodeOf(err) != Unsupported {
+		if _, err := s.LogSettings(t.Context(), change); err == nil || !strings.Contains(err.Error(), want) || CodeOf(err) != InvalidArgument && CodeOf(err) != Unsupported {
 			t.Errorf("%v: %v, want %q", change, err, want)
 		}
 	}
 	if level.Level() != slog.LevelInfo {
 		t.Errorf("a refused change left %s", level.Level())
 	}
-	if _, err := New(Config{Backend: &fake{}}).LogSettings(map[string]any{"log_info": false}); CodeOf(err) != Unsupported {
+	if _, err := New(Config{Backend: &fake{}}).LogSettings(t.Context(), map[string]any{"log_info": false}); CodeOf(err) != Unsupported {
 		t.Errorf("without a level: %v", err)
 	}
 }

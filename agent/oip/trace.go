@@ -126,9 +126,14 @@ func (t *tracer) sample(model string) *sampler {
 // TraceSettings changes the settings of a model, or of all models where model
 // is empty, and gives those that are in force. A setting without values goes
 // back to that of all models; nil changes nothing.
-func (s *Server) TraceSettings(model string, change map[string][]string) (map[string][]string, error) {
+func (s *Server) TraceSettings(ctx context.Context, model string, change map[string][]string) (map[string][]string, error) {
+	if model != "" || len(change) > 0 { // those of all models may be seen
+		if err := s.permit(ctx, model); err != nil {
+			return nil, err
+		}
+	}
 	if model != "" {
-		if _, err := s.cfg.Backend.Model(context.Background(), model, 0); CodeOf(err) == NotFound {
+		if _, err := s.cfg.Backend.Model(ctx, model, 0); CodeOf(err) == NotFound {
 			return nil, Errorf(InvalidArgument, "trace settings of an unknown model: %w", err)
 		} else if err != nil {
 			return nil, err

@@ -71,11 +71,14 @@ type version struct {
 	stage      stage
 	since      time.Time // in this stage, or in quarantine
 	busy       op
-	cancelled  bool // what it is busy with has been cancelled
-	checked    bool // has passed the check in this run of the agent
-	good       bool // served last of its model
-	broken     bool // was loaded, and cannot run any more
+	cancelled  bool            // what it is busy with has been cancelled
+	checked    bool            // has passed the check in this run of the agent
+	good       bool            // served last of its model
+	broken     bool            // was loaded, and cannot run any more
+	admitted   bool            // its signatures have been verified, as those of this name
+	signatures []digest.Digest // of the manifests that hold them
 	quarantine string
+	refused    bool   // the quarantine is for its signatures
 	failure    string // what the last try failed with
 	failures   int    // in a row
 	notBefore  time.Time
@@ -118,6 +121,14 @@ func (c *core) setDesired(doc *dunlinv1.DesiredDocument, now time.Time) {
 		v := c.add(key{engine.VersionID{Model: w.Model, Version: w.Version}, digest.Digest(w.Digest)}, now)
 		v.deployment = w.Deployment
 		v.size = cmp.Or(w.SizeBytes, v.size)
+		signatures := make([]digest.Digest, len(w.Signatures))
+		for i, s := range w.Signatures {
+			signatures[i] = digest.Digest(s)
+		}
+		if v.refused && !slices.Equal(v.signatures, signatures) {
+			v.forgive()
+		}
+		v.signatures = signatures
 		desired[w.Model] = v
 		if c.desired[w.Model] != v {
 			v.forgive()
@@ -138,7 +149,16 @@ func (c *core) setDesired(doc *dunlinv1.DesiredDocument, now time.Time) {
 
 // forgive forgets what the version has failed with.
 func (v *version) forgive() {
-	v.quarantine, v.failure, v.failures, v.notBefore = "", "", 0, time.Time{}
+	v.quarantine, v.refused, v.failure, v.failures, v.notBefore = "", false, "", 0, time.Time{}
+}
+
+// reconsider gives what was refused another try: other signatures count.
+func (c *core) reconsider() {
+	for _, v := range c.versions {
+		if v.refused {
+			v.forgive()
+		}
+	}
 }
 
 // retry makes what waits after a failure due at once.
@@ -371,6 +391,7 @@ func (c *core) shared(v *version) bool {
 type outcome struct {
 	err       error
 	permanent bool // trying again would give the same: quarantine
+	refused   bool // for its signatures
 	progress  bool // something was achieved before the error
 	lost      bool // the bundle is not on disk any more
 	noRoom    bool // the disk has too little room
@@ -403,7 +424,7 @@ func (c *core) done(k key, result outcome, now time.Time) {
 		v.failure = result.err.Error()
 		v.notBefore = now.Add(result.wait)
 		if result.permanent {
-			v.quarantine, v.failure, v.since = v.failure, "", now
+			v.quarantine, v.refused, v.failure, v.since = v.failure, result.refused, "", now
 		}
 		return
 	}
@@ -415,7 +436,7 @@ func (c *core) done(k key, result outcome, now time.Time) {
 		}
 		v.stage, v.since = stored, now
 	case fetching:
-		v.stage, v.since = stored, now
+		v.stage, v.since, v.admitted = stored, now, true
 	case checking:
 		v.checked = true
 	case loading:

@@ -13,6 +13,7 @@ import (
 	"github.com/dunlin/dunlin/agent/state"
 	"github.com/dunlin/dunlin/internal/policy"
 	"github.com/dunlin/dunlin/models"
+	"github.com/dunlin/dunlin/models/signing"
 	dunlinv1 "github.com/dunlin/dunlin/proto/dunlin/v1"
 )
 
@@ -65,8 +66,13 @@ func parseDesired(d *dunlinv1.Desired, sum [sha256.Size]byte) (*dunlinv1.Desired
 		if v.Version < 1 {
 			return nil, fmt.Errorf("versions[%d].version: %d is below 1", i, v.Version)
 		}
-		if dg := digest.Digest(v.Digest); dg.Validate() != nil || dg.Algorithm() != digest.SHA256 {
-			return nil, fmt.Errorf("versions[%d].digest: %q is not sha256: and 64 hexadecimal digits", i, v.Digest)
+		if n := len(v.Signatures); n > signing.MaxSignatures {
+			return nil, fmt.Errorf("versions[%d].signatures: there are %d, the limit is %d", i, n, signing.MaxSignatures)
+		}
+		for _, text := range append([]string{v.Digest}, v.Signatures...) {
+			if dg := digest.Digest(text); dg.Validate() != nil || dg.Algorithm() != digest.SHA256 {
+				return nil, fmt.Errorf("versions[%d]: digest %q is not sha256: and 64 hexadecimal digits", i, text)
+			}
 		}
 		if seen[v.Model] {
 			return nil, fmt.Errorf("versions[%d]: a second version of model %s", i, v.Model)

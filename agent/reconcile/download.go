@@ -15,7 +15,9 @@ import (
 	"github.com/opencontainers/go-digest"
 	"golang.org/x/sys/unix"
 
+	"github.com/dunlin/dunlin/agent/engine"
 	"github.com/dunlin/dunlin/models"
+	"github.com/dunlin/dunlin/models/signing"
 	dunlinv1 "github.com/dunlin/dunlin/proto/dunlin/v1"
 )
 
@@ -53,14 +55,18 @@ type piece struct {
 // download brings one bundle onto the disk. It holds what is known of the
 // part on disk between calls of run; a new one finds out by hashing it.
 type download struct {
-	store   *bundles
-	remote  *remote
-	model   string
-	digest  digest.Digest
-	reserve uint64
-	free    func(dir string) (uint64, error)
-	wrote   func() // called after each chunk written; for tests
-	log     *slog.Logger
+	store  *bundles
+	remote *remote
+	id     engine.VersionID
+	digest digest.Digest
+	// Whom the device trusts, and the manifests that hold the signatures.
+	trust      func() *signing.Trust
+	signatures []digest.Digest
+	judged     *signing.Trust // by which admit judged last
+	reserve    uint64
+	free       func(dir string) (uint64, error)
+	wrote      func() // called after each chunk written; for tests
+	log        *slog.Logger
 
 	present, total atomic.Int64 // bytes of the bundle's files
 
@@ -118,7 +124,7 @@ func (d *download) run(ctx context.Context) (err error) {
 
 // open reads the bundle's documents and finds out which chunks are there.
 func (d *download) open(ctx context.Context) error {
-	raw, err := d.document(ctx, manifestFile, "manifest", d.remote.manifestURL(d.model, d.digest), d.digest, models.MaxManifestBytes)
+	raw, err := d.document(ctx, manifestFile, "manifest", d.remote.manifestURL(d.id.Model, d.digest), d.digest, models.MaxManifestBytes)
 	if err != nil {
 		return err
 	}
@@ -126,7 +132,10 @@ func (d *download) open(ctx context.Context) error {
 	if err != nil {
 		return &VerifyError{File: "manifest", Err: err}
 	}
-	if raw, err = d.document(ctx, configFile, "config", d.remote.blobURL(d.model, m.Config.Digest), m.Config.Digest, m.Config.Size); err != nil {
+	if err := d.admit(ctx, m); err != nil {
+		return err
+	}
+	if raw, err = d.document(ctx, configFile, "config", d.remote.blobURL(d.id.Model, m.Config.Digest), m.Config.Digest, m.Config.Size); err != nil {
 		return err
 	}
 	cfg, err := models.ParseConfig(raw)
@@ -136,7 +145,7 @@ func (d *download) open(ctx context.Context) error {
 	if _, ok := m.File(cfg.Entry); !ok {
 		return &VerifyError{File: "config", Err: fmt.Errorf("entry %q is not one of the bundle's files", cfg.Entry)}
 	}
-	if raw, err = d.document(ctx, indexFile, "chunk index", d.remote.blobURL(d.model, m.Index.Digest), m.Index.Digest, m.Index.Size); err != nil {
+	if raw, err = d.document(ctx, indexFile, "chunk index", d.remote.blobURL(d.id.Model, m.Index.Digest), m.Index.Digest, m.Index.Size); err != nil {
 		return err
 	}
 	index, err := models.ParseIndex(raw, m)
@@ -350,7 +359,7 @@ func (d *download) fetch(ctx context.Context, file int) error {
 		last++
 	}
 	pieces := d.pieces[first:last]
-	url := d.remote.blobURL(d.model, d.manifest.Files[file].Digest)
+	url := d.remote.blobURL(d.id.Model, d.manifest.Files[file].Digest)
 	for {
 		start, end := nextRange(pieces)
 		if start == end {

@@ -20,6 +20,8 @@ import (
 
 	"github.com/opencontainers/go-digest"
 	"golang.org/x/sys/unix"
+
+	"github.com/dunlin/dunlin/agent/engine"
 )
 
 func seeded(t testing.TB) *rand.Rand {
@@ -38,7 +40,7 @@ func testStore(t testing.TB) *bundles {
 }
 
 func newDownload(t testing.TB, s *bundles, r *testRegistry, b *testBundle) *download {
-	return &download{store: s, remote: newRemote(r.registry(), 5*time.Second), model: "m", digest: b.digest, free: freeSpace, log: testLog(t)}
+	return &download{store: s, remote: newRemote(r.registry(), 5*time.Second), id: engine.VersionID{Model: "m", Version: 1}, trust: trustAll, digest: b.digest, free: freeSpace, log: testLog(t)}
 }
 
 // checkInstalled says whether a bundle is on disk as it should be.
@@ -242,7 +244,7 @@ func fetchAsChild(dir string) int {
 	s, err := openBundles(dir)
 	if err == nil {
 		d := &download{
-			store: s, model: "m", digest: digest.Digest(os.Getenv(childDigest)), free: freeSpace,
+			store: s, id: engine.VersionID{Model: "m", Version: 1}, trust: trustAll, digest: digest.Digest(os.Getenv(childDigest)), free: freeSpace,
 			remote: newRemote(Registry{URL: os.Getenv(childURL), Client: http.DefaultClient}, 10*time.Second),
 		}
 		err = d.run(context.Background())

@@ -3,7 +3,8 @@
 // switches the models over to them. Whatever fails, the version that served
 // before goes on serving; wherever it is killed, the next start continues.
 //
-// A version that fails verification, its check or its load is in quarantine
+// Signatures are verified before anything but the manifest is fetched: see
+// package signing. A version that fails verification, its check or its load is in quarantine
 // until another digest is wanted of its model, or the agent starts again: it
 // then gets one more try, behind the version that served last. Everything
 // else that fails is tried again, with growing waits.
@@ -19,6 +20,7 @@ import (
 	"log/slog"
 	"math/rand/v2"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -29,6 +31,7 @@ import (
 
 	"github.com/dunlin/dunlin/agent/engine"
 	"github.com/dunlin/dunlin/agent/state"
+	"github.com/dunlin/dunlin/models/signing"
 	dunlinv1 "github.com/dunlin/dunlin/proto/dunlin/v1"
 )
 
@@ -52,7 +55,10 @@ type Config struct {
 	Reserve  uint64          // bytes of the disk that downloads leave free
 	Stall    time.Duration   // how long a transfer may go without a byte; 30 s where 0
 	State    *state.Store
-	Engine   Engine
+	// Trust gives the trust document by which signatures of bundles count. No
+	// bundle is taken while it gives nil.
+	Trust  func() *signing.Trust
+	Engine Engine
 	// Check tries to load a version that never served here, in a place where
 	// that can do no harm.
 	Check func(ctx context.Context, s engine.Spec) (engine.Info, error)
@@ -72,6 +78,7 @@ type Reconciler struct {
 	bundles *bundles
 	desires chan *dunlinv1.Desired
 	retries chan struct{}
+	trusted chan struct{}
 	lost    chan lost
 	changed chan struct{}
 	report  atomic.Pointer[dunlinv1.Reported]
@@ -118,7 +125,7 @@ func New(cfg Config) (*Reconciler, error) {
 	}
 	return &Reconciler{
 		cfg: cfg, bundles: b, core: newCore(),
-		desires: make(chan *dunlinv1.Desired, 1), retries: make(chan struct{}, 1), changed: make(chan struct{}, 1), lost: make(chan lost, maxLost),
+		desires: make(chan *dunlinv1.Desired, 1), retries: make(chan struct{}, 1), trusted: make(chan struct{}, 1), changed: make(chan struct{}, 1), lost: make(chan lost, maxLost),
 		downloads: map[key]*download{}, cancels: map[key]context.CancelFunc{}, ended: make(chan ending),
 		saved: map[key]state.Version{},
 	}, nil
@@ -142,6 +149,9 @@ func (r *Reconciler) Desire(d *dunlinv1.Desired) {
 
 // Retry makes what waits after a failure due at once: the network is back.
 func (r *Reconciler) Retry() { signal(r.retries) }
+
+// TrustChanged has what was refused for its signatures looked at again.
+func (r *Reconciler) TrustChanged() { signal(r.trusted) }
 
 // maxLost bounds the lost versions that wait to be looked at; the caller of
 // Lost waits when there are more.
@@ -193,6 +203,9 @@ func (r *Reconciler) Run(ctx context.Context) error {
 		case l := <-r.lost:
 			r.condemn(l)
 		case <-r.retries:
+			r.core.retry()
+		case <-r.trusted:
+			r.core.reconsider()
 			r.core.retry()
 		case <-wake.C:
 		case <-ctx.Done():
@@ -249,7 +262,7 @@ func (r *Reconciler) restore(ctx context.Context) error {
 			continue
 		}
 		v := r.core.add(k, row.Since)
-		v.good, v.since = row.LastGood, row.Since
+		v.good, v.since, v.admitted = row.LastGood, row.Since, row.Admitted
 		r.saved[k] = row
 	}
 	known := map[digest.Digest]bool{}
@@ -258,7 +271,12 @@ func (r *Reconciler) restore(ctx context.Context) error {
 		b, err := r.bundles.open(v.digest)
 		switch {
 		case err == nil:
-			v.stage, v.size = stored, uint64(b.manifest.Size)
+			v.size = uint64(b.manifest.Size)
+			if v.admitted { // else it may be here under another name only
+				v.stage = stored
+			} else {
+				v.good = false
+			}
 		case errors.Is(err, fs.ErrNotExist):
 			v.good = false
 		default:
@@ -342,7 +360,8 @@ func (r *Reconciler) begin(ctx context.Context, a action) {
 			return d.present.Load() > before, err
 		}
 	case checking, loading:
-		work = func() (bool, error) { return false, r.load(ctx, a) }
+		good := r.core.versions[a.key].good
+		work = func() (bool, error) { return false, r.load(ctx, a, good) }
 	case unloading:
 		work = func() (bool, error) {
 			err := r.cfg.Engine.Unload(ctx, a.key.id)
@@ -378,17 +397,20 @@ func (r *Reconciler) download(k key) *download {
 	}
 	d := r.downloads[k]
 	if d == nil {
-		d = &download{store: r.bundles, model: k.id.Model, digest: k.digest, reserve: r.cfg.Reserve, free: freeSpace, log: r.cfg.Log}
+		d = &download{store: r.bundles, id: k.id, digest: k.digest, trust: r.cfg.Trust, reserve: r.cfg.Reserve, free: freeSpace, log: r.cfg.Log}
 		d.total.Store(int64(r.core.versions[k].size))
 		r.downloads[k] = d
 	}
-	d.remote = r.remote
+	d.remote, d.signatures = r.remote, r.core.versions[k].signatures
 	return d
 }
 
 // fetch brings a bundle onto the disk, unless another version has it already.
 func (r *Reconciler) fetch(ctx context.Context, d *download) error {
-	if _, err := r.bundles.open(d.digest); !errors.Is(err, fs.ErrNotExist) {
+	b, err := r.bundles.open(d.digest)
+	if err == nil {
+		return d.admit(ctx, b.manifest) // it was taken as the other version
+	} else if !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}
 	if d.remote.URL == "" {
@@ -400,8 +422,14 @@ func (r *Reconciler) fetch(ctx context.Context, d *download) error {
 // errLost is the error of a bundle that is not on disk any more.
 var errLost = errors.New("the bundle is lost and must be fetched again")
 
-// load loads a stored version for good, or to check it.
-func (r *Reconciler) load(ctx context.Context, a action) error {
+// load loads a stored version for good, or to check it. One below its model's
+// floor is loaded only where it is good, the last that served.
+func (r *Reconciler) load(ctx context.Context, a action, good bool) error {
+	if trust := r.cfg.Trust(); trust != nil && !good {
+		if err := trust.CheckFloor(a.key.id.Model, a.key.id.Version); err != nil {
+			return err
+		}
+	}
 	b, err := r.bundles.open(a.key.digest)
 	if errors.Is(err, fs.ErrNotExist) {
 		return fmt.Errorf("%w: %w", errLost, err)
@@ -446,13 +474,18 @@ func (r *Reconciler) finish(ctx context.Context, e ending) {
 			bound = firstRetry
 		}
 		o.wait = bound/2 + rand.N(bound/2)
-		o.permanent = r.permanent(e)
+		_, o.refused = errors.AsType[*signing.RefusedError](e.err)
+		o.permanent = o.refused && !r.outdated(e) || r.permanent(e)
 	}
 	r.core.done(e.key, o, time.Now())
 	switch {
 	case e.err != nil && v.quarantine != "":
 		log.Error("version put into quarantine", "digest", e.key.digest, "reason", v.quarantine)
-		r.event("version.quarantined", dunlinv1.Severity_SEVERITY_ERROR, e.key, v.quarantine)
+		kind := "version.quarantined"
+		if v.refused {
+			kind = "bundle.refused"
+		}
+		r.event(kind, dunlinv1.Severity_SEVERITY_ERROR, e.key, v.quarantine)
 	case e.err != nil && v.failure != "":
 		log.Warn("failed, trying again", "op", e.op, "error", e.err, "in", o.wait.Round(time.Millisecond))
 	case e.err == nil && e.op == fetching:
@@ -481,6 +514,13 @@ func (r *Reconciler) condemn(l lost) {
 		r.cfg.Log.Error("version put into quarantine", "model", l.id.Model, "version", l.id.Version, "digest", v.digest, "reason", quarantine)
 		r.event("version.quarantined", dunlinv1.Severity_SEVERITY_ERROR, v.key, quarantine)
 	}
+}
+
+// outdated says whether a fetch was refused by a trust document, or for
+// signatures, that have changed since it began.
+func (r *Reconciler) outdated(e ending) bool {
+	d := r.downloads[e.key]
+	return e.op == fetching && (d.judged != r.cfg.Trust() || !slices.Equal(d.signatures, r.core.versions[e.key].signatures))
 }
 
 // permanent says whether an op that failed would fail again.

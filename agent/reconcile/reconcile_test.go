@@ -12,6 +12,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -21,6 +22,7 @@ import (
 
 	"github.com/dunlin/dunlin/agent/engine"
 	"github.com/dunlin/dunlin/agent/state"
+	"github.com/dunlin/dunlin/models/signing"
 	dunlinv1 "github.com/dunlin/dunlin/proto/dunlin/v1"
 )
 
@@ -125,8 +127,13 @@ type testDevice struct {
 	t        testing.TB
 	dir      string
 	registry *testRegistry
+	trust    atomic.Pointer[signing.Trust]
 	stop     func()
 }
+
+func trustAll() *signing.Trust { return signing.TrustAll }
+
+func (d *testDevice) trusts() *signing.Trust { return d.trust.Load() }
 
 func (d *testDevice) start() {
 	d.t.Helper()
@@ -136,7 +143,7 @@ func (d *testDevice) start() {
 	}
 	d.simulated = newSimulated(d.t)
 	d.Reconciler, err = New(Config{
-		Dir: filepath.Join(d.dir, "bundles"), Registry: d.registry.registry, Stall: 200 * time.Millisecond, State: store,
+		Dir: filepath.Join(d.dir, "bundles"), Registry: d.registry.registry, Stall: 200 * time.Millisecond, State: store, Trust: d.trusts,
 		Engine: d.simulated, Check: d.Check, Passing: func(err error) bool { return !errors.Is(err, errNotAModel) },
 		Front: d.simulated, Event: d.simulated.event, Log: testLog(d.t),
 	})
@@ -161,6 +168,7 @@ func startDevice(t testing.TB, reg *testRegistry) *testDevice {
 		goleak.VerifyNone(t, ignore, goleak.IgnoreAnyFunction("net/http.(*persistConn).readLoop"), goleak.IgnoreAnyFunction("net/http.(*persistConn).writeLoop"), goleak.IgnoreAnyFunction("net/http.(*conn).serve"))
 	})
 	d := &testDevice{t: t, dir: t.TempDir(), registry: reg}
+	d.trust.Store(signing.TrustAll)
 	d.start()
 	t.Cleanup(func() { d.stop() })
 	return d

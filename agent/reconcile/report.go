@@ -76,7 +76,7 @@ func (r *Reconciler) save(ctx context.Context) {
 	for _, v := range r.core.sorted() {
 		row := state.Version{
 			Model: v.id.Model, Version: v.id.Version, Digest: v.digest.String(), State: v.wire(), Reason: v.quarantine,
-			Since: v.since.UTC(), LastGood: v.good,
+			Since: v.since.UTC(), LastGood: v.good, Admitted: v.admitted,
 		}
 		if v.busy == unloading {
 			row.State = dunlinv1.VersionState_VERSION_STATE_RESIDENT
@@ -125,7 +125,7 @@ func rank(v state.Version) int {
 }
 
 func same(a, b state.Version) bool {
-	return a.Digest == b.Digest && a.State == b.State && a.Reason == b.Reason && a.LastGood == b.LastGood && a.Since.Equal(b.Since)
+	return a.Digest == b.Digest && a.State == b.State && a.Reason == b.Reason && a.LastGood == b.LastGood && a.Admitted == b.Admitted && a.Since.Equal(b.Since)
 }
 
 // forget deletes a version that was removed.

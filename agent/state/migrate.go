@@ -53,9 +53,22 @@ var migrations = []string{
 	ALTER TABLE identity ADD COLUMN certificates BLOB NOT NULL DEFAULT x''; -- DER, one after another
 	ALTER TABLE identity ADD COLUMN roots BLOB NOT NULL DEFAULT x'';
 	CREATE TABLE clock (
-		one    INTEGER PRIMARY KEY CHECK (one = 1),
-		latest INTEGER NOT NULL -- nanoseconds since 1970; no moment before it comes again
-	) STRICT;`,
+		one      INTEGER PRIMARY KEY CHECK (one = 1),
+		answered INTEGER NOT NULL, -- last time that the controller said, nanoseconds since 1970
+		seen     INTEGER NOT NULL  -- last time by the device's own clock
+	) STRICT;
+	CREATE TABLE stood_down (
+		one   INTEGER PRIMARY KEY CHECK (one = 1),
+		until INTEGER NOT NULL, -- nanoseconds since 1970
+		cause TEXT NOT NULL
+	) STRICT;
+	CREATE TABLE trust (
+		one     INTEGER PRIMARY KEY CHECK (one = 1),
+		version INTEGER NOT NULL,
+		signed  BLOB NOT NULL -- an encoded SignedTrust
+	) STRICT;
+	-- What is there was taken before there were signatures.
+	ALTER TABLE versions ADD COLUMN admitted INTEGER NOT NULL DEFAULT 1;`,
 }
 
 // cacheKiB is the size of the page cache. The tables are small and mostly

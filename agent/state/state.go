@@ -1,6 +1,6 @@
 // Package state keeps what an agent must know after a crash in one SQLite
 // file: its identity, the last desired document, the state of each model
-// version, and the outbox of events.
+// version, whose signatures count, and the outbox of events.
 package state
 
 import (
@@ -69,6 +69,8 @@ type Version struct {
 	// LastGood marks the version of its model that served last without fault;
 	// at most one of a model has it.
 	LastGood bool
+	// Admitted says that its bundle's signatures have been verified.
+	Admitted bool
 }
 
 // Open opens the state file at path, and creates it (mode 0600) where there
@@ -147,6 +149,49 @@ func (s *Store) SetIdentity(ctx context.Context, i Identity) error {
 	return wrap("store identity", err)
 }
 
+// Clock is what the device knows of the time.
+type Clock struct {
+	Answered time.Time // the last time that the controller said
+	Seen     time.Time // the last time by the device's own clock
+}
+
+// Clock gives the stored times; zero ones where there are none.
+func (s *Store) Clock(ctx context.Context) (Clock, error) {
+	var answered, seen int64
+	err := s.db.QueryRowContext(ctx, `SELECT answered, seen FROM clock`).Scan(&answered, &seen)
+	if errors.Is(err, sql.ErrNoRows) {
+		return Clock{}, nil
+	}
+	return Clock{time.Unix(0, answered).UTC(), time.Unix(0, seen).UTC()}, wrap("read clock", err)
+}
+
+// SetClock stores the times in place of earlier ones.
+func (s *Store) SetClock(ctx context.Context, c Clock) error {
+	_, err := s.db.ExecContext(ctx, `INSERT OR REPLACE INTO clock VALUES (1, ?, ?)`, c.Answered.UnixNano(), c.Seen.UnixNano())
+	return wrap("store clock", err)
+}
+
+// StoodDown says until when the agent does not talk to the controller, and
+// why; the zero time where it does.
+func (s *Store) StoodDown(ctx context.Context) (until time.Time, cause string, err error) {
+	var nanoseconds int64
+	err = s.db.QueryRowContext(ctx, `SELECT until, cause FROM stood_down`).Scan(&nanoseconds, &cause)
+	if errors.Is(err, sql.ErrNoRows) {
+		return time.Time{}, "", nil
+	}
+	return time.Unix(0, nanoseconds).UTC(), cause, wrap("read stood_down", err)
+}
+
+// SetStoodDown stores what StoodDown gives.
+func (s *Store) SetStoodDown(ctx context.Context, until time.Time, cause string) error {
+	if until.IsZero() {
+		_, err := s.db.ExecContext(ctx, `DELETE FROM stood_down`)
+		return wrap("store stood_down", err)
+	}
+	_, err := s.db.ExecContext(ctx, `INSERT OR REPLACE INTO stood_down VALUES (1, ?, ?)`, until.UnixNano(), cause)
+	return wrap("store stood_down", err)
+}
+
 // Desired gives the stored desired document, or ErrNone.
 func (s *Store) Desired(ctx context.Context) (Desired, error) {
 	var d Desired
@@ -175,7 +220,7 @@ func (s *Store) SetDesired(ctx context.Context, d Desired) error {
 // Versions gives all stored versions, by model and version.
 func (s *Store) Versions(ctx context.Context) ([]Version, error) {
 	rows, err := s.db.QueryContext(ctx,
-		`SELECT model, version, digest, state, reason, since, last_good FROM versions ORDER BY model, version`)
+		`SELECT model, version, digest, state, reason, since, last_good, admitted FROM versions ORDER BY model, version`)
 	if err != nil {
 		return nil, fmt.Errorf("read versions: %w", err)
 	}
@@ -184,7 +229,7 @@ func (s *Store) Versions(ctx context.Context) ([]Version, error) {
 	for rows.Next() {
 		var v Version
 		var since int64
-		if err := rows.Scan(&v.Model, &v.Version, &v.Digest, &v.State, &v.Reason, &since, &v.LastGood); err != nil {
+		if err := rows.Scan(&v.Model, &v.Version, &v.Digest, &v.State, &v.Reason, &since, &v.LastGood, &v.Admitted); err != nil {
 			return nil, fmt.Errorf("read versions: %w", err)
 		}
 		v.Since = time.Unix(0, since).UTC()
@@ -202,8 +247,8 @@ func (s *Store) PutVersion(ctx context.Context, v Version) error {
 				return err
 			}
 		}
-		_, err := tx.ExecContext(ctx, `INSERT OR REPLACE INTO versions VALUES (?, ?, ?, ?, ?, ?, ?)`,
-			v.Model, v.Version, v.Digest, int32(v.State), v.Reason, v.Since.UnixNano(), v.LastGood)
+		_, err := tx.ExecContext(ctx, `INSERT OR REPLACE INTO versions (model, version, digest, state, reason, since, last_good, admitted) VALUES (?, ?, ?, ?, ?, ?, ?, ?)`,
+			v.Model, v.Version, v.Digest, int32(v.State), v.Reason, v.Since.UnixNano(), v.LastGood, v.Admitted)
 		return err
 	})
 }

@@ -518,3 +518,28 @@ func TestMigrateSecret(t *testing.T) {
 		t.Errorf("desired document %+v", d)
 	}
 }
+
+func TestClockAndStoodDown(t *testing.T) {
+	ctx := t.Context()
+	s := openNew(t, Limits{})
+	if c := must(s.Clock(ctx))(t); c != (Clock{}) {
+		t.Errorf("clock of a new file: %v", c)
+	}
+	want := Clock{time.Unix(1, 2).UTC(), time.Unix(3, 4).UTC()}
+	for range 2 {
+		if err := s.SetClock(ctx, want); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if c := must(s.Clock(ctx))(t); c != want {
+		t.Errorf("clock %v, want %v", c, want)
+	}
+	for _, until := range []time.Time{{}, time.Unix(5, 6).UTC(), {}} {
+		if err := s.SetStoodDown(ctx, until, "why"); err != nil {
+			t.Fatal(err)
+		}
+		if got, cause, err := s.StoodDown(ctx); err != nil || !got.Equal(until) || !until.IsZero() && cause != "why" {
+			t.Errorf("stood down until %v (%s), %v, want %v", got, cause, err, until)
+		}
+	}
+}

@@ -82,6 +82,8 @@ func plainChild(t *testing.T) *plain {
 	}
 	t.Cleanup(shared.close)
 	cmd := exec.Command(os.Args[0], "worker")
+	cfg := testConfig(t, "")
+	cmd.Env = append(os.Environ(), cfg.serving(nil).environment()...)
 	cmd.ExtraFiles = []*os.File{theirs, shared.file}
 	var out bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &out, &out

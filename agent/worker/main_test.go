@@ -65,7 +65,7 @@ func TestMain(m *testing.M) {
 		}))
 	case mode == "abort-on-later-load": // arg is a file that notes the first one, in the child that serves
 		os.Exit(runChild(func(_ string, opened bool) {
-			if opened || os.Getenv(sandboxVariable) != "" {
+			if opened || strings.Contains(os.Getenv(sandboxVariable), `"Confined":true`) {
 				return
 			}
 			seen, _ := os.ReadFile(arg)
@@ -132,8 +132,12 @@ func testConfig(t testing.TB, mode string) Config {
 	if err != nil {
 		t.Fatal(err)
 	}
+	testdata, err := filepath.Abs("../ort/testdata")
+	if err != nil {
+		t.Fatal(err)
+	}
 	return Config{
-		Command: []string{exe, "worker", mode}, RuntimeLib: lib, settled: time.Nanosecond, rebuildAfter: time.Nanosecond,
+		Command: []string{exe, "worker", mode}, RuntimeLib: lib, Folders: []string{testdata, os.TempDir()}, settled: time.Nanosecond, rebuildAfter: time.Nanosecond,
 		Log: slog.New(slog.NewTextHandler(t.Output(), &slog.HandlerOptions{Level: slog.LevelDebug})),
 	}
 }

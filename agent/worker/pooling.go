@@ -16,6 +16,8 @@ import (
 // why not; the error is that of a child that could not ask.
 func ProbePooling(ctx context.Context, cfg Config) (ort.Pooling, error) {
 	asked := false
+	cfg.Pools = "cuda"
+	cfg.sandbox = cfg.minimal()
 	p, err := once(ctx, cfg, func(ctx context.Context, p *process) (ort.Pooling, error) {
 		asked = true
 		m, err := p.call(ctx, engine.VersionID{}, &message{kind: kindPooling})

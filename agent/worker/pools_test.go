@@ -74,6 +74,7 @@ func watched(dir string) func(*pools, bool) {
 func pooledWorker(t testing.TB, size int64, change func(*Config)) (w *Worker, dir string) {
 	dir = t.TempDir()
 	cfg := testConfig(t, "pools="+dir)
+	cfg.write = []string{dir}
 	cfg.Pools, cfg.PoolBytes, cfg.Threads = FakePools, size, 1
 	if change != nil {
 		change(&cfg)

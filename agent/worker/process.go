@@ -48,6 +48,7 @@ type process struct {
 	grace   time.Duration                              // see Config.grace
 	stall   time.Duration                              // see Config.StallGrace
 	runtime Runtime                                    // what it has opened; set by open
+	reads   roots                                      // what its sandbox lets it read
 
 	mu      sync.Mutex // guards what follows
 	seq     uint64
@@ -104,6 +105,7 @@ func startProcess(cfg *Config, onDeath func(*process, engine.VersionID)) (*proce
 	p := &process{
 		command: cmd, socket: ours, region: shared, onDeath: onDeath, grace: cfg.grace, stall: cfg.StallGrace,
 		stderr:  &stderr{log: cfg.Log},
+		reads:   rootsOf(cfg.sandbox.Read),
 		pending: make(map[uint64]question),
 		dead:    make(chan struct{}),
 	}
@@ -213,14 +215,25 @@ func (p *process) read() {
 		status = err.Error()
 	}
 	p.death = &DeathError{Status: status, Reason: p.stderr.reason}
-	if p.onDeath != nil && verdict != verdictStopped {
+	if p.onDeath != nil && verdict != verdictStopped && verdict != verdictReplaced {
 		p.onDeath(p, culprit)
 	}
 	close(p.dead)
 }
 
-// verdictStopped is the verdict on a child that is not needed any more.
-const verdictStopped = "stopped"
+// verdictStopped is the verdict on a child that is not needed any more, and
+// verdictReplaced that on one whose place another one takes at once.
+const (
+	verdictStopped  = "stopped"
+	verdictReplaced = "replaced by one that may read what this one may not"
+)
+
+// replaced says whether the parent has ended the child for another one.
+func (p *process) replaced() bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.verdict == verdictReplaced
+}
 
 // kill ends the child; the reason, where there is one, is what its death is
 // put down to.

@@ -408,6 +408,15 @@ func (w *Worker) open(ctx context.Context, u use, set engine.Setting) (*session,
 // it takes. A compiled file that the runtime refuses is not missed where the
 // model itself is there, nor is a pool.
 func (p *process) activate(ctx context.Context, v *version, s *session) (need engine.Need, err error) {
+	for _, path := range v.paths(p.runtime.Pooling.Works) {
+		if p.runtime.Sandbox.Landlock > 0 && !p.reads.hold(path) {
+			// The next one has the version among those that it may read.
+			p.stderr.log.Info("another worker process takes the place of this one, which may not read a model", "model", v.spec.ID.Model, "version", v.spec.ID.Version, "path", path)
+			p.kill(verdictReplaced)
+			<-p.dead
+			return need, p.death
+		}
+	}
 	if p.runtime.Pooling.Works && !s.set.Prepack && v.unpooled.Load() != p {
 		need, err := p.fill(ctx, v, s)
 		_, died := errors.AsType[*DeathError](err)

@@ -21,9 +21,9 @@ import (
 )
 
 // sandbox says what a child may do. It travels in the child's environment.
-// Every child gives up new sockets, processes and programs, and the system
-// calls by which one reaches beyond itself. A confined one, which is
-// short-lived, has its files and its memory taken away too.
+// Every child gives up all files but those that are named here, new sockets,
+// processes and programs, and the system calls by which one reaches beyond
+// itself. A confined one, which is short-lived, has its memory bounded too.
 type sandbox struct {
 	Confined bool
 	Read     []string // folders and files that it may read, where they exist
@@ -99,12 +99,8 @@ func sandboxOf(number uint64) Sandbox {
 	return Sandbox{Landlock: int(min(number>>2, math.MaxInt16)), Seccomp: number&1 != 0, Limits: number&2 != 0}
 }
 
-// environment gives what goes into the child's environment; nil is the
-// sandbox of a child that serves.
+// environment gives what goes into the child's environment.
 func (s *sandbox) environment() []string {
-	if s == nil {
-		return nil
-	}
 	b, err := json.Marshal(s)
 	if err != nil {
 		panic(err)
@@ -112,15 +108,14 @@ func (s *sandbox) environment() []string {
 	return []string{sandboxVariable + "=" + string(b)}
 }
 
-// confined gives the sandbox of a short-lived child that reads the files of a
-// version and writes into the folder write; either may be none.
-func (c *Config) confined(v engine.Spec, write string) *sandbox {
+// minimal gives a sandbox in which the runtime can be opened, and nothing else
+// be read.
+func (c *Config) minimal() *sandbox {
 	s := &sandbox{
-		Confined: true, FileSize: 1 << 20, Command: c.Command,
-		CPU: CheckLimit * time.Duration(max(c.Threads, 1)),
+		Command: c.Command,
 		Read: []string{
 			filepath.Dir(c.RuntimeLib), "/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/local/lib", "/usr/local/cuda", "/opt", "/nix/store", "/gnu/store",
-			"/etc/ld.so.cache", "/usr/share/zoneinfo", "/sys/devices/system", "/sys/fs/cgroup", "/sys/kernel/mm", "/proc/self",
+			"/etc/ld.so.cache", "/usr/share/zoneinfo", "/sys/devices/system", "/sys/fs/cgroup", "/sys/kernel/mm",
 			"/proc/cpuinfo", "/proc/meminfo", "/proc/stat", "/proc/driver",
 		},
 	}
@@ -128,15 +123,90 @@ func (c *Config) confined(v engine.Spec, write string) *sandbox {
 		s.Read = append(s.Read, filepath.Dir(real))
 	}
 	s.Read = append(s.Read, filepath.SplitList(os.Getenv("LD_LIBRARY_PATH"))...)
+	if strings.HasPrefix(c.Pools, "cuda") {
+		s.Read = append(s.Read, "/sys/bus/pci", "/sys/devices", "/sys/class", "/sys/module", "/proc/devices", "/proc/modules", "/etc/nv_tegra_release")
+	}
+	return s
+}
+
+// serving gives the sandbox of a child that serves versions. They may be read
+// for its whole life, and so it may read no more than they need.
+func (c *Config) serving(versions []*version) *sandbox {
+	s := c.minimal()
+	s.Read = append(s.Read, c.Folders...)
+	folders := rootsOf(c.Folders)
+	for _, v := range versions {
+		for _, path := range v.paths(c.Pools != "") {
+			if !folders.hold(path) {
+				s.Read = append(s.Read, path)
+			}
+		}
+	}
+	s.Write = c.write
+	return s
+}
+
+// paths gives what a child reads to open a version: a compiled file, or the
+// model itself, in a folder in which it may be a link to somewhere else.
+func (v *version) paths(pools bool) []string {
+	if v.image.File != "" && !pools {
+		return []string{v.image.File}
+	}
+	all := []string{v.spec.Dir}
+	if v.image.File != "" {
+		all = append(all, v.image.File)
+	}
+	if real, err := filepath.EvalSymlinks(filepath.Join(v.spec.Dir, v.spec.Entry)); err == nil {
+		all = append(all, real)
+	}
+	return all
+}
+
+// roots are folders and files that a child may read, as they were when it
+// began: others that have come in their place meanwhile it may not.
+type roots map[string]os.FileInfo // by path, without links
+
+func rootsOf(paths []string) roots {
+	all := make(roots)
+	for _, path := range paths {
+		real, err := filepath.EvalSymlinks(path)
+		if err != nil {
+			continue
+		}
+		if info, err := os.Stat(real); err == nil {
+			all[real] = info
+		}
+	}
+	return all
+}
+
+// hold says whether a path leads to or below one of them, or nowhere.
+func (r roots) hold(path string) bool {
+	real, err := filepath.EvalSymlinks(path)
+	if err != nil {
+		return true
+	}
+	for ; ; real = filepath.Dir(real) {
+		if then, ok := r[real]; ok {
+			now, err := os.Stat(real)
+			return err == nil && os.SameFile(then, now)
+		}
+		if real == filepath.Dir(real) {
+			return false
+		}
+	}
+}
+
+// confined gives the sandbox of a short-lived child that reads the files of a
+// version and writes into the folder write; either may be none.
+func (c *Config) confined(v engine.Spec, write string) *sandbox {
+	s := c.minimal()
+	s.Confined, s.FileSize, s.CPU = true, 1<<20, CheckLimit*time.Duration(max(c.Threads, 1))
 	if c.Threads <= 0 {
 		s.CPU = CheckLimit * time.Duration(runtime.NumCPU())
 	}
 	if v.Dir != "" {
-		s.Read = append(s.Read, v.Dir)
-		// In a folder of somebody's own, the model may be a link.
-		if real, err := filepath.EvalSymlinks(filepath.Join(v.Dir, v.Entry)); err == nil {
-			s.Read = append(s.Read, real)
-		}
+		s.Read = append(s.Read, (&version{spec: v}).paths(false)...)
 	}
 	if c.CheckMemory != nil {
 		s.Memory = c.CheckMemory()
@@ -163,7 +233,7 @@ func enterSandbox() (Sandbox, error) {
 			return Sandbox{}, fmt.Errorf("%s: %w", sandboxVariable, err)
 		}
 	}
-	if s.Confined && !s.Entered {
+	if !s.Entered && (s.Confined || landlock() > 0) {
 		return Sandbox{}, s.restart() // returns only if it fails
 	}
 	report := Sandbox{Landlock: s.ABI, Seccomp: filterCalls() == nil, Limits: s.limit() == nil, confined: s.Confined}
@@ -179,14 +249,8 @@ func (s *sandbox) restart() error {
 	if err := unix.Prctl(unix.PR_SET_PDEATHSIG, uintptr(unix.SIGKILL), 0, 0, 0); err != nil {
 		return fmt.Errorf("enter sandbox: %w", err)
 	}
-	// First to go when memory runs out, last to run when others want to.
-	_ = os.WriteFile("/proc/self/oom_score_adj", []byte("1000"), 0)
-	if raw, err := unix.Getpriority(unix.PRIO_PROCESS, 0); err == nil {
-		_ = unix.Setpriority(unix.PRIO_PROCESS, 0, min(20-raw+niceness, 19))
-	}
-	if a, err := unix.SchedGetAttr(0, 0); err == nil {
-		a.Policy, a.Runtime = unix.SCHED_BATCH, 0
-		_ = unix.SchedSetAttr(0, a, 0)
+	if s.Confined {
+		comeLast()
 	}
 	s.Entered = true
 	if abi, err := s.takeFiles(); err == nil {
@@ -195,10 +259,35 @@ func (s *sandbox) restart() error {
 	others := slices.DeleteFunc(os.Environ(), func(v string) bool { return strings.HasPrefix(v, sandboxVariable+"=") })
 	env := append(others, s.environment()...)
 	program, args := "/proc/self/exe", os.Args
+	if name, err := os.Executable(); err == nil && rootsOf([]string{program}).hold(name) {
+		program = name // by which it is known to ps
+	}
 	if s.ABI == 0 { // any file can be executed, and what runs this one may be an emulator
 		program, args = s.Command[0], s.Command
 	}
 	return fmt.Errorf("enter sandbox: start again: %w", unix.Exec(program, args, env))
+}
+
+// comeLast has this process be the first to go when memory runs out, and the
+// last to run when others want to.
+func comeLast() {
+	_ = os.WriteFile("/proc/self/oom_score_adj", []byte("1000"), 0)
+	if raw, err := unix.Getpriority(unix.PRIO_PROCESS, 0); err == nil {
+		_ = unix.Setpriority(unix.PRIO_PROCESS, 0, min(20-raw+niceness, 19))
+	}
+	if a, err := unix.SchedGetAttr(0, 0); err == nil {
+		a.Policy, a.Runtime = unix.SCHED_BATCH, 0
+		_ = unix.SchedSetAttr(0, a, 0)
+	}
+}
+
+// landlock gives the version of Landlock's interface, 0 where there is none.
+func landlock() int {
+	abi, _, errno := unix.Syscall(unix.SYS_LANDLOCK_CREATE_RULESET, 0, 0, unix.LANDLOCK_CREATE_RULESET_VERSION)
+	if errno != 0 {
+		return 0
+	}
+	return int(abi)
 }
 
 // Rights of Landlock's interface by its versions.
@@ -213,9 +302,9 @@ const (
 // takeFiles confines the calling thread to the files that the sandbox names,
 // for good, and gives the version of Landlock.
 func (s *sandbox) takeFiles() (int, error) {
-	abi, _, errno := unix.Syscall(unix.SYS_LANDLOCK_CREATE_RULESET, 0, 0, unix.LANDLOCK_CREATE_RULESET_VERSION)
-	if errno != 0 {
-		return 0, errno
+	abi := landlock()
+	if abi == 0 {
+		return 0, errors.ErrUnsupported
 	}
 	attr := unix.LandlockRulesetAttr{Handled_access_fs: filesOfABI1}
 	size := unsafe.Offsetof(attr.Handled_access_net)
@@ -260,12 +349,16 @@ func (s *sandbox) takeFiles() (int, error) {
 		}
 		return nil
 	}
-	devices, _ := filepath.Glob("/dev/nvidia*")
+	var devices []string
+	for _, pattern := range []string{"/dev/nvidia*", "/dev/nvhost*", "/dev/nvmap", "/dev/nvgpu"} {
+		found, _ := filepath.Glob(pattern) // the pattern is a good one
+		devices = append(devices, found...)
+	}
 	for _, list := range []struct {
 		paths  []string
 		rights uint64
 	}{
-		{s.Read, readFiles},
+		{append(s.Read, "/proc/self"), readFiles},
 		// The program is started once more, by the dynamic linker.
 		{append(mappedFiles(), "/proc/self/exe", "/lib", "/lib64", "/usr/lib", "/usr/lib64"), readFiles | unix.LANDLOCK_ACCESS_FS_EXECUTE},
 		{[]string{"/dev/null", "/dev/zero", "/dev/urandom", "/dev/random"}, readFiles | unix.LANDLOCK_ACCESS_FS_WRITE_FILE},
@@ -284,7 +377,7 @@ func (s *sandbox) takeFiles() (int, error) {
 	if _, _, errno := unix.Syscall(unix.SYS_LANDLOCK_RESTRICT_SELF, rules, 0, 0); errno != 0 {
 		return 0, errno
 	}
-	return int(abi), nil
+	return abi, nil
 }
 
 // mappedFiles lists the files that this process has code of: the program, the
@@ -358,16 +451,31 @@ var refused = []uint32{
 	unix.SYS_KEYCTL, unix.SYS_ADD_KEY, unix.SYS_REQUEST_KEY, unix.SYS_NAME_TO_HANDLE_AT, unix.SYS_OPEN_BY_HANDLE_AT,
 	unix.SYS_INIT_MODULE, unix.SYS_FINIT_MODULE, unix.SYS_DELETE_MODULE, unix.SYS_KEXEC_LOAD, unix.SYS_REBOOT, unix.SYS_ACCT,
 	unix.SYS_QUOTACTL, unix.SYS_SYSLOG, unix.SYS_SETTIMEOFDAY, unix.SYS_CLOCK_SETTIME, unix.SYS_CLOCK_ADJTIME, unix.SYS_ADJTIMEX,
-	unix.SYS_SETHOSTNAME, unix.SYS_SETDOMAINNAME, unix.SYS_PERSONALITY, unix.SYS_MKNODAT,
+	unix.SYS_SETHOSTNAME, unix.SYS_SETDOMAINNAME, unix.SYS_PERSONALITY, unix.SYS_MKNODAT, unix.SYS_TKILL,
+	// What is common to all processes of the user.
+	unix.SYS_SHMGET, unix.SYS_SHMAT, unix.SYS_SHMCTL, unix.SYS_MSGGET, unix.SYS_MSGSND, unix.SYS_MSGRCV, unix.SYS_MSGCTL,
+	unix.SYS_SEMGET, unix.SYS_SEMOP, unix.SYS_SEMTIMEDOP, unix.SYS_SEMCTL, unix.SYS_MQ_OPEN, unix.SYS_MQ_UNLINK,
+	// What Landlock does not see done to files, or its first versions do not.
+	unix.SYS_TRUNCATE, unix.SYS_FCHMOD, unix.SYS_FCHMODAT, unix.SYS_FCHMODAT2, unix.SYS_FCHOWN, unix.SYS_FCHOWNAT, unix.SYS_UTIMENSAT,
+	unix.SYS_SETXATTR, unix.SYS_LSETXATTR, unix.SYS_FSETXATTR, unix.SYS_REMOVEXATTR, unix.SYS_LREMOVEXATTR, unix.SYS_FREMOVEXATTR,
+}
+
+// ownOnly are system calls whose first argument is a process, which must be
+// the caller's own: by number, or as 0 where that is allowed.
+var ownOnly = []struct {
+	number uint32
+	zero   bool
+}{
+	{unix.SYS_KILL, false}, {unix.SYS_TGKILL, false}, {unix.SYS_RT_SIGQUEUEINFO, false}, {unix.SYS_RT_TGSIGQUEUEINFO, false}, {unix.SYS_PRLIMIT64, true},
 }
 
 // architecture gives the kernel's number for this machine, and the calls that
 // only it has and that are refused: on amd64 fork, vfork, modify_ldt, iopl,
-// ioperm and mknod.
+// ioperm, mknod, chmod, chown, lchown, utime, utimes and futimesat.
 func architecture() (audit uint32, more []uint32) {
 	switch runtime.GOARCH {
 	case "amd64":
-		return unix.AUDIT_ARCH_X86_64, []uint32{57, 58, 154, 172, 173, 133}
+		return unix.AUDIT_ARCH_X86_64, []uint32{57, 58, 154, 172, 173, 133, 90, 92, 94, 132, 235, 261}
 	case "arm64":
 		return unix.AUDIT_ARCH_AARCH64, nil
 	}
@@ -402,6 +510,19 @@ func filterCalls() error {
 	}
 	for _, n := range append(more, refused...) {
 		filter = append(filter, unix.SockFilter{Code: equal, K: n, Jf: 1}, unix.SockFilter{Code: give, K: refuse})
+	}
+	for _, call := range ownOnly {
+		filter = append(filter,
+			unix.SockFilter{Code: equal, K: call.number, Jf: 5},
+			unix.SockFilter{Code: load, K: firstArgument}, // of whose 64 bits the kernel takes these 32
+			unix.SockFilter{Code: equal, K: uint32(os.Getpid()), Jt: 2},
+			unix.SockFilter{Code: equal, K: 0, Jt: 1},
+			unix.SockFilter{Code: give, K: refuse},
+			unix.SockFilter{Code: give, K: unix.SECCOMP_RET_ALLOW},
+		)
+		if !call.zero {
+			filter[len(filter)-3] = unix.SockFilter{Code: give, K: refuse}
+		}
 	}
 	filter = append(filter,
 		// A filter cannot see what clone3 is asked for; the C library takes

@@ -4,12 +4,14 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"maps"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"runtime"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -50,6 +52,23 @@ var escapes = map[string]func(read, write, elsewhere string) error{
 	"exec":        func(_, _, _ string) error { return exec.Command("/proc/self/exe", "echo").Run() },
 	"exec in place": func(_, _, _ string) error {
 		return unix.Exec("/bin/true", []string{"true"}, nil)
+	},
+	"kill the parent": func(_, _, _ string) error { return syscall.Kill(os.Getppid(), syscall.Signal(0)) },
+	"signal itself":   func(_, _, _ string) error { return syscall.Kill(os.Getpid(), syscall.Signal(0)) },
+	"limit the parent": func(_, _, _ string) error {
+		return unix.Prlimit(os.Getppid(), unix.RLIMIT_NOFILE, nil, new(unix.Rlimit))
+	},
+	"see its own limit": func(_, _, _ string) error { return unix.Getrlimit(unix.RLIMIT_NOFILE, new(unix.Rlimit)) },
+	"give files away":   func(_, _, elsewhere string) error { return os.Chmod(filepath.Join(elsewhere, "secret"), 0o644) },
+	"age files": func(_, _, elsewhere string) error {
+		return os.Chtimes(filepath.Join(elsewhere, "secret"), time.Time{}, time.Time{}.Add(1))
+	},
+	"System V shared memory": func(_, _, _ string) error { _, err := unix.SysvShmGet(1, 4096, unix.IPC_CREAT); return err },
+	"new privileges": func(_, _, _ string) error {
+		if set, err := unix.PrctlRetInt(unix.PR_GET_NO_NEW_PRIVS, 0, 0, 0, 0); err != nil || set == 1 {
+			return unix.EPERM
+		}
+		return nil
 	},
 	"ptrace": func(_, _, _ string) error { return unix.PtraceAttach(os.Getppid()) },
 	"io_uring": func(_, _, _ string) error {
@@ -135,33 +154,113 @@ func TestSandbox(t *testing.T) {
 		"allocate": "ENOMEM", "write beyond the limit": "EFBIG",
 	}
 	landlocked := strings.Contains(confined["report"], "Landlock")
-	for _, name := range []string{"write into the model", "change the model", "write elsewhere", "read elsewhere", "read by a link",
-		"read passwd", "read the parent's environment"} {
-		if want[name] = "EACCES"; !landlocked {
-			delete(want, name)
+	files := []string{"write into the model", "write elsewhere", "read elsewhere", "read by a link", "read passwd", "read the parent's environment"}
+	calls := []string{
+		"connect", "unix socket", "exec", "exec in place", "ptrace", "io_uring", "namespace", "change the model", "signal the parent", "kill the parent", "limit the parent",
+		"give files away", "age files", "System V shared memory", "new privileges",
+	}
+	all := map[string]string{"signal itself": "done", "see its own limit": "done"}
+	for _, name := range files {
+		if landlocked {
+			all[name] = "EACCES"
 		}
 	}
-	calls := []string{"connect", "unix socket", "exec", "exec in place", "ptrace", "io_uring", "namespace"}
 	for _, name := range calls {
-		want[name] = "EPERM"
+		all[name] = "EPERM"
 	}
-	if landlocked {
-		want["signal the parent"] = "EPERM"
-	}
+	maps.Copy(want, all)
 	for name, verdict := range want {
 		if confined[name] != verdict {
 			t.Errorf("%s: %s, want %s", name, confined[name], verdict)
 		}
 	}
-	// One that serves keeps its files, but not the network.
-	serving := try(nil)
-	for _, name := range calls {
-		if serving[name] != "EPERM" {
-			t.Errorf("one that serves, %s: %s", name, serving[name])
+	// One that serves has its folders, and no bound of its memory; it writes
+	// nothing.
+	cfg.Folders = []string{read}
+	serving := try(cfg.serving(nil))
+	all["read the model"], all["list the model"], all["allocate"] = "done", "done", "done"
+	if landlocked {
+		all["write the output"] = "EACCES"
+	}
+	for name, verdict := range all {
+		if serving[name] != verdict {
+			t.Errorf("one that serves, %s: %s, want %s", name, serving[name], verdict)
 		}
 	}
-	if serving["read elsewhere"] != "done" || serving["allocate"] != "done" {
-		t.Errorf("one that serves: %v", serving)
+	if serving["report"] != confined["report"] {
+		t.Errorf("one that serves is held by %s, a confined one by %s", serving["report"], confined["report"])
+	}
+	// A version that is elsewhere comes in with its folder and, where it is a
+	// link, what that leads to.
+	if err := os.Symlink(filepath.Join(elsewhere, "secret"), filepath.Join(write, "model")); err != nil {
+		t.Fatal(err)
+	}
+	linked := &version{spec: engine.Spec{Dir: write, Entry: "model"}}
+	if got := try(cfg.serving([]*version{linked})); got["read elsewhere"] != "done" || landlocked && got["write elsewhere"] != "EACCES" {
+		t.Errorf("one that serves a linked model: %v", got)
+	}
+}
+
+// A folder that has come in the place of another one is none that a child that
+// began before may read.
+func TestRoots(t *testing.T) {
+	dir := t.TempDir()
+	in := func(path ...string) string { return filepath.Join(append([]string{dir}, path...)...) }
+	for _, path := range []string{in("one"), in("two")} {
+		if err := os.Mkdir(path, 0o700); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(filepath.Join(path, "model"), nil, 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := os.Symlink("one", in("now")); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Symlink(in("two", "model"), in("one", "away")); err != nil {
+		t.Fatal(err)
+	}
+	r := rootsOf([]string{in("now"), in("none")})
+	for path, want := range map[string]bool{
+		in("now"): true, in("now", "model"): true, in("one", "model"): true, in("one", "away"): false, in("two"): false, dir: false, in("none"): true,
+	} {
+		if r.hold(path) != want {
+			t.Errorf("%s: %t", path, !want)
+		}
+	}
+	if err := os.Rename(in("one"), in("old")); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Rename(in("two"), in("one")); err != nil {
+		t.Fatal(err)
+	}
+	if r.hold(in("one", "model")) {
+		t.Error("another folder of the same name is taken for the one before")
+	}
+}
+
+// A model that is somewhere else than all others is opened all the same, by
+// another child, and nobody is to blame for the end of the one before.
+func TestModelElsewhere(t *testing.T) {
+	cfg := testConfig(t, "")
+	cfg.Folders = nil
+	var deaths atomic.Int32
+	cfg.OnDeath = func(Death) { deaths.Add(1) }
+	w := start(t, cfg)
+	first := child(t, w)
+	id, _ := load(t, w, "sum.onnx")
+	second := child(t, w)
+	if first == second && first.runtime.Sandbox.Landlock > 0 {
+		t.Error("the child that may not read the model serves it")
+	}
+	if other, _ := load(t, w, "add.onnx"); other == id {
+		t.Fatal("one model")
+	}
+	if third := child(t, w); third != second {
+		t.Error("a model in the same folder needs another child")
+	}
+	if n := deaths.Load(); n != 0 {
+		t.Errorf("%d deaths are told of", n)
 	}
 }
 

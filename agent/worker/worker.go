@@ -8,7 +8,9 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"runtime"
+	"slices"
 	"sync"
 	"time"
 
@@ -55,12 +57,16 @@ const (
 
 // Config configures a Worker.
 type Config struct {
-	Command     []string // the child's executable and arguments; its main calls Child
-	RuntimeLib  string   // path of ONNX Runtime's shared library
-	Threads     int      // of the runtime, for all models together; 0 for one per core
-	Affinity    []int    // numbers of the processors that children may use; none: all
-	SharedBytes int      // see DefaultSharedBytes; larger tensors pass too, more slowly
-	MaxBytes    int      // see DefaultMaxBytes
+	Command    []string // the child's executable and arguments; its main calls Child
+	RuntimeLib string   // path of ONNX Runtime's shared library
+	// Folders are those of models, and of compiled ones. The child that serves
+	// may read them from its start on; for what a version has elsewhere, another
+	// child takes its place. No child may read, or write, anything else.
+	Folders     []string
+	Threads     int   // of the runtime, for all models together; 0 for one per core
+	Affinity    []int // numbers of the processors that children may use; none: all
+	SharedBytes int   // see DefaultSharedBytes; larger tensors pass too, more slowly
+	MaxBytes    int   // see DefaultMaxBytes
 	// StallGrace is how long a run that was cancelled for engine.ErrStalled may
 	// take to end before the child is killed for it; see DefaultStallGrace.
 	StallGrace time.Duration
@@ -106,7 +112,8 @@ type Config struct {
 	WarmBytes int64
 
 	settled, grace, rebuildAfter time.Duration
-	sandbox                      *sandbox // of the child; nil for one that serves
+	sandbox                      *sandbox // of the child
+	write                        []string // folders that one that serves may write in, for tests
 }
 
 func (c Config) withDefaults() Config {
@@ -250,11 +257,12 @@ func (w *Worker) wake() {
 func (w *Worker) once(ctx context.Context) (ready time.Duration, proved bool, err error) {
 	cfg := w.cfg
 	w.mu.Lock()
-	noPools := w.noPools
+	noPools, versions := w.noPools, slices.Collect(maps.Values(w.loaded))
 	w.mu.Unlock()
 	if noPools != "" {
 		cfg.Pools = ""
 	}
+	cfg.sandbox = cfg.serving(versions)
 	p, err := startProcess(&cfg, w.blame)
 	if err != nil {
 		w.update(func() { w.failure = err })
@@ -312,7 +320,7 @@ func (w *Worker) ended(p *process, opened bool, err error) {
 			w.failure = err // the next child will hardly do better
 		}
 	})
-	if died && w.cfg.OnDeath != nil {
+	if died && w.cfg.OnDeath != nil && !p.replaced() {
 		w.cfg.OnDeath(Death{death, p.inFlight})
 	}
 	if w.cfg.OnLost != nil {

@@ -341,7 +341,9 @@ func TestLoadThatKills(t *testing.T) {
 // child that activates it again: it is put into quarantine, and the worker
 // goes on.
 func TestReloadThatAborts(t *testing.T) {
-	cfg := testConfig(t, "abort-on-later-load="+filepath.Join(t.TempDir(), "loaded"))
+	dir := t.TempDir()
+	cfg := testConfig(t, "abort-on-later-load="+filepath.Join(dir, "loaded"))
+	cfg.write = []string{dir}
 	lost := make(chan engine.VersionID, 10)
 	var deaths atomic.Int64
 	cfg.OnDeath = func(Death) { deaths.Add(1) }

@@ -92,7 +92,7 @@ func run(ctx context.Context, kills int, think, between time.Duration, prepack, 
 		log = slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: slog.LevelDebug}))
 	}
 	cfg := worker.Config{
-		Command: []string{exe, "worker"}, RuntimeLib: library, Log: log,
+		Command: []string{exe, "worker"}, RuntimeLib: library, Folders: []string{dir}, Log: log,
 		OnDeath: func(worker.Death) {
 			died.Store(int64(time.Since(start)))
 			deaths.Add(1)

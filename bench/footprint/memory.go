@@ -53,6 +53,9 @@ func measure(pids ...int) (memory, error) {
 
 func (m *memory) addFiles(pid int) (err error) {
 	maps, err := os.ReadFile(proc(pid, "maps"))
+	if errors.Is(err, os.ErrPermission) {
+		return fmt.Errorf("%w: agent and controller hide their memory from all but root", err)
+	}
 	if err != nil {
 		return err
 	}

@@ -32,7 +32,7 @@ func (b *bench) start(ctx context.Context, name string, budget int64, cache *com
 	if err != nil {
 		return nil, err
 	}
-	cfg := worker.Config{Command: []string{self, "worker"}, RuntimeLib: b.plan.lib, Log: b.log}
+	cfg := worker.Config{Command: []string{self, "worker"}, RuntimeLib: b.plan.lib, Folders: []string{absolute(b.plan.dir)}, Log: b.log}
 	s := &side{name: name}
 	if cache != nil {
 		cfg.Compile = worker.Cached(cache, cfg)

@@ -50,6 +50,7 @@ func liveImpact(ctx context.Context, cfg worker.Config, o options) (float64, err
 		return 0, err
 	}
 	serving := cfg
+	serving.Folders = []string{dir}
 	serving.Compile = worker.Cached(cache, cfg)
 	w := worker.New(serving)
 	e := engine.New(engine.Config{Runtime: w})

@@ -23,9 +23,13 @@ func main() {
 	if verb == "worker" { // the agent's own child
 		os.Exit(worker.Child())
 	}
+	if err := program.HideMemory(); err != nil {
+		fmt.Fprintln(os.Stderr, "dunlin-agent: hide memory:", err)
+		os.Exit(1)
+	}
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
-	err := fmt.Errorf("%w: unknown command %q; there are run (the default), serve, doctor and version\nrun: dunlin-agent --help", program.ErrUsage, verb)
+	err := fmt.Errorf("%w: unknown command %q; there are run (the default), serve, doctor, verify and version\nrun: dunlin-agent --help", program.ErrUsage, verb)
 	if strings.HasSuffix(verb, ".onnx") {
 		err = fmt.Errorf("%w: %q is not a command; to serve it: dunlin-agent serve %s", program.ErrUsage, verb, verb)
 	}
@@ -38,6 +42,8 @@ func main() {
 		err = agent.ServeMain(ctx, args, os.Getenv, os.Stdout)
 	case "doctor":
 		err = agent.Doctor(ctx, args, os.Getenv, os.Stdout, os.Stdout)
+	case "verify":
+		err = agent.Verify(ctx, args, os.Getenv, os.Stdout, os.Stdout)
 	case "version":
 		_, err = fmt.Println("dunlin-agent", program.Version())
 	}

@@ -17,6 +17,10 @@ import (
 )
 
 func main() {
+	if err := program.HideMemory(); err != nil {
+		fmt.Fprintln(os.Stderr, "dunlin-controller: hide memory:", err)
+		os.Exit(1)
+	}
 	if len(os.Args) == 2 && os.Args[1] == "version" {
 		fmt.Println("dunlin-controller", program.Version())
 		return

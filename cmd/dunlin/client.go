@@ -3,10 +3,12 @@ package main
 import (
 	"context"
 	"net/http"
+	"net/url"
 	"time"
 
 	"connectrpc.com/connect"
 
+	"github.com/dunlin/dunlin/internal/pki"
 	"github.com/dunlin/dunlin/proto/dunlin/v1/dunlinv1connect"
 )
 
@@ -25,22 +27,41 @@ func connectClient() (*client, error) {
 	if err != nil {
 		return nil, err
 	}
-	return newClient(s), nil
+	return newClient(s)
 }
 
-func newClient(s settings) *client {
+// newClient gives the client of a controller. Over TLS it believes the
+// controller's certificate authorities and those of the system.
+func newClient(s settings) (*client, error) {
+	u, err := url.Parse(s.URL)
+	if err != nil {
+		return nil, err
+	}
+	roots, err := s.roots()
+	if err != nil {
+		return nil, err
+	}
+	transport := http.DefaultTransport.(*http.Transport).Clone()
+	transport.TLSClientConfig = pki.ClientConfig(pki.Client{Trust: func() pki.Trust { return pki.Trust{Roots: roots, System: true} }}, u.Hostname())
 	return &client{
 		settings: s,
 		http: &http.Client{
+			Transport: transport,
 			// A redirect could carry the token to where it does not belong.
 			CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
 		},
 		opts: []connect.ClientOption{connect.WithInterceptors(bearer(s.Token))},
-	}
+	}, nil
 }
 
 func (c *client) auth() dunlinv1connect.AuthServiceClient {
 	return dunlinv1connect.NewAuthServiceClient(c.http, c.URL, c.opts...)
+}
+func (c *client) audit() dunlinv1connect.AuditServiceClient {
+	return dunlinv1connect.NewAuditServiceClient(c.http, c.URL, c.opts...)
+}
+func (c *client) users() dunlinv1connect.UserServiceClient {
+	return dunlinv1connect.NewUserServiceClient(c.http, c.URL, c.opts...)
 }
 func (c *client) enrollment() dunlinv1connect.EnrollmentServiceClient {
 	return dunlinv1connect.NewEnrollmentServiceClient(c.http, c.URL, c.opts...)
@@ -61,10 +82,6 @@ func (c *client) devices() dunlinv1connect.DeviceServiceClient {
 	return dunlinv1connect.NewDeviceServiceClient(c.http, c.URL, c.opts...)
 }
 
-func (c *client) trust() dunlinv1connect.TrustServiceClient {
-	return dunlinv1connect.NewTrustServiceClient(c.http, c.URL, c.opts...)
-}
-
 // call makes a unary call within callTimeout and gives the answer's message.
 func call[Req, Res any](ctx context.Context, f func(context.Context, *connect.Request[Req]) (*connect.Response[Res], error), req *Req) (*Res, error) {
 	ctx, cancel := context.WithTimeout(ctx, callTimeout)
@@ -81,14 +98,16 @@ func callLong[Req, Res any](ctx context.Context, f func(context.Context, *connec
 	return res.Msg, nil
 }
 
-// bearer sends a token with every call.
+// bearer sends a token with every call; "" sends none.
 type bearer string
 
 func (b bearer) header() string { return "Bearer " + string(b) }
 
 func (b bearer) WrapUnary(next connect.UnaryFunc) connect.UnaryFunc {
 	return func(ctx context.Context, req connect.AnyRequest) (connect.AnyResponse, error) {
-		req.Header().Set("Authorization", b.header())
+		if b != "" {
+			req.Header().Set("Authorization", b.header())
+		}
 		return next(ctx, req)
 	}
 }

@@ -68,7 +68,7 @@ device knows the controller. Give it to the agent on the device in a file:
 
 With --device, only that device may join with it: where one is known by that
 name, it takes its place, and keeps its labels and history.`,
-		Example: "  dunlin join-token create --uses 20 --valid-for 24h --label site=demo",
+		Example: "  (umask 077; dunlin join-token create --uses 20 --valid-for 24h --label site=demo > join-token)",
 		Args:    arguments(0, 0),
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			labels, err := parseLabels(labelFlags)

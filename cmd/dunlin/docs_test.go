@@ -121,7 +121,12 @@ func (c commands) check(line string, whole bool) error {
 		return nil
 	}
 	none := func(string) string { return "" }
-	args := words[1:]
+	args := slices.Clone(words[1:])
+	for i, a := range args {
+		if strings.HasPrefix(a, "@") { // a file that the programs read
+			args[i] = "@/dev/null"
+		}
+	}
 	switch words[0] {
 	case "dunlin":
 		cmd, err := verb(args, whole)
@@ -139,6 +144,9 @@ func (c commands) check(line string, whole bool) error {
 		}
 		if len(args) > 0 && slices.Contains([]string{"run", "doctor", "version"}, args[0]) {
 			args = args[1:]
+		}
+		if n := len(args) - 1; n > 0 && args[0] == "verify" && !strings.HasPrefix(args[n], "-") {
+			args = args[1:n] // the file
 		}
 		_, err := agent.ParseConfig(args, none, io.Discard)
 		return err

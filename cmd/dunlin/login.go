@@ -2,84 +2,216 @@ package main
 
 import (
 	"bytes"
+	"cmp"
 	"context"
+	"crypto/tls"
+	"encoding/hex"
 	"errors"
 	"fmt"
 	"io"
+	"net"
+	neturl "net/url"
 	"os"
 	"strings"
 
+	"connectrpc.com/connect"
 	"github.com/spf13/cobra"
 	"golang.org/x/term"
 
+	"github.com/dunlin/dunlin/internal/pki"
 	dunlinv1 "github.com/dunlin/dunlin/proto/dunlin/v1"
 )
 
-// maxToken bounds what is read as a token.
-const maxToken = 512
+// The most that is read as a token, of Dunlin's or of OpenID Connect, and as a
+// password.
+const (
+	maxToken    = 16 << 10
+	maxPassword = 2 << 10
+)
+
+// loginFlags say how to sign in, and by what the controller is known.
+type loginFlags struct {
+	user, tokenFile, ca, fingerprint string
+	oidc                             bool
+}
 
 func (c *cli) loginCommand() *cobra.Command {
-	var tokenFile string
+	var f loginFlags
 	cmd := &cobra.Command{
 		Use:   "login URL",
-		Short: "Store the controller's URL and a token for it",
-		Long: `login asks the controller at URL who the token belongs to and, if it is good,
-stores both in the user's folder of settings (dunlin/config.yaml, mode 0600).
+		Short: "Sign in to a controller and store a token for it",
+		Long: `login asks the controller at URL who is calling and, if it knows, stores the URL
+and the token in the user's folder of settings (dunlin/config.yaml, mode 0600).
 
 The token comes from --token-file, from standard input where that is not a
-terminal, or from a prompt. On its first start a controller writes the first
-token to the file admin-token in its data folder.`,
-		Example: "  dunlin login http://127.0.0.1:8080 --token-file data/admin-token",
-		Args:    arguments(1, 1),
+terminal, or from a prompt. With --user the controller makes one for a name and
+a password, which comes from standard input or a prompt; with --oidc it is that
+of the OpenID Connect provider which the controller names. On its first start a
+controller writes the first token to the file admin-token in its data folder.
+
+A controller that has a certificate of its own certificate authority is known by
+--ca, a PEM file, or by --ca-fingerprint, the SHA-256 of the authority's public
+key. What is given is stored, and every later command goes by it.`,
+		Example: `  dunlin login http://127.0.0.1:8080 --token-file data/admin-token
+  dunlin login https://dunlin.example.com --user ada
+  dunlin login https://10.0.0.5:8443 --oidc --ca ca.pem`,
+		Args: arguments(1, 1),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			return c.login(cmd.Context(), args[0], tokenFile)
+			if err := cmp.Or(exclusive(cmd, "token-file", "user", "oidc"), exclusive(cmd, "ca", "ca-fingerprint")); err != nil {
+				return err
+			}
+			return c.login(cmd.Context(), args[0], f)
 		},
 	}
-	cmd.Flags().StringVar(&tokenFile, "token-file", "", "file that holds the token")
+	cmd.Flags().StringVar(&f.tokenFile, "token-file", "", "file that holds the token")
+	cmd.Flags().StringVar(&f.user, "user", "", "sign in by the name and password of this user")
+	cmd.Flags().BoolVar(&f.oidc, "oidc", false, "sign in by OpenID Connect, in a browser")
+	cmd.Flags().StringVar(&f.ca, "ca", "", "PEM file with the certificate authority of the controller")
+	cmd.Flags().StringVar(&f.fingerprint, "ca-fingerprint", "", "SHA-256 of the public key of that authority, hexadecimal")
 	return cmd
 }
 
-func (c *cli) login(ctx context.Context, url, tokenFile string) error {
+func (c *cli) login(ctx context.Context, url string, f loginFlags) error {
 	url, err := checkURL(url)
 	if err != nil {
 		return err
 	}
-	token, err := c.readToken(ctx, tokenFile)
+	s := settings{URL: url}
+	if s.CA, err = f.authorities(ctx, url); err != nil {
+		return fmt.Errorf("log in to %s: %w", url, err)
+	}
+	switch {
+	case f.user != "":
+		err = c.passwordLogin(ctx, &s, f.user)
+	case f.oidc:
+		s.Token, err = c.oidcLogin(ctx, s)
+	default:
+		s.Token, err = c.readToken(ctx, f.tokenFile)
+	}
 	if err != nil {
 		return err
 	}
-	s := settings{URL: url, Token: token}
-	who, err := call(ctx, newClient(s).auth().WhoAmI, &dunlinv1.WhoAmIRequest{})
+	ctl, err := newClient(s)
+	if err != nil {
+		return err
+	}
+	who, err := call(ctx, ctl.auth().WhoAmI, &dunlinv1.WhoAmIRequest{})
 	if err != nil {
 		if exitCode(err) == exitNotAllowed {
-			return codeError{code: exitNotAllowed, err: fmt.Errorf("%s refuses the token; nothing was stored", url)}
+			why := err.Error()
+			if e, ok := errors.AsType[*connect.Error](err); ok {
+				why = e.Message()
+			}
+			return codeError{code: exitNotAllowed, err: fmt.Errorf("%s refuses the token; nothing was stored: %s", url, plain(why))}
 		}
 		return fmt.Errorf("log in to %s: %w", url, err)
 	}
 	if err := s.write(); err != nil {
 		return err
 	}
-	fmt.Fprintf(c.err, "Logged in to %s as %s (%s); the controller is version %s.\n", url, who.GetName(), who.GetRole(), who.GetControllerVersion())
+	fmt.Fprintf(c.err, "Logged in to %s as %s; the controller is version %s.\n", url, plain(callerText(who)), plain(who.GetControllerVersion()))
+	if until := dateText(who.GetExpiresAt()); until != "" {
+		fmt.Fprintf(c.err, "The token is good until %s.\n", until)
+	}
 	return nil
 }
 
-func (c *cli) readToken(ctx context.Context, path string) (string, error) {
-	var b []byte
-	var err error
-	if f, ok := c.in.(*os.File); path == "" && ok && term.IsTerminal(int(f.Fd())) {
-		b, err = c.promptToken(ctx, f)
-	} else {
-		in := c.in
-		if path != "" {
-			f, err := os.Open(path)
-			if err != nil {
-				return "", fmt.Errorf("read token: %w", err)
-			}
-			defer f.Close()
-			in = f
-		}
-		b, err = io.ReadAll(io.LimitReader(in, maxToken+2))
+// callerText writes "ada (operator of site=berlin)".
+func callerText(who *dunlinv1.WhoAmIResponse) string {
+	role := who.GetRole()
+	if scope := labelsText(who.GetScope()); scope != "" {
+		role += " of " + scope
 	}
+	return who.GetName() + " (" + role + ")"
+}
+
+// authorities gives, as PEM, the certificate authorities of the controller that
+// the flags name, else the environment, else what was stored for it before.
+func (f loginFlags) authorities(ctx context.Context, url string) (string, error) {
+	if f.ca+f.fingerprint != "" && !strings.HasPrefix(url, "https:") {
+		return "", usagef("--ca and --ca-fingerprint are for https://")
+	}
+	if path := cmp.Or(f.ca, os.Getenv("DUNLIN_CA")); path != "" && f.fingerprint == "" {
+		return readCA(path)
+	}
+	if f.fingerprint != "" {
+		return fetchCA(ctx, url, f.fingerprint)
+	}
+	stored, err := readSettings()
+	if err != nil || !sameURL(stored.URL, url) {
+		return "", nil // a file that cannot be read is written anew
+	}
+	return stored.CA, nil
+}
+
+// fetchCA gets the certificate authority of a controller from itself, and
+// believes it by its fingerprint.
+func fetchCA(ctx context.Context, url, fingerprint string) (string, error) {
+	b, err := hex.DecodeString(strings.ReplaceAll(fingerprint, ":", ""))
+	if err != nil || len(b) != len(pki.Pin{}) {
+		return "", usagef("--ca-fingerprint %q is not the %d hexadecimal digits of a SHA-256", fingerprint, 2*len(pki.Pin{}))
+	}
+	pin := pki.Pin(b)
+	u, err := neturl.Parse(url)
+	if err != nil {
+		return "", err
+	}
+	ctx, cancel := context.WithTimeout(ctx, callTimeout)
+	defer cancel()
+	d := tls.Dialer{Config: pki.ClientConfig(pki.Client{Trust: func() pki.Trust { return pki.Trust{Pin: &pin} }}, u.Hostname())}
+	conn, err := d.DialContext(ctx, "tcp", net.JoinHostPort(u.Hostname(), cmp.Or(u.Port(), "443")))
+	if err != nil {
+		return "", fmt.Errorf("by --ca-fingerprint: %w", err)
+	}
+	defer conn.Close()
+	for _, cert := range conn.(*tls.Conn).ConnectionState().PeerCertificates {
+		if pki.PinOf(cert) == pin {
+			return string(pki.EncodeCertificates(cert)), nil
+		}
+	}
+	return "", errors.New("the server does not show the authority of --ca-fingerprint")
+}
+
+// passwordLogin has the controller make a token for a name and a password.
+func (c *cli) passwordLogin(ctx context.Context, s *settings, user string) error {
+	password, err := c.readPassword(ctx, "Password: ")
+	if err != nil {
+		return err
+	}
+	ctl, err := newClient(*s)
+	if err != nil {
+		return err
+	}
+	res, err := call(ctx, ctl.auth().Login, &dunlinv1.LoginRequest{Name: user, Password: password})
+	if connect.CodeOf(err) == connect.CodeUnauthenticated {
+		return codeError{code: exitNotAllowed, err: fmt.Errorf("%s refuses the name or the password; nothing was stored", s.URL)}
+	}
+	if err != nil {
+		return fmt.Errorf("log in to %s: %w", s.URL, err)
+	}
+	s.Token, s.TokenID = res.GetToken(), res.GetId()
+	return nil
+}
+
+// readSecret reads from a file, or from standard input, or asks for it.
+func (c *cli) readSecret(ctx context.Context, path, prompt string, most int) ([]byte, error) {
+	if f, ok := c.in.(*os.File); path == "" && ok && term.IsTerminal(int(f.Fd())) {
+		return c.prompt(ctx, f, prompt)
+	}
+	in := c.in
+	if path != "" {
+		f, err := os.Open(path)
+		if err != nil {
+			return nil, err
+		}
+		defer f.Close()
+		in = f
+	}
+	return io.ReadAll(io.LimitReader(in, int64(most)+3))
+}
+
+func (c *cli) readToken(ctx context.Context, path string) (string, error) {
+	b, err := c.readSecret(ctx, path, "Token: ", maxToken)
 	if err != nil {
 		return "", fmt.Errorf("read token: %w", err)
 	}
@@ -93,9 +225,25 @@ func (c *cli) readToken(ctx context.Context, path string) (string, error) {
 	return token, nil
 }
 
-// promptToken reads without showing what is typed. An interrupt puts the
-// terminal back.
-func (c *cli) promptToken(ctx context.Context, f *os.File) ([]byte, error) {
+// readPassword reads one line.
+func (c *cli) readPassword(ctx context.Context, prompt string) (string, error) {
+	b, err := c.readSecret(ctx, "", prompt, maxPassword)
+	if err != nil {
+		return "", fmt.Errorf("read password: %w", err)
+	}
+	password := strings.TrimSuffix(strings.TrimSuffix(string(b), "\n"), "\r")
+	switch {
+	case password == "":
+		return "", errors.New("no password given: use standard input, or the prompt")
+	case len(password) > maxPassword || strings.ContainsAny(password, "\r\n"):
+		return "", fmt.Errorf("what was given is not a password: it has several lines or more than %d bytes", maxPassword)
+	}
+	return password, nil
+}
+
+// prompt reads without showing what is typed. An interrupt puts the terminal
+// back.
+func (c *cli) prompt(ctx context.Context, f *os.File, text string) ([]byte, error) {
 	before, err := term.GetState(int(f.Fd()))
 	if err != nil {
 		return nil, err
@@ -106,8 +254,74 @@ func (c *cli) promptToken(ctx context.Context, f *os.File) ([]byte, error) {
 		os.Exit(exitError) // the read cannot be woken
 	})
 	defer stop()
-	fmt.Fprint(c.err, "Token: ")
+	fmt.Fprint(c.err, text)
 	b, err := term.ReadPassword(int(f.Fd()))
 	fmt.Fprintln(c.err)
 	return b, err
+}
+
+func (c *cli) logoutCommand() *cobra.Command {
+	return &cobra.Command{
+		Use:   "logout",
+		Short: "Forget the stored token",
+		Long: `logout deletes what login stored. A token that "login --user" made is taken back;
+any other stays good for whoever has it.`,
+		Args: arguments(0, 0),
+		RunE: func(cmd *cobra.Command, _ []string) error { return c.logout(cmd.Context()) },
+	}
+}
+
+func (c *cli) logout(ctx context.Context) error {
+	path, err := settingsPath()
+	if err != nil {
+		return err
+	}
+	s, readErr := readSettings()
+	if err := os.Remove(path); errors.Is(err, os.ErrNotExist) {
+		fmt.Fprintln(c.err, "Not logged in.")
+		return nil
+	} else if err != nil {
+		return fmt.Errorf("delete settings: %w", err)
+	}
+	if readErr == nil && s.TokenID != "" {
+		ctl, err := newClient(s)
+		if err == nil {
+			_, err = call(ctx, ctl.users().DeleteToken, &dunlinv1.DeleteTokenRequest{Id: s.TokenID})
+		}
+		switch connect.CodeOf(err) {
+		case connect.CodeUnauthenticated, connect.CodeNotFound: // it is gone already
+			err = nil
+		}
+		if err != nil {
+			fmt.Fprintf(c.err, "The token is good until it expires: %s cannot take it back: %s\n", s.URL, message(err))
+		}
+	}
+	fmt.Fprintln(c.err, "Logged out.")
+	return nil
+}
+
+func (c *cli) whoamiCommand() *cobra.Command {
+	out := format("table")
+	cmd := &cobra.Command{
+		Use:   "whoami",
+		Short: "Show as whom the controller knows you, and what you may do",
+		Args:  arguments(0, 0),
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			ctl, err := connectClient()
+			if err != nil {
+				return err
+			}
+			who, err := call(cmd.Context(), ctl.auth().WhoAmI, &dunlinv1.WhoAmIRequest{})
+			if err != nil {
+				return fmt.Errorf("ask %s: %w", ctl.URL, err)
+			}
+			return c.print(out, who, func() *table {
+				t := &table{header: []string{"NAME", "ROLE", "SCOPE", "EXPIRES", "CONTROLLER"}}
+				t.add(who.GetName(), who.GetRole(), labelsText(who.GetScope()), dateText(who.GetExpiresAt()), ctl.URL)
+				return t
+			})
+		},
+	}
+	cmd.Flags().VarP(&out, "output", "o", "how to write it")
+	return cmd
 }

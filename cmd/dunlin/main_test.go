@@ -5,6 +5,7 @@ import (
 	"crypto/tls"
 	"fmt"
 	"log/slog"
+	"net/http"
 	"os"
 	"path/filepath"
 	"strconv"
@@ -58,7 +59,7 @@ type fleetOf struct {
 
 // startController runs a controller with its data in a folder, and gives its
 // URL and the administrator's token.
-func startController(data, listen string) (url, token string, stop func(), err error) {
+func startController(data, listen string, change ...func(*controller.Config)) (url, token string, stop func(), err error) {
 	ctx, cancel := context.WithCancel(context.Background())
 	ready := make(chan controller.Addresses, 1)
 	failed := make(chan error, 1)
@@ -67,6 +68,9 @@ func startController(data, listen string) (url, token string, stop func(), err e
 		c := controller.DefaultConfig()
 		c.Data, c.Listen, c.MQTTListen = data, listen, "127.0.0.1:0"
 		c.Log = slog.New(slog.DiscardHandler)
+		for _, f := range change {
+			f(&c)
+		}
 		c.OnReady = func(a controller.Addresses) { ready <- a }
 		if err := controller.Run(ctx, c); err != nil {
 			failed <- err
@@ -264,7 +268,7 @@ func joinDevice(url, name, token string, limits *dunlinv1.DeviceLimits) (*device
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), patience)
 	defer cancel()
-	res, err := dunlinv1connect.NewEnrollmentServiceClient(newClient(settings{}).http, url).Join(ctx, connect.NewRequest(&dunlinv1.JoinRequest{
+	res, err := dunlinv1connect.NewEnrollmentServiceClient(http.DefaultClient, url).Join(ctx, connect.NewRequest(&dunlinv1.JoinRequest{
 		JoinToken: token, Name: name, Csr: csr, Info: info,
 	}))
 	if err != nil {

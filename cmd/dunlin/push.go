@@ -2,6 +2,7 @@ package main
 
 import (
 	"bufio"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -11,10 +12,12 @@ import (
 	"time"
 
 	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"github.com/spf13/cobra"
 
 	"github.com/dunlin/dunlin/models"
 	"github.com/dunlin/dunlin/models/serving"
+	"github.com/dunlin/dunlin/models/signing"
 	"github.com/dunlin/dunlin/models/triton"
 	dunlinv1 "github.com/dunlin/dunlin/proto/dunlin/v1"
 	"github.com/dunlin/dunlin/proto/inference"
@@ -28,7 +31,7 @@ const registerTimeout = 30 * time.Minute
 const maxLabelsFile = 4 << 20
 
 func (c *cli) pushCommand() *cobra.Command {
-	var labels, config, reference string
+	var f pushFlags
 	cmd := &cobra.Command{
 		Use:   "push FILE NAME[:VERSION]",
 		Short: "Push an ONNX model and make it a version",
@@ -42,18 +45,25 @@ form of an inference request and its answer, with what they may differ by:
   {"inputs": [{"name": "x", "datatype": "FP32", "shape": [1, 2], "data": [0.5, 1]}],
    "outputs": [...], "tolerance": {"relative": 0.001, "absolute": 0.00001}}
 
+With --sign, the version is signed in the form of OpenSSF Model Signing, and the
+signature is pushed beside it.
+
 It prints "NAME:VERSION DIGEST".`,
 		Example: "  dunlin push digits.onnx digits\n  dunlin push resnet50.onnx resnet50:3 --labels imagenet.txt --config config.pbtxt",
 		Args:    arguments(2, 2),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			return c.push(cmd.Context(), args[0], args[1], labels, config, reference)
+			return c.push(cmd.Context(), args[0], args[1], f)
 		},
 	}
-	cmd.Flags().StringVar(&labels, "labels", "", "file with the names of the model's classes, one a line")
-	cmd.Flags().StringVar(&config, "config", "", "Triton model configuration (config.pbtxt) that says how requests are scheduled")
-	cmd.Flags().StringVar(&reference, "reference", "", "JSON file with inputs and the outputs that they have, by which devices see that they compute the same")
+	cmd.Flags().StringVar(&f.labels, "labels", "", "file with the names of the model's classes, one a line")
+	cmd.Flags().StringVar(&f.config, "config", "", "Triton model configuration (config.pbtxt) that says how requests are scheduled")
+	cmd.Flags().StringVar(&f.reference, "reference", "", "JSON file with inputs and the outputs that they have, by which devices see that they compute the same")
+	cmd.Flags().StringVar(&f.key, "sign", "", "file with the `KEY` that signs the version, PKCS #8 in PEM, see dunlin keys create")
+	cmd.Flags().StringVar(&f.cert, "cert", "", "file with the key's certificate and those up to the authority, in PEM")
 	return cmd
 }
+
+type pushFlags struct{ labels, config, reference, key, cert string }
 
 // blob is one piece of a bundle to be uploaded: a local file, or bytes.
 type blob struct {
@@ -63,16 +73,24 @@ type blob struct {
 	open   func() (io.ReaderAt, io.Closer, error)
 }
 
-func (c *cli) push(ctx context.Context, file, ref, labelsFile, configFile, referenceFile string) error {
+func (c *cli) push(ctx context.Context, file, ref string, f pushFlags) error {
 	name, version, err := models.ParseRef(ref)
 	if err != nil {
 		return usagef("%v", err)
 	}
-	labels, err := readLabels(labelsFile)
+	var by signing.Signer
+	if f.key != "" {
+		if by, err = readSigner(f.key, f.cert); err != nil {
+			return err
+		}
+	} else if f.cert != "" {
+		return usagef("--cert is of no use without --sign")
+	}
+	labels, err := readLabels(f.labels)
 	if err != nil {
 		return err
 	}
-	config, options, err := c.readConfig(configFile)
+	config, options, err := c.readConfig(f.config)
 	if err != nil {
 		return err
 	}
@@ -88,18 +106,23 @@ func (c *cli) push(ctx context.Context, file, ref, labelsFile, configFile, refer
 	if err != nil {
 		return fmt.Errorf("the controller's registry: %w", err)
 	}
-	bundle, err := models.Pack(ctx, file, models.PackOptions{Labels: labels, Serving: options, Reference: referenceFile})
+	bundle, err := models.Pack(ctx, file, models.PackOptions{Labels: labels, Serving: options, Reference: f.reference})
 	if err != nil {
 		return fmt.Errorf("pack %s: %w", file, err)
 	}
 	if config != nil {
 		if err := triton.CheckModel(config, bundle.Config.Inputs, bundle.Config.Outputs); err != nil {
-			return fmt.Errorf("config %s does not fit %s: %w", configFile, file, err)
+			return fmt.Errorf("config %s does not fit %s: %w", f.config, file, err)
 		}
 	}
 	up := &uploader{http: ctl.http, base: registryURL + "/v2/" + name, authorization: bearer(ctl.Token).header()}
 	if err := c.upload(ctx, up, bundle); err != nil {
 		return fmt.Errorf("push %s: %w", ref, err)
+	}
+	if by.Key != nil {
+		if version, err = c.signVersion(ctx, ctl, up, by, name, version, bundle); err != nil {
+			return fmt.Errorf("sign %s: %w", ref, err)
+		}
 	}
 	registerCtx, cancel := context.WithTimeout(ctx, registerTimeout)
 	defer cancel()
@@ -113,6 +136,47 @@ func (c *cli) push(ctx context.Context, file, ref, labelsFile, configFile, refer
 	}
 	fmt.Fprintf(c.out, "%s:%d %s\n", v.GetModel(), v.GetVersion(), v.GetDigest())
 	return nil
+}
+
+// signVersion signs a bundle as the version that it has, is to have, or, where
+// that is 0, will have, and pushes the signature.
+func (c *cli) signVersion(ctx context.Context, ctl *client, up *uploader, by signing.Signer, name string, version int64, bundle *models.Bundle) (int64, error) {
+	res, err := call(ctx, ctl.models().ListModels, &dunlinv1.ListModelsRequest{Model: name})
+	if err != nil {
+		return 0, err
+	}
+	next := int64(1)
+	for _, v := range res.GetVersions() {
+		next = max(next, v.GetVersion()+1)
+	}
+	version = cmp.Or(version, next)
+	for _, v := range res.GetVersions() {
+		if v.GetDigest() == bundle.Digest.String() {
+			version = v.GetVersion()
+		}
+	}
+	m, err := models.ParseManifest(bundle.ManifestBytes)
+	if err != nil {
+		return 0, err
+	}
+	signature, err := signing.SignBundle(by, name, version, m)
+	if err != nil {
+		return 0, err
+	}
+	manifest, err := signing.NewManifest(bundle.Digest, int64(len(bundle.ManifestBytes)), signature)
+	if err != nil {
+		return 0, err
+	}
+	p := newProgress(io.Discard, false, "sign")
+	for _, b := range []blob{bytesBlob("empty config", ocispec.DescriptorEmptyJSON.Data), bytesBlob("signature", signature)} {
+		if err := up.put(ctx, b, p); err != nil {
+			return 0, fmt.Errorf("upload %s: %w", b.name, err)
+		}
+	}
+	if err := up.putManifest(ctx, digest.FromBytes(manifest), manifest); err != nil {
+		return 0, fmt.Errorf("upload the signature's manifest: %w", err)
+	}
+	return version, nil
 }
 
 // upload sends the blobs that the registry lacks, then the manifest.

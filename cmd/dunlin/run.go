@@ -71,6 +71,20 @@ func arguments(least, most int) cobra.PositionalArgs {
 	}
 }
 
+// exclusive says whether at most one of some flags is given.
+func exclusive(cmd *cobra.Command, names ...string) error {
+	var given []string
+	for _, n := range names {
+		if cmd.Flags().Changed(n) {
+			given = append(given, "--"+n)
+		}
+	}
+	if len(given) > 1 {
+		return usagef("%s exclude each other", strings.Join(given, " and "))
+	}
+	return nil
+}
+
 // cli is what every verb works with.
 type cli struct {
 	in         io.Reader
@@ -152,7 +166,8 @@ func (c *cli) root() *cobra.Command {
 		Long: `dunlin pushes ONNX models to a controller's registry, applies deployments and
 routes, and shows what the fleet of devices does with them.
 
-Environment: DUNLIN_URL and DUNLIN_TOKEN override what "dunlin login" stored.`,
+Environment: DUNLIN_URL, DUNLIN_TOKEN and DUNLIN_CA, a PEM file, override what
+"dunlin login" stored.`,
 		SilenceUsage:  true,
 		SilenceErrors: true,
 		RunE: func(cmd *cobra.Command, _ []string) error {
@@ -164,9 +179,9 @@ Environment: DUNLIN_URL and DUNLIN_TOKEN override what "dunlin login" stored.`,
 		},
 	}
 	root.AddCommand(
-		c.loginCommand(), c.pushCommand(), c.applyCommand(), c.diffCommand(), c.planCommand(), c.deleteCommand(),
+		c.loginCommand(), c.logoutCommand(), c.whoamiCommand(), c.userCommand(), c.tokenCommand(), c.pushCommand(), c.applyCommand(), c.diffCommand(), c.planCommand(), c.deleteCommand(),
 		c.getCommand(), c.profileCommand(), c.joinTokenCommand(), c.deviceCommand(), c.authorityCommand(), c.rolloutCommand(), c.inferCommand(),
-		c.versionCommand(),
+		c.auditCommand(), c.keysCommand(), c.trustCommand(), c.signAgentCommand(), c.versionCommand(),
 		&cobra.Command{Use: "exit-codes", Short: "What the exit codes mean", Long: exitCodesHelp},
 	)
 	root.InitDefaultHelpCmd()

@@ -34,8 +34,14 @@ func login(t *testing.T) (url string) {
 // dunlin runs one command line.
 func dunlin(t *testing.T, args ...string) (code int, stdout, stderr string) {
 	t.Helper()
+	return dunlinWith(t, "", args...)
+}
+
+// dunlinWith runs one command line with an input.
+func dunlinWith(t *testing.T, stdin string, args ...string) (code int, stdout, stderr string) {
+	t.Helper()
 	var out, err bytes.Buffer
-	code = run(t.Context(), args, strings.NewReader(""), &out, &err)
+	code = run(t.Context(), args, strings.NewReader(stdin), &out, &err)
 	return code, out.String(), err.String()
 }
 

@@ -1,6 +1,8 @@
 package main
 
 import (
+	"cmp"
+	"crypto/x509"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -11,13 +13,37 @@ import (
 
 	"github.com/goccy/go-yaml"
 
+	"github.com/dunlin/dunlin/internal/pki"
 	"github.com/dunlin/dunlin/internal/program"
 )
 
-// settings say which controller to talk to, and as whom.
+// settings say which controller to talk to, as whom, and by whose certificate
+// it is known.
 type settings struct {
 	URL   string `yaml:"url"`
 	Token string `yaml:"token"`
+	// TokenID names a token that login made and logout takes back.
+	TokenID string `yaml:"token-id,omitempty"`
+	// CA holds, as PEM, the certificate authorities of the controller that count
+	// beside the system's.
+	CA string `yaml:"ca,omitempty"`
+}
+
+// roots gives the certificate authorities of the controller.
+func (s settings) roots() ([]*x509.Certificate, error) {
+	if s.CA == "" {
+		return nil, nil
+	}
+	return pki.DecodeCertificates([]byte(s.CA))
+}
+
+// readCA gives the certificate authorities in a file as they are kept.
+func readCA(path string) (string, error) {
+	certs, err := pki.ReadCertificates(path)
+	if err != nil {
+		return "", err
+	}
+	return string(pki.EncodeCertificates(certs...)), nil
 }
 
 // maxSettings bounds the settings file; a larger one is not ours.
@@ -31,28 +57,42 @@ func settingsPath() (string, error) {
 	return filepath.Join(dir, "dunlin", "config.yaml"), nil
 }
 
+// readPrivate gives the content of a file in the folder of settings, nil
+// where there is none.
+func readPrivate(path string) ([]byte, error) {
+	info, err := os.Stat(path)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, fmt.Errorf("read settings: %w", err)
+	}
+	if info.Size() > maxSettings {
+		return nil, fmt.Errorf("read settings: %s has %d bytes, allowed are %d", path, info.Size(), maxSettings)
+	}
+	b, err := os.ReadFile(path)
+	if err != nil {
+		return nil, fmt.Errorf("read settings: %w", err)
+	}
+	return b, nil
+}
+
 // readSettings gives the stored settings, or none.
 func readSettings() (settings, error) {
 	path, err := settingsPath()
 	if err != nil {
 		return settings{}, err
 	}
-	info, err := os.Stat(path)
-	if errors.Is(err, fs.ErrNotExist) {
-		return settings{}, nil
-	}
-	if err != nil {
-		return settings{}, fmt.Errorf("read settings: %w", err)
-	}
-	if info.Size() > maxSettings {
-		return settings{}, fmt.Errorf("read settings: %s has %d bytes, allowed are %d", path, info.Size(), maxSettings)
-	}
-	b, err := os.ReadFile(path)
-	if err != nil {
-		return settings{}, fmt.Errorf("read settings: %w", err)
+	b, err := readPrivate(path)
+	if b == nil {
+		return settings{}, err
 	}
 	var s settings
-	if err := yaml.UnmarshalWithOptions(b, &s, yaml.Strict()); err != nil {
+	err = yaml.UnmarshalWithOptions(b, &s, yaml.Strict())
+	if err == nil {
+		_, err = s.roots()
+	}
+	if err != nil {
 		// The file holds a token: say where, not what.
 		return settings{}, fmt.Errorf("read settings: %s is not valid; run: dunlin login URL", path)
 	}
@@ -65,14 +105,23 @@ func (s settings) write() error {
 	if err != nil {
 		return err
 	}
-	b, err := yaml.Marshal(s)
+	return writePrivate(path, s)
+}
+
+// writePrivate replaces a file in the folder of settings at once or not at
+// all, readable by its owner only.
+func writePrivate(path string, v any) error {
+	b, err := yaml.Marshal(v)
 	if err != nil {
 		return fmt.Errorf("write settings: %w", err)
+	}
+	if len(b) > maxSettings {
+		return fmt.Errorf("write settings: they have %d bytes, allowed are %d: is --ca a file of one controller's authorities?", len(b), maxSettings)
 	}
 	if err := os.MkdirAll(filepath.Dir(path), 0o700); err != nil {
 		return fmt.Errorf("write settings: %w", err)
 	}
-	f, err := os.CreateTemp(filepath.Dir(path), ".config-*") // 0600
+	f, err := os.CreateTemp(filepath.Dir(path), ".new-*") // 0600
 	if err != nil {
 		return fmt.Errorf("write settings: %w", err)
 	}
@@ -89,11 +138,17 @@ func (s settings) write() error {
 }
 
 // currentSettings gives the settings in force: the environment's, then the
-// stored ones. A stored token goes only to the controller it was stored for.
+// stored ones. A stored token goes only to the controller it was stored for,
+// and so do stored certificate authorities count for no other.
 func currentSettings() (settings, error) {
-	env := settings{URL: os.Getenv("DUNLIN_URL"), Token: os.Getenv("DUNLIN_TOKEN")}
-	s := env
-	if s.URL == "" || s.Token == "" {
+	s := settings{URL: os.Getenv("DUNLIN_URL"), Token: os.Getenv("DUNLIN_TOKEN")}
+	if path := os.Getenv("DUNLIN_CA"); path != "" {
+		var err error
+		if s.CA, err = readCA(path); err != nil {
+			return settings{}, fmt.Errorf("DUNLIN_CA: %w", err)
+		}
+	}
+	if s.URL == "" || s.Token == "" || s.CA == "" && strings.HasPrefix(s.URL, "https:") {
 		stored, err := readSettings()
 		if err != nil {
 			return settings{}, err
@@ -101,8 +156,8 @@ func currentSettings() (settings, error) {
 		if s.URL == "" {
 			s.URL = stored.URL
 		}
-		if s.Token == "" && sameURL(s.URL, stored.URL) {
-			s.Token = stored.Token
+		if sameURL(s.URL, stored.URL) {
+			s.Token, s.CA = cmp.Or(s.Token, stored.Token), cmp.Or(s.CA, stored.CA)
 		}
 	}
 	if s.URL == "" {

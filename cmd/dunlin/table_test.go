@@ -88,6 +88,10 @@ func TestTables(t *testing.T) {
 			{Device: "cam-2", Profile: &dunlinv1.ModelProfile{Model: "faces", Version: 1, Unmeasured: "no inputs", WeightBytes: 512}},
 		}),
 		"points": pointsTable(measuredProfile("digits", 2, "sha256:1")),
+		"audit": auditTable(now, []*dunlinv1.AuditRecord{
+			{Number: 7, At: before(time.Minute), Who: "user:ada", From: "192.0.2.1:99", Action: "object.apply", Object: "Route/r", Count: 1},
+			{Number: 8, At: before(time.Second), Who: "nobody", From: "192.0.2.2:99", Action: "call.refused", Object: "/x\x1b[2J", Count: 12, Refused: true, Reason: "credentials are missing or wrong"},
+		}),
 		"join-tokens": joinTokensTable(now, []*dunlinv1.JoinToken{
 			{Id: "e6daa951bc63", UsesLeft: 2, ExpiresAt: before(-time.Hour), Labels: map[string]string{"site": "demo"}},
 			{Id: "ed7087257406", ExpiresAt: before(time.Hour)},

@@ -71,7 +71,10 @@ func randomBlob(t *testing.T, size int) blob {
 
 func newUploader(t *testing.T, base string) *uploader {
 	t.Helper()
-	c := newClient(settings{Token: os.Getenv("DUNLIN_TOKEN")})
+	c, err := newClient(settings{Token: os.Getenv("DUNLIN_TOKEN")})
+	if err != nil {
+		t.Fatal(err)
+	}
 	c.http.Transport = &http.Transport{}
 	t.Cleanup(c.http.CloseIdleConnections)
 	return &uploader{http: c.http, base: base + "/v2/digits", authorization: bearer(c.Token).header()}

@@ -6,6 +6,8 @@ import (
 	"errors"
 	"log/slog"
 	"net/http"
+	"strconv"
+	"strings"
 
 	"connectrpc.com/connect"
 
@@ -39,6 +41,8 @@ type Config struct {
 	Authorities *identity.Authorities
 
 	Version string // of the controller
+	// SigningKey is the id of the key by which the controller signs versions.
+	SigningKey string
 	// AccountsChanged tells an external broker of revoked devices, join tokens
 	// and authorities before the call that changed them answers; nil where there is none.
 	AccountsChanged func(ctx context.Context) error
@@ -47,18 +51,18 @@ type Config struct {
 }
 
 type server struct {
-	v1connect.UnimplementedAuthServiceHandler
-	v1connect.UnimplementedEnrollmentServiceHandler
 	v1connect.UnimplementedTrustServiceHandler
+	v1connect.UnimplementedEnrollmentServiceHandler
 	Config
 }
 
 // New gives the handler of all services.
 func New(c Config) http.Handler {
 	s := &server{Config: c}
-	options := connect.WithHandlerOptions(connect.WithInterceptors(gate{c.Log}), connect.WithReadMaxBytes(maxRequest))
+	options := connect.WithHandlerOptions(connect.WithInterceptors(gate{c.Log, c.Store}), connect.WithReadMaxBytes(maxRequest))
 	mux := http.NewServeMux()
 	mux.Handle(v1connect.NewAuthServiceHandler(s, options))
+	mux.Handle(v1connect.NewUserServiceHandler(s, options))
 	mux.Handle(v1connect.NewEnrollmentServiceHandler(s, options))
 	mux.Handle(v1connect.NewModelServiceHandler(s, options))
 	mux.Handle(v1connect.NewObjectServiceHandler(s, options))
@@ -66,122 +70,87 @@ func New(c Config) http.Handler {
 	mux.Handle(v1connect.NewRolloutServiceHandler(s, options))
 	mux.Handle(v1connect.NewDeviceServiceHandler(s, options))
 	mux.Handle(v1connect.NewTrustServiceHandler(s, options))
+	mux.Handle(v1connect.NewAuditServiceHandler(s, options))
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		p, err := c.Auth.FromRequest(r)
-		switch {
-		case err == nil:
-			r = r.WithContext(identity.WithPrincipal(r.Context(), p))
-		case !errors.Is(err, identity.ErrUnauthenticated):
+		if err == nil && p.External {
+			err = c.Store.External(r.Context(), p, false)
+		}
+		ctx := identity.WithPrincipal(r.Context(), p)
+		if _, limited := errors.AsType[*identity.LimitedError](err); limited || errors.Is(err, identity.ErrUnauthenticated) {
+			ctx = context.WithValue(ctx, whyKey{}, err)
+		} else if err != nil {
 			c.Log.Error("cannot authenticate", "error", err)
 			http.Error(w, "cannot authenticate", http.StatusInternalServerError)
 			return
 		}
-		mux.ServeHTTP(w, r.WithContext(context.WithValue(r.Context(), hostKey{}, r.Host)))
+		mux.ServeHTTP(w, r.WithContext(context.WithValue(ctx, baseKey{}, baseOf(r))))
 	})
 }
 
-type hostKey struct{}
+// whyKey has the error by which a caller is nobody.
+type whyKey struct{}
+
+type baseKey struct{}
 
 // deviceURL is the registry's base URL for the device that calls: devices
 // always speak TLS.
 func deviceURL(ctx context.Context) string {
-	host, _ := ctx.Value(hostKey{}).(string)
-	return "https://" + host
+	return "https://" + strings.TrimPrefix(strings.TrimPrefix(registryURL(ctx), "http://"), "https://")
 }
 
 // registryURL gives the registry's base URL as this caller reaches it: both
 // are on one port, which may have other names behind a proxy.
 func registryURL(ctx context.Context) string {
-	host, _ := ctx.Value(hostKey{}).(string)
-	return "http://" + host
+	base, _ := ctx.Value(baseKey{}).(string)
+	return base
 }
 
-// anyone marks a procedure that needs no identity.
-const anyone = identity.Role("")
-
-// roles gives the least role for each procedure. One that is not here may be
-// called by nobody; devices may call only what anyone may.
-var roles = map[string]identity.Role{
-	v1connect.AuthServiceWhoAmIProcedure:          identity.Viewer,
-	v1connect.AuthServiceLoginProcedure:           anyone, // by name and password
-	v1connect.AuthServiceGetLoginMethodsProcedure: anyone,
-
-	v1connect.UserServiceCreateUserProcedure:  identity.Admin,
-	v1connect.UserServiceUpdateUserProcedure:  identity.Admin,
-	v1connect.UserServiceDeleteUserProcedure:  identity.Admin,
-	v1connect.UserServiceListUsersProcedure:   identity.Admin,
-	v1connect.UserServiceCreateTokenProcedure: identity.Viewer,
-	v1connect.UserServiceListTokensProcedure:  identity.Viewer,
-	v1connect.UserServiceDeleteTokenProcedure: identity.Viewer,
-
-	v1connect.AuditServiceListAuditProcedure: identity.Admin,
-
-	v1connect.TrustServiceGetTrustProcedure:        identity.Viewer,
-	v1connect.TrustServicePutTrustProcedure:        identity.Admin,
-	v1connect.TrustServiceGetAuthoritiesProcedure:  identity.Viewer,
-	v1connect.TrustServiceRotateAuthorityProcedure: identity.Admin,
-	v1connect.TrustServiceRetireAuthorityProcedure: identity.Admin,
-
-	v1connect.EnrollmentServiceJoinProcedure:            anyone, // by its join token
-	v1connect.EnrollmentServiceRenewProcedure:           anyone, // by the old key's signature
-	v1connect.EnrollmentServiceGetTimeProcedure:         anyone,
-	v1connect.EnrollmentServiceCreateJoinTokenProcedure: identity.Admin,
-	v1connect.EnrollmentServiceDeleteJoinTokenProcedure: identity.Admin,
-	v1connect.EnrollmentServiceListJoinTokensProcedure:  identity.Admin,
-
-	v1connect.ModelServiceCreateVersionProcedure: identity.Operator,
-	v1connect.ModelServiceListModelsProcedure:    identity.Viewer,
-
-	v1connect.ObjectServiceApplyProcedure:           identity.Operator,
-	v1connect.ObjectServiceDeleteProcedure:          identity.Operator,
-	v1connect.ObjectServiceListDeploymentsProcedure: identity.Viewer,
-	v1connect.ObjectServiceListRoutesProcedure:      identity.Viewer,
-
-	v1connect.ProfileServiceListProfilesProcedure: identity.Viewer,
-	v1connect.ProfileServicePlanProcedure:         identity.Viewer,
-
-	v1connect.RolloutServiceListRolloutsProcedure: identity.Viewer,
-	v1connect.RolloutServiceGetRolloutProcedure:   identity.Viewer,
-	v1connect.RolloutServiceWatchRolloutProcedure: identity.Viewer,
-
-	v1connect.DeviceServiceListDevicesProcedure:  identity.Viewer,
-	v1connect.DeviceServiceRemoveDeviceProcedure: identity.Admin,
-	v1connect.DeviceServiceRevokeDeviceProcedure: identity.Admin,
-	v1connect.DeviceServiceListEventsProcedure:   identity.Viewer,
+func baseOf(r *http.Request) string {
+	if r.TLS != nil {
+		return "https://" + r.Host
+	}
+	return "http://" + r.Host
 }
 
 // gate authorises each call and gives its error a code.
-type gate struct{ log *slog.Logger }
+type gate struct {
+	log      *slog.Logger
+	refusals identity.Refusals
+}
 
+// authorise asks the rules. Of a caller who is nobody it says why, as far as
+// that may be said.
 func authorise(ctx context.Context, procedure string) error {
-	role, ok := roles[procedure]
-	p := identity.FromContext(ctx)
-	switch {
-	case ok && role == anyone, ok && p.May(role):
-		return nil
-	case p.Kind == 0:
-		return connect.NewError(connect.CodeUnauthenticated, errors.New("credentials are missing or wrong"))
-	default:
-		return connect.NewError(connect.CodePermissionDenied, errors.New(p.String()+" lacks the role "+string(role)))
+	err := identity.Allow(identity.FromContext(ctx), procedure)
+	if why, ok := ctx.Value(whyKey{}).(error); ok && err != nil {
+		return why
 	}
+	return err
 }
 
 func (g gate) WrapUnary(next connect.UnaryFunc) connect.UnaryFunc {
 	return func(ctx context.Context, req connect.AnyRequest) (connect.AnyResponse, error) {
-		if err := authorise(ctx, req.Spec().Procedure); err != nil {
-			return nil, err
+		err := authorise(ctx, req.Spec().Procedure)
+		var resp connect.AnyResponse
+		if err == nil {
+			resp, err = next(ctx, req)
 		}
-		resp, err := next(ctx, req)
-		return resp, g.coded(ctx, req.Spec().Procedure, err)
+		err = g.coded(ctx, req.Spec().Procedure, err)
+		g.note(ctx, req.Spec().Procedure, req.Any(), err)
+		return resp, err
 	}
 }
 
 func (g gate) WrapStreamingHandler(next connect.StreamingHandlerFunc) connect.StreamingHandlerFunc {
 	return func(ctx context.Context, conn connect.StreamingHandlerConn) error {
-		if err := authorise(ctx, conn.Spec().Procedure); err != nil {
-			return err
+		err := authorise(ctx, conn.Spec().Procedure)
+		if err == nil {
+			err = next(ctx, conn)
 		}
-		return g.coded(ctx, conn.Spec().Procedure, next(ctx, conn))
+		err = g.coded(ctx, conn.Spec().Procedure, err)
+		g.note(ctx, conn.Spec().Procedure, nil, err)
+		return err
 	}
 }
 
@@ -198,7 +167,13 @@ func (g gate) coded(ctx context.Context, procedure string, err error) error {
 	if _, ok := errors.AsType[*connect.Error](err); ok {
 		return err
 	}
+	if limited, ok := errors.AsType[*identity.LimitedError](err); ok {
+		coded := connect.NewError(connect.CodeResourceExhausted, limited)
+		coded.Meta().Set("Retry-After", strconv.Itoa(limited.Seconds()))
+		return coded
+	}
 	code := connect.CodeInternal
+	_, denied := errors.AsType[*identity.DeniedError](err)
 	_, faults := errors.AsType[fleet.Faults](err)
 	_, taken := errors.AsType[registry.ErrVersionExists](err)
 	switch {
@@ -212,6 +187,10 @@ func (g gate) coded(ctx context.Context, procedure string, err error) error {
 		code = connect.CodeNotFound
 	case taken:
 		code = connect.CodeAlreadyExists
+	case errors.Is(err, identity.ErrUnauthenticated):
+		return connect.NewError(connect.CodeUnauthenticated, errors.New(strings.TrimPrefix(err.Error(), identity.ErrUnauthenticated.Error()+": ")))
+	case denied:
+		code = connect.CodePermissionDenied
 	default:
 		code = enrol.Code(err)
 	}

@@ -19,6 +19,7 @@ import (
 	"github.com/dunlin/dunlin/internal/pki"
 	"github.com/dunlin/dunlin/models"
 	v1 "github.com/dunlin/dunlin/proto/dunlin/v1"
+	v1connect "github.com/dunlin/dunlin/proto/dunlin/v1/dunlinv1connect"
 )
 
 // The limits of requests.
@@ -38,11 +39,23 @@ func caller(ctx context.Context) string { return identity.FromContext(ctx).Strin
 
 func (s *server) WhoAmI(ctx context.Context, _ *connect.Request[v1.WhoAmIRequest]) (*connect.Response[v1.WhoAmIResponse], error) {
 	p := identity.FromContext(ctx)
-	return connect.NewResponse(&v1.WhoAmIResponse{Name: p.Name, Role: string(p.Role), ControllerVersion: s.Version, RegistryUrl: registryURL(ctx)}), nil
+	return connect.NewResponse(&v1.WhoAmIResponse{
+		Name: p.Name, Role: string(p.Role), ControllerVersion: s.Version, RegistryUrl: registryURL(ctx), Scope: p.Scope, ExpiresAt: timestamp(p.Expires),
+	}), nil
 }
 
 func (s *server) Join(ctx context.Context, req *connect.Request[v1.JoinRequest]) (*connect.Response[v1.JoinResponse], error) {
+	attempt := identity.Attempt{From: identity.FromContext(ctx).From, Credential: req.Msg.GetJoinToken()}
+	if err := s.Auth.Guard().Check(attempt); err != nil {
+		return nil, err
+	}
 	answer, err := s.Enrol.Join(ctx, req.Msg, deviceURL(ctx))
+	switch {
+	case err == nil:
+		s.Auth.Guard().Right(attempt)
+	case errors.Is(err, store.ErrRefused):
+		s.Auth.Guard().Wrong(attempt)
+	}
 	return response(answer, err)
 }
 
@@ -85,6 +98,9 @@ func (s *server) CreateJoinToken(ctx context.Context, req *connect.Request[v1.Cr
 	if err := fleet.CheckLabels(m.GetLabels()); err != nil {
 		return nil, invalid("labels: %w", err)
 	}
+	if err := identity.Allow(identity.FromContext(ctx), v1connect.EnrollmentServiceCreateJoinTokenProcedure, m.GetLabels()); err != nil {
+		return nil, err
+	}
 	if m.GetDevice() != "" {
 		if uses != 1 {
 			return nil, invalid("uses is %d, a join token for one device has 1", uses)
@@ -117,6 +133,8 @@ func (s *server) ListJoinTokens(ctx context.Context, _ *connect.Request[v1.ListJ
 	if err != nil {
 		return nil, err
 	}
+	p := identity.FromContext(ctx)
+	tokens = slices.DeleteFunc(tokens, func(t store.JoinToken) bool { return !p.Covers(t.Labels) })
 	return connect.NewResponse(&v1.ListJoinTokensResponse{JoinTokens: convert(tokens, joinToken)}), nil
 }
 
@@ -143,7 +161,8 @@ func (s *server) CreateVersion(ctx context.Context, req *connect.Request[v1.Crea
 	if err != nil {
 		return nil, err
 	}
-	return connect.NewResponse(&v1.CreateVersionResponse{Version: modelVersion(v), Created: created}), nil
+	resp := &v1.CreateVersionResponse{Version: modelVersion(v), Created: created}
+	return connect.NewResponse(resp), s.withSigners(ctx, v.Model, []*v1.ModelVersion{resp.Version})
 }
 
 func (s *server) ListModels(ctx context.Context, req *connect.Request[v1.ListModelsRequest]) (*connect.Response[v1.ListModelsResponse], error) {
@@ -151,7 +170,8 @@ func (s *server) ListModels(ctx context.Context, req *connect.Request[v1.ListMod
 	if err != nil {
 		return nil, err
 	}
-	return connect.NewResponse(&v1.ListModelsResponse{Versions: convert(versions, modelVersion)}), nil
+	resp := &v1.ListModelsResponse{Versions: convert(versions, modelVersion)}
+	return connect.NewResponse(resp), s.withSigners(ctx, req.Msg.GetModel(), resp.Versions)
 }
 
 func (s *server) Apply(ctx context.Context, req *connect.Request[v1.ApplyRequest]) (*connect.Response[v1.ApplyResponse], error) {
@@ -159,7 +179,13 @@ func (s *server) Apply(ctx context.Context, req *connect.Request[v1.ApplyRequest
 	if err != nil {
 		return nil, err
 	}
-	changes, err := s.Store.Apply(ctx, caller(ctx), objects, req.Msg.GetDryRun())
+	may := mayApply(identity.FromContext(ctx))
+	for _, o := range objects {
+		if err := may(o); err != nil {
+			return nil, err
+		}
+	}
+	changes, err := s.Store.Apply(ctx, caller(ctx), objects, req.Msg.GetDryRun(), may)
 	if err != nil {
 		return nil, err
 	}
@@ -231,7 +257,7 @@ func (s *server) Plan(ctx context.Context, req *connect.Request[v1.PlanRequest])
 	if err != nil {
 		return nil, err
 	}
-	plans, err := s.plan(ctx, objects)
+	plans, err := s.plan(ctx, narrow(identity.FromContext(ctx), objects))
 	if err != nil {
 		return nil, err
 	}
@@ -244,6 +270,11 @@ func (s *server) ListProfiles(ctx context.Context, req *connect.Request[v1.ListP
 	if err != nil {
 		return nil, err
 	}
+	v, err := s.view(ctx)
+	if err != nil {
+		return nil, err
+	}
+	profiles = slices.DeleteFunc(profiles, func(p store.DeviceProfile) bool { return !v.sees(p.Device) })
 	return connect.NewResponse(&v1.ListProfilesResponse{Profiles: convert(profiles, deviceProfile)}), nil
 }
 
@@ -257,7 +288,7 @@ func (s *server) Delete(ctx context.Context, req *connect.Request[v1.DeleteReque
 	if k := req.Msg.GetKind(); k != fleet.KindDeployment && k != fleet.KindRoute {
 		return nil, invalid("kind %q is not %s or %s", k, fleet.KindDeployment, fleet.KindRoute)
 	}
-	c, err := s.Store.Delete(ctx, caller(ctx), req.Msg.GetKind(), req.Msg.GetName())
+	c, err := s.Store.Delete(ctx, caller(ctx), req.Msg.GetKind(), req.Msg.GetName(), mayDelete(identity.FromContext(ctx)))
 	if err != nil {
 		return nil, err
 	}
@@ -274,16 +305,22 @@ func (s *server) ListDeployments(ctx context.Context, _ *connect.Request[v1.List
 	if err != nil {
 		return nil, err
 	}
+	p := identity.FromContext(ctx)
 	resp := &v1.ListDeploymentsResponse{}
 	byName := map[string]*v1.Deployment{}
 	deployments := make([]fleet.Deployment, 0, len(objects))
 	for _, o := range objects {
 		d := deployment(o)
-		resp.Deployments = append(resp.Deployments, d)
+		if _, ok := p.Narrow(d.Selector); ok {
+			resp.Deployments = append(resp.Deployments, d)
+		}
 		byName[d.Name] = d
 		deployments = append(deployments, *o.Deployment)
 	}
 	for _, dev := range devices {
+		if !p.Covers(dev.Labels) {
+			continue
+		}
 		for _, dep := range fleet.Assign(dev.Fleet(), deployments) {
 			d := byName[dep.Name]
 			d.Devices++
@@ -314,11 +351,39 @@ func (s *server) ListRollouts(ctx context.Context, req *connect.Request[v1.ListR
 	if err != nil {
 		return nil, err
 	}
-	return connect.NewResponse(&v1.ListRolloutsResponse{Rollouts: convert(rollouts, rollout)}), nil
+	v, err := s.view(ctx)
+	if err != nil {
+		return nil, err
+	}
+	resp := &v1.ListRolloutsResponse{}
+	for _, r := range rollouts {
+		if r, ok := v.rollout(r); ok {
+			resp.Rollouts = append(resp.Rollouts, rollout(r))
+		}
+	}
+	return connect.NewResponse(resp), nil
 }
 
-// find gives a rollout by its id, or the newest of a deployment.
+// find gives what the caller sees of a rollout by its id, or of the newest of
+// a deployment.
 func (s *server) find(ctx context.Context, id, deployment string) (fleet.Rollout, error) {
+	r, err := s.whole(ctx, id, deployment)
+	if err != nil {
+		return r, err
+	}
+	v, err := s.view(ctx)
+	if err != nil {
+		return r, err
+	}
+	r, ok := v.rollout(r)
+	if !ok {
+		return r, fmt.Errorf("rollout %s: %w", r.ID(), store.ErrNotFound)
+	}
+	return r, nil
+}
+
+// whole gives a rollout with all of its devices.
+func (s *server) whole(ctx context.Context, id, deployment string) (fleet.Rollout, error) {
 	if (id == "") == (deployment == "") {
 		return fleet.Rollout{}, invalid("give either id or deployment")
 	}
@@ -366,7 +431,7 @@ func (s *server) WatchRollout(ctx context.Context, req *connect.Request[v1.Watch
 		case <-changed:
 		}
 		changed = s.Dispatch.Changed()
-		now, err := s.Store.Rollout(ctx, r.ID())
+		now, err := s.find(ctx, r.ID(), "")
 		if err != nil {
 			return err
 		}
@@ -377,7 +442,7 @@ func (s *server) WatchRollout(ctx context.Context, req *connect.Request[v1.Watch
 func (s *server) ListDevices(ctx context.Context, req *connect.Request[v1.ListDevicesRequest]) (*connect.Response[v1.ListDevicesResponse], error) {
 	var all []*store.Device
 	if name := req.Msg.GetDevice(); name != "" {
-		d, err := s.Store.Device(ctx, name)
+		d, err := s.seen(ctx, name)
 		if err != nil {
 			return nil, err
 		}
@@ -392,9 +457,10 @@ func (s *server) ListDevices(ctx context.Context, req *connect.Request[v1.ListDe
 	if err != nil {
 		return nil, err
 	}
+	p := identity.FromContext(ctx)
 	resp := &v1.ListDevicesResponse{}
 	for _, d := range all {
-		if fleet.Matches(req.Msg.GetSelector(), d.Fleet()) {
+		if p.Covers(d.Labels) && fleet.Matches(req.Msg.GetSelector(), d.Fleet()) {
 			resp.Devices = append(resp.Devices, device(d, s.Store.Incarnation(), s.Dispatch.Telemetry(d.Name), known[d.Name]))
 		}
 	}
@@ -402,6 +468,9 @@ func (s *server) ListDevices(ctx context.Context, req *connect.Request[v1.ListDe
 }
 
 func (s *server) RemoveDevice(ctx context.Context, req *connect.Request[v1.RemoveDeviceRequest]) (*connect.Response[v1.RemoveDeviceResponse], error) {
+	if _, err := s.seen(ctx, req.Msg.GetDevice()); err != nil {
+		return nil, err
+	}
 	if err := s.Store.RemoveDevice(ctx, caller(ctx), req.Msg.GetDevice()); err != nil {
 		return nil, err
 	}
@@ -421,7 +490,19 @@ func (s *server) ListEvents(ctx context.Context, req *connect.Request[v1.ListEve
 	if limit == 0 {
 		limit = defaultEvents
 	}
-	events, err := s.Store.Events(ctx, req.Msg.GetDevice(), int(limit))
+	v, err := s.view(ctx)
+	if err != nil {
+		return nil, err
+	}
+	var events []store.DeviceEvent
+	switch name := req.Msg.GetDevice(); {
+	case v.devices == nil:
+		events, err = s.Store.Events(ctx, name, int(limit))
+	case name == "":
+		events, err = s.Store.EventsOf(ctx, v.names(), int(limit))
+	case v.sees(name):
+		events, err = s.Store.Events(ctx, name, int(limit))
+	}
 	if err != nil {
 		return nil, err
 	}

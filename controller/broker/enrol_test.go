@@ -103,7 +103,7 @@ func TestEnrollingDevicesKeepToTheirTopics(t *testing.T) {
 		in := newInbox()
 		e, p, stop := startPiped(t, newAccounts("a"), in.handle, t.Output())
 		defer stop()
-		other := link.JoinUser("ffff")
+		other := link.JoinUser("ffffffffffff")
 		c := p.dial(t, "")
 		c.mustConnect(enrolPacket(joinUser))
 		refused := []string{"#", "+/#", link.UpFilter, link.JoinUpFilter, link.EpochTopic, link.Down("a", "+"), link.Down("a", link.Desired),

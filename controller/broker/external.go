@@ -6,6 +6,7 @@ import (
 	"crypto/tls"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	mathrand "math/rand/v2"
 	"net"
@@ -15,6 +16,7 @@ import (
 	"time"
 
 	paho "github.com/eclipse/paho.mqtt.golang"
+	"github.com/eclipse/paho.mqtt.golang/packets"
 
 	"github.com/dunlin/dunlin/internal/link"
 )
@@ -36,6 +38,8 @@ const (
 	// begins anew after a connection that lasted maxBackoff.
 	minBackoff = time.Second
 	maxBackoff = 30 * time.Second
+	// maxCuts bounds the devices that wait for their sessions to be ended.
+	maxCuts = 1024
 	// subackRefused is the return code of a refused subscription.
 	subackRefused = 0x80
 )
@@ -52,6 +56,9 @@ type ExternalConfig struct {
 	// Username and Password are of the controller's account at a broker that
 	// does not go by certificates.
 	Username, Password string
+	// DeviceTLS, if set, is how to connect as a device: Disconnect takes the
+	// device's session over, and ends it.
+	DeviceTLS func(device string) (*tls.Config, error)
 	// ClientID is a random one if empty, so that nobody who can connect can
 	// take over the controller's connection.
 	ClientID string
@@ -65,7 +72,7 @@ type ExternalConfig struct {
 // External is a connection to any MQTT 3.1.1 broker. It asks of the broker
 // that it lets a device send and receive on the device's own topics only, and
 // one that enrols on those of its conversation, that it keeps their wills, and
-// that it cuts off a device that is revoked. Messages on topics that are none
+// that it refuses a device that is revoked. Messages on topics that are none
 // of those, and too large ones, are dropped here whatever the broker let
 // through.
 type External struct {
@@ -73,6 +80,10 @@ type External struct {
 	address string
 	backoff time.Duration           // minBackoff, less in tests
 	session atomic.Pointer[session] // nil when not connected
+	cuts    chan string             // devices to disconnect
+
+	mu      sync.Mutex      // guards cutting
+	cutting map[string]bool // those in cuts
 }
 
 // session is one connection, for which there is one client.
@@ -115,14 +126,18 @@ func NewExternal(cfg ExternalConfig) (*External, error) {
 	if cfg.ClientID == "" {
 		cfg.ClientID = "dunlin-controller-" + rand.Text()
 	}
-	return &External{cfg: cfg, address: net.JoinHostPort(u.Hostname(), port), backoff: minBackoff}, nil
+	return &External{
+		cfg: cfg, address: net.JoinHostPort(u.Hostname(), port), backoff: minBackoff,
+		cuts: make(chan string, maxCuts), cutting: map[string]bool{},
+	}, nil
 }
 
 // Run implements Bus. It connects, again after each loss, until ctx is done.
 func (e *External) Run(ctx context.Context, handle Handler) error {
 	queue := make(chan message, externalQueue)
-	var handler sync.WaitGroup
-	handler.Go(func() {
+	var parts sync.WaitGroup
+	parts.Go(func() { e.cutOff(ctx) })
+	parts.Go(func() {
 		for {
 			select {
 			case m := <-queue:
@@ -132,7 +147,7 @@ func (e *External) Run(ctx context.Context, handle Handler) error {
 			}
 		}
 	})
-	defer handler.Wait()
+	defer parts.Wait()
 
 	bound := e.backoff
 	for ctx.Err() == nil {
@@ -190,24 +205,13 @@ func (e *External) connect(ctx context.Context, queue chan<- message) error {
 			}
 		}).
 		SetCustomOpenConnectionFn(func(*url.URL, paho.ClientOptions) (net.Conn, error) {
-			d := net.Dialer{Timeout: externalTimeout}
-			c, err := d.DialContext(ctx, "tcp", e.address)
+			c, raw, err := e.dial(ctx, e.cfg.TLS)
 			if err != nil {
 				return nil, err
 			}
 			// CONNECT cannot be given up otherwise.
-			nc, unwatch = c, context.AfterFunc(ctx, func() { c.Close() })
-			if e.cfg.TLS == nil {
-				return c, nil
-			}
-			secured := tls.Client(c, e.cfg.TLS)
-			handshake, cancel := context.WithTimeout(ctx, externalTimeout)
-			defer cancel()
-			if err := secured.HandshakeContext(handshake); err != nil {
-				c.Close()
-				return nil, fmt.Errorf("TLS handshake: %w", err)
-			}
-			return secured, nil
+			nc, unwatch = raw, context.AfterFunc(ctx, func() { raw.Close() })
+			return c, nil
 		})
 	client := paho.NewClient(opts)
 	token := client.Connect()
@@ -278,7 +282,90 @@ func (e *External) Publish(topic string, payload []byte) error {
 	return nil
 }
 
+// dial opens a connection, over TLS unless config is nil; raw is the one below.
+func (e *External) dial(ctx context.Context, config *tls.Config) (nc, raw net.Conn, err error) {
+	ctx, cancel := context.WithTimeout(ctx, externalTimeout)
+	defer cancel()
+	if raw, err = new(net.Dialer).DialContext(ctx, "tcp", e.address); err != nil {
+		return nil, nil, err
+	}
+	if config == nil {
+		return raw, raw, nil
+	}
+	secured := tls.Client(raw, config)
+	if err := secured.HandshakeContext(ctx); err != nil {
+		raw.Close()
+		return nil, nil, fmt.Errorf("TLS handshake: %w", err)
+	}
+	return secured, raw, nil
+}
+
 // Disconnect implements Bus. MQTT 3.1.1 has no means to end the session of
-// another client: the broker cuts it off when it learns that the device is
-// revoked (see Mosquitto.Write), which comes before.
-func (e *External) Disconnect(string) {}
+// another client but to connect as that client, which is done soon, with
+// DeviceTLS. What keeps a revoked device from connecting again is the broker
+// (see Mosquitto.Write).
+func (e *External) Disconnect(device string) {
+	if e.cfg.DeviceTLS == nil {
+		return
+	}
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if e.cutting[device] {
+		return
+	}
+	select {
+	case e.cuts <- device:
+		e.cutting[device] = true
+	default:
+		e.cfg.Log.Warn("cannot end the session of a device", "device", device, "error", "too many others wait")
+	}
+}
+
+// cutOff ends sessions until ctx is done.
+func (e *External) cutOff(ctx context.Context) {
+	for {
+		select {
+		case device := <-e.cuts:
+			e.mu.Lock()
+			delete(e.cutting, device)
+			e.mu.Unlock()
+			if err := e.takeOver(ctx, device); err != nil && ctx.Err() == nil {
+				e.cfg.Log.Warn("cannot end the session of a device", "device", device, "error", err)
+			}
+		case <-ctx.Done():
+			return
+		}
+	}
+}
+
+// takeOver connects as a device, by which the broker ends the connection that
+// the device has, and says goodbye.
+func (e *External) takeOver(ctx context.Context, device string) error {
+	config, err := e.cfg.DeviceTLS(device)
+	if err != nil {
+		return err
+	}
+	nc, raw, err := e.dial(ctx, config)
+	if err != nil {
+		return err
+	}
+	defer raw.Close()
+	defer context.AfterFunc(ctx, func() { raw.Close() })()
+	if err := raw.SetDeadline(time.Now().Add(externalTimeout)); err != nil {
+		return err
+	}
+	connect := packets.NewControlPacket(packets.Connect).(*packets.ConnectPacket)
+	connect.ProtocolName, connect.ProtocolVersion = "MQTT", protocolVersion
+	connect.ClientIdentifier, connect.CleanSession, connect.Keepalive = device, true, uint16(externalKeepalive/time.Second)
+	if err := connect.Write(nc); err != nil {
+		return err
+	}
+	answer, err := packets.ReadPacket(io.LimitReader(nc, 4)) // CONNACK has no more
+	if err != nil {
+		return fmt.Errorf("read CONNACK: %w", err)
+	}
+	if ack, ok := answer.(*packets.ConnackPacket); !ok || ack.ReturnCode != packets.Accepted {
+		return fmt.Errorf("connect: the broker answers %v", answer)
+	}
+	return packets.NewControlPacket(packets.Disconnect).Write(nc)
+}

@@ -2,6 +2,7 @@ package broker
 
 import (
 	"context"
+	"crypto/tls"
 	"errors"
 	"fmt"
 	"io"
@@ -245,6 +246,36 @@ func TestExternalSlowHandler(t *testing.T) {
 		in.want(t, link.Up("a", link.Hello), fmt.Sprint(i))
 	}
 	stop()
+}
+
+// TestExternalDisconnect: each device waits once to be disconnected, and not
+// too many do; one that cannot be is logged.
+func TestExternalDisconnect(t *testing.T) {
+	var out syncBuffer
+	asked := map[string]int{}
+	e, err := NewExternal(ExternalConfig{
+		URL: "mqtt://127.0.0.1:1", Log: testLog(&out),
+		DeviceTLS: func(device string) (*tls.Config, error) {
+			asked[device]++
+			return nil, errors.New("none")
+		},
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for range 2 {
+		for _, name := range devices(maxCuts) {
+			e.Disconnect(name)
+		}
+	}
+	e.Disconnect("one-more")
+	stop := start(t, e, newInbox().handle)
+	eventually(t, "all have been asked for", func() bool { return strings.Count(out.String(), "error=none") == maxCuts })
+	stop()
+	if n := strings.Count(out.String(), "too many others wait"); n != 1 || len(asked) != maxCuts || asked["one-more"] != 0 {
+		t.Errorf("%d refused, %d asked for", n, len(asked))
+	}
+	new(External).Disconnect("x") // which does nothing without DeviceTLS
 }
 
 func TestNewExternalRefuses(t *testing.T) {

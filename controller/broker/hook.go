@@ -108,7 +108,7 @@ func (h *hook) connect(c *conn, cl *mqtt.Client, p packets.ConnectParams) string
 func (h *hook) enrol(c *conn, cl *mqtt.Client, p packets.ConnectParams) string {
 	user := string(p.Username)
 	if err := link.CheckEnrolUser(user); err != nil {
-		return "no certificate, and " + err.Error()
+		return fmt.Sprintf("no certificate, and %.200s", err)
 	}
 	switch id := p.ClientIdentifier; {
 	case len(id) > maxEnrolClientID || strings.ContainsFunc(id, func(r rune) bool { return r <= ' ' || r > '~' }):
@@ -158,7 +158,7 @@ func (h *hook) OnACLCheck(cl *mqtt.Client, topic string, write bool) bool {
 		ok = link.EnrollingMaySubscribe(c.user, topic) && (has || cl.State.Subscriptions.Len() < maxEnrolFilters)
 	}
 	if !ok && c.denied.CompareAndSwap(false, true) {
-		h.broker.refused(c.name(), fmt.Sprintf("topic %.200q", topic), "the topic is none of the client's own", c.RemoteAddr().String())
+		h.broker.refused(c.name(), fmt.Sprintf("topic %.200q", topic), "the client may not use the topic", c.RemoteAddr().String())
 	}
 	return ok
 }

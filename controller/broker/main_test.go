@@ -339,18 +339,6 @@ func (c *client) vanish() {
 	c.conn.Close()
 }
 
-// mustReceiveNothing returns when the broker has sent what it had for the
-// client, or has cut it off.
-func (c *client) mustReceiveNothing() {
-	c.t.Helper()
-	c.paho.Subscribe("nothing", 0, nil).WaitTimeout(patience)
-	select {
-	case m := <-c.inbox:
-		c.t.Fatalf("got %.80q on %s", m.payload, m.topic)
-	default:
-	}
-}
-
 func (c *client) wantCut() {
 	c.t.Helper()
 	select {

@@ -105,8 +105,9 @@ func hashPassword(secret string, salt []byte) (string, error) {
 //
 // Mosquitto 2.0.11 reads everything but its listeners and limits again, within
 // 0.1 s. Connections stay, but for those that enrol by a password that is no
-// more. A revoked device keeps its connection, through which by the ACL nothing
-// goes any more, and by the CRL gets no new one.
+// more. A revoked device keeps its connection (until External.Disconnect),
+// through which by the ACL nothing goes any more, and by the CRL gets no new
+// one.
 func (m *Mosquitto) Write(files MosquittoFiles) error {
 	text, err := files.text()
 	if err != nil {
@@ -241,7 +242,7 @@ func mosquittoAccounts(joinTokens map[string]string) (string, error) {
 }
 
 // replaceFile replaces a file by one with the same mode and owner, or makes
-// one with mode 0640. After a crash there is the old or the new one.
+// one with mode 0600. After a crash there is the old or the new one.
 func replaceFile(path string, data []byte) error {
 	dir := filepath.Dir(path)
 	f, err := os.CreateTemp(dir, "."+filepath.Base(path)+".*")
@@ -250,7 +251,7 @@ func replaceFile(path string, data []byte) error {
 	}
 	defer os.Remove(f.Name()) // fails once it is renamed
 	defer f.Close()
-	mode := fs.FileMode(0o640)
+	mode := fs.FileMode(0o600)
 	old, err := os.Stat(path)
 	switch {
 	case err == nil:

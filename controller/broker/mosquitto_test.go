@@ -29,7 +29,8 @@ func startMosquitto(t *testing.T) (*mosquitto, *External, inbox) {
 }
 
 // TestMosquittoCutsOffTheRevoked within seconds, and nobody else: on the
-// connection that it has, by the ACL, and on a new one, by the CRL.
+// connection that it has, by the ACL, and on a new one, by the CRL; and ends
+// that connection, when told to.
 func TestMosquittoCutsOffTheRevoked(t *testing.T) {
 	m, e, in := startMosquitto(t)
 	clients := map[string]*client{}
@@ -58,6 +59,10 @@ func TestMosquittoCutsOffTheRevoked(t *testing.T) {
 			t.Errorf("%s was cut off after %v", name, took)
 		}
 		clients[name].publish(link.Up(name, link.Hello), "revoked")
+		for range 3 {
+			e.Disconnect(name)
+		}
+		clients[name].wantCut()
 	}
 	clients["c"].publish(link.Up("c", link.Hello), "unharmed")
 	in.want(t, link.Up("c", link.Hello), "unharmed")
@@ -147,15 +152,15 @@ func TestMosquittoEnrolment(t *testing.T) {
 	for _, cr := range []credentials{byToken, {device: "y", anonymous: true, user: link.RenewUser, password: link.RenewUser}} {
 		c := mustDial(t, address, cr)
 		c.mustSubscribe(link.JoinDown(cr.user, "n"))
-		for _, topic := range []string{link.Up("a", link.Hello), link.JoinUp(link.JoinUser("f"), "n"), link.JoinDown(cr.user, "n"), link.EpochTopic} {
+		for _, topic := range []string{link.Up("a", link.Hello), link.JoinUp(link.JoinUser("ffffffffffff"), "n"), link.JoinDown(cr.user, "n"), link.EpochTopic} {
 			c.publish(topic, "forged")
 		}
-		c.subscribe("#", link.Down("a", "+"), link.JoinDown(link.JoinUser("f"), "n"))
+		c.subscribe("#", link.Down("a", "+"), link.JoinDown(link.JoinUser("ffffffffffff"), "n"))
 		c.publish(link.JoinUp(cr.user, "n"), "request")
 		in.want(t, link.JoinUp(cr.user, "n"), "request")
 		mustPublish(t, e, link.Down("a", link.Desired), "not for others")
 		a.inbox.want(t, link.Down("a", link.Desired), "not for others")
-		mustPublish(t, e, link.JoinDown(link.JoinUser("f"), "n"), "not for others")
+		mustPublish(t, e, link.JoinDown(link.JoinUser("ffffffffffff"), "n"), "not for others")
 		mustPublish(t, e, link.JoinDown(cr.user, "n"), "answer")
 		c.inbox.want(t, link.JoinDown(cr.user, "n"), "answer")
 	}
@@ -190,9 +195,9 @@ func TestMosquittoFiles(t *testing.T) {
 	if got, want := look(), []string{"acl", "ca.pem", "crl.pem", "mosquitto.conf", "passwords", "server.key", "server.pem"}; !slices.Equal(got, want) {
 		t.Errorf("wrote %v, want %v", got, want)
 	}
-	for name, mode := range map[string]os.FileMode{mosquittoKey: 0o640, mosquittoPasswords: 0o640} {
-		if got := old[name].Mode().Perm(); got != mode {
-			t.Errorf("%s has mode %v, want %v", name, got, mode)
+	for _, name := range []string{mosquittoKey, mosquittoPasswords} {
+		if got := old[name].Mode().Perm(); got != 0o600 {
+			t.Errorf("%s has mode %v", name, got)
 		}
 	}
 	for range 2 { // it has not been told yet

@@ -1,6 +1,7 @@
 package dispatch
 
 import (
+	"slices"
 	"testing"
 
 	"github.com/dunlin/dunlin/internal/link"
@@ -31,14 +32,12 @@ func TestStandDown(t *testing.T) {
 	if len(twins) != 2 || !twins[0].GetKept() || twins[0].GetHostname() != "shop" || twins[1].GetKept() || twins[1].GetHostname() != "stolen" {
 		t.Errorf("twins are %v", twins)
 	}
-	records, err := w.store.Audit(t.Context(), 10)
+	page, err := w.store.ListAudit(t.Context(), 0, 10, true)
 	w.must(err)
-	found := false
-	for _, r := range records {
-		found = found || r.Action == "device.cloned" && r.After == "agents on shop, stolen"
-	}
-	if !found {
-		t.Errorf("the audit log does not say so: %v", records)
+	if !slices.ContainsFunc(page.Records, func(r *dunlinv1.AuditRecord) bool {
+		return r.GetAction() == "device.cloned" && r.GetAfter() == "agents on shop, stolen"
+	}) {
+		t.Errorf("the audit log does not say so: %v", page.Records)
 	}
 }
 

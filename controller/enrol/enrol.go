@@ -61,11 +61,10 @@ type Config struct {
 	// nil where there is none.
 	AccountsChanged func(ctx context.Context) error
 	// Joined is called when there is a new device.
-	Joined func()
-	// Refused is called with what was refused.
-	Refused func(ctx context.Context, who, object, reason string)
-	Now     func() time.Time
-	Log     *slog.Logger
+	Joined   func()
+	Refusals identity.Refusals
+	Now      func() time.Time
+	Log      *slog.Logger
 }
 
 // The work that comes over MQTT: what finds the queue full is dropped, and the
@@ -144,7 +143,6 @@ func (s *Service) Join(ctx context.Context, m *v1.JoinRequest, registryURL strin
 		Issue: s.issue(m.GetName(), key),
 	})
 	if err != nil {
-		s.refused(ctx, "nobody", m.GetName(), err)
 		return nil, err
 	}
 	if s.AccountsChanged != nil {
@@ -174,13 +172,6 @@ func requested(csr []byte) (crypto.PublicKey, string, error) {
 
 func (s *Service) issue(device string, key crypto.PublicKey) func() (*x509.Certificate, error) {
 	return func() (*x509.Certificate, error) { return s.Authorities.IssueDevice(device, key, s.Lifetime) }
-}
-
-// refused tells the audit log of what is not merely a bad form.
-func (s *Service) refused(ctx context.Context, who, device string, err error) {
-	if errors.Is(err, store.ErrRefused) || errors.Is(err, store.ErrExists) || errors.Is(err, identity.ErrUnauthenticated) {
-		s.Refused(ctx, who, "device/"+device, err.Error())
-	}
 }
 
 // identity is what a device is told of itself and of those it trusts.
@@ -218,7 +209,6 @@ func (s *Service) Renew(ctx context.Context, m *v1.RenewRequest, registryURL str
 		return nil, err
 	}
 	if err := s.proves(old, m); err != nil {
-		s.refused(ctx, "nobody", device, err)
 		return nil, err
 	}
 	cert, err := s.Store.Renew(ctx, store.Renewal{Device: device, Old: old, Key: id, Issue: s.issue(device, key)})
@@ -226,7 +216,6 @@ func (s *Service) Renew(ctx context.Context, m *v1.RenewRequest, registryURL str
 		err = fmt.Errorf("%w: %w", identity.ErrUnauthenticated, err)
 	}
 	if err != nil {
-		s.refused(ctx, "device:"+device, device, err)
 		return nil, err
 	}
 	issued, err := s.identity(ctx, cert, m.GetTrustVersion())
@@ -272,6 +261,7 @@ func (s *Service) Handle(ctx context.Context, user string, payload []byte) []byt
 	answer := &v1.EnrolResponse{}
 	switch m, err := s.handle(ctx, user, payload); {
 	case err != nil:
+		s.refused(ctx, user, payload, err)
 		answer.Response = &v1.EnrolResponse_Error{Error: s.errorOf(err)}
 	default:
 		answer = m
@@ -326,6 +316,20 @@ func Code(err error) connect.Code {
 		return connect.CodeNotFound
 	}
 	return connect.CodeInternal
+}
+
+// refused tells the audit log of a request over MQTT that was refused for who
+// made it; of those over HTTPS the API tells.
+func (s *Service) refused(ctx context.Context, user string, payload []byte, err error) {
+	if code := Code(err); code != connect.CodeUnauthenticated && code != connect.CodePermissionDenied {
+		return
+	}
+	r := identity.Refusal{Action: "device.enrol", Object: "mqtt/" + user, Reason: err.Error()}
+	m := &v1.EnrolRequest{}
+	if proto.Unmarshal(payload, m) == nil && m.GetJoin() != nil {
+		r.Action, r.Object = "device.join", "device/"+m.GetJoin().GetName()
+	}
+	s.Refusals.Refused(ctx, r)
 }
 
 func (s *Service) errorOf(err error) *v1.EnrolError {

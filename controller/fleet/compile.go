@@ -84,7 +84,7 @@ func (c *Compiler) Compile(d Device, had *dunlinv1.DesiredDocument) (*dunlinv1.D
 	for i, fit := range fits {
 		v, dep := fit.Version, deployments[i]
 		here[v.Model] = true
-		give := &dunlinv1.DesiredVersion{Deployment: dep.Name, Model: v.Model, Version: v.Version, Digest: v.Digest, SizeBytes: v.SizeBytes}
+		give := &dunlinv1.DesiredVersion{Deployment: dep.Name, Model: v.Model, Version: v.Version, Digest: v.Digest, SizeBytes: v.SizeBytes, Signatures: v.Signatures}
 		if fit.Verdict == DoesNotFit {
 			j := slices.IndexFunc(had.GetVersions(), func(h *dunlinv1.DesiredVersion) bool { return h.GetModel() == v.Model })
 			var kept *dunlinv1.DesiredVersion
@@ -96,7 +96,7 @@ func (c *Compiler) Compile(d Device, had *dunlinv1.DesiredDocument) (*dunlinv1.D
 				if kept == nil {
 					continue
 				}
-				give.Version, give.Digest, give.SizeBytes = kept.GetVersion(), kept.GetDigest(), kept.GetSizeBytes()
+				give.Version, give.Digest, give.SizeBytes, give.Signatures = kept.GetVersion(), kept.GetDigest(), kept.GetSizeBytes(), kept.GetSignatures()
 			}
 		}
 		doc.Versions = append(doc.Versions, give)

@@ -47,6 +47,8 @@ type Version struct {
 	Digest    string // of its bundle's manifest
 	SizeBytes uint64
 	Bundle    *Bundle // nil: it was pushed before this was kept
+	// Digests of the manifests that hold its bundle's signatures.
+	Signatures []string
 }
 
 // Deployment gives a model version to every device that its selector matches.

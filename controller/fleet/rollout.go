@@ -19,6 +19,11 @@ const (
 	Superseded
 )
 
+// String writes the state in lower case.
+func (s State) String() string {
+	return [...]string{Running: "running", Succeeded: "succeeded", Failed: "failed", Superseded: "superseded"}[s]
+}
+
 // Phase is how far a device is in a rollout.
 type Phase int
 

@@ -1,5 +1,6 @@
-// Package identity says who is calling: users by token, devices by the
-// certificates that the controller's own authorities issue.
+// Package identity says who is calling and what they may do: users by token,
+// password or OpenID Connect, devices by the certificates that the controller's
+// own authorities issue; one table of rules; and a guard that slows guessing.
 package identity
 
 import (
@@ -10,8 +11,13 @@ import (
 	"encoding/base64"
 	"errors"
 	"fmt"
+	"log/slog"
+	"maps"
 	"net/http"
+	"regexp"
+	"slices"
 	"strings"
+	"time"
 
 	"github.com/dunlin/dunlin/internal/pki"
 )
@@ -37,6 +43,22 @@ const (
 
 var ranks = map[Role]int{Viewer: 1, Operator: 2, Admin: 3}
 
+// CheckRole says whether r is a role.
+func CheckRole(r Role) error {
+	if ranks[r] == 0 {
+		return fmt.Errorf("role %q is none of %s, %s, %s", clip(string(r)), Viewer, Operator, Admin)
+	}
+	return nil
+}
+
+// Lesser gives the role that may do less.
+func Lesser(a, b Role) Role {
+	if ranks[a] < ranks[b] {
+		return a
+	}
+	return b
+}
+
 // Principal is an authenticated caller. The zero Principal is nobody and may
 // do nothing.
 type Principal struct {
@@ -48,11 +70,58 @@ type Principal struct {
 	Scope map[string]string
 	// From is the address that the caller came from, host:port.
 	From string
+	// Expires is when the credentials do; zero: never.
+	Expires time.Time
+	// External is true for a user whom OpenID Connect names.
+	External bool
 }
 
 // May says whether p is a user whose role includes what r may do.
 func (p Principal) May(r Role) bool {
 	return p.Kind == User && ranks[r] > 0 && ranks[p.Role] >= ranks[r]
+}
+
+// Covers says whether labels, of a device or of a selector, put it within the
+// scope of p.
+func (p Principal) Covers(labels map[string]string) bool {
+	for k, v := range p.Scope {
+		if have, ok := labels[k]; !ok || have != v {
+			return false
+		}
+	}
+	return true
+}
+
+// Narrow gives a selector that matches what the given one does within the
+// scope of p; false: that is nothing.
+func (p Principal) Narrow(selector map[string]string) (map[string]string, bool) {
+	return both(selector, p.Scope)
+}
+
+// both gives the labels that hold where a and b do; false: they contradict
+// each other.
+func both(a, b map[string]string) (map[string]string, bool) {
+	if len(a)+len(b) == 0 {
+		return nil, true
+	}
+	all := make(map[string]string, len(a)+len(b))
+	maps.Copy(all, a)
+	for k, v := range b {
+		if have, ok := all[k]; ok && have != v {
+			return nil, false
+		}
+		all[k] = v
+	}
+	return all, true
+}
+
+// LabelsText writes labels as k=v, by key; none as "".
+func LabelsText(labels map[string]string) string {
+	var parts []string
+	for _, k := range slices.Sorted(maps.Keys(labels)) {
+		parts = append(parts, k+"="+labels[k])
+	}
+	return strings.Join(parts, ",")
 }
 
 // String writes "user:NAME", "device:NAME" or "nobody".
@@ -67,6 +136,24 @@ func (p Principal) String() string {
 	}
 }
 
+var userName = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9._@-]{0,63}$`)
+
+// CheckUser says whether a local user may have a name.
+func CheckUser(name string) error {
+	if !userName.MatchString(name) {
+		return fmt.Errorf("name %q: allowed are 1 to 64 of A-Z a-z 0-9 . _ @ -, the first a letter or digit", clip(name))
+	}
+	return nil
+}
+
+// clip shortens a value from outside for a message.
+func clip(s string) string {
+	if len(s) <= 100 {
+		return s
+	}
+	return strings.ToValidUTF8(s[:100], "") + "..."
+}
+
 // ErrUnknown is what Credentials answers for a token or device that it does
 // not have.
 var ErrUnknown = errors.New("unknown credentials")
@@ -78,32 +165,111 @@ var ErrRevoked = errors.New("revoked")
 // not say which part was wrong.
 var ErrUnauthenticated = errors.New("unauthenticated")
 
+// errWrong is a guess; errExpired is none.
+var (
+	errWrong   = fmt.Errorf("%w: wrong credentials", ErrUnauthenticated)
+	errExpired = fmt.Errorf("%w: the token has expired", ErrUnauthenticated)
+)
+
+// Grant is what is kept of a token and of its user.
+type Grant struct {
+	User      string
+	UserRole  Role
+	UserScope map[string]string
+	Role      Role // of the token; "": the user's
+	Scope     map[string]string
+	ExpiresAt time.Time // zero: never
+	LastUsed  time.Time // to the hour; zero: never
+}
+
+// principal gives who shows the token: never more than the user may.
+func (g Grant) principal(now time.Time) (Principal, error) {
+	if !g.ExpiresAt.IsZero() && !now.Before(g.ExpiresAt) {
+		return Principal{}, errExpired
+	}
+	p := Principal{Kind: User, Name: g.User, Role: g.UserRole, Expires: g.ExpiresAt}
+	if g.Role != "" {
+		p.Role = Lesser(g.Role, g.UserRole)
+	}
+	var ok bool
+	if p.Scope, ok = both(g.UserScope, g.Scope); !ok {
+		return Principal{}, fmt.Errorf("%w: the scopes of the token and of its user have nothing in common", ErrUnauthenticated)
+	}
+	return p, nil
+}
+
 // Credentials looks hashed credentials up; store implements it.
 type Credentials interface {
-	// TokenOwner gives the user whose token has this hash.
-	TokenOwner(ctx context.Context, hash [32]byte) (name string, role Role, err error)
+	// TokenOwner gives what is kept of the token that has this hash.
+	TokenOwner(ctx context.Context, hash [32]byte) (Grant, error)
+	// TokenUsed keeps when a token was used last.
+	TokenUsed(ctx context.Context, hash [32]byte, at time.Time) error
 	// CheckDevice says whether a device is known by a certificate that one of
 	// the authorities has issued to it: ErrUnknown or ErrRevoked where it is not.
 	CheckDevice(ctx context.Context, device string, cert *x509.Certificate) error
 }
 
+// Options are what an Authenticator may have beside its credentials.
+type Options struct {
+	OIDC  *OIDC  // nil: nobody signs in by OpenID Connect
+	Guard *Guard // nil: one of its own
+	Log   *slog.Logger
+	Now   func() time.Time // nil: time.Now
+}
+
 // Authenticator checks credentials. It is safe for concurrent use.
-type Authenticator struct{ credentials Credentials }
+type Authenticator struct {
+	credentials Credentials
+	oidc        *OIDC
+	guard       *Guard
+	log         *slog.Logger
+	now         func() time.Time
+	passwords   passwords
+}
 
 // New gives an Authenticator over credentials.
-func New(credentials Credentials) *Authenticator { return &Authenticator{credentials} }
+func New(credentials Credentials, o Options) *Authenticator {
+	if o.Now == nil {
+		o.Now = time.Now
+	}
+	if o.Guard == nil {
+		o.Guard = NewGuard(o.Now)
+	}
+	if o.Log == nil {
+		o.Log = slog.New(slog.DiscardHandler)
+	}
+	return &Authenticator{credentials: credentials, oidc: o.OIDC, guard: o.Guard, log: o.Log, now: o.Now, passwords: newPasswords()}
+}
 
-// maxCredential bounds the length of a token or secret, and that of a name,
-// that is looked at; longer ones are unauthenticated.
-const maxCredential = 512
+// Guard is what slows guessing here; whoever checks credentials by other ways
+// asks it too.
+func (a *Authenticator) Guard() *Guard { return a.guard }
+
+// OIDC says who signs users in beside the controller; nil: nobody.
+func (a *Authenticator) OIDC() *OIDC { return a.oidc }
+
+// The longest token or secret, name, and token of OpenID Connect that is
+// looked at; longer ones are unauthenticated.
+const (
+	maxCredential = 512
+	maxJWT        = 16 << 10
+)
 
 // FromRequest gives the principal of a request: a user by "Bearer TOKEN" or
 // "Basic ANYTHING:TOKEN", a device by the certificate of its connection, which
-// TLS has verified. Its error is ErrUnauthenticated, or that of looking the
-// credentials up.
+// TLS has verified. Its error is ErrUnauthenticated, a LimitedError where too
+// many credentials from there were wrong, or that of looking them up; the
+// principal then is nobody, with the address that the request came from.
 func (a *Authenticator) FromRequest(r *http.Request) (Principal, error) {
+	p, err := a.fromRequest(r)
+	p.From = r.RemoteAddr
+	return p, err
+}
+
+func (a *Authenticator) fromRequest(r *http.Request) (Principal, error) {
 	header := r.Header.Get("Authorization")
 	scheme, rest, _ := strings.Cut(header, " ")
+	attempt := Attempt{From: r.RemoteAddr}
 	switch {
 	case header == "" && r.TLS != nil && len(r.TLS.VerifiedChains) > 0:
 		device, err := a.Device(r.Context(), r.TLS.PeerCertificates[0])
@@ -112,18 +278,28 @@ func (a *Authenticator) FromRequest(r *http.Request) (Principal, error) {
 		}
 		return Principal{Kind: Device, Name: device}, nil
 	case header == "":
-		return Principal{}, fmt.Errorf("%w: no credentials", ErrUnauthenticated)
+		return Principal{}, fmt.Errorf("%w: credentials are missing", ErrUnauthenticated)
 	case strings.EqualFold(scheme, "Bearer"):
-		return a.user(r.Context(), strings.TrimSpace(rest))
+		attempt.Credential = strings.TrimSpace(rest)
 	case strings.EqualFold(scheme, "Basic"):
-		_, token, ok := r.BasicAuth()
-		if !ok {
+		var ok bool
+		if _, attempt.Credential, ok = r.BasicAuth(); !ok {
 			return Principal{}, fmt.Errorf("%w: malformed Basic credentials", ErrUnauthenticated)
 		}
-		return a.user(r.Context(), token)
 	default:
 		return Principal{}, fmt.Errorf("%w: the Authorization scheme is neither Bearer nor Basic", ErrUnauthenticated)
 	}
+	if err := a.guard.Check(attempt); err != nil {
+		return Principal{}, err
+	}
+	p, err := a.user(r.Context(), attempt.Credential)
+	switch {
+	case err == nil:
+		a.guard.Right(attempt)
+	case errors.Is(err, errWrong):
+		a.guard.Wrong(attempt)
+	}
+	return p, err
 }
 
 // Device gives the device whose certificate it is, which TLS has verified.
@@ -144,18 +320,34 @@ func (a *Authenticator) Device(ctx context.Context, cert *x509.Certificate) (str
 }
 
 func (a *Authenticator) user(ctx context.Context, token string) (Principal, error) {
+	// Three parts are a JWT; no token of Dunlin's has a dot.
+	if a.oidc != nil && strings.Count(token, ".") == 2 && len(token) <= maxJWT {
+		return a.oidc.verify(ctx, token)
+	}
 	if token == "" || len(token) > maxCredential {
-		return Principal{}, fmt.Errorf("%w: wrong credentials", ErrUnauthenticated)
+		return Principal{}, errWrong
 	}
 	// Found by its hash: timing tells nothing of a token that is not known.
-	name, role, err := a.credentials.TokenOwner(ctx, Hash(token))
+	hash := Hash(token)
+	grant, err := a.credentials.TokenOwner(ctx, hash)
 	switch {
 	case errors.Is(err, ErrUnknown):
-		return Principal{}, fmt.Errorf("%w: wrong credentials", ErrUnauthenticated)
+		return Principal{}, errWrong
 	case err != nil:
 		return Principal{}, fmt.Errorf("look up token: %w", err)
 	}
-	return Principal{Kind: User, Name: name, Role: role}, nil
+	now := a.now()
+	p, err := grant.principal(now)
+	if err != nil {
+		return Principal{}, err
+	}
+	if hour := now.Truncate(time.Hour); grant.LastUsed.Before(hour) {
+		// Who may come in does so on a full disk too.
+		if err := a.credentials.TokenUsed(ctx, hash, hour); err != nil && ctx.Err() == nil {
+			a.log.Warn("cannot keep when a token was used", "user", p.Name, "error", err)
+		}
+	}
+	return p, nil
 }
 
 // NewToken makes a token, prefix and 32 random bytes in base64url, and its

@@ -5,29 +5,43 @@ import (
 	"crypto/tls"
 	"crypto/x509"
 	"errors"
+	"log/slog"
 	"net/http"
 	"net/http/httptest"
 	"reflect"
 	"strings"
 	"testing"
+	"time"
+
+	"github.com/coreos/go-oidc/v3/oidc"
 
 	"github.com/dunlin/dunlin/internal/pki/pkitest"
 )
 
 type credentials struct {
-	tokens map[[32]byte]Principal
-	err    error
+	tokens  map[[32]byte]Grant
+	err     error
+	used    int
+	usedErr error
 }
 
-func (c *credentials) TokenOwner(_ context.Context, hash [32]byte) (string, Role, error) {
+func (c *credentials) TokenOwner(_ context.Context, hash [32]byte) (Grant, error) {
 	if c.err != nil {
-		return "", "", c.err
+		return Grant{}, c.err
 	}
-	p, ok := c.tokens[hash]
+	g, ok := c.tokens[hash]
 	if !ok {
-		return "", "", ErrUnknown
+		return Grant{}, ErrUnknown
 	}
-	return p.Name, p.Role, nil
+	return g, nil
+}
+
+func (c *credentials) TokenUsed(_ context.Context, hash [32]byte, at time.Time) error {
+	g := c.tokens[hash]
+	g.LastUsed = at
+	c.tokens[hash] = g
+	c.used++
+	return c.usedErr
 }
 
 func (c *credentials) CheckDevice(_ context.Context, device string, cert *x509.Certificate) error {
@@ -44,7 +58,7 @@ func (c *credentials) CheckDevice(_ context.Context, device string, cert *x509.C
 
 func TestFromRequest(t *testing.T) {
 	token, tokenHash := NewToken("dunlin_")
-	a := New(&credentials{tokens: map[[32]byte]Principal{tokenHash: {Name: "ada", Role: Operator}}})
+	a := New(&credentials{tokens: map[[32]byte]Grant{tokenHash: {User: "ada", UserRole: Operator}}}, Options{})
 	authority := pkitest.Authority(t)
 	shows := func(c *tls.Certificate, verified bool) func(*http.Request) {
 		return func(r *http.Request) {
@@ -54,8 +68,10 @@ func TestFromRequest(t *testing.T) {
 			}
 		}
 	}
-	ada := Principal{Kind: User, Name: "ada", Role: Operator}
-	cam := Principal{Kind: Device, Name: "cam-1"}
+	const from = "192.0.2.1:1234"
+	ada := Principal{Kind: User, Name: "ada", Role: Operator, From: from}
+	cam := Principal{Kind: Device, Name: "cam-1", From: from}
+	nobody := Principal{From: from}
 	bearer := func(s string) func(*http.Request) {
 		return func(r *http.Request) { r.Header.Set("Authorization", s) }
 	}
@@ -69,20 +85,20 @@ func TestFromRequest(t *testing.T) {
 		"basic token":          {basic("anything", token), ada},
 		"basic token, no name": {basic("", token), ada},
 		"device":               {shows(pkitest.Device(t, authority, "cam-1"), true), cam},
-		"device, not verified": {shows(pkitest.Device(t, authority, "cam-1"), false), Principal{}},
-		"device, revoked":      {shows(pkitest.Device(t, authority, "cam-2"), true), Principal{}},
-		"device, unknown":      {shows(pkitest.Device(t, authority, "cam-3"), true), Principal{}},
-		"controller":           {shows(pkitest.Server(t, authority), true), Principal{}},
+		"device, not verified": {shows(pkitest.Device(t, authority, "cam-1"), false), nobody},
+		"device, revoked":      {shows(pkitest.Device(t, authority, "cam-2"), true), nobody},
+		"device, unknown":      {shows(pkitest.Device(t, authority, "cam-3"), true), nobody},
+		"controller":           {shows(pkitest.Server(t, authority), true), nobody},
 		"a user from a device": {func(r *http.Request) {
 			shows(pkitest.Device(t, authority, "cam-1"), true)(r)
 			r.Header.Set("Authorization", "Bearer "+token)
 		}, ada},
-		"nothing":              {func(*http.Request) {}, Principal{}},
-		"wrong token":          {bearer("Bearer " + token + "x"), Principal{}},
-		"empty bearer":         {bearer("Bearer "), Principal{}},
-		"malformed basic":      {bearer("Basic !!!"), Principal{}},
-		"another scheme":       {bearer("Digest " + token), Principal{}},
-		"a token that is long": {bearer("Bearer " + strings.Repeat("x", 1<<16)), Principal{}},
+		"nothing":              {func(*http.Request) {}, nobody},
+		"wrong token":          {bearer("Bearer " + token + "x"), nobody},
+		"empty bearer":         {bearer("Bearer "), nobody},
+		"malformed basic":      {bearer("Basic !!!"), nobody},
+		"another scheme":       {bearer("Digest " + token), nobody},
+		"a token that is long": {bearer("Bearer " + strings.Repeat("x", 1<<16)), nobody},
 	} {
 		r := httptest.NewRequest("GET", "/", nil)
 		c.set(r)
@@ -101,7 +117,7 @@ func TestFromRequest(t *testing.T) {
 
 func TestLookupFails(t *testing.T) {
 	broken := errors.New("disk on fire")
-	a := New(&credentials{err: broken})
+	a := New(&credentials{err: broken}, Options{})
 	for _, set := range []func(*http.Request){
 		func(r *http.Request) { r.Header.Set("Authorization", "Bearer x") },
 		func(r *http.Request) {
@@ -155,8 +171,14 @@ func TestContext(t *testing.T) {
 }
 
 func FuzzFromRequest(f *testing.F) {
-	a := New(&credentials{})
-	for _, s := range []string{"", "Bearer x", "Basic Y2FtLTE6eA==", "Basic", "Basic ::", "Bearer  "} {
+	now := time.Unix(0, 0)
+	o := NewOIDC(OIDCConfig{Issuer: "https://a.example", ClientID: "a", NameClaim: "sub", RoleClaim: "role", Log: slog.New(slog.DiscardHandler)})
+	o.verifier = oidc.NewVerifier(o.Issuer, new(oidc.StaticKeySet), &oidc.Config{ClientID: o.ClientID})
+	a := New(&credentials{}, Options{OIDC: o, Now: func() time.Time {
+		now = now.Add(time.Minute) // so that no guess is too many
+		return now
+	}})
+	for _, s := range []string{"", "Bearer x", "Basic Y2FtLTE6eA==", "Basic", "Basic ::", "Bearer  ", "Bearer eyJhbGciOiJSUzI1NiJ9.e30.AA", "Bearer ..", "Bearer eyJhbGciOiJub25lIn0.e30."} {
 		f.Add(s)
 	}
 	f.Fuzz(func(t *testing.T, header string) {

@@ -5,6 +5,9 @@ import (
 	"errors"
 	"log/slog"
 	"net/http"
+	"strconv"
+
+	"github.com/dunlin/dunlin/controller/identity"
 )
 
 // apiError is an error of the OCI distribution API.
@@ -24,8 +27,16 @@ func toAPI(err error) apiError {
 	if e, ok := errors.AsType[ErrVersionExists](err); ok {
 		return apiError{http.StatusConflict, "DENIED", e.Error()}
 	}
+	if e, ok := errors.AsType[*identity.DeniedError](err); ok {
+		return apiError{http.StatusForbidden, "DENIED", e.Error()}
+	}
+	if e, ok := errors.AsType[*identity.LimitedError](err); ok {
+		return apiError{http.StatusTooManyRequests, "TOOMANYREQUESTS", e.Error()}
+	}
 	var tooLarge *http.MaxBytesError
 	switch {
+	case errors.Is(err, identity.ErrUnauthenticated):
+		return apiError{http.StatusUnauthorized, "UNAUTHORIZED", err.Error()}
 	case errors.As(err, &tooLarge):
 		return apiError{http.StatusRequestEntityTooLarge, "SIZE_INVALID", err.Error()}
 	case errors.Is(err, ErrNotFound):
@@ -43,6 +54,9 @@ func (r *Registry) fail(w http.ResponseWriter, req *http.Request, err error) {
 	if e.status == http.StatusInternalServerError && req.Context().Err() == nil {
 		r.log.ErrorContext(req.Context(), "registry request failed", slog.String("method", req.Method), slog.String("path", req.URL.Path), slog.Any("error", err))
 	}
+	if e.status == http.StatusUnauthorized || e.status == http.StatusForbidden {
+		r.refusals.Refused(req.Context(), identity.Refusal{Action: "registry.refused", Object: req.Method + " " + req.URL.Path, Reason: e.message})
+	}
 	type item struct {
 		Code    string `json:"code"`
 		Message string `json:"message"`
@@ -50,6 +64,9 @@ func (r *Registry) fail(w http.ResponseWriter, req *http.Request, err error) {
 	w.Header().Set("Content-Type", "application/json")
 	if e.status == http.StatusUnauthorized {
 		w.Header().Set("WWW-Authenticate", `Basic realm="dunlin"`)
+	}
+	if limited, ok := errors.AsType[*identity.LimitedError](err); ok {
+		w.Header().Set("Retry-After", strconv.Itoa(limited.Seconds()))
 	}
 	w.WriteHeader(e.status)
 	if req.Method == http.MethodHead {

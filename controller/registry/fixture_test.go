@@ -14,6 +14,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"time"
 
 	"github.com/opencontainers/go-digest"
 	"github.com/opencontainers/image-spec/specs-go"
@@ -32,15 +33,17 @@ const (
 // credentials knows an operator, a viewer and the device cam-1.
 type credentials struct{}
 
-func (credentials) TokenOwner(_ context.Context, hash [32]byte) (string, identity.Role, error) {
+func (credentials) TokenOwner(_ context.Context, hash [32]byte) (identity.Grant, error) {
 	switch hash {
 	case identity.Hash(operatorToken):
-		return "ada", identity.Operator, nil
+		return identity.Grant{User: "ada", UserRole: identity.Operator}, nil
 	case identity.Hash(viewerToken):
-		return "eve", identity.Viewer, nil
+		return identity.Grant{User: "eve", UserRole: identity.Viewer}, nil
 	}
-	return "", "", identity.ErrUnknown
+	return identity.Grant{}, identity.ErrUnknown
 }
+
+func (credentials) TokenUsed(context.Context, [32]byte, time.Time) error { return nil }
 
 func (credentials) CheckDevice(_ context.Context, device string, _ *x509.Certificate) error {
 	if device == "cam-1" {
@@ -114,16 +117,32 @@ func (v *versions) count() (n int) {
 
 // fixture is a registry behind a real HTTP server.
 type fixture struct {
-	t        testing.TB
-	registry *Registry
-	versions *versions
-	server   *httptest.Server
-	root     string
-	log      *bytes.Buffer
+	t          testing.TB
+	registry   *Registry
+	versions   *versions
+	signatures *signatures
+	server     *httptest.Server
+	root       string
+	log        *bytes.Buffer
+	refusals   refusals
+}
+
+// refusals keeps what was refused.
+type refusals struct {
+	mu  sync.Mutex
+	all []identity.Refusal
+}
+
+func (r *refusals) Refused(ctx context.Context, one identity.Refusal) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	p := identity.FromContext(ctx)
+	one.Who, one.From = p.String(), p.From
+	r.all = append(r.all, one)
 }
 
 func start(t testing.TB) *fixture {
-	f := &fixture{t: t, versions: &versions{digests: map[string][]string{}}, root: t.TempDir(), log: &bytes.Buffer{}}
+	f := &fixture{t: t, versions: &versions{digests: map[string][]string{}}, signatures: newSignatures(t), root: t.TempDir(), log: &bytes.Buffer{}}
 	f.open()
 	return f
 }
@@ -135,7 +154,7 @@ func (f *fixture) open() {
 		f.server.Close()
 	}
 	r, err := New(Config{
-		Root: f.root, Auth: identity.New(credentials{}), Versions: f.versions,
+		Root: f.root, Auth: identity.New(credentials{}, identity.Options{}), Refusals: &f.refusals, Versions: f.versions, Signatures: f.signatures,
 		Log: slog.New(slog.NewTextHandler(&lockedWriter{w: f.log}, &slog.HandlerOptions{Level: slog.LevelInfo})),
 	})
 	if err != nil {

@@ -79,23 +79,31 @@ func (r *Registry) Ingest(ctx context.Context, model, manifestDigest string, wan
 	if err != nil {
 		return 0, false, err
 	}
-	manifests, err := repo.Manifests(ctx)
+	mediaType, payload, err := readManifest(ctx, repo, d)
 	if err != nil {
-		return 0, false, fmt.Errorf("open manifests of %s: %w", model, err)
-	}
-	m, err := manifests.Get(ctx, d)
-	if _, unknown := errors.AsType[distribution.ErrManifestUnknownRevision](err); unknown {
-		return 0, false, fmt.Errorf("manifest %s of model %s: %w: push it first", d, model, ErrNotFound)
-	}
-	if err != nil {
-		return 0, false, fmt.Errorf("read manifest %s of model %s: %w", d, model, err)
-	}
-	mediaType, payload, err := m.Payload()
-	if err != nil {
-		return 0, false, fmt.Errorf("read manifest %s of model %s: %w", d, model, err)
+		return 0, false, err
 	}
 	v, err := r.ingest(ctx, pushed{model: model, mediaType: mediaType, manifest: payload, want: want, by: by})
 	return v.version, v.created, err
+}
+
+// readManifest reads a manifest that was pushed.
+func readManifest(ctx context.Context, repo distribution.Repository, d digest.Digest) (mediaType string, payload []byte, err error) {
+	manifests, err := repo.Manifests(ctx)
+	if err != nil {
+		return "", nil, fmt.Errorf("open manifests of %s: %w", repo.Named(), err)
+	}
+	m, err := manifests.Get(ctx, d)
+	if _, unknown := errors.AsType[distribution.ErrManifestUnknownRevision](err); unknown {
+		return "", nil, fmt.Errorf("manifest %s of model %s: %w: push it first", d, repo.Named(), ErrNotFound)
+	}
+	if err == nil {
+		mediaType, payload, err = m.Payload()
+	}
+	if err != nil {
+		return "", nil, fmt.Errorf("read manifest %s of model %s: %w", d, repo.Named(), err)
+	}
+	return mediaType, payload, nil
 }
 
 func (r *Registry) repository(ctx context.Context, model string) (distribution.Repository, error) {
@@ -146,6 +154,9 @@ func (r *Registry) ingest(ctx context.Context, p pushed) (version, error) {
 	})
 	if err != nil {
 		return version{}, fmt.Errorf("register bundle %s of model %s: %w", d, p.model, err)
+	}
+	if err := r.countersign(ctx, repo, p.model, n, c.manifest); err != nil {
+		return version{}, fmt.Errorf("sign version %d of model %s: %w", n, p.model, err)
 	}
 	// For those who list tags; reading a version goes by Versions.
 	if err := r.tag(ctx, p.model, strconv.FormatInt(n, 10), d); err != nil {

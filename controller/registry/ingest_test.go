@@ -309,7 +309,7 @@ func FuzzParsePath(f *testing.F) {
 // internal error, and none may become a version, as the registry is empty.
 func FuzzPutManifest(f *testing.F) {
 	v := &versions{digests: map[string][]string{}}
-	r, err := New(Config{Root: f.TempDir(), Auth: identity.New(credentials{}), Versions: v, Log: slog.New(slog.DiscardHandler)})
+	r, err := New(Config{Root: f.TempDir(), Auth: identity.New(credentials{}, identity.Options{}), Refusals: new(refusals), Versions: v, Log: slog.New(slog.DiscardHandler)})
 	if err != nil {
 		f.Fatal(err)
 	}

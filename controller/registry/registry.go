@@ -47,22 +47,26 @@ const (
 
 // Config is what a Registry needs.
 type Config struct {
-	Root     string // folder of the registry's files, made where it is missing
-	Auth     *identity.Authenticator
-	Versions Versions
-	Log      *slog.Logger
+	Root       string // folder of the registry's files, made where it is missing
+	Auth       *identity.Authenticator
+	Refusals   identity.Refusals
+	Versions   Versions
+	Signatures Signatures
+	Log        *slog.Logger
 }
 
 // Registry serves the OCI distribution API under /v2/. It is safe for
 // concurrent use.
 type Registry struct {
-	root      string
-	auth      *identity.Authenticator
-	versions  Versions
-	log       *slog.Logger
-	app       http.Handler // the embedded registry's own API
-	driver    *filesystem.Driver
-	namespace distribution.Namespace // the same storage, for our own use
+	root       string
+	auth       *identity.Authenticator
+	refusals   identity.Refusals
+	versions   Versions
+	signatures Signatures
+	log        *slog.Logger
+	app        http.Handler // the embedded registry's own API
+	driver     *filesystem.Driver
+	namespace  distribution.Namespace // the same storage, for our own use
 }
 
 // New opens the registry in cfg.Root.
@@ -104,7 +108,7 @@ func New(cfg Config) (*Registry, error) {
 			RelativeURLs: true,
 		},
 	})
-	return &Registry{root: root, auth: cfg.Auth, versions: cfg.Versions, log: cfg.Log, app: app, driver: driver, namespace: namespace}, nil
+	return &Registry{root: root, auth: cfg.Auth, refusals: cfg.Refusals, versions: cfg.Versions, signatures: cfg.Signatures, log: cfg.Log, app: app, driver: driver, namespace: namespace}, nil
 }
 
 // uploadSecret gives the key that the state of an upload is signed with. It
@@ -161,7 +165,7 @@ func (r *Registry) purge(ctx context.Context, olderThan time.Time) {
 // target is what a request under /v2/ is about.
 type target struct {
 	model string
-	kind  string // "manifests", "blobs", "uploads", "tags", "" for /v2/ and /v2/_catalog
+	kind  string // "manifests", "blobs", "uploads", "tags", "referrers", "" for /v2/ and /v2/_catalog
 	ref   string // tag or digest; the upload's id
 }
 
@@ -184,7 +188,7 @@ func parsePath(path string) (target, error) {
 	switch {
 	case n >= 4 && parts[n-3] == "blobs" && parts[n-2] == "uploads":
 		t, name = target{kind: "uploads", ref: parts[n-1]}, parts[:n-3]
-	case n >= 3 && parts[n-2] == "manifests", n >= 3 && parts[n-2] == "blobs":
+	case n >= 3 && (parts[n-2] == "manifests" || parts[n-2] == "blobs" || parts[n-2] == "referrers"):
 		t, name = target{kind: parts[n-2], ref: parts[n-1]}, parts[:n-2]
 	case n >= 3 && parts[n-2] == "tags" && parts[n-1] == "list":
 		t, name = target{kind: "tags"}, parts[:n-2]
@@ -201,15 +205,11 @@ func parsePath(path string) (target, error) {
 // ServeHTTP answers requests under /v2/.
 func (r *Registry) ServeHTTP(w http.ResponseWriter, req *http.Request) {
 	p, err := r.auth.FromRequest(req)
-	switch {
-	case errors.Is(err, identity.ErrUnauthenticated):
-		r.fail(w, req, apiError{http.StatusUnauthorized, "UNAUTHORIZED", err.Error()})
-		return
-	case err != nil:
+	req = req.WithContext(identity.WithPrincipal(req.Context(), p))
+	if err != nil {
 		r.fail(w, req, err)
 		return
 	}
-	req = req.WithContext(identity.WithPrincipal(req.Context(), p))
 	t, err := parsePath(req.URL.Path)
 	if err == nil {
 		err = authorize(p, req.Method, t)
@@ -218,34 +218,30 @@ func (r *Registry) ServeHTTP(w http.ResponseWriter, req *http.Request) {
 		r.fail(w, req, err)
 		return
 	}
-	if t.kind != "manifests" {
+	switch {
+	case t.kind == "referrers" && (req.Method == http.MethodGet || req.Method == http.MethodHead):
+		r.getReferrers(w, req, t)
+	case t.kind == "referrers":
+		r.fail(w, req, apiError{http.StatusMethodNotAllowed, "UNSUPPORTED", "referrers are only read; a manifest with a subject is one"})
+	case t.kind != "manifests":
 		r.app.ServeHTTP(w, req)
-		return
-	}
-	if req.Method == http.MethodPut {
+	case req.Method == http.MethodPut:
 		r.putManifest(w, req, t, p)
-	} else {
+	default:
 		r.getManifest(w, req, t)
 	}
 }
 
-// authorize says what each principal may do: devices and viewers pull,
-// operators push, nobody deletes.
+// authorize asks the rules whether p may pull or push; nobody deletes.
 func authorize(p identity.Principal, method string, t target) error {
-	denied := func(what string) error {
-		return apiError{http.StatusForbidden, "DENIED", fmt.Sprintf("%s may not %s", p, what)}
-	}
+	action := identity.RegistryPull
 	switch {
 	case method == http.MethodDelete && t.kind != "uploads":
 		return apiError{http.StatusMethodNotAllowed, "UNSUPPORTED", "model versions are immutable: nothing is deleted"}
 	case method != http.MethodGet && method != http.MethodHead, t.kind == "uploads":
-		if !p.May(identity.Operator) {
-			return denied("push")
-		}
-	case p.Kind != identity.Device && !p.May(identity.Viewer):
-		return denied("pull")
+		action = identity.RegistryPush
 	}
-	return nil
+	return identity.Allow(p, action)
 }
 
 // tagVersion says whether a tag names a version, and which. Other tags are
@@ -308,8 +304,8 @@ func (r *Registry) getManifest(w http.ResponseWriter, req *http.Request, t targe
 	r.app.ServeHTTP(w, req)
 }
 
-// putManifest stores a manifest that is pushed by digest, and makes one that
-// is pushed by tag a version.
+// putManifest stores a manifest that is pushed by digest, a signature if it
+// has a subject, and makes one that is pushed by tag a version.
 func (r *Registry) putManifest(w http.ResponseWriter, req *http.Request, t target, p identity.Principal) {
 	body, err := io.ReadAll(http.MaxBytesReader(w, req.Body, maxManifest))
 	if err != nil {
@@ -319,6 +315,18 @@ func (r *Registry) putManifest(w http.ResponseWriter, req *http.Request, t targe
 			err = apiError{http.StatusBadRequest, "MANIFEST_INVALID", "read the manifest: " + err.Error()}
 		}
 		r.fail(w, req, err)
+		return
+	}
+	if isDigest(t.ref) && refersTo(body) {
+		bundle, err := r.putSignature(req.Context(), t, body, p)
+		if err != nil {
+			r.fail(w, req, err)
+			return
+		}
+		w.Header().Set("OCI-Subject", bundle.String())
+		w.Header().Set("Docker-Content-Digest", t.ref)
+		w.Header().Set("Location", "/v2/"+t.model+"/manifests/"+t.ref)
+		w.WriteHeader(http.StatusCreated)
 		return
 	}
 	if isDigest(t.ref) {

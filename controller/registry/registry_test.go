@@ -181,7 +181,7 @@ func TestNamesAndPaths(t *testing.T) {
 		"/v2/-digits/blobs/uploads/":        http.StatusBadRequest,
 		"/v2/digits":                        http.StatusNotFound,
 		"/v2/digits/manifests":              http.StatusNotFound,
-		"/v2/digits/referrers/sha256:abc":   http.StatusNotFound,
+		"/v2/digits/referrers/sha256:abc":   http.StatusBadRequest,
 		"/v3/digits/manifests/1":            http.StatusNotFound,
 		"/v2/digits/manifests/0":            http.StatusBadRequest,
 		"/v2/digits/manifests/007":          http.StatusBadRequest,
@@ -238,12 +238,21 @@ func TestAuthorization(t *testing.T) {
 				t.Errorf("%s: %d with challenge %q", name, res.status, challenge)
 			}
 		}
+		f.refusals.all = nil
 		check(c.pull, f.do("GET", "/v2/", nil, c.as))
 		check(c.pull, f.do("GET", "/v2/digits/manifests/1", nil, c.as))
 		check(c.pull, f.do("GET", "/v2/digits/blobs/"+digest.FromString("{}").String(), nil, c.as))
 		check(c.push, f.do("POST", "/v2/digits/blobs/uploads/", nil, c.as))
 		check(c.push, f.do("PUT", "/v2/digits/manifests/1", v1, ociManifest, c.as))
 		check(c.push, f.do("PUT", "/v2/digits/manifests/"+digest.FromBytes(v1).String(), v1, ociManifest, c.as))
+		if want := map[string]int{ok + ok: 0, ok + denied: 3, unauthorized + unauthorized: 6}[c.pull+c.push]; len(f.refusals.all) != want {
+			t.Errorf("%s: %d refusals are noted, want %d", name, len(f.refusals.all), want)
+		}
+		for _, r := range f.refusals.all {
+			if r.Action != "registry.refused" || r.Reason == "" || !strings.Contains(r.Object, " /v2/") || !strings.HasPrefix(r.From, "127.0.0.1:") || (r.Who == "nobody") != (c.pull != ok) {
+				t.Errorf("%s: noted as %+v", name, r)
+			}
+		}
 	}
 	// What an operator began, a device may not look at, go on with, or end.
 	upload := f.location(f.do("POST", "/v2/digits/blobs/uploads/", nil))
@@ -274,5 +283,25 @@ func TestRange(t *testing.T) {
 	}
 	if res := f.do("GET", "/v2/digits/blobs/"+d.String(), nil, header("Range", "bytes=9999999-")); res.status != http.StatusRequestedRangeNotSatisfiable {
 		t.Errorf("a range beyond the end: %d", res.status)
+	}
+}
+
+// Guessing is slowed here as everywhere, and is answered in the API's shape.
+func TestGuessing(t *testing.T) {
+	f := start(t)
+	wrong := func(r *http.Request) { r.SetBasicAuth("token", "guess") }
+	if res := f.do("GET", "/v2/", nil); res.status != http.StatusOK {
+		t.Fatalf("the right token: %d", res.status)
+	}
+	n := 0
+	res := f.do("GET", "/v2/", nil, wrong)
+	for ; res.status == http.StatusUnauthorized && n < 100; n++ {
+		res = f.do("GET", "/v2/", nil, wrong)
+	}
+	if code, _ := res.message(t); res.status != http.StatusTooManyRequests || code != "TOOMANYREQUESTS" || res.header.Get("Retry-After") == "" {
+		t.Errorf("after %d guesses: %d %s, Retry-After %q", n, res.status, code, res.header.Get("Retry-After"))
+	}
+	if res := f.do("GET", "/v2/", nil); res.status != http.StatusOK {
+		t.Errorf("a token that was in before: %d", res.status)
 	}
 }

@@ -100,7 +100,7 @@ func (s *Store) Join(ctx context.Context, j Join) (cert *x509.Certificate, err e
 		}
 		return s.audit(ctx, tx, AuditRecord{
 			Who: "device:" + j.Device, Action: action, Object: "device/" + j.Device,
-			After: fmt.Sprintf("join token %s, certificate %x until %s", id, cert.SerialNumber, cert.NotAfter.UTC().Format(time.RFC3339)),
+			After: fmt.Sprintf("join token %s, labels %s, its own %s, certificate %x until %s", id, labels, jsonText(j.Labels), cert.SerialNumber, cert.NotAfter.UTC().Format(time.RFC3339)),
 		})
 	})
 	return cert, err
@@ -333,17 +333,20 @@ func (s *Store) RevokeDevice(ctx context.Context, by, device, reason string) err
 // RemoveDevice forgets a device and its events, and revokes its certificates.
 func (s *Store) RemoveDevice(ctx context.Context, by, device string) error {
 	return s.write(ctx, "remove device", func(tx *sql.Tx) error {
-		r, err := tx.ExecContext(ctx, "DELETE FROM devices WHERE name = ?", device)
+		var own, token string
+		var joined int64
+		err := tx.QueryRowContext(ctx, "DELETE FROM devices WHERE name = ? RETURNING own_labels, token_labels, joined_at", device).Scan(&own, &token, &joined)
+		if errors.Is(err, sql.ErrNoRows) {
+			return fmt.Errorf("device %s: %w", device, ErrNotFound)
+		}
 		if err != nil {
 			return err
-		}
-		if n, err := r.RowsAffected(); err != nil || n == 0 {
-			return errors.Join(fmt.Errorf("device %s: %w", device, ErrNotFound), err)
 		}
 		if err := s.revokeCertificates(ctx, tx, device, "the device was removed"); err != nil {
 			return err
 		}
-		return s.audit(ctx, tx, AuditRecord{Who: by, Action: "device.remove", Object: "device/" + device})
+		return s.audit(ctx, tx, AuditRecord{Who: by, Action: "device.remove", Object: "device/" + device,
+			Before: fmt.Sprintf("joined %s, labels %s, its own %s", instant(joined).Format(time.RFC3339), token, own)})
 	})
 }
 

@@ -393,7 +393,11 @@ func snapshot(ctx context.Context, tx *sql.Tx, apply []fleet.Object) (snap Snaps
 		if err != nil {
 			return snap, fmt.Errorf("version %d of model %s: %w", d.Version, d.Model, err)
 		}
-		snap.Objects.Versions = append(snap.Objects.Versions, v.Fleet())
+		given := v.Fleet()
+		if given.Signatures, err = signaturesOf(ctx, tx, v.Model, v.Digest); err != nil {
+			return snap, err
+		}
+		snap.Objects.Versions = append(snap.Objects.Versions, given)
 		if snap.Objects.Measured, err = measured(ctx, tx, v.Model, v.Digest, snap.Objects.Measured); err != nil {
 			return snap, err
 		}

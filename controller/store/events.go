@@ -111,11 +111,20 @@ func (s *Store) AddEvents(ctx context.Context, device, outbox string, events []*
 
 // Events gives the newest events first, of a device or, where device is
 // empty, of all.
-func (s *Store) Events(ctx context.Context, device string, limit int) (events []DeviceEvent, err error) {
-	query, args := "SELECT device, outbox, received_at, event FROM events ORDER BY id DESC LIMIT ?", []any{limit}
+func (s *Store) Events(ctx context.Context, device string, limit int) ([]DeviceEvent, error) {
 	if device != "" {
-		query, args = "SELECT device, outbox, received_at, event FROM events WHERE device = ? ORDER BY id DESC LIMIT ?", []any{device, limit}
+		return s.events(ctx, "WHERE device = ? ORDER BY id DESC LIMIT ?", device, limit)
 	}
+	return s.events(ctx, "ORDER BY id DESC LIMIT ?", limit)
+}
+
+// EventsOf gives the newest events of some devices first.
+func (s *Store) EventsOf(ctx context.Context, devices []string, limit int) ([]DeviceEvent, error) {
+	return s.events(ctx, "WHERE device IN (SELECT value FROM json_each(?)) ORDER BY id DESC LIMIT ?", jsonText(devices), limit)
+}
+
+func (s *Store) events(ctx context.Context, where string, args ...any) (events []DeviceEvent, err error) {
+	query := "SELECT device, outbox, received_at, event FROM events " + where
 	err = s.read(ctx, func(tx *sql.Tx) error {
 		return each(ctx, tx, query, args, func(scan func(...any) error) error {
 			e := DeviceEvent{Event: &dunlinv1.Event{}}

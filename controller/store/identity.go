@@ -8,32 +8,7 @@ import (
 	"fmt"
 	"maps"
 	"time"
-
-	"github.com/dunlin/dunlin/controller/identity"
 )
-
-// TokenOwner implements identity.Credentials.
-func (s *Store) TokenOwner(ctx context.Context, hash [32]byte) (name string, role identity.Role, err error) {
-	err = s.reader.QueryRowContext(ctx, "SELECT users.name, users.role FROM tokens JOIN users ON users.name = tokens.user WHERE hash = ?", hash[:]).Scan(&name, &role)
-	if errors.Is(err, sql.ErrNoRows) {
-		return "", "", identity.ErrUnknown
-	}
-	return name, role, err
-}
-
-// AddToken gives a user, who is made where there is none, one more token.
-func (s *Store) AddToken(ctx context.Context, user string, role identity.Role, hash [32]byte) error {
-	return s.write(ctx, "token", func(tx *sql.Tx) error {
-		now := s.now().UnixNano()
-		if _, err := tx.ExecContext(ctx, "INSERT INTO users (name, role, created_at) VALUES (?, ?, ?) ON CONFLICT (name) DO UPDATE SET role = excluded.role", user, role, now); err != nil {
-			return fmt.Errorf("add user %s: %w", user, err)
-		}
-		if _, err := tx.ExecContext(ctx, "INSERT INTO tokens (hash, id, user, created_at) VALUES (?, ?, ?, ?)", hash[:], TokenID(hash), user, now); err != nil {
-			return fmt.Errorf("add token of %s: %w", user, err)
-		}
-		return s.audit(ctx, tx, AuditRecord{Who: "controller", Action: "token.create", Object: "user/" + user, After: string(role)})
-	})
-}
 
 // TokenID names a token by the start of its hash.
 func TokenID(hash [32]byte) string { return hex.EncodeToString(hash[:6]) }
@@ -60,7 +35,7 @@ func (s *Store) CreateJoinToken(ctx context.Context, by string, hash [32]byte, t
 			hash[:], t.ID, t.UsesLeft, nanos(t.ExpiresAt), jsonText(t.Labels), t.Device, t.Broker); err != nil {
 			return fmt.Errorf("create join token: %w", err)
 		}
-		return s.audit(ctx, tx, AuditRecord{Who: by, Action: "join-token.create", Object: "join-token/" + t.ID, After: fmt.Sprintf("%d uses until %s", t.UsesLeft, t.ExpiresAt.UTC().Format(time.RFC3339))})
+		return s.audit(ctx, tx, AuditRecord{Who: by, Action: "join-token.create", Object: "join-token/" + t.ID, After: fmt.Sprintf("%d uses until %s, labels %s", t.UsesLeft, t.ExpiresAt.UTC().Format(time.RFC3339), jsonText(t.Labels))})
 	})
 	return t, err
 }

@@ -62,17 +62,39 @@ func (s *Store) Objects(ctx context.Context, kind string) (all []StoredObject, e
 	return slices.DeleteFunc(all, func(o StoredObject) bool { return o.Kind() != kind }), err
 }
 
+// Permit says whether an object that is there may be changed or deleted.
+type Permit func(fleet.Object) error
+
+func permit(may []Permit, objects ...fleet.Object) error {
+	for _, o := range objects {
+		for _, p := range may {
+			if err := p(o); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
 // Apply makes objects what they say, and starts a rollout for each deployment
 // whose devices or version change. Its error is fleet.Faults where the objects
 // do not fit the models, devices and deployments that there are. With dryRun
-// it only says what it would do.
-func (s *Store) Apply(ctx context.Context, by string, apply []fleet.Object, dryRun bool) (changes []Change, err error) {
+// it only says what it would do. The objects that they replace must be
+// permitted by each of may.
+func (s *Store) Apply(ctx context.Context, by string, apply []fleet.Object, dryRun bool, may ...Permit) (changes []Change, err error) {
 	err = s.write(ctx, "apply", func(tx *sql.Tx) error {
 		stored, err := objects(ctx, tx)
 		if err != nil {
 			return err
 		}
 		before := byName(stored)
+		for _, o := range apply {
+			if old, ok := before[[2]string{o.Kind(), o.Name()}]; ok {
+				if err := permit(may, old); err != nil {
+					return err
+				}
+			}
+		}
 		if err := check(ctx, tx, before, apply); err != nil {
 			return err
 		}
@@ -122,7 +144,7 @@ func (s *Store) put(ctx context.Context, tx *sql.Tx, by string, old, o fleet.Obj
 			r.From = was.Version
 		}
 	}
-	r, err = s.startRollout(ctx, tx, r)
+	r, err = s.startRollout(ctx, tx, by, r)
 	if err != nil || dryRun {
 		return "", err
 	}
@@ -188,8 +210,9 @@ func check(ctx context.Context, tx *sql.Tx, before map[[2]string]fleet.Object, a
 	return nil
 }
 
-// Delete takes an object away and ends its rollout. One that is not there is ErrNotFound.
-func (s *Store) Delete(ctx context.Context, by, kind, name string) (c Change, err error) {
+// Delete takes an object away and ends its rollout. One that is not there is
+// ErrNotFound. It must be permitted by each of may.
+func (s *Store) Delete(ctx context.Context, by, kind, name string, may ...Permit) (c Change, err error) {
 	err = s.write(ctx, "delete", func(tx *sql.Tx) error {
 		c = Change{Kind: kind, Name: name}
 		err := tx.QueryRowContext(ctx, "DELETE FROM objects WHERE kind = ? AND name = ? RETURNING yaml", kind, name).Scan(&c.Before)
@@ -199,8 +222,15 @@ func (s *Store) Delete(ctx context.Context, by, kind, name string) (c Change, er
 		if err != nil {
 			return err
 		}
+		objects, err := fleet.Parse(c.Before)
+		if err != nil {
+			return fmt.Errorf("stored %s %s: %w", kind, name, err)
+		}
+		if err := permit(may, objects...); err != nil {
+			return err
+		}
 		if kind == fleet.KindDeployment {
-			if err := s.supersede(ctx, tx, name, "the deployment was deleted"); err != nil {
+			if err := s.supersede(ctx, tx, by, name, "the deployment was deleted"); err != nil {
 				return err
 			}
 		}

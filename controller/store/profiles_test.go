@@ -180,9 +180,8 @@ func TestMigrationFromFirst(t *testing.T) {
 	migrations = released[:1]
 	defer func() { migrations = released }()
 	old := open(t, path, Options{})
-	_, err := old.writer.ExecContext(t.Context(), "INSERT INTO devices (name, secret_hash, broker_hash, own_labels, token_labels, info, joined_at) VALUES ('d', zeroblob(32), '', '{}', '{}', x'', 1)")
-	must(t, err)
-	_, err = old.writer.ExecContext(t.Context(), "INSERT INTO versions (model, version, digest, size, inputs, outputs, opset, created_at, created_by) VALUES ('net', 1, 'd1', 10, '[]', '[]', 17, 1, 'user:op')")
+	_, err := old.writer.ExecContext(t.Context(), `INSERT INTO devices (name, secret_hash, broker_hash, own_labels, token_labels, info, joined_at) VALUES ('d', zeroblob(32), '', '{}', '{}', x'', 1);
+		INSERT INTO versions (model, version, digest, size, inputs, outputs, opset, created_at, created_by) VALUES ('net', 1, 'd1', 10, '[]', '[]', 17, 1, 'user:op')`)
 	must(t, err)
 	must(t, old.Close())
 	migrations = released

@@ -69,8 +69,8 @@ func (s *Store) Rollout(ctx context.Context, id string) (r fleet.Rollout, err er
 	return r, err
 }
 
-func (s *Store) startRollout(ctx context.Context, tx *sql.Tx, r fleet.Rollout) (fleet.Rollout, error) {
-	if err := s.supersede(ctx, tx, r.Deployment, "a newer rollout took over"); err != nil {
+func (s *Store) startRollout(ctx context.Context, tx *sql.Tx, by string, r fleet.Rollout) (fleet.Rollout, error) {
+	if err := s.supersede(ctx, tx, by, r.Deployment, "a newer rollout took over"); err != nil {
 		return r, err
 	}
 	err := tx.QueryRowContext(ctx, `INSERT INTO rollouts (deployment, model, from_version, to_version, max_failed, deadline, state, reason, started_at, ended_at)
@@ -79,17 +79,23 @@ func (s *Store) startRollout(ctx context.Context, tx *sql.Tx, r fleet.Rollout) (
 	if err != nil {
 		return r, fmt.Errorf("start rollout of %s: %w", r.Deployment, err)
 	}
-	_, err = tx.ExecContext(ctx, "DELETE FROM rollouts WHERE number IN (SELECT number FROM rollouts WHERE deployment = ? ORDER BY number DESC LIMIT -1 OFFSET ?)", r.Deployment, MaxRollouts)
-	return r, err
+	if _, err = tx.ExecContext(ctx, "DELETE FROM rollouts WHERE number IN (SELECT number FROM rollouts WHERE deployment = ? ORDER BY number DESC LIMIT -1 OFFSET ?)", r.Deployment, MaxRollouts); err != nil {
+		return r, err
+	}
+	var before string
+	if r.From > 0 {
+		before = fmt.Sprintf("%s:%d", r.Model, r.From)
+	}
+	return r, s.audit(ctx, tx, AuditRecord{Who: by, Action: "rollout.start", Object: "rollout/" + r.ID(), Before: before, After: fmt.Sprintf("%s:%d", r.Model, r.To)})
 }
 
-func (s *Store) supersede(ctx context.Context, tx *sql.Tx, deployment, reason string) error {
+func (s *Store) supersede(ctx context.Context, tx *sql.Tx, by, deployment, reason string) error {
 	running, err := rollouts(ctx, tx, "WHERE deployment = ? AND state = 1", deployment)
 	if err != nil {
 		return err
 	}
 	for _, r := range running {
-		if err := saveRollout(ctx, tx, r, r.Supersede(s.now().UTC(), reason)); err != nil {
+		if err := s.saveRollout(ctx, tx, by, r, r.Supersede(s.now().UTC(), reason)); err != nil {
 			return err
 		}
 	}
@@ -100,17 +106,11 @@ func (s *Store) supersede(ctx context.Context, tx *sql.Tx, deployment, reason st
 // does not run any more, because a newer one took over, is ErrStale.
 func (s *Store) SaveRollout(ctx context.Context, before, after fleet.Rollout) error {
 	return s.write(ctx, "rollout", func(tx *sql.Tx) error {
-		if err := saveRollout(ctx, tx, before, after); err != nil {
-			return err
-		}
-		if after.State == fleet.Running {
-			return nil
-		}
-		return s.audit(ctx, tx, AuditRecord{Who: "controller", Action: "rollout.end", Object: "rollout/" + after.ID(), After: after.Reason})
+		return s.saveRollout(ctx, tx, "controller", before, after)
 	})
 }
 
-func saveRollout(ctx context.Context, tx *sql.Tx, before, after fleet.Rollout) error {
+func (s *Store) saveRollout(ctx context.Context, tx *sql.Tx, by string, before, after fleet.Rollout) error {
 	if err := changedOne(tx.ExecContext(ctx, "UPDATE rollouts SET state = ?, reason = ?, ended_at = ? WHERE number = ? AND state = 1",
 		after.State, after.Reason, nanos(after.EndedAt), after.Number)); err != nil {
 		return fmt.Errorf("rollout %s: %w", after.ID(), err)
@@ -137,5 +137,8 @@ func saveRollout(ctx context.Context, tx *sql.Tx, before, after fleet.Rollout) e
 			return err
 		}
 	}
-	return nil
+	if after.State == fleet.Running {
+		return nil
+	}
+	return s.audit(ctx, tx, AuditRecord{Who: by, Action: "rollout.end", Object: "rollout/" + after.ID(), Before: before.State.String(), After: after.State.String(), Reason: after.Reason})
 }

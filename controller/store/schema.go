@@ -1,5 +1,10 @@
 package store
 
+import (
+	"context"
+	"database/sql"
+)
+
 // migrations[n] brings a store of version n to n+1. They are never changed
 // once released, only added to.
 var migrations = []string{`
@@ -205,6 +210,7 @@ ALTER TABLE tokens ADD COLUMN expires_at INTEGER NOT NULL DEFAULT 0; -- 0: never
 ALTER TABLE tokens ADD COLUMN last_used_at INTEGER NOT NULL DEFAULT 0;
 UPDATE tokens SET id = lower(hex(substr(hash, 1, 6)));
 CREATE UNIQUE INDEX tokens_by_id ON tokens (id);
+CREATE INDEX tokens_by_user ON tokens (user);
 
 -- Each record has the hash of the one before in its own.
 CREATE TABLE audit_log (
@@ -230,9 +236,14 @@ CREATE TABLE trust (
 CREATE TABLE signatures (
 	model      TEXT NOT NULL,
 	digest     TEXT NOT NULL, -- of the bundle's manifest
-	manifest   TEXT NOT NULL, -- of the signature's
-	signer     TEXT NOT NULL,
+	manifest   TEXT NOT NULL, -- digest of the signature's
+	size       INTEGER NOT NULL, -- of the signature's manifest
+	signer     TEXT NOT NULL, -- the key in the trust document, or else what the signature says
 	created_at INTEGER NOT NULL,
 	PRIMARY KEY (model, digest, manifest)
 ) STRICT, WITHOUT ROWID;
 `}
+
+// alongside has what SQL alone cannot do: it runs after the migration of the
+// same index, in its transaction.
+var alongside = map[int]func(context.Context, *sql.Tx) error{2: chainAudit}

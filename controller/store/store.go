@@ -43,6 +43,7 @@ type Store struct {
 	incarnation string
 	onStep      func(string)
 	now         func() time.Time
+	refusals    refusals
 	close       func() error
 }
 
@@ -117,6 +118,11 @@ func (s *Store) migrate(ctx context.Context) error {
 					return err
 				}
 			}
+			if more := alongside[v]; more != nil {
+				if err := more(ctx, tx); err != nil {
+					return err
+				}
+			}
 			_, err := tx.ExecContext(ctx, fmt.Sprintf("PRAGMA user_version = %d", v+1))
 			return err
 		})
@@ -170,49 +176,6 @@ func each(ctx context.Context, tx *sql.Tx, query string, args []any, row func(sc
 		}
 	}
 	return rows.Err()
-}
-
-// MaxAudit bounds the audit records that are kept; beyond it the oldest are
-// forgotten.
-const MaxAudit = 100_000
-
-// audit writes a record in the transaction of the change that it is of. The
-// address is that of the caller in ctx.
-func (s *Store) audit(ctx context.Context, tx *sql.Tx, r AuditRecord) error {
-	var id int64
-	err := tx.QueryRowContext(ctx, "INSERT INTO audit (at, who, action, object, detail) VALUES (?, ?, ?, ?, ?) RETURNING id",
-		s.now().UnixNano(), r.Who, r.Action, r.Object, r.After).Scan(&id)
-	if err == nil {
-		_, err = tx.ExecContext(ctx, "DELETE FROM audit WHERE id <= ?", id-MaxAudit)
-	}
-	if err != nil {
-		return fmt.Errorf("audit: %w", err)
-	}
-	return nil
-}
-
-// AuditRecord is one change and who made it. The action is a dotted lower-case
-// name, the object KIND/NAME.
-type AuditRecord struct {
-	At                                 time.Time
-	Who, Action, Object, Before, After string
-}
-
-// Audit gives the newest records first.
-func (s *Store) Audit(ctx context.Context, limit int) (records []AuditRecord, err error) {
-	err = s.read(ctx, func(tx *sql.Tx) error {
-		return each(ctx, tx, "SELECT at, who, action, object, detail FROM audit ORDER BY id DESC LIMIT ?", []any{limit}, func(scan func(...any) error) error {
-			var r AuditRecord
-			var at int64
-			if err := scan(&at, &r.Who, &r.Action, &r.Object, &r.After); err != nil {
-				return err
-			}
-			r.At = instant(at)
-			records = append(records, r)
-			return nil
-		})
-	})
-	return records, err
 }
 
 // Times are kept as nanoseconds since 1970; 0 is the zero time.

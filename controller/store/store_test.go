@@ -165,7 +165,7 @@ func TestSchemaTables(t *testing.T) {
 			return err
 		})
 	}))
-	want := "audit audit_log authorities certificates desired devices events join_tokens meta objects outboxes profiles rollout_devices rollouts signatures tokens trust users versions"
+	want := "audit_log authorities certificates desired devices events join_tokens meta objects outboxes profiles rollout_devices rollouts signatures tokens trust users versions"
 	if got := strings.Join(tables, " "); got != want {
 		t.Errorf("got %s", got)
 	}
@@ -285,8 +285,17 @@ func TestApply(t *testing.T) {
 	}
 	after, err := s.Audit(ctx, 100)
 	must(t, err)
-	if len(after) != len(before)+3 {
-		t.Errorf("%d audit records for 2 puts and 1 delete", len(after)-len(before))
+	var got []string
+	for _, r := range after[:len(after)-len(before)] {
+		got = append(got, r.Who+" "+r.Action+" "+r.Object)
+	}
+	want := []string{
+		"user:op object.delete Deployment/d", "user:op rollout.end rollout/d-4",
+		"user:op rollout.start rollout/d-4", "user:op object.apply Deployment/d",
+		"user:op rollout.start rollout/a-3", "user:op rollout.end rollout/a-2", "user:op object.apply Deployment/a",
+	}
+	if !slices.Equal(got, want) {
+		t.Errorf("the audit log has %q", got)
 	}
 }
 
@@ -368,7 +377,7 @@ func TestCrash(t *testing.T) {
 		s := open(t, c.path, Options{})
 		var objects, rollouts, events, audits int
 		must(t, s.reader.QueryRow(`SELECT (SELECT count(*) FROM objects), (SELECT count(*) FROM rollouts),
-			(SELECT count(*) FROM events), (SELECT count(*) FROM audit WHERE action = 'object.apply')`).Scan(&objects, &rollouts, &events, &audits))
+			(SELECT count(*) FROM events), (SELECT count(*) FROM audit_log WHERE action = 'object.apply')`).Scan(&objects, &rollouts, &events, &audits))
 		if objects != rollouts || objects != audits || events != 0 && events != 2 {
 			t.Errorf("%s: %d objects, %d rollouts, %d audits, %d events", c.step, objects, rollouts, audits, events)
 		}

@@ -97,6 +97,12 @@ func events(t *testing.T, f *Fleet) []storedEvent {
 func TestStrangersAreRefused(t *testing.T) {
 	onEachBroker(t, func(t *testing.T, f *Fleet) {
 		a := startAgent(t, f, "device-1")
+		eventually(t, func() string {
+			if d := devices(t, f); len(d) != 1 || !d[0].Connected {
+				return fmt.Sprintf("device-1 is not connected: %+v", d)
+			}
+			return ""
+		})
 		own := joinByHand(t, f, "mallory")
 		mallory, err := dial(t, f, "mallory", own)
 		if err != nil {

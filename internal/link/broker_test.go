@@ -31,6 +31,7 @@ type site struct {
 	authority *pki.Authority
 	broker    *tls.Certificate
 	device    *tls.Certificate
+	strangers bool // those without a certificate may connect
 }
 
 func newSite(t *testing.T) *site {
@@ -64,13 +65,17 @@ func (s *site) issue(t *testing.T, at time.Time) *tls.Certificate {
 	if err != nil {
 		t.Fatal(err)
 	}
-	return &tls.Certificate{Certificate: pki.Raw(s.authority.Chain(device)), PrivateKey: key}
+	return &tls.Certificate{Certificate: pki.Raw(s.authority.Chain(device)), PrivateKey: key, Leaf: device}
 }
 
 // server is the broker's side of TLS.
 func (s *site) server() *tls.Config {
+	auth := tls.RequireAndVerifyClientCert
+	if s.strangers {
+		auth = tls.VerifyClientCertIfGiven
+	}
 	return pki.ServerConfig(func() (*tls.Certificate, error) { return s.broker, nil },
-		func() []*x509.Certificate { return []*x509.Certificate{s.authority.Certificate} }, tls.RequireAndVerifyClientCert)
+		func() []*x509.Certificate { return []*x509.Certificate{s.authority.Certificate} }, auth)
 }
 
 // client is the device's side of TLS.
@@ -96,7 +101,11 @@ func (r *rules) Provides(b byte) bool {
 func (r *rules) OnConnectAuthenticate(cl *mochi.Client, p brokerpackets.Packet) bool {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	device, ok := pki.DeviceOf(cl.Net.Conn.(*tls.Conn).ConnectionState().PeerCertificates[0])
+	certs := cl.Net.Conn.(*tls.Conn).ConnectionState().PeerCertificates
+	if len(certs) == 0 {
+		return !r.refused && string(p.Connect.Username) == RenewUser && string(p.Connect.Password) == RenewUser
+	}
+	device, ok := pki.DeviceOf(certs[0])
 	return ok && !r.refused && string(p.Connect.Username) == device && p.Connect.ClientIdentifier == device && !p.Connect.PasswordFlag
 }
 func (r *rules) OnACLCheck(_ *mochi.Client, topic string, write bool) bool {

@@ -20,7 +20,7 @@ const (
 	RenewUser  = "renew"
 	joinPrefix = "join."
 	joinID     = 6 // bytes of a join token's hash that are its id
-	// maxNonce bounds the nonce in a topic.
+	// maxNonce bounds the nonce in a topic, and the id in a user name.
 	maxNonce = 64
 )
 
@@ -39,7 +39,7 @@ func CheckEnrolUser(user string) error {
 		return nil
 	}
 	id, ok := strings.CutPrefix(user, joinPrefix)
-	if !ok || len(id) != 2*joinID || strings.Trim(id, "0123456789abcdef") != "" {
+	if !ok || id == "" || len(id) > maxNonce || strings.Trim(id, "0123456789abcdef") != "" {
 		return fmt.Errorf("user %q is not %s or %s<id>", user, RenewUser, joinPrefix)
 	}
 	return nil

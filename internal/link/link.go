@@ -39,6 +39,8 @@ const (
 	maxHelloWithin = 5 * time.Minute
 	// refusedEvery bounds how often a refusal that lasts is logged.
 	refusedEvery = time.Minute
+	// StandDownFor is how long a link that was told to stand down is quiet.
+	StandDownFor = time.Hour
 )
 
 var (
@@ -60,7 +62,9 @@ type Config struct {
 	// Hello gives what the agent says of itself at the start of a session;
 	// boot id and session are filled in here. It must be quick, and may be
 	// called from several goroutines.
-	Hello      func() *dunlinv1.Hello
+	Hello func() *dunlinv1.Hello
+	// OnState is told of each change of the state, one at a time; nil: not.
+	OnState    func(State, error)
 	KeepAlive  time.Duration // 0: DefaultKeepAlive
 	MaxBackoff time.Duration // 0: DefaultMaxBackoff
 	// Dial opens the connection below TLS; nil: TCP.
@@ -75,33 +79,44 @@ const (
 	Connecting  State = iota // before the first answer of the broker
 	Connected                // a session is open
 	Unreachable              // the last attempt failed, or the connection was lost
+	StoodDown                // another agent has the device's identity, and is kept
 	Refused                  // broker and device refuse each other's certificate, or the broker the client id or the subscriptions
 )
 
+// States are all of them.
+var States = []State{Connecting, Connected, Unreachable, StoodDown, Refused}
+
 func (s State) String() string {
-	return [...]string{"connecting", "connected", "unreachable", "refused"}[s]
+	return [...]string{"connecting", "connected", "unreachable", "stood down", "refused"}[s]
 }
 
 // Link keeps a session with the broker open. Its methods may be called
 // concurrently.
 type Link struct {
 	cfg       Config
-	address   string
 	inbox     *inbox
 	connected chan struct{}
+	wake      chan struct{} // the session is to end, or the wait for the next
 	malformed atomic.Uint64
+	sending   atomic.Int64  // calls of Send that may enqueue
+	quietFor  time.Duration // StandDownFor, but in tests
 
 	mu      sync.Mutex // guards what follows
-	session *session   // nil without one
+	broker  broker
+	session *session // nil without one
 	state   State
 	cause   error
 	warned  time.Time // when a refusal was logged last
+	quiet   error     // why to stand down next; nil: not
 	epoch   string    // the controller's boot id that hello was said to
 }
 
+// broker is where one is.
+type broker struct{ url, address string }
+
 // New checks cfg; Run connects.
 func New(cfg Config) (*Link, error) {
-	address, err := brokerAddress(cfg.BrokerURL)
+	b, err := parseBroker(cfg.BrokerURL)
 	if err != nil {
 		return nil, err
 	}
@@ -117,23 +132,54 @@ func New(cfg Config) (*Link, error) {
 	if cfg.Dial == nil {
 		cfg.Dial = new(net.Dialer).DialContext
 	}
-	return &Link{cfg: cfg, address: address, inbox: newInbox(), connected: make(chan struct{}, 1)}, nil
+	return &Link{cfg: cfg, broker: b, inbox: newInbox(), connected: make(chan struct{}, 1), wake: make(chan struct{}, 1), quietFor: StandDownFor}, nil
 }
 
-func brokerAddress(brokerURL string) (string, error) {
+func parseBroker(brokerURL string) (broker, error) {
 	u, err := url.Parse(brokerURL)
 	if err != nil {
-		return "", fmt.Errorf("broker URL: %w", err)
+		return broker{}, fmt.Errorf("broker URL: %w", err)
 	}
 	if u.Scheme != "mqtts" || u.Port() == "" {
-		return "", fmt.Errorf("broker URL %q is not mqtts://host:port", brokerURL)
+		return broker{}, fmt.Errorf("broker URL %q is not mqtts://host:port", brokerURL)
 	}
-	return u.Host, nil
+	return broker{brokerURL, u.Host}, nil
+}
+
+// Reconnect ends the session in good order and begins another at once, with
+// what Config.TLS gives then, and at another broker where the URL is new. One
+// that stands down stays quiet.
+func (l *Link) Reconnect(brokerURL string) error {
+	b, err := parseBroker(brokerURL)
+	if err != nil {
+		return err
+	}
+	l.mu.Lock()
+	l.broker = b
+	l.mu.Unlock()
+	l.signalWake()
+	return nil
+}
+
+// standDown ends the session in good order, and has the next begin after
+// StandDownFor.
+func (l *Link) standDown(cause error) {
+	l.mu.Lock()
+	l.quiet = cause
+	l.mu.Unlock()
+	l.signalWake()
+}
+
+func (l *Link) signalWake() {
+	select {
+	case l.wake <- struct{}{}:
+	default: // one is waiting already
+	}
 }
 
 // Inbox gives the controller's messages: *dunlinv1.Desired, *dunlinv1.Block,
-// and *dunlinv1.Command with an EventAck. Epoch and HelloAgain are answered
-// here (see Connected). Of several Desired only the newest waits; when too
+// and *dunlinv1.Command with an EventAck or RenewNow. Epoch and HelloAgain are
+// answered here (see Connected), and StandDown, too. Of several Desired only the newest waits; when too
 // many others wait, new ones are dropped (see Dropped). The channel is never
 // closed.
 func (l *Link) Inbox() <-chan proto.Message { return l.inbox.out }
@@ -154,7 +200,8 @@ func (l *Link) Session() string {
 	return l.session.id
 }
 
-// State says how the link is, and why where it is Unreachable or Refused.
+// State says how the link is, and why where it is neither Connecting nor
+// Connected.
 func (l *Link) State() (State, error) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -177,6 +224,8 @@ func (l *Link) Send(kind string, m proto.Message) error {
 	if err != nil {
 		return err
 	}
+	l.sending.Add(1) // before the look at the session: see session.write
+	defer l.sending.Add(-1)
 	l.mu.Lock()
 	s := l.session
 	l.mu.Unlock()
@@ -206,7 +255,10 @@ func (l *Link) Run(ctx context.Context) error {
 
 	wait := backoff{max: l.cfg.MaxBackoff}
 	for {
-		if !sleep(ctx, wait.next()) {
+		if err := l.rest(ctx); err != nil {
+			return err
+		}
+		if !l.pause(ctx, wait.next()) {
 			return ctx.Err()
 		}
 		s, err := l.open(ctx)
@@ -219,8 +271,45 @@ func (l *Link) Run(ctx context.Context) error {
 		if ctx.Err() != nil {
 			return ctx.Err()
 		}
+		if errors.Is(err, errLeft) {
+			wait = backoff{max: l.cfg.MaxBackoff}
+			continue
+		}
 		l.setState(stateOf(err), err)
 	}
+}
+
+// errLeft is the error of a session that the link itself has ended.
+var errLeft = errors.New("left")
+
+// rest stands down, where that was asked for.
+func (l *Link) rest(ctx context.Context) error {
+	l.mu.Lock()
+	cause := l.quiet
+	l.quiet = nil
+	l.mu.Unlock()
+	if cause == nil {
+		return nil
+	}
+	l.setState(StoodDown, cause)
+	if !sleep(ctx, l.quietFor) {
+		return ctx.Err()
+	}
+	return nil
+}
+
+// pause waits, or less where the link is woken, and says whether ctx lasted
+// that long.
+func (l *Link) pause(ctx context.Context, d time.Duration) bool {
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case <-t.C:
+	case <-l.wake:
+	case <-ctx.Done():
+		return false
+	}
+	return true
 }
 
 func sleep(ctx context.Context, d time.Duration) bool {
@@ -238,7 +327,8 @@ func sleep(ctx context.Context, d time.Duration) bool {
 // lasts is logged again now and then.
 func (l *Link) setState(s State, cause error) {
 	l.mu.Lock()
-	say := l.state != s
+	changed := l.state != s
+	say := changed
 	l.state, l.cause = s, cause
 	if s == Refused {
 		now := time.Now()
@@ -247,18 +337,29 @@ func (l *Link) setState(s State, cause error) {
 		}
 	}
 	l.mu.Unlock()
+	if changed && l.cfg.OnState != nil {
+		l.cfg.OnState(s, cause)
+	}
 	if !say {
 		return
 	}
-	log := l.cfg.Log.With("device", l.cfg.Device, "broker", l.cfg.BrokerURL)
+	log := l.cfg.Log.With("device", l.cfg.Device, "broker", l.at().url)
 	switch s {
 	case Connected:
 		log.Info("connected to the broker")
+	case StoodDown:
+		log.Warn("quiet", "error", cause, "for", l.quietFor)
 	case Refused:
 		log.Warn("the connection to the broker is refused; trying on", "error", cause)
 	default:
 		log.Warn("no connection to the broker; trying on", "error", cause)
 	}
+}
+
+func (l *Link) at() broker {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.broker
 }
 
 // hello encodes Hello for a session.
@@ -293,22 +394,27 @@ func (l *Link) serve(ctx context.Context, s *session) error {
 	written := make(chan struct{})
 	wg.Go(func() {
 		defer close(written)
-		s.write(l.gone(s.id))
+		s.write(l.gone(s.id), &l.sending)
 	})
 	wg.Go(func() { l.repeatHello(s) })
 	l.setSession(s)
 	l.signalConnected()
 
-	select {
-	case <-s.ended:
-		l.setSession(nil)
-	case <-ctx.Done():
+	leave := func(cause error) {
 		l.setSession(nil)
 		close(s.leaving)
 		cut := time.AfterFunc(goodbyeTimeout, func() { s.conn.Close() })
 		<-written
 		cut.Stop()
-		s.end(ctx.Err())
+		s.end(cause)
+	}
+	select {
+	case <-s.ended:
+		l.setSession(nil)
+	case <-l.wake:
+		leave(errLeft)
+	case <-ctx.Done():
+		leave(ctx.Err())
 	}
 	wg.Wait()
 	return s.cause
@@ -379,6 +485,12 @@ func (l *Link) receive(s *session, topic string, payload []byte) {
 	case *dunlinv1.Command:
 		if m.GetHelloAgain() != nil {
 			s.askHello(0)
+			return
+		}
+		if d := m.GetStandDown(); d != nil {
+			if d.BootId == l.cfg.BootID {
+				l.standDown(fmt.Errorf("another agent, on host %q, uses the identity of this device, and is kept", d.KeptHostname))
+			}
 			return
 		}
 		l.inbox.put(m)

@@ -9,9 +9,13 @@ import (
 	"log/slog"
 	"net"
 	"strings"
+	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
+	mochi "github.com/mochi-mqtt/server/v2"
+	brokerpackets "github.com/mochi-mqtt/server/v2/packets"
 	"google.golang.org/protobuf/proto"
 
 	dunlinv1 "github.com/dunlin/dunlin/proto/dunlin/v1"
@@ -197,6 +201,124 @@ func TestBrokerAway(t *testing.T) {
 	}
 }
 
+// A link that is to use another certificate connects once more, with it, and
+// loses nothing that it took.
+func TestReconnect(t *testing.T) {
+	b := startBroker(t, "127.0.0.1:0")
+	var certificate atomic.Pointer[tls.Certificate]
+	certificate.Store(b.device)
+	l := start(t, b.site, b.address, func(c *Config) {
+		dial := c.Dial
+		c.Dial = func(ctx context.Context, network, address string) (net.Conn, error) {
+			if err := b.cleared(ctx); err != nil { // see TestLostConnection
+				return nil, err
+			}
+			return dial(ctx, network, address)
+		}
+		c.TLS = func() *tls.Config {
+			s := *b.site
+			s.device = certificate.Load()
+			return s.client()
+		}
+	})
+	within(t, l.Connected(), "session")
+	first := next(t, b, Hello, new(dunlinv1.Hello)).Session
+	ctx, cancel := context.WithCancel(t.Context())
+	sent := make(chan uint64, 1)
+	go func() {
+		var n uint64
+		for ctx.Err() == nil {
+			if l.Send(Reported, &dunlinv1.Reported{Sequence: n + 1}) == nil {
+				n++
+			}
+		}
+		sent <- n
+	}()
+	var got uint64
+	var others []message
+	report := func() bool {
+		m := within(t, b.received, "message")
+		var r dunlinv1.Reported
+		if m.topic != Up("dev", Reported) {
+			others = append(others, m)
+			return false
+		}
+		if err := proto.Unmarshal(m.payload, &r); err != nil || r.Sequence != got+1 {
+			t.Fatalf("report %d after %d, %v", r.Sequence, got, err)
+		}
+		got++
+		return true
+	}
+	for got < 100 {
+		report()
+	}
+	other := b.issue(t, time.Now())
+	certificate.Store(other)
+	if err := l.Reconnect("mqtts://" + b.address); err != nil {
+		t.Fatal(err)
+	}
+	for before := got; got < before+2000 || len(others) < 2; {
+		report()
+	}
+	cancel()
+	for n := within(t, sent, "end of the sender"); got < n; {
+		report()
+	}
+	if len(l.attempts) != 2 || len(others) != 2 || others[0].topic != Up("dev", Gone) || others[1].topic != Up("dev", Hello) || l.Session() == first {
+		t.Errorf("%d connections, in between came %v", len(l.attempts), others)
+	}
+	c, _ := b.Clients.Get("dev")
+	if !c.Net.Conn.(*tls.Conn).ConnectionState().PeerCertificates[0].Equal(other.Leaf) {
+		t.Error("the certificate is the old one")
+	}
+	if err := l.Reconnect("tcp://127.0.0.1:1883"); err == nil {
+		t.Error("another protocol is taken")
+	}
+}
+
+// One of two agents with one identity is told to be quiet, and is so for a
+// while.
+func TestStandDown(t *testing.T) {
+	b := startBroker(t, "127.0.0.1:0")
+	l := start(t, b.site, b.address, func(c *Config) {
+		dial := c.Dial
+		c.Dial = func(ctx context.Context, network, address string) (net.Conn, error) {
+			if err := b.cleared(ctx); err != nil {
+				return nil, err
+			}
+			return dial(ctx, network, address)
+		}
+	})
+	l.quietFor = 300 * time.Millisecond // read when it is told to
+	within(t, l.Connected(), "session")
+	next(t, b, Hello, new(dunlinv1.Hello))
+	down := func(boot string) {
+		b.send(t, Down("dev", Command), &dunlinv1.Command{Command: &dunlinv1.Command_StandDown{StandDown: &dunlinv1.StandDown{BootId: boot, KeptHostname: "other-host"}}})
+	}
+	down("another boot")
+	b.send(t, Down("dev", Command), &dunlinv1.Command{Command: &dunlinv1.Command_RenewNow{RenewNow: &dunlinv1.RenewNow{WithinMs: 5}}})
+	if m, ok := within(t, l.Inbox(), "command").(*dunlinv1.Command); !ok || m.GetRenewNow().GetWithinMs() != 5 {
+		t.Errorf("inbox gave %v", m)
+	}
+	begin := time.Now()
+	down("boot")
+	if err := awaitState(t, l.Link, StoodDown); err == nil || !strings.Contains(err.Error(), "other-host") {
+		t.Errorf("cause: %v", err)
+	}
+	next(t, b, Gone, new(dunlinv1.Gone))
+	if err := l.Reconnect("mqtts://" + b.address); err != nil { // does not end it
+		t.Fatal(err)
+	}
+	within(t, l.Connected(), "session after a while")
+	if d := time.Since(begin); d < 300*time.Millisecond {
+		t.Errorf("it was quiet for %s", d)
+	}
+	next(t, b, Hello, new(dunlinv1.Hello))
+	if len(l.attempts) != 2 {
+		t.Errorf("%d connections", len(l.attempts))
+	}
+}
+
 func TestHelloAgain(t *testing.T) {
 	b := startBroker(t, "127.0.0.1:0")
 	l := start(t, b.site, b.address, nil)
@@ -350,5 +472,66 @@ func TestPacketTooLong(t *testing.T) {
 	l := start(t, site, address, nil)
 	if err := awaitState(t, l.Link, Unreachable); err == nil || !strings.Contains(err.Error(), "allowed are") {
 		t.Errorf("cause: %v", err)
+	}
+}
+
+// What may go wrong when a stranger asks.
+func TestEnrol(t *testing.T) {
+	site := newSite(t)
+	site.strangers = true
+	b := site.startBroker(t, "127.0.0.1:0")
+	q := &dunlinv1.EnrolRequest{Request: &dunlinv1.EnrolRequest_Time{Time: &dunlinv1.GetTimeRequest{Nonce: []byte("0123456789abcdef")}}}
+	answer := func(topic string) []byte { return nil }
+	var mu sync.Mutex
+	if err := b.Subscribe(JoinUpFilter, 2, func(_ *mochi.Client, _ brokerpackets.Subscription, p brokerpackets.Packet) {
+		user, nonce, err := ParseJoinUp(p.TopicName)
+		got := new(dunlinv1.EnrolRequest)
+		if err := errors.Join(err, proto.Unmarshal(p.Payload, got)); err != nil || user != RenewUser || !proto.Equal(got, q) {
+			t.Errorf("%s: %v, %v", p.TopicName, got, err)
+		}
+		mu.Lock()
+		defer mu.Unlock()
+		if raw := answer(p.TopicName); raw != nil {
+			go b.Publish(JoinDown(user, nonce), raw, false, 0)
+		}
+	}); err != nil {
+		t.Fatal(err)
+	}
+	nobody := *b.site
+	nobody.device = new(tls.Certificate)
+	cfg := Enrolment{BrokerURL: "mqtts://" + b.address, User: RenewUser, Password: RenewUser, TLS: nobody.client}
+	ask := func(raw []byte, within time.Duration) (*dunlinv1.EnrolResponse, error) {
+		mu.Lock()
+		answer = func(string) []byte { return raw }
+		mu.Unlock()
+		ctx, cancel := context.WithTimeout(t.Context(), within)
+		defer cancel()
+		return Enrol(ctx, cfg, q)
+	}
+	want := &dunlinv1.EnrolResponse{Response: &dunlinv1.EnrolResponse_Error{Error: &dunlinv1.EnrolError{Code: 7, Message: "no"}}}
+	raw, err := proto.Marshal(want)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got, err := ask(raw, patience); err != nil || !proto.Equal(got, want) {
+		t.Errorf("%v, %v", got, err)
+	}
+	if _, err := ask([]byte{0xff}, patience); !errors.Is(err, errMalformed) {
+		t.Errorf("malformed: %v", err)
+	}
+	if _, err := ask(nil, 200*time.Millisecond); !errors.Is(err, context.DeadlineExceeded) {
+		t.Errorf("no answer: %v", err)
+	}
+	b.rules.set(true, "")
+	if _, err := ask(raw, patience); !errors.Is(err, ErrStranger) {
+		t.Errorf("refused: %v", err)
+	}
+	cfg.TLS = newSite(t).client
+	if _, err := ask(raw, patience); err == nil || !strings.Contains(err.Error(), "unknown authority") {
+		t.Errorf("another broker: %v", err)
+	}
+	cfg.BrokerURL = "tcp://" + b.address
+	if _, err := ask(raw, patience); err == nil {
+		t.Error("another protocol is taken")
 	}
 }

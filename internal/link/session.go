@@ -9,7 +9,9 @@ import (
 	mathrand "math/rand/v2"
 	"net"
 	"net/url"
+	"runtime"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	mqtt "github.com/eclipse/paho.mqtt.golang"
@@ -41,7 +43,8 @@ var errSubscription = errors.New("subscription refused")
 
 // open connects and subscribes.
 func (l *Link) open(ctx context.Context) (*session, error) {
-	conn, secure, err := dial(ctx, l.cfg.Dial, l.address, l.cfg.TLS())
+	at := l.at()
+	conn, secure, err := dial(ctx, l.cfg.Dial, at.address, l.cfg.TLS())
 	if err != nil {
 		return nil, refusal(fmt.Errorf("connect: %w", err))
 	}
@@ -53,7 +56,7 @@ func (l *Link) open(ctx context.Context) (*session, error) {
 	}
 	will := l.gone(s.id)
 	device := l.cfg.Device
-	s.client = mqtt.NewClient(mqtt.NewClientOptions().AddBroker(l.cfg.BrokerURL).
+	s.client = mqtt.NewClient(mqtt.NewClientOptions().AddBroker(at.url).
 		SetClientID(device).SetUsername(device).
 		SetProtocolVersion(4).SetCleanSession(true).SetOrderMatters(true).
 		SetAutoReconnect(false).SetConnectRetry(false).
@@ -169,10 +172,10 @@ func (s *session) enqueue(m message) bool {
 }
 
 // write publishes what is enqueued until the session ends, or, when it is to
-// be left, what is in the queue by then and last goodbye. It is the only one
-// to publish: a second publisher would wait for the first without regard to
-// the end of the session.
-func (s *session) write(goodbye message) {
+// be left, what is in the queue by then, or being put there, and last goodbye.
+// It is the only one to publish: a second publisher would wait for the first
+// without regard to the end of the session.
+func (s *session) write(goodbye message, sending *atomic.Int64) {
 	for {
 		var m message
 		select {
@@ -183,6 +186,10 @@ func (s *session) write(goodbye message) {
 			select {
 			case m = <-s.out:
 			default:
+				if sending.Load() > 0 {
+					runtime.Gosched()
+					continue
+				}
 				s.publish(goodbye) // if it fails, the will says the same
 				return
 			}

@@ -158,6 +158,9 @@ func issue(template, parent *x509.Certificate, public crypto.PublicKey, key cryp
 	return x509.ParseCertificate(der)
 }
 
+// Issued gives the moment at which a certificate of an authority was made.
+func Issued(c *x509.Certificate) time.Time { return c.NotBefore.Add(skew) }
+
 // DeviceOf gives the device whose certificate it is; false for every other.
 func DeviceOf(c *x509.Certificate) (string, bool) {
 	name, ok := strings.CutPrefix(identityOf(c), devicePrefix)

@@ -39,6 +39,10 @@ type Setting struct {
 	Name, Usage string
 	Value       any    // *string, *bool or *int; holds the default
 	Environment string // a further environment variable, weaker than the one by name
+	// Secret: @FILE, which Load reads, stands for the text. A command line,
+	// which everybody on the machine can read, must not hold the text itself,
+	// nor a YAML file that others can read. Only for a *string of "".
+	Secret bool
 }
 
 // given is a setting as a flag: it keeps what the command line says until
@@ -106,6 +110,53 @@ func (s *Setting) parse(text string) error {
 	return nil
 }
 
+// resolve reads the file that a secret names.
+func (s *Setting) resolve(onLine bool, variable string) error {
+	text := s.Value.(*string)
+	path, isFile := strings.CutPrefix(*text, "@")
+	switch {
+	case isFile:
+		f, err := os.Open(path)
+		if err != nil {
+			return err
+		}
+		defer f.Close()
+		raw, err := io.ReadAll(io.LimitReader(f, maxSecret+1))
+		if err != nil {
+			return err
+		}
+		if len(raw) > maxSecret {
+			return fmt.Errorf("%s has more than the %d bytes that are allowed", path, maxSecret)
+		}
+		*text = strings.TrimSpace(string(raw))
+	case onLine && *text != "":
+		*text = ""
+		return fmt.Errorf("everybody on this machine can read command lines: give --%s @FILE, or set %s", s.Name, variable)
+	}
+	return nil
+}
+
+// checkFileSecrets says whether a configuration file may hold the secrets that
+// were just read from it.
+func checkFileSecrets(path string, settings []Setting) error {
+	for _, s := range settings {
+		if !s.Secret || *s.Value.(*string) == "" || strings.HasPrefix(*s.Value.(*string), "@") {
+			continue
+		}
+		info, err := os.Stat(path)
+		if err != nil {
+			return fmt.Errorf("config: %w", err)
+		}
+		if mode := info.Mode().Perm(); mode&0o077 != 0 {
+			return fmt.Errorf("config: %s holds %s and others can read it, its mode is %#o: run chmod 600 %[1]s, or give %[2]s as @FILE there", path, s.Name, mode)
+		}
+	}
+	return nil
+}
+
+// maxSecret bounds the file of a secret; a larger one is refused.
+const maxSecret = 64 << 10
+
 // maxFile bounds a configuration file; a larger one is refused.
 const maxFile = 1 << 20
 
@@ -166,6 +217,7 @@ func (s Source) Load(settings []Setting, file any, more func(*flag.FlagSet)) err
 		if err := readFile(*path, file); err != nil {
 			faults = append(faults, fmt.Errorf("config: %w", err))
 		}
+		faults = append(faults, checkFileSecrets(*path, settings))
 	}
 	for i, one := range settings {
 		variables := []string{s.Prefix + strings.ToUpper(strings.ReplaceAll(one.Name, "-", "_"))}
@@ -179,6 +231,12 @@ func (s Source) Load(settings []Setting, file any, more func(*flag.FlagSet)) err
 		}
 		if line[i].set {
 			faults = append(faults, one.parse(line[i].text))
+		}
+		if one.Secret {
+			// No fault may show the text.
+			if err := one.resolve(line[i].set, variables[len(variables)-1]); err != nil {
+				faults = append(faults, fmt.Errorf("%s: %w", one.Name, err))
+			}
 		}
 	}
 	if err := errors.Join(faults...); err != nil {
@@ -224,7 +282,8 @@ func readFile(path string, into any) error {
 		return fmt.Errorf("%s has more than the %d bytes that are allowed", path, maxFile)
 	}
 	if err := decode(raw, into); err != nil {
-		return fmt.Errorf("%s: %w", path, err)
+		// Without the lines around, which may hold a secret.
+		return fmt.Errorf("%s: %s", path, yaml.FormatError(err, false, false))
 	}
 	return nil
 }

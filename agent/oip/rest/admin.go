@@ -284,7 +284,7 @@ func (h *handler) cudaMemory(w http.ResponseWriter, r *http.Request, path string
 func (h *handler) trace(w http.ResponseWriter, r *http.Request, model string) error {
 	change := traceRequest{}
 	show := func() error {
-		settings, err := h.server.TraceSettings(model, change)
+		settings, err := h.server.TraceSettings(r.Context(), model, change)
 		shown := map[string]any{}
 		for name, values := range settings {
 			if shown[name] = values; name != "trace_level" && len(values) == 1 {
@@ -329,7 +329,7 @@ func (t traceRequest) member(p *parser, key []byte) error {
 func (h *handler) logging(w http.ResponseWriter, r *http.Request) error {
 	change := logRequest{}
 	show := func() error {
-		settings, err := h.server.LogSettings(change)
+		settings, err := h.server.LogSettings(r.Context(), change)
 		return h.writeJSON(w, settings, err)
 	}
 	if r.Method == http.MethodGet {

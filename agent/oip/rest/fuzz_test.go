@@ -122,12 +122,12 @@ func FuzzSettings(f *testing.F) {
 		traces, logs := traceRequest{}, logRequest{}
 		if err := decodeObject(content, traces.member); err != nil {
 			refusal(t, err)
-		} else if _, err := h.server.TraceSettings("echo", traces); err != nil {
+		} else if _, err := h.server.TraceSettings(t.Context(), "echo", traces); err != nil {
 			refusal(t, err)
 		}
 		if err := decodeObject(content, logs.member); err != nil {
 			refusal(t, err)
-		} else if _, err := h.server.LogSettings(logs); err != nil {
+		} else if _, err := h.server.LogSettings(t.Context(), logs); err != nil {
 			refusal(t, err)
 		}
 	})

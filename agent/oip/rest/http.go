@@ -140,6 +140,8 @@ func status(c oip.Code) int {
 		return http.StatusMethodNotAllowed
 	case oip.TooLarge:
 		return http.StatusRequestEntityTooLarge
+	case oip.TooOften:
+		return http.StatusTooManyRequests
 	case oip.Unsupported:
 		return http.StatusNotImplemented
 	case oip.Unavailable, oip.Expired:
@@ -149,9 +151,15 @@ func status(c oip.Code) int {
 	}
 }
 
+// WriteError answers a request that did not come to the handler as the handler
+// would.
+func WriteError(w http.ResponseWriter, err error) {
+	(&handler{slowTime: slowTime, slowRate: slowRate}).writeError(w, err)
+}
+
 func (h *handler) writeError(w http.ResponseWriter, err error) {
 	code := status(oip.CodeOf(err))
-	if code == http.StatusServiceUnavailable {
+	if code == http.StatusServiceUnavailable || code == http.StatusTooManyRequests {
 		after := time.Second
 		if e, ok := errors.AsType[*oip.Error](err); ok {
 			after = max(after, e.RetryAfter)

@@ -35,6 +35,7 @@ var statusCodes = map[oip.Code]codes.Code{
 	oip.NotFound:        codes.NotFound,
 	oip.NotAllowed:      codes.Unimplemented,
 	oip.TooLarge:        codes.ResourceExhausted,
+	oip.TooOften:        codes.ResourceExhausted,
 	oip.Unsupported:     codes.Unimplemented,
 	oip.Unavailable:     codes.Unavailable,
 	oip.Expired:         codes.DeadlineExceeded,

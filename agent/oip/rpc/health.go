@@ -56,10 +56,13 @@ func (s *service) state(ctx context.Context, model string) (healthpb.HealthCheck
 
 // watch sends the state of what is watched, and again whenever it changes.
 func (s *service) watch(_ any, stream grpc.ServerStream) error {
-	ctx := stream.Context()
+	ctx, err := s.enter(stream.Context(), healthpb.Health_Watch_FullMethodName)
+	if err != nil {
+		return statusOf(ctx, err)
+	}
 	q := new(healthpb.HealthCheckRequest)
 	in := share{server: s.oip}
-	err := s.unmarshal(ctx, q, maxControl, &in)
+	err = s.unmarshal(ctx, q, maxControl, &in)
 	in.release()
 	if err != nil {
 		return statusOf(ctx, err)

@@ -73,6 +73,10 @@ func (s *service) modelInfer(_ any, ctx context.Context, _ func(any) error, inte
 }
 
 func (s *service) unaryInfer(ctx context.Context) (*response, error) {
+	ctx, err := s.enter(ctx, inference.GRPCInferenceService_ModelInfer_FullMethodName)
+	if err != nil {
+		return nil, statusOf(ctx, err)
+	}
 	in := share{server: s.oip}
 	defer in.release()
 	data, err := s.message(ctx, s.oip.MaxBody(), &in)
@@ -106,6 +110,10 @@ type pending struct {
 func (s *service) modelStreamInfer(_ any, stream grpc.ServerStream) error {
 	ctx, cancel := context.WithCancel(stream.Context())
 	defer cancel()
+	ctx, err := s.enter(ctx, inference.GRPCInferenceService_ModelStreamInfer_FullMethodName)
+	if err != nil {
+		return statusOf(ctx, err)
+	}
 	r, err := s.newReceiver(ctx, s.oip.MaxBody())
 	if err != nil {
 		return statusOf(ctx, err)
@@ -146,7 +154,13 @@ func (s *service) receiveAll(ctx context.Context, r *receiver, queue chan<- *pen
 			return nil
 		}
 		p := &pending{done: make(chan struct{})}
-		if err != nil {
+		if err == nil && s.gate != nil {
+			if refused := s.gate.Message(ctx); refused != nil {
+				in.release()
+				err = refused
+				p.fail(nil, err)
+			}
+		} else if err != nil {
 			in.release()
 			if oip.CodeOf(err) != oip.Unavailable {
 				return err

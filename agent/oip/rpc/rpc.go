@@ -70,6 +70,16 @@ type Config struct {
 	// call sees a nil request, as the call's message is not read before all
 	// interceptors have let it through.
 	Options []grpc.ServerOption
+	Gate    Gate // nil: everybody is let in
+}
+
+// Gate lets calls in.
+type Gate interface {
+	// Enter comes before the message of a call is read, and gives the context
+	// of the call.
+	Enter(ctx context.Context, method string) (context.Context, error)
+	// Message comes for each message of a stream of inferences that was let in.
+	Message(ctx context.Context) error
 }
 
 // Server serves the protocol over gRPC.
@@ -95,7 +105,7 @@ func New(s *oip.Server, cfg Config) *Server {
 	}
 	return &Server{
 		options: append(options, cfg.Options...),
-		service: &service{oip: s, grace: transferGrace, stopping: make(chan struct{})},
+		service: &service{oip: s, gate: cfg.Gate, grace: transferGrace, stopping: make(chan struct{})},
 	}
 }
 
@@ -137,6 +147,7 @@ func (s *Server) Run(ctx context.Context, l net.Listener) error {
 type service struct {
 	inference.UnimplementedGRPCInferenceServiceServer
 	oip      *oip.Server
+	gate     Gate         // nil: everybody is let in
 	lent     atomic.Int64 // bytes of outputs that are sent from where they are
 	grace    time.Duration
 	stopping chan struct{} // closed when no more calls are wanted
@@ -161,11 +172,23 @@ func (s *service) describe(d grpc.ServiceDesc, special string, handler grpc.Meth
 	return &d
 }
 
+// enter lets a call in.
+func (s *service) enter(ctx context.Context, method string) (context.Context, error) {
+	if s.gate == nil {
+		return ctx, nil
+	}
+	return s.gate.Enter(ctx, method)
+}
+
 // unary gives a handler that reads the message after the interceptors, and
 // makes a status of an error.
 func (s *service) unary(method string, handler grpc.MethodHandler) grpc.MethodHandler {
 	return func(srv any, ctx context.Context, _ func(any) error, interceptor grpc.UnaryServerInterceptor) (any, error) {
 		call := func(ctx context.Context, _ any) (any, error) {
+			ctx, err := s.enter(ctx, method)
+			if err != nil {
+				return nil, statusOf(ctx, err)
+			}
 			in := share{server: s.oip}
 			defer in.release()
 			reply, err := handler(srv, ctx, func(m any) error {

@@ -167,7 +167,7 @@ func (s *service) CudaSharedMemoryUnregister(context.Context, *inference.CudaSha
 	return &inference.CudaSharedMemoryUnregisterResponse{}, nil
 }
 
-func (s *service) TraceSetting(_ context.Context, q *inference.TraceSettingRequest) (*inference.TraceSettingResponse, error) {
+func (s *service) TraceSetting(ctx context.Context, q *inference.TraceSettingRequest) (*inference.TraceSettingResponse, error) {
 	var change map[string][]string
 	for k, v := range q.Settings {
 		if change == nil {
@@ -175,7 +175,7 @@ func (s *service) TraceSetting(_ context.Context, q *inference.TraceSettingReque
 		}
 		change[k] = v.GetValue()
 	}
-	settings, err := s.oip.TraceSettings(q.ModelName, change)
+	settings, err := s.oip.TraceSettings(ctx, q.ModelName, change)
 	if err != nil {
 		return nil, err
 	}
@@ -186,7 +186,7 @@ func (s *service) TraceSetting(_ context.Context, q *inference.TraceSettingReque
 	return &inference.TraceSettingResponse{Settings: answer}, nil
 }
 
-func (s *service) LogSettings(_ context.Context, q *inference.LogSettingsRequest) (*inference.LogSettingsResponse, error) {
+func (s *service) LogSettings(ctx context.Context, q *inference.LogSettingsRequest) (*inference.LogSettingsResponse, error) {
 	var change map[string]any
 	for k, v := range q.Settings {
 		if change == nil {
@@ -203,7 +203,7 @@ func (s *service) LogSettings(_ context.Context, q *inference.LogSettingsRequest
 			return nil, oip.Errorf(oip.InvalidArgument, "setting %q has no value", clip(k))
 		}
 	}
-	settings, err := s.oip.LogSettings(change)
+	settings, err := s.oip.LogSettings(ctx, change)
 	if err != nil {
 		return nil, err
 	}

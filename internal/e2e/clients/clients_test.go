@@ -20,6 +20,7 @@ import (
 	"net"
 	"net/http"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"regexp"
 	"slices"
@@ -29,9 +30,15 @@ import (
 	"time"
 
 	"github.com/dunlin/dunlin/internal/e2e"
+	"github.com/dunlin/dunlin/internal/pki"
 )
 
-const apiKey = "0123456789abcdef"
+// Keys of the guarded agent.
+const (
+	apiKey     = "0123456789abcdef"
+	limitedKey = "a-key-for-one-model-only"
+	slowKey    = "a-key-for-one-request-an-hour"
+)
 
 // limit bounds what any single program may take, on a machine that is busy
 // with the other packages' tests.
@@ -89,7 +96,12 @@ func run(m *testing.M) (code int, err error) {
 		return 1, err
 	}
 	keys, cert, certKey := filepath.Join(dir, "keys"), filepath.Join(dir, "cert.pem"), filepath.Join(dir, "key.pem")
-	if err := os.WriteFile(keys, []byte("# tests\n"+apiKey+"\n"), 0o600); err != nil {
+	rules := "# tests\n" + apiKey + "\n" + limitedKey + " name=limited models=identity_*\n" + slowKey + " name=slow rate=1/h burst=1\ncert=camera-* models=identity_*\n"
+	if err := os.WriteFile(keys, []byte(rules), 0o600); err != nil {
+		return 1, err
+	}
+	clientCA, clientCert, clientKey := filepath.Join(dir, "client-ca.pem"), filepath.Join(dir, "client.pem"), filepath.Join(dir, "client-key.pem")
+	if err := writeClient(clientCA, clientCert, clientKey); err != nil {
 		return 1, err
 	}
 	trusted, err := writeCertificate(cert, certKey)
@@ -113,7 +125,7 @@ func run(m *testing.M) (code int, err error) {
 	if err := os.CopyFS(filepath.Join(only, "identity_fp32"), os.DirFS(filepath.Join(models, "identity_fp32"))); err != nil {
 		return 1, err
 	}
-	guarded, err = e2e.Serve(ctx, program, dir, "guarded", library, "--model-repository", only, "--tls-cert", cert, "--tls-key", certKey, "--api-keys", keys)
+	guarded, err = e2e.Serve(ctx, program, dir, "guarded", library, "--model-repository", only, "--tls-cert", cert, "--tls-key", certKey, "--api-keys", keys, "--client-ca", clientCA)
 	if err != nil {
 		return 1, err
 	}
@@ -124,7 +136,8 @@ func run(m *testing.M) (code int, err error) {
 
 	env = []string{
 		"HTTP=" + address(open), "GRPC=" + open.GRPC, "SECURE_HTTP=" + address(guarded), "SECURE_GRPC=" + guarded.GRPC,
-		"MODELS=" + models, "TRACE=" + trace, "CA=" + cert, "KEY=" + apiKey, "PYTHONDONTWRITEBYTECODE=1",
+		"MODELS=" + models, "TRACE=" + trace, "CA=" + cert, "KEY=" + apiKey, "LIMITED_KEY=" + limitedKey, "SLOW_KEY=" + slowKey,
+		"CLIENT_CERT=" + clientCert, "CLIENT_KEY=" + clientKey, "PYTHONDONTWRITEBYTECODE=1",
 	}
 	return m.Run(), nil
 }
@@ -198,6 +211,67 @@ func writeCertificate(cert, key string) (*x509.CertPool, error) {
 		os.WriteFile(cert, certPEM, 0o600),
 		os.WriteFile(key, pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: pkcs8}), 0o600),
 	)
+}
+
+// writeClient writes the certificate of a client, with its key, and of who
+// vouches for it.
+func writeClient(authority, cert, key string) error {
+	caKey, err := pki.NewKey()
+	if err != nil {
+		return err
+	}
+	ca, err := pki.NewAuthority(caKey, time.Now(), time.Hour)
+	if err != nil {
+		return err
+	}
+	own, err := pki.NewKey()
+	if err != nil {
+		return err
+	}
+	client, err := ca.IssueDevice("camera-1", own.Public(), time.Now(), time.Hour)
+	if err != nil {
+		return err
+	}
+	return errors.Join(
+		os.WriteFile(authority, pki.EncodeCertificates(ca.Certificate), 0o600),
+		os.WriteFile(cert, pki.EncodeCertificates(client), 0o600),
+		pki.WriteKey(key, own),
+	)
+}
+
+// TestCurl asks as the documents show it.
+func TestCurl(t *testing.T) {
+	if err := touch(); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := exec.LookPath("curl"); err != nil {
+		t.Skip("curl is not installed")
+	}
+	value := func(name string) string {
+		return env[slices.IndexFunc(env, func(s string) bool { return strings.HasPrefix(s, name+"=") })][len(name)+1:]
+	}
+	for _, tt := range []struct {
+		path string
+		args []string
+		want string
+	}{
+		{"/v2/models/identity_fp32", []string{"-H", "Authorization: Bearer " + apiKey}, "200 1.1"},
+		{"/v2/models/identity_fp32", []string{"--http2", "-u", "me:" + apiKey}, "200 2"},
+		{"/v2/models/identity_fp32", []string{"--cert", value("CLIENT_CERT"), "--key", value("CLIENT_KEY")}, "200 2"},
+		{"/v2/models/other", []string{"--cert", value("CLIENT_CERT"), "--key", value("CLIENT_KEY")}, "403 2"},
+		{"/v2/models/identity_fp32", nil, "401 2"},
+		{"/v2/health/ready", nil, "200 2"},
+		{"/healthz", []string{"--tls-max", "1.2"}, "000 0"},
+	} {
+		if tt.want == "200 1.1" {
+			tt.args = append(tt.args, "--http1.1")
+		}
+		args := append([]string{"-sS", "-o", filepath.Join(t.TempDir(), "body"), "-w", "%{http_code} %{http_version}", "--cacert", value("CA")}, tt.args...)
+		out, _ := exec.CommandContext(t.Context(), "curl", append(args, "https://"+value("SECURE_HTTP")+tt.path)...).Output()
+		if string(out) != tt.want {
+			t.Errorf("%s with %q: %q, want %q", tt.path, tt.args, out, tt.want)
+		}
+	}
 }
 
 // TestPython runs the tests of each Python module, as subtests.

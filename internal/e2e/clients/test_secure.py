@@ -11,6 +11,8 @@ from tritonclient.grpc.auth import BasicAuth as GRPCBasicAuth
 from tritonclient.http.auth import BasicAuth as HTTPBasicAuth
 
 CA, KEY = os.environ["CA"], os.environ["KEY"]
+LIMITED_KEY, SLOW_KEY = os.environ["LIMITED_KEY"], os.environ["SLOW_KEY"]
+CLIENT_CERT, CLIENT_KEY = os.environ["CLIENT_CERT"], os.environ["CLIENT_KEY"]
 HTTP_URL, GRPC_URL = os.environ["SECURE_HTTP"], os.environ["SECURE_GRPC"]
 
 
@@ -22,6 +24,24 @@ class Secure:
             c = httpclient.InferenceServerClient(HTTP_URL, ssl=True, ssl_context_factory=trust)
         else:
             c = grpcclient.InferenceServerClient(GRPC_URL, ssl=True, root_certificates=ca)
+        self.addCleanup(c.close)
+        return c
+
+    def certified(self):
+        """A client with a certificate of its own."""
+        if self.name == "http":
+
+            def trust():
+                context = ssl.create_default_context(cafile=CA)
+                context.minimum_version = ssl.TLSVersion.TLSv1_3
+                context.load_cert_chain(CLIENT_CERT, CLIENT_KEY)
+                return context
+
+            c = httpclient.InferenceServerClient(HTTP_URL, ssl=True, ssl_context_factory=trust)
+        else:
+            c = grpcclient.InferenceServerClient(
+                GRPC_URL, ssl=True, root_certificates=CA, private_key=CLIENT_KEY, certificate_chain=CLIENT_CERT
+            )
         self.addCleanup(c.close)
         return c
 
@@ -48,6 +68,29 @@ class Secure:
         self.refused(status, ["API key"], self.infer, c, headers=self.headers(KEY + "x"))
         for call in (c.get_server_metadata, c.get_model_repository_index, c.get_inference_statistics, c.get_log_settings):
             self.refused(status, ["API key"], call)
+
+    def test_client_certificate(self):
+        c = self.certified()
+        self.same(self.infer(c).as_numpy("y"), ARRAYS["FP32"])
+        self.assertTrue(self.tree(c.get_model_metadata("identity_fp32"))["inputs"])
+        self.refused(self.FORBIDDEN, ["other", "camera-1"], c.get_model_metadata, "other")
+
+    def test_models_of_a_key(self):
+        c, headers = self.secure(), self.headers(LIMITED_KEY)
+        self.same(self.infer(c, headers=headers).as_numpy("y"), ARRAYS["FP32"])
+        for call in (c.get_model_metadata, c.get_model_config, c.get_inference_statistics, c.load_model, c.unload_model):
+            self.refused(self.FORBIDDEN, ["other", "limited"], call, "other", headers=headers)
+        index = self.tree(c.get_model_repository_index(headers=headers))
+        self.assertEqual([m["name"] for m in (index["models"] if self.name == "grpc" else index)], ["identity_fp32"])
+
+    def test_rate_of_a_key(self):
+        c, headers = self.secure(), self.headers(SLOW_KEY)
+        status = "429" if self.name == "http" else "StatusCode.RESOURCE_EXHAUSTED"
+        try:  # the other protocol may have been first
+            self.infer(c, headers=headers)
+        except Exception as e:
+            self.assertIn("1/h", str(e))
+        self.refused(status, ["slow", "1/h"], self.infer, c, headers=headers)
 
     def test_health_needs_no_key(self):
         c = self.secure()
