@@ -42,18 +42,20 @@ func TestListAudit(t *testing.T) {
 	}
 	head, err := audit.Verify(audit.Point{Number: all.AnchorNumber, Hash: [32]byte(all.Anchor)}, func(yield func(*v1.AuditRecord, error) bool) {
 		for _, r := range all.Records {
-			yield(r, nil)
+			if !yield(r, nil) {
+				return
+			}
 		}
 	})
 	if err != nil || head.Number != n {
 		t.Errorf("got %v, %v", head, err)
 	}
-	numbers := func(q *v1.ListAuditRequest) (n []uint64) {
+	numbers := func(q *v1.ListAuditRequest) (numbers []uint64) {
 		t.Helper()
 		for _, r := range call(t, c.ListAudit, q).Records {
-			n = append(n, r.Number)
+			numbers = append(numbers, r.Number)
 		}
-		return n
+		return numbers
 	}
 	for _, tt := range []struct {
 		q    *v1.ListAuditRequest
