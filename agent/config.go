@@ -3,7 +3,6 @@ package agent
 import (
 	"cmp"
 	"context"
-	"crypto/tls"
 	"crypto/x509"
 	"errors"
 	"flag"
@@ -57,9 +56,6 @@ type Serving struct {
 	LogFormat string `yaml:"log-format"`
 
 	Simulation `yaml:",inline"`
-
-	// Certificate is the listeners' where TLSCert is empty; nil: there is none.
-	Certificate func() (*tls.Certificate, error) `yaml:"-"`
 
 	Log    *slog.Logger   `yaml:"-"`
 	Worker []string       `yaml:"-"` // command of the worker process; this program with "worker" where empty
@@ -168,7 +164,7 @@ type Config struct {
 	Serving    `yaml:",inline"`
 	Data       string            `yaml:"data"`       // folder of everything that the agent keeps
 	Controller string            `yaml:"controller"` // base URL; "": serve what is there, without a controller
-	CA         string            `yaml:"ca"`         // PEM file of authorities that may vouch for the controller; "": the system's
+	CA         string            `yaml:"ca"`         // PEM file of authorities that may vouch for the controller beside its own, or systemRoots; "": only its own
 	KeyStore   string            `yaml:"key-store"`  // where the device's key is made: file or tpm
 	TPM        string            `yaml:"tpm"`        // path of the TPM
 	JoinToken  string            `yaml:"join-token"` // needed until the device has joined
@@ -177,6 +173,9 @@ type Config struct {
 
 	roots []*x509.Certificate // of CA
 }
+
+// systemRoots is the Config.CA for authorities that the system trusts.
+const systemRoots = "system"
 
 // Limits of what the command line gives.
 const (
@@ -233,7 +232,7 @@ func parseInto(cfg *Config, name string, args []string, getenv func(string) stri
 	}.Load(append([]program.Setting{
 		{Name: "data", Usage: "`folder` of everything that the agent keeps", Value: &cfg.Data},
 		{Name: "controller", Usage: "base `URL` of the controller, or mqtts://host:port of its broker; without one, serve what is there", Value: &cfg.Controller},
-		{Name: "ca", Usage: "PEM `file` of authorities that may vouch for the controller beside its own; without one, the system's", Value: &cfg.CA},
+		{Name: "ca", Usage: "PEM `file` of authorities that may vouch for the controller beside its own; system: those that this system trusts", Value: &cfg.CA},
 		{Name: "join-token", Usage: "`@file` with the token by which the device joins; also DUNLIN_JOIN_TOKEN", Value: &cfg.JoinToken, Environment: "DUNLIN_JOIN_TOKEN", Secret: true},
 		{Name: "key-store", Usage: "`where` the device's key is made: file, in the data folder, or tpm", Value: &cfg.KeyStore},
 		{Name: "tpm", Usage: "`path` of the TPM: its device, or the socket of a simulated one", Value: &cfg.TPM},
@@ -302,7 +301,7 @@ func (cfg *Config) check() error {
 	if cfg.KeyStore != "file" && cfg.KeyStore != "tpm" {
 		add("key-store", fmt.Errorf("%q is not file or tpm", cfg.KeyStore))
 	}
-	if cfg.CA != "" {
+	if cfg.CA != "" && cfg.CA != systemRoots {
 		cfg.roots, err = pki.ReadCertificates(cfg.CA)
 		add("ca", err)
 	}
@@ -323,7 +322,7 @@ func (cfg *Config) check() error {
 func (cfg *Config) identity(store *state.Store) identity.Config {
 	return identity.Config{
 		Dir: cfg.Data, InTPM: cfg.KeyStore == "tpm", TPM: cfg.TPM, State: store, Name: cfg.Name, Controller: cfg.Controller, JoinToken: cfg.JoinToken,
-		Labels: cfg.Labels, Roots: cfg.roots, Log: cfg.Log,
+		Labels: cfg.Labels, Roots: cfg.roots, System: cfg.CA == systemRoots, Log: cfg.Log,
 	}
 }
 

@@ -13,7 +13,7 @@ import (
 // checkPorts says what the listeners lack: off loopback they speak TLS, and
 // know who asks.
 func (s *Serving) checkPorts(add func(name string, err error)) {
-	secure := s.TLSCert != "" && s.TLSKey != "" || s.Certificate != nil
+	secure := s.TLSCert != "" && s.TLSKey != ""
 	if (s.TLSCert == "") != (s.TLSKey == "") {
 		add("tls-cert, tls-key", errors.New("one is not enough: both are needed for TLS"))
 	}
@@ -44,19 +44,14 @@ func (s *Serving) guard() (*access.Guard, error) {
 	return access.New(access.Config{Rules: s.APIKeys, ClientCA: s.ClientCA, Log: s.Log})
 }
 
-// loadTLS gives nil where the listeners do not speak TLS. A certificate of the
-// settings goes before the device's own.
+// loadTLS gives nil where the listeners do not speak TLS.
 func (s *Serving) loadTLS(g *access.Guard) (*tls.Config, error) {
-	certificate := s.Certificate
-	if s.TLSCert != "" {
-		files, err := pki.NewFiles(s.TLSCert, s.TLSKey)
-		if err != nil {
-			return nil, fmt.Errorf("tls-cert, tls-key: %w", err)
-		}
-		certificate = files.Certificate
-	}
-	if certificate == nil {
+	if s.TLSCert == "" {
 		return nil, nil
 	}
-	return g.TLS(certificate), nil
+	files, err := pki.NewFiles(s.TLSCert, s.TLSKey)
+	if err != nil {
+		return nil, fmt.Errorf("tls-cert, tls-key: %w", err)
+	}
+	return g.TLS(files.Certificate), nil
 }

@@ -162,13 +162,15 @@ func TestWhoMayAsk(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	serverKeyFile := filepath.Join(t.TempDir(), "key")
+	if err := pki.WriteKey(serverKeyFile, serverKey); err != nil {
+		t.Fatal(err)
+	}
 	const limitedKey = "a-key-of-one-model-only"
 	rules := keyFile(t, goodKey+" name=operator\ncert=camera-* models=digits\n"+limitedKey+" name=slow models=digits rate=1/h burst=2\n")
 	url, address := startAlone(t, Alone{File: digitsFile(t), Serving: Serving{
 		APIKeys: rules, ClientCA: keyFile(t, string(pki.EncodeCertificates(ca.Certificate))),
-		Certificate: func() (*tls.Certificate, error) {
-			return &tls.Certificate{Certificate: [][]byte{server.Raw}, PrivateKey: serverKey}, nil
-		},
+		TLSCert: keyFile(t, string(pki.EncodeCertificates(server))), TLSKey: serverKeyFile,
 	}})
 	client := func(own *tls.Certificate) *http.Client {
 		c := &http.Client{Transport: &http.Transport{ForceAttemptHTTP2: true, TLSClientConfig: &tls.Config{

@@ -34,8 +34,8 @@ type brokerTrust struct {
 
 type authorities interface {
 	Roots() []*x509.Certificate
-	// ServerCertificate is for the names and addresses of this machine.
-	ServerCertificate() (*tls.Certificate, error)
+	// BrokerCertificate is for the names and addresses of this machine.
+	BrokerCertificate() (*tls.Certificate, error)
 	ClientTLS(serverName string) *tls.Config
 	// DeviceTLS is how to connect as a device, for a moment.
 	DeviceTLS(device, serverName string) (*tls.Config, error)
@@ -143,7 +143,7 @@ func (b *bus) run(ctx context.Context, handle broker.Handler) error {
 // mosquitto gives what Mosquitto goes by, under a name that devices call it by.
 func (t brokerTrust) mosquitto(ctx context.Context, host string) (files broker.MosquittoFiles, err error) {
 	files.Roots = t.Roots()
-	if files.Certificate, err = t.ServerCertificate(); err != nil {
+	if files.Certificate, err = t.BrokerCertificate(); err != nil {
 		return files, err
 	}
 	leaf, err := x509.ParseCertificate(files.Certificate.Certificate[0])

@@ -92,7 +92,7 @@ func Run(ctx context.Context, c Config) (err error) {
 	})
 	bus.resumed = dispatcher.Resumed
 
-	signer, err := openSigner(ctx, c.Data, st, log, time.Now, dispatcher.Replan)
+	signer, err := openSigner(ctx, c.Data, st, log, time.Now, dispatcher.Replan, dispatcher.Resumed)
 	if err != nil {
 		return err
 	}

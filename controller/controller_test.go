@@ -444,7 +444,7 @@ type testAuthorities struct {
 
 func (a testAuthorities) Roots() []*x509.Certificate { return []*x509.Certificate{a.Certificate} }
 
-func (a testAuthorities) ServerCertificate() (*tls.Certificate, error) { return a.certificate, nil }
+func (a testAuthorities) BrokerCertificate() (*tls.Certificate, error) { return a.certificate, nil }
 
 func (a testAuthorities) ClientTLS(serverName string) *tls.Config {
 	return pki.ClientConfig(pki.Client{

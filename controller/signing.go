@@ -50,12 +50,14 @@ type signer struct {
 	// changed is called after devices have signatures to look at that they
 	// had not.
 	changed func()
+	// trusted is called after there is a new trust document.
+	trusted func()
 }
 
 // openSigner reads the controller's signing key, or makes it, and sees to the
 // trust document.
-func openSigner(ctx context.Context, data string, st *store.Store, log *slog.Logger, now func() time.Time, changed func()) (*signer, error) {
-	s := &signer{store: st, keys: filepath.Join(data, keysFolder), log: log, now: now, changed: changed}
+func openSigner(ctx context.Context, data string, st *store.Store, log *slog.Logger, now func() time.Time, changed, trusted func()) (*signer, error) {
+	s := &signer{store: st, keys: filepath.Join(data, keysFolder), log: log, now: now, changed: changed, trusted: trusted}
 	if err := os.MkdirAll(s.keys, 0o700); err != nil {
 		return nil, fmt.Errorf("make folder of keys: %w", err)
 	}
@@ -173,6 +175,7 @@ func (s *signer) issue(ctx context.Context, d *dunlinv1.TrustDocument, root cryp
 	if err != nil {
 		return fmt.Errorf("make trust document %d: %w", d.Version, err)
 	}
+	s.trusted()
 	s.log.Info("made a trust document", "document", d.Version, "expires", d.ExpiresAt.AsTime())
 	return nil
 }

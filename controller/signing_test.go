@@ -35,7 +35,7 @@ func newSignerWorld(t *testing.T) *signerWorld {
 
 func (w *signerWorld) open() *signer {
 	w.t.Helper()
-	s, err := openSigner(w.t.Context(), w.data, w.store, slog.New(slog.DiscardHandler), func() time.Time { return w.now }, func() {})
+	s, err := openSigner(w.t.Context(), w.data, w.store, slog.New(slog.DiscardHandler), func() time.Time { return w.now }, func() {}, func() {})
 	if err != nil {
 		w.t.Fatal(err)
 	}

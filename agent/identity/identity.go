@@ -33,9 +33,10 @@ type Config struct {
 	Controller string // "https://host:port", or "mqtts://host:port" where nothing else can be reached
 	JoinToken  string // needed until it has joined
 	Labels     map[string]string
-	// Roots are authorities that may vouch for the controller beside its own;
-	// none: the system's.
-	Roots []*x509.Certificate
+	// Roots are authorities that may vouch for the controller beside its own,
+	// and System has the system's count too.
+	Roots  []*x509.Certificate
+	System bool
 	// TrustVersion gives the version of the trust document that the device
 	// has, and TakeTrust takes in newer ones; nil: it has none.
 	TrustVersion func() uint64
@@ -215,7 +216,7 @@ func (d *Device) timeless(host string) *tls.Config {
 func (d *Device) trust() pki.Trust {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	t := pki.Trust{Roots: append(d.roots[:len(d.roots):len(d.roots)], d.cfg.Roots...), System: len(d.cfg.Roots) == 0}
+	t := pki.Trust{Roots: append(d.roots[:len(d.roots):len(d.roots)], d.cfg.Roots...), System: d.cfg.System}
 	if len(d.roots) == 0 {
 		t.Pin = d.pin
 	}

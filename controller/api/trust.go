@@ -63,6 +63,7 @@ func (s *server) PutTrust(ctx context.Context, req *connect.Request[v1.PutTrustR
 	if err != nil {
 		return nil, err
 	}
+	s.Dispatch.Resumed() // devices say hello, and are told to renew, with which it comes
 	return connect.NewResponse(&v1.PutTrustResponse{}), nil
 }
 

@@ -58,9 +58,16 @@ type Authorities struct {
 	mu     sync.Mutex // guards what follows
 	all    []*pki.Authority
 	active *pki.Authority
-	server *tls.Certificate // nil: to be issued
-	renew  time.Time        // when server is issued anew
-	crl    int64            // number of the last one
+	server issued
+	broker issued
+	crl    int64 // number of the last one
+}
+
+// issued is a certificate of the controller's or of a broker beside it.
+type issued struct {
+	certificate *tls.Certificate // nil: to be issued
+	by          *pki.Authority
+	renew       time.Time // when it is issued anew
 }
 
 // OpenAuthorities reads the authorities, and makes the first one where there
@@ -103,7 +110,7 @@ func (a *Authorities) load(records []AuthorityRecord) error {
 	}
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	a.all, a.active, a.server = all, active, nil
+	a.all, a.active = all, active
 	return nil
 }
 
@@ -138,7 +145,7 @@ func (a *Authorities) Rotate(ctx context.Context, by string) (*pki.Authority, er
 	}
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	a.all, a.active, a.server = append(slices.Clone(a.all), next), next, nil
+	a.all, a.active = append(slices.Clone(a.all), next), next
 	return next, nil
 }
 
@@ -203,36 +210,37 @@ func (a *Authorities) Chain(leaf *x509.Certificate) []*x509.Certificate {
 // by which it calls a broker. It is issued anew in time, and when the
 // authority changes.
 func (a *Authorities) ServerCertificate() (*tls.Certificate, error) {
-	a.mu.Lock()
-	defer a.mu.Unlock()
-	if a.server != nil && a.now().Before(a.renew) {
-		return a.server, nil
-	}
-	server, err := a.issueServer(a.hosts)
-	if err != nil {
-		return nil, err
-	}
-	a.server, a.renew = server, a.now().Add(serverLifetime/2)
-	return server, nil
+	return a.certificate(&a.server, (*pki.Authority).IssueController)
 }
 
-// IssueServer makes a certificate and key for a server under hosts.
-func (a *Authorities) IssueServer(hosts []string) (*tls.Certificate, error) {
-	a.mu.Lock()
-	defer a.mu.Unlock()
-	return a.issueServer(hosts)
+// BrokerCertificate gives that of a broker beside the controller, which is good
+// for nothing but to answer: whoever has its key is not the controller.
+func (a *Authorities) BrokerCertificate() (*tls.Certificate, error) {
+	return a.certificate(&a.broker, (*pki.Authority).IssueBroker)
 }
 
-func (a *Authorities) issueServer(hosts []string) (*tls.Certificate, error) {
+// issuer makes a server's certificate.
+type issuer func(a *pki.Authority, hosts []string, key crypto.PublicKey, now time.Time, lifetime time.Duration) (*x509.Certificate, error)
+
+func (a *Authorities) certificate(have *issued, issue issuer) (*tls.Certificate, error) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if have.certificate != nil && have.by == a.active && a.now().Before(have.renew) {
+		return have.certificate, nil
+	}
 	key, err := pki.NewKey()
 	if err != nil {
 		return nil, err
 	}
-	leaf, err := a.active.IssueController(hosts, key.Public(), a.now(), serverLifetime)
+	leaf, err := issue(a.active, a.hosts, key.Public(), a.now(), serverLifetime)
 	if err != nil {
-		return nil, fmt.Errorf("issue the controller's certificate: %w", err)
+		return nil, fmt.Errorf("issue a server's certificate: %w", err)
 	}
-	return &tls.Certificate{Certificate: pki.Raw(a.active.Chain(leaf)), PrivateKey: key, Leaf: leaf}, nil
+	*have = issued{
+		certificate: &tls.Certificate{Certificate: pki.Raw(a.active.Chain(leaf)), PrivateKey: key, Leaf: leaf},
+		by:          a.active, renew: a.now().Add(serverLifetime / 2),
+	}
+	return have.certificate, nil
 }
 
 // ClientTLS is how the controller connects to a server beside it.

@@ -24,6 +24,8 @@ const (
 	uriScheme      = "dunlin"
 	devicePrefix   = "device:"
 	controllerURI  = "controller"
+	brokerURI      = "broker"
+	brokerName     = "dunlin.broker"
 )
 
 // skew is how far back certificates begin, for clocks that are slow.
@@ -109,23 +111,12 @@ func (a *Authority) IssueDevice(device string, public crypto.PublicKey, now time
 	}, a.Certificate, public, a.key)
 }
 
-// IssueController makes a certificate with which the controller, or a broker
-// beside it, answers under hosts, which are names and addresses, and with
-// which it calls a broker.
+// IssueController makes a certificate with which the controller answers under
+// hosts, which are names and addresses, and with which it calls a broker.
 func (a *Authority) IssueController(hosts []string, public crypto.PublicKey, now time.Time, lifetime time.Duration) (*x509.Certificate, error) {
-	template := &x509.Certificate{
-		Subject: pkix.Name{CommonName: ControllerName}, URIs: []*url.URL{{Scheme: uriScheme, Opaque: controllerURI}},
-		NotBefore: now.Add(-skew), NotAfter: earlier(now.Add(lifetime), a.Certificate.NotAfter),
-		KeyUsage:    x509.KeyUsageDigitalSignature,
-		ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth, x509.ExtKeyUsageServerAuth},
-	}
-	for _, h := range hosts {
-		if ip := net.ParseIP(h); ip != nil {
-			template.IPAddresses = append(template.IPAddresses, ip)
-		} else {
-			template.DNSNames = append(template.DNSNames, h)
-		}
-	}
+	template := serverTemplate(hosts, now, earlier(now.Add(lifetime), a.Certificate.NotAfter))
+	template.Subject, template.URIs = pkix.Name{CommonName: ControllerName}, []*url.URL{{Scheme: uriScheme, Opaque: controllerURI}}
+	template.ExtKeyUsage = []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth, x509.ExtKeyUsageServerAuth}
 	return issue(template, a.Certificate, public, a.key)
 }
 
@@ -137,6 +128,27 @@ func (a *Authority) Revoke(entries []x509.RevocationListEntry, number int64, now
 	return x509.CreateRevocationList(rand.Reader, &x509.RevocationList{
 		Number: big.NewInt(number), ThisUpdate: now.Add(-skew), NextUpdate: now.Add(lifetime), RevokedCertificateEntries: entries,
 	}, a.Certificate, a.key)
+}
+
+// IssueBroker makes a certificate with which a broker beside the controller
+// answers under hosts. It is good for nothing else.
+func (a *Authority) IssueBroker(hosts []string, public crypto.PublicKey, now time.Time, lifetime time.Duration) (*x509.Certificate, error) {
+	template := serverTemplate(hosts, now, earlier(now.Add(lifetime), a.Certificate.NotAfter))
+	template.Subject, template.URIs = pkix.Name{CommonName: brokerName}, []*url.URL{{Scheme: uriScheme, Opaque: brokerURI}}
+	template.ExtKeyUsage = []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth}
+	return issue(template, a.Certificate, public, a.key)
+}
+
+func serverTemplate(hosts []string, now, end time.Time) *x509.Certificate {
+	template := &x509.Certificate{NotBefore: now.Add(-skew), NotAfter: end, KeyUsage: x509.KeyUsageDigitalSignature}
+	for _, h := range hosts {
+		if ip := net.ParseIP(h); ip != nil {
+			template.IPAddresses = append(template.IPAddresses, ip)
+		} else {
+			template.DNSNames = append(template.DNSNames, h)
+		}
+	}
+	return template
 }
 
 func earlier(a, b time.Time) time.Time {
