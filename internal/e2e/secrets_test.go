@@ -203,7 +203,8 @@ func TestSecretsStayWhereTheyBelong(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if resp.StatusCode != want {
+		// So many wrong credentials are slowed, too.
+		if resp.StatusCode != want && (want < 400 || resp.StatusCode != http.StatusTooManyRequests) {
 			t.Errorf("%s %s: %s: %s", method, url, resp.Status, b)
 		}
 		say(method+" "+url, fmt.Appendf(nil, "%v\n%s", resp.Header, b))
