@@ -199,9 +199,12 @@ func (a *agent) reconnect(ctx context.Context, l *link.Link) {
 	}
 }
 
-// linkState keeps for the doctor that the link is quiet. The link calls it,
-// once at a time.
+// linkState keeps for the doctor that the link is quiet, and tells the
+// identity that somebody answers. The link calls it, once at a time.
 func (a *agent) linkState(s link.State, cause error) {
+	if s == link.Connected || s == link.Refused {
+		a.identity.Reached()
+	}
 	var until time.Time
 	text := ""
 	if s == link.StoodDown {

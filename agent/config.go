@@ -169,6 +169,8 @@ type Config struct {
 	Data       string            `yaml:"data"`       // folder of everything that the agent keeps
 	Controller string            `yaml:"controller"` // base URL; "": serve what is there, without a controller
 	CA         string            `yaml:"ca"`         // PEM file of authorities that may vouch for the controller; "": the system's
+	KeyStore   string            `yaml:"key-store"`  // where the device's key is made: file or tpm
+	TPM        string            `yaml:"tpm"`        // path of the TPM
 	JoinToken  string            `yaml:"join-token"` // needed until the device has joined
 	Name       string            `yaml:"name"`       // of the device; the host's where empty
 	Labels     map[string]string `yaml:"labels"`     // of the device
@@ -223,7 +225,7 @@ const gcPercent = 200
 const commands = "Commands: dunlin-agent run, the default; dunlin-agent serve; dunlin-agent doctor; dunlin-agent verify; dunlin-agent version."
 
 func parseInto(cfg *Config, name string, args []string, getenv func(string) string, help io.Writer, more func(*flag.FlagSet)) error {
-	*cfg = Config{Data: defaultData(getenv)}
+	*cfg = Config{Data: defaultData(getenv), KeyStore: "file", TPM: "/dev/tpmrm0"}
 	labels := map[string]string{}
 	err := program.Source{
 		Program: name, Notes: commands, Prefix: "DUNLIN_AGENT_",
@@ -233,6 +235,8 @@ func parseInto(cfg *Config, name string, args []string, getenv func(string) stri
 		{Name: "controller", Usage: "base `URL` of the controller, or mqtts://host:port of its broker; without one, serve what is there", Value: &cfg.Controller},
 		{Name: "ca", Usage: "PEM `file` of authorities that may vouch for the controller beside its own; without one, the system's", Value: &cfg.CA},
 		{Name: "join-token", Usage: "`@file` with the token by which the device joins; also DUNLIN_JOIN_TOKEN", Value: &cfg.JoinToken, Environment: "DUNLIN_JOIN_TOKEN", Secret: true},
+		{Name: "key-store", Usage: "`where` the device's key is made: file, in the data folder, or tpm", Value: &cfg.KeyStore},
+		{Name: "tpm", Usage: "`path` of the TPM: its device, or the socket of a simulated one", Value: &cfg.TPM},
 		{Name: "name", Usage: "`name` of the device; without one, the host's", Value: &cfg.Name},
 	}, cfg.settings()...), cfg, func(flags *flag.FlagSet) {
 		flags.Func("label", "`key=value` label of the device; may be repeated; in the file, labels is a mapping", func(s string) error {
@@ -294,6 +298,10 @@ func (cfg *Config) check() error {
 	if cfg.Controller != "" {
 		add("controller", program.CheckURL(cfg.Controller, "https", "mqtts"))
 	}
+	cfg.KeyStore = cmp.Or(cfg.KeyStore, "file")
+	if cfg.KeyStore != "file" && cfg.KeyStore != "tpm" {
+		add("key-store", fmt.Errorf("%q is not file or tpm", cfg.KeyStore))
+	}
 	if cfg.CA != "" {
 		cfg.roots, err = pki.ReadCertificates(cfg.CA)
 		add("ca", err)
@@ -314,7 +322,7 @@ func (cfg *Config) check() error {
 // identity says who the device is to be.
 func (cfg *Config) identity(store *state.Store) identity.Config {
 	return identity.Config{
-		Dir: cfg.Data, State: store, Name: cfg.Name, Controller: cfg.Controller, JoinToken: cfg.JoinToken,
+		Dir: cfg.Data, InTPM: cfg.KeyStore == "tpm", TPM: cfg.TPM, State: store, Name: cfg.Name, Controller: cfg.Controller, JoinToken: cfg.JoinToken,
 		Labels: cfg.Labels, Roots: cfg.roots, Log: cfg.Log,
 	}
 }

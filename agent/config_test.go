@@ -68,7 +68,7 @@ func TestConfigFaultsTogether(t *testing.T) {
 func TestConfigRefuses(t *testing.T) {
 	for _, args := range [][]string{
 		{"surplus"}, {"--label", "nokey"}, {"--config", "/does/not/exist"}, {"--unknown"},
-		{"--controller", "http://localhost"}, {"--controller", "https://user@localhost"}, {"--ca", "/does/not/exist"}, {"--listen", "localhost"}, {"--listen", "[::]:80"},
+		{"--controller", "http://localhost"}, {"--controller", "https://user@localhost"}, {"--ca", "/does/not/exist"}, {"--key-store", "cloud"}, {"--listen", "localhost"}, {"--listen", "[::]:80"},
 	} {
 		if cfg, err := ParseConfig(args, env(), io.Discard); err == nil {
 			t.Errorf("%q gives %+v", args, cfg)

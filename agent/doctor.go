@@ -173,7 +173,17 @@ func storedIdentity(ctx context.Context, cfg Config) (id *identity.Device, s *st
 	if s, err = state.Open(ctx, path, state.Limits{}); err != nil {
 		return nil, nil, err
 	}
-	if id, err = identity.Open(ctx, cfg.identity(s)); err != nil {
+	c := cfg.identity(s)
+	trust, err := s.Trust(ctx)
+	if err == nil {
+		c.TrustVersion = trust.Version
+	} else if errors.Is(err, state.ErrNone) {
+		err = nil
+	}
+	if err == nil {
+		id, err = identity.Open(ctx, c)
+	}
+	if err != nil {
 		return nil, nil, errors.Join(err, s.Close())
 	}
 	return id, s, nil

@@ -15,6 +15,7 @@ import (
 	"github.com/dunlin/dunlin/agent/identity"
 	"github.com/dunlin/dunlin/agent/state"
 	"github.com/dunlin/dunlin/agent/worker"
+	"github.com/dunlin/dunlin/models/signing"
 	dunlinv1 "github.com/dunlin/dunlin/proto/dunlin/v1"
 )
 
@@ -72,12 +73,20 @@ func TestDoctor(t *testing.T) {
 	if err := id.Join(t.Context(), &dunlinv1.DeviceInfo{}); err != nil {
 		t.Fatal(err)
 	}
+	_, signed := testTrust(t)
+	trust, err := signing.Advance(nil, []*dunlinv1.SignedTrust{signed})
+	if err == nil {
+		err = store.SetTrust(t.Context(), trust)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
 	found, err = diagnose(t, "--data", data, "--runtime-lib", lib)
 	if err != nil {
 		t.Error(err)
 	}
 	expect(t, found, map[string]Verdict{"identity": Pass, "clock": Pass, "broker": Pass, "registry": Pass})
-	if f := found["identity"]; !strings.Contains(f.Detail, "edge-1; key ECDSA P-256 in a file; certificate until 20") || !strings.Contains(f.Detail, "by Dunlin CA ") {
+	if f := found["identity"]; !strings.Contains(f.Detail, "edge-1; key ECDSA P-256 in a file; certificate until 20") || !strings.Contains(f.Detail, "by Dunlin CA ") || !strings.Contains(f.Detail, "; trust document 1") {
 		t.Errorf("identity: %v", f)
 	}
 	for after, want := range map[time.Duration]Verdict{0: Pass, 200 * 24 * time.Hour: Pass, 300 * 24 * time.Hour: Warn, 400 * 24 * time.Hour: Fail} {

@@ -1,7 +1,6 @@
 package agent
 
 import (
-	"context"
 	"crypto"
 	"crypto/sha256"
 	"errors"
@@ -22,9 +21,6 @@ import (
 	"github.com/dunlin/dunlin/models/signing"
 	dunlinv1 "github.com/dunlin/dunlin/proto/dunlin/v1"
 )
-
-// ignoreTrust takes no trust document.
-func ignoreTrust(context.Context, []*dunlinv1.SignedTrust) error { return nil }
 
 // testTrust makes a trust document in which one key is everything.
 func testTrust(t testing.TB) (crypto.Signer, *dunlinv1.SignedTrust) {

@@ -42,9 +42,7 @@ func (t *trust) uses() []use {
 		uses = append(uses, use{"own", "", c.Leaf})
 	}
 	if t.files != nil {
-		if c, err := t.files.Certificate(); err == nil {
-			uses = append(uses, use{"tls-cert", "", c.Leaf})
-		}
+		uses = append(uses, use{"tls-cert", "", t.files.Certificate().Leaf})
 	}
 	if t.acme != nil {
 		for _, d := range t.acme.domains {

@@ -1,6 +1,7 @@
 package controller
 
 import (
+	"crypto/x509"
 	"errors"
 	"flag"
 	"io"
@@ -9,7 +10,10 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
+	"github.com/dunlin/dunlin/controller/store"
+	"github.com/dunlin/dunlin/internal/pki"
 	"github.com/dunlin/dunlin/internal/program"
 )
 
@@ -63,5 +67,26 @@ func TestSetUpMosquitto(t *testing.T) {
 	}
 	if _, err := LoadMosquittoConfig([]string{"--help"}, none, io.Discard); !errors.Is(err, flag.ErrHelp) {
 		t.Errorf("got %v", err)
+	}
+}
+
+// TestDeviceTLS: to a broker the controller is the device, for some minutes.
+func TestDeviceTLS(t *testing.T) {
+	st, err := store.Open(t.Context(), filepath.Join(t.TempDir(), storeFile), store.Options{})
+	must(t, err)
+	defer st.Close()
+	c := DefaultConfig()
+	c.Data = t.TempDir()
+	trust, err := openTrust(t.Context(), c, st)
+	must(t, err)
+	config, err := trust.DeviceTLS("cam-1", "broker")
+	must(t, err)
+	own, err := config.GetClientCertificate(nil)
+	must(t, err)
+	chain, err := pki.ParseCertificates(own.Certificate)
+	must(t, err)
+	must(t, pki.VerifyChain(chain, trust.Roots(), time.Now(), x509.ExtKeyUsageClientAuth))
+	if name, ok := pki.DeviceOf(chain[0]); !ok || name != "cam-1" || time.Until(chain[0].NotAfter) > 10*time.Minute || config.ServerName != "broker" {
+		t.Errorf("%q until %v, for %s", name, chain[0].NotAfter, config.ServerName)
 	}
 }

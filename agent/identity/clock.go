@@ -23,6 +23,10 @@ var built = func() time.Time {
 	return time.Date(2026, time.November, 1, 0, 0, 0, 0, time.UTC)
 }()
 
+// slack is how far clocks may be behind each other without one being wrong. It
+// is less than certificates allow for, see pki.Issued.
+const slack = 30 * time.Minute
+
 // clock says what time it is on a device whose own clock may have begun in
 // 1970. It decides by what it is told and reads no clock.
 type clock struct {
@@ -35,7 +39,7 @@ type clock struct {
 // wrong says whether the device's own clock cannot be right; issued are
 // certificates that are there already.
 func (c clock) wrong(own time.Time, issued ...*x509.Certificate) bool {
-	if own.Before(c.floor) || own.Before(c.seen) {
+	if late := own.Add(slack); late.Before(c.floor) || late.Before(c.seen) {
 		return true
 	}
 	for _, i := range issued {
@@ -62,16 +66,23 @@ func (c clock) now(own time.Time, issued ...*x509.Certificate) time.Time {
 
 // hear takes in what the controller says, whose authority ends at end.
 func (c clock) hear(answer, own, end time.Time) (clock, error) {
-	if answer.Before(c.floor) {
+	if answer.Add(slack).Before(c.floor) {
 		return c, fmt.Errorf("the controller says that it is %s, which is over: it was %s already", answer.UTC().Format(time.RFC3339), c.floor.UTC().Format(time.RFC3339))
 	}
 	if answer.After(end) {
 		return c, fmt.Errorf("the controller says that it is %s, when its authority has ended: that was at %s", answer.UTC().Format(time.RFC3339), end.UTC().Format(time.RFC3339))
 	}
-	return clock{floor: answer, seen: answer, answer: answer, heard: own}, nil
+	return clock{floor: later(answer, c.floor), seen: answer, answer: answer, heard: own}, nil
 }
 
-// Bounds of the nonce of a question for the time, in bytes.
+func later(a, b time.Time) time.Time {
+	if a.After(b) {
+		return a
+	}
+	return b
+}
+
+// timeNonce is the length of the nonce of a question for the time.
 const timeNonce = 32
 
 // timeOf gives the time that an answer to nonce says, signed by one of roots,

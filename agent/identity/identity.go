@@ -26,6 +26,8 @@ import (
 // Config says who a device is to be, and where what it is gets kept.
 type Config struct {
 	Dir        string // folder of the key
+	InTPM      bool   // new keys are made in the TPM, and only their names are in the folder
+	TPM        string // path of the TPM: a device, or the socket of a simulated one
 	State      *state.Store
 	Name       string // of the device, until it has joined
 	Controller string // "https://host:port", or "mqtts://host:port" where nothing else can be reached
@@ -96,9 +98,7 @@ func Open(ctx context.Context, cfg Config) (*Device, error) {
 	if err != nil {
 		return nil, err
 	}
-	if known.Answered.After(d.clock.floor) {
-		d.clock.floor = known.Answered
-	}
+	d.clock.floor = later(d.clock.floor, known.Answered)
 	d.clock.seen = known.Seen
 	if len(d.stored.Certificates) == 0 {
 		return d, nil

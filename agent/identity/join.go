@@ -32,7 +32,7 @@ func (d *Device) Join(ctx context.Context, info *dunlinv1.DeviceInfo) error {
 		return nil
 	}
 	if cfg.JoinToken == "" {
-		return fmt.Errorf("join %s: no join token: make one with `dunlin join-token create` and pass it by --join-token or DUNLIN_JOIN_TOKEN", cfg.Controller)
+		return fmt.Errorf("join %s: no join token: make one with `dunlin join-token create` and pass it by --join-token @FILE or DUNLIN_JOIN_TOKEN", cfg.Controller)
 	}
 	key, err := d.makeKey(keyFile)
 	if err != nil {

@@ -1,6 +1,7 @@
 package identity
 
 import (
+	"bytes"
 	"crypto"
 	"crypto/ecdsa"
 	"crypto/x509"
@@ -24,9 +25,16 @@ func (d *Device) path(file string) string { return filepath.Join(d.cfg.Dir, file
 
 // makeKey gives the key in a file, which it makes where there is none.
 func (d *Device) makeKey(file string) (crypto.Signer, error) {
-	key, err := pki.ReadKey(d.path(file))
+	key, err := d.readKey(file)
 	if !errors.Is(err, fs.ErrNotExist) {
 		return key, err
+	}
+	if d.cfg.InTPM {
+		key, content, err := newTPMKey(d.cfg.TPM)
+		if err != nil {
+			return nil, err
+		}
+		return key, d.step("write key", func() error { return pki.WriteFile(d.path(file), content, 0o600) })
 	}
 	if key, err = pki.NewKey(); err != nil {
 		return nil, err
@@ -34,10 +42,22 @@ func (d *Device) makeKey(file string) (crypto.Signer, error) {
 	return key, d.step("write key", func() error { return pki.WriteKey(d.path(file), key) })
 }
 
+// readKey reads a key, wherever it is kept.
+func (d *Device) readKey(file string) (crypto.Signer, error) {
+	content, err := os.ReadFile(d.path(file))
+	if err != nil {
+		return nil, fmt.Errorf("read key: %w", err)
+	}
+	if bytes.HasPrefix(content, []byte(tpmBlock)) {
+		return loadTPMKey(d.cfg.TPM, content)
+	}
+	return pki.ReadKey(d.path(file))
+}
+
 // keyOf gives the key of a certificate, and the file that it is in.
 func (d *Device) keyOf(c *x509.Certificate) (key crypto.Signer, file string, err error) {
 	for _, file := range []string{keyFile, nextKeyFile} {
-		key, err := pki.ReadKey(d.path(file))
+		key, err := d.readKey(file)
 		if errors.Is(err, fs.ErrNotExist) {
 			continue
 		} else if err != nil {
@@ -87,6 +107,9 @@ func describeKey(key crypto.Signer) string {
 	kind := "Ed25519"
 	if k, ok := key.Public().(*ecdsa.PublicKey); ok {
 		kind = "ECDSA " + k.Curve.Params().Name
+	}
+	if k, ok := key.(*tpmKey); ok {
+		return kind + " in TPM " + k.path
 	}
 	return kind + " in a file"
 }

@@ -36,6 +36,14 @@ func (d *Device) RenewWithin(within time.Duration) {
 	signal(d.asked)
 }
 
+// Reached has what failed before tried again: the network is back.
+func (d *Device) Reached() {
+	d.mu.Lock()
+	d.plan = d.plan.again(d.clock.now(d.cfg.Now(), d.own.chain...))
+	d.mu.Unlock()
+	signal(d.asked)
+}
+
 // Run keeps the certificate of a device that has joined valid, and its clock
 // known, until ctx is done.
 func (d *Device) Run(ctx context.Context) {

@@ -78,3 +78,12 @@ func (s schedule) fail(now time.Time, part float64) schedule {
 	s.failed, s.tried, s.part = s.failed+1, now, part
 	return s
 }
+
+// again has what failed a while ago tried at once: the controller can be
+// reached again.
+func (s schedule) again(now time.Time) schedule {
+	if now.Sub(s.tried) >= firstRenewWait {
+		s.failed = 0
+	}
+	return s
+}

@@ -62,13 +62,6 @@ func TestScheduleOverYears(t *testing.T) {
 	}
 }
 
-func later(a, b time.Time) time.Time {
-	if a.After(b) {
-		return a
-	}
-	return b
-}
-
 func TestScheduleAsked(t *testing.T) {
 	now := time.Date(2026, 1, 1, 0, 0, 0, 0, time.UTC)
 	s := schedule{issued: now, end: now.Add(year)}
@@ -98,6 +91,14 @@ func TestScheduleAsked(t *testing.T) {
 	over := s.fail(now.Add(2*year), 0)
 	if got := over.due(now.Add(2 * year)); !got.Equal(now.Add(2*year + firstRenewWait/2)) {
 		t.Errorf("after the end: due at %s", got)
+	}
+	// When the controller can be reached again, the wait is over, but not for
+	// what has been tried just now.
+	if got := failed.again(failed.tried.Add(time.Hour)).due(at); !got.Equal(asked.due(now)) {
+		t.Errorf("reached: due at %s", got)
+	}
+	if got := failed.again(failed.tried.Add(time.Second)).due(at); !got.Equal(failed.due(at)) {
+		t.Errorf("reached at once: due at %s", got)
 	}
 	// A clock that was ahead when an attempt failed does not stop the next.
 	if got := over.due(now.Add(year)); got.After(now.Add(year)) {

@@ -93,7 +93,7 @@ func (s overMQTT) ask(ctx context.Context, user, password string, q *dunlinv1.En
 var errAnswer = errors.New("the controller's answer is not to what it was asked")
 
 func (s overMQTT) join(ctx context.Context, q *dunlinv1.JoinRequest) (*dunlinv1.JoinResponse, error) {
-	a, err := s.ask(ctx, link.JoinUser(q.JoinToken), q.JoinToken, &dunlinv1.EnrolRequest{Request: &dunlinv1.EnrolRequest_Join{Join: q}})
+	a, err := s.ask(ctx, link.TokenUser(q.JoinToken), q.JoinToken, &dunlinv1.EnrolRequest{Request: &dunlinv1.EnrolRequest_Join{Join: q}})
 	if err == nil && a.GetJoin() == nil {
 		err = errAnswer
 	}

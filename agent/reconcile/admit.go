@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"net/http"
-	"time"
 
 	"github.com/opencontainers/go-digest"
 
@@ -43,7 +42,7 @@ func (d *download) admit(ctx context.Context, m *models.Manifest) error {
 		}
 		signatures = append(signatures, raw)
 	}
-	err := trust.Admit(d.id.Model, d.id.Version, m, signatures, time.Now())
+	err := trust.Admit(d.id.Model, d.id.Version, m, signatures, d.now())
 	if r, ok := errors.AsType[*signing.RefusedError](err); ok && broken != nil {
 		err = &signing.RefusedError{Reason: fmt.Sprintf("%s; %v", r.Reason, errors.Join(broken...))}
 	}

@@ -11,6 +11,7 @@ import (
 	"os"
 	"path/filepath"
 	"sync/atomic"
+	"time"
 
 	"github.com/opencontainers/go-digest"
 	"golang.org/x/sys/unix"
@@ -61,6 +62,7 @@ type download struct {
 	digest digest.Digest
 	// Whom the device trusts, and the manifests that hold the signatures.
 	trust      func() *signing.Trust
+	now        func() time.Time // at which signatures are to count
 	signatures []digest.Digest
 	judged     *signing.Trust // by which admit judged last
 	reserve    uint64

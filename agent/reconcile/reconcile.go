@@ -57,7 +57,9 @@ type Config struct {
 	State    *state.Store
 	// Trust gives the trust document by which signatures of bundles count. No
 	// bundle is taken while it gives nil.
-	Trust  func() *signing.Trust
+	Trust func() *signing.Trust
+	// Now is the time at which signatures are to count; time.Now where nil.
+	Now    func() time.Time
 	Engine Engine
 	// Check tries to load a version that never served here, in a place where
 	// that can do no harm.
@@ -122,6 +124,9 @@ func New(cfg Config) (*Reconciler, error) {
 	}
 	if cfg.Stall == 0 {
 		cfg.Stall = defaultStall
+	}
+	if cfg.Now == nil {
+		cfg.Now = time.Now
 	}
 	return &Reconciler{
 		cfg: cfg, bundles: b, core: newCore(),
@@ -397,7 +402,7 @@ func (r *Reconciler) download(k key) *download {
 	}
 	d := r.downloads[k]
 	if d == nil {
-		d = &download{store: r.bundles, id: k.id, digest: k.digest, trust: r.cfg.Trust, reserve: r.cfg.Reserve, free: freeSpace, log: r.cfg.Log}
+		d = &download{store: r.bundles, id: k.id, digest: k.digest, trust: r.cfg.Trust, now: r.cfg.Now, reserve: r.cfg.Reserve, free: freeSpace, log: r.cfg.Log}
 		d.total.Store(int64(r.core.versions[k].size))
 		r.downloads[k] = d
 	}

@@ -241,6 +241,20 @@ func (c *cli) readPassword(ctx context.Context, prompt string) (string, error) {
 	return password, nil
 }
 
+// newPassword reads one that is chosen now: at a terminal, where it is not
+// shown, twice.
+func (c *cli) newPassword(ctx context.Context, prompt string) (string, error) {
+	password, err := c.readPassword(ctx, prompt)
+	if f, ok := c.in.(*os.File); err != nil || !ok || !term.IsTerminal(int(f.Fd())) {
+		return password, err
+	}
+	again, err := c.readPassword(ctx, "Once more: ")
+	if err == nil && again != password {
+		err = errors.New("the two passwords differ")
+	}
+	return password, err
+}
+
 // prompt reads without showing what is typed. An interrupt puts the terminal
 // back.
 func (c *cli) prompt(ctx context.Context, f *os.File, text string) ([]byte, error) {

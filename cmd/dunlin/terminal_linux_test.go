@@ -43,6 +43,24 @@ func echoes(t *testing.T, terminal *os.File) bool {
 	return s.Lflag&unix.ECHO != 0
 }
 
+// typeLine types a line as soon as the program waits for it without showing it.
+func typeLine(t *testing.T, user, program *os.File, done <-chan int, line string) {
+	t.Helper()
+	for deadline := time.Now().Add(patience); echoes(t, program); {
+		if time.Now().After(deadline) {
+			t.Fatalf("nothing is waited for after %s", patience)
+		}
+		select {
+		case code := <-done:
+			t.Fatalf("ended with %d", code)
+		case <-time.After(time.Millisecond):
+		}
+	}
+	if _, err := user.WriteString(line + "\n"); err != nil {
+		t.Fatal(err)
+	}
+}
+
 // TestPrompt types a token at a terminal: it is not shown, and the terminal
 // is afterwards as it was.
 func TestPrompt(t *testing.T) {
@@ -65,19 +83,7 @@ func TestPrompt(t *testing.T) {
 	var stdout, stderr bytes.Buffer
 	done := make(chan int, 1)
 	go func() { done <- run(t.Context(), []string{"login", url}, program, &stdout, &stderr) }()
-	for deadline := time.Now().Add(patience); echoes(t, program); {
-		if time.Now().After(deadline) {
-			t.Fatalf("login does not wait for a token after %s", patience)
-		}
-		select {
-		case code := <-done:
-			t.Fatalf("login ended with %d: %s", code, stderr.String())
-		case <-time.After(time.Millisecond):
-		}
-	}
-	if _, err := user.WriteString(token + "\n"); err != nil {
-		t.Fatal(err)
-	}
+	typeLine(t, user, program, done, token)
 	if code := <-done; code != exitOK {
 		t.Fatalf("exit code %d: %s", code, stderr.String())
 	}
@@ -97,5 +103,24 @@ func TestPrompt(t *testing.T) {
 	}
 	if s, err := readSettings(); err != nil || s != (settings{URL: url, Token: token}) {
 		t.Errorf("stored %s, %v", s.URL, err)
+	}
+}
+
+// TestNewPassword: a password that is chosen at a terminal is typed twice.
+func TestNewPassword(t *testing.T) {
+	login(t)
+	for again, want := range map[string]string{"correct horse battery": "user/ada created", "correct horse batteri": "the two passwords differ"} {
+		user, program := openTerminal(t)
+		var stdout, stderr bytes.Buffer
+		done := make(chan int, 1)
+		go func() {
+			done <- run(t.Context(), []string{"user", "create", "ada", "--role", "viewer", "--password"}, program, &stdout, &stderr)
+		}()
+		typeLine(t, user, program, done, "correct horse battery")
+		typeLine(t, user, program, done, again)
+		<-done
+		if all := stdout.String() + stderr.String(); !strings.Contains(all, want) || strings.Contains(all, "horse") {
+			t.Errorf("got %s, want %s", all, want)
+		}
 	}
 }

@@ -48,7 +48,7 @@ from standard input or a prompt. Without it the user has tokens only.`,
 			}
 			req := &dunlinv1.CreateUserRequest{Name: args[0], Role: role, Scope: scope}
 			if withPassword {
-				if req.Password, err = c.readPassword(cmd.Context(), "Password of "+args[0]+": "); err != nil {
+				if req.Password, err = c.newPassword(cmd.Context(), "Password of "+args[0]+": "); err != nil {
 					return err
 				}
 			}
@@ -99,7 +99,7 @@ func (c *cli) userUpdate() *cobra.Command {
 			case noPassword:
 				req.Password = new("")
 			case withPassword:
-				password, err := c.readPassword(cmd.Context(), "New password of "+args[0]+": ")
+				password, err := c.newPassword(cmd.Context(), "New password of "+args[0]+": ")
 				if err != nil {
 					return err
 				}

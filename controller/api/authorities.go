@@ -52,6 +52,9 @@ func (s *server) RevokeDevice(ctx context.Context, req *connect.Request[v1.Revok
 		return nil, invalid("reason has %d bytes, the limit is %d", n, maxReason)
 	}
 	device := req.Msg.GetDevice()
+	if _, err := s.seen(ctx, device); err != nil {
+		return nil, err
+	}
 	if err := s.Store.RevokeDevice(ctx, caller(ctx), device, req.Msg.GetReason()); err != nil {
 		return nil, err
 	}

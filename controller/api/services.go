@@ -108,6 +108,12 @@ func (s *server) CreateJoinToken(ctx context.Context, req *connect.Request[v1.Cr
 		if err := link.CheckDevice(m.GetDevice()); err != nil {
 			return nil, invalid("device: %w", err)
 		}
+		// It takes the place of that device.
+		if len(identity.FromContext(ctx).Scope) > 0 {
+			if _, err := s.seen(ctx, m.GetDevice()); err != nil {
+				return nil, err
+			}
+		}
 	}
 	secret, _ := identity.NewToken("dunlin_join_")
 	token := pki.AppendPin(secret, s.Authorities.Pin())
@@ -129,17 +135,32 @@ func (s *server) CreateJoinToken(ctx context.Context, req *connect.Request[v1.Cr
 }
 
 func (s *server) ListJoinTokens(ctx context.Context, _ *connect.Request[v1.ListJoinTokensRequest]) (*connect.Response[v1.ListJoinTokensResponse], error) {
-	tokens, err := s.Store.JoinTokens(ctx)
+	tokens, err := s.joinTokens(ctx)
 	if err != nil {
 		return nil, err
 	}
-	p := identity.FromContext(ctx)
-	tokens = slices.DeleteFunc(tokens, func(t store.JoinToken) bool { return !p.Covers(t.Labels) })
 	return connect.NewResponse(&v1.ListJoinTokensResponse{JoinTokens: convert(tokens, joinToken)}), nil
 }
 
+// joinTokens gives those within the caller's scope.
+func (s *server) joinTokens(ctx context.Context) ([]store.JoinToken, error) {
+	tokens, err := s.Store.JoinTokens(ctx)
+	p := identity.FromContext(ctx)
+	return slices.DeleteFunc(tokens, func(t store.JoinToken) bool { return !p.Covers(t.Labels) }), err
+}
+
 func (s *server) DeleteJoinToken(ctx context.Context, req *connect.Request[v1.DeleteJoinTokenRequest]) (*connect.Response[v1.DeleteJoinTokenResponse], error) {
-	if err := s.Store.DeleteJoinToken(ctx, caller(ctx), req.Msg.GetId()); err != nil {
+	id := req.Msg.GetId()
+	if len(identity.FromContext(ctx).Scope) > 0 {
+		tokens, err := s.joinTokens(ctx)
+		if err != nil {
+			return nil, err
+		}
+		if !slices.ContainsFunc(tokens, func(t store.JoinToken) bool { return t.ID == id }) {
+			return nil, fmt.Errorf("join token %s: %w", id, store.ErrNotFound)
+		}
+	}
+	if err := s.Store.DeleteJoinToken(ctx, caller(ctx), id); err != nil {
 		return nil, err
 	}
 	return connect.NewResponse(&v1.DeleteJoinTokenResponse{}), s.accountsChanged(ctx)

@@ -94,6 +94,9 @@ func (s *server) UpdateUser(ctx context.Context, req *connect.Request[v1.UpdateU
 	if err := fleet.CheckLabels(m.GetScope()); err != nil {
 		return nil, invalid("scope: %w", err)
 	}
+	if len(m.GetScope()) > 0 && !m.GetSetScope() {
+		return nil, invalid("scope is %s, but set_scope is false", identity.LabelsText(m.GetScope()))
+	}
 	before, err := s.Store.User(ctx, m.GetName())
 	if err != nil {
 		return nil, err

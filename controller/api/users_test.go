@@ -82,6 +82,7 @@ func TestUsers(t *testing.T) {
 	}
 	refused(t, w.auth("").Login, &v1.LoginRequest{Name: "ada", Password: ""}, connect.CodeUnauthenticated, "wrong credentials")
 	refused(t, c.UpdateUser, &v1.UpdateUserRequest{Name: "eve"}, connect.CodeNotFound, `user "eve"`)
+	refused(t, c.UpdateUser, &v1.UpdateUserRequest{Name: "ada", Scope: map[string]string{"a": "b"}}, connect.CodeInvalidArgument, "set_scope is false")
 	refused(t, c.UpdateUser, &v1.UpdateUserRequest{Name: "ada", Role: new("root")}, connect.CodeInvalidArgument, "role")
 
 	var names []string
@@ -341,6 +342,17 @@ func TestScope(t *testing.T) {
 	if got := call(t, e.ListJoinTokens, &v1.ListJoinTokensRequest{}).JoinTokens; len(got) != 1 || got[0].Id != mine.Id {
 		t.Errorf("join tokens: %v", got)
 	}
+	// A join token for a device gives away who that is.
+	refused(t, e.CreateJoinToken, &v1.CreateJoinTokenRequest{Device: "cam-rome", Labels: map[string]string{"site": "berlin"}}, connect.CodeNotFound, "device cam-rome: not found")
+	call(t, e.CreateJoinToken, &v1.CreateJoinTokenRequest{Device: "cam-berlin", Labels: map[string]string{"site": "berlin"}})
+	for _, other := range call(t, w.enrollment(admin).ListJoinTokens, &v1.ListJoinTokensRequest{}).JoinTokens {
+		if other.Labels["site"] == "rome" {
+			refused(t, e.DeleteJoinToken, &v1.DeleteJoinTokenRequest{Id: other.Id}, connect.CodeNotFound, "join token "+other.Id)
+		}
+	}
+	call(t, e.DeleteJoinToken, &v1.DeleteJoinTokenRequest{Id: mine.Id})
+	refused(t, w.devices(boss).RevokeDevice, &v1.RevokeDeviceRequest{Device: "cam-rome"}, connect.CodeNotFound, "device cam-rome: not found")
+	call(t, w.devices(boss).RevokeDevice, &v1.RevokeDeviceRequest{Device: "cam-berlin"})
 	refused(t, w.devices(boss).RemoveDevice, &v1.RemoveDeviceRequest{Device: "cam-rome"}, connect.CodeNotFound, "device cam-rome: not found")
 	call(t, w.devices(boss).RemoveDevice, &v1.RemoveDeviceRequest{Device: "cam-berlin"})
 }

@@ -1,6 +1,7 @@
 package broker
 
 import (
+	"context"
 	"crypto/tls"
 	"crypto/x509"
 	"errors"
@@ -20,12 +21,14 @@ import (
 
 	"github.com/dunlin/dunlin/internal/link"
 	"github.com/dunlin/dunlin/internal/pki"
+	dunlinv1 "github.com/dunlin/dunlin/proto/dunlin/v1"
 )
 
 // testBroker is one implementation of Bus, running, as the contract test sees it.
 type testBroker struct {
 	bus     Bus
 	address string // where devices connect
+	enrol   string // where those without a certificate do
 	inbox   inbox  // what the handler got
 	remove  func(device string)
 }
@@ -44,17 +47,23 @@ func startEmbedded(t *testing.T, names ...string) *testBroker {
 	}
 	in := newInbox()
 	start(t, e, in.handle)
-	return &testBroker{bus: e, address: e.Addr().String(), inbox: in, remove: a.remove}
+	return &testBroker{bus: e, address: e.Addr().String(), enrol: e.Addr().String(), inbox: in, remove: a.remove}
 }
 
 func startMosquittoBus(t *testing.T, _ ...string) *testBroker {
 	m := newMosquitto(t)
+	_, id, _ := strings.Cut(joinUser, ".")
+	m.files.JoinTokens[id] = must(HashPassword(passwordOf(joinUser)))
+	if err := m.Setup(m.port, m.enrol, m.files); err != nil {
+		t.Fatal(err)
+	}
+	m.runnable()
 	m.start()
 	e, connected := m.external(nil)
 	in := newInbox()
 	start(t, e, in.handle)
 	wait(t, "External has connected", connected)
-	return &testBroker{bus: e, address: m.address(), inbox: in, remove: func(device string) {
+	return &testBroker{bus: e, address: m.address(), enrol: "127.0.0.1:" + strconv.Itoa(m.enrol), inbox: in, remove: func(device string) {
 		m.revoke(device)
 		m.write()
 	}}
@@ -80,11 +89,16 @@ func newMosquitto(t *testing.T) *mosquitto {
 	if err := m.Setup(m.port, m.enrol, m.files); err != nil {
 		t.Fatal(err)
 	}
-	if os.Getuid() == 0 {
-		m.configure(m.Config(m.port, m.enrol) + "user root\n") // it could not read its files otherwise
-	}
+	m.runnable()
 	t.Cleanup(m.stop)
 	return m
+}
+
+// runnable lets root start it, which could not read its files otherwise.
+func (m *mosquitto) runnable() {
+	if os.Getuid() == 0 {
+		m.configure(m.Config(m.port, m.enrol) + "user root\n")
+	}
 }
 
 func (m *mosquitto) configure(text string) {
@@ -354,6 +368,40 @@ func testContract(t *testing.T, start func(t *testing.T, names ...string) *testB
 		a.wantCut()
 		other.publish(link.Up("b", link.Hello), "unharmed")
 		b.inbox.want(t, link.Up("b", link.Hello), "unharmed")
+	})
+
+	t.Run("a device without a certificate enrols", func(t *testing.T) {
+		b := start(t, "a")
+		enrol := func(user, password string) (*dunlinv1.EnrolResponse, error) {
+			ctx, cancel := context.WithTimeout(t.Context(), patience)
+			defer cancel()
+			return link.Enrol(ctx, link.Enrolment{
+				BrokerURL: "mqtts://" + b.enrol, User: user, Password: password, TLS: func() *tls.Config { return clientTLS(nil) },
+			}, &dunlinv1.EnrolRequest{})
+		}
+		if _, err := enrol(joinUser, "another"); !errors.Is(err, link.ErrStranger) {
+			t.Errorf("a wrong token: %v", err)
+		}
+		for _, user := range []string{joinUser, link.RenewUser} {
+			var asked sync.WaitGroup
+			asked.Go(func() {
+				select {
+				case m := <-b.inbox:
+					of, nonce, err := link.ParseJoinUp(m.topic)
+					if err == nil {
+						err = b.bus.Publish(link.JoinDown(of, nonce), nil)
+					}
+					if err != nil || of != user {
+						t.Errorf("%s asked on %s: %v", user, m.topic, err)
+					}
+				case <-time.After(patience):
+				}
+			})
+			if _, err := enrol(user, passwordOf(user)); err != nil {
+				t.Error(err)
+			}
+			asked.Wait()
+		}
 	})
 
 	t.Run("the largest payload passes and a larger one does not", func(t *testing.T) {

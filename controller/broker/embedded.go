@@ -74,10 +74,10 @@ type EmbeddedConfig struct {
 	Log  *slog.Logger
 	// MaxConnections is 10,000 if 0. It leaves out enrolling devices.
 	MaxConnections int
-	// Refused, if set, is told whom the broker has turned away: a connection,
-	// with the object "broker", or the first message or subscription of one,
-	// with its topic. Who is "device:NAME" by the certificate, or "nobody";
-	// from is an address. It is called from many goroutines.
+	// Refused, if set, is told what the broker has refused: a connection, with
+	// the object "broker", or, once for each connection, a message or a
+	// subscription, with its topic. Who is "device:NAME" by the certificate,
+	// or "nobody"; from is an address. It is called from many goroutines.
 	Refused func(who, object, reason, from string)
 }
 

@@ -49,8 +49,7 @@ const (
 	mosquittoConf      = "mosquitto.conf"
 	mosquittoACL       = "acl"
 	mosquittoRoots     = "ca.pem"
-	mosquittoCert      = "server.pem"
-	mosquittoKey       = "server.key"
+	mosquittoServer    = "server.pem" // certificate and key, which change at once
 	mosquittoCRL       = "crl.pem"
 	mosquittoPasswords = "passwords"
 	mosquittoPID       = "pid"
@@ -181,8 +180,7 @@ func (f MosquittoFiles) text() (map[string][]byte, error) {
 	}
 	return map[string][]byte{
 		mosquittoRoots:     pki.EncodeCertificates(f.Roots...),
-		mosquittoCert:      pki.EncodeCertificates(chain...),
-		mosquittoKey:       pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: key}),
+		mosquittoServer:    append(pki.EncodeCertificates(chain...), pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: key})...),
 		mosquittoCRL:       crls,
 		mosquittoACL:       []byte(acl),
 		mosquittoPasswords: []byte(passwords),
@@ -370,7 +368,7 @@ max_connections %d
 cafile %s
 certfile %s
 keyfile %s
-`, path(mosquittoRoots), path(mosquittoCert), path(mosquittoKey))
+`, path(mosquittoRoots), path(mosquittoServer), path(mosquittoServer))
 	fmt.Fprintf(&text, `%scrlfile %s
 require_certificate true
 use_identity_as_username true

@@ -192,10 +192,10 @@ func TestMosquittoFiles(t *testing.T) {
 		}
 		return changed
 	}
-	if got, want := look(), []string{"acl", "ca.pem", "crl.pem", "mosquitto.conf", "passwords", "server.key", "server.pem"}; !slices.Equal(got, want) {
+	if got, want := look(), []string{"acl", "ca.pem", "crl.pem", "mosquitto.conf", "passwords", "server.pem"}; !slices.Equal(got, want) {
 		t.Errorf("wrote %v, want %v", got, want)
 	}
-	for _, name := range []string{mosquittoKey, mosquittoPasswords} {
+	for _, name := range []string{mosquittoServer, mosquittoPasswords} {
 		if got := old[name].Mode().Perm(); got != 0o600 {
 			t.Errorf("%s has mode %v", name, got)
 		}
@@ -306,7 +306,7 @@ func TestMosquittoChain(t *testing.T) {
 	if err := m.Write(m.files); err == nil || !strings.Contains(err.Error(), "not told") {
 		t.Fatal(err)
 	}
-	if got := must(pki.ReadCertificates(filepath.Join(m.Dir, mosquittoCert))); len(got) != 3 {
+	if got := must(pki.ReadCertificates(filepath.Join(m.Dir, mosquittoServer))); len(got) != 3 {
 		t.Errorf("%d certificates, want 3", len(got))
 	}
 	m.start()

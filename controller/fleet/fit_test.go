@@ -259,6 +259,7 @@ func TestFitHolds(t *testing.T) {
 func TestCompileRefuses(t *testing.T) {
 	small, large := net("m", 20, 1), net("m", 200, 1)
 	large.Version, large.Digest = 2, "sha256:large"
+	small.Signatures, large.Signatures = []string{"sha256:s"}, []string{"sha256:l"}
 	objects := func(version int64, measured ...Measurement) Objects {
 		return Objects{Deployments: []Deployment{{Name: "dep", Model: "m", Version: version}}, Versions: []Version{small, large}, Measured: measured,
 			Routes: []Route{{Name: "r", Targets: []Target{{Model: "m", Weight: 1}}}}}
@@ -269,7 +270,8 @@ func TestCompileRefuses(t *testing.T) {
 			return 0
 		}
 		v := doc.GetVersions()[0]
-		if want := map[int64]string{1: small.Digest, 2: large.Digest}[v.GetVersion()]; v.GetDigest() != want || v.GetDeployment() != "dep" || v.GetSizeBytes() == 0 {
+		if want := map[int64]string{1: small.Digest, 2: large.Digest}[v.GetVersion()]; v.GetDigest() != want || v.GetDeployment() != "dep" || v.GetSizeBytes() == 0 ||
+			!slices.Equal(v.GetSignatures(), map[int64][]string{1: small.Signatures, 2: large.Signatures}[v.GetVersion()]) {
 			t.Errorf("got %v", v)
 		}
 		return v.GetVersion()

@@ -74,11 +74,14 @@ func (s *Store) Join(ctx context.Context, j Join) (cert *x509.Certificate, err e
 		if j.Labels == nil {
 			j.Labels = map[string]string{}
 		}
-		action := "device.join"
+		action, before := "device.join", ""
 		if taken {
 			action = "device.rejoin"
+			var token, own string
+			err = tx.QueryRowContext(ctx, "SELECT token_labels, own_labels FROM devices WHERE name = ?", j.Device).Scan(&token, &own)
+			before = fmt.Sprintf("labels %s, its own %s", token, own)
 			if labels == "null" || labels == "{}" { // it keeps those that it had
-				err = tx.QueryRowContext(ctx, "SELECT token_labels FROM devices WHERE name = ?", j.Device).Scan(&labels)
+				labels = token
 			}
 			_, e := tx.ExecContext(ctx, "UPDATE devices SET own_labels = ?, token_labels = ?, info = ?, connected = 0, session = '', revoked_at = 0, revoked_reason = '', twins = x'' WHERE name = ?",
 				jsonText(j.Labels), labels, info, j.Device)
@@ -99,7 +102,7 @@ func (s *Store) Join(ctx context.Context, j Join) (cert *x509.Certificate, err e
 			return err
 		}
 		return s.audit(ctx, tx, AuditRecord{
-			Who: "device:" + j.Device, Action: action, Object: "device/" + j.Device,
+			Who: "device:" + j.Device, Action: action, Object: "device/" + j.Device, Before: before,
 			After: fmt.Sprintf("join token %s, labels %s, its own %s, certificate %x until %s", id, labels, jsonText(j.Labels), cert.SerialNumber, cert.NotAfter.UTC().Format(time.RFC3339)),
 		})
 	})
@@ -326,7 +329,7 @@ func (s *Store) RevokeDevice(ctx context.Context, by, device, reason string) err
 		if err := s.revokeCertificates(ctx, tx, device, cmp.Or(reason, "the device was revoked")); err != nil {
 			return err
 		}
-		return s.audit(ctx, tx, AuditRecord{Who: by, Action: "device.revoke", Object: "device/" + device, After: reason})
+		return s.audit(ctx, tx, AuditRecord{Who: by, Action: "device.revoke", Object: "device/" + device, After: "revoked", Reason: reason})
 	})
 }
 
@@ -464,7 +467,7 @@ func (s *Store) RemoveAuthority(ctx context.Context, by, id string, force bool) 
 		if _, err := tx.ExecContext(ctx, "DELETE FROM authorities WHERE id = ?", id); err != nil {
 			return err
 		}
-		return s.audit(ctx, tx, AuditRecord{Who: by, Action: "authority.retire", Object: "authority/" + id})
+		return s.audit(ctx, tx, AuditRecord{Who: by, Action: "authority.retire", Object: "authority/" + id, Before: cert.Subject.CommonName})
 	})
 }
 

@@ -62,12 +62,18 @@ func (s *Store) JoinTokens(ctx context.Context) (tokens []JoinToken, err error) 
 // DeleteJoinToken takes a join token back.
 func (s *Store) DeleteJoinToken(ctx context.Context, by, id string) error {
 	return s.write(ctx, "delete join token", func(tx *sql.Tx) error {
-		if err := changedOne(tx.ExecContext(ctx, "DELETE FROM join_tokens WHERE id = ?", id)); errors.Is(err, ErrStale) {
+		var uses uint32
+		var expires int64
+		var labels string
+		err := tx.QueryRowContext(ctx, "DELETE FROM join_tokens WHERE id = ? RETURNING uses_left, expires_at, labels", id).Scan(&uses, &expires, &labels)
+		if errors.Is(err, sql.ErrNoRows) {
 			return fmt.Errorf("join token %s: %w", id, ErrNotFound)
-		} else if err != nil {
+		}
+		if err != nil {
 			return err
 		}
-		return s.audit(ctx, tx, AuditRecord{Who: by, Action: "join-token.delete", Object: "join-token/" + id})
+		return s.audit(ctx, tx, AuditRecord{Who: by, Action: "join-token.delete", Object: "join-token/" + id,
+			Before: fmt.Sprintf("%d uses until %s, labels %s", uses, instant(expires).Format(time.RFC3339), labels)})
 	})
 }
 

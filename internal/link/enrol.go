@@ -24,7 +24,7 @@ var ErrStranger = errors.New("the broker does not know the join token, or lets n
 // Enrolment says how a device without a valid certificate connects.
 type Enrolment struct {
 	BrokerURL      string // "mqtts://host:port"
-	User, Password string // JoinUser and the token, or RenewUser twice
+	User, Password string // TokenUser and the token, or RenewUser twice
 	TLS            func() *tls.Config
 	// Dial opens the connection below TLS; nil: TCP.
 	Dial func(ctx context.Context, network, address string) (net.Conn, error)

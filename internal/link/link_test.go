@@ -119,8 +119,8 @@ func TestRefusedCredentials(t *testing.T) {
 	b := startBroker(t, "127.0.0.1:0")
 	b.rules.set(true, "")
 	l := start(t, b.site, b.address, nil)
-	if err := awaitState(t, l.Link, Refused); err == nil {
-		t.Error("refused without a cause")
+	if err := awaitState(t, l.Link, Refused); err == nil || !strings.Contains(err.Error(), "revoked") {
+		t.Errorf("refused without a reason: %v", err)
 	}
 	for range 3 {
 		within(t, l.attempts, "attempt to connect")
@@ -144,22 +144,22 @@ func TestRefusedCredentials(t *testing.T) {
 // A certificate that one side does not take is named, and tried again.
 func TestRefusedCertificate(t *testing.T) {
 	for name, test := range map[string]struct {
-		change func(b *testBroker, other *site)
+		change func(s, other *site)
 		want   string
 	}{
-		"expired":         {func(b *testBroker, _ *site) { b.device = b.issue(t, time.Now().Add(-3*time.Hour)) }, "it has expired"},
-		"other authority": {func(b *testBroker, other *site) { b.device = other.device }, "does not know its authority"},
-		"none":            {func(b *testBroker, _ *site) { b.device = new(tls.Certificate) }, "certificate required"},
-		"broker's expired": {func(b *testBroker, _ *site) {
-			*b.broker = *b.issue(t, time.Now().Add(-3*time.Hour))
+		"expired":         {func(s, _ *site) { s.device = s.issue(t, time.Now().Add(-3*time.Hour)) }, "it has expired"},
+		"other authority": {func(s, other *site) { s.device = other.device }, "does not know its authority"},
+		"none":            {func(s, _ *site) { s.device = new(tls.Certificate) }, "certificate required"},
+		"broker's expired": {func(s, _ *site) {
+			*s.broker = *s.issue(t, time.Now().Add(-3*time.Hour))
 		}, "certificate does not count now"},
-		"broker's unknown":    {func(b *testBroker, other *site) { *b.broker = *other.broker }, "authority that is not trusted"},
-		"broker's other name": {func(b *testBroker, _ *site) { *b.broker = *b.issue(t, time.Now()) }, "is not for it"},
+		"broker's unknown":    {func(s, other *site) { *s.broker = *other.broker }, "authority that is not trusted"},
+		"broker's other name": {func(s, _ *site) { *s.broker = *s.issue(t, time.Now()) }, "is not for it"},
 	} {
 		t.Run(name, func(t *testing.T) {
-			b := startBroker(t, "127.0.0.1:0")
-			test.change(b, newSite(t))
-			l := start(t, b.site, b.address, nil)
+			s := newSite(t)
+			test.change(s, newSite(t))
+			l := start(t, s, s.deadBroker(t, func(net.Conn) {}), nil)
 			if err := awaitState(t, l.Link, Refused); err == nil || !strings.Contains(err.Error(), test.want) {
 				t.Errorf("cause %v, want %q", err, test.want)
 			}
@@ -481,8 +481,8 @@ func TestEnrol(t *testing.T) {
 	site.strangers = true
 	b := site.startBroker(t, "127.0.0.1:0")
 	q := &dunlinv1.EnrolRequest{Request: &dunlinv1.EnrolRequest_Time{Time: &dunlinv1.GetTimeRequest{Nonce: []byte("0123456789abcdef")}}}
-	answer := func(topic string) []byte { return nil }
 	var mu sync.Mutex
+	var answer []byte // nil: none
 	if err := b.Subscribe(JoinUpFilter, 2, func(_ *mochi.Client, _ brokerpackets.Subscription, p brokerpackets.Packet) {
 		user, nonce, err := ParseJoinUp(p.TopicName)
 		got := new(dunlinv1.EnrolRequest)
@@ -491,8 +491,8 @@ func TestEnrol(t *testing.T) {
 		}
 		mu.Lock()
 		defer mu.Unlock()
-		if raw := answer(p.TopicName); raw != nil {
-			go b.Publish(JoinDown(user, nonce), raw, false, 0)
+		if answer != nil {
+			go b.Publish(JoinDown(user, nonce), answer, false, 0)
 		}
 	}); err != nil {
 		t.Fatal(err)
@@ -502,7 +502,7 @@ func TestEnrol(t *testing.T) {
 	cfg := Enrolment{BrokerURL: "mqtts://" + b.address, User: RenewUser, Password: RenewUser, TLS: nobody.client}
 	ask := func(raw []byte, within time.Duration) (*dunlinv1.EnrolResponse, error) {
 		mu.Lock()
-		answer = func(string) []byte { return raw }
+		answer = raw
 		mu.Unlock()
 		ctx, cancel := context.WithTimeout(t.Context(), within)
 		defer cancel()
@@ -513,6 +513,11 @@ func TestEnrol(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	cfg.TLS = newSite(t).client
+	if _, err := ask(raw, patience); err == nil || !strings.Contains(err.Error(), "unknown authority") {
+		t.Errorf("another broker: %v", err)
+	}
+	cfg.TLS = nobody.client
 	if got, err := ask(raw, patience); err != nil || !proto.Equal(got, want) {
 		t.Errorf("%v, %v", got, err)
 	}
@@ -525,10 +530,6 @@ func TestEnrol(t *testing.T) {
 	b.rules.set(true, "")
 	if _, err := ask(raw, patience); !errors.Is(err, ErrStranger) {
 		t.Errorf("refused: %v", err)
-	}
-	cfg.TLS = newSite(t).client
-	if _, err := ask(raw, patience); err == nil || !strings.Contains(err.Error(), "unknown authority") {
-		t.Errorf("another broker: %v", err)
 	}
 	cfg.BrokerURL = "tcp://" + b.address
 	if _, err := ask(raw, patience); err == nil {

@@ -122,10 +122,13 @@ func dial(ctx context.Context, below func(context.Context, string, string) (net.
 // the other's certificate.
 var errCertificate = errors.New("certificate refused")
 
-// refusal says more of an error where it is about certificates.
+// refusal says more of an error where it is about the device's identity.
 func refusal(err error) error {
 	if reason, ok := pki.Refusal(err); ok {
 		return fmt.Errorf("%w: %s", errCertificate, reason)
+	}
+	if errors.Is(err, packets.ErrorRefusedNotAuthorised) || errors.Is(err, packets.ErrorRefusedBadUsernameOrPassword) {
+		return fmt.Errorf("the broker does not let this device in: it was removed, or its certificate is revoked: %w", err)
 	}
 	return err
 }

@@ -608,3 +608,17 @@ func FuzzTrust(f *testing.F) {
 		}
 	})
 }
+
+func FuzzManifest(f *testing.F) {
+	raw, err := NewManifest(digest.FromString("bundle"), 100, []byte("signature"))
+	if err != nil {
+		f.Fatal(err)
+	}
+	f.Add(raw)
+	f.Fuzz(func(t *testing.T, raw []byte) {
+		subject, signature, err := ParseManifest(raw)
+		if err == nil && (subject.Digest.Validate() != nil || signature.Digest.Validate() != nil || signature.Size > MaxSignatureBytes) {
+			t.Errorf("taken: %v, %v", subject, signature)
+		}
+	})
+}

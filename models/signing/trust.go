@@ -44,8 +44,13 @@ type Trust struct {
 // TrustAll takes every bundle, signed or not. It is for tests.
 var TrustAll = &Trust{all: true}
 
-// Version is the document's number.
-func (t *Trust) Version() uint64 { return t.document.GetVersion() }
+// Version is the document's number; 0 for none.
+func (t *Trust) Version() uint64 {
+	if t == nil {
+		return 0
+	}
+	return t.document.GetVersion()
+}
 
 // Signed is the document as it was signed; nobody changes it.
 func (t *Trust) Signed() *dunlinv1.SignedTrust { return t.signed }

@@ -90,7 +90,7 @@ func (s *strangers) Provides(b byte) bool {
 
 func (s *strangers) OnConnectAuthenticate(cl *mochi.Client, p packets.Packet) bool {
 	user, password := string(p.Connect.Username), string(p.Connect.Password)
-	known := user == link.JoinUser(s.c.Token) && password == s.c.Token || user == link.RenewUser && password == link.RenewUser
+	known := user == link.TokenUser(s.c.Token) && password == s.c.Token || user == link.RenewUser && password == link.RenewUser
 	return known && len(cl.Net.Conn.(*tls.Conn).ConnectionState().PeerCertificates) == 0
 }
 
