@@ -53,7 +53,7 @@ func (s *Serving) loadTLS(g *access.Guard) (*tls.Config, error) {
 		if err != nil {
 			return nil, fmt.Errorf("tls-cert, tls-key: %w", err)
 		}
-		certificate = func() (*tls.Certificate, error) { return files.Certificate(), nil }
+		certificate = files.Certificate
 	}
 	if certificate == nil {
 		return nil, nil

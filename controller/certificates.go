@@ -42,7 +42,9 @@ func (t *trust) uses() []use {
 		uses = append(uses, use{"own", "", c.Leaf})
 	}
 	if t.files != nil {
-		uses = append(uses, use{"tls-cert", "", t.files.Certificate().Leaf})
+		if c, err := t.files.Certificate(); err == nil {
+			uses = append(uses, use{"tls-cert", "", c.Leaf})
+		}
 	}
 	if t.acme != nil {
 		for _, d := range t.acme.domains {

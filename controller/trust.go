@@ -157,7 +157,7 @@ func (t *trust) foreign(name string) *tls.Certificate {
 	case t.acme != nil:
 		c = t.acme.certificate(name)
 	case t.files != nil:
-		c = t.files.Certificate()
+		c, _ = t.files.Certificate()
 	}
 	if c == nil || time.Now().After(c.Leaf.NotAfter) ||
 		name != "" && c.Leaf.VerifyHostname(name) != nil || name == "" && len(c.Leaf.IPAddresses) == 0 {

@@ -152,8 +152,8 @@ func NewFiles(cert, key string) (*Files, error) {
 }
 
 // Certificate gives the newest certificate. Files that are changed and
-// cannot be read leave the one before in use.
-func (f *Files) Certificate() *tls.Certificate { return f.newest() }
+// cannot be read leave the one before in use: there is never an error.
+func (f *Files) Certificate() (*tls.Certificate, error) { return f.newest(), nil }
 
 // RootsFile are authorities in a file, which is read again when it changes.
 // It is safe for concurrent use.
