@@ -75,7 +75,7 @@ func TestFirstTrust(t *testing.T) {
 	if err := os.WriteFile(w.file(countersignFile), []byte("x"), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := openSigner(t.Context(), w.data, w.store, slog.New(slog.DiscardHandler), time.Now, func() {}); err == nil {
+	if _, err := openSigner(t.Context(), w.data, w.store, slog.New(slog.DiscardHandler), time.Now, func() {}, func() {}); err == nil {
 		t.Error("a spoilt key is passed over")
 	}
 }
