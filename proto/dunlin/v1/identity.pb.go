@@ -40,7 +40,6 @@ type JoinRequest struct {
 	JoinToken string                 `protobuf:"bytes,1,opt,name=join_token,json=joinToken,proto3" json:"join_token,omitempty"`
 	// Name of the device: 1 to 64 of A-Z a-z 0-9 _ -.
 	Name   string            `protobuf:"bytes,2,opt,name=name,proto3" json:"name,omitempty"`
-	Secret string            `protobuf:"bytes,3,opt,name=secret,proto3" json:"secret,omitempty"`
 	Labels map[string]string `protobuf:"bytes,4,rep,name=labels,proto3" json:"labels,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
 	Info   *DeviceInfo       `protobuf:"bytes,5,opt,name=info,proto3" json:"info,omitempty"`
 	// PKCS #10 certificate request, DER, signed by the device's key (ECDSA
@@ -90,13 +89,6 @@ func (x *JoinRequest) GetJoinToken() string {
 func (x *JoinRequest) GetName() string {
 	if x != nil {
 		return x.Name
-	}
-	return ""
-}
-
-func (x *JoinRequest) GetSecret() string {
-	if x != nil {
-		return x.Secret
 	}
 	return ""
 }
@@ -1301,18 +1293,17 @@ var File_dunlin_v1_identity_proto protoreflect.FileDescriptor
 
 const file_dunlin_v1_identity_proto_rawDesc = "" +
 	"\n" +
-	"\x18dunlin/v1/identity.proto\x12\tdunlin.v1\x1a\x14dunlin/v1/wire.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\x8c\x02\n" +
+	"\x18dunlin/v1/identity.proto\x12\tdunlin.v1\x1a\x14dunlin/v1/wire.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\x82\x02\n" +
 	"\vJoinRequest\x12\x1d\n" +
 	"\n" +
 	"join_token\x18\x01 \x01(\tR\tjoinToken\x12\x12\n" +
-	"\x04name\x18\x02 \x01(\tR\x04name\x12\x16\n" +
-	"\x06secret\x18\x03 \x01(\tR\x06secret\x12:\n" +
+	"\x04name\x18\x02 \x01(\tR\x04name\x12:\n" +
 	"\x06labels\x18\x04 \x03(\v2\".dunlin.v1.JoinRequest.LabelsEntryR\x06labels\x12)\n" +
 	"\x04info\x18\x05 \x01(\v2\x15.dunlin.v1.DeviceInfoR\x04info\x12\x10\n" +
 	"\x03csr\x18\x06 \x01(\fR\x03csr\x1a9\n" +
 	"\vLabelsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
-	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\xaf\x01\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01J\x04\b\x03\x10\x04R\x06secret\"\xaf\x01\n" +
 	"\fJoinResponse\x12\x16\n" +
 	"\x06device\x18\x01 \x01(\tR\x06device\x12\x14\n" +
 	"\x05shard\x18\x02 \x01(\rR\x05shard\x12\x1d\n" +
