@@ -14,10 +14,11 @@ import (
 const maxAuditRecords = 1000
 
 // note has a call recorded that was refused for who made it: without
-// credentials that are good, or with a role that is too small.
+// credentials that are good, with a role that is too small, or after too many
+// guesses.
 func (g gate) note(ctx context.Context, procedure string, request any, err error) {
 	e, ok := errors.AsType[*connect.Error](err)
-	if !ok || e.Code() != connect.CodeUnauthenticated && e.Code() != connect.CodePermissionDenied {
+	if !ok || e.Code() != connect.CodeUnauthenticated && e.Code() != connect.CodePermissionDenied && e.Code() != connect.CodeResourceExhausted {
 		return
 	}
 	r := identity.Refusal{Action: "call.refused", Object: procedure, Reason: e.Message()}

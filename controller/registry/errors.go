@@ -54,7 +54,7 @@ func (r *Registry) fail(w http.ResponseWriter, req *http.Request, err error) {
 	if e.status == http.StatusInternalServerError && req.Context().Err() == nil {
 		r.log.ErrorContext(req.Context(), "registry request failed", slog.String("method", req.Method), slog.String("path", req.URL.Path), slog.Any("error", err))
 	}
-	if e.status == http.StatusUnauthorized || e.status == http.StatusForbidden {
+	if e.status == http.StatusUnauthorized || e.status == http.StatusForbidden || e.status == http.StatusTooManyRequests {
 		r.refusals.Refused(req.Context(), identity.Refusal{Action: "registry.refused", Object: req.Method + " " + req.URL.Path, Reason: e.message})
 	}
 	type item struct {
