@@ -38,13 +38,22 @@ func TestMain(m *testing.M) {
 type versions struct{ registry.Versions }
 
 // silent is a broker without devices.
-type silent struct{}
+type silent struct {
+	mu  sync.Mutex
+	cut []string // devices whose session was ended
+}
 
-func (silent) Publish(string, []byte) error { return nil }
-func (silent) Disconnect(string)            {}
+func (*silent) Publish(string, []byte) error { return nil }
+
+func (s *silent) Disconnect(device string) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.cut = append(s.cut, device)
+}
 
 type world struct {
 	store    *store.Store
+	bus      *silent
 	dispatch *dispatch.Dispatcher
 	url      string
 	client   *http.Client
@@ -72,12 +81,12 @@ func start(t *testing.T) *world {
 	t.Helper()
 	st, err := store.Open(t.Context(), filepath.Join(t.TempDir(), "store.db"), store.Options{})
 	must(t, err)
-	w := &world{store: st, stopping: make(chan struct{}), at: time.Now()}
+	bus := &silent{}
+	w := &world{store: st, bus: bus, stopping: make(chan struct{}), at: time.Now()}
 	auth := identity.New(st, identity.Options{Guard: identity.NewGuard(w.now)})
 	log := slog.New(slog.DiscardHandler)
 	authorities, err := identity.OpenAuthorities(t.Context(), st, t.TempDir(), []string{"localhost"}, time.Now)
 	must(t, err)
-	bus := silent{}
 	reg, err := registry.New(registry.Config{Root: t.TempDir(), Auth: auth, Refusals: st, Versions: versions{}, Log: log})
 	must(t, err)
 	w.site = newSite(t)
