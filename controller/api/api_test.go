@@ -420,6 +420,26 @@ func TestRollouts(t *testing.T) {
 	_ = stream.Close()
 }
 
+// A stream tells nothing to one who may come in no more.
+func TestWatchEndsWithItsToken(t *testing.T) {
+	w := start(t)
+	w.push(t, "digits", 2)
+	id := call(t, w.objects(operator).Apply, &v1.ApplyRequest{Documents: deploymentDoc(1)}).Changes[0].Rollout
+	stream := w.watch(t, id)
+	if !stream.Receive() {
+		t.Fatal(stream.Err())
+	}
+	call(t, w.users(admin).DeleteUser, &v1.DeleteUserRequest{Name: "viewer"})
+	call(t, w.objects(operator).Apply, &v1.ApplyRequest{Documents: deploymentDoc(2)})
+	for stream.Receive() {
+		t.Errorf("got %v", stream.Msg())
+	}
+	if code := connect.CodeOf(stream.Err()); code != connect.CodeUnauthenticated {
+		t.Errorf("ended with %v", stream.Err())
+	}
+	_ = stream.Close()
+}
+
 func TestDevices(t *testing.T) {
 	w := start(t)
 	w.join(t, "b")
