@@ -310,6 +310,9 @@ func (a *Authenticator) Device(ctx context.Context, cert *x509.Certificate) (str
 	if !ok {
 		return "", fmt.Errorf("%w: the certificate is not a device's", ErrUnauthenticated)
 	}
+	if a.now().After(cert.NotAfter) { // TLS has looked only when the connection began
+		return "", fmt.Errorf("%w: the certificate has expired", ErrUnauthenticated)
+	}
 	switch err := a.credentials.CheckDevice(ctx, device, cert); {
 	case errors.Is(err, ErrUnknown), errors.Is(err, ErrRevoked):
 		return "", fmt.Errorf("%w: %w", ErrUnauthenticated, err)
