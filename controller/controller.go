@@ -38,6 +38,10 @@ const (
 // stopGrace bounds how long requests may take to end when the controller stops.
 const stopGrace = 5 * time.Second
 
+// bodyOfNobody is how long the body of a request may take of which it is not
+// known whose it is.
+const bodyOfNobody = 30 * time.Second
+
 // Run runs the controller until ctx is done or a part of it fails.
 func Run(ctx context.Context, c Config) (err error) {
 	if err := c.check(); err != nil {
@@ -217,7 +221,7 @@ func newServer(h http.Handler, log *slog.Logger) *http.Server {
 	protocols.SetHTTP2(true)
 	protocols.SetUnencryptedHTTP2(true) // gRPC on loopback
 	return &http.Server{
-		Handler: h, Protocols: protocols, ReadHeaderTimeout: 10 * time.Second, IdleTimeout: 2 * time.Minute,
+		Handler: identity.Impatient(h, bodyOfNobody), Protocols: protocols, ReadHeaderTimeout: 10 * time.Second, IdleTimeout: 2 * time.Minute,
 		MaxHeaderBytes: 64 << 10, ErrorLog: slog.NewLogLogger(log.Handler(), slog.LevelDebug),
 	}
 }

@@ -262,6 +262,9 @@ const (
 // principal then is nobody, with the address that the request came from.
 func (a *Authenticator) FromRequest(r *http.Request) (Principal, error) {
 	p, err := a.fromRequest(r)
+	if err == nil {
+		known(r)
+	}
 	p.From = r.RemoteAddr
 	return p, err
 }
