@@ -11,6 +11,7 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"time"
 
@@ -25,6 +26,7 @@ import (
 	"github.com/dunlin/dunlin/internal/pki"
 	"github.com/dunlin/dunlin/internal/program"
 	"github.com/dunlin/dunlin/internal/telemetry"
+	dunlinv1 "github.com/dunlin/dunlin/proto/dunlin/v1"
 )
 
 // Files in the data folder.
@@ -292,6 +294,11 @@ func (v versions) VersionDigest(ctx context.Context, model string, version int64
 		return "", false, nil
 	}
 	return found.Digest, err == nil, err
+}
+
+func (v versions) Given(ctx context.Context, device, model string) (bool, error) {
+	documents, err := v.store.Documents(ctx, []string{device})
+	return slices.ContainsFunc(documents[device].GetVersions(), func(d *dunlinv1.DesiredVersion) bool { return d.GetModel() == model }), err
 }
 
 // password gives the controller's own for an external broker.
