@@ -11,6 +11,7 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"time"
 
@@ -25,6 +26,7 @@ import (
 	"github.com/dunlin/dunlin/internal/pki"
 	"github.com/dunlin/dunlin/internal/program"
 	"github.com/dunlin/dunlin/internal/telemetry"
+	dunlinv1 "github.com/dunlin/dunlin/proto/dunlin/v1"
 )
 
 // Files in the data folder.
@@ -37,6 +39,10 @@ const (
 
 // stopGrace bounds how long requests may take to end when the controller stops.
 const stopGrace = 5 * time.Second
+
+// bodyOfNobody is how long the body of a request may take of which it is not
+// known whose it is.
+const bodyOfNobody = 30 * time.Second
 
 // Run runs the controller until ctx is done or a part of it fails.
 func Run(ctx context.Context, c Config) (err error) {
@@ -217,7 +223,7 @@ func newServer(h http.Handler, log *slog.Logger) *http.Server {
 	protocols.SetHTTP2(true)
 	protocols.SetUnencryptedHTTP2(true) // gRPC on loopback
 	return &http.Server{
-		Handler: h, Protocols: protocols, ReadHeaderTimeout: 10 * time.Second, IdleTimeout: 2 * time.Minute,
+		Handler: identity.Impatient(h, bodyOfNobody), Protocols: protocols, ReadHeaderTimeout: 10 * time.Second, IdleTimeout: 2 * time.Minute,
 		MaxHeaderBytes: 64 << 10, ErrorLog: slog.NewLogLogger(log.Handler(), slog.LevelDebug),
 	}
 }
@@ -288,6 +294,11 @@ func (v versions) VersionDigest(ctx context.Context, model string, version int64
 		return "", false, nil
 	}
 	return found.Digest, err == nil, err
+}
+
+func (v versions) Given(ctx context.Context, device, model string) (bool, error) {
+	documents, err := v.store.Documents(ctx, []string{device})
+	return slices.ContainsFunc(documents[device].GetVersions(), func(d *dunlinv1.DesiredVersion) bool { return d.GetModel() == model }), err
 }
 
 // password gives the controller's own for an external broker.

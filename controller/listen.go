@@ -1,14 +1,17 @@
 package controller
 
 import (
+	"container/list"
 	"crypto/tls"
 	"errors"
 	"io"
 	"net"
+	"sync"
 	"time"
 )
 
-// The limits of connections of which it is not known yet what they speak.
+// The limits of connections of which it is not known yet what they speak. One
+// more than maxSniffing ends the one that has been silent for longest.
 const (
 	sniffTimeout = 10 * time.Second
 	maxSniffing  = 1024
@@ -23,13 +26,15 @@ type splitter struct {
 	net.Listener
 	tls   *tls.Config
 	ready chan net.Conn
-	slots chan struct{}
 	done  chan struct{}
 	err   error // of accepting; set before done is closed
+
+	mu     sync.Mutex // guards silent
+	silent list.List  // the net.Conn that have said nothing yet, oldest first
 }
 
 func split(l net.Listener, c *tls.Config) *splitter {
-	s := &splitter{Listener: l, tls: c, ready: make(chan net.Conn), slots: make(chan struct{}, maxSniffing), done: make(chan struct{})}
+	s := &splitter{Listener: l, tls: c, ready: make(chan net.Conn), done: make(chan struct{})}
 	go s.run() // until the listener is closed
 	return s
 }
@@ -46,25 +51,36 @@ func (s *splitter) run() {
 			time.Sleep(acceptPause)
 			continue
 		}
-		select {
-		case s.slots <- struct{}{}:
-			go func() { // ends within sniffTimeout, or with the listener
-				defer func() { <-s.slots }()
-				s.sniff(c)
-			}()
-		default:
-			c.Close()
-		}
+		at := s.enter(c)
+		go s.sniff(c, at) // ends within sniffTimeout, or with the listener
 	}
+}
+
+// enter notes a connection that has said nothing yet.
+func (s *splitter) enter(c net.Conn) *list.Element {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.silent.Len() >= maxSniffing {
+		s.silent.Remove(s.silent.Front()).(net.Conn).Close()
+	}
+	return s.silent.PushBack(c)
+}
+
+func (s *splitter) leave(at *list.Element) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.silent.Remove(at) // nothing, if it is not there any more
 }
 
 // tlsRecord is the first byte of a TLS handshake.
 const tlsRecord = 0x16
 
-func (s *splitter) sniff(c net.Conn) {
+func (s *splitter) sniff(c net.Conn, at *list.Element) {
 	first := make([]byte, 1)
 	_ = c.SetReadDeadline(time.Now().Add(sniffTimeout))
-	if _, err := io.ReadFull(c, first); err != nil {
+	_, err := io.ReadFull(c, first)
+	s.leave(at)
+	if err != nil {
 		c.Close()
 		return
 	}

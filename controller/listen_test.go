@@ -69,6 +69,33 @@ func TestSplit(t *testing.T) {
 	}
 }
 
+// Those who say nothing keep nobody out, however many they are.
+func TestSplitIsNotFilled(t *testing.T) {
+	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	must(t, err)
+	s := split(listener, pkitest.ServerTLS(t, pkitest.Authority(t)))
+	defer listener.Close()
+	dial := func() net.Conn {
+		t.Helper()
+		c, err := net.Dial("tcp", listener.Addr().String())
+		must(t, err)
+		t.Cleanup(func() { c.Close() })
+		return c
+	}
+	first := dial()
+	for range maxSniffing {
+		dial()
+	}
+	_, err = dial().Write([]byte("GET"))
+	must(t, err)
+	c, err := s.Accept()
+	must(t, err)
+	c.Close()
+	if _, err := first.Read(make([]byte, 1)); err == nil {
+		t.Error("the one that was silent for longest is not closed")
+	}
+}
+
 func TestHosts(t *testing.T) {
 	c := DefaultConfig()
 	c.Listen, c.Hosts = "10.0.0.1:443", "dunlin.example.com, 10.0.0.2"

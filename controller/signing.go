@@ -218,8 +218,13 @@ func (s *signer) AddSignature(ctx context.Context, n registry.NewSignature) erro
 			return err
 		}
 		by = n.Parsed.Signer()
-		if k, err := n.Parsed.Verify(trust.Publishers(), s.now()); err == nil {
+		k, err := n.Parsed.Verify(trust.Publishers(), s.now())
+		switch {
+		case err == nil:
 			by = k.ID
+		case by == s.id, by != "" && slices.ContainsFunc(trust.Publishers(), func(k signing.Key) bool { return by == k.ID || by == k.Hint() }):
+			// It would be shown as theirs, or keep the controller from signing.
+			return fmt.Errorf("%w: signature of %s: it names key %s, whose it is not: %w", registry.ErrInvalid, n.Bundle, by, err)
 		}
 	}
 	err := s.store.AddSignature(ctx, n.By, store.Signature{Model: n.Model, Digest: n.Bundle.String(), Manifest: n.Manifest.String(), Size: n.Size, Signer: by})

@@ -1,6 +1,7 @@
 package controller
 
 import (
+	"bytes"
 	"crypto"
 	"errors"
 	"log/slog"
@@ -9,8 +10,12 @@ import (
 	"testing"
 	"time"
 
+	"github.com/opencontainers/go-digest"
+
+	"github.com/dunlin/dunlin/controller/registry"
 	"github.com/dunlin/dunlin/controller/store"
 	"github.com/dunlin/dunlin/internal/pki"
+	"github.com/dunlin/dunlin/models"
 	"github.com/dunlin/dunlin/models/signing"
 	dunlinv1 "github.com/dunlin/dunlin/proto/dunlin/v1"
 )
@@ -187,4 +192,47 @@ func signed(t *testing.T, d *dunlinv1.TrustDocument, key crypto.Signer) *dunlinv
 		t.Fatal(err)
 	}
 	return s
+}
+
+// Nobody takes the place of the controller's signature, or a publisher's name,
+// with one that is not theirs.
+func TestForeignSignature(t *testing.T) {
+	w := newSignerWorld(t)
+	s := w.open()
+	root, err := pki.ReadKey(w.file(rootFile))
+	must(t, err)
+	publisher, err := pki.NewKey()
+	must(t, err)
+	k, err := signing.NewTrustKey(publisher.Public(), nil, "ada")
+	must(t, err)
+	d := w.trust().Document()
+	d.Version, d.PublisherKeys = 2, append(d.PublisherKeys, k)
+	must(t, w.store.AddTrust(t.Context(), "x", signed(t, d, root)))
+	stranger, err := pki.NewKey()
+	must(t, err)
+	m := &models.Manifest{Digest: digest.FromString("m"), Files: []models.File{{Path: "model.onnx", Digest: digest.FromString("f"), Size: 1}}}
+	add := func(by crypto.Signer, names string) error {
+		t.Helper()
+		raw, err := signing.SignBundle(signing.Signer{Key: by}, "m", 1, m)
+		must(t, err)
+		parsed, err := signing.Parse(raw)
+		must(t, err)
+		if names != "" {
+			parsed, err = signing.Parse(bytes.Replace(raw, []byte(parsed.Signer()), []byte(names), 1))
+			must(t, err)
+		}
+		return s.AddSignature(t.Context(), registry.NewSignature{
+			Signature: registry.Signature{Manifest: digest.FromString(names)}, Model: "m", Bundle: m.Digest, By: "user:op", Parsed: parsed,
+		})
+	}
+	for _, names := range []string{s.id, k.KeyId, w.trust().Publishers()[0].Hint()} {
+		if err := add(stranger, names); !errors.Is(err, registry.ErrInvalid) {
+			t.Errorf("a signature that names %s: %v", names, err)
+		}
+	}
+	must(t, add(publisher, ""))
+	must(t, add(stranger, "")) // its key may come into the document
+	if raw, err := s.Countersign(t.Context(), "m", 1, m); err != nil || raw == nil {
+		t.Errorf("the controller's own: %q, %v", raw, err)
+	}
 }

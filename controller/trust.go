@@ -28,7 +28,7 @@ const (
 
 // maxExtraRoots bounds the authorities beside the own ones: devices take 8 in
 // all.
-const maxExtraRoots = 4
+const maxExtraRoots = 8 - identity.MaxAuthorities
 
 // trust is who vouches for whom: the controller's own authorities, and
 // another one where a certificate of that is configured, or asked for by ACME.

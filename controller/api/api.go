@@ -72,10 +72,7 @@ func New(c Config) http.Handler {
 	mux.Handle(v1connect.NewTrustServiceHandler(s, options))
 	mux.Handle(v1connect.NewAuditServiceHandler(s, options))
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		p, err := c.Auth.FromRequest(r)
-		if err == nil && p.External {
-			err = c.Store.External(r.Context(), p, false)
-		}
+		p, err := s.principal(r)
 		ctx := identity.WithPrincipal(r.Context(), p)
 		if _, limited := errors.AsType[*identity.LimitedError](err); limited || errors.Is(err, identity.ErrUnauthenticated) {
 			ctx = context.WithValue(ctx, whyKey{}, err)
@@ -84,8 +81,31 @@ func New(c Config) http.Handler {
 			http.Error(w, "cannot authenticate", http.StatusInternalServerError)
 			return
 		}
+		ctx = context.WithValue(ctx, requestKey{}, r)
 		mux.ServeHTTP(w, r.WithContext(context.WithValue(ctx, baseKey{}, baseOf(r))))
 	})
+}
+
+// principal gives who makes a request.
+func (s *server) principal(r *http.Request) (identity.Principal, error) {
+	p, err := s.Auth.FromRequest(r)
+	if err == nil && p.External {
+		err = s.Store.External(r.Context(), p, false)
+	}
+	return p, err
+}
+
+// requestKey has the request of a call.
+type requestKey struct{}
+
+// again asks once more who makes a call that goes on for long, and whether
+// they may: what they showed may have been taken back.
+func (s *server) again(ctx context.Context, procedure string) (context.Context, error) {
+	p, err := s.principal(ctx.Value(requestKey{}).(*http.Request))
+	if err != nil {
+		return ctx, err
+	}
+	return identity.WithPrincipal(ctx, p), identity.Allow(p, procedure)
 }
 
 // whyKey has the error by which a caller is nobody.

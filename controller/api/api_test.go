@@ -38,13 +38,22 @@ func TestMain(m *testing.M) {
 type versions struct{ registry.Versions }
 
 // silent is a broker without devices.
-type silent struct{}
+type silent struct {
+	mu  sync.Mutex
+	cut []string // devices whose session was ended
+}
 
-func (silent) Publish(string, []byte) error { return nil }
-func (silent) Disconnect(string)            {}
+func (*silent) Publish(string, []byte) error { return nil }
+
+func (s *silent) Disconnect(device string) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.cut = append(s.cut, device)
+}
 
 type world struct {
 	store    *store.Store
+	bus      *silent
 	dispatch *dispatch.Dispatcher
 	url      string
 	client   *http.Client
@@ -72,12 +81,12 @@ func start(t *testing.T) *world {
 	t.Helper()
 	st, err := store.Open(t.Context(), filepath.Join(t.TempDir(), "store.db"), store.Options{})
 	must(t, err)
-	w := &world{store: st, stopping: make(chan struct{}), at: time.Now()}
+	bus := &silent{}
+	w := &world{store: st, bus: bus, stopping: make(chan struct{}), at: time.Now()}
 	auth := identity.New(st, identity.Options{Guard: identity.NewGuard(w.now)})
 	log := slog.New(slog.DiscardHandler)
 	authorities, err := identity.OpenAuthorities(t.Context(), st, t.TempDir(), []string{"localhost"}, time.Now)
 	must(t, err)
-	bus := silent{}
 	reg, err := registry.New(registry.Config{Root: t.TempDir(), Auth: auth, Refusals: st, Versions: versions{}, Log: log})
 	must(t, err)
 	w.site = newSite(t)
@@ -407,6 +416,26 @@ func TestRollouts(t *testing.T) {
 	}
 	if code := connect.CodeOf(stream.Err()); code != connect.CodeUnavailable {
 		t.Errorf("ended with %s", code)
+	}
+	_ = stream.Close()
+}
+
+// A stream tells nothing to one who may come in no more.
+func TestWatchEndsWithItsToken(t *testing.T) {
+	w := start(t)
+	w.push(t, "digits", 2)
+	id := call(t, w.objects(operator).Apply, &v1.ApplyRequest{Documents: deploymentDoc(1)}).Changes[0].Rollout
+	stream := w.watch(t, id)
+	if !stream.Receive() {
+		t.Fatal(stream.Err())
+	}
+	call(t, w.users(admin).DeleteUser, &v1.DeleteUserRequest{Name: "viewer"})
+	call(t, w.objects(operator).Apply, &v1.ApplyRequest{Documents: deploymentDoc(2)})
+	for stream.Receive() {
+		t.Errorf("got %v", stream.Msg())
+	}
+	if code := connect.CodeOf(stream.Err()); code != connect.CodeUnauthenticated {
+		t.Errorf("ended with %v", stream.Err())
 	}
 	_ = stream.Close()
 }

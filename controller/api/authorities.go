@@ -2,9 +2,11 @@ package api
 
 import (
 	"context"
+	"errors"
 
 	"connectrpc.com/connect"
 
+	"github.com/dunlin/dunlin/controller/identity"
 	"github.com/dunlin/dunlin/internal/pki"
 	v1 "github.com/dunlin/dunlin/proto/dunlin/v1"
 )
@@ -30,6 +32,9 @@ func authority(a *pki.Authority, active bool, counts map[string]uint32) *v1.Auth
 // authority are then told to renew.
 func (s *server) RotateAuthority(ctx context.Context, _ *connect.Request[v1.RotateAuthorityRequest]) (*connect.Response[v1.RotateAuthorityResponse], error) {
 	a, err := s.Authorities.Rotate(ctx, caller(ctx))
+	if errors.Is(err, identity.ErrAuthorities) {
+		err = connect.NewError(connect.CodeFailedPrecondition, err)
+	}
 	if err != nil {
 		return nil, err
 	}
@@ -40,11 +45,23 @@ func (s *server) RotateAuthority(ctx context.Context, _ *connect.Request[v1.Rota
 	return connect.NewResponse(&v1.RotateAuthorityResponse{Authority: authority(a, true, nil)}), nil
 }
 
+// RetireAuthority has devices say hello again: those that know the old one are
+// then told to renew. By force all connect again, whatever certificate they
+// have shown: of those that somebody made with a stolen key nobody knows.
 func (s *server) RetireAuthority(ctx context.Context, req *connect.Request[v1.RetireAuthorityRequest]) (*connect.Response[v1.RetireAuthorityResponse], error) {
 	if err := s.Authorities.Retire(ctx, caller(ctx), req.Msg.GetId(), req.Msg.GetForce()); err != nil {
 		return nil, err
 	}
-	return connect.NewResponse(&v1.RetireAuthorityResponse{}), s.accountsChanged(ctx)
+	err := s.accountsChanged(ctx)
+	if req.Msg.GetForce() {
+		devices, e := s.Store.Devices(ctx)
+		err = errors.Join(err, e)
+		for _, d := range devices {
+			s.Dispatch.CutOff(d.Name)
+		}
+	}
+	s.Dispatch.Resumed()
+	return connect.NewResponse(&v1.RetireAuthorityResponse{}), err
 }
 
 func (s *server) RevokeDevice(ctx context.Context, req *connect.Request[v1.RevokeDeviceRequest]) (*connect.Response[v1.RevokeDeviceResponse], error) {

@@ -452,6 +452,9 @@ func (s *server) WatchRollout(ctx context.Context, req *connect.Request[v1.Watch
 		case <-changed:
 		}
 		changed = s.Dispatch.Changed()
+		if ctx, err = s.again(ctx, v1connect.RolloutServiceWatchRolloutProcedure); err != nil {
+			return err
+		}
 		now, err := s.find(ctx, r.ID(), "")
 		if err != nil {
 			return err

@@ -2,6 +2,7 @@ package api
 
 import (
 	"crypto"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -9,6 +10,7 @@ import (
 	"connectrpc.com/connect"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
+	"github.com/dunlin/dunlin/controller/identity"
 	"github.com/dunlin/dunlin/controller/store"
 	"github.com/dunlin/dunlin/internal/pki"
 	"github.com/dunlin/dunlin/models/signing"
@@ -134,4 +136,40 @@ func TestSigners(t *testing.T) {
 	if signers := got.Msg.Versions[0].Signers; len(signers) != 1 || signers[0] != "vision team ("+w.site.publisher.KeyId+")" {
 		t.Errorf("signers: %q", signers)
 	}
+}
+
+func (w *world) trust(token string) v1connect.TrustServiceClient {
+	return v1connect.NewTrustServiceClient(w.client, w.url, as(token))
+}
+
+// Nobody stays connected by an authority that is taken out by force: what was
+// made with its key is not known.
+func TestRetireAuthority(t *testing.T) {
+	w := start(t)
+	w.join(t, "d")
+	w.join(t, "e")
+	c := w.trust(admin)
+	first := call(t, c.GetAuthorities, &v1.GetAuthoritiesRequest{}).Authorities[0].Id
+	refused(t, c.RetireAuthority, &v1.RetireAuthorityRequest{Id: first, Force: true}, connect.CodePermissionDenied, "rotate first")
+	call(t, c.RotateAuthority, &v1.RotateAuthorityRequest{})
+	refused(t, c.RetireAuthority, &v1.RetireAuthorityRequest{Id: first}, connect.CodePermissionDenied, "2 devices have a valid certificate")
+	call(t, c.RetireAuthority, &v1.RetireAuthorityRequest{Id: first, Force: true})
+	w.bus.mu.Lock()
+	defer w.bus.mu.Unlock()
+	if slices.Sort(w.bus.cut); !slices.Equal(w.bus.cut, []string{"d", "e"}) {
+		t.Errorf("the sessions of %v ended", w.bus.cut)
+	}
+}
+
+// There are never more authorities than a device takes.
+func TestAuthoritiesAreBounded(t *testing.T) {
+	w := start(t)
+	c := w.trust(admin)
+	first := call(t, c.GetAuthorities, &v1.GetAuthoritiesRequest{}).Authorities[0].Id
+	for range identity.MaxAuthorities - 1 {
+		call(t, c.RotateAuthority, &v1.RotateAuthorityRequest{})
+	}
+	refused(t, c.RotateAuthority, &v1.RotateAuthorityRequest{}, connect.CodeFailedPrecondition, "retire")
+	call(t, c.RetireAuthority, &v1.RetireAuthorityRequest{Id: first, Force: true})
+	call(t, c.RotateAuthority, &v1.RotateAuthorityRequest{})
 }

@@ -38,8 +38,8 @@ type Config struct {
 	// around each message to a device.
 	OnStep func(step string)
 	// Trusted gives the version of the newest trust document and the
-	// fingerprints of the certificate authorities: a device that has less is
-	// told to renew. Nil: there is nothing that devices lack.
+	// fingerprints of the certificate authorities: a device that has less, or
+	// knows one that is none of them, is told to renew. Nil: devices have all.
 	Trusted func() (version uint64, roots [][]byte)
 	// Superseded is called when a device has begun to use a new certificate,
 	// and older ones count no more. May be nil.

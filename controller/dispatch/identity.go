@@ -12,7 +12,8 @@ import (
 	dunlinv1 "github.com/dunlin/dunlin/proto/dunlin/v1"
 )
 
-// renewWithin is the time over which devices that trust too little renew.
+// renewWithin is the time over which devices that trust others than they should
+// renew.
 const renewWithin = time.Minute
 
 // identify takes in who says hello. It says whether the device is to be
@@ -53,12 +54,18 @@ func (d *Dispatcher) identify(ctx context.Context, device string, h *dunlinv1.He
 		}
 	}
 	version, roots := d.trusted()
-	if h.GetTrustVersion() < version || slices.ContainsFunc(roots, func(id []byte) bool {
-		return !slices.ContainsFunc(h.GetRootIds(), func(has []byte) bool { return slices.Equal(has, id) })
-	}) {
+	// Without roots it is not known whom the device should trust.
+	if h.GetTrustVersion() < version || lacks(h.GetRootIds(), roots) || len(roots) > 0 && lacks(roots, h.GetRootIds()) {
 		d.command(device, &dunlinv1.Command{Command: &dunlinv1.Command_RenewNow{RenewNow: &dunlinv1.RenewNow{WithinMs: uint32(renewWithin.Milliseconds())}}})
 	}
 	return true, nil
+}
+
+// lacks says whether one of want is not among have.
+func lacks(have, want [][]byte) bool {
+	return slices.ContainsFunc(want, func(id []byte) bool {
+		return !slices.ContainsFunc(have, func(has []byte) bool { return slices.Equal(has, id) })
+	})
 }
 
 func (d *Dispatcher) command(device string, c *dunlinv1.Command) {

@@ -41,17 +41,19 @@ func TestStandDown(t *testing.T) {
 	}
 }
 
-// A device that trusts too little is told to renew, one that trusts enough is
-// not; a new certificate in use ends the older ones.
+// A device that trusts too little, or an authority that is retired, is told to
+// renew, another one is not; a new certificate in use ends the older ones.
 func TestIdentify(t *testing.T) {
 	w := fresh(t, fast)
 	w.join("behind")
 	w.join("current")
+	w.join("beyond")
 	root := make([]byte, 32)
 	ended := 0
 	w.d.trusted = func() (uint64, [][]byte) { return 3, [][]byte{root} }
 	w.d.superseded = func() { ended++ }
-	w.up("current", link.Hello, &dunlinv1.Hello{BootId: "b", Session: "s", TrustVersion: 3, RootIds: [][]byte{{1}, root}})
+	w.up("current", link.Hello, &dunlinv1.Hello{BootId: "b", Session: "s", TrustVersion: 3, RootIds: [][]byte{root}})
+	w.up("beyond", link.Hello, &dunlinv1.Hello{BootId: "b", Session: "s", TrustVersion: 3, RootIds: [][]byte{{1}, root}})
 	w.up("behind", link.Hello, &dunlinv1.Hello{BootId: "b", Session: "s", TrustVersion: 3, RootIds: [][]byte{{1}}})
 	renew := func(device string) func(m message) bool {
 		return func(m message) bool {
@@ -59,6 +61,7 @@ func TestIdentify(t *testing.T) {
 		}
 	}
 	w.bus.wait(t, "renew now", 0, renew("behind"))
+	w.bus.wait(t, "renew now", 0, renew("beyond"))
 	w.up("current", link.Hello, &dunlinv1.Hello{BootId: "b", Session: "t", TrustVersion: 2, RootIds: [][]byte{root}})
 	w.bus.wait(t, "renew now", 0, renew("current"))
 	w.bus.mu.Lock()

@@ -314,6 +314,8 @@ func Code(err error) connect.Code {
 		return connect.CodeAlreadyExists
 	case errors.Is(err, store.ErrNotFound):
 		return connect.CodeNotFound
+	case errors.Is(err, store.ErrLimit):
+		return connect.CodeResourceExhausted
 	}
 	return connect.CodeInternal
 }

@@ -29,6 +29,14 @@ const (
 	MaxGrace = 2 * 365 * 24 * time.Hour
 )
 
+// MaxAuthorities bounds the authorities that count at one time: a device takes
+// 8, of which some may be of another authority's, and as many certificates of
+// a server, one by each older authority among them.
+const MaxAuthorities = 4
+
+// ErrAuthorities says that there are MaxAuthorities already.
+var ErrAuthorities = fmt.Errorf("there are %d authorities, the limit: retire one first", MaxAuthorities)
+
 // AuthorityRecord is a certificate authority as the store keeps it.
 type AuthorityRecord struct {
 	Certificate *x509.Certificate
@@ -117,10 +125,13 @@ func (a *Authorities) load(records []AuthorityRecord) error {
 func (a *Authorities) keyFile(id string) string { return filepath.Join(a.dir, id+".key") }
 
 // Rotate makes a new authority, for which all others vouch, and which issues
-// from now on.
+// from now on; ErrAuthorities where there are too many.
 func (a *Authorities) Rotate(ctx context.Context, by string) (*pki.Authority, error) {
 	a.changing.Lock()
 	defer a.changing.Unlock()
+	if len(a.list()) >= MaxAuthorities {
+		return nil, ErrAuthorities
+	}
 	key, err := pki.NewKey()
 	if err != nil {
 		return nil, err

@@ -262,6 +262,9 @@ const (
 // principal then is nobody, with the address that the request came from.
 func (a *Authenticator) FromRequest(r *http.Request) (Principal, error) {
 	p, err := a.fromRequest(r)
+	if err == nil {
+		known(r)
+	}
 	p.From = r.RemoteAddr
 	return p, err
 }
@@ -309,6 +312,9 @@ func (a *Authenticator) Device(ctx context.Context, cert *x509.Certificate) (str
 	device, ok := pki.DeviceOf(cert)
 	if !ok {
 		return "", fmt.Errorf("%w: the certificate is not a device's", ErrUnauthenticated)
+	}
+	if a.now().After(cert.NotAfter) { // TLS has looked only when the connection began
+		return "", fmt.Errorf("%w: the certificate has expired", ErrUnauthenticated)
 	}
 	switch err := a.credentials.CheckDevice(ctx, device, cert); {
 	case errors.Is(err, ErrUnknown), errors.Is(err, ErrRevoked):

@@ -115,6 +115,23 @@ func TestFromRequest(t *testing.T) {
 	}
 }
 
+// A connection outlives the certificate that it began with, which counts no
+// longer for that.
+func TestCertificateEndsOnConnection(t *testing.T) {
+	now := time.Now()
+	a := New(&credentials{}, Options{Now: func() time.Time { return now }})
+	leaf := pkitest.Device(t, pkitest.Authority(t), "cam-1").Leaf
+	r := httptest.NewRequest("GET", "/", nil)
+	r.TLS = &tls.ConnectionState{PeerCertificates: []*x509.Certificate{leaf}, VerifiedChains: [][]*x509.Certificate{{leaf}}}
+	if p, err := a.FromRequest(r); err != nil || p.Name != "cam-1" {
+		t.Errorf("got %v, %v", p, err)
+	}
+	now = leaf.NotAfter.Add(time.Second)
+	if p, err := a.FromRequest(r); !errors.Is(err, ErrUnauthenticated) || p.Kind != 0 {
+		t.Errorf("got %v, %v", p, err)
+	}
+}
+
 func TestLookupFails(t *testing.T) {
 	broken := errors.New("disk on fire")
 	a := New(&credentials{err: broken}, Options{})

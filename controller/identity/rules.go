@@ -98,7 +98,7 @@ var rules = map[string]Rule{
 	v1connect.DeviceServiceRevokeDeviceProcedure: {Least: Admin, Scoping: Within},
 	v1connect.DeviceServiceListEventsProcedure:   {Least: Viewer, Scoping: Within},
 
-	RegistryPull: {Least: Viewer, Devices: true},
+	RegistryPull: {Least: Viewer, Devices: true, Note: "devices: the models that a deployment gives them"},
 	RegistryPush: {Least: Operator},
 
 	Health:  {},

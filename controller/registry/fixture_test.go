@@ -65,7 +65,12 @@ type versions struct {
 	mu      sync.Mutex
 	digests map[string][]string // by model; version N at N-1
 	last    NewVersion
-	crash   error // what the next CreateVersion fails with
+	crash   error             // what the next CreateVersion fails with
+	given   map[string]string // a model for each device; nil: everything
+}
+
+func (v *versions) Given(_ context.Context, device, model string) (bool, error) {
+	return v.given == nil || v.given[device] == model, nil
 }
 
 func (v *versions) CreateVersion(_ context.Context, n NewVersion) (int64, bool, error) {

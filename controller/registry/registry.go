@@ -212,7 +212,7 @@ func (r *Registry) ServeHTTP(w http.ResponseWriter, req *http.Request) {
 	}
 	t, err := parsePath(req.URL.Path)
 	if err == nil {
-		err = authorize(p, req.Method, t)
+		err = r.authorize(req, p, t)
 	}
 	if err != nil {
 		r.fail(w, req, err)
@@ -232,16 +232,30 @@ func (r *Registry) ServeHTTP(w http.ResponseWriter, req *http.Request) {
 	}
 }
 
-// authorize asks the rules whether p may pull or push; nobody deletes.
-func authorize(p identity.Principal, method string, t target) error {
+// authorize asks the rules whether p may pull or push; nobody deletes. A device
+// reads the models that it is given, and nothing of others.
+func (r *Registry) authorize(req *http.Request, p identity.Principal, t target) error {
 	action := identity.RegistryPull
-	switch {
+	switch method := req.Method; {
 	case method == http.MethodDelete && t.kind != "uploads":
 		return apiError{http.StatusMethodNotAllowed, "UNSUPPORTED", "model versions are immutable: nothing is deleted"}
 	case method != http.MethodGet && method != http.MethodHead, t.kind == "uploads":
 		action = identity.RegistryPush
 	}
-	return identity.Allow(p, action)
+	if err := identity.Allow(p, action); err != nil || p.Kind != identity.Device || t.kind == "" && req.URL.Path == "/v2/" {
+		return err
+	}
+	given := false
+	if t.kind != "" {
+		var err error
+		if given, err = r.versions.Given(req.Context(), p.Name, t.model); err != nil {
+			return fmt.Errorf("look up what device %s is given: %w", p.Name, err)
+		}
+	}
+	if !given {
+		return &identity.DeniedError{Who: p, Action: action, Lacks: "has no deployment that gives it this"}
+	}
+	return nil
 }
 
 // tagVersion says whether a tag names a version, and which. Other tags are

@@ -239,6 +239,7 @@ func TestAuthorization(t *testing.T) {
 			}
 		}
 		f.refusals.all = nil
+		f.versions.given = map[string]string{"cam-1": "digits"}
 		check(c.pull, f.do("GET", "/v2/", nil, c.as))
 		check(c.pull, f.do("GET", "/v2/digits/manifests/1", nil, c.as))
 		check(c.pull, f.do("GET", "/v2/digits/blobs/"+digest.FromString("{}").String(), nil, c.as))
@@ -254,6 +255,19 @@ func TestAuthorization(t *testing.T) {
 			}
 		}
 	}
+	// A device reads what it is given, and does not learn what else there is.
+	f.versions.given = map[string]string{"cam-1": "words", "cam-2": "digits"}
+	for _, path := range []string{"/v2/_catalog", "/v2/digits/manifests/1", "/v2/digits/manifests/" + digest.FromBytes(v1).String(), "/v2/digits/blobs/" + digest.FromString("{}").String(),
+		"/v2/digits/tags/list", "/v2/digits/referrers/" + digest.FromBytes(v1).String()} {
+		res := f.do("GET", path, nil, device("cam-1"))
+		if code, _ := res.message(t); res.status != http.StatusForbidden || code != denied {
+			t.Errorf("a device's GET %s: %d %s", path, res.status, res.body)
+		}
+	}
+	if res := f.do("GET", "/v2/_catalog", nil); res.status != http.StatusOK {
+		t.Errorf("an operator's catalogue: %d", res.status)
+	}
+	f.versions.given = nil
 	// What an operator began, a device may not look at, go on with, or end.
 	upload := f.location(f.do("POST", "/v2/digits/blobs/uploads/", nil))
 	for _, method := range []string{"GET", "PATCH", "PUT", "DELETE"} {

@@ -19,6 +19,9 @@ type Versions interface {
 	// VersionDigest gives the digest of the version's bundle; ok is false
 	// where there is no such version.
 	VersionDigest(ctx context.Context, model string, version int64) (digest string, ok bool, err error)
+	// Given says whether a device is to have a version of a model: only then it
+	// reads that model's repository.
+	Given(ctx context.Context, device, model string) (bool, error)
 }
 
 // NewVersion is a checked bundle whose blobs and manifest are stored.

@@ -57,6 +57,7 @@ func verify(t *testing.T, s *Store, known ...audit.Point) (anchor, head audit.Po
 
 func TestAuditOfEachChange(t *testing.T) {
 	s, _ := fresh(t)
+	vouch(t, s)
 	ctx := identity.WithPrincipal(t.Context(), identity.Principal{Kind: identity.User, Name: "op", From: "192.0.2.1:99"})
 	_, hash := identity.NewToken("")
 	jt, err := s.CreateJoinToken(ctx, "user:op", hash, JoinToken{UsesLeft: 1, ExpiresAt: s.now().Add(time.Hour), Labels: map[string]string{"site": "x"}})

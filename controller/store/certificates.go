@@ -98,7 +98,7 @@ func (s *Store) Join(ctx context.Context, j Join) (cert *x509.Certificate, err e
 		if cert, err = j.Issue(); err != nil {
 			return err
 		}
-		if err := addCertificate(ctx, tx, j.Device, cert); err != nil {
+		if err := s.addCertificate(ctx, tx, j.Device, cert); err != nil {
 			return err
 		}
 		return s.audit(ctx, tx, AuditRecord{
@@ -109,10 +109,14 @@ func (s *Store) Join(ctx context.Context, j Join) (cert *x509.Certificate, err e
 	return cert, err
 }
 
+// known says in SQL that an authority is one of ours still, by the name that
+// issuer gives it.
+const known = "EXISTS (SELECT 1 FROM authorities WHERE instr(%s, substr(id, 1, 16)) > 0)"
+
 // sameKey gives the valid certificate that a device has for a key, or nil.
 func sameKey(ctx context.Context, tx *sql.Tx, device, key string, now time.Time) (*x509.Certificate, error) {
 	var der []byte
-	err := tx.QueryRowContext(ctx, "SELECT der FROM certificates WHERE device = ? AND key = ? AND revoked_at = 0 AND not_after > ? ORDER BY not_after DESC LIMIT 1", device, key, nanos(now)).Scan(&der)
+	err := tx.QueryRowContext(ctx, "SELECT der FROM certificates WHERE device = ? AND key = ? AND revoked_at = 0 AND not_after > ? AND "+fmt.Sprintf(known, "authority")+" ORDER BY not_after DESC LIMIT 1", device, key, nanos(now)).Scan(&der)
 	if errors.Is(err, sql.ErrNoRows) {
 		return nil, nil
 	}
@@ -122,9 +126,9 @@ func sameKey(ctx context.Context, tx *sql.Tx, device, key string, now time.Time)
 	return x509.ParseCertificate(der)
 }
 
-func addCertificate(ctx context.Context, tx *sql.Tx, device string, c *x509.Certificate) error {
-	_, err := tx.ExecContext(ctx, "INSERT INTO certificates (serial, device, authority, key, der, not_after) VALUES (?, ?, ?, ?, ?, ?)",
-		serial(c), device, issuer(c), pki.CertificateID(c), c.Raw, nanos(c.NotAfter))
+func (s *Store) addCertificate(ctx context.Context, tx *sql.Tx, device string, c *x509.Certificate) error {
+	_, err := tx.ExecContext(ctx, "INSERT INTO certificates (serial, device, authority, key, der, not_after, issued_at) VALUES (?, ?, ?, ?, ?, ?, ?)",
+		serial(c), device, issuer(c), pki.CertificateID(c), c.Raw, nanos(c.NotAfter), s.now().UnixNano())
 	if err != nil {
 		return fmt.Errorf("add certificate of device %s: %w", device, err)
 	}
@@ -145,9 +149,14 @@ type Renewal struct {
 	Issue  func() (*x509.Certificate, error)
 }
 
+// maxRenewals bounds the certificates that one device is given in an hour, so
+// that one that is taken over fills neither the store nor the audit log.
+const maxRenewals = 20
+
 // Renew gives a device one more certificate; a repeated renewal gives the same
 // again. The old one counts until the new one is used (Used). One that is
-// revoked, or that a newer one in use has taken the place of, is ErrRefused.
+// revoked, or that a newer one in use has taken the place of, is
+// identity.ErrRevoked, and a device that renews all the time ErrLimit.
 func (s *Store) Renew(ctx context.Context, r Renewal) (cert *x509.Certificate, err error) {
 	err = s.write(ctx, "renew", func(tx *sql.Tx) error {
 		if err := s.check(ctx, tx, r.Device, r.Old); err != nil {
@@ -161,10 +170,17 @@ func (s *Store) Renew(ctx context.Context, r Renewal) (cert *x509.Certificate, e
 				return nil
 			}
 		}
+		var n int
+		if err := tx.QueryRowContext(ctx, "SELECT count(*) FROM certificates WHERE device = ? AND issued_at > ?", r.Device, s.now().Add(-time.Hour).UnixNano()).Scan(&n); err != nil {
+			return err
+		}
+		if n >= maxRenewals {
+			return fmt.Errorf("device %s was given %d certificates within an hour, the limit is %d: %w", r.Device, n, maxRenewals, ErrLimit)
+		}
 		if cert, err = r.Issue(); err != nil {
 			return err
 		}
-		if err := addCertificate(ctx, tx, r.Device, cert); err != nil {
+		if err := s.addCertificate(ctx, tx, r.Device, cert); err != nil {
 			return err
 		}
 		return s.audit(ctx, tx, AuditRecord{
@@ -181,14 +197,15 @@ type queryer interface {
 	QueryRowContext(ctx context.Context, query string, args ...any) *sql.Row
 }
 
-// check says whether a certificate that an authority of ours vouches for is
-// one by which a device is known. One that is not recorded, as after a restore
+// check says whether a certificate that an authority of ours vouches for, or
+// did when the connection began, is one by which a device is known. One that is not recorded, as after a restore
 // of the store, counts while its device does.
 func (s *Store) check(ctx context.Context, q queryer, device string, c *x509.Certificate) error {
 	var of, reason, deviceReason string
 	var revoked, deviceRevoked int64
-	err := q.QueryRowContext(ctx, `SELECT coalesce(c.device, d.name), coalesce(c.revoked_at, 0), coalesce(c.reason, ''), d.revoked_at, d.revoked_reason
-		FROM devices d LEFT JOIN certificates c ON c.serial = ? WHERE d.name = ?`, serial(c), device).Scan(&of, &revoked, &reason, &deviceRevoked, &deviceReason)
+	var ours bool
+	err := q.QueryRowContext(ctx, `SELECT coalesce(c.device, d.name), coalesce(c.revoked_at, 0), coalesce(c.reason, ''), d.revoked_at, d.revoked_reason, `+fmt.Sprintf(known, "?")+`
+		FROM devices d LEFT JOIN certificates c ON c.serial = ? WHERE d.name = ?`, issuer(c), serial(c), device).Scan(&of, &revoked, &reason, &deviceRevoked, &deviceReason, &ours)
 	switch {
 	case errors.Is(err, sql.ErrNoRows):
 		return fmt.Errorf("there is no device %s: %w", device, identity.ErrUnknown)
@@ -198,6 +215,8 @@ func (s *Store) check(ctx context.Context, q queryer, device string, c *x509.Cer
 		return fmt.Errorf("device %s is revoked (%s): %w", device, cmp.Or(deviceReason, "no reason was given"), identity.ErrRevoked)
 	case revoked != 0:
 		return fmt.Errorf("certificate %x of device %s is revoked (%s): %w", c.SerialNumber, device, reason, identity.ErrRevoked)
+	case !ours:
+		return fmt.Errorf("certificate %x of device %s is of %q, which is retired: %w", c.SerialNumber, device, issuer(c), identity.ErrUnknown)
 	case of != device:
 		return fmt.Errorf("certificate %x is of device %s, not %s: %w", c.SerialNumber, of, device, identity.ErrUnknown)
 	}
@@ -210,7 +229,7 @@ func (s *Store) CheckDevice(ctx context.Context, device string, c *x509.Certific
 }
 
 // Used records that a device has connected with a certificate: those that it
-// had before count no more. It says whether there were any.
+// had before, used or not, count no more. It says whether there were any.
 func (s *Store) Used(ctx context.Context, device string, number *big.Int) (superseded bool, err error) {
 	key := number.FillBytes(make([]byte, 20))
 	var used int64
@@ -226,8 +245,9 @@ func (s *Store) Used(ctx context.Context, device string, number *big.Int) (super
 		if _, err := tx.ExecContext(ctx, "UPDATE certificates SET used_at = ? WHERE serial = ? AND used_at = 0", now, key); err != nil {
 			return err
 		}
-		r, err := tx.ExecContext(ctx, `UPDATE certificates SET revoked_at = ?, reason = 'a newer one took its place'
-			WHERE device = ? AND serial <> ? AND revoked_at = 0 AND used_at <> 0`, now, device, key)
+		r, err := tx.ExecContext(ctx, `UPDATE certificates SET revoked_at = ?1, reason = 'a newer one took its place'
+			WHERE device = ?2 AND serial <> ?3 AND revoked_at = 0
+			AND (used_at <> 0 OR issued_at < (SELECT issued_at FROM certificates WHERE serial = ?3))`, now, device, key)
 		if err != nil {
 			return err
 		}
@@ -312,9 +332,13 @@ func (s *Store) revokeCertificates(ctx context.Context, tx *sql.Tx, device, reas
 	return err
 }
 
-// RevokeDevice takes a device's certificates back; what is known of it stays.
+// RevokeDevice takes a device's certificates back, and the join tokens that are
+// for it; what is known of it stays.
 func (s *Store) RevokeDevice(ctx context.Context, by, device, reason string) error {
 	return s.write(ctx, "revoke device", func(tx *sql.Tx) error {
+		if err := s.takeJoinTokens(ctx, tx, by, device); err != nil {
+			return err
+		}
 		err := changedOne(tx.ExecContext(ctx, "UPDATE devices SET revoked_at = ?, revoked_reason = ? WHERE name = ? AND revoked_at = 0", s.now().UnixNano(), reason, device))
 		if errors.Is(err, ErrStale) {
 			var n int
@@ -333,7 +357,8 @@ func (s *Store) RevokeDevice(ctx context.Context, by, device, reason string) err
 	})
 }
 
-// RemoveDevice forgets a device and its events, and revokes its certificates.
+// RemoveDevice forgets a device and its events, revokes its certificates, and
+// takes back the join tokens that are for it.
 func (s *Store) RemoveDevice(ctx context.Context, by, device string) error {
 	return s.write(ctx, "remove device", func(tx *sql.Tx) error {
 		var own, token string
@@ -345,7 +370,7 @@ func (s *Store) RemoveDevice(ctx context.Context, by, device string) error {
 		if err != nil {
 			return err
 		}
-		if err := s.revokeCertificates(ctx, tx, device, "the device was removed"); err != nil {
+		if err := errors.Join(s.takeJoinTokens(ctx, tx, by, device), s.revokeCertificates(ctx, tx, device, "the device was removed")); err != nil {
 			return err
 		}
 		return s.audit(ctx, tx, AuditRecord{Who: by, Action: "device.remove", Object: "device/" + device,
@@ -369,12 +394,13 @@ func (s *Store) Revoked(ctx context.Context) (entries []x509.RevocationListEntry
 	return entries, err
 }
 
-// RevokedDevices gives the names whose certificates are all revoked, for
-// brokers that go by names.
+// RevokedDevices gives the names whose certificates are all revoked, and those
+// of revoked devices, for brokers that go by names.
 func (s *Store) RevokedDevices(ctx context.Context) (names []string, err error) {
 	err = s.read(ctx, func(tx *sql.Tx) error {
 		query := `SELECT DISTINCT device FROM certificates WHERE revoked_at <> 0 AND not_after > ?1
-			AND NOT EXISTS (SELECT 1 FROM certificates c WHERE c.device = certificates.device AND c.revoked_at = 0 AND c.not_after > ?1) ORDER BY device`
+			AND NOT EXISTS (SELECT 1 FROM certificates c WHERE c.device = certificates.device AND c.revoked_at = 0 AND c.not_after > ?1)
+			UNION SELECT name FROM devices WHERE revoked_at <> 0 ORDER BY 1`
 		return each(ctx, tx, query, []any{s.now().UnixNano()}, func(scan func(...any) error) error {
 			var name string
 			err := scan(&name)

@@ -12,15 +12,30 @@ import (
 	dunlinv1 "github.com/dunlin/dunlin/proto/dunlin/v1"
 )
 
+// joinsBy issues what joins asks for.
+var joinsBy *pki.Authority
+
+// vouch makes joinsBy one of a store's authorities, and records nothing.
+func vouch(t *testing.T, s *Store) {
+	t.Helper()
+	if joinsBy == nil {
+		joinsBy = pkitest.Authority(t)
+	}
+	_, err := s.writer.ExecContext(t.Context(), "INSERT INTO authorities (id, certificate, cross_certs, active, created_at) VALUES (?, ?, x'', 1, 0)", joinsBy.ID(), joinsBy.Certificate.Raw)
+	must(t, err)
+}
+
 // joins is a device with a new key that wants to join, for a year.
 func joins(t *testing.T, token [32]byte, device string, labels map[string]string) Join {
 	t.Helper()
+	if joinsBy == nil {
+		joinsBy = pkitest.Authority(t)
+	}
 	key := pkitest.Key(t)
 	id, err := pki.ID(key.Public())
 	must(t, err)
-	a := pkitest.Authority(t)
 	return Join{Token: token, Device: device, Key: id, Labels: labels, Issue: func() (*x509.Certificate, error) {
-		return a.IssueDevice(device, key.Public(), time.Now(), 365*24*time.Hour)
+		return joinsBy.IssueDevice(device, key.Public(), time.Now(), 365*24*time.Hour)
 	}}
 }
 
@@ -169,5 +184,110 @@ func TestAuthorities(t *testing.T) {
 	must(t, v.RemoveAuthority(ctx, "user:a", first, false))
 	if left, err := v.Authorities(ctx); err != nil || len(left) != 1 {
 		t.Errorf("left are %v, %v", left, err)
+	}
+}
+
+// Of certificates that were never used, those from before one that is count no
+// more: a thief who renewed once and waits has nothing.
+func TestUnused(t *testing.T) {
+	v := newVouched(t)
+	ctx := t.Context()
+	renewed := func() *x509.Certificate {
+		t.Helper()
+		v.clock.now = v.clock.now.Add(time.Hour)
+		c, err := v.renew(v.first, pkitest.Key(t))
+		must(t, err)
+		return c
+	}
+	waiting, second, newest := renewed(), renewed(), renewed()
+	if superseded, err := v.Used(ctx, "d", second.SerialNumber); !superseded || err != nil {
+		t.Errorf("the first use of the second: %t, %v", superseded, err)
+	}
+	is(t, v.CheckDevice(ctx, "d", v.first), identity.ErrRevoked)
+	is(t, v.CheckDevice(ctx, "d", waiting), identity.ErrRevoked)
+	must(t, v.CheckDevice(ctx, "d", second))
+	must(t, v.CheckDevice(ctx, "d", newest))
+}
+
+// A device that renews all the time fills neither the store nor the audit log.
+func TestRenewalsAreBounded(t *testing.T) {
+	v := newVouched(t)
+	key := pkitest.Key(t)
+	cert := v.first
+	for range maxRenewals - 1 {
+		var err error
+		cert, err = v.renew(cert, key) // the same key, for which each renewal is another one
+		must(t, err)
+	}
+	_, err := v.renew(cert, key)
+	is(t, err, ErrLimit)
+	_, err = v.renew(cert, pkitest.Key(t))
+	is(t, err, ErrLimit)
+	v.clock.now = v.clock.now.Add(time.Hour)
+	_, err = v.renew(cert, key)
+	must(t, err)
+}
+
+// Who takes a device's identity back takes back what lets it have another one.
+func TestRevokeTakesJoinTokens(t *testing.T) {
+	v := newVouched(t)
+	ctx := t.Context()
+	forDevice := func() Join {
+		t.Helper()
+		_, hash := identity.NewToken("")
+		_, err := v.CreateJoinToken(ctx, "user:a", hash, JoinToken{UsesLeft: 1, ExpiresAt: v.clock.now.Add(time.Hour), Device: "d"})
+		must(t, err)
+		key := pkitest.Key(t)
+		id, err := pki.ID(key.Public())
+		must(t, err)
+		return Join{Token: hash, Device: "d", Key: id, Issue: v.issue(key)}
+	}
+	for _, take := range []func() error{
+		func() error { return v.RevokeDevice(ctx, "user:a", "d", "") },
+		func() error { return v.RevokeDevice(ctx, "user:a", "d", "again") },
+		func() error { return v.RemoveDevice(ctx, "user:a", "d") },
+	} {
+		j := forDevice()
+		must(t, take())
+		_, err := v.Join(ctx, j)
+		is(t, err, ErrRefused)
+	}
+}
+
+// The certificates of an authority that is retired count no more, whoever
+// verified them before, and are not given out again.
+func TestRetiredAuthority(t *testing.T) {
+	v := newVouched(t)
+	ctx := t.Context()
+	key := pkitest.Key(t)
+	waiting, err := v.renew(v.first, key)
+	must(t, err)
+	retired := v.ca
+	v.ca = pkitest.Authority(t)
+	must(t, v.AddAuthority(ctx, "user:a", identity.AuthorityRecord{Certificate: v.ca.Certificate}))
+	must(t, v.CheckDevice(ctx, "d", v.first))
+	must(t, v.RemoveAuthority(ctx, "user:a", retired.ID(), true))
+	is(t, v.CheckDevice(ctx, "d", v.first), identity.ErrUnknown)
+	forged, err := retired.IssueDevice("d", key.Public(), v.clock.now, time.Hour)
+	must(t, err)
+	is(t, v.CheckDevice(ctx, "d", forged), identity.ErrUnknown)
+	// The device joins again with the key that it has.
+	_, hash := identity.NewToken("")
+	_, err = v.CreateJoinToken(ctx, "user:a", hash, JoinToken{UsesLeft: 1, ExpiresAt: v.clock.now.Add(time.Hour), Device: "d"})
+	must(t, err)
+	again, err := v.Join(ctx, Join{Token: hash, Device: "d", Key: pki.CertificateID(waiting), Issue: v.issue(key)})
+	must(t, err)
+	must(t, v.CheckDevice(ctx, "d", again))
+}
+
+// A broker that goes by names is told of a revoked device whose certificate is
+// not known, as after a restore.
+func TestRevokedWithoutCertificate(t *testing.T) {
+	v := newVouched(t)
+	ctx := t.Context()
+	v.clock.now = v.first.NotAfter.Add(time.Hour) // the newer one was issued after the copy was made
+	must(t, v.RevokeDevice(ctx, "user:a", "d", "stolen"))
+	if got, err := v.RevokedDevices(ctx); err != nil || len(got) != 1 || got[0] != "d" {
+		t.Errorf("revoked devices are %v, %v", got, err)
 	}
 }

@@ -26,6 +26,7 @@ func TestIdentity(t *testing.T) {
 func TestJoin(t *testing.T) {
 	s, clock := fresh(t)
 	ctx := t.Context()
+	vouch(t, s)
 	_, hash := identity.NewToken("")
 	token, err := s.CreateJoinToken(ctx, "user:a", hash, JoinToken{UsesLeft: 2, ExpiresAt: clock.now.Add(time.Hour), Labels: map[string]string{"site": "token"}})
 	must(t, err)

@@ -61,20 +61,37 @@ func (s *Store) JoinTokens(ctx context.Context) (tokens []JoinToken, err error) 
 
 // DeleteJoinToken takes a join token back.
 func (s *Store) DeleteJoinToken(ctx context.Context, by, id string) error {
-	return s.write(ctx, "delete join token", func(tx *sql.Tx) error {
-		var uses uint32
-		var expires int64
-		var labels string
-		err := tx.QueryRowContext(ctx, "DELETE FROM join_tokens WHERE id = ? RETURNING uses_left, expires_at, labels", id).Scan(&uses, &expires, &labels)
-		if errors.Is(err, sql.ErrNoRows) {
-			return fmt.Errorf("join token %s: %w", id, ErrNotFound)
-		}
-		if err != nil {
-			return err
-		}
-		return s.audit(ctx, tx, AuditRecord{Who: by, Action: "join-token.delete", Object: "join-token/" + id,
-			Before: fmt.Sprintf("%d uses until %s, labels %s", uses, instant(expires).Format(time.RFC3339), labels)})
+	return s.write(ctx, "delete join token", func(tx *sql.Tx) error { return s.deleteJoinToken(ctx, tx, by, id) })
+}
+
+// takeJoinTokens takes back the join tokens that are for a device.
+func (s *Store) takeJoinTokens(ctx context.Context, tx *sql.Tx, by, device string) error {
+	var ids []string
+	err := each(ctx, tx, "SELECT id FROM join_tokens WHERE device = ? ORDER BY id", []any{device}, func(scan func(...any) error) error {
+		var id string
+		err := scan(&id)
+		ids = append(ids, id)
+		return err
 	})
+	for _, id := range ids {
+		err = errors.Join(err, s.deleteJoinToken(ctx, tx, by, id))
+	}
+	return err
+}
+
+func (s *Store) deleteJoinToken(ctx context.Context, tx *sql.Tx, by, id string) error {
+	var uses uint32
+	var expires int64
+	var labels string
+	err := tx.QueryRowContext(ctx, "DELETE FROM join_tokens WHERE id = ? RETURNING uses_left, expires_at, labels", id).Scan(&uses, &expires, &labels)
+	if errors.Is(err, sql.ErrNoRows) {
+		return fmt.Errorf("join token %s: %w", id, ErrNotFound)
+	}
+	if err != nil {
+		return err
+	}
+	return s.audit(ctx, tx, AuditRecord{Who: by, Action: "join-token.delete", Object: "join-token/" + id,
+		Before: fmt.Sprintf("%d uses until %s, labels %s", uses, instant(expires).Format(time.RFC3339), labels)})
 }
 
 // JoinTokenKnown says whether there is such a join token. One that is used up

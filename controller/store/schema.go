@@ -181,6 +181,7 @@ CREATE TABLE certificates (
 	key        TEXT NOT NULL, -- pki.ID
 	der        BLOB NOT NULL,
 	not_after  INTEGER NOT NULL,
+	issued_at  INTEGER NOT NULL,
 	used_at    INTEGER NOT NULL DEFAULT 0, -- first connection with it
 	revoked_at INTEGER NOT NULL DEFAULT 0,
 	reason     TEXT NOT NULL DEFAULT ''

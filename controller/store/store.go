@@ -22,7 +22,8 @@ var (
 	ErrNotFound = errors.New("not found")
 	ErrExists   = errors.New("already exists")
 	ErrRefused  = errors.New("refused") // the caller's token or state does not allow it
-	ErrStale    = errors.New("stale")   // an older session or sequence
+	ErrLimit    = errors.New("too much for now")
+	ErrStale    = errors.New("stale") // an older session or sequence
 	ErrNewer    = errors.New("written by a newer version")
 )
 

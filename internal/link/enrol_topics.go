@@ -16,8 +16,9 @@ const (
 	// JoinUpFilter matches everything that enrolling devices send.
 	JoinUpFilter = joinRoot + "+/+/up"
 	// RenewUser is the MQTT user of devices that renew a certificate: the
-	// request proves who they are.
-	RenewUser  = "renew"
+	// request proves who they are. It is no name of a device: brokers that go
+	// by the user name let in everybody under it.
+	RenewUser  = "dunlin.renew"
 	joinPrefix = "join."
 	joinID     = 6 // bytes of a join token's hash that are its id
 	// maxNonce bounds the nonce in a topic, and the id in a user name.

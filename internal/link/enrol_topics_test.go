@@ -34,6 +34,13 @@ func TestJoinTopics(t *testing.T) {
 	if !EnrollingMaySubscribe(user, JoinDown(user, nonce)) || EnrollingMaySubscribe(user, JoinDown(user, "+")) || EnrollingMaySubscribe(user, JoinDown(user, "#")) || EnrollingMaySubscribe(user, Down("d", Desired)) {
 		t.Error("wrong filters to subscribe to")
 	}
+	// A broker goes by the user name alone: what everybody can say to be must not
+	// be a device.
+	for _, user := range []string{user, RenewUser} {
+		if CheckDevice(user) == nil {
+			t.Errorf("a device may have the name %q", user)
+		}
+	}
 	// No device's topic is one of these, and the other way round.
 	if d, k, err := ParseUp(JoinUp(user, nonce)); err == nil {
 		t.Errorf("a topic of a stranger is of device %s, kind %s", d, k)
