@@ -233,16 +233,22 @@ func (d *Device) Registry() (string, *http.Client) {
 // client gives an HTTP client for the host of a URL. There is no limit to how
 // long an answer may take in all.
 func (d *Device) client(rawURL string, by func(host string) *tls.Config) *http.Client {
-	return &http.Client{Transport: &http.Transport{
-		Proxy:               http.ProxyFromEnvironment,
-		TLSClientConfig:     by(hostOf(rawURL)),
-		DialContext:         (&net.Dialer{Timeout: callTimeout}).DialContext,
-		TLSHandshakeTimeout: callTimeout,
-		MaxIdleConnsPerHost: 1,
-		MaxConnsPerHost:     4,
-		IdleConnTimeout:     10 * time.Second,
-		DisableCompression:  true,
-	}}
+	return &http.Client{
+		Transport: &http.Transport{
+			Proxy:               http.ProxyFromEnvironment,
+			TLSClientConfig:     by(hostOf(rawURL)),
+			DialContext:         (&net.Dialer{Timeout: callTimeout}).DialContext,
+			TLSHandshakeTimeout: callTimeout,
+			MaxIdleConnsPerHost: 1,
+			MaxConnsPerHost:     4,
+			IdleConnTimeout:     10 * time.Second,
+			DisableCompression:  true,
+		},
+		// A redirect could carry a join token to where it does not belong.
+		CheckRedirect: func(r *http.Request, _ []*http.Request) error {
+			return fmt.Errorf("redirected to %s://%s, which is not followed", r.URL.Scheme, r.URL.Host)
+		},
+	}
 }
 
 // TrustVersion gives the version of the trust document that the device has; 0:
