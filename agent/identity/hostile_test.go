@@ -1,6 +1,8 @@
 package identity
 
 import (
+	"context"
+	"errors"
 	"net/http"
 	"net/http/httptest"
 	"os"
@@ -78,6 +80,49 @@ func TestNextKeyIsBroken(t *testing.T) {
 		}
 		if again := open(t, cfg); !again.Certificate().Equal(d.Certificate()) {
 			t.Errorf("%s: another certificate after a start", name)
+		}
+	}
+}
+
+// However often the controller, or a broker in its name, asks for it, a device
+// renews once a minute at most, and once an hour where it refused the trust
+// document: it would be asked again with each connection.
+func TestRenewStorm(t *testing.T) {
+	for name, test := range map[string]struct {
+		trust error
+		every time.Duration
+	}{
+		"trust taken":   {nil, askedEvery},
+		"trust refused": {errors.New("it is of another root"), refusedEvery},
+	} {
+		w := &watch{at: time.Now()}
+		c := serveAt(t, w)
+		cfg := newConfig(t, c)
+		d := join(t, cfg)
+		d.cfg.TakeTrust = func(context.Context, []*dunlinv1.SignedTrust) error { return test.trust }
+		storm := func() (renewed int) {
+			for range 10 {
+				d.RenewWithin(0)
+				if d.plan.due(w.now()).After(w.now()) {
+					continue
+				}
+				if err := d.renew(t.Context()); err != nil {
+					t.Fatal(err)
+				}
+				renewed++
+			}
+			return renewed
+		}
+		if n := storm(); n != 1 {
+			t.Errorf("%s: renewed %d times at once", name, n)
+		}
+		w.add(test.every - time.Second)
+		if n := storm(); n != 0 {
+			t.Errorf("%s: renewed %d times within %s", name, n, test.every)
+		}
+		w.add(time.Second)
+		if n := storm(); n != 1 {
+			t.Errorf("%s: renewed %d times after %s", name, n, test.every)
 		}
 	}
 }

@@ -130,14 +130,20 @@ func (d *Device) renew(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("the controller's answer: %w", err)
 	}
+	hold := askedEvery
 	if d.cfg.TakeTrust != nil {
 		if err := d.cfg.TakeTrust(ctx, answer.Identity.Trust); err != nil {
 			d.cfg.Log.Error("trust document refused", "device", id.Device, "error", err)
+			hold = refusedEvery
 		}
 	}
 	if err := d.take(ctx, g, next); err != nil {
 		return err
 	}
+	now := d.Now()
+	d.mu.Lock()
+	d.plan = d.plan.hold(now, hold)
+	d.mu.Unlock()
 	d.noteTime(ctx, answer.Identity.Now)
 	return d.settle()
 }
