@@ -164,7 +164,13 @@ func (a *agent) control(ctx context.Context) error {
 		return nil
 	}
 	if err := a.identity.Join(ctx, a.deviceInfo()); err != nil {
-		return err
+		if _, none := a.store.Desired(ctx); none != nil {
+			return err
+		}
+		// It followed a controller before, as one that had a secret.
+		a.cfg.Log.Error("serving what is on the device, until it is started with what it needs", "error", err)
+		<-ctx.Done()
+		return nil
 	}
 	l, err := a.newLink()
 	if err != nil {

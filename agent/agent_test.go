@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	"math/rand/v2"
 	"net"
 	"net/http"
@@ -41,6 +42,49 @@ func startAgent(t *testing.T, cfg Config) (stop func()) {
 	})
 	t.Cleanup(stop)
 	return stop
+}
+
+// lines gives what is written to it.
+type lines chan string
+
+func (l lines) Write(p []byte) (int, error) {
+	l <- string(p)
+	return len(p), nil
+}
+
+// A device that has models, and cannot join as it has no token, as one that is
+// of the time of secrets, goes on serving them. One that has none says so.
+func TestServesWhereItCannotJoin(t *testing.T) {
+	cfg := testConfig(t, startControl(t))
+	cfg.JoinToken = ""
+	log := make(lines, 100)
+	cfg.Log = slog.New(slog.NewTextHandler(log, nil))
+	a := openAgent(t, cfg)
+	close(a.tried)
+	if err := a.control(t.Context()); err == nil || !strings.Contains(err.Error(), "no join token") {
+		t.Errorf("without models: %v", err)
+	}
+	if err := a.store.SetDesired(t.Context(), state.Desired{Incarnation: "i", Number: 1, SHA256: []byte{1}, Document: []byte{}}); err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	ended := make(chan error, 1)
+	go func() { ended <- a.control(ctx) }()
+	for {
+		select {
+		case line := <-log:
+			if !strings.Contains(line, "no join token") {
+				continue
+			}
+			cancel()
+		case err := <-ended:
+			if err != nil || ctx.Err() == nil {
+				t.Errorf("with models: %v", err)
+			}
+			cancel()
+			return
+		}
+	}
 }
 
 // openAgent puts the parts of an agent together, and starts none of them.
