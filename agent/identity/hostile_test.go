@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"github.com/dunlin/dunlin/agent/identity/identitytest"
+	"github.com/dunlin/dunlin/agent/state"
 	"github.com/dunlin/dunlin/internal/pki"
 	dunlinv1 "github.com/dunlin/dunlin/proto/dunlin/v1"
 )
@@ -124,5 +125,24 @@ func TestRenewStorm(t *testing.T) {
 		if n := storm(); n != 1 {
 			t.Errorf("%s: renewed %d times after %s", name, n, test.every)
 		}
+	}
+}
+
+// A device of the time of secrets has a registry, but nobody who asks it: until
+// it has joined it has none.
+func TestNoRegistryBeforeJoin(t *testing.T) {
+	cfg := newConfig(t, serve(t))
+	if err := cfg.State.SetIdentity(t.Context(), state.Identity{Device: "edge-1", ControllerURL: "http://c", BrokerURL: "tcp://b:1", RegistryURL: "http://r"}); err != nil {
+		t.Fatal(err)
+	}
+	d := open(t, cfg)
+	if url, client := d.Registry(); url != "" || client != nil {
+		t.Errorf("registry %q, client %v", url, client)
+	}
+	if err := d.Join(t.Context(), &dunlinv1.DeviceInfo{}); err != nil {
+		t.Fatal(err)
+	}
+	if url, client := d.Registry(); url != cfg.Controller || client == nil {
+		t.Errorf("after a join: registry %q, client %v", url, client)
 	}
 }

@@ -223,10 +223,15 @@ func (d *Device) trust() pki.Trust {
 	return t
 }
 
-// Registry gives the registry's URL and who asks it as this device.
+// Registry gives the registry's URL and who asks it as this device; "" until
+// it has joined, also where a URL is stored from before devices had
+// certificates.
 func (d *Device) Registry() (string, *http.Client) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
+	if d.registry == nil {
+		return "", nil
+	}
 	return d.stored.RegistryURL, d.registry
 }
 
