@@ -54,7 +54,11 @@ func (s schedule) share(f float64) time.Duration {
 // due gives the moment of the next attempt; one that is over means now.
 func (s schedule) due(now time.Time) time.Time {
 	at := s.issued.Add(s.share(renewAt + renewSpread*s.spread))
-	if wish := later(s.asked, s.held); !s.asked.IsZero() && wish.Before(at) {
+	wish := s.asked
+	if s.held.Sub(now) <= refusedEvery { // else the clock was set back
+		wish = later(wish, s.held)
+	}
+	if !s.asked.IsZero() && wish.Before(at) {
 		at = wish
 	}
 	if s.failed == 0 || now.Before(s.tried) { // the clock was set back
