@@ -52,38 +52,63 @@ func (l lines) Write(p []byte) (int, error) {
 	return len(p), nil
 }
 
-// A device that has models, and cannot join as it has no token, as one that is
-// of the time of secrets, goes on serving them. One that has none says so.
-func TestServesWhereItCannotJoin(t *testing.T) {
-	cfg := testConfig(t, startControl(t))
-	cfg.JoinToken = ""
-	log := make(lines, 100)
-	cfg.Log = slog.New(slog.NewTextHandler(log, nil))
-	a := openAgent(t, cfg)
-	close(a.tried)
-	if err := a.control(t.Context()); err == nil || !strings.Contains(err.Error(), "no join token") {
-		t.Errorf("without models: %v", err)
-	}
-	if err := a.store.SetDesired(t.Context(), state.Desired{Incarnation: "i", Number: 1, SHA256: []byte{1}, Document: []byte{}}); err != nil {
-		t.Fatal(err)
-	}
+// saysAndServes has a device that cannot follow its controller say why, and go
+// on until it is stopped.
+func saysAndServes(t *testing.T, a *agent, log lines, why string) {
+	t.Helper()
 	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	close(a.tried)
 	ended := make(chan error, 1)
 	go func() { ended <- a.control(ctx) }()
 	for {
 		select {
 		case line := <-log:
-			if !strings.Contains(line, "no join token") {
-				continue
+			if strings.Contains(line, why) {
+				cancel()
 			}
-			cancel()
 		case err := <-ended:
 			if err != nil || ctx.Err() == nil {
-				t.Errorf("with models: %v", err)
+				t.Errorf("it ends: %v", err)
 			}
-			cancel()
 			return
 		}
+	}
+}
+
+// A device that has models and cannot be who it was, as it is of the time of
+// secrets and has no token, or as its key is lost, goes on serving them. One
+// that has none ends.
+func TestServesWhereItCannotJoin(t *testing.T) {
+	c := startControl(t)
+	cfg := testConfig(t, c)
+	log := make(lines, 100)
+	cfg.Log = slog.New(slog.NewTextHandler(log, nil))
+	desired := state.Desired{Incarnation: "i", Number: 1, SHA256: []byte{1}, Document: []byte{}}
+
+	cfg.JoinToken = ""
+	a := openAgent(t, cfg)
+	close(a.tried)
+	if err := a.control(t.Context()); err == nil || !strings.Contains(err.Error(), "no join token") {
+		t.Errorf("without models: %v", err)
+	}
+	if err := a.store.SetDesired(t.Context(), desired); err != nil {
+		t.Fatal(err)
+	}
+	saysAndServes(t, openAgent(t, cfg), log, "no join token")
+
+	cfg.JoinToken = c.Token
+	a = openAgent(t, cfg)
+	if err := a.identity.Join(t.Context(), a.deviceInfo()); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(filepath.Join(cfg.Data, "device.key"), nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	calls := c.Calls("Join")
+	saysAndServes(t, openAgent(t, cfg), log, "device.key holds no PEM block")
+	if c.Calls("Join") != calls {
+		t.Error("it joined as another")
 	}
 }
 
