@@ -49,6 +49,7 @@ type agent struct {
 	outbox    chan struct{}                 // an event was appended
 	stoodDown bool                          // as the store has it; linkState's
 	trust     atomic.Pointer[signing.Trust] // nil: none yet
+	lacks     error                         // why it cannot be the device that it was; nil: it can
 
 	mu   sync.Mutex // guards what follows
 	info *dunlinv1.DeviceInfo
@@ -110,7 +111,10 @@ func newAgent(ctx context.Context, cfg Config, profile profiles.Profile, info *d
 	}
 	a.trust.Store(trust)
 	if a.identity, err = identity.Open(ctx, a.identityConfig()); err != nil {
-		return nil, err
+		if _, none := store.Desired(ctx); none != nil {
+			return nil, err
+		}
+		a.identity, a.lacks = identity.New(a.identityConfig()), err
 	}
 	w := cfg.Serving.workerConfig(profile.Threads)
 	w.OnDeath, w.OnLost = a.died, a.lost
@@ -153,7 +157,7 @@ func (a *agent) lost(id engine.VersionID, reason error) {
 // control joins where that has not been done, and then talks to the
 // controller.
 func (a *agent) control(ctx context.Context) error {
-	if a.cfg.Controller == "" && !a.identity.Joined() {
+	if a.cfg.Controller == "" && a.lacks == nil && !a.identity.Joined() {
 		a.cfg.Log.Info("no controller is named: serving what is on the device")
 		<-ctx.Done()
 		return nil
@@ -163,8 +167,18 @@ func (a *agent) control(ctx context.Context) error {
 	case <-ctx.Done():
 		return nil
 	}
-	if err := a.identity.Join(ctx, a.deviceInfo()); err != nil {
-		return err
+	err := a.lacks
+	if err == nil {
+		err = a.identity.Join(ctx, a.deviceInfo())
+	}
+	if err != nil {
+		if _, none := a.store.Desired(ctx); none != nil {
+			return err
+		}
+		// It followed a controller before: it had a secret, or a key.
+		a.cfg.Log.Error("serving what is on the device, until it is started with what it needs", "error", err)
+		<-ctx.Done()
+		return nil
 	}
 	l, err := a.newLink()
 	if err != nil {

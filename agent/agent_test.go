@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	"math/rand/v2"
 	"net"
 	"net/http"
@@ -41,6 +42,74 @@ func startAgent(t *testing.T, cfg Config) (stop func()) {
 	})
 	t.Cleanup(stop)
 	return stop
+}
+
+// lines gives what is written to it.
+type lines chan string
+
+func (l lines) Write(p []byte) (int, error) {
+	l <- string(p)
+	return len(p), nil
+}
+
+// saysAndServes has a device that cannot follow its controller say why, and go
+// on until it is stopped.
+func saysAndServes(t *testing.T, a *agent, log lines, why string) {
+	t.Helper()
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	close(a.tried)
+	ended := make(chan error, 1)
+	go func() { ended <- a.control(ctx) }()
+	for {
+		select {
+		case line := <-log:
+			if strings.Contains(line, why) {
+				cancel()
+			}
+		case err := <-ended:
+			if err != nil || ctx.Err() == nil {
+				t.Errorf("it ends: %v", err)
+			}
+			return
+		}
+	}
+}
+
+// A device that has models and cannot be who it was, as it is of the time of
+// secrets and has no token, or as its key is lost, goes on serving them. One
+// that has none ends.
+func TestServesWhereItCannotJoin(t *testing.T) {
+	c := startControl(t)
+	cfg := testConfig(t, c)
+	log := make(lines, 100)
+	cfg.Log = slog.New(slog.NewTextHandler(log, nil))
+	desired := state.Desired{Incarnation: "i", Number: 1, SHA256: []byte{1}, Document: []byte{}}
+
+	cfg.JoinToken = ""
+	a := openAgent(t, cfg)
+	close(a.tried)
+	if err := a.control(t.Context()); err == nil || !strings.Contains(err.Error(), "no join token") {
+		t.Errorf("without models: %v", err)
+	}
+	if err := a.store.SetDesired(t.Context(), desired); err != nil {
+		t.Fatal(err)
+	}
+	saysAndServes(t, openAgent(t, cfg), log, "no join token")
+
+	cfg.JoinToken = c.Token
+	a = openAgent(t, cfg)
+	if err := a.identity.Join(t.Context(), a.deviceInfo()); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(filepath.Join(cfg.Data, "device.key"), nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	calls := c.Calls("Join")
+	saysAndServes(t, openAgent(t, cfg), log, "device.key holds no PEM block")
+	if c.Calls("Join") != calls {
+		t.Error("it joined as another")
+	}
 }
 
 // openAgent puts the parts of an agent together, and starts none of them.

@@ -13,6 +13,9 @@ import (
 // of a chain, and has what was refused looked at again. One call at a time.
 func (a *agent) takeTrust(ctx context.Context, chain []*dunlinv1.SignedTrust) error {
 	have := a.trust.Load()
+	if !a.identity.Joined() { // it is of a join that was cut short
+		have = nil
+	}
 	next, err := signing.Advance(have, chain)
 	if err != nil {
 		a.event(&dunlinv1.Event{Kind: "trust.refused", Severity: dunlinv1.Severity_SEVERITY_ERROR, Message: err.Error()})

@@ -72,12 +72,21 @@ func TestTakeTrust(t *testing.T) {
 	a := openAgent(t, cfg)
 	second := nextTrust(t, c.key, c.Trust[0], nil)
 	third := nextTrust(t, c.key, second, nil)
+	// A join that was cut short begins anew: the device believes nobody yet.
+	for range 2 {
+		if err := a.takeTrust(t.Context(), []*dunlinv1.SignedTrust{c.Trust[0], second}); err != nil || a.trust.Load().Version() != 2 {
+			t.Errorf("a join that is repeated: %v", err)
+		}
+	}
+	if err := a.identity.Join(t.Context(), a.deviceInfo()); err != nil {
+		t.Fatal(err)
+	}
 	for _, step := range []struct {
 		chain []*dunlinv1.SignedTrust
 		want  uint64
 		err   string
 	}{
-		{nil, 0, ""},
+		{nil, 1, ""},
 		{[]*dunlinv1.SignedTrust{c.Trust[0]}, 1, ""},
 		{[]*dunlinv1.SignedTrust{third}, 1, "2 to 2 are missing"},
 		{[]*dunlinv1.SignedTrust{second, third}, 3, ""},

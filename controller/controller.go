@@ -120,9 +120,10 @@ func Run(ctx context.Context, c Config) (err error) {
 	if program.CheckAddress(listener.Addr().String()) == nil { // in clear, which needs no --ca
 		url = "http://" + listener.Addr().String()
 	}
+	told := "https://" + publicAddress(c.hosts()[0], listener.Addr()) // to devices
 	enrolment := enrol.New(enrol.Config{
 		Store: st, Authorities: t.Authorities, Lifetime: time.Duration(c.DeviceCertDays) * day, Grace: time.Duration(c.DeviceGraceDays) * day,
-		BrokerURL: bus.url, RegistryURL: "https://" + publicAddress(c.hosts()[0], listener.Addr()),
+		BrokerURL: bus.url, RegistryURL: told,
 		Roots: t.deviceRoots, Trust: st.TrustSince, AccountsChanged: func(ctx context.Context) error { return t.changed(ctx, bus) }, Joined: dispatcher.Replan,
 		Refusals: st,
 		Now:      time.Now, Log: log,
@@ -139,7 +140,7 @@ func Run(ctx context.Context, c Config) (err error) {
 	server := newServer(mux, log)
 	server.RegisterOnShutdown(func() { close(stopping) })
 
-	log.Info("controller is ready", "url", url, "devices", deviceURL, "broker", bus.url, "data", c.Data, "version", program.Version())
+	log.Info("controller is ready", "url", url, "devices", told, "broker", bus.url, "data", c.Data, "version", program.Version())
 	if c.OnReady != nil {
 		c.OnReady(Addresses{URL: url, DeviceURL: deviceURL, Broker: bus.url})
 	}

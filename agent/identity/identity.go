@@ -223,26 +223,37 @@ func (d *Device) trust() pki.Trust {
 	return t
 }
 
-// Registry gives the registry's URL and who asks it as this device.
+// Registry gives the registry's URL and who asks it as this device; "" until
+// it has joined, also where a URL is stored from before devices had
+// certificates.
 func (d *Device) Registry() (string, *http.Client) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
+	if d.registry == nil {
+		return "", nil
+	}
 	return d.stored.RegistryURL, d.registry
 }
 
 // client gives an HTTP client for the host of a URL. There is no limit to how
 // long an answer may take in all.
 func (d *Device) client(rawURL string, by func(host string) *tls.Config) *http.Client {
-	return &http.Client{Transport: &http.Transport{
-		Proxy:               http.ProxyFromEnvironment,
-		TLSClientConfig:     by(hostOf(rawURL)),
-		DialContext:         (&net.Dialer{Timeout: callTimeout}).DialContext,
-		TLSHandshakeTimeout: callTimeout,
-		MaxIdleConnsPerHost: 1,
-		MaxConnsPerHost:     4,
-		IdleConnTimeout:     10 * time.Second,
-		DisableCompression:  true,
-	}}
+	return &http.Client{
+		Transport: &http.Transport{
+			Proxy:               http.ProxyFromEnvironment,
+			TLSClientConfig:     by(hostOf(rawURL)),
+			DialContext:         (&net.Dialer{Timeout: callTimeout}).DialContext,
+			TLSHandshakeTimeout: callTimeout,
+			MaxIdleConnsPerHost: 1,
+			MaxConnsPerHost:     4,
+			IdleConnTimeout:     10 * time.Second,
+			DisableCompression:  true,
+		},
+		// A redirect could carry a join token to where it does not belong.
+		CheckRedirect: func(r *http.Request, _ []*http.Request) error {
+			return fmt.Errorf("redirected to %s://%s, which is not followed", r.URL.Scheme, r.URL.Host)
+		},
+	}
 }
 
 // TrustVersion gives the version of the trust document that the device has; 0:

@@ -42,6 +42,21 @@ func (d *Device) makeKey(file string) (crypto.Signer, error) {
 	return key, d.step("write key", func() error { return pki.WriteKey(d.path(file), key) })
 }
 
+// nextKey gives the key of the next certificate, and the request for it. What
+// cannot be read or used, as with another TPM, is nobody's: settle has found
+// the certificate's own. Another key is made in its place.
+func (d *Device) nextKey(device string) (key crypto.Signer, csr []byte, err error) {
+	for range 2 {
+		if key, err = d.makeKey(nextKeyFile); err == nil {
+			csr, err = pki.Request(key, device)
+		}
+		if err == nil || os.Remove(d.path(nextKeyFile)) != nil {
+			break
+		}
+	}
+	return key, csr, err
+}
+
 // readKey reads a key, wherever it is kept.
 func (d *Device) readKey(file string) (crypto.Signer, error) {
 	content, err := os.ReadFile(d.path(file))

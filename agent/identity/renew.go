@@ -111,17 +111,14 @@ func (d *Device) renew(ctx context.Context) error {
 	if err := d.settle(); err != nil {
 		return err
 	}
-	next, err := d.makeKey(nextKeyFile)
-	if err != nil {
-		return err
-	}
 	d.mu.Lock()
 	id, own := d.stored, d.own
 	d.mu.Unlock()
-	request := &dunlinv1.RenewRequest{Certificate: own.chain[0].Raw, TrustVersion: d.TrustVersion()}
-	if request.Csr, err = pki.Request(next, id.Device); err != nil {
+	next, csr, err := d.nextKey(id.Device)
+	if err != nil {
 		return err
 	}
+	request := &dunlinv1.RenewRequest{Certificate: own.chain[0].Raw, Csr: csr, TrustVersion: d.TrustVersion()}
 	if request.Signature, err = pki.Sign(own.key, pki.RenewalMessage(request.Certificate, request.Csr)); err != nil {
 		return err
 	}
@@ -133,14 +130,20 @@ func (d *Device) renew(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("the controller's answer: %w", err)
 	}
+	hold := askedEvery
 	if d.cfg.TakeTrust != nil {
 		if err := d.cfg.TakeTrust(ctx, answer.Identity.Trust); err != nil {
 			d.cfg.Log.Error("trust document refused", "device", id.Device, "error", err)
+			hold = refusedEvery
 		}
 	}
 	if err := d.take(ctx, g, next); err != nil {
 		return err
 	}
+	now := d.Now()
+	d.mu.Lock()
+	d.plan = d.plan.hold(now, hold)
+	d.mu.Unlock()
 	d.noteTime(ctx, answer.Identity.Now)
 	return d.settle()
 }

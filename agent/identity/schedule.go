@@ -18,6 +18,11 @@ const (
 	firstRenewWait = time.Minute
 	lastRenewWait  = 6 * time.Hour
 	renewWaitShare = 1.0 / 64
+	// What the controller asks for is not done more often than askedEvery, and
+	// refusedEvery where the trust document that came with the last renewal was
+	// refused: it would ask again at once, and for ever.
+	askedEvery   = time.Minute
+	refusedEvery = time.Hour
 )
 
 // schedule decides when a device renews. It reads no clock.
@@ -25,6 +30,7 @@ type schedule struct {
 	issued, end time.Time
 	spread      float64   // 0 to 1: the device's part of renewSpread
 	asked       time.Time // by when the controller wants it; zero: it does not
+	held        time.Time // before which that does not count
 	failed      int       // attempts since the last success
 	tried       time.Time // the last of them
 	part        float64   // 0 to 1: of the wait after it
@@ -48,8 +54,12 @@ func (s schedule) share(f float64) time.Duration {
 // due gives the moment of the next attempt; one that is over means now.
 func (s schedule) due(now time.Time) time.Time {
 	at := s.issued.Add(s.share(renewAt + renewSpread*s.spread))
-	if !s.asked.IsZero() && s.asked.Before(at) {
-		at = s.asked
+	wish := s.asked
+	if s.held.Sub(now) <= refusedEvery { // else the clock was set back
+		wish = later(wish, s.held)
+	}
+	if !s.asked.IsZero() && wish.Before(at) {
+		at = wish
 	}
 	if s.failed == 0 || now.Before(s.tried) { // the clock was set back
 		return at
@@ -70,6 +80,12 @@ func (s schedule) ask(now time.Time, within time.Duration, part float64) schedul
 	if s.asked.IsZero() || at.Before(s.asked) {
 		s.asked = at
 	}
+	return s
+}
+
+// hold has what the controller asks for wait.
+func (s schedule) hold(now time.Time, d time.Duration) schedule {
+	s.held = now.Add(d)
 	return s
 }
 

@@ -76,6 +76,14 @@ func TestScheduleAsked(t *testing.T) {
 	if got := s.ask(now, 10*year, 1).due(now); !got.Equal(now.Add(year / 2)) {
 		t.Errorf("due at %s", got)
 	}
+	// A wish waits after the last renewal, unless the clock was set back since.
+	held := s.hold(now, askedEvery).ask(now, 0, 0)
+	if got := held.due(now); !got.Equal(now.Add(askedEvery)) {
+		t.Errorf("held: due at %s", got)
+	}
+	if got := s.hold(now.Add(day), refusedEvery).ask(now, 0, 0).due(now); !got.Equal(now) {
+		t.Errorf("held by a clock that was ahead: due at %s", got)
+	}
 	// What fails is tried again with growing waits, also after the end.
 	failed := asked
 	at := asked.due(now)

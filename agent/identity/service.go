@@ -128,11 +128,11 @@ func refused(err error) bool {
 
 // messageOf gives what an error of a call says, without the name of its code.
 func messageOf(err error) string {
+	if e, ok := errors.AsType[*connect.Error](err); ok && e.Message() != "" {
+		err = e.Unwrap()
+	}
 	if reason, ok := pki.Refusal(err); ok {
 		return reason
-	}
-	if e, ok := errors.AsType[*connect.Error](err); ok && e.Message() != "" {
-		return e.Message()
 	}
 	return err.Error()
 }

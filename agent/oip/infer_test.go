@@ -190,6 +190,12 @@ func TestModels(t *testing.T) {
 	if err := s.Ready(t.Context()); CodeOf(err) != NotReady || err.Error() != "not ready: something is missing" {
 		t.Error(err)
 	}
+	// Everybody may ask that; who may not ask for all models is not told of any.
+	s.cfg.Access = nobody{}
+	if err := s.Ready(t.Context()); CodeOf(err) != NotReady || err.Error() != "not ready" {
+		t.Errorf("to nobody: %v", err)
+	}
+	s.cfg.Access = nil
 	if _, err := s.Model(t.Context(), "loading", 0); CodeOf(err) != Unavailable {
 		t.Error(err)
 	}
@@ -265,3 +271,11 @@ func TestInferClassifies(t *testing.T) {
 		}
 	}
 }
+
+// nobody may ask for anything.
+type nobody struct{}
+
+func (nobody) Model(context.Context, string) error {
+	return Errorf(Unauthenticated, "who are you?")
+}
+func (nobody) Sees(context.Context, string) bool { return false }

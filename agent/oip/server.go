@@ -151,9 +151,13 @@ func (r *Response) Release() {
 	}
 }
 
-// Ready says why not all that should be served can be.
+// Ready says why not all that should be served can be; without a reason, which
+// names models, to a caller who may not ask for all of them.
 func (s *Server) Ready(ctx context.Context) error {
 	if err := s.cfg.Backend.Ready(ctx); err != nil {
+		if s.permit(ctx, "") != nil {
+			return Errorf(NotReady, "not ready")
+		}
 		return Errorf(NotReady, "not ready: %w", err)
 	}
 	return nil

@@ -98,7 +98,7 @@ func TestLoginTLS(t *testing.T) {
 		works bool
 		part  string
 	}{
-		"nothing":              {nil, "", false, "certificate"},
+		"nothing":              {nil, "", false, "is known by --ca"},
 		"file":                 {[]string{"--ca", pem(authority)}, "", true, "as admin"},
 		"another's file":       {[]string{"--ca", pem(stranger)}, "", false, "certificate"},
 		"no file":              {[]string{"--ca", "/does/not/exist"}, "", false, "no such file"},

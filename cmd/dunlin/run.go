@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"crypto/x509"
 	"errors"
 	"fmt"
 	"io"
@@ -152,6 +153,9 @@ func message(err error) string {
 	case connect.CodeUnauthenticated:
 		text += "\nrun: dunlin login URL"
 	case connect.CodeUnavailable:
+		if _, ok := errors.AsType[x509.UnknownAuthorityError](err); ok {
+			return text + "\nA controller with an authority of its own is known by --ca, the file ca.pem in its data folder. See: dunlin login --help"
+		}
 		text += "\nIs the controller running, and is its URL right? See: dunlin login --help"
 	case connect.CodeUnimplemented:
 		text = strings.TrimSuffix(text, ": ") + ": what answers there does not know this call\nIs the URL that of a controller, and not of an older one than this program? See: dunlin login --help"

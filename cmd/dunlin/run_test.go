@@ -275,6 +275,7 @@ func TestCheckURL(t *testing.T) {
 		"https://user:pw@dunlin.example": "",
 		"https://dunlin.example?x=y":     "",
 		"ftp://127.0.0.1":                "",
+		"https://:8080":                  "",
 		"127.0.0.1:8080":                 "",
 		"":                               "",
 	} {

@@ -183,7 +183,7 @@ func sameURL(a, b string) bool {
 // end.
 func checkURL(s string) (string, error) {
 	u, err := url.Parse(s)
-	if err != nil || u.Host == "" || u.User != nil || u.RawQuery != "" || u.Fragment != "" {
+	if err != nil || u.Hostname() == "" || u.User != nil || u.RawQuery != "" || u.Fragment != "" {
 		return "", usagef("URL %q is not of the form https://HOST[:PORT] or http://127.0.0.1:PORT", s)
 	}
 	switch {

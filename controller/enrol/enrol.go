@@ -32,6 +32,9 @@ const (
 	maxNonce     = 64
 	maxSignature = 256
 	maxDER       = 8 << 10
+	// maxTrust bounds the trust documents of one answer, which has to fit into
+	// a message over MQTT: at least one of any size, and room for certificates.
+	maxTrust = 96 << 10
 	// MaxRequest bounds a request that comes over MQTT.
 	MaxRequest = 64 << 10
 )
@@ -182,8 +185,24 @@ func (s *Service) identity(ctx context.Context, cert *x509.Certificate, trust ui
 	}
 	return &v1.Identity{
 		Certificates: pki.Raw(s.Authorities.Chain(cert)), Roots: pki.Raw(s.Roots()),
-		Trust: documents, Now: timestamppb.New(s.Now()),
+		Trust: part(documents, trust == 0), Now: timestamppb.New(s.Now()),
 	}, nil
+}
+
+// part gives the documents of a chain that one answer holds: the first of them,
+// after which the device asks again, as it still trusts too little; or, for one
+// that has none, which takes any for its first, the newest.
+func part(chain []*v1.SignedTrust, none bool) []*v1.SignedTrust {
+	if none && len(chain) > 0 {
+		return chain[len(chain)-1:]
+	}
+	size := 0
+	for i, signed := range chain {
+		if size += proto.Size(signed); size > maxTrust && i > 0 {
+			return chain[:i]
+		}
+	}
+	return chain
 }
 
 // Renew gives a device a new certificate for the one it has, which may have

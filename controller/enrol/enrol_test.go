@@ -19,6 +19,7 @@ import (
 	"github.com/dunlin/dunlin/internal/link"
 	"github.com/dunlin/dunlin/internal/pki"
 	"github.com/dunlin/dunlin/internal/pki/pkitest"
+	"github.com/dunlin/dunlin/models/signing"
 	v1 "github.com/dunlin/dunlin/proto/dunlin/v1"
 )
 
@@ -153,6 +154,40 @@ func TestJoinAndRenew(t *testing.T) {
 	w.now = w.now.Add(2 * year)
 	if _, err := w.renew(d); !errors.Is(err, identity.ErrUnauthenticated) || !strings.Contains(err.Error(), "join again") {
 		t.Errorf("after the grace: %v", err)
+	}
+}
+
+// However many trust documents there have been, an answer fits into a message
+// over MQTT: who has none gets the newest, others the next ones.
+func TestManyTrustDocuments(t *testing.T) {
+	w := start(t)
+	var all []*v1.SignedTrust
+	for i := range 100 {
+		all = append(all, &v1.SignedTrust{Document: append(make([]byte, signing.MaxTrustBytes-1), byte(i))})
+	}
+	w.Trust = func(_ context.Context, after uint64) ([]*v1.SignedTrust, error) { return all[after:], nil }
+	d := w.join("d")
+	if got := d.identity.GetTrust(); len(got) != 1 || got[0] != all[99] {
+		t.Errorf("a join gives %d documents", len(got))
+	}
+	_, m := w.renewal(d)
+	renewals := 0
+	for m.TrustVersion = 1; m.TrustVersion < 100; renewals++ {
+		answer, err := w.Renew(t.Context(), m, w.RegistryURL)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if n := proto.Size(&v1.EnrolResponse{Response: &v1.EnrolResponse_Renew{Renew: answer}}); n > link.MaxPayload {
+			t.Fatalf("an answer has %d bytes, the limit is %d", n, link.MaxPayload)
+		}
+		got := answer.GetIdentity().GetTrust()
+		if len(got) == 0 || got[0] != all[m.TrustVersion] {
+			t.Fatalf("after document %d came %d others", m.TrustVersion, len(got))
+		}
+		m.TrustVersion += uint64(len(got))
+	}
+	if renewals > 60 {
+		t.Errorf("%d renewals for 99 documents", renewals)
 	}
 }
 

@@ -85,6 +85,9 @@ func verifyServer(t Trust, certs []*x509.Certificate, name string, now time.Time
 	if len(certs) == 0 {
 		return errors.New("the server shows no certificate")
 	}
+	if name == "" { // for which crypto/x509 would take every certificate
+		return errors.New("the server has no name that its certificate could be for")
+	}
 	roots := t.Roots
 	if t.Pin != nil {
 		for _, c := range certs[1:] {

@@ -103,3 +103,16 @@ func TestRootsFile(t *testing.T) {
 		}
 	}
 }
+
+// A server without a name is nobody: each device's certificate would do.
+func TestServerWithoutName(t *testing.T) {
+	now := time.Now()
+	a := authority(t, now)
+	leaf, err := a.IssueDevice("edge-1", a.key.Public(), now, time.Hour)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := verifyServer(Trust{Roots: []*x509.Certificate{a.Certificate}}, a.Chain(leaf), "", now); err == nil {
+		t.Error("a device's certificate is taken for a server's")
+	}
+}
