@@ -64,10 +64,11 @@ func run(ctx context.Context, s size) error {
 		return err
 	}
 	f.print()
-	cells, err := tryAccess(ctx, programs, filepath.Join(dir, "access"))
+	cells, err := tryAccess(ctx, programs, root, filepath.Join(dir, "access"))
 	if err != nil {
 		return err
 	}
+	fmt.Printf("who may do what: %d cells were tried at a controller, its broker and an agent, %d came out wrong\n", cells.Tried, len(cells.Wrong))
 	for _, c := range cells.Wrong {
 		fmt.Println("wrong:", c)
 	}
@@ -76,12 +77,17 @@ func run(ctx context.Context, s size) error {
 	return nil
 }
 
-// tryAccess tries everything that anybody may or may not do, with the embedded broker.
-func tryAccess(ctx context.Context, programs e2e.Programs, dir string) (result access.Result, err error) {
+// tryAccess tries everything that anybody may or may not do: at a controller
+// with the embedded broker, and at an agent.
+func tryAccess(ctx context.Context, programs e2e.Programs, root, dir string) (result access.Result, err error) {
 	if err := os.Mkdir(dir, 0o700); err != nil {
 		return result, err
 	}
-	fleet, err := e2e.NewFleet(programs, dir, "")
+	library, err := e2e.RuntimeLibrary(ctx, root, os.Stderr)
+	if err != nil {
+		return result, err
+	}
+	fleet, err := e2e.NewFleet(programs, dir, library)
 	if err != nil {
 		return result, err
 	}
@@ -89,7 +95,32 @@ func tryAccess(ctx context.Context, programs e2e.Programs, dir string) (result a
 	if err := fleet.StartController(ctx); err != nil {
 		return result, err
 	}
-	return access.Try(ctx, fleet)
+	const model = "digits"
+	file := filepath.Join(root, "models/examples/digits/v1.onnx")
+	if _, err := fleet.CLI(ctx, "push", file, model+":1"); err != nil {
+		return result, err
+	}
+	if result, err = access.Try(ctx, access.Controller{
+		URL: fleet.URL, DeviceURL: fleet.DeviceURL(), MQTT: fleet.MQTT, EnrolMQTT: fleet.MQTT, Data: filepath.Join(dir, "controller"), Token: fleet.Token, Model: model,
+	}); err != nil {
+		return result, err
+	}
+	agent, err := access.NewAgent(dir, file)
+	if err != nil {
+		return result, err
+	}
+	alone, err := e2e.Serve(ctx, programs.Agent, dir, "agent", library, agent.Args()...)
+	if err != nil {
+		return result, err
+	}
+	defer func() { err = errors.Join(err, alone.Stop()) }()
+	agent.URL, agent.GRPC = alone.URL, alone.GRPC
+	if err := alone.Wait(ctx, agent.Ready); err != nil {
+		return result, err
+	}
+	cells, err := agent.Try(ctx)
+	result.Add(cells)
+	return result, err
 }
 
 // load is the machine's load averages.

@@ -8,6 +8,7 @@ import (
 	"crypto/tls"
 	"crypto/x509"
 	"fmt"
+	"net"
 	"net/http"
 
 	"connectrpc.com/connect"
@@ -98,9 +99,21 @@ func TLS(roots []*x509.Certificate, own *tls.Certificate, host string) *tls.Conf
 }
 
 // User is an HTTP client that shows a token where it is not "". It connects
-// anew for each request where it shows a certificate.
-func User(token string, secure *tls.Config) *http.Client {
-	return &http.Client{Transport: bearer{token, &http.Transport{TLSClientConfig: secure, DisableKeepAlives: secure != nil}}}
+// anew for each request where it speaks TLS.
+func User(token string, secure *tls.Config) *http.Client { return UserFrom(nil, token, secure) }
+
+// UserFrom is User from an address of this machine; nil: any.
+func UserFrom(from net.IP, token string, secure *tls.Config) *http.Client {
+	return &http.Client{Transport: bearer{token, &http.Transport{DialContext: DialFrom(from), TLSClientConfig: secure, DisableKeepAlives: secure != nil}}}
+}
+
+// DialFrom connects from an address of this machine; nil: any.
+func DialFrom(from net.IP) func(ctx context.Context, network, address string) (net.Conn, error) {
+	dialer := &net.Dialer{}
+	if from != nil {
+		dialer.LocalAddr = &net.TCPAddr{IP: from}
+	}
+	return dialer.DialContext
 }
 
 type bearer struct {
