@@ -104,6 +104,10 @@ bench-activate: ## Measure the first answer of models whose weights are out
 bench-crash: ## Measure how long callers wait when the worker process is killed
 	@$(WITH_RUNTIME) go run ./bench/crash
 
+.PHONY: bench-identity
+bench-identity: ## Measure devices that join, connect, are revoked and change authority; try who may do what
+	@go run ./bench/identity
+
 bench-overcommit: ## Serve 40 models in memory for 5: against memory for all, sessions made anew, the disk
 	@$(WITH_RUNTIME) go build -o bin/overcommit ./bench/overcommit && bin/overcommit
 

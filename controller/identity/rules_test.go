@@ -2,17 +2,13 @@ package identity
 
 import (
 	"errors"
-	"flag"
 	"fmt"
-	"os"
 	"slices"
 	"strings"
 	"testing"
 
 	v1 "github.com/dunlin/dunlin/proto/dunlin/v1"
 )
-
-var update = flag.Bool("update", false, "write docs/access.md")
 
 // procedures lists those of the protocol.
 func procedures() (all []string) {
@@ -84,40 +80,4 @@ func TestMatrix(t *testing.T) {
 		}
 	}
 	t.Logf("%d cells", cells)
-}
-
-// TestAccessPage holds docs/access.md to the rules; -update writes it.
-func TestAccessPage(t *testing.T) {
-	const path = "../../docs/access.md"
-	var page strings.Builder
-	page.WriteString(`# Who may do what
-
-Each line is a rule of the controller, and there are no others: what is not here nobody may do. The roles are viewer, operator and admin; each may do what the one before it may. See [users.md](users.md) for roles and scopes.
-
-| action | least role | devices | users with a scope | |
-| --- | --- | --- | --- | --- |
-`)
-	scoping := map[Scoping]string{Ignored: "as without", Within: "within it", Whole: "no"}
-	for _, action := range Actions() {
-		rule, _ := RuleOf(action)
-		least, devices, scope := string(rule.Least), "no", scoping[rule.Scoping]
-		if rule.Devices {
-			devices = "yes"
-		}
-		if rule.Least == Anyone {
-			least, devices, scope = "none", "yes", "as without"
-		}
-		name := strings.TrimPrefix(action, "/dunlin.v1.")
-		fmt.Fprintf(&page, "| %s | %s | %s | %s | %s |\n", name, least, devices, scope, rule.Note)
-	}
-	page.WriteString("\nThis page is written by `go test ./controller/identity -run TestAccessPage -update`.\n")
-	if *update {
-		if err := os.WriteFile(path, []byte(page.String()), 0o644); err != nil {
-			t.Fatal(err)
-		}
-	}
-	have, err := os.ReadFile(path)
-	if err != nil || string(have) != page.String() {
-		t.Errorf("%s is not what the rules say (%v); run: go test ./controller/identity -run TestAccessPage -update", path, err)
-	}
 }

@@ -31,7 +31,15 @@ func newMosquittoFleet(t *testing.T) *Fleet {
 	if err != nil {
 		t.Fatal(err)
 	}
+	enrol, err := FreeAddress()
+	if err != nil {
+		t.Fatal(err)
+	}
 	host, port, err := net.SplitHostPort(address)
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, enrolPort, err := net.SplitHostPort(enrol)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -41,7 +49,7 @@ func newMosquittoFleet(t *testing.T) *Fleet {
 	}
 	dir := filepath.Join(f.Dir, "mosquitto")
 	if _, err := Run(within(t), nil, f.Programs.Controller, "broker", "config", "mosquitto",
-		"--data", f.controllerData(), "--dir", dir, "--host", host, "--port", port); err != nil {
+		"--data", f.controllerData(), "--dir", dir, "--host", host, "--port", port, "--enrol-port", enrolPort); err != nil {
 		t.Fatal(err)
 	}
 	config := filepath.Join(dir, "mosquitto.conf")
@@ -73,7 +81,7 @@ func newMosquittoFleet(t *testing.T) *Fleet {
 	}); err != nil {
 		t.Fatal(err)
 	}
-	f.MQTT = address
+	f.MQTT, f.EnrolMQTT = address, enrol
 	f.ControllerArgs = []string{"--broker-url", "mqtts://" + address, "--mosquitto-dir", dir}
 	t.Cleanup(func() { stop(t, f) })
 	if err := f.StartController(within(t)); err != nil {

@@ -62,7 +62,8 @@ type Fleet struct {
 	ControllerArgs []string
 
 	URL        string // of the controller
-	MQTT       string // host:port of the embedded broker
+	MQTT       string // host:port of the broker
+	EnrolMQTT  string // of the broker for devices that enrol, where it has a port of its own for them
 	Token      string // the administrator's
 	Controller *Process
 	Agents     []*Agent
