@@ -58,12 +58,14 @@ func (t *trust) CRLs(ctx context.Context) ([][]byte, error) {
 	}
 	t.mu.Lock()
 	defer t.mu.Unlock()
+	// Round leaves the wall clock, which may have been set.
+	now := time.Now().Round(0)
 	same := func(a, b x509.RevocationListEntry) bool { return a.SerialNumber.Cmp(b.SerialNumber) == 0 }
-	if roots := t.Roots(); time.Now().After(t.renew) || !slices.EqualFunc(revoked, t.listed, same) || !pki.Same(roots, t.issuers) {
+	if roots := t.Roots(); now.After(t.renew) || now.Before(t.renew.Add(-crlRenewal)) || !slices.EqualFunc(revoked, t.listed, same) || !pki.Same(roots, t.issuers) {
 		if t.crls, err = t.Authorities.CRLs(revoked); err != nil {
 			return nil, err
 		}
-		t.listed, t.issuers, t.renew = revoked, roots, time.Now().Add(crlRenewal)
+		t.listed, t.issuers, t.renew = revoked, roots, now.Add(crlRenewal)
 	}
 	return t.crls, nil
 }

@@ -44,7 +44,7 @@ func (s *server) Login(ctx context.Context, req *connect.Request[v1.LoginRequest
 		return nil, err
 	}
 	token, hash := identity.NewToken(tokenPrefix)
-	t, err := s.Store.CreateToken(ctx, "user:"+name, hash, store.Token{User: name, Comment: "login", ExpiresAt: time.Now().Add(loginValidFor)})
+	t, err := s.Store.CreateToken(ctx, "user:"+name, hash, store.Token{User: name, Comment: "login", Login: true, ExpiresAt: time.Now().Add(loginValidFor)})
 	if err != nil {
 		return nil, err
 	}
@@ -155,7 +155,7 @@ func (s *server) CreateToken(ctx context.Context, req *connect.Request[v1.Create
 		return nil, invalid("scope: %w", err)
 	}
 	// Nobody makes a token for more than they may with what they showed.
-	owner := p
+	owner, until := p, time.Now().Add(validFor)
 	if name := cmp.Or(m.GetUser(), p.Name); name != p.Name {
 		if err := identity.Allow(p, identity.CreateOthersToken); err != nil {
 			return nil, err
@@ -165,12 +165,18 @@ func (s *server) CreateToken(ctx context.Context, req *connect.Request[v1.Create
 			return nil, err
 		}
 		owner = identity.Principal{Kind: identity.User, Name: u.Name, Role: u.Role, Scope: u.Scope}
+	} else if !p.SignedIn && !p.Expires.IsZero() && until.After(p.Expires) {
+		// A token that was lost ends when it was to end.
+		if m.GetValidFor() != nil {
+			return nil, invalid("valid_for is %s, the token that you show ends before, on %s: sign in, or show one for longer", validFor, p.Expires.Format(time.RFC3339))
+		}
+		until = p.Expires
 	} else if p.External {
 		if err := s.Store.External(ctx, p, true); err != nil {
 			return nil, err
 		}
 	}
-	t := store.Token{User: owner.Name, Comment: m.GetComment(), Role: owner.Role, ExpiresAt: time.Now().Add(validFor)}
+	t := store.Token{User: owner.Name, Comment: m.GetComment(), Role: owner.Role, ExpiresAt: until}
 	if m.GetRole() != "" {
 		t.Role = identity.Role(m.GetRole())
 		if err := identity.CheckRole(t.Role); err != nil {

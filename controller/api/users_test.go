@@ -185,6 +185,27 @@ func TestTokens(t *testing.T) {
 	}
 }
 
+// A token makes none that outlives it, who signed in does; a new password ends
+// what the old one let in.
+func TestTokensEnd(t *testing.T) {
+	w := start(t)
+	call(t, w.users(admin).CreateUser, &v1.CreateUserRequest{Name: "ada", Role: "operator", Password: password})
+	in := call(t, w.auth("").Login, &v1.LoginRequest{Name: "ada", Password: password})
+	day := call(t, w.users(in.Token).CreateToken, &v1.CreateTokenRequest{ValidFor: durationpb.New(24 * time.Hour)})
+	if !day.Info.ExpiresAt.AsTime().After(in.ExpiresAt.AsTime()) {
+		t.Errorf("who signed in until %v has a token until %v", in.ExpiresAt.AsTime(), day.Info.ExpiresAt.AsTime())
+	}
+	refused(t, w.users(day.Token).CreateToken, &v1.CreateTokenRequest{ValidFor: durationpb.New(48 * time.Hour)}, connect.CodeInvalidArgument, "valid_for")
+	if i := call(t, w.users(day.Token).CreateToken, &v1.CreateTokenRequest{}).Info; i.ExpiresAt.AsTime().After(day.Info.ExpiresAt.AsTime()) {
+		t.Errorf("a token until %v makes one until %v", day.Info.ExpiresAt.AsTime(), i.ExpiresAt.AsTime())
+	}
+	call(t, w.users(admin).UpdateUser, &v1.UpdateUserRequest{Name: "ada", Role: new("viewer")})
+	call(t, w.auth(in.Token).WhoAmI, &v1.WhoAmIRequest{})
+	call(t, w.users(admin).UpdateUser, &v1.UpdateUserRequest{Name: "ada", Password: new(password + "2")})
+	refused(t, w.auth(in.Token).WhoAmI, &v1.WhoAmIRequest{}, connect.CodeUnauthenticated, "")
+	call(t, w.auth(day.Token).WhoAmI, &v1.WhoAmIRequest{})
+}
+
 // Guessing a password is slowed, wherever from; so is guessing tokens and join
 // tokens, from one address. Whoever has the right token is not locked out.
 func TestGuessing(t *testing.T) {

@@ -63,6 +63,9 @@ type Config struct {
 	// AccountsChanged tells an external broker before a device is answered;
 	// nil where there is none.
 	AccountsChanged func(ctx context.Context) error
+	// CutOff ends the session of a device whose place another one took; nil
+	// where there are none.
+	CutOff func(device string)
 	// Joined is called when there is a new device.
 	Joined   func()
 	Refusals identity.Refusals
@@ -141,17 +144,23 @@ func (s *Service) Join(ctx context.Context, m *v1.JoinRequest, registryURL strin
 	if err != nil {
 		return nil, err
 	}
+	replaced := false
 	cert, err := s.Store.Join(ctx, store.Join{
-		Token: identity.Hash(m.GetJoinToken()), Device: m.GetName(), Key: id, Labels: m.GetLabels(), Info: m.GetInfo(),
+		Replaced: func() { replaced = true },
+		Token:    identity.Hash(m.GetJoinToken()), Device: m.GetName(), Key: id, Labels: m.GetLabels(), Info: m.GetInfo(),
 		Issue: s.issue(m.GetName(), key),
 	})
 	if err != nil {
 		return nil, err
 	}
 	if s.AccountsChanged != nil {
-		if err := s.AccountsChanged(ctx); err != nil {
-			return nil, err
-		}
+		err = s.AccountsChanged(ctx)
+	}
+	if replaced && s.CutOff != nil {
+		s.CutOff(m.GetName())
+	}
+	if err != nil {
+		return nil, err
 	}
 	s.Joined()
 	issued, err := s.identity(ctx, cert, 0)

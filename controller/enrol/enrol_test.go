@@ -393,3 +393,28 @@ func FuzzHandle(f *testing.F) {
 		}
 	})
 }
+
+// Who takes a device's place ends the session of the one before; asking for the
+// same answer again ends nothing.
+func TestReplacedIsCutOff(t *testing.T) {
+	w := start(t)
+	var cut []string
+	w.CutOff = func(device string) { cut = append(cut, device) }
+	w.join("d")
+	if cut != nil {
+		t.Errorf("a new device ends the sessions of %v", cut)
+	}
+	secret, _ := identity.NewToken("dunlin_join_")
+	if _, err := w.Store.CreateJoinToken(t.Context(), "user:a", identity.Hash(secret), store.JoinToken{UsesLeft: 1, ExpiresAt: w.now.Add(time.Hour), Device: "d"}); err != nil {
+		t.Fatal(err)
+	}
+	_, csr := pkitest.Request(t, "d")
+	for range 2 {
+		if _, err := w.Join(t.Context(), &v1.JoinRequest{JoinToken: secret, Name: "d", Csr: csr}, w.RegistryURL); err != nil {
+			t.Fatal(err)
+		}
+		if len(cut) != 1 || cut[0] != "d" {
+			t.Errorf("the sessions of %v were ended", cut)
+		}
+	}
+}

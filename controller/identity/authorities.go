@@ -236,20 +236,22 @@ type issuer func(a *pki.Authority, hosts []string, key crypto.PublicKey, now tim
 func (a *Authorities) certificate(have *issued, issue issuer) (*tls.Certificate, error) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	if have.certificate != nil && have.by == a.active && a.now().Before(have.renew) {
+	// Round leaves the wall clock, which may have been set.
+	now := a.now().Round(0)
+	if have.certificate != nil && have.by == a.active && now.Before(have.renew) && now.After(have.certificate.Leaf.NotBefore) {
 		return have.certificate, nil
 	}
 	key, err := pki.NewKey()
 	if err != nil {
 		return nil, err
 	}
-	leaf, err := issue(a.active, a.hosts, key.Public(), a.now(), serverLifetime)
+	leaf, err := issue(a.active, a.hosts, key.Public(), now, serverLifetime)
 	if err != nil {
 		return nil, fmt.Errorf("issue a server's certificate: %w", err)
 	}
 	*have = issued{
 		certificate: &tls.Certificate{Certificate: pki.Raw(a.active.Chain(leaf)), PrivateKey: key, Leaf: leaf},
-		by:          a.active, renew: a.now().Add(serverLifetime / 2),
+		by:          a.active, renew: now.Add(serverLifetime / 2),
 	}
 	return have.certificate, nil
 }

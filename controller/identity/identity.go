@@ -74,6 +74,9 @@ type Principal struct {
 	Expires time.Time
 	// External is true for a user whom OpenID Connect names.
 	External bool
+	// SignedIn is true for a user who did so lately: by a password, or by OpenID
+	// Connect.
+	SignedIn bool
 }
 
 // May says whether p is a user whose role includes what r may do.
@@ -180,6 +183,7 @@ type Grant struct {
 	Scope     map[string]string
 	ExpiresAt time.Time // zero: never
 	LastUsed  time.Time // to the hour; zero: never
+	Login     bool      // the token was given for a password
 }
 
 // principal gives who shows the token: never more than the user may.
@@ -187,7 +191,7 @@ func (g Grant) principal(now time.Time) (Principal, error) {
 	if !g.ExpiresAt.IsZero() && !now.Before(g.ExpiresAt) {
 		return Principal{}, errExpired
 	}
-	p := Principal{Kind: User, Name: g.User, Role: g.UserRole, Expires: g.ExpiresAt}
+	p := Principal{Kind: User, Name: g.User, Role: g.UserRole, Expires: g.ExpiresAt, SignedIn: g.Login}
 	if g.Role != "" {
 		p.Role = Lesser(g.Role, g.UserRole)
 	}

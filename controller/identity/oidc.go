@@ -160,7 +160,7 @@ func (o *OIDC) principal(claims map[string]any) (Principal, error) {
 	if err := CheckRole(Role(role)); err != nil {
 		return Principal{}, fmt.Errorf("claim %s: %w", o.RoleClaim, err)
 	}
-	p := Principal{Kind: User, Name: externalPrefix + name, Role: Role(role), External: true}
+	p := Principal{Kind: User, Name: externalPrefix + name, Role: Role(role), External: true, SignedIn: true}
 	if o.ScopeClaim == "" {
 		return p, nil
 	}

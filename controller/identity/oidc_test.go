@@ -92,7 +92,7 @@ func TestOIDC(t *testing.T) {
 		return c
 	}
 	p, err := bearerOf(t, a, sign(t, m, good))
-	want := Principal{Kind: User, Name: "oidc:8f3c|1", Role: Operator, Scope: map[string]string{"site": "berlin", "env": "prod"}, From: "192.0.2.1:1234", Expires: until.UTC(), External: true}
+	want := Principal{Kind: User, Name: "oidc:8f3c|1", Role: Operator, Scope: map[string]string{"site": "berlin", "env": "prod"}, From: "192.0.2.1:1234", Expires: until.UTC(), External: true, SignedIn: true}
 	if p.Expires = p.Expires.UTC(); err != nil || !reflect.DeepEqual(p, want) {
 		t.Errorf("got %+v, %v, want %+v", p, err, want)
 	}

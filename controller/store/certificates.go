@@ -28,6 +28,9 @@ type Join struct {
 	Info   *dunlinv1.DeviceInfo
 	// Issue makes the certificate, once it is clear that there will be one.
 	Issue func() (*x509.Certificate, error)
+	// Replaced, if set, is called before Join returns where the device has
+	// taken the place of another one.
+	Replaced func()
 }
 
 // Join makes a device known, uses its join token once, and gives its
@@ -37,6 +40,7 @@ type Join struct {
 // the device takes that one's place, and what it had is revoked. A token that
 // is unknown, used up, expired or for another device is ErrRefused.
 func (s *Store) Join(ctx context.Context, j Join) (cert *x509.Certificate, err error) {
+	replaced := false
 	err = s.write(ctx, "join", func(tx *sql.Tx) error {
 		var revoked int64
 		err := tx.QueryRowContext(ctx, "SELECT revoked_at FROM devices WHERE name = ?", j.Device).Scan(&revoked)
@@ -75,7 +79,7 @@ func (s *Store) Join(ctx context.Context, j Join) (cert *x509.Certificate, err e
 			j.Labels = map[string]string{}
 		}
 		action, before := "device.join", ""
-		if taken {
+		if replaced = taken; taken {
 			action = "device.rejoin"
 			var token, own string
 			err = tx.QueryRowContext(ctx, "SELECT token_labels, own_labels FROM devices WHERE name = ?", j.Device).Scan(&token, &own)
@@ -106,6 +110,9 @@ func (s *Store) Join(ctx context.Context, j Join) (cert *x509.Certificate, err e
 			After: fmt.Sprintf("join token %s, labels %s, its own %s, certificate %x until %s", id, labels, jsonText(j.Labels), cert.SerialNumber, cert.NotAfter.UTC().Format(time.RFC3339)),
 		})
 	})
+	if err == nil && replaced && j.Replaced != nil {
+		j.Replaced()
+	}
 	return cert, err
 }
 

@@ -208,6 +208,7 @@ ALTER TABLE tokens ADD COLUMN comment TEXT NOT NULL DEFAULT '';
 ALTER TABLE tokens ADD COLUMN role TEXT NOT NULL DEFAULT '';  -- '': the user's
 ALTER TABLE tokens ADD COLUMN scope TEXT NOT NULL DEFAULT '{}';
 ALTER TABLE tokens ADD COLUMN expires_at INTEGER NOT NULL DEFAULT 0; -- 0: never
+ALTER TABLE tokens ADD COLUMN login INTEGER NOT NULL DEFAULT 0;      -- given for a password
 ALTER TABLE tokens ADD COLUMN last_used_at INTEGER NOT NULL DEFAULT 0;
 UPDATE tokens SET id = lower(hex(substr(hash, 1, 6)));
 CREATE UNIQUE INDEX tokens_by_id ON tokens (id);

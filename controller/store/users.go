@@ -86,7 +86,8 @@ func (s *Store) CreateUser(ctx context.Context, by string, u User) (User, error)
 	return u, err
 }
 
-// UpdateUser changes a user, or gives ErrNotFound.
+// UpdateUser changes a user, or gives ErrNotFound. Another password takes back
+// the tokens that were given for the one before.
 func (s *Store) UpdateUser(ctx context.Context, by, name string, change func(*User)) (u User, err error) {
 	err = s.write(ctx, "user", func(tx *sql.Tx) error {
 		before, err := user(ctx, tx, name)
@@ -101,6 +102,9 @@ func (s *Store) UpdateUser(ctx context.Context, by, name string, change func(*Us
 		r := AuditRecord{Who: by, Action: "user.update", Object: "user/" + name, Before: before.text(), After: u.text()}
 		if u.Password != before.Password {
 			r.After += ", which is new"
+			if _, err := tx.ExecContext(ctx, "DELETE FROM tokens WHERE user = ? AND login", name); err != nil {
+				return err
+			}
 		}
 		return s.audit(ctx, tx, r)
 	})
@@ -188,6 +192,7 @@ type Token struct {
 	CreatedAt         time.Time
 	ExpiresAt         time.Time // zero: never
 	LastUsedAt        time.Time // to the hour; zero: never
+	Login             bool      // given for a password
 }
 
 // text is what the audit log says of t.
@@ -238,8 +243,8 @@ func (s *Store) addToken(ctx context.Context, tx *sql.Tx, by string, hash [32]by
 	if have >= MaxTokens {
 		return t, fmt.Errorf("user %s has %d tokens, the limit is %d: %w", t.User, have, MaxTokens, ErrRefused)
 	}
-	if _, err := tx.ExecContext(ctx, "INSERT INTO tokens (hash, id, user, comment, role, scope, created_at, expires_at) VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
-		hash[:], t.ID, t.User, t.Comment, t.Role, jsonText(t.Scope), nanos(t.CreatedAt), nanos(t.ExpiresAt)); err != nil {
+	if _, err := tx.ExecContext(ctx, "INSERT INTO tokens (hash, id, user, comment, role, scope, created_at, expires_at, login) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+		hash[:], t.ID, t.User, t.Comment, t.Role, jsonText(t.Scope), nanos(t.CreatedAt), nanos(t.ExpiresAt), t.Login); err != nil {
 		return t, fmt.Errorf("add token of %s: %w", t.User, err)
 	}
 	return t, s.audit(ctx, tx, AuditRecord{Who: by, Action: "token.create", Object: "user/" + t.User, After: t.text()})
@@ -333,8 +338,8 @@ func (s *Store) DeviceLabels(ctx context.Context) (map[string]map[string]string,
 func (s *Store) TokenOwner(ctx context.Context, hash [32]byte) (g identity.Grant, err error) {
 	var userScope, scope string
 	var expires, used int64
-	err = s.reader.QueryRowContext(ctx, `SELECT users.name, users.role, users.scope, tokens.role, tokens.scope, expires_at, last_used_at
-		FROM tokens JOIN users ON users.name = tokens.user WHERE hash = ?`, hash[:]).Scan(&g.User, &g.UserRole, &userScope, &g.Role, &scope, &expires, &used)
+	err = s.reader.QueryRowContext(ctx, `SELECT users.name, users.role, users.scope, tokens.role, tokens.scope, expires_at, last_used_at, login
+		FROM tokens JOIN users ON users.name = tokens.user WHERE hash = ?`, hash[:]).Scan(&g.User, &g.UserRole, &userScope, &g.Role, &scope, &expires, &used, &g.Login)
 	if errors.Is(err, sql.ErrNoRows) {
 		return g, identity.ErrUnknown
 	}
