@@ -113,7 +113,11 @@ func examine(ctx context.Context, cfg Config) []Finding {
 	findings = append(findings, checkWeights(ctx, cfg), checkProfiles(cfg.Data))
 	id, store, err := storedIdentity(ctx, cfg)
 	if err != nil {
-		return append(findings, Finding{"identity", Fail, err.Error(), "run the doctor as the user that the agent runs as"})
+		remedy := "what is missing can only be put back, or the device joins again"
+		if errors.Is(err, fs.ErrPermission) {
+			remedy = "run the doctor as the user that the agent runs as"
+		}
+		return append(findings, Finding{"identity", Fail, err.Error(), remedy})
 	}
 	if store != nil {
 		defer store.Close()
