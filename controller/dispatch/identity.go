@@ -26,7 +26,7 @@ func (d *Dispatcher) identify(ctx context.Context, device string, h *dunlinv1.He
 		d.twins[device] = t
 	}
 	down, kept, changed := t.hello(h.GetBootId(), h.GetInfo().GetHostname(), d.now())
-	all, proven := slices.Clone(t.all), t.proven
+	all, proven := t.seen(), t.proven
 	d.mu.Unlock()
 	if changed {
 		var told []*dunlinv1.Twin

@@ -22,6 +22,7 @@ type twin struct {
 	boot, hostname string
 	first, last    time.Time // hello
 	down           bool      // it was told to stand down
+	beside         bool      // it was alive while another one was, and not before that one's start only
 }
 
 // twins are the agents that speak as one device, of which there should be one.
@@ -47,7 +48,6 @@ func (t *twins) hello(boot, hostname string, now time.Time) (down bool, kept twi
 		}
 		t.all = append(t.all, twin{boot: boot, first: now})
 		i = len(t.all) - 1
-		changed = t.proven
 	}
 	t.all[i].last, t.all[i].hostname = now, hostname
 	if returns {
@@ -60,19 +60,33 @@ func (t *twins) hello(boot, hostname string, now time.Time) (down bool, kept twi
 			if cmp.Or(compareBool(t.all[i].down, t.all[j].down), t.all[i].first.Compare(t.all[j].first)) < 0 {
 				loser = j
 			}
-			changed = changed || !t.all[loser].down
+			changed = !t.all[loser].down || !t.all[i].beside || !t.all[j].beside
+			t.all[i].beside, t.all[j].beside = true, true
 			t.all[loser].down, t.all[i+j-loser].down = true, false
 		}
 	}
 	t.current = boot
 	if len(t.all) == 1 {
-		t.proven, t.all[0].down = false, false
+		t.proven, t.all[0].down, t.all[0].beside = false, false, false
 	}
 	changed = changed || was != t.proven
-	if k := slices.IndexFunc(t.all, func(o twin) bool { return !o.down }); k >= 0 {
-		kept = t.all[k]
+	for _, o := range slices.Backward(t.all) {
+		if !o.down && (kept.boot == "" || o.beside || !kept.beside) { // the first, of those that are named where one is
+			kept = o
+		}
 	}
 	return t.all[i].down, kept, changed
+}
+
+// seen gives the agents that were alive beside each other: one that ended
+// before the others began is not among them.
+func (t *twins) seen() (all []twin) {
+	for _, o := range t.all {
+		if o.beside {
+			all = append(all, o)
+		}
+	}
+	return all
 }
 
 func compareBool(a, b bool) int {

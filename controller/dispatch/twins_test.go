@@ -48,6 +48,24 @@ func TestTwins(t *testing.T) {
 	}
 }
 
+// An agent that ended before the clone was there is not named as one more.
+func TestTwinsSeen(t *testing.T) {
+	var tw twins
+	now := time.Unix(0, 0)
+	var kept twin
+	for _, boot := range []string{"old", "a", "b", "a", "b"} {
+		now = now.Add(time.Minute)
+		_, kept, _ = tw.hello(boot, "host-"+boot, now)
+	}
+	var seen []string
+	for _, o := range tw.seen() {
+		seen = append(seen, o.boot)
+	}
+	if fmt.Sprint(seen) != "[a b]" || kept.boot != "a" {
+		t.Errorf("seen are %q, kept is %q", seen, kept.boot)
+	}
+}
+
 // However agents come and go, one of those that are alive stays, and an agent
 // that restarts alone is never taken for two.
 func TestTwinsAlways(t *testing.T) {
