@@ -131,9 +131,6 @@ func (s *Service) Join(ctx context.Context, m *v1.JoinRequest, registryURL strin
 	if err := link.CheckDevice(m.GetName()); err != nil {
 		return nil, Invalid("name: %w", err)
 	}
-	if m.GetName() == link.RenewUser { // Mosquitto gives a user the topics of the device of its name
-		return nil, Invalid("name: %q is a user of the broker for renewals, and anybody can say to be it", m.GetName())
-	}
 	if err := fleet.CheckLabels(m.GetLabels()); err != nil {
 		return nil, Invalid("labels: %w", err)
 	}

@@ -233,7 +233,6 @@ func TestJoinRefuses(t *testing.T) {
 	w.join("taken")
 	for want, edit := range map[string]func(m *v1.JoinRequest){
 		"name":                      func(m *v1.JoinRequest) { m.Name = "a/b" },
-		"anybody can say to be it":  func(m *v1.JoinRequest) { m.Name = link.RenewUser },
 		"csr":                       func(m *v1.JoinRequest) { m.Csr = []byte("x") },
 		"labels":                    func(m *v1.JoinRequest) { m.Labels = map[string]string{"": "x"} },
 		"info has":                  func(m *v1.JoinRequest) { m.Info = &v1.DeviceInfo{Hostname: strings.Repeat("h", maxInfoBytes)} },
