@@ -225,7 +225,8 @@ func mosquittoAccounts(joinTokens map[string]string) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	text := link.RenewUser + ":" + renew + "\n"
+	var text strings.Builder
+	text.WriteString(link.RenewUser + ":" + renew + "\n")
 	for _, id := range slices.Sorted(maps.Keys(joinTokens)) {
 		user, hash := link.JoinUser(id), joinTokens[id]
 		if err := link.CheckEnrolUser(user); err != nil {
@@ -234,9 +235,9 @@ func mosquittoAccounts(joinTokens map[string]string) (string, error) {
 		if !strings.HasPrefix(hash, "$7$") || strings.ContainsAny(hash, "\r\n:") {
 			return "", fmt.Errorf("join token %s: the password is not hashed", id)
 		}
-		text += user + ":" + hash + "\n"
+		text.WriteString(user + ":" + hash + "\n")
 	}
-	return text, nil
+	return text.String(), nil
 }
 
 // replaceFile replaces a file by one with the same mode and owner, or makes

@@ -2,6 +2,7 @@ package dispatch
 
 import (
 	"fmt"
+	"strings"
 	"testing"
 	"time"
 
@@ -30,7 +31,7 @@ func TestTwins(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			var tw twins
 			now := time.Unix(0, 0)
-			down := ""
+			var down strings.Builder
 			for _, c := range test.hellos {
 				if c >= '0' && c <= '9' {
 					now = now.Add(time.Duration(c-'0') * time.Hour)
@@ -38,11 +39,11 @@ func TestTwins(t *testing.T) {
 				}
 				now = now.Add(time.Minute)
 				if is, _, _ := tw.hello(string(c), "host-"+string(c), now); is {
-					down += string(c)
+					down.WriteString(string(c))
 				}
 			}
-			if down != test.down || tw.proven != test.proven {
-				t.Errorf("%q are told to stand down, want %q; proven: %t", down, test.down, tw.proven)
+			if down.String() != test.down || tw.proven != test.proven {
+				t.Errorf("%q are told to stand down, want %q; proven: %t", down.String(), test.down, tw.proven)
 			}
 		})
 	}

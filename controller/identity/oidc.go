@@ -180,7 +180,7 @@ func parseScope(s string) (map[string]string, error) {
 		return nil, nil
 	}
 	scope := map[string]string{}
-	for _, part := range strings.Split(s, ",") {
+	for part := range strings.SplitSeq(s, ",") {
 		k, v, ok := strings.Cut(strings.TrimSpace(part), "=")
 		if _, twice := scope[k]; !ok || k == "" || twice {
 			return nil, fmt.Errorf("%q is not of the form KEY=VALUE,KEY=VALUE with each key once, or %s for the whole fleet", clip(s), WholeFleet)

@@ -23,6 +23,7 @@ const Anyone = Role("")
 
 // The actions that are no procedure of the API, or only a part of one.
 const (
+	RegistryList = "registry: list all models"
 	RegistryPull = "registry: pull"
 	RegistryPush = "registry: push"
 	Health       = "GET /healthz"
@@ -98,6 +99,7 @@ var rules = map[string]Rule{
 	v1connect.DeviceServiceRevokeDeviceProcedure: {Least: Admin, Scoping: Within},
 	v1connect.DeviceServiceListEventsProcedure:   {Least: Viewer, Scoping: Within},
 
+	RegistryList: {Least: Viewer},
 	RegistryPull: {Least: Viewer, Devices: true, Note: "devices: the models that a deployment gives them"},
 	RegistryPush: {Least: Operator},
 

@@ -241,16 +241,15 @@ func (r *Registry) authorize(req *http.Request, p identity.Principal, t target) 
 		return apiError{http.StatusMethodNotAllowed, "UNSUPPORTED", "model versions are immutable: nothing is deleted"}
 	case method != http.MethodGet && method != http.MethodHead, t.kind == "uploads":
 		action = identity.RegistryPush
+	case req.URL.Path == "/v2/_catalog":
+		action = identity.RegistryList
 	}
-	if err := identity.Allow(p, action); err != nil || p.Kind != identity.Device || t.kind == "" && req.URL.Path == "/v2/" {
+	if err := identity.Allow(p, action); err != nil || p.Kind != identity.Device || t.kind == "" {
 		return err
 	}
-	given := false
-	if t.kind != "" {
-		var err error
-		if given, err = r.versions.Given(req.Context(), p.Name, t.model); err != nil {
-			return fmt.Errorf("look up what device %s is given: %w", p.Name, err)
-		}
+	given, err := r.versions.Given(req.Context(), p.Name, t.model)
+	if err != nil {
+		return fmt.Errorf("look up what device %s is given: %w", p.Name, err)
 	}
 	if !given {
 		return &identity.DeniedError{Who: p, Action: action, Lacks: "has no deployment that gives it this"}

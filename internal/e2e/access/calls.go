@@ -163,10 +163,11 @@ func (w *world) routes(ctx context.Context) ([]probe, error) {
 	add := func(action, method, path, body string) {
 		all = append(all, probe{action: action, what: "registry: " + method + " " + strings.ReplaceAll(path, manifest, "DIGEST"), method: method, path: path, body: body})
 	}
-	for _, path := range []string{"/v2/", "/v2/_catalog", repository + "/tags/list", repository + "/manifests/1", repository + "/manifests/" + manifest,
+	for _, path := range []string{"/v2/", repository + "/tags/list", repository + "/manifests/1", repository + "/manifests/" + manifest,
 		repository + "/blobs/" + manifest, repository + "/referrers/" + manifest} {
 		add(identity.RegistryPull, http.MethodGet, path, "")
 	}
+	add(identity.RegistryList, http.MethodGet, "/v2/_catalog", "")
 	add(identity.RegistryPull, http.MethodHead, repository+"/manifests/1", "")
 	add(identity.RegistryPush, http.MethodPost, repository+"/blobs/uploads/", "")
 	add(identity.RegistryPush, http.MethodPatch, repository+"/blobs/uploads/none", "x")
