@@ -134,7 +134,7 @@ func openAgent(t *testing.T, cfg Config) *agent {
 // until asks again and again until there is no error.
 func until(t *testing.T, what string, try func() error) {
 	t.Helper()
-	for end := time.Now().Add(30 * time.Second); ; time.Sleep(10 * time.Millisecond) {
+	for end := time.Now().Add(patience); ; time.Sleep(10 * time.Millisecond) {
 		err := try()
 		if err == nil {
 			return
@@ -427,7 +427,7 @@ func TestEventsArriveOnce(t *testing.T) {
 					OutboxId: b.OutboxId, Sequence: b.Events[rng.IntN(len(b.Events))].Sequence,
 				}}})
 			}
-		case <-time.After(30 * time.Second):
+		case <-time.After(patience):
 			t.Fatalf("only %d events arrived", len(stored))
 		}
 	}

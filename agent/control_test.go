@@ -238,10 +238,14 @@ func testConfig(t testing.TB, c *control) Config {
 	return cfg
 }
 
+// patience bounds a wait for what must come: what is done in idle time only
+// takes its time where other tests keep the processors busy.
+const patience = 3 * time.Minute
+
 // until takes what the device says until ok.
 func (c *control) until(what string, ok func(proto.Message) bool) {
 	c.t.Helper()
-	deadline := time.After(30 * time.Second)
+	deadline := time.After(patience)
 	var last []string
 	for {
 		select {
