@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"crypto/x509"
 	"fmt"
 	"strings"
@@ -19,13 +20,9 @@ func (c *cli) authorityCommand() *cobra.Command {
 		Short: "Show the controller's certificate authorities",
 		Args:  arguments(0, 0),
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			ctl, err := connectClient()
+			res, err := authorities(cmd.Context(), "list")
 			if err != nil {
 				return err
-			}
-			res, err := call(cmd.Context(), ctl.trust().GetAuthorities, &dunlinv1.GetAuthoritiesRequest{})
-			if err != nil {
-				return fmt.Errorf("list authorities: %w", err)
 			}
 			return c.print(out, res, func() *table { return authoritiesTable(res.GetAuthorities()) })
 		},
@@ -36,13 +33,9 @@ func (c *cli) authorityCommand() *cobra.Command {
 		Short: "Print the certificates of the authorities, PEM",
 		Args:  arguments(0, 0),
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			ctl, err := connectClient()
+			res, err := authorities(cmd.Context(), "show")
 			if err != nil {
 				return err
-			}
-			res, err := call(cmd.Context(), ctl.trust().GetAuthorities, &dunlinv1.GetAuthoritiesRequest{})
-			if err != nil {
-				return fmt.Errorf("show authorities: %w", err)
 			}
 			for _, a := range res.GetAuthorities() {
 				cert, err := x509.ParseCertificate(a.GetCertificate())
@@ -96,6 +89,19 @@ a device has a valid certificate of it, or does not know its successor; with
 	}
 	retire.Flags().BoolVar(&force, "force", false, "also where devices have to join again")
 	return group("authority", "Manage the controller's certificate authorities", list, show, rotate, retire)
+}
+
+// authorities asks for the controller's, for a verb.
+func authorities(ctx context.Context, verb string) (*dunlinv1.GetAuthoritiesResponse, error) {
+	ctl, err := connectClient()
+	if err != nil {
+		return nil, err
+	}
+	res, err := call(ctx, ctl.trust().GetAuthorities, &dunlinv1.GetAuthoritiesRequest{})
+	if err != nil {
+		return nil, fmt.Errorf("%s authorities: %w", verb, err)
+	}
+	return res, nil
 }
 
 func authoritiesTable(all []*dunlinv1.Authority) *table {
