@@ -51,8 +51,6 @@ type Config struct {
 }
 
 type server struct {
-	v1connect.UnimplementedTrustServiceHandler
-	v1connect.UnimplementedEnrollmentServiceHandler
 	Config
 }
 
