@@ -328,8 +328,14 @@ func TestAttackerOnPath(t *testing.T) {
 		}
 		return connected()
 	})
+	cutOff := l.Session()
 	mqtt.set(attack0)
-	eventually(t, connected)
+	eventually(t, func() string {
+		if l.Session() == cutOff {
+			return "the link has not seen yet that its connection was cut"
+		}
+		return connected()
+	})
 	mqtt.mu.Lock()
 	recorded := bytes.Clone(mqtt.recorded)
 	mqtt.mu.Unlock()
