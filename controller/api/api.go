@@ -51,6 +51,9 @@ type Config struct {
 }
 
 type server struct {
+	v1connect.UnimplementedRolloutServiceHandler
+	v1connect.UnimplementedDeviceServiceHandler
+
 	Config
 }
 

@@ -39,7 +39,7 @@ func TestParse(t *testing.T) {
 		t.Fatal(err)
 	}
 	want := []Object{
-		{Deployment: &Deployment{Name: "digits", Model: "digits", Version: 1, Selector: map[string]string{"site": "demo"}, Rollout: Strategy{2, 90 * time.Minute}}},
+		{Deployment: &Deployment{Name: "digits", Model: "digits", Version: 1, Selector: map[string]string{"site": "demo"}, Rollout: Strategy{MaxFailed: 2, Deadline: 90 * time.Minute}}},
 		{Route: &Route{Name: "answer", Targets: []Target{{"digits", 0, 90}, {"digits", 2, 0}}}},
 	}
 	if diff := cmp.Diff(want, got, cmpopts.IgnoreUnexported(Object{})); diff != "" {
@@ -184,7 +184,7 @@ func drawObject(t *rapid.T) Object {
 	if rapid.Bool().Draw(t, "deployment") {
 		return Object{Deployment: &Deployment{
 			Name: drawName(t, "name"), Model: drawName(t, "model"), Version: rapid.Int64Range(1, models.MaxVersion).Draw(t, "version"), Selector: drawLabels(t),
-			Rollout: Strategy{rapid.IntRange(0, MaxFailedLimit).Draw(t, "max failed"), time.Duration(rapid.Int64Range(int64(MinDeadline), int64(MaxDeadline)).Draw(t, "deadline"))},
+			Rollout: Strategy{MaxFailed: rapid.IntRange(0, MaxFailedLimit).Draw(t, "max failed"), Deadline: time.Duration(rapid.Int64Range(int64(MinDeadline), int64(MaxDeadline)).Draw(t, "deadline"))},
 		}}
 	}
 	r := &Route{Name: drawName(t, "name")}

@@ -10,7 +10,6 @@ import (
 	"regexp"
 	"slices"
 	"strings"
-	"time"
 
 	dunlinv1 "github.com/dunlin/dunlin/proto/dunlin/v1"
 )
@@ -58,12 +57,7 @@ type Deployment struct {
 	Version  int64
 	Selector map[string]string // labels that a device must all have; empty: every device
 	Rollout  Strategy
-}
-
-// Strategy says how a change of a deployment is rolled out.
-type Strategy struct {
-	MaxFailed int           // devices that may refuse the version
-	Deadline  time.Duration // from the rollout's start
+	Delivery *dunlinv1.Delivery // nil: as the device's firmware profile has it
 }
 
 // Route is a served name and its weighted targets.

@@ -8,20 +8,34 @@ import (
 	"time"
 )
 
-// State is where a rollout stands. Only Running changes.
+// State is where a rollout stands.
 type State int
 
-// The states of a rollout, with the numbers that the store keeps.
+// The states of a rollout, with the numbers that the store keeps. Running,
+// Paused, Halted and RollingBack are those of a rollout that has not ended.
 const (
 	Running State = iota + 1
 	Succeeded
-	Failed
+	Failed // and there is no version to go back to
 	Superseded
+	Paused // by an operator
+	Halted // by a gate or by devices that refused; waits for an operator
+	RollingBack
+	RolledBack
+	Aborted // by an operator: every device keeps what it has
 )
 
 // String writes the state in lower case.
 func (s State) String() string {
-	return [...]string{Running: "running", Succeeded: "succeeded", Failed: "failed", Superseded: "superseded"}[s]
+	return [...]string{
+		Running: "running", Succeeded: "succeeded", Failed: "failed", Superseded: "superseded", Paused: "paused", Halted: "halted",
+		RollingBack: "rolling back", RolledBack: "rolled back", Aborted: "aborted",
+	}[s]
+}
+
+// Ended says whether nothing more comes of it by itself.
+func (s State) Ended() bool {
+	return s == Succeeded || s == Failed || s == Superseded || s == RolledBack || s == Aborted
 }
 
 // Phase is how far a device is in a rollout.
@@ -33,21 +47,29 @@ const (
 	DeviceWorking
 	DeviceReady
 	DeviceFailed
+	DeviceWaiting    // its wave has not begun
+	DeviceRolledBack // has the version before again
 )
 
-// Rollout is one change of a deployment. It has one wave: every device that
-// the deployment counts for.
+// Rollout is one change of a deployment.
 type Rollout struct {
 	Number     int64 // in order of their start, over all deployments
 	Deployment string
 	Model      string
-	From, To   int64 // From is 0 where the deployment is new
+	From, To   int64  // From is 0 where the deployment is new
+	FromModel  string // the model of From; empty: Model
 	Strategy   Strategy
 	State      State
 	Reason     string // what it waits for, or why it ended
 	StartedAt  time.Time
 	EndedAt    time.Time       // zero while it runs
 	Devices    []RolloutDevice // by name
+
+	Wave          int       // that runs, from 1; 0: none has begun
+	WaveStartedAt time.Time // zero: none has begun
+	WaveReadyAt   time.Time // since when its devices are ready; zero: they are not
+	Promoted      bool      // an operator said not to wait for the present wave
+	Gates         []GateResult
 }
 
 // ID names the rollout.
@@ -55,24 +77,44 @@ func (r Rollout) ID() string { return fmt.Sprintf("%s-%d", r.Deployment, r.Numbe
 
 // Equal says whether r and o are the same in everything.
 func (r Rollout) Equal(o Rollout) bool {
-	same := slices.Equal(r.Devices, o.Devices) && r.StartedAt.Equal(o.StartedAt) && r.EndedAt.Equal(o.EndedAt)
+	same := slices.Equal(r.Devices, o.Devices) && r.Wave == o.Wave && r.WaveStartedAt.Equal(o.WaveStartedAt) && r.WaveReadyAt.Equal(o.WaveReadyAt) && r.Promoted == o.Promoted && r.FromModel == o.FromModel && r.StartedAt.Equal(o.StartedAt) && r.EndedAt.Equal(o.EndedAt)
 	return same && r.Number == o.Number && r.Deployment == o.Deployment && r.Model == o.Model && r.From == o.From && r.To == o.To &&
-		r.Strategy == o.Strategy && r.State == o.State && r.Reason == o.Reason
+		r.Strategy.Equal(o.Strategy) && r.State == o.State && r.Reason == o.Reason
 }
 
 // RolloutDevice is one device's part of a rollout.
 type RolloutDevice struct {
 	Device       string
+	Class        string
+	Wave         int // in which it is given the version, from 1; 0: none yet
 	Phase        Phase
 	Reason       string
 	BytesPresent uint64
 	BytesTotal   uint64
+	AdmittedAt   time.Time // zero: it is not given the version
+	ReadyAt      time.Time // zero: it is not ready
+	Excused      bool      // away for so long that its wave does not wait for it
 }
 
 // Observation is what is known of one device and the version of a rollout.
 type Observation struct {
 	Device    string
+	Class     string
 	Connected bool
+	HeardAt   time.Time // last
+	// Busy names an older rollout that changes the device now; empty: none.
+	Busy string
+	// Closed says why no change may begin on the device now: a freeze, or
+	// that its maintenance window is not open; Opens is when it may, zero: not
+	// known.
+	Closed string
+	Opens  time.Time
+	// What was counted of the new version since the device was given it, and
+	// of the old one, on this device, since the rollout began and before it was.
+	New, Old Figures
+	// RolledBack: it serves the version before again (or, where there was
+	// none, does not serve the new one), by its newest document.
+	RolledBack bool
 	// Refused says why the device is not given the version; empty: it is.
 	Refused string
 	// Observed: what it reports follows from its current desired document.
@@ -90,9 +132,11 @@ type ActionKind int
 
 // The actions of a rollout.
 const (
-	Wake ActionKind = iota + 1 // step again at At, though nothing was observed
-	Ask                        // ask Device to report again
-	End                        // the rollout ended in this step
+	Wake   ActionKind = iota + 1 // step again at At, though nothing was observed
+	Ask                          // ask Device to report again
+	End                          // the rollout ended in this step
+	Decide                       // Decision is to be kept, in the transaction that keeps the rollout
+	Watch                        // Device is to send telemetry with figures, often, while this is asked for
 )
 
 // Action is what a step asks for.
@@ -100,6 +144,8 @@ type Action struct {
 	Kind   ActionKind
 	At     time.Time
 	Device string
+
+	Decision Decision
 }
 
 // Supersede ends a running rollout because of a newer one, or of what reason says.

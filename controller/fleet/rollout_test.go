@@ -11,7 +11,7 @@ import (
 var begin = time.Date(2026, 1, 1, 0, 0, 0, 0, time.UTC)
 
 func rolloutOf(maxFailed int) Rollout {
-	return Rollout{Number: 3, Deployment: "digits", Model: "digits", From: 1, To: 2, Strategy: Strategy{maxFailed, time.Minute}, State: Running, StartedAt: begin}
+	return Rollout{Number: 3, Deployment: "digits", Model: "digits", From: 1, To: 2, Strategy: Strategy{MaxFailed: maxFailed, Deadline: time.Minute}, State: Running, StartedAt: begin}
 }
 
 func ready(d string) Observation {

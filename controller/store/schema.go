@@ -244,7 +244,7 @@ CREATE TABLE signatures (
 	created_at INTEGER NOT NULL,
 	PRIMARY KEY (model, digest, manifest)
 ) STRICT, WITHOUT ROWID;
-`}
+`, rolloutSchema + historySchema}
 
 // alongside has what SQL alone cannot do: it runs after the migration of the
 // same index, in its transaction.

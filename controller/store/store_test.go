@@ -165,7 +165,7 @@ func TestSchemaTables(t *testing.T) {
 			return err
 		})
 	}))
-	want := "audit_log authorities certificates desired devices events join_tokens meta objects outboxes profiles rollout_devices rollouts signatures tokens trust users versions"
+	want := "audit_log authorities certificates decisions desired devices events join_tokens meta objects outboxes profiles rollout_devices rollouts signatures telemetry tokens trust users versions"
 	if got := strings.Join(tables, " "); got != want {
 		t.Errorf("got %s", got)
 	}

@@ -41,6 +41,14 @@ const (
 	RolloutState_ROLLOUT_STATE_FAILED      RolloutState = 3
 	// A newer rollout of the same deployment took over.
 	RolloutState_ROLLOUT_STATE_SUPERSEDED RolloutState = 4
+	// By an operator.
+	RolloutState_ROLLOUT_STATE_PAUSED RolloutState = 5
+	// By a gate or by devices that refused; it waits for an operator.
+	RolloutState_ROLLOUT_STATE_HALTED       RolloutState = 6
+	RolloutState_ROLLOUT_STATE_ROLLING_BACK RolloutState = 7
+	RolloutState_ROLLOUT_STATE_ROLLED_BACK  RolloutState = 8
+	// By an operator; devices keep what they have.
+	RolloutState_ROLLOUT_STATE_ABORTED RolloutState = 9
 )
 
 // Enum value maps for RolloutState.
@@ -51,13 +59,23 @@ var (
 		2: "ROLLOUT_STATE_SUCCEEDED",
 		3: "ROLLOUT_STATE_FAILED",
 		4: "ROLLOUT_STATE_SUPERSEDED",
+		5: "ROLLOUT_STATE_PAUSED",
+		6: "ROLLOUT_STATE_HALTED",
+		7: "ROLLOUT_STATE_ROLLING_BACK",
+		8: "ROLLOUT_STATE_ROLLED_BACK",
+		9: "ROLLOUT_STATE_ABORTED",
 	}
 	RolloutState_value = map[string]int32{
-		"ROLLOUT_STATE_UNSPECIFIED": 0,
-		"ROLLOUT_STATE_RUNNING":     1,
-		"ROLLOUT_STATE_SUCCEEDED":   2,
-		"ROLLOUT_STATE_FAILED":      3,
-		"ROLLOUT_STATE_SUPERSEDED":  4,
+		"ROLLOUT_STATE_UNSPECIFIED":  0,
+		"ROLLOUT_STATE_RUNNING":      1,
+		"ROLLOUT_STATE_SUCCEEDED":    2,
+		"ROLLOUT_STATE_FAILED":       3,
+		"ROLLOUT_STATE_SUPERSEDED":   4,
+		"ROLLOUT_STATE_PAUSED":       5,
+		"ROLLOUT_STATE_HALTED":       6,
+		"ROLLOUT_STATE_ROLLING_BACK": 7,
+		"ROLLOUT_STATE_ROLLED_BACK":  8,
+		"ROLLOUT_STATE_ABORTED":      9,
 	}
 )
 
@@ -253,6 +271,122 @@ func (DevicePlan_Source) EnumDescriptor() ([]byte, []int) {
 	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{63, 1}
 }
 
+type ControlRolloutRequest_Action int32
+
+const (
+	ControlRolloutRequest_ACTION_UNSPECIFIED ControlRolloutRequest_Action = 0
+	// Gives no further device the new version.
+	ControlRolloutRequest_ACTION_PAUSE ControlRolloutRequest_Action = 1
+	// Goes on after PAUSE, or after a gate halted it: that gate is judged anew.
+	ControlRolloutRequest_ACTION_RESUME ControlRolloutRequest_Action = 2
+	// Begins the next wave now, whatever soak, sample and gates say.
+	ControlRolloutRequest_ACTION_PROMOTE ControlRolloutRequest_Action = 3
+	// Ends it: every device keeps what it has.
+	ControlRolloutRequest_ACTION_ABORT ControlRolloutRequest_Action = 4
+	// Gives every device the version before, also after it has ended.
+	ControlRolloutRequest_ACTION_ROLL_BACK ControlRolloutRequest_Action = 5
+)
+
+// Enum value maps for ControlRolloutRequest_Action.
+var (
+	ControlRolloutRequest_Action_name = map[int32]string{
+		0: "ACTION_UNSPECIFIED",
+		1: "ACTION_PAUSE",
+		2: "ACTION_RESUME",
+		3: "ACTION_PROMOTE",
+		4: "ACTION_ABORT",
+		5: "ACTION_ROLL_BACK",
+	}
+	ControlRolloutRequest_Action_value = map[string]int32{
+		"ACTION_UNSPECIFIED": 0,
+		"ACTION_PAUSE":       1,
+		"ACTION_RESUME":      2,
+		"ACTION_PROMOTE":     3,
+		"ACTION_ABORT":       4,
+		"ACTION_ROLL_BACK":   5,
+	}
+)
+
+func (x ControlRolloutRequest_Action) Enum() *ControlRolloutRequest_Action {
+	p := new(ControlRolloutRequest_Action)
+	*p = x
+	return p
+}
+
+func (x ControlRolloutRequest_Action) String() string {
+	return protoimpl.X.EnumStringOf(x.Descriptor(), protoreflect.EnumNumber(x))
+}
+
+func (ControlRolloutRequest_Action) Descriptor() protoreflect.EnumDescriptor {
+	return file_dunlin_v1_api_proto_enumTypes[4].Descriptor()
+}
+
+func (ControlRolloutRequest_Action) Type() protoreflect.EnumType {
+	return &file_dunlin_v1_api_proto_enumTypes[4]
+}
+
+func (x ControlRolloutRequest_Action) Number() protoreflect.EnumNumber {
+	return protoreflect.EnumNumber(x)
+}
+
+// Deprecated: Use ControlRolloutRequest_Action.Descriptor instead.
+func (ControlRolloutRequest_Action) EnumDescriptor() ([]byte, []int) {
+	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{64, 0}
+}
+
+type GateResult_Verdict int32
+
+const (
+	GateResult_VERDICT_UNSPECIFIED GateResult_Verdict = 0
+	GateResult_VERDICT_PASSED      GateResult_Verdict = 1
+	GateResult_VERDICT_FAILED      GateResult_Verdict = 2
+	// Too few requests, or nothing to compare with.
+	GateResult_VERDICT_NO_SAMPLE GateResult_Verdict = 3
+)
+
+// Enum value maps for GateResult_Verdict.
+var (
+	GateResult_Verdict_name = map[int32]string{
+		0: "VERDICT_UNSPECIFIED",
+		1: "VERDICT_PASSED",
+		2: "VERDICT_FAILED",
+		3: "VERDICT_NO_SAMPLE",
+	}
+	GateResult_Verdict_value = map[string]int32{
+		"VERDICT_UNSPECIFIED": 0,
+		"VERDICT_PASSED":      1,
+		"VERDICT_FAILED":      2,
+		"VERDICT_NO_SAMPLE":   3,
+	}
+)
+
+func (x GateResult_Verdict) Enum() *GateResult_Verdict {
+	p := new(GateResult_Verdict)
+	*p = x
+	return p
+}
+
+func (x GateResult_Verdict) String() string {
+	return protoimpl.X.EnumStringOf(x.Descriptor(), protoreflect.EnumNumber(x))
+}
+
+func (GateResult_Verdict) Descriptor() protoreflect.EnumDescriptor {
+	return file_dunlin_v1_api_proto_enumTypes[5].Descriptor()
+}
+
+func (GateResult_Verdict) Type() protoreflect.EnumType {
+	return &file_dunlin_v1_api_proto_enumTypes[5]
+}
+
+func (x GateResult_Verdict) Number() protoreflect.EnumNumber {
+	return protoreflect.EnumNumber(x)
+}
+
+// Deprecated: Use GateResult_Verdict.Descriptor instead.
+func (GateResult_Verdict) EnumDescriptor() ([]byte, []int) {
+	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{69, 0}
+}
+
 type RolloutDevice_Phase int32
 
 const (
@@ -261,6 +395,10 @@ const (
 	RolloutDevice_PHASE_WORKING     RolloutDevice_Phase = 2
 	RolloutDevice_PHASE_READY       RolloutDevice_Phase = 3
 	RolloutDevice_PHASE_FAILED      RolloutDevice_Phase = 4
+	// Its wave has not begun.
+	RolloutDevice_PHASE_WAITING RolloutDevice_Phase = 5
+	// Has the version before again.
+	RolloutDevice_PHASE_ROLLED_BACK RolloutDevice_Phase = 6
 )
 
 // Enum value maps for RolloutDevice_Phase.
@@ -271,6 +409,8 @@ var (
 		2: "PHASE_WORKING",
 		3: "PHASE_READY",
 		4: "PHASE_FAILED",
+		5: "PHASE_WAITING",
+		6: "PHASE_ROLLED_BACK",
 	}
 	RolloutDevice_Phase_value = map[string]int32{
 		"PHASE_UNSPECIFIED": 0,
@@ -278,6 +418,8 @@ var (
 		"PHASE_WORKING":     2,
 		"PHASE_READY":       3,
 		"PHASE_FAILED":      4,
+		"PHASE_WAITING":     5,
+		"PHASE_ROLLED_BACK": 6,
 	}
 )
 
@@ -292,11 +434,11 @@ func (x RolloutDevice_Phase) String() string {
 }
 
 func (RolloutDevice_Phase) Descriptor() protoreflect.EnumDescriptor {
-	return file_dunlin_v1_api_proto_enumTypes[4].Descriptor()
+	return file_dunlin_v1_api_proto_enumTypes[6].Descriptor()
 }
 
 func (RolloutDevice_Phase) Type() protoreflect.EnumType {
-	return &file_dunlin_v1_api_proto_enumTypes[4]
+	return &file_dunlin_v1_api_proto_enumTypes[6]
 }
 
 func (x RolloutDevice_Phase) Number() protoreflect.EnumNumber {
@@ -305,7 +447,7 @@ func (x RolloutDevice_Phase) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use RolloutDevice_Phase.Descriptor instead.
 func (RolloutDevice_Phase) EnumDescriptor() ([]byte, []int) {
-	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{71, 0}
+	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{78, 0}
 }
 
 type LoginRequest struct {
@@ -3890,6 +4032,446 @@ func (x *DevicePlan) GetMeasuredOn() string {
 	return ""
 }
 
+type ControlRolloutRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Either the rollout's id, or a deployment: then its newest.
+	Id         string                       `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	Deployment string                       `protobuf:"bytes,2,opt,name=deployment,proto3" json:"deployment,omitempty"`
+	Action     ControlRolloutRequest_Action `protobuf:"varint,3,opt,name=action,proto3,enum=dunlin.v1.ControlRolloutRequest_Action" json:"action,omitempty"`
+	// Why, for the record; at most 1000 characters.
+	Reason        string `protobuf:"bytes,4,opt,name=reason,proto3" json:"reason,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ControlRolloutRequest) Reset() {
+	*x = ControlRolloutRequest{}
+	mi := &file_dunlin_v1_api_proto_msgTypes[64]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ControlRolloutRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ControlRolloutRequest) ProtoMessage() {}
+
+func (x *ControlRolloutRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_dunlin_v1_api_proto_msgTypes[64]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ControlRolloutRequest.ProtoReflect.Descriptor instead.
+func (*ControlRolloutRequest) Descriptor() ([]byte, []int) {
+	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{64}
+}
+
+func (x *ControlRolloutRequest) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *ControlRolloutRequest) GetDeployment() string {
+	if x != nil {
+		return x.Deployment
+	}
+	return ""
+}
+
+func (x *ControlRolloutRequest) GetAction() ControlRolloutRequest_Action {
+	if x != nil {
+		return x.Action
+	}
+	return ControlRolloutRequest_ACTION_UNSPECIFIED
+}
+
+func (x *ControlRolloutRequest) GetReason() string {
+	if x != nil {
+		return x.Reason
+	}
+	return ""
+}
+
+type ControlRolloutResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Rollout       *Rollout               `protobuf:"bytes,1,opt,name=rollout,proto3" json:"rollout,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ControlRolloutResponse) Reset() {
+	*x = ControlRolloutResponse{}
+	mi := &file_dunlin_v1_api_proto_msgTypes[65]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ControlRolloutResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ControlRolloutResponse) ProtoMessage() {}
+
+func (x *ControlRolloutResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_dunlin_v1_api_proto_msgTypes[65]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ControlRolloutResponse.ProtoReflect.Descriptor instead.
+func (*ControlRolloutResponse) Descriptor() ([]byte, []int) {
+	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{65}
+}
+
+func (x *ControlRolloutResponse) GetRollout() *Rollout {
+	if x != nil {
+		return x.Rollout
+	}
+	return nil
+}
+
+type ListDecisionsRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// As GetRolloutRequest.
+	Id            string `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	Deployment    string `protobuf:"bytes,2,opt,name=deployment,proto3" json:"deployment,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListDecisionsRequest) Reset() {
+	*x = ListDecisionsRequest{}
+	mi := &file_dunlin_v1_api_proto_msgTypes[66]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListDecisionsRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListDecisionsRequest) ProtoMessage() {}
+
+func (x *ListDecisionsRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_dunlin_v1_api_proto_msgTypes[66]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListDecisionsRequest.ProtoReflect.Descriptor instead.
+func (*ListDecisionsRequest) Descriptor() ([]byte, []int) {
+	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{66}
+}
+
+func (x *ListDecisionsRequest) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *ListDecisionsRequest) GetDeployment() string {
+	if x != nil {
+		return x.Deployment
+	}
+	return ""
+}
+
+type ListDecisionsResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Oldest first.
+	Decisions     []*Decision `protobuf:"bytes,1,rep,name=decisions,proto3" json:"decisions,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListDecisionsResponse) Reset() {
+	*x = ListDecisionsResponse{}
+	mi := &file_dunlin_v1_api_proto_msgTypes[67]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListDecisionsResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListDecisionsResponse) ProtoMessage() {}
+
+func (x *ListDecisionsResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_dunlin_v1_api_proto_msgTypes[67]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListDecisionsResponse.ProtoReflect.Descriptor instead.
+func (*ListDecisionsResponse) Descriptor() ([]byte, []int) {
+	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{67}
+}
+
+func (x *ListDecisionsResponse) GetDecisions() []*Decision {
+	if x != nil {
+		return x.Decisions
+	}
+	return nil
+}
+
+// Decision is what was decided in a rollout, and on what.
+type Decision struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	At    *timestamppb.Timestamp `protobuf:"bytes,1,opt,name=at,proto3" json:"at,omitempty"`
+	// "start", "admit", "pass", "halt", "roll back", "pause", "resume",
+	// "promote", "abort", "succeed", "fail", "supersede".
+	Kind string `protobuf:"bytes,2,opt,name=kind,proto3" json:"kind,omitempty"`
+	// From 1; 0: of none.
+	Wave uint32 `protobuf:"varint,3,opt,name=wave,proto3" json:"wave,omitempty"`
+	// "gate", "controller", or the user.
+	By     string `protobuf:"bytes,4,opt,name=by,proto3" json:"by,omitempty"`
+	Reason string `protobuf:"bytes,5,opt,name=reason,proto3" json:"reason,omitempty"`
+	// Devices that it is about, at most 100, and how many there are.
+	Devices       []string      `protobuf:"bytes,6,rep,name=devices,proto3" json:"devices,omitempty"`
+	DeviceCount   uint32        `protobuf:"varint,7,opt,name=device_count,json=deviceCount,proto3" json:"device_count,omitempty"`
+	Gates         []*GateResult `protobuf:"bytes,8,rep,name=gates,proto3" json:"gates,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Decision) Reset() {
+	*x = Decision{}
+	mi := &file_dunlin_v1_api_proto_msgTypes[68]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Decision) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Decision) ProtoMessage() {}
+
+func (x *Decision) ProtoReflect() protoreflect.Message {
+	mi := &file_dunlin_v1_api_proto_msgTypes[68]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Decision.ProtoReflect.Descriptor instead.
+func (*Decision) Descriptor() ([]byte, []int) {
+	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{68}
+}
+
+func (x *Decision) GetAt() *timestamppb.Timestamp {
+	if x != nil {
+		return x.At
+	}
+	return nil
+}
+
+func (x *Decision) GetKind() string {
+	if x != nil {
+		return x.Kind
+	}
+	return ""
+}
+
+func (x *Decision) GetWave() uint32 {
+	if x != nil {
+		return x.Wave
+	}
+	return 0
+}
+
+func (x *Decision) GetBy() string {
+	if x != nil {
+		return x.By
+	}
+	return ""
+}
+
+func (x *Decision) GetReason() string {
+	if x != nil {
+		return x.Reason
+	}
+	return ""
+}
+
+func (x *Decision) GetDevices() []string {
+	if x != nil {
+		return x.Devices
+	}
+	return nil
+}
+
+func (x *Decision) GetDeviceCount() uint32 {
+	if x != nil {
+		return x.DeviceCount
+	}
+	return 0
+}
+
+func (x *Decision) GetGates() []*GateResult {
+	if x != nil {
+		return x.Gates
+	}
+	return nil
+}
+
+// GateResult is what a gate was judged by, on one class of devices.
+type GateResult struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// "errorRate", "p99", "energy" or "confidence".
+	Gate string `protobuf:"bytes,1,opt,name=gate,proto3" json:"gate,omitempty"`
+	// Firmware profile.
+	Class   string             `protobuf:"bytes,2,opt,name=class,proto3" json:"class,omitempty"`
+	Verdict GateResult_Verdict `protobuf:"varint,3,opt,name=verdict,proto3,enum=dunlin.v1.GateResult_Verdict" json:"verdict,omitempty"`
+	// Of the new version and the old one; what value is compared with limit
+	// depends on the gate.
+	NewFigure *float64 `protobuf:"fixed64,4,opt,name=new_figure,json=newFigure,proto3,oneof" json:"new_figure,omitempty"`
+	OldFigure *float64 `protobuf:"fixed64,5,opt,name=old_figure,json=oldFigure,proto3,oneof" json:"old_figure,omitempty"`
+	Value     *float64 `protobuf:"fixed64,6,opt,name=value,proto3,oneof" json:"value,omitempty"`
+	Limit     float64  `protobuf:"fixed64,7,opt,name=limit,proto3" json:"limit,omitempty"`
+	// Requests of both that it rests on.
+	NewSamples    uint64 `protobuf:"varint,8,opt,name=new_samples,json=newSamples,proto3" json:"new_samples,omitempty"`
+	OldSamples    uint64 `protobuf:"varint,9,opt,name=old_samples,json=oldSamples,proto3" json:"old_samples,omitempty"`
+	Reason        string `protobuf:"bytes,10,opt,name=reason,proto3" json:"reason,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *GateResult) Reset() {
+	*x = GateResult{}
+	mi := &file_dunlin_v1_api_proto_msgTypes[69]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *GateResult) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*GateResult) ProtoMessage() {}
+
+func (x *GateResult) ProtoReflect() protoreflect.Message {
+	mi := &file_dunlin_v1_api_proto_msgTypes[69]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use GateResult.ProtoReflect.Descriptor instead.
+func (*GateResult) Descriptor() ([]byte, []int) {
+	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{69}
+}
+
+func (x *GateResult) GetGate() string {
+	if x != nil {
+		return x.Gate
+	}
+	return ""
+}
+
+func (x *GateResult) GetClass() string {
+	if x != nil {
+		return x.Class
+	}
+	return ""
+}
+
+func (x *GateResult) GetVerdict() GateResult_Verdict {
+	if x != nil {
+		return x.Verdict
+	}
+	return GateResult_VERDICT_UNSPECIFIED
+}
+
+func (x *GateResult) GetNewFigure() float64 {
+	if x != nil && x.NewFigure != nil {
+		return *x.NewFigure
+	}
+	return 0
+}
+
+func (x *GateResult) GetOldFigure() float64 {
+	if x != nil && x.OldFigure != nil {
+		return *x.OldFigure
+	}
+	return 0
+}
+
+func (x *GateResult) GetValue() float64 {
+	if x != nil && x.Value != nil {
+		return *x.Value
+	}
+	return 0
+}
+
+func (x *GateResult) GetLimit() float64 {
+	if x != nil {
+		return x.Limit
+	}
+	return 0
+}
+
+func (x *GateResult) GetNewSamples() uint64 {
+	if x != nil {
+		return x.NewSamples
+	}
+	return 0
+}
+
+func (x *GateResult) GetOldSamples() uint64 {
+	if x != nil {
+		return x.OldSamples
+	}
+	return 0
+}
+
+func (x *GateResult) GetReason() string {
+	if x != nil {
+		return x.Reason
+	}
+	return ""
+}
+
 type ListRolloutsRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Only of this deployment, where set.
@@ -3900,7 +4482,7 @@ type ListRolloutsRequest struct {
 
 func (x *ListRolloutsRequest) Reset() {
 	*x = ListRolloutsRequest{}
-	mi := &file_dunlin_v1_api_proto_msgTypes[64]
+	mi := &file_dunlin_v1_api_proto_msgTypes[70]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3912,7 +4494,7 @@ func (x *ListRolloutsRequest) String() string {
 func (*ListRolloutsRequest) ProtoMessage() {}
 
 func (x *ListRolloutsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_api_proto_msgTypes[64]
+	mi := &file_dunlin_v1_api_proto_msgTypes[70]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3925,7 +4507,7 @@ func (x *ListRolloutsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListRolloutsRequest.ProtoReflect.Descriptor instead.
 func (*ListRolloutsRequest) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{64}
+	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{70}
 }
 
 func (x *ListRolloutsRequest) GetDeployment() string {
@@ -3945,7 +4527,7 @@ type ListRolloutsResponse struct {
 
 func (x *ListRolloutsResponse) Reset() {
 	*x = ListRolloutsResponse{}
-	mi := &file_dunlin_v1_api_proto_msgTypes[65]
+	mi := &file_dunlin_v1_api_proto_msgTypes[71]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3957,7 +4539,7 @@ func (x *ListRolloutsResponse) String() string {
 func (*ListRolloutsResponse) ProtoMessage() {}
 
 func (x *ListRolloutsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_api_proto_msgTypes[65]
+	mi := &file_dunlin_v1_api_proto_msgTypes[71]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3970,7 +4552,7 @@ func (x *ListRolloutsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListRolloutsResponse.ProtoReflect.Descriptor instead.
 func (*ListRolloutsResponse) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{65}
+	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{71}
 }
 
 func (x *ListRolloutsResponse) GetRollouts() []*Rollout {
@@ -3991,7 +4573,7 @@ type GetRolloutRequest struct {
 
 func (x *GetRolloutRequest) Reset() {
 	*x = GetRolloutRequest{}
-	mi := &file_dunlin_v1_api_proto_msgTypes[66]
+	mi := &file_dunlin_v1_api_proto_msgTypes[72]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4003,7 +4585,7 @@ func (x *GetRolloutRequest) String() string {
 func (*GetRolloutRequest) ProtoMessage() {}
 
 func (x *GetRolloutRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_api_proto_msgTypes[66]
+	mi := &file_dunlin_v1_api_proto_msgTypes[72]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4016,7 +4598,7 @@ func (x *GetRolloutRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetRolloutRequest.ProtoReflect.Descriptor instead.
 func (*GetRolloutRequest) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{66}
+	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{72}
 }
 
 func (x *GetRolloutRequest) GetId() string {
@@ -4042,7 +4624,7 @@ type GetRolloutResponse struct {
 
 func (x *GetRolloutResponse) Reset() {
 	*x = GetRolloutResponse{}
-	mi := &file_dunlin_v1_api_proto_msgTypes[67]
+	mi := &file_dunlin_v1_api_proto_msgTypes[73]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4054,7 +4636,7 @@ func (x *GetRolloutResponse) String() string {
 func (*GetRolloutResponse) ProtoMessage() {}
 
 func (x *GetRolloutResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_api_proto_msgTypes[67]
+	mi := &file_dunlin_v1_api_proto_msgTypes[73]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4067,7 +4649,7 @@ func (x *GetRolloutResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetRolloutResponse.ProtoReflect.Descriptor instead.
 func (*GetRolloutResponse) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{67}
+	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{73}
 }
 
 func (x *GetRolloutResponse) GetRollout() *Rollout {
@@ -4087,7 +4669,7 @@ type WatchRolloutRequest struct {
 
 func (x *WatchRolloutRequest) Reset() {
 	*x = WatchRolloutRequest{}
-	mi := &file_dunlin_v1_api_proto_msgTypes[68]
+	mi := &file_dunlin_v1_api_proto_msgTypes[74]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4099,7 +4681,7 @@ func (x *WatchRolloutRequest) String() string {
 func (*WatchRolloutRequest) ProtoMessage() {}
 
 func (x *WatchRolloutRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_api_proto_msgTypes[68]
+	mi := &file_dunlin_v1_api_proto_msgTypes[74]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4112,7 +4694,7 @@ func (x *WatchRolloutRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchRolloutRequest.ProtoReflect.Descriptor instead.
 func (*WatchRolloutRequest) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{68}
+	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{74}
 }
 
 func (x *WatchRolloutRequest) GetId() string {
@@ -4138,7 +4720,7 @@ type WatchRolloutResponse struct {
 
 func (x *WatchRolloutResponse) Reset() {
 	*x = WatchRolloutResponse{}
-	mi := &file_dunlin_v1_api_proto_msgTypes[69]
+	mi := &file_dunlin_v1_api_proto_msgTypes[75]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4150,7 +4732,7 @@ func (x *WatchRolloutResponse) String() string {
 func (*WatchRolloutResponse) ProtoMessage() {}
 
 func (x *WatchRolloutResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_api_proto_msgTypes[69]
+	mi := &file_dunlin_v1_api_proto_msgTypes[75]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4163,7 +4745,7 @@ func (x *WatchRolloutResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchRolloutResponse.ProtoReflect.Descriptor instead.
 func (*WatchRolloutResponse) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{69}
+	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{75}
 }
 
 func (x *WatchRolloutResponse) GetRollout() *Rollout {
@@ -4174,24 +4756,33 @@ func (x *WatchRolloutResponse) GetRollout() *Rollout {
 }
 
 type Rollout struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
-	Deployment    string                 `protobuf:"bytes,2,opt,name=deployment,proto3" json:"deployment,omitempty"`
-	Model         string                 `protobuf:"bytes,3,opt,name=model,proto3" json:"model,omitempty"`
-	FromVersion   int64                  `protobuf:"varint,4,opt,name=from_version,json=fromVersion,proto3" json:"from_version,omitempty"`
-	ToVersion     int64                  `protobuf:"varint,5,opt,name=to_version,json=toVersion,proto3" json:"to_version,omitempty"`
-	State         RolloutState           `protobuf:"varint,6,opt,name=state,proto3,enum=dunlin.v1.RolloutState" json:"state,omitempty"`
-	Reason        string                 `protobuf:"bytes,7,opt,name=reason,proto3" json:"reason,omitempty"`
-	StartedAt     *timestamppb.Timestamp `protobuf:"bytes,8,opt,name=started_at,json=startedAt,proto3" json:"started_at,omitempty"`
-	EndedAt       *timestamppb.Timestamp `protobuf:"bytes,9,opt,name=ended_at,json=endedAt,proto3" json:"ended_at,omitempty"`
-	Devices       []*RolloutDevice       `protobuf:"bytes,10,rep,name=devices,proto3" json:"devices,omitempty"`
+	state       protoimpl.MessageState `protogen:"open.v1"`
+	Id          string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	Deployment  string                 `protobuf:"bytes,2,opt,name=deployment,proto3" json:"deployment,omitempty"`
+	Model       string                 `protobuf:"bytes,3,opt,name=model,proto3" json:"model,omitempty"`
+	FromVersion int64                  `protobuf:"varint,4,opt,name=from_version,json=fromVersion,proto3" json:"from_version,omitempty"`
+	ToVersion   int64                  `protobuf:"varint,5,opt,name=to_version,json=toVersion,proto3" json:"to_version,omitempty"`
+	State       RolloutState           `protobuf:"varint,6,opt,name=state,proto3,enum=dunlin.v1.RolloutState" json:"state,omitempty"`
+	Reason      string                 `protobuf:"bytes,7,opt,name=reason,proto3" json:"reason,omitempty"`
+	StartedAt   *timestamppb.Timestamp `protobuf:"bytes,8,opt,name=started_at,json=startedAt,proto3" json:"started_at,omitempty"`
+	EndedAt     *timestamppb.Timestamp `protobuf:"bytes,9,opt,name=ended_at,json=endedAt,proto3" json:"ended_at,omitempty"`
+	Devices     []*RolloutDevice       `protobuf:"bytes,10,rep,name=devices,proto3" json:"devices,omitempty"`
+	// The model before, where it was another one.
+	FromModel string `protobuf:"bytes,11,opt,name=from_model,json=fromModel,proto3" json:"from_model,omitempty"`
+	// The wave that runs, from 1; 0: none yet.
+	Wave  uint32         `protobuf:"varint,12,opt,name=wave,proto3" json:"wave,omitempty"`
+	Waves []*RolloutWave `protobuf:"bytes,13,rep,name=waves,proto3" json:"waves,omitempty"`
+	// As of the last look, for the wave that runs.
+	Gates []*GateResult `protobuf:"bytes,14,rep,name=gates,proto3" json:"gates,omitempty"`
+	// When the wave may be over at the earliest; unset: not known.
+	SoaksUntil    *timestamppb.Timestamp `protobuf:"bytes,15,opt,name=soaks_until,json=soaksUntil,proto3" json:"soaks_until,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *Rollout) Reset() {
 	*x = Rollout{}
-	mi := &file_dunlin_v1_api_proto_msgTypes[70]
+	mi := &file_dunlin_v1_api_proto_msgTypes[76]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4203,7 +4794,7 @@ func (x *Rollout) String() string {
 func (*Rollout) ProtoMessage() {}
 
 func (x *Rollout) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_api_proto_msgTypes[70]
+	mi := &file_dunlin_v1_api_proto_msgTypes[76]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4216,7 +4807,7 @@ func (x *Rollout) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Rollout.ProtoReflect.Descriptor instead.
 func (*Rollout) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{70}
+	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{76}
 }
 
 func (x *Rollout) GetId() string {
@@ -4289,21 +4880,148 @@ func (x *Rollout) GetDevices() []*RolloutDevice {
 	return nil
 }
 
+func (x *Rollout) GetFromModel() string {
+	if x != nil {
+		return x.FromModel
+	}
+	return ""
+}
+
+func (x *Rollout) GetWave() uint32 {
+	if x != nil {
+		return x.Wave
+	}
+	return 0
+}
+
+func (x *Rollout) GetWaves() []*RolloutWave {
+	if x != nil {
+		return x.Waves
+	}
+	return nil
+}
+
+func (x *Rollout) GetGates() []*GateResult {
+	if x != nil {
+		return x.Gates
+	}
+	return nil
+}
+
+func (x *Rollout) GetSoaksUntil() *timestamppb.Timestamp {
+	if x != nil {
+		return x.SoaksUntil
+	}
+	return nil
+}
+
+// RolloutWave is one wave's devices by their number.
+type RolloutWave struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// "1 canary per class", "10 %", "all".
+	Name    string `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	Devices uint32 `protobuf:"varint,2,opt,name=devices,proto3" json:"devices,omitempty"`
+	Ready   uint32 `protobuf:"varint,3,opt,name=ready,proto3" json:"ready,omitempty"`
+	Failed  uint32 `protobuf:"varint,4,opt,name=failed,proto3" json:"failed,omitempty"`
+	// Away for so long that the wave does not wait for them.
+	Excused       uint32                 `protobuf:"varint,5,opt,name=excused,proto3" json:"excused,omitempty"`
+	StartedAt     *timestamppb.Timestamp `protobuf:"bytes,6,opt,name=started_at,json=startedAt,proto3" json:"started_at,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RolloutWave) Reset() {
+	*x = RolloutWave{}
+	mi := &file_dunlin_v1_api_proto_msgTypes[77]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RolloutWave) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RolloutWave) ProtoMessage() {}
+
+func (x *RolloutWave) ProtoReflect() protoreflect.Message {
+	mi := &file_dunlin_v1_api_proto_msgTypes[77]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RolloutWave.ProtoReflect.Descriptor instead.
+func (*RolloutWave) Descriptor() ([]byte, []int) {
+	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{77}
+}
+
+func (x *RolloutWave) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *RolloutWave) GetDevices() uint32 {
+	if x != nil {
+		return x.Devices
+	}
+	return 0
+}
+
+func (x *RolloutWave) GetReady() uint32 {
+	if x != nil {
+		return x.Ready
+	}
+	return 0
+}
+
+func (x *RolloutWave) GetFailed() uint32 {
+	if x != nil {
+		return x.Failed
+	}
+	return 0
+}
+
+func (x *RolloutWave) GetExcused() uint32 {
+	if x != nil {
+		return x.Excused
+	}
+	return 0
+}
+
+func (x *RolloutWave) GetStartedAt() *timestamppb.Timestamp {
+	if x != nil {
+		return x.StartedAt
+	}
+	return nil
+}
+
 // RolloutDevice is how far one device is.
 type RolloutDevice struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Device        string                 `protobuf:"bytes,1,opt,name=device,proto3" json:"device,omitempty"`
-	Phase         RolloutDevice_Phase    `protobuf:"varint,2,opt,name=phase,proto3,enum=dunlin.v1.RolloutDevice_Phase" json:"phase,omitempty"`
-	Reason        string                 `protobuf:"bytes,3,opt,name=reason,proto3" json:"reason,omitempty"`
-	BytesPresent  uint64                 `protobuf:"varint,4,opt,name=bytes_present,json=bytesPresent,proto3" json:"bytes_present,omitempty"`
-	BytesTotal    uint64                 `protobuf:"varint,5,opt,name=bytes_total,json=bytesTotal,proto3" json:"bytes_total,omitempty"`
+	state        protoimpl.MessageState `protogen:"open.v1"`
+	Device       string                 `protobuf:"bytes,1,opt,name=device,proto3" json:"device,omitempty"`
+	Phase        RolloutDevice_Phase    `protobuf:"varint,2,opt,name=phase,proto3,enum=dunlin.v1.RolloutDevice_Phase" json:"phase,omitempty"`
+	Reason       string                 `protobuf:"bytes,3,opt,name=reason,proto3" json:"reason,omitempty"`
+	BytesPresent uint64                 `protobuf:"varint,4,opt,name=bytes_present,json=bytesPresent,proto3" json:"bytes_present,omitempty"`
+	BytesTotal   uint64                 `protobuf:"varint,5,opt,name=bytes_total,json=bytesTotal,proto3" json:"bytes_total,omitempty"`
+	Class        string                 `protobuf:"bytes,6,opt,name=class,proto3" json:"class,omitempty"`
+	// From 1; 0: none yet.
+	Wave          uint32                 `protobuf:"varint,7,opt,name=wave,proto3" json:"wave,omitempty"`
+	Excused       bool                   `protobuf:"varint,8,opt,name=excused,proto3" json:"excused,omitempty"`
+	ReadyAt       *timestamppb.Timestamp `protobuf:"bytes,9,opt,name=ready_at,json=readyAt,proto3" json:"ready_at,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *RolloutDevice) Reset() {
 	*x = RolloutDevice{}
-	mi := &file_dunlin_v1_api_proto_msgTypes[71]
+	mi := &file_dunlin_v1_api_proto_msgTypes[78]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4315,7 +5033,7 @@ func (x *RolloutDevice) String() string {
 func (*RolloutDevice) ProtoMessage() {}
 
 func (x *RolloutDevice) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_api_proto_msgTypes[71]
+	mi := &file_dunlin_v1_api_proto_msgTypes[78]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4328,7 +5046,7 @@ func (x *RolloutDevice) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RolloutDevice.ProtoReflect.Descriptor instead.
 func (*RolloutDevice) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{71}
+	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{78}
 }
 
 func (x *RolloutDevice) GetDevice() string {
@@ -4366,6 +5084,298 @@ func (x *RolloutDevice) GetBytesTotal() uint64 {
 	return 0
 }
 
+func (x *RolloutDevice) GetClass() string {
+	if x != nil {
+		return x.Class
+	}
+	return ""
+}
+
+func (x *RolloutDevice) GetWave() uint32 {
+	if x != nil {
+		return x.Wave
+	}
+	return 0
+}
+
+func (x *RolloutDevice) GetExcused() bool {
+	if x != nil {
+		return x.Excused
+	}
+	return false
+}
+
+func (x *RolloutDevice) GetReadyAt() *timestamppb.Timestamp {
+	if x != nil {
+		return x.ReadyAt
+	}
+	return nil
+}
+
+type ListDriftRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Only of this device, where set.
+	Device        string            `protobuf:"bytes,1,opt,name=device,proto3" json:"device,omitempty"`
+	Selector      map[string]string `protobuf:"bytes,2,rep,name=selector,proto3" json:"selector,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListDriftRequest) Reset() {
+	*x = ListDriftRequest{}
+	mi := &file_dunlin_v1_api_proto_msgTypes[79]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListDriftRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListDriftRequest) ProtoMessage() {}
+
+func (x *ListDriftRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_dunlin_v1_api_proto_msgTypes[79]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListDriftRequest.ProtoReflect.Descriptor instead.
+func (*ListDriftRequest) Descriptor() ([]byte, []int) {
+	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{79}
+}
+
+func (x *ListDriftRequest) GetDevice() string {
+	if x != nil {
+		return x.Device
+	}
+	return ""
+}
+
+func (x *ListDriftRequest) GetSelector() map[string]string {
+	if x != nil {
+		return x.Selector
+	}
+	return nil
+}
+
+type ListDriftResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Drifts        []*DeviceDrift         `protobuf:"bytes,1,rep,name=drifts,proto3" json:"drifts,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListDriftResponse) Reset() {
+	*x = ListDriftResponse{}
+	mi := &file_dunlin_v1_api_proto_msgTypes[80]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListDriftResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListDriftResponse) ProtoMessage() {}
+
+func (x *ListDriftResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_dunlin_v1_api_proto_msgTypes[80]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListDriftResponse.ProtoReflect.Descriptor instead.
+func (*ListDriftResponse) Descriptor() ([]byte, []int) {
+	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{80}
+}
+
+func (x *ListDriftResponse) GetDrifts() []*DeviceDrift {
+	if x != nil {
+		return x.Drifts
+	}
+	return nil
+}
+
+type DeviceDrift struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Device        string                 `protobuf:"bytes,1,opt,name=device,proto3" json:"device,omitempty"`
+	Drift         *Drift                 `protobuf:"bytes,2,opt,name=drift,proto3" json:"drift,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DeviceDrift) Reset() {
+	*x = DeviceDrift{}
+	mi := &file_dunlin_v1_api_proto_msgTypes[81]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DeviceDrift) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DeviceDrift) ProtoMessage() {}
+
+func (x *DeviceDrift) ProtoReflect() protoreflect.Message {
+	mi := &file_dunlin_v1_api_proto_msgTypes[81]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DeviceDrift.ProtoReflect.Descriptor instead.
+func (*DeviceDrift) Descriptor() ([]byte, []int) {
+	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{81}
+}
+
+func (x *DeviceDrift) GetDevice() string {
+	if x != nil {
+		return x.Device
+	}
+	return ""
+}
+
+func (x *DeviceDrift) GetDrift() *Drift {
+	if x != nil {
+		return x.Drift
+	}
+	return nil
+}
+
+type ListTelemetryRequest struct {
+	state  protoimpl.MessageState `protogen:"open.v1"`
+	Device string                 `protobuf:"bytes,1,opt,name=device,proto3" json:"device,omitempty"`
+	// Unset: a day before until.
+	From *timestamppb.Timestamp `protobuf:"bytes,2,opt,name=from,proto3" json:"from,omitempty"`
+	// Unset: now.
+	Until *timestamppb.Timestamp `protobuf:"bytes,3,opt,name=until,proto3" json:"until,omitempty"`
+	// At most so many, thinned out evenly; 1 to 2000, 0 means 500.
+	Limit         uint32 `protobuf:"varint,4,opt,name=limit,proto3" json:"limit,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListTelemetryRequest) Reset() {
+	*x = ListTelemetryRequest{}
+	mi := &file_dunlin_v1_api_proto_msgTypes[82]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListTelemetryRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListTelemetryRequest) ProtoMessage() {}
+
+func (x *ListTelemetryRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_dunlin_v1_api_proto_msgTypes[82]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListTelemetryRequest.ProtoReflect.Descriptor instead.
+func (*ListTelemetryRequest) Descriptor() ([]byte, []int) {
+	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{82}
+}
+
+func (x *ListTelemetryRequest) GetDevice() string {
+	if x != nil {
+		return x.Device
+	}
+	return ""
+}
+
+func (x *ListTelemetryRequest) GetFrom() *timestamppb.Timestamp {
+	if x != nil {
+		return x.From
+	}
+	return nil
+}
+
+func (x *ListTelemetryRequest) GetUntil() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Until
+	}
+	return nil
+}
+
+func (x *ListTelemetryRequest) GetLimit() uint32 {
+	if x != nil {
+		return x.Limit
+	}
+	return 0
+}
+
+type ListTelemetryResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Samples       []*Telemetry           `protobuf:"bytes,1,rep,name=samples,proto3" json:"samples,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListTelemetryResponse) Reset() {
+	*x = ListTelemetryResponse{}
+	mi := &file_dunlin_v1_api_proto_msgTypes[83]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListTelemetryResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListTelemetryResponse) ProtoMessage() {}
+
+func (x *ListTelemetryResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_dunlin_v1_api_proto_msgTypes[83]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListTelemetryResponse.ProtoReflect.Descriptor instead.
+func (*ListTelemetryResponse) Descriptor() ([]byte, []int) {
+	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{83}
+}
+
+func (x *ListTelemetryResponse) GetSamples() []*Telemetry {
+	if x != nil {
+		return x.Samples
+	}
+	return nil
+}
+
 type ListDevicesRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Only the device of this name, where set.
@@ -4378,7 +5388,7 @@ type ListDevicesRequest struct {
 
 func (x *ListDevicesRequest) Reset() {
 	*x = ListDevicesRequest{}
-	mi := &file_dunlin_v1_api_proto_msgTypes[72]
+	mi := &file_dunlin_v1_api_proto_msgTypes[84]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4390,7 +5400,7 @@ func (x *ListDevicesRequest) String() string {
 func (*ListDevicesRequest) ProtoMessage() {}
 
 func (x *ListDevicesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_api_proto_msgTypes[72]
+	mi := &file_dunlin_v1_api_proto_msgTypes[84]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4403,7 +5413,7 @@ func (x *ListDevicesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListDevicesRequest.ProtoReflect.Descriptor instead.
 func (*ListDevicesRequest) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{72}
+	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{84}
 }
 
 func (x *ListDevicesRequest) GetDevice() string {
@@ -4430,7 +5440,7 @@ type ListDevicesResponse struct {
 
 func (x *ListDevicesResponse) Reset() {
 	*x = ListDevicesResponse{}
-	mi := &file_dunlin_v1_api_proto_msgTypes[73]
+	mi := &file_dunlin_v1_api_proto_msgTypes[85]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4442,7 +5452,7 @@ func (x *ListDevicesResponse) String() string {
 func (*ListDevicesResponse) ProtoMessage() {}
 
 func (x *ListDevicesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_api_proto_msgTypes[73]
+	mi := &file_dunlin_v1_api_proto_msgTypes[85]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4455,7 +5465,7 @@ func (x *ListDevicesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListDevicesResponse.ProtoReflect.Descriptor instead.
 func (*ListDevicesResponse) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{73}
+	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{85}
 }
 
 func (x *ListDevicesResponse) GetDevices() []*Device {
@@ -4483,7 +5493,7 @@ type Device struct {
 
 func (x *Device) Reset() {
 	*x = Device{}
-	mi := &file_dunlin_v1_api_proto_msgTypes[74]
+	mi := &file_dunlin_v1_api_proto_msgTypes[86]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4495,7 +5505,7 @@ func (x *Device) String() string {
 func (*Device) ProtoMessage() {}
 
 func (x *Device) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_api_proto_msgTypes[74]
+	mi := &file_dunlin_v1_api_proto_msgTypes[86]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4508,7 +5518,7 @@ func (x *Device) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Device.ProtoReflect.Descriptor instead.
 func (*Device) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{74}
+	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{86}
 }
 
 func (x *Device) GetName() string {
@@ -4600,7 +5610,7 @@ type DeviceIdentity struct {
 
 func (x *DeviceIdentity) Reset() {
 	*x = DeviceIdentity{}
-	mi := &file_dunlin_v1_api_proto_msgTypes[75]
+	mi := &file_dunlin_v1_api_proto_msgTypes[87]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4612,7 +5622,7 @@ func (x *DeviceIdentity) String() string {
 func (*DeviceIdentity) ProtoMessage() {}
 
 func (x *DeviceIdentity) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_api_proto_msgTypes[75]
+	mi := &file_dunlin_v1_api_proto_msgTypes[87]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4625,7 +5635,7 @@ func (x *DeviceIdentity) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeviceIdentity.ProtoReflect.Descriptor instead.
 func (*DeviceIdentity) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{75}
+	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{87}
 }
 
 func (x *DeviceIdentity) GetSerial() string {
@@ -4684,7 +5694,7 @@ type Twin struct {
 
 func (x *Twin) Reset() {
 	*x = Twin{}
-	mi := &file_dunlin_v1_api_proto_msgTypes[76]
+	mi := &file_dunlin_v1_api_proto_msgTypes[88]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4696,7 +5706,7 @@ func (x *Twin) String() string {
 func (*Twin) ProtoMessage() {}
 
 func (x *Twin) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_api_proto_msgTypes[76]
+	mi := &file_dunlin_v1_api_proto_msgTypes[88]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4709,7 +5719,7 @@ func (x *Twin) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Twin.ProtoReflect.Descriptor instead.
 func (*Twin) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{76}
+	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{88}
 }
 
 func (x *Twin) GetBootId() string {
@@ -4750,7 +5760,7 @@ type RevokeDeviceRequest struct {
 
 func (x *RevokeDeviceRequest) Reset() {
 	*x = RevokeDeviceRequest{}
-	mi := &file_dunlin_v1_api_proto_msgTypes[77]
+	mi := &file_dunlin_v1_api_proto_msgTypes[89]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4762,7 +5772,7 @@ func (x *RevokeDeviceRequest) String() string {
 func (*RevokeDeviceRequest) ProtoMessage() {}
 
 func (x *RevokeDeviceRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_api_proto_msgTypes[77]
+	mi := &file_dunlin_v1_api_proto_msgTypes[89]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4775,7 +5785,7 @@ func (x *RevokeDeviceRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RevokeDeviceRequest.ProtoReflect.Descriptor instead.
 func (*RevokeDeviceRequest) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{77}
+	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{89}
 }
 
 func (x *RevokeDeviceRequest) GetDevice() string {
@@ -4800,7 +5810,7 @@ type RevokeDeviceResponse struct {
 
 func (x *RevokeDeviceResponse) Reset() {
 	*x = RevokeDeviceResponse{}
-	mi := &file_dunlin_v1_api_proto_msgTypes[78]
+	mi := &file_dunlin_v1_api_proto_msgTypes[90]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4812,7 +5822,7 @@ func (x *RevokeDeviceResponse) String() string {
 func (*RevokeDeviceResponse) ProtoMessage() {}
 
 func (x *RevokeDeviceResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_api_proto_msgTypes[78]
+	mi := &file_dunlin_v1_api_proto_msgTypes[90]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4825,7 +5835,7 @@ func (x *RevokeDeviceResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RevokeDeviceResponse.ProtoReflect.Descriptor instead.
 func (*RevokeDeviceResponse) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{78}
+	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{90}
 }
 
 type RemoveDeviceRequest struct {
@@ -4837,7 +5847,7 @@ type RemoveDeviceRequest struct {
 
 func (x *RemoveDeviceRequest) Reset() {
 	*x = RemoveDeviceRequest{}
-	mi := &file_dunlin_v1_api_proto_msgTypes[79]
+	mi := &file_dunlin_v1_api_proto_msgTypes[91]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4849,7 +5859,7 @@ func (x *RemoveDeviceRequest) String() string {
 func (*RemoveDeviceRequest) ProtoMessage() {}
 
 func (x *RemoveDeviceRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_api_proto_msgTypes[79]
+	mi := &file_dunlin_v1_api_proto_msgTypes[91]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4862,7 +5872,7 @@ func (x *RemoveDeviceRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveDeviceRequest.ProtoReflect.Descriptor instead.
 func (*RemoveDeviceRequest) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{79}
+	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{91}
 }
 
 func (x *RemoveDeviceRequest) GetDevice() string {
@@ -4880,7 +5890,7 @@ type RemoveDeviceResponse struct {
 
 func (x *RemoveDeviceResponse) Reset() {
 	*x = RemoveDeviceResponse{}
-	mi := &file_dunlin_v1_api_proto_msgTypes[80]
+	mi := &file_dunlin_v1_api_proto_msgTypes[92]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4892,7 +5902,7 @@ func (x *RemoveDeviceResponse) String() string {
 func (*RemoveDeviceResponse) ProtoMessage() {}
 
 func (x *RemoveDeviceResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_api_proto_msgTypes[80]
+	mi := &file_dunlin_v1_api_proto_msgTypes[92]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4905,7 +5915,7 @@ func (x *RemoveDeviceResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveDeviceResponse.ProtoReflect.Descriptor instead.
 func (*RemoveDeviceResponse) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{80}
+	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{92}
 }
 
 type ListEventsRequest struct {
@@ -4920,7 +5930,7 @@ type ListEventsRequest struct {
 
 func (x *ListEventsRequest) Reset() {
 	*x = ListEventsRequest{}
-	mi := &file_dunlin_v1_api_proto_msgTypes[81]
+	mi := &file_dunlin_v1_api_proto_msgTypes[93]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4932,7 +5942,7 @@ func (x *ListEventsRequest) String() string {
 func (*ListEventsRequest) ProtoMessage() {}
 
 func (x *ListEventsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_api_proto_msgTypes[81]
+	mi := &file_dunlin_v1_api_proto_msgTypes[93]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4945,7 +5955,7 @@ func (x *ListEventsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListEventsRequest.ProtoReflect.Descriptor instead.
 func (*ListEventsRequest) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{81}
+	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{93}
 }
 
 func (x *ListEventsRequest) GetDevice() string {
@@ -4971,7 +5981,7 @@ type ListEventsResponse struct {
 
 func (x *ListEventsResponse) Reset() {
 	*x = ListEventsResponse{}
-	mi := &file_dunlin_v1_api_proto_msgTypes[82]
+	mi := &file_dunlin_v1_api_proto_msgTypes[94]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4983,7 +5993,7 @@ func (x *ListEventsResponse) String() string {
 func (*ListEventsResponse) ProtoMessage() {}
 
 func (x *ListEventsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_api_proto_msgTypes[82]
+	mi := &file_dunlin_v1_api_proto_msgTypes[94]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4996,7 +6006,7 @@ func (x *ListEventsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListEventsResponse.ProtoReflect.Descriptor instead.
 func (*ListEventsResponse) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{82}
+	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{94}
 }
 
 func (x *ListEventsResponse) GetEvents() []*DeviceEvent {
@@ -5018,7 +6028,7 @@ type DeviceEvent struct {
 
 func (x *DeviceEvent) Reset() {
 	*x = DeviceEvent{}
-	mi := &file_dunlin_v1_api_proto_msgTypes[83]
+	mi := &file_dunlin_v1_api_proto_msgTypes[95]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5030,7 +6040,7 @@ func (x *DeviceEvent) String() string {
 func (*DeviceEvent) ProtoMessage() {}
 
 func (x *DeviceEvent) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_api_proto_msgTypes[83]
+	mi := &file_dunlin_v1_api_proto_msgTypes[95]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5043,7 +6053,7 @@ func (x *DeviceEvent) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeviceEvent.ProtoReflect.Descriptor instead.
 func (*DeviceEvent) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{83}
+	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{95}
 }
 
 func (x *DeviceEvent) GetDevice() string {
@@ -5372,7 +6382,64 @@ const file_dunlin_v1_api_proto_rawDesc = "" +
 	"\x10SOURCE_ESTIMATED\x10\x03\x12\x12\n" +
 	"\x0eSOURCE_UNKNOWN\x10\x04B\x12\n" +
 	"\x10_latency_secondsB\t\n" +
-	"\a_joules\"5\n" +
+	"\a_joules\"\xa4\x02\n" +
+	"\x15ControlRolloutRequest\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x12\x1e\n" +
+	"\n" +
+	"deployment\x18\x02 \x01(\tR\n" +
+	"deployment\x12?\n" +
+	"\x06action\x18\x03 \x01(\x0e2'.dunlin.v1.ControlRolloutRequest.ActionR\x06action\x12\x16\n" +
+	"\x06reason\x18\x04 \x01(\tR\x06reason\"\x81\x01\n" +
+	"\x06Action\x12\x16\n" +
+	"\x12ACTION_UNSPECIFIED\x10\x00\x12\x10\n" +
+	"\fACTION_PAUSE\x10\x01\x12\x11\n" +
+	"\rACTION_RESUME\x10\x02\x12\x12\n" +
+	"\x0eACTION_PROMOTE\x10\x03\x12\x10\n" +
+	"\fACTION_ABORT\x10\x04\x12\x14\n" +
+	"\x10ACTION_ROLL_BACK\x10\x05\"F\n" +
+	"\x16ControlRolloutResponse\x12,\n" +
+	"\arollout\x18\x01 \x01(\v2\x12.dunlin.v1.RolloutR\arollout\"F\n" +
+	"\x14ListDecisionsRequest\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x12\x1e\n" +
+	"\n" +
+	"deployment\x18\x02 \x01(\tR\n" +
+	"deployment\"J\n" +
+	"\x15ListDecisionsResponse\x121\n" +
+	"\tdecisions\x18\x01 \x03(\v2\x13.dunlin.v1.DecisionR\tdecisions\"\xf0\x01\n" +
+	"\bDecision\x12*\n" +
+	"\x02at\x18\x01 \x01(\v2\x1a.google.protobuf.TimestampR\x02at\x12\x12\n" +
+	"\x04kind\x18\x02 \x01(\tR\x04kind\x12\x12\n" +
+	"\x04wave\x18\x03 \x01(\rR\x04wave\x12\x0e\n" +
+	"\x02by\x18\x04 \x01(\tR\x02by\x12\x16\n" +
+	"\x06reason\x18\x05 \x01(\tR\x06reason\x12\x18\n" +
+	"\adevices\x18\x06 \x03(\tR\adevices\x12!\n" +
+	"\fdevice_count\x18\a \x01(\rR\vdeviceCount\x12+\n" +
+	"\x05gates\x18\b \x03(\v2\x15.dunlin.v1.GateResultR\x05gates\"\xcd\x03\n" +
+	"\n" +
+	"GateResult\x12\x12\n" +
+	"\x04gate\x18\x01 \x01(\tR\x04gate\x12\x14\n" +
+	"\x05class\x18\x02 \x01(\tR\x05class\x127\n" +
+	"\averdict\x18\x03 \x01(\x0e2\x1d.dunlin.v1.GateResult.VerdictR\averdict\x12\"\n" +
+	"\n" +
+	"new_figure\x18\x04 \x01(\x01H\x00R\tnewFigure\x88\x01\x01\x12\"\n" +
+	"\n" +
+	"old_figure\x18\x05 \x01(\x01H\x01R\toldFigure\x88\x01\x01\x12\x19\n" +
+	"\x05value\x18\x06 \x01(\x01H\x02R\x05value\x88\x01\x01\x12\x14\n" +
+	"\x05limit\x18\a \x01(\x01R\x05limit\x12\x1f\n" +
+	"\vnew_samples\x18\b \x01(\x04R\n" +
+	"newSamples\x12\x1f\n" +
+	"\vold_samples\x18\t \x01(\x04R\n" +
+	"oldSamples\x12\x16\n" +
+	"\x06reason\x18\n" +
+	" \x01(\tR\x06reason\"a\n" +
+	"\aVerdict\x12\x17\n" +
+	"\x13VERDICT_UNSPECIFIED\x10\x00\x12\x12\n" +
+	"\x0eVERDICT_PASSED\x10\x01\x12\x12\n" +
+	"\x0eVERDICT_FAILED\x10\x02\x12\x15\n" +
+	"\x11VERDICT_NO_SAMPLE\x10\x03B\r\n" +
+	"\v_new_figureB\r\n" +
+	"\v_old_figureB\b\n" +
+	"\x06_value\"5\n" +
 	"\x13ListRolloutsRequest\x12\x1e\n" +
 	"\n" +
 	"deployment\x18\x01 \x01(\tR\n" +
@@ -5392,7 +6459,7 @@ const file_dunlin_v1_api_proto_rawDesc = "" +
 	"deployment\x18\x02 \x01(\tR\n" +
 	"deployment\"D\n" +
 	"\x14WatchRolloutResponse\x12,\n" +
-	"\arollout\x18\x01 \x01(\v2\x12.dunlin.v1.RolloutR\arollout\"\xfe\x02\n" +
+	"\arollout\x18\x01 \x01(\v2\x12.dunlin.v1.RolloutR\arollout\"\xc9\x04\n" +
 	"\aRollout\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x1e\n" +
 	"\n" +
@@ -5408,20 +6475,59 @@ const file_dunlin_v1_api_proto_rawDesc = "" +
 	"started_at\x18\b \x01(\v2\x1a.google.protobuf.TimestampR\tstartedAt\x125\n" +
 	"\bended_at\x18\t \x01(\v2\x1a.google.protobuf.TimestampR\aendedAt\x122\n" +
 	"\adevices\x18\n" +
-	" \x03(\v2\x18.dunlin.v1.RolloutDeviceR\adevices\"\xa4\x02\n" +
+	" \x03(\v2\x18.dunlin.v1.RolloutDeviceR\adevices\x12\x1d\n" +
+	"\n" +
+	"from_model\x18\v \x01(\tR\tfromModel\x12\x12\n" +
+	"\x04wave\x18\f \x01(\rR\x04wave\x12,\n" +
+	"\x05waves\x18\r \x03(\v2\x16.dunlin.v1.RolloutWaveR\x05waves\x12+\n" +
+	"\x05gates\x18\x0e \x03(\v2\x15.dunlin.v1.GateResultR\x05gates\x12;\n" +
+	"\vsoaks_until\x18\x0f \x01(\v2\x1a.google.protobuf.TimestampR\n" +
+	"soaksUntil\"\xbe\x01\n" +
+	"\vRolloutWave\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x18\n" +
+	"\adevices\x18\x02 \x01(\rR\adevices\x12\x14\n" +
+	"\x05ready\x18\x03 \x01(\rR\x05ready\x12\x16\n" +
+	"\x06failed\x18\x04 \x01(\rR\x06failed\x12\x18\n" +
+	"\aexcused\x18\x05 \x01(\rR\aexcused\x129\n" +
+	"\n" +
+	"started_at\x18\x06 \x01(\v2\x1a.google.protobuf.TimestampR\tstartedAt\"\xca\x03\n" +
 	"\rRolloutDevice\x12\x16\n" +
 	"\x06device\x18\x01 \x01(\tR\x06device\x124\n" +
 	"\x05phase\x18\x02 \x01(\x0e2\x1e.dunlin.v1.RolloutDevice.PhaseR\x05phase\x12\x16\n" +
 	"\x06reason\x18\x03 \x01(\tR\x06reason\x12#\n" +
 	"\rbytes_present\x18\x04 \x01(\x04R\fbytesPresent\x12\x1f\n" +
 	"\vbytes_total\x18\x05 \x01(\x04R\n" +
-	"bytesTotal\"g\n" +
+	"bytesTotal\x12\x14\n" +
+	"\x05class\x18\x06 \x01(\tR\x05class\x12\x12\n" +
+	"\x04wave\x18\a \x01(\rR\x04wave\x12\x18\n" +
+	"\aexcused\x18\b \x01(\bR\aexcused\x125\n" +
+	"\bready_at\x18\t \x01(\v2\x1a.google.protobuf.TimestampR\areadyAt\"\x91\x01\n" +
 	"\x05Phase\x12\x15\n" +
 	"\x11PHASE_UNSPECIFIED\x10\x00\x12\x11\n" +
 	"\rPHASE_PENDING\x10\x01\x12\x11\n" +
 	"\rPHASE_WORKING\x10\x02\x12\x0f\n" +
 	"\vPHASE_READY\x10\x03\x12\x10\n" +
-	"\fPHASE_FAILED\x10\x04\"\xb2\x01\n" +
+	"\fPHASE_FAILED\x10\x04\x12\x11\n" +
+	"\rPHASE_WAITING\x10\x05\x12\x15\n" +
+	"\x11PHASE_ROLLED_BACK\x10\x06\"\xae\x01\n" +
+	"\x10ListDriftRequest\x12\x16\n" +
+	"\x06device\x18\x01 \x01(\tR\x06device\x12E\n" +
+	"\bselector\x18\x02 \x03(\v2).dunlin.v1.ListDriftRequest.SelectorEntryR\bselector\x1a;\n" +
+	"\rSelectorEntry\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"C\n" +
+	"\x11ListDriftResponse\x12.\n" +
+	"\x06drifts\x18\x01 \x03(\v2\x16.dunlin.v1.DeviceDriftR\x06drifts\"M\n" +
+	"\vDeviceDrift\x12\x16\n" +
+	"\x06device\x18\x01 \x01(\tR\x06device\x12&\n" +
+	"\x05drift\x18\x02 \x01(\v2\x10.dunlin.v1.DriftR\x05drift\"\xa6\x01\n" +
+	"\x14ListTelemetryRequest\x12\x16\n" +
+	"\x06device\x18\x01 \x01(\tR\x06device\x12.\n" +
+	"\x04from\x18\x02 \x01(\v2\x1a.google.protobuf.TimestampR\x04from\x120\n" +
+	"\x05until\x18\x03 \x01(\v2\x1a.google.protobuf.TimestampR\x05until\x12\x14\n" +
+	"\x05limit\x18\x04 \x01(\rR\x05limit\"G\n" +
+	"\x15ListTelemetryResponse\x12.\n" +
+	"\asamples\x18\x01 \x03(\v2\x14.dunlin.v1.TelemetryR\asamples\"\xb2\x01\n" +
 	"\x12ListDevicesRequest\x12\x16\n" +
 	"\x06device\x18\x01 \x01(\tR\x06device\x12G\n" +
 	"\bselector\x18\x02 \x03(\v2+.dunlin.v1.ListDevicesRequest.SelectorEntryR\bselector\x1a;\n" +
@@ -5475,13 +6581,18 @@ const file_dunlin_v1_api_proto_rawDesc = "" +
 	"\toutbox_id\x18\x02 \x01(\tR\boutboxId\x12&\n" +
 	"\x05event\x18\x03 \x01(\v2\x10.dunlin.v1.EventR\x05event\x12;\n" +
 	"\vreceived_at\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\n" +
-	"receivedAt*\x9d\x01\n" +
+	"receivedAt*\xab\x02\n" +
 	"\fRolloutState\x12\x1d\n" +
 	"\x19ROLLOUT_STATE_UNSPECIFIED\x10\x00\x12\x19\n" +
 	"\x15ROLLOUT_STATE_RUNNING\x10\x01\x12\x1b\n" +
 	"\x17ROLLOUT_STATE_SUCCEEDED\x10\x02\x12\x18\n" +
 	"\x14ROLLOUT_STATE_FAILED\x10\x03\x12\x1c\n" +
-	"\x18ROLLOUT_STATE_SUPERSEDED\x10\x042\xe2\x01\n" +
+	"\x18ROLLOUT_STATE_SUPERSEDED\x10\x04\x12\x18\n" +
+	"\x14ROLLOUT_STATE_PAUSED\x10\x05\x12\x18\n" +
+	"\x14ROLLOUT_STATE_HALTED\x10\x06\x12\x1e\n" +
+	"\x1aROLLOUT_STATE_ROLLING_BACK\x10\a\x12\x1d\n" +
+	"\x19ROLLOUT_STATE_ROLLED_BACK\x10\b\x12\x19\n" +
+	"\x15ROLLOUT_STATE_ABORTED\x10\t2\xe2\x01\n" +
 	"\vAuthService\x12=\n" +
 	"\x06WhoAmI\x12\x18.dunlin.v1.WhoAmIRequest\x1a\x19.dunlin.v1.WhoAmIResponse\x12:\n" +
 	"\x05Login\x12\x17.dunlin.v1.LoginRequest\x1a\x18.dunlin.v1.LoginResponse\x12X\n" +
@@ -5525,18 +6636,22 @@ const file_dunlin_v1_api_proto_rawDesc = "" +
 	"ListRoutes\x12\x1c.dunlin.v1.ListRoutesRequest\x1a\x1d.dunlin.v1.ListRoutesResponse2\x9a\x01\n" +
 	"\x0eProfileService\x12O\n" +
 	"\fListProfiles\x12\x1e.dunlin.v1.ListProfilesRequest\x1a\x1f.dunlin.v1.ListProfilesResponse\x127\n" +
-	"\x04Plan\x12\x16.dunlin.v1.PlanRequest\x1a\x17.dunlin.v1.PlanResponse2\xff\x01\n" +
+	"\x04Plan\x12\x16.dunlin.v1.PlanRequest\x1a\x17.dunlin.v1.PlanResponse2\xaa\x03\n" +
 	"\x0eRolloutService\x12O\n" +
 	"\fListRollouts\x12\x1e.dunlin.v1.ListRolloutsRequest\x1a\x1f.dunlin.v1.ListRolloutsResponse\x12I\n" +
 	"\n" +
 	"GetRollout\x12\x1c.dunlin.v1.GetRolloutRequest\x1a\x1d.dunlin.v1.GetRolloutResponse\x12Q\n" +
-	"\fWatchRollout\x12\x1e.dunlin.v1.WatchRolloutRequest\x1a\x1f.dunlin.v1.WatchRolloutResponse0\x012\xca\x02\n" +
+	"\fWatchRollout\x12\x1e.dunlin.v1.WatchRolloutRequest\x1a\x1f.dunlin.v1.WatchRolloutResponse0\x01\x12U\n" +
+	"\x0eControlRollout\x12 .dunlin.v1.ControlRolloutRequest\x1a!.dunlin.v1.ControlRolloutResponse\x12R\n" +
+	"\rListDecisions\x12\x1f.dunlin.v1.ListDecisionsRequest\x1a .dunlin.v1.ListDecisionsResponse2\xe6\x03\n" +
 	"\rDeviceService\x12L\n" +
 	"\vListDevices\x12\x1d.dunlin.v1.ListDevicesRequest\x1a\x1e.dunlin.v1.ListDevicesResponse\x12O\n" +
 	"\fRemoveDevice\x12\x1e.dunlin.v1.RemoveDeviceRequest\x1a\x1f.dunlin.v1.RemoveDeviceResponse\x12O\n" +
 	"\fRevokeDevice\x12\x1e.dunlin.v1.RevokeDeviceRequest\x1a\x1f.dunlin.v1.RevokeDeviceResponse\x12I\n" +
 	"\n" +
-	"ListEvents\x12\x1c.dunlin.v1.ListEventsRequest\x1a\x1d.dunlin.v1.ListEventsResponseB3Z1github.com/dunlin/dunlin/proto/dunlin/v1;dunlinv1b\x06proto3"
+	"ListEvents\x12\x1c.dunlin.v1.ListEventsRequest\x1a\x1d.dunlin.v1.ListEventsResponse\x12F\n" +
+	"\tListDrift\x12\x1b.dunlin.v1.ListDriftRequest\x1a\x1c.dunlin.v1.ListDriftResponse\x12R\n" +
+	"\rListTelemetry\x12\x1f.dunlin.v1.ListTelemetryRequest\x1a .dunlin.v1.ListTelemetryResponseB3Z1github.com/dunlin/dunlin/proto/dunlin/v1;dunlinv1b\x06proto3"
 
 var (
 	file_dunlin_v1_api_proto_rawDescOnce sync.Once
@@ -5550,281 +6665,322 @@ func file_dunlin_v1_api_proto_rawDescGZIP() []byte {
 	return file_dunlin_v1_api_proto_rawDescData
 }
 
-var file_dunlin_v1_api_proto_enumTypes = make([]protoimpl.EnumInfo, 5)
-var file_dunlin_v1_api_proto_msgTypes = make([]protoimpl.MessageInfo, 95)
+var file_dunlin_v1_api_proto_enumTypes = make([]protoimpl.EnumInfo, 7)
+var file_dunlin_v1_api_proto_msgTypes = make([]protoimpl.MessageInfo, 108)
 var file_dunlin_v1_api_proto_goTypes = []any{
-	(RolloutState)(0),               // 0: dunlin.v1.RolloutState
-	(ObjectChange_Action)(0),        // 1: dunlin.v1.ObjectChange.Action
-	(DevicePlan_Verdict)(0),         // 2: dunlin.v1.DevicePlan.Verdict
-	(DevicePlan_Source)(0),          // 3: dunlin.v1.DevicePlan.Source
-	(RolloutDevice_Phase)(0),        // 4: dunlin.v1.RolloutDevice.Phase
-	(*LoginRequest)(nil),            // 5: dunlin.v1.LoginRequest
-	(*LoginResponse)(nil),           // 6: dunlin.v1.LoginResponse
-	(*GetLoginMethodsRequest)(nil),  // 7: dunlin.v1.GetLoginMethodsRequest
-	(*GetLoginMethodsResponse)(nil), // 8: dunlin.v1.GetLoginMethodsResponse
-	(*WhoAmIRequest)(nil),           // 9: dunlin.v1.WhoAmIRequest
-	(*WhoAmIResponse)(nil),          // 10: dunlin.v1.WhoAmIResponse
-	(*User)(nil),                    // 11: dunlin.v1.User
-	(*CreateUserRequest)(nil),       // 12: dunlin.v1.CreateUserRequest
-	(*CreateUserResponse)(nil),      // 13: dunlin.v1.CreateUserResponse
-	(*UpdateUserRequest)(nil),       // 14: dunlin.v1.UpdateUserRequest
-	(*UpdateUserResponse)(nil),      // 15: dunlin.v1.UpdateUserResponse
-	(*DeleteUserRequest)(nil),       // 16: dunlin.v1.DeleteUserRequest
-	(*DeleteUserResponse)(nil),      // 17: dunlin.v1.DeleteUserResponse
-	(*ListUsersRequest)(nil),        // 18: dunlin.v1.ListUsersRequest
-	(*ListUsersResponse)(nil),       // 19: dunlin.v1.ListUsersResponse
-	(*Token)(nil),                   // 20: dunlin.v1.Token
-	(*CreateTokenRequest)(nil),      // 21: dunlin.v1.CreateTokenRequest
-	(*CreateTokenResponse)(nil),     // 22: dunlin.v1.CreateTokenResponse
-	(*ListTokensRequest)(nil),       // 23: dunlin.v1.ListTokensRequest
-	(*ListTokensResponse)(nil),      // 24: dunlin.v1.ListTokensResponse
-	(*DeleteTokenRequest)(nil),      // 25: dunlin.v1.DeleteTokenRequest
-	(*DeleteTokenResponse)(nil),     // 26: dunlin.v1.DeleteTokenResponse
-	(*ListAuditRequest)(nil),        // 27: dunlin.v1.ListAuditRequest
-	(*ListAuditResponse)(nil),       // 28: dunlin.v1.ListAuditResponse
-	(*GetTrustRequest)(nil),         // 29: dunlin.v1.GetTrustRequest
-	(*GetTrustResponse)(nil),        // 30: dunlin.v1.GetTrustResponse
-	(*PutTrustRequest)(nil),         // 31: dunlin.v1.PutTrustRequest
-	(*PutTrustResponse)(nil),        // 32: dunlin.v1.PutTrustResponse
-	(*GetAuthoritiesRequest)(nil),   // 33: dunlin.v1.GetAuthoritiesRequest
-	(*GetAuthoritiesResponse)(nil),  // 34: dunlin.v1.GetAuthoritiesResponse
-	(*Authority)(nil),               // 35: dunlin.v1.Authority
-	(*RotateAuthorityRequest)(nil),  // 36: dunlin.v1.RotateAuthorityRequest
-	(*RotateAuthorityResponse)(nil), // 37: dunlin.v1.RotateAuthorityResponse
-	(*RetireAuthorityRequest)(nil),  // 38: dunlin.v1.RetireAuthorityRequest
-	(*RetireAuthorityResponse)(nil), // 39: dunlin.v1.RetireAuthorityResponse
-	(*DeleteJoinTokenRequest)(nil),  // 40: dunlin.v1.DeleteJoinTokenRequest
-	(*DeleteJoinTokenResponse)(nil), // 41: dunlin.v1.DeleteJoinTokenResponse
-	(*CreateJoinTokenRequest)(nil),  // 42: dunlin.v1.CreateJoinTokenRequest
-	(*CreateJoinTokenResponse)(nil), // 43: dunlin.v1.CreateJoinTokenResponse
-	(*ListJoinTokensRequest)(nil),   // 44: dunlin.v1.ListJoinTokensRequest
-	(*ListJoinTokensResponse)(nil),  // 45: dunlin.v1.ListJoinTokensResponse
-	(*JoinToken)(nil),               // 46: dunlin.v1.JoinToken
-	(*CreateVersionRequest)(nil),    // 47: dunlin.v1.CreateVersionRequest
-	(*CreateVersionResponse)(nil),   // 48: dunlin.v1.CreateVersionResponse
-	(*ListModelsRequest)(nil),       // 49: dunlin.v1.ListModelsRequest
-	(*ListModelsResponse)(nil),      // 50: dunlin.v1.ListModelsResponse
-	(*ModelVersion)(nil),            // 51: dunlin.v1.ModelVersion
-	(*ApplyRequest)(nil),            // 52: dunlin.v1.ApplyRequest
-	(*ApplyResponse)(nil),           // 53: dunlin.v1.ApplyResponse
-	(*ObjectChange)(nil),            // 54: dunlin.v1.ObjectChange
-	(*DeleteRequest)(nil),           // 55: dunlin.v1.DeleteRequest
-	(*DeleteResponse)(nil),          // 56: dunlin.v1.DeleteResponse
-	(*ListDeploymentsRequest)(nil),  // 57: dunlin.v1.ListDeploymentsRequest
-	(*ListDeploymentsResponse)(nil), // 58: dunlin.v1.ListDeploymentsResponse
-	(*Deployment)(nil),              // 59: dunlin.v1.Deployment
-	(*ListRoutesRequest)(nil),       // 60: dunlin.v1.ListRoutesRequest
-	(*ListRoutesResponse)(nil),      // 61: dunlin.v1.ListRoutesResponse
-	(*Route)(nil),                   // 62: dunlin.v1.Route
-	(*ListProfilesRequest)(nil),     // 63: dunlin.v1.ListProfilesRequest
-	(*ListProfilesResponse)(nil),    // 64: dunlin.v1.ListProfilesResponse
-	(*DeviceProfile)(nil),           // 65: dunlin.v1.DeviceProfile
-	(*PlanRequest)(nil),             // 66: dunlin.v1.PlanRequest
-	(*PlanResponse)(nil),            // 67: dunlin.v1.PlanResponse
-	(*DevicePlan)(nil),              // 68: dunlin.v1.DevicePlan
-	(*ListRolloutsRequest)(nil),     // 69: dunlin.v1.ListRolloutsRequest
-	(*ListRolloutsResponse)(nil),    // 70: dunlin.v1.ListRolloutsResponse
-	(*GetRolloutRequest)(nil),       // 71: dunlin.v1.GetRolloutRequest
-	(*GetRolloutResponse)(nil),      // 72: dunlin.v1.GetRolloutResponse
-	(*WatchRolloutRequest)(nil),     // 73: dunlin.v1.WatchRolloutRequest
-	(*WatchRolloutResponse)(nil),    // 74: dunlin.v1.WatchRolloutResponse
-	(*Rollout)(nil),                 // 75: dunlin.v1.Rollout
-	(*RolloutDevice)(nil),           // 76: dunlin.v1.RolloutDevice
-	(*ListDevicesRequest)(nil),      // 77: dunlin.v1.ListDevicesRequest
-	(*ListDevicesResponse)(nil),     // 78: dunlin.v1.ListDevicesResponse
-	(*Device)(nil),                  // 79: dunlin.v1.Device
-	(*DeviceIdentity)(nil),          // 80: dunlin.v1.DeviceIdentity
-	(*Twin)(nil),                    // 81: dunlin.v1.Twin
-	(*RevokeDeviceRequest)(nil),     // 82: dunlin.v1.RevokeDeviceRequest
-	(*RevokeDeviceResponse)(nil),    // 83: dunlin.v1.RevokeDeviceResponse
-	(*RemoveDeviceRequest)(nil),     // 84: dunlin.v1.RemoveDeviceRequest
-	(*RemoveDeviceResponse)(nil),    // 85: dunlin.v1.RemoveDeviceResponse
-	(*ListEventsRequest)(nil),       // 86: dunlin.v1.ListEventsRequest
-	(*ListEventsResponse)(nil),      // 87: dunlin.v1.ListEventsResponse
-	(*DeviceEvent)(nil),             // 88: dunlin.v1.DeviceEvent
-	nil,                             // 89: dunlin.v1.WhoAmIResponse.ScopeEntry
-	nil,                             // 90: dunlin.v1.User.ScopeEntry
-	nil,                             // 91: dunlin.v1.CreateUserRequest.ScopeEntry
-	nil,                             // 92: dunlin.v1.UpdateUserRequest.ScopeEntry
-	nil,                             // 93: dunlin.v1.Token.ScopeEntry
-	nil,                             // 94: dunlin.v1.CreateTokenRequest.ScopeEntry
-	nil,                             // 95: dunlin.v1.CreateJoinTokenRequest.LabelsEntry
-	nil,                             // 96: dunlin.v1.JoinToken.LabelsEntry
-	nil,                             // 97: dunlin.v1.Deployment.SelectorEntry
-	nil,                             // 98: dunlin.v1.ListDevicesRequest.SelectorEntry
-	nil,                             // 99: dunlin.v1.Device.LabelsEntry
-	(*timestamppb.Timestamp)(nil),   // 100: google.protobuf.Timestamp
-	(*durationpb.Duration)(nil),     // 101: google.protobuf.Duration
-	(*AuditRecord)(nil),             // 102: dunlin.v1.AuditRecord
-	(*SignedTrust)(nil),             // 103: dunlin.v1.SignedTrust
-	(*RouteTarget)(nil),             // 104: dunlin.v1.RouteTarget
-	(*ModelProfile)(nil),            // 105: dunlin.v1.ModelProfile
-	(*DeviceInfo)(nil),              // 106: dunlin.v1.DeviceInfo
-	(*Generation)(nil),              // 107: dunlin.v1.Generation
-	(*Reported)(nil),                // 108: dunlin.v1.Reported
-	(*Telemetry)(nil),               // 109: dunlin.v1.Telemetry
-	(*Event)(nil),                   // 110: dunlin.v1.Event
-	(*JoinRequest)(nil),             // 111: dunlin.v1.JoinRequest
-	(*RenewRequest)(nil),            // 112: dunlin.v1.RenewRequest
-	(*GetTimeRequest)(nil),          // 113: dunlin.v1.GetTimeRequest
-	(*JoinResponse)(nil),            // 114: dunlin.v1.JoinResponse
-	(*RenewResponse)(nil),           // 115: dunlin.v1.RenewResponse
-	(*GetTimeResponse)(nil),         // 116: dunlin.v1.GetTimeResponse
+	(RolloutState)(0),                 // 0: dunlin.v1.RolloutState
+	(ObjectChange_Action)(0),          // 1: dunlin.v1.ObjectChange.Action
+	(DevicePlan_Verdict)(0),           // 2: dunlin.v1.DevicePlan.Verdict
+	(DevicePlan_Source)(0),            // 3: dunlin.v1.DevicePlan.Source
+	(ControlRolloutRequest_Action)(0), // 4: dunlin.v1.ControlRolloutRequest.Action
+	(GateResult_Verdict)(0),           // 5: dunlin.v1.GateResult.Verdict
+	(RolloutDevice_Phase)(0),          // 6: dunlin.v1.RolloutDevice.Phase
+	(*LoginRequest)(nil),              // 7: dunlin.v1.LoginRequest
+	(*LoginResponse)(nil),             // 8: dunlin.v1.LoginResponse
+	(*GetLoginMethodsRequest)(nil),    // 9: dunlin.v1.GetLoginMethodsRequest
+	(*GetLoginMethodsResponse)(nil),   // 10: dunlin.v1.GetLoginMethodsResponse
+	(*WhoAmIRequest)(nil),             // 11: dunlin.v1.WhoAmIRequest
+	(*WhoAmIResponse)(nil),            // 12: dunlin.v1.WhoAmIResponse
+	(*User)(nil),                      // 13: dunlin.v1.User
+	(*CreateUserRequest)(nil),         // 14: dunlin.v1.CreateUserRequest
+	(*CreateUserResponse)(nil),        // 15: dunlin.v1.CreateUserResponse
+	(*UpdateUserRequest)(nil),         // 16: dunlin.v1.UpdateUserRequest
+	(*UpdateUserResponse)(nil),        // 17: dunlin.v1.UpdateUserResponse
+	(*DeleteUserRequest)(nil),         // 18: dunlin.v1.DeleteUserRequest
+	(*DeleteUserResponse)(nil),        // 19: dunlin.v1.DeleteUserResponse
+	(*ListUsersRequest)(nil),          // 20: dunlin.v1.ListUsersRequest
+	(*ListUsersResponse)(nil),         // 21: dunlin.v1.ListUsersResponse
+	(*Token)(nil),                     // 22: dunlin.v1.Token
+	(*CreateTokenRequest)(nil),        // 23: dunlin.v1.CreateTokenRequest
+	(*CreateTokenResponse)(nil),       // 24: dunlin.v1.CreateTokenResponse
+	(*ListTokensRequest)(nil),         // 25: dunlin.v1.ListTokensRequest
+	(*ListTokensResponse)(nil),        // 26: dunlin.v1.ListTokensResponse
+	(*DeleteTokenRequest)(nil),        // 27: dunlin.v1.DeleteTokenRequest
+	(*DeleteTokenResponse)(nil),       // 28: dunlin.v1.DeleteTokenResponse
+	(*ListAuditRequest)(nil),          // 29: dunlin.v1.ListAuditRequest
+	(*ListAuditResponse)(nil),         // 30: dunlin.v1.ListAuditResponse
+	(*GetTrustRequest)(nil),           // 31: dunlin.v1.GetTrustRequest
+	(*GetTrustResponse)(nil),          // 32: dunlin.v1.GetTrustResponse
+	(*PutTrustRequest)(nil),           // 33: dunlin.v1.PutTrustRequest
+	(*PutTrustResponse)(nil),          // 34: dunlin.v1.PutTrustResponse
+	(*GetAuthoritiesRequest)(nil),     // 35: dunlin.v1.GetAuthoritiesRequest
+	(*GetAuthoritiesResponse)(nil),    // 36: dunlin.v1.GetAuthoritiesResponse
+	(*Authority)(nil),                 // 37: dunlin.v1.Authority
+	(*RotateAuthorityRequest)(nil),    // 38: dunlin.v1.RotateAuthorityRequest
+	(*RotateAuthorityResponse)(nil),   // 39: dunlin.v1.RotateAuthorityResponse
+	(*RetireAuthorityRequest)(nil),    // 40: dunlin.v1.RetireAuthorityRequest
+	(*RetireAuthorityResponse)(nil),   // 41: dunlin.v1.RetireAuthorityResponse
+	(*DeleteJoinTokenRequest)(nil),    // 42: dunlin.v1.DeleteJoinTokenRequest
+	(*DeleteJoinTokenResponse)(nil),   // 43: dunlin.v1.DeleteJoinTokenResponse
+	(*CreateJoinTokenRequest)(nil),    // 44: dunlin.v1.CreateJoinTokenRequest
+	(*CreateJoinTokenResponse)(nil),   // 45: dunlin.v1.CreateJoinTokenResponse
+	(*ListJoinTokensRequest)(nil),     // 46: dunlin.v1.ListJoinTokensRequest
+	(*ListJoinTokensResponse)(nil),    // 47: dunlin.v1.ListJoinTokensResponse
+	(*JoinToken)(nil),                 // 48: dunlin.v1.JoinToken
+	(*CreateVersionRequest)(nil),      // 49: dunlin.v1.CreateVersionRequest
+	(*CreateVersionResponse)(nil),     // 50: dunlin.v1.CreateVersionResponse
+	(*ListModelsRequest)(nil),         // 51: dunlin.v1.ListModelsRequest
+	(*ListModelsResponse)(nil),        // 52: dunlin.v1.ListModelsResponse
+	(*ModelVersion)(nil),              // 53: dunlin.v1.ModelVersion
+	(*ApplyRequest)(nil),              // 54: dunlin.v1.ApplyRequest
+	(*ApplyResponse)(nil),             // 55: dunlin.v1.ApplyResponse
+	(*ObjectChange)(nil),              // 56: dunlin.v1.ObjectChange
+	(*DeleteRequest)(nil),             // 57: dunlin.v1.DeleteRequest
+	(*DeleteResponse)(nil),            // 58: dunlin.v1.DeleteResponse
+	(*ListDeploymentsRequest)(nil),    // 59: dunlin.v1.ListDeploymentsRequest
+	(*ListDeploymentsResponse)(nil),   // 60: dunlin.v1.ListDeploymentsResponse
+	(*Deployment)(nil),                // 61: dunlin.v1.Deployment
+	(*ListRoutesRequest)(nil),         // 62: dunlin.v1.ListRoutesRequest
+	(*ListRoutesResponse)(nil),        // 63: dunlin.v1.ListRoutesResponse
+	(*Route)(nil),                     // 64: dunlin.v1.Route
+	(*ListProfilesRequest)(nil),       // 65: dunlin.v1.ListProfilesRequest
+	(*ListProfilesResponse)(nil),      // 66: dunlin.v1.ListProfilesResponse
+	(*DeviceProfile)(nil),             // 67: dunlin.v1.DeviceProfile
+	(*PlanRequest)(nil),               // 68: dunlin.v1.PlanRequest
+	(*PlanResponse)(nil),              // 69: dunlin.v1.PlanResponse
+	(*DevicePlan)(nil),                // 70: dunlin.v1.DevicePlan
+	(*ControlRolloutRequest)(nil),     // 71: dunlin.v1.ControlRolloutRequest
+	(*ControlRolloutResponse)(nil),    // 72: dunlin.v1.ControlRolloutResponse
+	(*ListDecisionsRequest)(nil),      // 73: dunlin.v1.ListDecisionsRequest
+	(*ListDecisionsResponse)(nil),     // 74: dunlin.v1.ListDecisionsResponse
+	(*Decision)(nil),                  // 75: dunlin.v1.Decision
+	(*GateResult)(nil),                // 76: dunlin.v1.GateResult
+	(*ListRolloutsRequest)(nil),       // 77: dunlin.v1.ListRolloutsRequest
+	(*ListRolloutsResponse)(nil),      // 78: dunlin.v1.ListRolloutsResponse
+	(*GetRolloutRequest)(nil),         // 79: dunlin.v1.GetRolloutRequest
+	(*GetRolloutResponse)(nil),        // 80: dunlin.v1.GetRolloutResponse
+	(*WatchRolloutRequest)(nil),       // 81: dunlin.v1.WatchRolloutRequest
+	(*WatchRolloutResponse)(nil),      // 82: dunlin.v1.WatchRolloutResponse
+	(*Rollout)(nil),                   // 83: dunlin.v1.Rollout
+	(*RolloutWave)(nil),               // 84: dunlin.v1.RolloutWave
+	(*RolloutDevice)(nil),             // 85: dunlin.v1.RolloutDevice
+	(*ListDriftRequest)(nil),          // 86: dunlin.v1.ListDriftRequest
+	(*ListDriftResponse)(nil),         // 87: dunlin.v1.ListDriftResponse
+	(*DeviceDrift)(nil),               // 88: dunlin.v1.DeviceDrift
+	(*ListTelemetryRequest)(nil),      // 89: dunlin.v1.ListTelemetryRequest
+	(*ListTelemetryResponse)(nil),     // 90: dunlin.v1.ListTelemetryResponse
+	(*ListDevicesRequest)(nil),        // 91: dunlin.v1.ListDevicesRequest
+	(*ListDevicesResponse)(nil),       // 92: dunlin.v1.ListDevicesResponse
+	(*Device)(nil),                    // 93: dunlin.v1.Device
+	(*DeviceIdentity)(nil),            // 94: dunlin.v1.DeviceIdentity
+	(*Twin)(nil),                      // 95: dunlin.v1.Twin
+	(*RevokeDeviceRequest)(nil),       // 96: dunlin.v1.RevokeDeviceRequest
+	(*RevokeDeviceResponse)(nil),      // 97: dunlin.v1.RevokeDeviceResponse
+	(*RemoveDeviceRequest)(nil),       // 98: dunlin.v1.RemoveDeviceRequest
+	(*RemoveDeviceResponse)(nil),      // 99: dunlin.v1.RemoveDeviceResponse
+	(*ListEventsRequest)(nil),         // 100: dunlin.v1.ListEventsRequest
+	(*ListEventsResponse)(nil),        // 101: dunlin.v1.ListEventsResponse
+	(*DeviceEvent)(nil),               // 102: dunlin.v1.DeviceEvent
+	nil,                               // 103: dunlin.v1.WhoAmIResponse.ScopeEntry
+	nil,                               // 104: dunlin.v1.User.ScopeEntry
+	nil,                               // 105: dunlin.v1.CreateUserRequest.ScopeEntry
+	nil,                               // 106: dunlin.v1.UpdateUserRequest.ScopeEntry
+	nil,                               // 107: dunlin.v1.Token.ScopeEntry
+	nil,                               // 108: dunlin.v1.CreateTokenRequest.ScopeEntry
+	nil,                               // 109: dunlin.v1.CreateJoinTokenRequest.LabelsEntry
+	nil,                               // 110: dunlin.v1.JoinToken.LabelsEntry
+	nil,                               // 111: dunlin.v1.Deployment.SelectorEntry
+	nil,                               // 112: dunlin.v1.ListDriftRequest.SelectorEntry
+	nil,                               // 113: dunlin.v1.ListDevicesRequest.SelectorEntry
+	nil,                               // 114: dunlin.v1.Device.LabelsEntry
+	(*timestamppb.Timestamp)(nil),     // 115: google.protobuf.Timestamp
+	(*durationpb.Duration)(nil),       // 116: google.protobuf.Duration
+	(*AuditRecord)(nil),               // 117: dunlin.v1.AuditRecord
+	(*SignedTrust)(nil),               // 118: dunlin.v1.SignedTrust
+	(*RouteTarget)(nil),               // 119: dunlin.v1.RouteTarget
+	(*ModelProfile)(nil),              // 120: dunlin.v1.ModelProfile
+	(*Drift)(nil),                     // 121: dunlin.v1.Drift
+	(*Telemetry)(nil),                 // 122: dunlin.v1.Telemetry
+	(*DeviceInfo)(nil),                // 123: dunlin.v1.DeviceInfo
+	(*Generation)(nil),                // 124: dunlin.v1.Generation
+	(*Reported)(nil),                  // 125: dunlin.v1.Reported
+	(*Event)(nil),                     // 126: dunlin.v1.Event
+	(*JoinRequest)(nil),               // 127: dunlin.v1.JoinRequest
+	(*RenewRequest)(nil),              // 128: dunlin.v1.RenewRequest
+	(*GetTimeRequest)(nil),            // 129: dunlin.v1.GetTimeRequest
+	(*JoinResponse)(nil),              // 130: dunlin.v1.JoinResponse
+	(*RenewResponse)(nil),             // 131: dunlin.v1.RenewResponse
+	(*GetTimeResponse)(nil),           // 132: dunlin.v1.GetTimeResponse
 }
 var file_dunlin_v1_api_proto_depIdxs = []int32{
-	100, // 0: dunlin.v1.LoginResponse.expires_at:type_name -> google.protobuf.Timestamp
-	89,  // 1: dunlin.v1.WhoAmIResponse.scope:type_name -> dunlin.v1.WhoAmIResponse.ScopeEntry
-	100, // 2: dunlin.v1.WhoAmIResponse.expires_at:type_name -> google.protobuf.Timestamp
-	90,  // 3: dunlin.v1.User.scope:type_name -> dunlin.v1.User.ScopeEntry
-	100, // 4: dunlin.v1.User.created_at:type_name -> google.protobuf.Timestamp
-	91,  // 5: dunlin.v1.CreateUserRequest.scope:type_name -> dunlin.v1.CreateUserRequest.ScopeEntry
-	11,  // 6: dunlin.v1.CreateUserResponse.user:type_name -> dunlin.v1.User
-	92,  // 7: dunlin.v1.UpdateUserRequest.scope:type_name -> dunlin.v1.UpdateUserRequest.ScopeEntry
-	11,  // 8: dunlin.v1.UpdateUserResponse.user:type_name -> dunlin.v1.User
-	11,  // 9: dunlin.v1.ListUsersResponse.users:type_name -> dunlin.v1.User
-	93,  // 10: dunlin.v1.Token.scope:type_name -> dunlin.v1.Token.ScopeEntry
-	100, // 11: dunlin.v1.Token.created_at:type_name -> google.protobuf.Timestamp
-	100, // 12: dunlin.v1.Token.expires_at:type_name -> google.protobuf.Timestamp
-	100, // 13: dunlin.v1.Token.last_used_at:type_name -> google.protobuf.Timestamp
-	94,  // 14: dunlin.v1.CreateTokenRequest.scope:type_name -> dunlin.v1.CreateTokenRequest.ScopeEntry
-	101, // 15: dunlin.v1.CreateTokenRequest.valid_for:type_name -> google.protobuf.Duration
-	20,  // 16: dunlin.v1.CreateTokenResponse.info:type_name -> dunlin.v1.Token
-	20,  // 17: dunlin.v1.ListTokensResponse.tokens:type_name -> dunlin.v1.Token
-	102, // 18: dunlin.v1.ListAuditResponse.records:type_name -> dunlin.v1.AuditRecord
-	103, // 19: dunlin.v1.GetTrustResponse.trust:type_name -> dunlin.v1.SignedTrust
-	103, // 20: dunlin.v1.PutTrustRequest.trust:type_name -> dunlin.v1.SignedTrust
-	35,  // 21: dunlin.v1.GetAuthoritiesResponse.authorities:type_name -> dunlin.v1.Authority
-	35,  // 22: dunlin.v1.RotateAuthorityResponse.authority:type_name -> dunlin.v1.Authority
-	101, // 23: dunlin.v1.CreateJoinTokenRequest.valid_for:type_name -> google.protobuf.Duration
-	95,  // 24: dunlin.v1.CreateJoinTokenRequest.labels:type_name -> dunlin.v1.CreateJoinTokenRequest.LabelsEntry
-	46,  // 25: dunlin.v1.CreateJoinTokenResponse.info:type_name -> dunlin.v1.JoinToken
-	46,  // 26: dunlin.v1.ListJoinTokensResponse.join_tokens:type_name -> dunlin.v1.JoinToken
-	100, // 27: dunlin.v1.JoinToken.expires_at:type_name -> google.protobuf.Timestamp
-	96,  // 28: dunlin.v1.JoinToken.labels:type_name -> dunlin.v1.JoinToken.LabelsEntry
-	51,  // 29: dunlin.v1.CreateVersionResponse.version:type_name -> dunlin.v1.ModelVersion
-	51,  // 30: dunlin.v1.ListModelsResponse.versions:type_name -> dunlin.v1.ModelVersion
-	100, // 31: dunlin.v1.ModelVersion.created_at:type_name -> google.protobuf.Timestamp
-	54,  // 32: dunlin.v1.ApplyResponse.changes:type_name -> dunlin.v1.ObjectChange
-	68,  // 33: dunlin.v1.ApplyResponse.refused:type_name -> dunlin.v1.DevicePlan
+	115, // 0: dunlin.v1.LoginResponse.expires_at:type_name -> google.protobuf.Timestamp
+	103, // 1: dunlin.v1.WhoAmIResponse.scope:type_name -> dunlin.v1.WhoAmIResponse.ScopeEntry
+	115, // 2: dunlin.v1.WhoAmIResponse.expires_at:type_name -> google.protobuf.Timestamp
+	104, // 3: dunlin.v1.User.scope:type_name -> dunlin.v1.User.ScopeEntry
+	115, // 4: dunlin.v1.User.created_at:type_name -> google.protobuf.Timestamp
+	105, // 5: dunlin.v1.CreateUserRequest.scope:type_name -> dunlin.v1.CreateUserRequest.ScopeEntry
+	13,  // 6: dunlin.v1.CreateUserResponse.user:type_name -> dunlin.v1.User
+	106, // 7: dunlin.v1.UpdateUserRequest.scope:type_name -> dunlin.v1.UpdateUserRequest.ScopeEntry
+	13,  // 8: dunlin.v1.UpdateUserResponse.user:type_name -> dunlin.v1.User
+	13,  // 9: dunlin.v1.ListUsersResponse.users:type_name -> dunlin.v1.User
+	107, // 10: dunlin.v1.Token.scope:type_name -> dunlin.v1.Token.ScopeEntry
+	115, // 11: dunlin.v1.Token.created_at:type_name -> google.protobuf.Timestamp
+	115, // 12: dunlin.v1.Token.expires_at:type_name -> google.protobuf.Timestamp
+	115, // 13: dunlin.v1.Token.last_used_at:type_name -> google.protobuf.Timestamp
+	108, // 14: dunlin.v1.CreateTokenRequest.scope:type_name -> dunlin.v1.CreateTokenRequest.ScopeEntry
+	116, // 15: dunlin.v1.CreateTokenRequest.valid_for:type_name -> google.protobuf.Duration
+	22,  // 16: dunlin.v1.CreateTokenResponse.info:type_name -> dunlin.v1.Token
+	22,  // 17: dunlin.v1.ListTokensResponse.tokens:type_name -> dunlin.v1.Token
+	117, // 18: dunlin.v1.ListAuditResponse.records:type_name -> dunlin.v1.AuditRecord
+	118, // 19: dunlin.v1.GetTrustResponse.trust:type_name -> dunlin.v1.SignedTrust
+	118, // 20: dunlin.v1.PutTrustRequest.trust:type_name -> dunlin.v1.SignedTrust
+	37,  // 21: dunlin.v1.GetAuthoritiesResponse.authorities:type_name -> dunlin.v1.Authority
+	37,  // 22: dunlin.v1.RotateAuthorityResponse.authority:type_name -> dunlin.v1.Authority
+	116, // 23: dunlin.v1.CreateJoinTokenRequest.valid_for:type_name -> google.protobuf.Duration
+	109, // 24: dunlin.v1.CreateJoinTokenRequest.labels:type_name -> dunlin.v1.CreateJoinTokenRequest.LabelsEntry
+	48,  // 25: dunlin.v1.CreateJoinTokenResponse.info:type_name -> dunlin.v1.JoinToken
+	48,  // 26: dunlin.v1.ListJoinTokensResponse.join_tokens:type_name -> dunlin.v1.JoinToken
+	115, // 27: dunlin.v1.JoinToken.expires_at:type_name -> google.protobuf.Timestamp
+	110, // 28: dunlin.v1.JoinToken.labels:type_name -> dunlin.v1.JoinToken.LabelsEntry
+	53,  // 29: dunlin.v1.CreateVersionResponse.version:type_name -> dunlin.v1.ModelVersion
+	53,  // 30: dunlin.v1.ListModelsResponse.versions:type_name -> dunlin.v1.ModelVersion
+	115, // 31: dunlin.v1.ModelVersion.created_at:type_name -> google.protobuf.Timestamp
+	56,  // 32: dunlin.v1.ApplyResponse.changes:type_name -> dunlin.v1.ObjectChange
+	70,  // 33: dunlin.v1.ApplyResponse.refused:type_name -> dunlin.v1.DevicePlan
 	1,   // 34: dunlin.v1.ObjectChange.action:type_name -> dunlin.v1.ObjectChange.Action
-	54,  // 35: dunlin.v1.DeleteResponse.change:type_name -> dunlin.v1.ObjectChange
-	59,  // 36: dunlin.v1.ListDeploymentsResponse.deployments:type_name -> dunlin.v1.Deployment
-	97,  // 37: dunlin.v1.Deployment.selector:type_name -> dunlin.v1.Deployment.SelectorEntry
-	100, // 38: dunlin.v1.Deployment.updated_at:type_name -> google.protobuf.Timestamp
-	62,  // 39: dunlin.v1.ListRoutesResponse.routes:type_name -> dunlin.v1.Route
-	104, // 40: dunlin.v1.Route.targets:type_name -> dunlin.v1.RouteTarget
-	100, // 41: dunlin.v1.Route.updated_at:type_name -> google.protobuf.Timestamp
-	65,  // 42: dunlin.v1.ListProfilesResponse.profiles:type_name -> dunlin.v1.DeviceProfile
-	105, // 43: dunlin.v1.DeviceProfile.profile:type_name -> dunlin.v1.ModelProfile
-	68,  // 44: dunlin.v1.PlanResponse.devices:type_name -> dunlin.v1.DevicePlan
+	56,  // 35: dunlin.v1.DeleteResponse.change:type_name -> dunlin.v1.ObjectChange
+	61,  // 36: dunlin.v1.ListDeploymentsResponse.deployments:type_name -> dunlin.v1.Deployment
+	111, // 37: dunlin.v1.Deployment.selector:type_name -> dunlin.v1.Deployment.SelectorEntry
+	115, // 38: dunlin.v1.Deployment.updated_at:type_name -> google.protobuf.Timestamp
+	64,  // 39: dunlin.v1.ListRoutesResponse.routes:type_name -> dunlin.v1.Route
+	119, // 40: dunlin.v1.Route.targets:type_name -> dunlin.v1.RouteTarget
+	115, // 41: dunlin.v1.Route.updated_at:type_name -> google.protobuf.Timestamp
+	67,  // 42: dunlin.v1.ListProfilesResponse.profiles:type_name -> dunlin.v1.DeviceProfile
+	120, // 43: dunlin.v1.DeviceProfile.profile:type_name -> dunlin.v1.ModelProfile
+	70,  // 44: dunlin.v1.PlanResponse.devices:type_name -> dunlin.v1.DevicePlan
 	2,   // 45: dunlin.v1.DevicePlan.verdict:type_name -> dunlin.v1.DevicePlan.Verdict
 	3,   // 46: dunlin.v1.DevicePlan.memory_source:type_name -> dunlin.v1.DevicePlan.Source
 	3,   // 47: dunlin.v1.DevicePlan.latency_source:type_name -> dunlin.v1.DevicePlan.Source
 	3,   // 48: dunlin.v1.DevicePlan.energy_source:type_name -> dunlin.v1.DevicePlan.Source
-	75,  // 49: dunlin.v1.ListRolloutsResponse.rollouts:type_name -> dunlin.v1.Rollout
-	75,  // 50: dunlin.v1.GetRolloutResponse.rollout:type_name -> dunlin.v1.Rollout
-	75,  // 51: dunlin.v1.WatchRolloutResponse.rollout:type_name -> dunlin.v1.Rollout
-	0,   // 52: dunlin.v1.Rollout.state:type_name -> dunlin.v1.RolloutState
-	100, // 53: dunlin.v1.Rollout.started_at:type_name -> google.protobuf.Timestamp
-	100, // 54: dunlin.v1.Rollout.ended_at:type_name -> google.protobuf.Timestamp
-	76,  // 55: dunlin.v1.Rollout.devices:type_name -> dunlin.v1.RolloutDevice
-	4,   // 56: dunlin.v1.RolloutDevice.phase:type_name -> dunlin.v1.RolloutDevice.Phase
-	98,  // 57: dunlin.v1.ListDevicesRequest.selector:type_name -> dunlin.v1.ListDevicesRequest.SelectorEntry
-	79,  // 58: dunlin.v1.ListDevicesResponse.devices:type_name -> dunlin.v1.Device
-	99,  // 59: dunlin.v1.Device.labels:type_name -> dunlin.v1.Device.LabelsEntry
-	106, // 60: dunlin.v1.Device.info:type_name -> dunlin.v1.DeviceInfo
-	100, // 61: dunlin.v1.Device.last_heard_at:type_name -> google.protobuf.Timestamp
-	100, // 62: dunlin.v1.Device.joined_at:type_name -> google.protobuf.Timestamp
-	107, // 63: dunlin.v1.Device.desired:type_name -> dunlin.v1.Generation
-	108, // 64: dunlin.v1.Device.reported:type_name -> dunlin.v1.Reported
-	109, // 65: dunlin.v1.Device.telemetry:type_name -> dunlin.v1.Telemetry
-	80,  // 66: dunlin.v1.Device.identity:type_name -> dunlin.v1.DeviceIdentity
-	100, // 67: dunlin.v1.DeviceIdentity.not_after:type_name -> google.protobuf.Timestamp
-	100, // 68: dunlin.v1.DeviceIdentity.revoked_at:type_name -> google.protobuf.Timestamp
-	81,  // 69: dunlin.v1.DeviceIdentity.twins:type_name -> dunlin.v1.Twin
-	100, // 70: dunlin.v1.Twin.last_heard_at:type_name -> google.protobuf.Timestamp
-	88,  // 71: dunlin.v1.ListEventsResponse.events:type_name -> dunlin.v1.DeviceEvent
-	110, // 72: dunlin.v1.DeviceEvent.event:type_name -> dunlin.v1.Event
-	100, // 73: dunlin.v1.DeviceEvent.received_at:type_name -> google.protobuf.Timestamp
-	9,   // 74: dunlin.v1.AuthService.WhoAmI:input_type -> dunlin.v1.WhoAmIRequest
-	5,   // 75: dunlin.v1.AuthService.Login:input_type -> dunlin.v1.LoginRequest
-	7,   // 76: dunlin.v1.AuthService.GetLoginMethods:input_type -> dunlin.v1.GetLoginMethodsRequest
-	12,  // 77: dunlin.v1.UserService.CreateUser:input_type -> dunlin.v1.CreateUserRequest
-	14,  // 78: dunlin.v1.UserService.UpdateUser:input_type -> dunlin.v1.UpdateUserRequest
-	16,  // 79: dunlin.v1.UserService.DeleteUser:input_type -> dunlin.v1.DeleteUserRequest
-	18,  // 80: dunlin.v1.UserService.ListUsers:input_type -> dunlin.v1.ListUsersRequest
-	21,  // 81: dunlin.v1.UserService.CreateToken:input_type -> dunlin.v1.CreateTokenRequest
-	23,  // 82: dunlin.v1.UserService.ListTokens:input_type -> dunlin.v1.ListTokensRequest
-	25,  // 83: dunlin.v1.UserService.DeleteToken:input_type -> dunlin.v1.DeleteTokenRequest
-	27,  // 84: dunlin.v1.AuditService.ListAudit:input_type -> dunlin.v1.ListAuditRequest
-	29,  // 85: dunlin.v1.TrustService.GetTrust:input_type -> dunlin.v1.GetTrustRequest
-	31,  // 86: dunlin.v1.TrustService.PutTrust:input_type -> dunlin.v1.PutTrustRequest
-	33,  // 87: dunlin.v1.TrustService.GetAuthorities:input_type -> dunlin.v1.GetAuthoritiesRequest
-	36,  // 88: dunlin.v1.TrustService.RotateAuthority:input_type -> dunlin.v1.RotateAuthorityRequest
-	38,  // 89: dunlin.v1.TrustService.RetireAuthority:input_type -> dunlin.v1.RetireAuthorityRequest
-	111, // 90: dunlin.v1.EnrollmentService.Join:input_type -> dunlin.v1.JoinRequest
-	112, // 91: dunlin.v1.EnrollmentService.Renew:input_type -> dunlin.v1.RenewRequest
-	113, // 92: dunlin.v1.EnrollmentService.GetTime:input_type -> dunlin.v1.GetTimeRequest
-	42,  // 93: dunlin.v1.EnrollmentService.CreateJoinToken:input_type -> dunlin.v1.CreateJoinTokenRequest
-	44,  // 94: dunlin.v1.EnrollmentService.ListJoinTokens:input_type -> dunlin.v1.ListJoinTokensRequest
-	40,  // 95: dunlin.v1.EnrollmentService.DeleteJoinToken:input_type -> dunlin.v1.DeleteJoinTokenRequest
-	47,  // 96: dunlin.v1.ModelService.CreateVersion:input_type -> dunlin.v1.CreateVersionRequest
-	49,  // 97: dunlin.v1.ModelService.ListModels:input_type -> dunlin.v1.ListModelsRequest
-	52,  // 98: dunlin.v1.ObjectService.Apply:input_type -> dunlin.v1.ApplyRequest
-	55,  // 99: dunlin.v1.ObjectService.Delete:input_type -> dunlin.v1.DeleteRequest
-	57,  // 100: dunlin.v1.ObjectService.ListDeployments:input_type -> dunlin.v1.ListDeploymentsRequest
-	60,  // 101: dunlin.v1.ObjectService.ListRoutes:input_type -> dunlin.v1.ListRoutesRequest
-	63,  // 102: dunlin.v1.ProfileService.ListProfiles:input_type -> dunlin.v1.ListProfilesRequest
-	66,  // 103: dunlin.v1.ProfileService.Plan:input_type -> dunlin.v1.PlanRequest
-	69,  // 104: dunlin.v1.RolloutService.ListRollouts:input_type -> dunlin.v1.ListRolloutsRequest
-	71,  // 105: dunlin.v1.RolloutService.GetRollout:input_type -> dunlin.v1.GetRolloutRequest
-	73,  // 106: dunlin.v1.RolloutService.WatchRollout:input_type -> dunlin.v1.WatchRolloutRequest
-	77,  // 107: dunlin.v1.DeviceService.ListDevices:input_type -> dunlin.v1.ListDevicesRequest
-	84,  // 108: dunlin.v1.DeviceService.RemoveDevice:input_type -> dunlin.v1.RemoveDeviceRequest
-	82,  // 109: dunlin.v1.DeviceService.RevokeDevice:input_type -> dunlin.v1.RevokeDeviceRequest
-	86,  // 110: dunlin.v1.DeviceService.ListEvents:input_type -> dunlin.v1.ListEventsRequest
-	10,  // 111: dunlin.v1.AuthService.WhoAmI:output_type -> dunlin.v1.WhoAmIResponse
-	6,   // 112: dunlin.v1.AuthService.Login:output_type -> dunlin.v1.LoginResponse
-	8,   // 113: dunlin.v1.AuthService.GetLoginMethods:output_type -> dunlin.v1.GetLoginMethodsResponse
-	13,  // 114: dunlin.v1.UserService.CreateUser:output_type -> dunlin.v1.CreateUserResponse
-	15,  // 115: dunlin.v1.UserService.UpdateUser:output_type -> dunlin.v1.UpdateUserResponse
-	17,  // 116: dunlin.v1.UserService.DeleteUser:output_type -> dunlin.v1.DeleteUserResponse
-	19,  // 117: dunlin.v1.UserService.ListUsers:output_type -> dunlin.v1.ListUsersResponse
-	22,  // 118: dunlin.v1.UserService.CreateToken:output_type -> dunlin.v1.CreateTokenResponse
-	24,  // 119: dunlin.v1.UserService.ListTokens:output_type -> dunlin.v1.ListTokensResponse
-	26,  // 120: dunlin.v1.UserService.DeleteToken:output_type -> dunlin.v1.DeleteTokenResponse
-	28,  // 121: dunlin.v1.AuditService.ListAudit:output_type -> dunlin.v1.ListAuditResponse
-	30,  // 122: dunlin.v1.TrustService.GetTrust:output_type -> dunlin.v1.GetTrustResponse
-	32,  // 123: dunlin.v1.TrustService.PutTrust:output_type -> dunlin.v1.PutTrustResponse
-	34,  // 124: dunlin.v1.TrustService.GetAuthorities:output_type -> dunlin.v1.GetAuthoritiesResponse
-	37,  // 125: dunlin.v1.TrustService.RotateAuthority:output_type -> dunlin.v1.RotateAuthorityResponse
-	39,  // 126: dunlin.v1.TrustService.RetireAuthority:output_type -> dunlin.v1.RetireAuthorityResponse
-	114, // 127: dunlin.v1.EnrollmentService.Join:output_type -> dunlin.v1.JoinResponse
-	115, // 128: dunlin.v1.EnrollmentService.Renew:output_type -> dunlin.v1.RenewResponse
-	116, // 129: dunlin.v1.EnrollmentService.GetTime:output_type -> dunlin.v1.GetTimeResponse
-	43,  // 130: dunlin.v1.EnrollmentService.CreateJoinToken:output_type -> dunlin.v1.CreateJoinTokenResponse
-	45,  // 131: dunlin.v1.EnrollmentService.ListJoinTokens:output_type -> dunlin.v1.ListJoinTokensResponse
-	41,  // 132: dunlin.v1.EnrollmentService.DeleteJoinToken:output_type -> dunlin.v1.DeleteJoinTokenResponse
-	48,  // 133: dunlin.v1.ModelService.CreateVersion:output_type -> dunlin.v1.CreateVersionResponse
-	50,  // 134: dunlin.v1.ModelService.ListModels:output_type -> dunlin.v1.ListModelsResponse
-	53,  // 135: dunlin.v1.ObjectService.Apply:output_type -> dunlin.v1.ApplyResponse
-	56,  // 136: dunlin.v1.ObjectService.Delete:output_type -> dunlin.v1.DeleteResponse
-	58,  // 137: dunlin.v1.ObjectService.ListDeployments:output_type -> dunlin.v1.ListDeploymentsResponse
-	61,  // 138: dunlin.v1.ObjectService.ListRoutes:output_type -> dunlin.v1.ListRoutesResponse
-	64,  // 139: dunlin.v1.ProfileService.ListProfiles:output_type -> dunlin.v1.ListProfilesResponse
-	67,  // 140: dunlin.v1.ProfileService.Plan:output_type -> dunlin.v1.PlanResponse
-	70,  // 141: dunlin.v1.RolloutService.ListRollouts:output_type -> dunlin.v1.ListRolloutsResponse
-	72,  // 142: dunlin.v1.RolloutService.GetRollout:output_type -> dunlin.v1.GetRolloutResponse
-	74,  // 143: dunlin.v1.RolloutService.WatchRollout:output_type -> dunlin.v1.WatchRolloutResponse
-	78,  // 144: dunlin.v1.DeviceService.ListDevices:output_type -> dunlin.v1.ListDevicesResponse
-	85,  // 145: dunlin.v1.DeviceService.RemoveDevice:output_type -> dunlin.v1.RemoveDeviceResponse
-	83,  // 146: dunlin.v1.DeviceService.RevokeDevice:output_type -> dunlin.v1.RevokeDeviceResponse
-	87,  // 147: dunlin.v1.DeviceService.ListEvents:output_type -> dunlin.v1.ListEventsResponse
-	111, // [111:148] is the sub-list for method output_type
-	74,  // [74:111] is the sub-list for method input_type
-	74,  // [74:74] is the sub-list for extension type_name
-	74,  // [74:74] is the sub-list for extension extendee
-	0,   // [0:74] is the sub-list for field type_name
+	4,   // 49: dunlin.v1.ControlRolloutRequest.action:type_name -> dunlin.v1.ControlRolloutRequest.Action
+	83,  // 50: dunlin.v1.ControlRolloutResponse.rollout:type_name -> dunlin.v1.Rollout
+	75,  // 51: dunlin.v1.ListDecisionsResponse.decisions:type_name -> dunlin.v1.Decision
+	115, // 52: dunlin.v1.Decision.at:type_name -> google.protobuf.Timestamp
+	76,  // 53: dunlin.v1.Decision.gates:type_name -> dunlin.v1.GateResult
+	5,   // 54: dunlin.v1.GateResult.verdict:type_name -> dunlin.v1.GateResult.Verdict
+	83,  // 55: dunlin.v1.ListRolloutsResponse.rollouts:type_name -> dunlin.v1.Rollout
+	83,  // 56: dunlin.v1.GetRolloutResponse.rollout:type_name -> dunlin.v1.Rollout
+	83,  // 57: dunlin.v1.WatchRolloutResponse.rollout:type_name -> dunlin.v1.Rollout
+	0,   // 58: dunlin.v1.Rollout.state:type_name -> dunlin.v1.RolloutState
+	115, // 59: dunlin.v1.Rollout.started_at:type_name -> google.protobuf.Timestamp
+	115, // 60: dunlin.v1.Rollout.ended_at:type_name -> google.protobuf.Timestamp
+	85,  // 61: dunlin.v1.Rollout.devices:type_name -> dunlin.v1.RolloutDevice
+	84,  // 62: dunlin.v1.Rollout.waves:type_name -> dunlin.v1.RolloutWave
+	76,  // 63: dunlin.v1.Rollout.gates:type_name -> dunlin.v1.GateResult
+	115, // 64: dunlin.v1.Rollout.soaks_until:type_name -> google.protobuf.Timestamp
+	115, // 65: dunlin.v1.RolloutWave.started_at:type_name -> google.protobuf.Timestamp
+	6,   // 66: dunlin.v1.RolloutDevice.phase:type_name -> dunlin.v1.RolloutDevice.Phase
+	115, // 67: dunlin.v1.RolloutDevice.ready_at:type_name -> google.protobuf.Timestamp
+	112, // 68: dunlin.v1.ListDriftRequest.selector:type_name -> dunlin.v1.ListDriftRequest.SelectorEntry
+	88,  // 69: dunlin.v1.ListDriftResponse.drifts:type_name -> dunlin.v1.DeviceDrift
+	121, // 70: dunlin.v1.DeviceDrift.drift:type_name -> dunlin.v1.Drift
+	115, // 71: dunlin.v1.ListTelemetryRequest.from:type_name -> google.protobuf.Timestamp
+	115, // 72: dunlin.v1.ListTelemetryRequest.until:type_name -> google.protobuf.Timestamp
+	122, // 73: dunlin.v1.ListTelemetryResponse.samples:type_name -> dunlin.v1.Telemetry
+	113, // 74: dunlin.v1.ListDevicesRequest.selector:type_name -> dunlin.v1.ListDevicesRequest.SelectorEntry
+	93,  // 75: dunlin.v1.ListDevicesResponse.devices:type_name -> dunlin.v1.Device
+	114, // 76: dunlin.v1.Device.labels:type_name -> dunlin.v1.Device.LabelsEntry
+	123, // 77: dunlin.v1.Device.info:type_name -> dunlin.v1.DeviceInfo
+	115, // 78: dunlin.v1.Device.last_heard_at:type_name -> google.protobuf.Timestamp
+	115, // 79: dunlin.v1.Device.joined_at:type_name -> google.protobuf.Timestamp
+	124, // 80: dunlin.v1.Device.desired:type_name -> dunlin.v1.Generation
+	125, // 81: dunlin.v1.Device.reported:type_name -> dunlin.v1.Reported
+	122, // 82: dunlin.v1.Device.telemetry:type_name -> dunlin.v1.Telemetry
+	94,  // 83: dunlin.v1.Device.identity:type_name -> dunlin.v1.DeviceIdentity
+	115, // 84: dunlin.v1.DeviceIdentity.not_after:type_name -> google.protobuf.Timestamp
+	115, // 85: dunlin.v1.DeviceIdentity.revoked_at:type_name -> google.protobuf.Timestamp
+	95,  // 86: dunlin.v1.DeviceIdentity.twins:type_name -> dunlin.v1.Twin
+	115, // 87: dunlin.v1.Twin.last_heard_at:type_name -> google.protobuf.Timestamp
+	102, // 88: dunlin.v1.ListEventsResponse.events:type_name -> dunlin.v1.DeviceEvent
+	126, // 89: dunlin.v1.DeviceEvent.event:type_name -> dunlin.v1.Event
+	115, // 90: dunlin.v1.DeviceEvent.received_at:type_name -> google.protobuf.Timestamp
+	11,  // 91: dunlin.v1.AuthService.WhoAmI:input_type -> dunlin.v1.WhoAmIRequest
+	7,   // 92: dunlin.v1.AuthService.Login:input_type -> dunlin.v1.LoginRequest
+	9,   // 93: dunlin.v1.AuthService.GetLoginMethods:input_type -> dunlin.v1.GetLoginMethodsRequest
+	14,  // 94: dunlin.v1.UserService.CreateUser:input_type -> dunlin.v1.CreateUserRequest
+	16,  // 95: dunlin.v1.UserService.UpdateUser:input_type -> dunlin.v1.UpdateUserRequest
+	18,  // 96: dunlin.v1.UserService.DeleteUser:input_type -> dunlin.v1.DeleteUserRequest
+	20,  // 97: dunlin.v1.UserService.ListUsers:input_type -> dunlin.v1.ListUsersRequest
+	23,  // 98: dunlin.v1.UserService.CreateToken:input_type -> dunlin.v1.CreateTokenRequest
+	25,  // 99: dunlin.v1.UserService.ListTokens:input_type -> dunlin.v1.ListTokensRequest
+	27,  // 100: dunlin.v1.UserService.DeleteToken:input_type -> dunlin.v1.DeleteTokenRequest
+	29,  // 101: dunlin.v1.AuditService.ListAudit:input_type -> dunlin.v1.ListAuditRequest
+	31,  // 102: dunlin.v1.TrustService.GetTrust:input_type -> dunlin.v1.GetTrustRequest
+	33,  // 103: dunlin.v1.TrustService.PutTrust:input_type -> dunlin.v1.PutTrustRequest
+	35,  // 104: dunlin.v1.TrustService.GetAuthorities:input_type -> dunlin.v1.GetAuthoritiesRequest
+	38,  // 105: dunlin.v1.TrustService.RotateAuthority:input_type -> dunlin.v1.RotateAuthorityRequest
+	40,  // 106: dunlin.v1.TrustService.RetireAuthority:input_type -> dunlin.v1.RetireAuthorityRequest
+	127, // 107: dunlin.v1.EnrollmentService.Join:input_type -> dunlin.v1.JoinRequest
+	128, // 108: dunlin.v1.EnrollmentService.Renew:input_type -> dunlin.v1.RenewRequest
+	129, // 109: dunlin.v1.EnrollmentService.GetTime:input_type -> dunlin.v1.GetTimeRequest
+	44,  // 110: dunlin.v1.EnrollmentService.CreateJoinToken:input_type -> dunlin.v1.CreateJoinTokenRequest
+	46,  // 111: dunlin.v1.EnrollmentService.ListJoinTokens:input_type -> dunlin.v1.ListJoinTokensRequest
+	42,  // 112: dunlin.v1.EnrollmentService.DeleteJoinToken:input_type -> dunlin.v1.DeleteJoinTokenRequest
+	49,  // 113: dunlin.v1.ModelService.CreateVersion:input_type -> dunlin.v1.CreateVersionRequest
+	51,  // 114: dunlin.v1.ModelService.ListModels:input_type -> dunlin.v1.ListModelsRequest
+	54,  // 115: dunlin.v1.ObjectService.Apply:input_type -> dunlin.v1.ApplyRequest
+	57,  // 116: dunlin.v1.ObjectService.Delete:input_type -> dunlin.v1.DeleteRequest
+	59,  // 117: dunlin.v1.ObjectService.ListDeployments:input_type -> dunlin.v1.ListDeploymentsRequest
+	62,  // 118: dunlin.v1.ObjectService.ListRoutes:input_type -> dunlin.v1.ListRoutesRequest
+	65,  // 119: dunlin.v1.ProfileService.ListProfiles:input_type -> dunlin.v1.ListProfilesRequest
+	68,  // 120: dunlin.v1.ProfileService.Plan:input_type -> dunlin.v1.PlanRequest
+	77,  // 121: dunlin.v1.RolloutService.ListRollouts:input_type -> dunlin.v1.ListRolloutsRequest
+	79,  // 122: dunlin.v1.RolloutService.GetRollout:input_type -> dunlin.v1.GetRolloutRequest
+	81,  // 123: dunlin.v1.RolloutService.WatchRollout:input_type -> dunlin.v1.WatchRolloutRequest
+	71,  // 124: dunlin.v1.RolloutService.ControlRollout:input_type -> dunlin.v1.ControlRolloutRequest
+	73,  // 125: dunlin.v1.RolloutService.ListDecisions:input_type -> dunlin.v1.ListDecisionsRequest
+	91,  // 126: dunlin.v1.DeviceService.ListDevices:input_type -> dunlin.v1.ListDevicesRequest
+	98,  // 127: dunlin.v1.DeviceService.RemoveDevice:input_type -> dunlin.v1.RemoveDeviceRequest
+	96,  // 128: dunlin.v1.DeviceService.RevokeDevice:input_type -> dunlin.v1.RevokeDeviceRequest
+	100, // 129: dunlin.v1.DeviceService.ListEvents:input_type -> dunlin.v1.ListEventsRequest
+	86,  // 130: dunlin.v1.DeviceService.ListDrift:input_type -> dunlin.v1.ListDriftRequest
+	89,  // 131: dunlin.v1.DeviceService.ListTelemetry:input_type -> dunlin.v1.ListTelemetryRequest
+	12,  // 132: dunlin.v1.AuthService.WhoAmI:output_type -> dunlin.v1.WhoAmIResponse
+	8,   // 133: dunlin.v1.AuthService.Login:output_type -> dunlin.v1.LoginResponse
+	10,  // 134: dunlin.v1.AuthService.GetLoginMethods:output_type -> dunlin.v1.GetLoginMethodsResponse
+	15,  // 135: dunlin.v1.UserService.CreateUser:output_type -> dunlin.v1.CreateUserResponse
+	17,  // 136: dunlin.v1.UserService.UpdateUser:output_type -> dunlin.v1.UpdateUserResponse
+	19,  // 137: dunlin.v1.UserService.DeleteUser:output_type -> dunlin.v1.DeleteUserResponse
+	21,  // 138: dunlin.v1.UserService.ListUsers:output_type -> dunlin.v1.ListUsersResponse
+	24,  // 139: dunlin.v1.UserService.CreateToken:output_type -> dunlin.v1.CreateTokenResponse
+	26,  // 140: dunlin.v1.UserService.ListTokens:output_type -> dunlin.v1.ListTokensResponse
+	28,  // 141: dunlin.v1.UserService.DeleteToken:output_type -> dunlin.v1.DeleteTokenResponse
+	30,  // 142: dunlin.v1.AuditService.ListAudit:output_type -> dunlin.v1.ListAuditResponse
+	32,  // 143: dunlin.v1.TrustService.GetTrust:output_type -> dunlin.v1.GetTrustResponse
+	34,  // 144: dunlin.v1.TrustService.PutTrust:output_type -> dunlin.v1.PutTrustResponse
+	36,  // 145: dunlin.v1.TrustService.GetAuthorities:output_type -> dunlin.v1.GetAuthoritiesResponse
+	39,  // 146: dunlin.v1.TrustService.RotateAuthority:output_type -> dunlin.v1.RotateAuthorityResponse
+	41,  // 147: dunlin.v1.TrustService.RetireAuthority:output_type -> dunlin.v1.RetireAuthorityResponse
+	130, // 148: dunlin.v1.EnrollmentService.Join:output_type -> dunlin.v1.JoinResponse
+	131, // 149: dunlin.v1.EnrollmentService.Renew:output_type -> dunlin.v1.RenewResponse
+	132, // 150: dunlin.v1.EnrollmentService.GetTime:output_type -> dunlin.v1.GetTimeResponse
+	45,  // 151: dunlin.v1.EnrollmentService.CreateJoinToken:output_type -> dunlin.v1.CreateJoinTokenResponse
+	47,  // 152: dunlin.v1.EnrollmentService.ListJoinTokens:output_type -> dunlin.v1.ListJoinTokensResponse
+	43,  // 153: dunlin.v1.EnrollmentService.DeleteJoinToken:output_type -> dunlin.v1.DeleteJoinTokenResponse
+	50,  // 154: dunlin.v1.ModelService.CreateVersion:output_type -> dunlin.v1.CreateVersionResponse
+	52,  // 155: dunlin.v1.ModelService.ListModels:output_type -> dunlin.v1.ListModelsResponse
+	55,  // 156: dunlin.v1.ObjectService.Apply:output_type -> dunlin.v1.ApplyResponse
+	58,  // 157: dunlin.v1.ObjectService.Delete:output_type -> dunlin.v1.DeleteResponse
+	60,  // 158: dunlin.v1.ObjectService.ListDeployments:output_type -> dunlin.v1.ListDeploymentsResponse
+	63,  // 159: dunlin.v1.ObjectService.ListRoutes:output_type -> dunlin.v1.ListRoutesResponse
+	66,  // 160: dunlin.v1.ProfileService.ListProfiles:output_type -> dunlin.v1.ListProfilesResponse
+	69,  // 161: dunlin.v1.ProfileService.Plan:output_type -> dunlin.v1.PlanResponse
+	78,  // 162: dunlin.v1.RolloutService.ListRollouts:output_type -> dunlin.v1.ListRolloutsResponse
+	80,  // 163: dunlin.v1.RolloutService.GetRollout:output_type -> dunlin.v1.GetRolloutResponse
+	82,  // 164: dunlin.v1.RolloutService.WatchRollout:output_type -> dunlin.v1.WatchRolloutResponse
+	72,  // 165: dunlin.v1.RolloutService.ControlRollout:output_type -> dunlin.v1.ControlRolloutResponse
+	74,  // 166: dunlin.v1.RolloutService.ListDecisions:output_type -> dunlin.v1.ListDecisionsResponse
+	92,  // 167: dunlin.v1.DeviceService.ListDevices:output_type -> dunlin.v1.ListDevicesResponse
+	99,  // 168: dunlin.v1.DeviceService.RemoveDevice:output_type -> dunlin.v1.RemoveDeviceResponse
+	97,  // 169: dunlin.v1.DeviceService.RevokeDevice:output_type -> dunlin.v1.RevokeDeviceResponse
+	101, // 170: dunlin.v1.DeviceService.ListEvents:output_type -> dunlin.v1.ListEventsResponse
+	87,  // 171: dunlin.v1.DeviceService.ListDrift:output_type -> dunlin.v1.ListDriftResponse
+	90,  // 172: dunlin.v1.DeviceService.ListTelemetry:output_type -> dunlin.v1.ListTelemetryResponse
+	132, // [132:173] is the sub-list for method output_type
+	91,  // [91:132] is the sub-list for method input_type
+	91,  // [91:91] is the sub-list for extension type_name
+	91,  // [91:91] is the sub-list for extension extendee
+	0,   // [0:91] is the sub-list for field type_name
 }
 
 func init() { file_dunlin_v1_api_proto_init() }
@@ -5836,13 +6992,14 @@ func file_dunlin_v1_api_proto_init() {
 	file_dunlin_v1_wire_proto_init()
 	file_dunlin_v1_api_proto_msgTypes[9].OneofWrappers = []any{}
 	file_dunlin_v1_api_proto_msgTypes[63].OneofWrappers = []any{}
+	file_dunlin_v1_api_proto_msgTypes[69].OneofWrappers = []any{}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_dunlin_v1_api_proto_rawDesc), len(file_dunlin_v1_api_proto_rawDesc)),
-			NumEnums:      5,
-			NumMessages:   95,
+			NumEnums:      7,
+			NumMessages:   108,
 			NumExtensions: 0,
 			NumServices:   10,
 		},

@@ -3,11 +3,14 @@
 //   dunlin/v1/<shard>/<device>/down/desired    Desired
 //   dunlin/v1/<shard>/<device>/down/command    Command
 //   dunlin/v1/<shard>/<device>/down/block      Block
+//   dunlin/v1/<shard>/<device>/down/data       FetchData
 //   dunlin/v1/<shard>/<device>/up/hello        Hello
 //   dunlin/v1/<shard>/<device>/up/reported     Reported
 //   dunlin/v1/<shard>/<device>/up/events       EventBatch
 //   dunlin/v1/<shard>/<device>/up/telemetry    Telemetry
 //   dunlin/v1/<shard>/<device>/up/request      BlockRequest
+//   dunlin/v1/<shard>/<device>/up/fetch        FetchRequest
+//   dunlin/v1/<shard>/<device>/up/sources      SourcesRequest
 //   dunlin/v1/<shard>/<device>/up/gone         Gone
 //   dunlin/v1/controller/epoch                 Epoch
 //
@@ -165,6 +168,67 @@ func (Severity) EnumDescriptor() ([]byte, []int) {
 	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{1}
 }
 
+type AgentStatus_State int32
+
+const (
+	AgentStatus_STATE_UNSPECIFIED AgentStatus_State = 0
+	AgentStatus_STATE_CURRENT     AgentStatus_State = 1
+	AgentStatus_STATE_FETCHING    AgentStatus_State = 2
+	// Runs, and must prove itself before it stays.
+	AgentStatus_STATE_TRYING AgentStatus_State = 3
+	// Was tried and went back.
+	AgentStatus_STATE_REVERTED AgentStatus_State = 4
+	// Refused: its signature, its floor, its architecture.
+	AgentStatus_STATE_REFUSED AgentStatus_State = 5
+)
+
+// Enum value maps for AgentStatus_State.
+var (
+	AgentStatus_State_name = map[int32]string{
+		0: "STATE_UNSPECIFIED",
+		1: "STATE_CURRENT",
+		2: "STATE_FETCHING",
+		3: "STATE_TRYING",
+		4: "STATE_REVERTED",
+		5: "STATE_REFUSED",
+	}
+	AgentStatus_State_value = map[string]int32{
+		"STATE_UNSPECIFIED": 0,
+		"STATE_CURRENT":     1,
+		"STATE_FETCHING":    2,
+		"STATE_TRYING":      3,
+		"STATE_REVERTED":    4,
+		"STATE_REFUSED":     5,
+	}
+)
+
+func (x AgentStatus_State) Enum() *AgentStatus_State {
+	p := new(AgentStatus_State)
+	*p = x
+	return p
+}
+
+func (x AgentStatus_State) String() string {
+	return protoimpl.X.EnumStringOf(x.Descriptor(), protoreflect.EnumNumber(x))
+}
+
+func (AgentStatus_State) Descriptor() protoreflect.EnumDescriptor {
+	return file_dunlin_v1_wire_proto_enumTypes[2].Descriptor()
+}
+
+func (AgentStatus_State) Type() protoreflect.EnumType {
+	return &file_dunlin_v1_wire_proto_enumTypes[2]
+}
+
+func (x AgentStatus_State) Number() protoreflect.EnumNumber {
+	return protoreflect.EnumNumber(x)
+}
+
+// Deprecated: Use AgentStatus_State.Descriptor instead.
+func (AgentStatus_State) EnumDescriptor() ([]byte, []int) {
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{17, 0}
+}
+
 // Generation numbers the desired documents of one device. Documents of
 // different incarnations of the controller's store cannot be ordered: the
 // incarnation that the controller speaks of now is the one that counts.
@@ -258,7 +322,15 @@ type DeviceInfo struct {
 	FirmwareProfileReason string        `protobuf:"bytes,19,opt,name=firmware_profile_reason,json=firmwareProfileReason,proto3" json:"firmware_profile_reason,omitempty"`
 	Limits                *DeviceLimits `protobuf:"bytes,20,opt,name=limits,proto3" json:"limits,omitempty"`
 	// True where the device is simulated.
-	Simulated     bool `protobuf:"varint,21,opt,name=simulated,proto3" json:"simulated,omitempty"`
+	Simulated bool `protobuf:"varint,21,opt,name=simulated,proto3" json:"simulated,omitempty"`
+	// Base URL at which other devices of its site fetch bundles; empty: they
+	// cannot. It answers with the device's certificate.
+	SiteUrl string `protobuf:"bytes,22,opt,name=site_url,json=siteUrl,proto3" json:"site_url,omitempty"`
+	// True where it keeps bundles for its site that it does not run itself.
+	SiteCache bool `protobuf:"varint,23,opt,name=site_cache,json=siteCache,proto3" json:"site_cache,omitempty"`
+	// What the agent can do beside what every agent of its minor version can,
+	// so that one side may be newer than the other.
+	Features      []string `protobuf:"bytes,24,rep,name=features,proto3" json:"features,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -438,6 +510,27 @@ func (x *DeviceInfo) GetSimulated() bool {
 		return x.Simulated
 	}
 	return false
+}
+
+func (x *DeviceInfo) GetSiteUrl() string {
+	if x != nil {
+		return x.SiteUrl
+	}
+	return ""
+}
+
+func (x *DeviceInfo) GetSiteCache() bool {
+	if x != nil {
+		return x.SiteCache
+	}
+	return false
+}
+
+func (x *DeviceInfo) GetFeatures() []string {
+	if x != nil {
+		return x.Features
+	}
+	return nil
 }
 
 // GpuInfo describes one GPU.
@@ -914,9 +1007,11 @@ func (x *Desired) GetDocument() []byte {
 
 // DesiredDocument is all that one device should run and answer to.
 type DesiredDocument struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Versions      []*DesiredVersion      `protobuf:"bytes,1,rep,name=versions,proto3" json:"versions,omitempty"`
-	Routes        []*DesiredRoute        `protobuf:"bytes,2,rep,name=routes,proto3" json:"routes,omitempty"`
+	state    protoimpl.MessageState `protogen:"open.v1"`
+	Versions []*DesiredVersion      `protobuf:"bytes,1,rep,name=versions,proto3" json:"versions,omitempty"`
+	Routes   []*DesiredRoute        `protobuf:"bytes,2,rep,name=routes,proto3" json:"routes,omitempty"`
+	// The agent program that the device should run; unset: the one it has.
+	Agent         *DesiredAgent `protobuf:"bytes,3,opt,name=agent,proto3" json:"agent,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -965,6 +1060,248 @@ func (x *DesiredDocument) GetRoutes() []*DesiredRoute {
 	return nil
 }
 
+func (x *DesiredDocument) GetAgent() *DesiredAgent {
+	if x != nil {
+		return x.Agent
+	}
+	return nil
+}
+
+// DesiredAgent is a release of the agent program.
+type DesiredAgent struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The deployment that wants it.
+	Deployment string `protobuf:"bytes,1,opt,name=deployment,proto3" json:"deployment,omitempty"`
+	// As program.Version: "0.9.0".
+	AgentVersion string `protobuf:"bytes,2,opt,name=agent_version,json=agentVersion,proto3" json:"agent_version,omitempty"`
+	// The release: a version of the reserved model "dunlin-agent".
+	Version int64 `protobuf:"varint,3,opt,name=version,proto3" json:"version,omitempty"`
+	// Digest of its bundle's manifest.
+	Digest        string    `protobuf:"bytes,4,opt,name=digest,proto3" json:"digest,omitempty"`
+	SizeBytes     uint64    `protobuf:"varint,5,opt,name=size_bytes,json=sizeBytes,proto3" json:"size_bytes,omitempty"`
+	Signatures    []string  `protobuf:"bytes,6,rep,name=signatures,proto3" json:"signatures,omitempty"`
+	Delivery      *Delivery `protobuf:"bytes,7,opt,name=delivery,proto3" json:"delivery,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DesiredAgent) Reset() {
+	*x = DesiredAgent{}
+	mi := &file_dunlin_v1_wire_proto_msgTypes[8]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DesiredAgent) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DesiredAgent) ProtoMessage() {}
+
+func (x *DesiredAgent) ProtoReflect() protoreflect.Message {
+	mi := &file_dunlin_v1_wire_proto_msgTypes[8]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DesiredAgent.ProtoReflect.Descriptor instead.
+func (*DesiredAgent) Descriptor() ([]byte, []int) {
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{8}
+}
+
+func (x *DesiredAgent) GetDeployment() string {
+	if x != nil {
+		return x.Deployment
+	}
+	return ""
+}
+
+func (x *DesiredAgent) GetAgentVersion() string {
+	if x != nil {
+		return x.AgentVersion
+	}
+	return ""
+}
+
+func (x *DesiredAgent) GetVersion() int64 {
+	if x != nil {
+		return x.Version
+	}
+	return 0
+}
+
+func (x *DesiredAgent) GetDigest() string {
+	if x != nil {
+		return x.Digest
+	}
+	return ""
+}
+
+func (x *DesiredAgent) GetSizeBytes() uint64 {
+	if x != nil {
+		return x.SizeBytes
+	}
+	return 0
+}
+
+func (x *DesiredAgent) GetSignatures() []string {
+	if x != nil {
+		return x.Signatures
+	}
+	return nil
+}
+
+func (x *DesiredAgent) GetDelivery() *Delivery {
+	if x != nil {
+		return x.Delivery
+	}
+	return nil
+}
+
+// Delivery says how the bytes of a version may travel to the device.
+type Delivery struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Of two, the one with the larger number goes first; of equal ones the smaller.
+	Priority uint32 `protobuf:"varint,1,opt,name=priority,proto3" json:"priority,omitempty"`
+	// Most bytes that may travel; a download that needs more is refused before
+	// it begins, with the number. 0: no bound.
+	MaxBytes uint64 `protobuf:"varint,2,opt,name=max_bytes,json=maxBytes,proto3" json:"max_bytes,omitempty"`
+	// When bytes may travel, in the device's local time; none: always.
+	Windows []*TimeWindow `protobuf:"bytes,3,rep,name=windows,proto3" json:"windows,omitempty"`
+	// True where they may travel over a metered link too.
+	Metered       bool `protobuf:"varint,4,opt,name=metered,proto3" json:"metered,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Delivery) Reset() {
+	*x = Delivery{}
+	mi := &file_dunlin_v1_wire_proto_msgTypes[9]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Delivery) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Delivery) ProtoMessage() {}
+
+func (x *Delivery) ProtoReflect() protoreflect.Message {
+	mi := &file_dunlin_v1_wire_proto_msgTypes[9]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Delivery.ProtoReflect.Descriptor instead.
+func (*Delivery) Descriptor() ([]byte, []int) {
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{9}
+}
+
+func (x *Delivery) GetPriority() uint32 {
+	if x != nil {
+		return x.Priority
+	}
+	return 0
+}
+
+func (x *Delivery) GetMaxBytes() uint64 {
+	if x != nil {
+		return x.MaxBytes
+	}
+	return 0
+}
+
+func (x *Delivery) GetWindows() []*TimeWindow {
+	if x != nil {
+		return x.Windows
+	}
+	return nil
+}
+
+func (x *Delivery) GetMetered() bool {
+	if x != nil {
+		return x.Metered
+	}
+	return false
+}
+
+// TimeWindow is a time of the day, on some days of the week. One that ends
+// before it begins goes on over midnight.
+type TimeWindow struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Minutes after midnight, 0 to 1439 and 0 to 1440.
+	FromMinute uint32 `protobuf:"varint,1,opt,name=from_minute,json=fromMinute,proto3" json:"from_minute,omitempty"`
+	ToMinute   uint32 `protobuf:"varint,2,opt,name=to_minute,json=toMinute,proto3" json:"to_minute,omitempty"`
+	// Bit 0 is Sunday; 0: every day. The day is that on which it begins.
+	Days          uint32 `protobuf:"varint,3,opt,name=days,proto3" json:"days,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *TimeWindow) Reset() {
+	*x = TimeWindow{}
+	mi := &file_dunlin_v1_wire_proto_msgTypes[10]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *TimeWindow) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*TimeWindow) ProtoMessage() {}
+
+func (x *TimeWindow) ProtoReflect() protoreflect.Message {
+	mi := &file_dunlin_v1_wire_proto_msgTypes[10]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use TimeWindow.ProtoReflect.Descriptor instead.
+func (*TimeWindow) Descriptor() ([]byte, []int) {
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{10}
+}
+
+func (x *TimeWindow) GetFromMinute() uint32 {
+	if x != nil {
+		return x.FromMinute
+	}
+	return 0
+}
+
+func (x *TimeWindow) GetToMinute() uint32 {
+	if x != nil {
+		return x.ToMinute
+	}
+	return 0
+}
+
+func (x *TimeWindow) GetDays() uint32 {
+	if x != nil {
+		return x.Days
+	}
+	return 0
+}
+
 // DesiredVersion is a model version that the device should serve.
 type DesiredVersion struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -978,14 +1315,18 @@ type DesiredVersion struct {
 	SizeBytes uint64 `protobuf:"varint,5,opt,name=size_bytes,json=sizeBytes,proto3" json:"size_bytes,omitempty"`
 	// Digests of the manifests, in the registry's repository of the model, that
 	// hold the bundle's signatures.
-	Signatures    []string `protobuf:"bytes,6,rep,name=signatures,proto3" json:"signatures,omitempty"`
+	Signatures []string  `protobuf:"bytes,6,rep,name=signatures,proto3" json:"signatures,omitempty"`
+	Delivery   *Delivery `protobuf:"bytes,7,opt,name=delivery,proto3" json:"delivery,omitempty"`
+	// True where it and the version before do not fit in memory together: that
+	// one is unloaded before this one is loaded.
+	InPlace       bool `protobuf:"varint,8,opt,name=in_place,json=inPlace,proto3" json:"in_place,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *DesiredVersion) Reset() {
 	*x = DesiredVersion{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[8]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -997,7 +1338,7 @@ func (x *DesiredVersion) String() string {
 func (*DesiredVersion) ProtoMessage() {}
 
 func (x *DesiredVersion) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[8]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1010,7 +1351,7 @@ func (x *DesiredVersion) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DesiredVersion.ProtoReflect.Descriptor instead.
 func (*DesiredVersion) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{8}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *DesiredVersion) GetDeployment() string {
@@ -1055,6 +1396,20 @@ func (x *DesiredVersion) GetSignatures() []string {
 	return nil
 }
 
+func (x *DesiredVersion) GetDelivery() *Delivery {
+	if x != nil {
+		return x.Delivery
+	}
+	return nil
+}
+
+func (x *DesiredVersion) GetInPlace() bool {
+	if x != nil {
+		return x.InPlace
+	}
+	return false
+}
+
 // DesiredRoute is a served name and where its requests go.
 type DesiredRoute struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
@@ -1066,7 +1421,7 @@ type DesiredRoute struct {
 
 func (x *DesiredRoute) Reset() {
 	*x = DesiredRoute{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[9]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1078,7 +1433,7 @@ func (x *DesiredRoute) String() string {
 func (*DesiredRoute) ProtoMessage() {}
 
 func (x *DesiredRoute) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[9]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1091,7 +1446,7 @@ func (x *DesiredRoute) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DesiredRoute.ProtoReflect.Descriptor instead.
 func (*DesiredRoute) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{9}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *DesiredRoute) GetName() string {
@@ -1122,7 +1477,7 @@ type RouteTarget struct {
 
 func (x *RouteTarget) Reset() {
 	*x = RouteTarget{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[10]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1134,7 +1489,7 @@ func (x *RouteTarget) String() string {
 func (*RouteTarget) ProtoMessage() {}
 
 func (x *RouteTarget) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[10]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1147,7 +1502,7 @@ func (x *RouteTarget) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RouteTarget.ProtoReflect.Descriptor instead.
 func (*RouteTarget) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{10}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *RouteTarget) GetModel() string {
@@ -1185,15 +1540,21 @@ type VersionStatus struct {
 	BytesPresent uint64 `protobuf:"varint,7,opt,name=bytes_present,json=bytesPresent,proto3" json:"bytes_present,omitempty"`
 	BytesTotal   uint64 `protobuf:"varint,8,opt,name=bytes_total,json=bytesTotal,proto3" json:"bytes_total,omitempty"`
 	// Since when it has been in this state.
-	Since         *timestamppb.Timestamp `protobuf:"bytes,9,opt,name=since,proto3" json:"since,omitempty"`
-	Deployment    string                 `protobuf:"bytes,10,opt,name=deployment,proto3" json:"deployment,omitempty"`
+	Since      *timestamppb.Timestamp `protobuf:"bytes,9,opt,name=since,proto3" json:"since,omitempty"`
+	Deployment string                 `protobuf:"bytes,10,opt,name=deployment,proto3" json:"deployment,omitempty"`
+	// True where the device went back from it to the version before, by itself.
+	Reverted bool `protobuf:"varint,11,opt,name=reverted,proto3" json:"reverted,omitempty"`
+	// Of bytes_total, those that travelled to the device, by whichever way.
+	BytesFetched uint64 `protobuf:"varint,12,opt,name=bytes_fetched,json=bytesFetched,proto3" json:"bytes_fetched,omitempty"`
+	// What a download waits for: "window opens at 22:00", "metered link".
+	WaitsFor      string `protobuf:"bytes,13,opt,name=waits_for,json=waitsFor,proto3" json:"waits_for,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *VersionStatus) Reset() {
 	*x = VersionStatus{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[11]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1205,7 +1566,7 @@ func (x *VersionStatus) String() string {
 func (*VersionStatus) ProtoMessage() {}
 
 func (x *VersionStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[11]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1218,7 +1579,7 @@ func (x *VersionStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VersionStatus.ProtoReflect.Descriptor instead.
 func (*VersionStatus) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{11}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *VersionStatus) GetModel() string {
@@ -1291,6 +1652,27 @@ func (x *VersionStatus) GetDeployment() string {
 	return ""
 }
 
+func (x *VersionStatus) GetReverted() bool {
+	if x != nil {
+		return x.Reverted
+	}
+	return false
+}
+
+func (x *VersionStatus) GetBytesFetched() uint64 {
+	if x != nil {
+		return x.BytesFetched
+	}
+	return 0
+}
+
+func (x *VersionStatus) GetWaitsFor() string {
+	if x != nil {
+		return x.WaitsFor
+	}
+	return ""
+}
+
 // RouteStatus says whether a route is in force on a device.
 type RouteStatus struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
@@ -1303,7 +1685,7 @@ type RouteStatus struct {
 
 func (x *RouteStatus) Reset() {
 	*x = RouteStatus{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[12]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1315,7 +1697,7 @@ func (x *RouteStatus) String() string {
 func (*RouteStatus) ProtoMessage() {}
 
 func (x *RouteStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[12]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1328,7 +1710,7 @@ func (x *RouteStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RouteStatus.ProtoReflect.Descriptor instead.
 func (*RouteStatus) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{12}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *RouteStatus) GetName() string {
@@ -1363,14 +1745,17 @@ type Reported struct {
 	Routes   []*RouteStatus         `protobuf:"bytes,5,rep,name=routes,proto3" json:"routes,omitempty"`
 	// Number of this report in its session, from 1: a controller ignores one
 	// that is not newer than the last.
-	Sequence      uint64 `protobuf:"varint,6,opt,name=sequence,proto3" json:"sequence,omitempty"`
+	Sequence uint64       `protobuf:"varint,6,opt,name=sequence,proto3" json:"sequence,omitempty"`
+	Agent    *AgentStatus `protobuf:"bytes,7,opt,name=agent,proto3" json:"agent,omitempty"`
+	// What the device itself found to be other than it should be.
+	Drifts        []*Drift `protobuf:"bytes,8,rep,name=drifts,proto3" json:"drifts,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *Reported) Reset() {
 	*x = Reported{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[13]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1382,7 +1767,7 @@ func (x *Reported) String() string {
 func (*Reported) ProtoMessage() {}
 
 func (x *Reported) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[13]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1395,7 +1780,7 @@ func (x *Reported) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Reported.ProtoReflect.Descriptor instead.
 func (*Reported) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{13}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *Reported) GetSession() string {
@@ -1440,6 +1825,203 @@ func (x *Reported) GetSequence() uint64 {
 	return 0
 }
 
+func (x *Reported) GetAgent() *AgentStatus {
+	if x != nil {
+		return x.Agent
+	}
+	return nil
+}
+
+func (x *Reported) GetDrifts() []*Drift {
+	if x != nil {
+		return x.Drifts
+	}
+	return nil
+}
+
+// AgentStatus is how far the update of the agent program is.
+type AgentStatus struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Of the program that runs.
+	AgentVersion string            `protobuf:"bytes,1,opt,name=agent_version,json=agentVersion,proto3" json:"agent_version,omitempty"`
+	State        AgentStatus_State `protobuf:"varint,2,opt,name=state,proto3,enum=dunlin.v1.AgentStatus_State" json:"state,omitempty"`
+	Reason       string            `protobuf:"bytes,3,opt,name=reason,proto3" json:"reason,omitempty"`
+	// The release that state is about.
+	Version       int64  `protobuf:"varint,4,opt,name=version,proto3" json:"version,omitempty"`
+	Digest        string `protobuf:"bytes,5,opt,name=digest,proto3" json:"digest,omitempty"`
+	BytesPresent  uint64 `protobuf:"varint,6,opt,name=bytes_present,json=bytesPresent,proto3" json:"bytes_present,omitempty"`
+	BytesTotal    uint64 `protobuf:"varint,7,opt,name=bytes_total,json=bytesTotal,proto3" json:"bytes_total,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *AgentStatus) Reset() {
+	*x = AgentStatus{}
+	mi := &file_dunlin_v1_wire_proto_msgTypes[17]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AgentStatus) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AgentStatus) ProtoMessage() {}
+
+func (x *AgentStatus) ProtoReflect() protoreflect.Message {
+	mi := &file_dunlin_v1_wire_proto_msgTypes[17]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AgentStatus.ProtoReflect.Descriptor instead.
+func (*AgentStatus) Descriptor() ([]byte, []int) {
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{17}
+}
+
+func (x *AgentStatus) GetAgentVersion() string {
+	if x != nil {
+		return x.AgentVersion
+	}
+	return ""
+}
+
+func (x *AgentStatus) GetState() AgentStatus_State {
+	if x != nil {
+		return x.State
+	}
+	return AgentStatus_STATE_UNSPECIFIED
+}
+
+func (x *AgentStatus) GetReason() string {
+	if x != nil {
+		return x.Reason
+	}
+	return ""
+}
+
+func (x *AgentStatus) GetVersion() int64 {
+	if x != nil {
+		return x.Version
+	}
+	return 0
+}
+
+func (x *AgentStatus) GetDigest() string {
+	if x != nil {
+		return x.Digest
+	}
+	return ""
+}
+
+func (x *AgentStatus) GetBytesPresent() uint64 {
+	if x != nil {
+		return x.BytesPresent
+	}
+	return 0
+}
+
+func (x *AgentStatus) GetBytesTotal() uint64 {
+	if x != nil {
+		return x.BytesTotal
+	}
+	return 0
+}
+
+// Drift is one thing that is other than it should be.
+type Drift struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// "version", "file", "route", "agent", "runtime" or "setting".
+	Kind string `protobuf:"bytes,1,opt,name=kind,proto3" json:"kind,omitempty"`
+	// "digits:2", "digits:2 model.onnx".
+	Subject string                 `protobuf:"bytes,2,opt,name=subject,proto3" json:"subject,omitempty"`
+	Want    string                 `protobuf:"bytes,3,opt,name=want,proto3" json:"want,omitempty"`
+	Have    string                 `protobuf:"bytes,4,opt,name=have,proto3" json:"have,omitempty"`
+	Since   *timestamppb.Timestamp `protobuf:"bytes,5,opt,name=since,proto3" json:"since,omitempty"`
+	// What is done about it: "fetched again"; empty: it is reported only.
+	Repair        string `protobuf:"bytes,6,opt,name=repair,proto3" json:"repair,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Drift) Reset() {
+	*x = Drift{}
+	mi := &file_dunlin_v1_wire_proto_msgTypes[18]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Drift) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Drift) ProtoMessage() {}
+
+func (x *Drift) ProtoReflect() protoreflect.Message {
+	mi := &file_dunlin_v1_wire_proto_msgTypes[18]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Drift.ProtoReflect.Descriptor instead.
+func (*Drift) Descriptor() ([]byte, []int) {
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{18}
+}
+
+func (x *Drift) GetKind() string {
+	if x != nil {
+		return x.Kind
+	}
+	return ""
+}
+
+func (x *Drift) GetSubject() string {
+	if x != nil {
+		return x.Subject
+	}
+	return ""
+}
+
+func (x *Drift) GetWant() string {
+	if x != nil {
+		return x.Want
+	}
+	return ""
+}
+
+func (x *Drift) GetHave() string {
+	if x != nil {
+		return x.Have
+	}
+	return ""
+}
+
+func (x *Drift) GetSince() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Since
+	}
+	return nil
+}
+
+func (x *Drift) GetRepair() string {
+	if x != nil {
+		return x.Repair
+	}
+	return ""
+}
+
 // Event is something that happened on a device.
 type Event struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -1462,7 +2044,7 @@ type Event struct {
 
 func (x *Event) Reset() {
 	*x = Event{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[14]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1474,7 +2056,7 @@ func (x *Event) String() string {
 func (*Event) ProtoMessage() {}
 
 func (x *Event) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[14]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1487,7 +2069,7 @@ func (x *Event) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Event.ProtoReflect.Descriptor instead.
 func (*Event) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{14}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *Event) GetSequence() uint64 {
@@ -1568,7 +2150,7 @@ type EventBatch struct {
 
 func (x *EventBatch) Reset() {
 	*x = EventBatch{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[15]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1580,7 +2162,7 @@ func (x *EventBatch) String() string {
 func (*EventBatch) ProtoMessage() {}
 
 func (x *EventBatch) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[15]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1593,7 +2175,7 @@ func (x *EventBatch) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EventBatch.ProtoReflect.Descriptor instead.
 func (*EventBatch) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{15}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *EventBatch) GetOutboxId() string {
@@ -1621,7 +2203,7 @@ type EventAck struct {
 
 func (x *EventAck) Reset() {
 	*x = EventAck{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[16]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1633,7 +2215,7 @@ func (x *EventAck) String() string {
 func (*EventAck) ProtoMessage() {}
 
 func (x *EventAck) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[16]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1646,7 +2228,7 @@ func (x *EventAck) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EventAck.ProtoReflect.Descriptor instead.
 func (*EventAck) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{16}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *EventAck) GetOutboxId() string {
@@ -1672,6 +2254,8 @@ type Command struct {
 	//	*Command_HelloAgain
 	//	*Command_StandDown
 	//	*Command_RenewNow
+	//	*Command_TelemetryLease
+	//	*Command_Sources
 	Command       isCommand_Command `protobuf_oneof:"command"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -1679,7 +2263,7 @@ type Command struct {
 
 func (x *Command) Reset() {
 	*x = Command{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[17]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1691,7 +2275,7 @@ func (x *Command) String() string {
 func (*Command) ProtoMessage() {}
 
 func (x *Command) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[17]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1704,7 +2288,7 @@ func (x *Command) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Command.ProtoReflect.Descriptor instead.
 func (*Command) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{17}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *Command) GetCommand() isCommand_Command {
@@ -1750,6 +2334,24 @@ func (x *Command) GetRenewNow() *RenewNow {
 	return nil
 }
 
+func (x *Command) GetTelemetryLease() *TelemetryLease {
+	if x != nil {
+		if x, ok := x.Command.(*Command_TelemetryLease); ok {
+			return x.TelemetryLease
+		}
+	}
+	return nil
+}
+
+func (x *Command) GetSources() *Sources {
+	if x != nil {
+		if x, ok := x.Command.(*Command_Sources); ok {
+			return x.Sources
+		}
+	}
+	return nil
+}
+
 type isCommand_Command interface {
 	isCommand_Command()
 }
@@ -1774,6 +2376,14 @@ type Command_RenewNow struct {
 	RenewNow *RenewNow `protobuf:"bytes,4,opt,name=renew_now,json=renewNow,proto3,oneof"`
 }
 
+type Command_TelemetryLease struct {
+	TelemetryLease *TelemetryLease `protobuf:"bytes,5,opt,name=telemetry_lease,json=telemetryLease,proto3,oneof"`
+}
+
+type Command_Sources struct {
+	Sources *Sources `protobuf:"bytes,6,opt,name=sources,proto3,oneof"`
+}
+
 func (*Command_EventAck) isCommand_Command() {}
 
 func (*Command_HelloAgain) isCommand_Command() {}
@@ -1781,6 +2391,236 @@ func (*Command_HelloAgain) isCommand_Command() {}
 func (*Command_StandDown) isCommand_Command() {}
 
 func (*Command_RenewNow) isCommand_Command() {}
+
+func (*Command_TelemetryLease) isCommand_Command() {}
+
+func (*Command_Sources) isCommand_Command() {}
+
+// TelemetryLease asks for telemetry more often, with figures of versions, for
+// a while; a later one takes its place.
+type TelemetryLease struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// 1000 to 60000.
+	EveryMs uint32 `protobuf:"varint,1,opt,name=every_ms,json=everyMs,proto3" json:"every_ms,omitempty"`
+	// 0 to 600000.
+	ForMs         uint32 `protobuf:"varint,2,opt,name=for_ms,json=forMs,proto3" json:"for_ms,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *TelemetryLease) Reset() {
+	*x = TelemetryLease{}
+	mi := &file_dunlin_v1_wire_proto_msgTypes[23]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *TelemetryLease) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*TelemetryLease) ProtoMessage() {}
+
+func (x *TelemetryLease) ProtoReflect() protoreflect.Message {
+	mi := &file_dunlin_v1_wire_proto_msgTypes[23]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use TelemetryLease.ProtoReflect.Descriptor instead.
+func (*TelemetryLease) Descriptor() ([]byte, []int) {
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{23}
+}
+
+func (x *TelemetryLease) GetEveryMs() uint32 {
+	if x != nil {
+		return x.EveryMs
+	}
+	return 0
+}
+
+func (x *TelemetryLease) GetForMs() uint32 {
+	if x != nil {
+		return x.ForMs
+	}
+	return 0
+}
+
+// SourcesRequest asks where in its site a device may fetch a bundle.
+type SourcesRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Model string                 `protobuf:"bytes,1,opt,name=model,proto3" json:"model,omitempty"`
+	// Of the bundle's manifest.
+	Digest        string `protobuf:"bytes,2,opt,name=digest,proto3" json:"digest,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SourcesRequest) Reset() {
+	*x = SourcesRequest{}
+	mi := &file_dunlin_v1_wire_proto_msgTypes[24]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SourcesRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SourcesRequest) ProtoMessage() {}
+
+func (x *SourcesRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_dunlin_v1_wire_proto_msgTypes[24]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SourcesRequest.ProtoReflect.Descriptor instead.
+func (*SourcesRequest) Descriptor() ([]byte, []int) {
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{24}
+}
+
+func (x *SourcesRequest) GetModel() string {
+	if x != nil {
+		return x.Model
+	}
+	return ""
+}
+
+func (x *SourcesRequest) GetDigest() string {
+	if x != nil {
+		return x.Digest
+	}
+	return ""
+}
+
+// Sources answers a SourcesRequest; the best comes first.
+type Sources struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Digest        string                 `protobuf:"bytes,1,opt,name=digest,proto3" json:"digest,omitempty"`
+	Sources       []*Source              `protobuf:"bytes,2,rep,name=sources,proto3" json:"sources,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Sources) Reset() {
+	*x = Sources{}
+	mi := &file_dunlin_v1_wire_proto_msgTypes[25]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Sources) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Sources) ProtoMessage() {}
+
+func (x *Sources) ProtoReflect() protoreflect.Message {
+	mi := &file_dunlin_v1_wire_proto_msgTypes[25]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Sources.ProtoReflect.Descriptor instead.
+func (*Sources) Descriptor() ([]byte, []int) {
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{25}
+}
+
+func (x *Sources) GetDigest() string {
+	if x != nil {
+		return x.Digest
+	}
+	return ""
+}
+
+func (x *Sources) GetSources() []*Source {
+	if x != nil {
+		return x.Sources
+	}
+	return nil
+}
+
+// Source is a device of the same site that has a bundle, or can get it.
+type Source struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Whose certificate it must show.
+	Device string `protobuf:"bytes,1,opt,name=device,proto3" json:"device,omitempty"`
+	// Base URL, as DeviceInfo.site_url.
+	Url           string `protobuf:"bytes,2,opt,name=url,proto3" json:"url,omitempty"`
+	Cache         bool   `protobuf:"varint,3,opt,name=cache,proto3" json:"cache,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Source) Reset() {
+	*x = Source{}
+	mi := &file_dunlin_v1_wire_proto_msgTypes[26]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Source) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Source) ProtoMessage() {}
+
+func (x *Source) ProtoReflect() protoreflect.Message {
+	mi := &file_dunlin_v1_wire_proto_msgTypes[26]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Source.ProtoReflect.Descriptor instead.
+func (*Source) Descriptor() ([]byte, []int) {
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{26}
+}
+
+func (x *Source) GetDevice() string {
+	if x != nil {
+		return x.Device
+	}
+	return ""
+}
+
+func (x *Source) GetUrl() string {
+	if x != nil {
+		return x.Url
+	}
+	return ""
+}
+
+func (x *Source) GetCache() bool {
+	if x != nil {
+		return x.Cache
+	}
+	return false
+}
 
 // StandDown tells an agent that another one has its identity. It goes on
 // serving, and comes back after an hour, or when it starts again.
@@ -1795,7 +2635,7 @@ type StandDown struct {
 
 func (x *StandDown) Reset() {
 	*x = StandDown{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[18]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1807,7 +2647,7 @@ func (x *StandDown) String() string {
 func (*StandDown) ProtoMessage() {}
 
 func (x *StandDown) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[18]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1820,7 +2660,7 @@ func (x *StandDown) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StandDown.ProtoReflect.Descriptor instead.
 func (*StandDown) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{18}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *StandDown) GetBootId() string {
@@ -1847,7 +2687,7 @@ type RenewNow struct {
 
 func (x *RenewNow) Reset() {
 	*x = RenewNow{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[19]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1859,7 +2699,7 @@ func (x *RenewNow) String() string {
 func (*RenewNow) ProtoMessage() {}
 
 func (x *RenewNow) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[19]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1872,7 +2712,7 @@ func (x *RenewNow) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RenewNow.ProtoReflect.Descriptor instead.
 func (*RenewNow) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{19}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *RenewNow) GetWithinMs() uint32 {
@@ -1891,7 +2731,7 @@ type HelloAgain struct {
 
 func (x *HelloAgain) Reset() {
 	*x = HelloAgain{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[20]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1903,7 +2743,7 @@ func (x *HelloAgain) String() string {
 func (*HelloAgain) ProtoMessage() {}
 
 func (x *HelloAgain) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[20]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1916,7 +2756,7 @@ func (x *HelloAgain) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HelloAgain.ProtoReflect.Descriptor instead.
 func (*HelloAgain) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{20}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{29}
 }
 
 // Telemetry is one sample of a device's figures. A figure that the device
@@ -1951,6 +2791,9 @@ type Telemetry struct {
 	Alarms []*Alarm `protobuf:"bytes,17,rep,name=alarms,proto3" json:"alarms,omitempty"`
 	// Share of the disk's rated writes that is used up, 0 to 1 or more.
 	DiskWear *float64 `protobuf:"fixed64,18,opt,name=disk_wear,json=diskWear,proto3,oneof" json:"disk_wear,omitempty"`
+	// Made anew at each start of the agent: counts of two boots do not follow
+	// from each other.
+	BootId string `protobuf:"bytes,22,opt,name=boot_id,json=bootId,proto3" json:"boot_id,omitempty"`
 	// Requests per second, failed ones of them, and the 99th percentile of their
 	// time, since the last sample.
 	RequestsPerSecond *float64 `protobuf:"fixed64,19,opt,name=requests_per_second,json=requestsPerSecond,proto3,oneof" json:"requests_per_second,omitempty"`
@@ -1962,7 +2805,7 @@ type Telemetry struct {
 
 func (x *Telemetry) Reset() {
 	*x = Telemetry{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[21]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1974,7 +2817,7 @@ func (x *Telemetry) String() string {
 func (*Telemetry) ProtoMessage() {}
 
 func (x *Telemetry) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[21]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1987,7 +2830,7 @@ func (x *Telemetry) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Telemetry.ProtoReflect.Descriptor instead.
 func (*Telemetry) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{21}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *Telemetry) GetAt() *timestamppb.Timestamp {
@@ -2116,6 +2959,13 @@ func (x *Telemetry) GetDiskWear() float64 {
 	return 0
 }
 
+func (x *Telemetry) GetBootId() string {
+	if x != nil {
+		return x.BootId
+	}
+	return ""
+}
+
 func (x *Telemetry) GetRequestsPerSecond() float64 {
 	if x != nil && x.RequestsPerSecond != nil {
 		return *x.RequestsPerSecond
@@ -2149,7 +2999,7 @@ type Temperature struct {
 
 func (x *Temperature) Reset() {
 	*x = Temperature{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[22]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2161,7 +3011,7 @@ func (x *Temperature) String() string {
 func (*Temperature) ProtoMessage() {}
 
 func (x *Temperature) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[22]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2174,7 +3024,7 @@ func (x *Temperature) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Temperature.ProtoReflect.Descriptor instead.
 func (*Temperature) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{22}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *Temperature) GetSensor() string {
@@ -2233,7 +3083,7 @@ type GpuTelemetry struct {
 
 func (x *GpuTelemetry) Reset() {
 	*x = GpuTelemetry{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[23]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2245,7 +3095,7 @@ func (x *GpuTelemetry) String() string {
 func (*GpuTelemetry) ProtoMessage() {}
 
 func (x *GpuTelemetry) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[23]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2258,7 +3108,7 @@ func (x *GpuTelemetry) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GpuTelemetry.ProtoReflect.Descriptor instead.
 func (*GpuTelemetry) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{23}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *GpuTelemetry) GetIndex() uint32 {
@@ -2468,7 +3318,7 @@ type GpuProcess struct {
 
 func (x *GpuProcess) Reset() {
 	*x = GpuProcess{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[24]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2480,7 +3330,7 @@ func (x *GpuProcess) String() string {
 func (*GpuProcess) ProtoMessage() {}
 
 func (x *GpuProcess) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[24]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2493,7 +3343,7 @@ func (x *GpuProcess) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GpuProcess.ProtoReflect.Descriptor instead.
 func (*GpuProcess) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{24}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *GpuProcess) GetPid() uint32 {
@@ -2540,7 +3390,7 @@ type Alarm struct {
 
 func (x *Alarm) Reset() {
 	*x = Alarm{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[25]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2552,7 +3402,7 @@ func (x *Alarm) String() string {
 func (*Alarm) ProtoMessage() {}
 
 func (x *Alarm) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[25]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2565,7 +3415,7 @@ func (x *Alarm) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Alarm.ProtoReflect.Descriptor instead.
 func (*Alarm) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{25}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *Alarm) GetKind() string {
@@ -2669,7 +3519,7 @@ type AlarmSample struct {
 
 func (x *AlarmSample) Reset() {
 	*x = AlarmSample{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[26]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2681,7 +3531,7 @@ func (x *AlarmSample) String() string {
 func (*AlarmSample) ProtoMessage() {}
 
 func (x *AlarmSample) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[26]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2694,7 +3544,7 @@ func (x *AlarmSample) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AlarmSample.ProtoReflect.Descriptor instead.
 func (*AlarmSample) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{26}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *AlarmSample) GetAt() *timestamppb.Timestamp {
@@ -2752,7 +3602,7 @@ type ModelProfile struct {
 
 func (x *ModelProfile) Reset() {
 	*x = ModelProfile{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[27]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2764,7 +3614,7 @@ func (x *ModelProfile) String() string {
 func (*ModelProfile) ProtoMessage() {}
 
 func (x *ModelProfile) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[27]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2777,7 +3627,7 @@ func (x *ModelProfile) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ModelProfile.ProtoReflect.Descriptor instead.
 func (*ModelProfile) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{27}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *ModelProfile) GetModel() string {
@@ -2958,7 +3808,7 @@ type ModelSetting struct {
 
 func (x *ModelSetting) Reset() {
 	*x = ModelSetting{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[28]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2970,7 +3820,7 @@ func (x *ModelSetting) String() string {
 func (*ModelSetting) ProtoMessage() {}
 
 func (x *ModelSetting) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[28]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2983,7 +3833,7 @@ func (x *ModelSetting) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ModelSetting.ProtoReflect.Descriptor instead.
 func (*ModelSetting) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{28}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *ModelSetting) GetProvider() string {
@@ -3039,7 +3889,7 @@ type ProfilePoint struct {
 
 func (x *ProfilePoint) Reset() {
 	*x = ProfilePoint{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[29]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3051,7 +3901,7 @@ func (x *ProfilePoint) String() string {
 func (*ProfilePoint) ProtoMessage() {}
 
 func (x *ProfilePoint) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[29]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3064,7 +3914,7 @@ func (x *ProfilePoint) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProfilePoint.ProtoReflect.Descriptor instead.
 func (*ProfilePoint) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{29}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *ProfilePoint) GetSetting() *ModelSetting {
@@ -3133,7 +3983,7 @@ type LatencyPoint struct {
 
 func (x *LatencyPoint) Reset() {
 	*x = LatencyPoint{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[30]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3145,7 +3995,7 @@ func (x *LatencyPoint) String() string {
 func (*LatencyPoint) ProtoMessage() {}
 
 func (x *LatencyPoint) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[30]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3158,7 +4008,7 @@ func (x *LatencyPoint) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LatencyPoint.ProtoReflect.Descriptor instead.
 func (*LatencyPoint) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{30}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *LatencyPoint) GetRows() uint32 {
@@ -3190,7 +4040,7 @@ type ProviderCheck struct {
 
 func (x *ProviderCheck) Reset() {
 	*x = ProviderCheck{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[31]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3202,7 +4052,7 @@ func (x *ProviderCheck) String() string {
 func (*ProviderCheck) ProtoMessage() {}
 
 func (x *ProviderCheck) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[31]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3215,7 +4065,7 @@ func (x *ProviderCheck) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProviderCheck.ProtoReflect.Descriptor instead.
 func (*ProviderCheck) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{31}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *ProviderCheck) GetProvider() string {
@@ -3270,15 +4120,17 @@ type ModelTelemetry struct {
 	// What of that was measured on this device; estimated otherwise.
 	Measured bool `protobuf:"varint,9,opt,name=measured,proto3" json:"measured,omitempty"`
 	// How often its weights came into memory, and left it, by reason.
-	Activations   []*SwapCount `protobuf:"bytes,10,rep,name=activations,proto3" json:"activations,omitempty"`
-	Evictions     []*SwapCount `protobuf:"bytes,11,rep,name=evictions,proto3" json:"evictions,omitempty"`
+	Activations []*SwapCount `protobuf:"bytes,10,rep,name=activations,proto3" json:"activations,omitempty"`
+	Evictions   []*SwapCount `protobuf:"bytes,11,rep,name=evictions,proto3" json:"evictions,omitempty"`
+	// With a TelemetryLease only.
+	Figures       *VersionFigures `protobuf:"bytes,12,opt,name=figures,proto3" json:"figures,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *ModelTelemetry) Reset() {
 	*x = ModelTelemetry{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[32]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3290,7 +4142,7 @@ func (x *ModelTelemetry) String() string {
 func (*ModelTelemetry) ProtoMessage() {}
 
 func (x *ModelTelemetry) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[32]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3303,7 +4155,7 @@ func (x *ModelTelemetry) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ModelTelemetry.ProtoReflect.Descriptor instead.
 func (*ModelTelemetry) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{32}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{41}
 }
 
 func (x *ModelTelemetry) GetModel() string {
@@ -3383,6 +4235,141 @@ func (x *ModelTelemetry) GetEvictions() []*SwapCount {
 	return nil
 }
 
+func (x *ModelTelemetry) GetFigures() *VersionFigures {
+	if x != nil {
+		return x.Figures
+	}
+	return nil
+}
+
+// VersionFigures are counts since the agent's start; what they count in a time
+// is the difference of two samples of one boot.
+type VersionFigures struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Rows  uint64                 `protobuf:"varint,1,opt,name=rows,proto3" json:"rows,omitempty"`
+	// Times of succeeded requests, from arrival to answer; bounds as
+	// sketch.Latency.
+	Latency *Buckets `protobuf:"bytes,2,opt,name=latency,proto3" json:"latency,omitempty"`
+	// The largest value of each row of the output that looks like class
+	// probabilities; bounds as sketch.Confidence.
+	Confidence *Buckets `protobuf:"bytes,3,opt,name=confidence,proto3" json:"confidence,omitempty"`
+	// Of its runs; absent where the device does not measure energy.
+	Joules        *float64 `protobuf:"fixed64,4,opt,name=joules,proto3,oneof" json:"joules,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *VersionFigures) Reset() {
+	*x = VersionFigures{}
+	mi := &file_dunlin_v1_wire_proto_msgTypes[42]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *VersionFigures) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*VersionFigures) ProtoMessage() {}
+
+func (x *VersionFigures) ProtoReflect() protoreflect.Message {
+	mi := &file_dunlin_v1_wire_proto_msgTypes[42]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use VersionFigures.ProtoReflect.Descriptor instead.
+func (*VersionFigures) Descriptor() ([]byte, []int) {
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{42}
+}
+
+func (x *VersionFigures) GetRows() uint64 {
+	if x != nil {
+		return x.Rows
+	}
+	return 0
+}
+
+func (x *VersionFigures) GetLatency() *Buckets {
+	if x != nil {
+		return x.Latency
+	}
+	return nil
+}
+
+func (x *VersionFigures) GetConfidence() *Buckets {
+	if x != nil {
+		return x.Confidence
+	}
+	return nil
+}
+
+func (x *VersionFigures) GetJoules() float64 {
+	if x != nil && x.Joules != nil {
+		return *x.Joules
+	}
+	return 0
+}
+
+// Buckets are counts of a histogram from one bucket on; those outside are 0.
+type Buckets struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	First         uint32                 `protobuf:"varint,1,opt,name=first,proto3" json:"first,omitempty"`
+	Counts        []uint64               `protobuf:"varint,2,rep,packed,name=counts,proto3" json:"counts,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Buckets) Reset() {
+	*x = Buckets{}
+	mi := &file_dunlin_v1_wire_proto_msgTypes[43]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Buckets) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Buckets) ProtoMessage() {}
+
+func (x *Buckets) ProtoReflect() protoreflect.Message {
+	mi := &file_dunlin_v1_wire_proto_msgTypes[43]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Buckets.ProtoReflect.Descriptor instead.
+func (*Buckets) Descriptor() ([]byte, []int) {
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{43}
+}
+
+func (x *Buckets) GetFirst() uint32 {
+	if x != nil {
+		return x.First
+	}
+	return 0
+}
+
+func (x *Buckets) GetCounts() []uint64 {
+	if x != nil {
+		return x.Counts
+	}
+	return nil
+}
+
 // SwapCount counts how often weights were moved for one reason: "load",
 // "request", "room", "predicted", "budget" or "memory".
 type SwapCount struct {
@@ -3397,7 +4384,7 @@ type SwapCount struct {
 
 func (x *SwapCount) Reset() {
 	*x = SwapCount{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[33]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[44]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3409,7 +4396,7 @@ func (x *SwapCount) String() string {
 func (*SwapCount) ProtoMessage() {}
 
 func (x *SwapCount) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[33]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[44]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3422,7 +4409,7 @@ func (x *SwapCount) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SwapCount.ProtoReflect.Descriptor instead.
 func (*SwapCount) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{33}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{44}
 }
 
 func (x *SwapCount) GetReason() string {
@@ -3459,7 +4446,7 @@ type BlockRequest struct {
 
 func (x *BlockRequest) Reset() {
 	*x = BlockRequest{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[34]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[45]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3471,7 +4458,7 @@ func (x *BlockRequest) String() string {
 func (*BlockRequest) ProtoMessage() {}
 
 func (x *BlockRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[34]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[45]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3484,7 +4471,7 @@ func (x *BlockRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BlockRequest.ProtoReflect.Descriptor instead.
 func (*BlockRequest) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{34}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{45}
 }
 
 func (x *BlockRequest) GetSha256() []byte {
@@ -3520,7 +4507,7 @@ type Block struct {
 
 func (x *Block) Reset() {
 	*x = Block{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[35]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[46]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3532,7 +4519,7 @@ func (x *Block) String() string {
 func (*Block) ProtoMessage() {}
 
 func (x *Block) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[35]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[46]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3545,7 +4532,7 @@ func (x *Block) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Block.ProtoReflect.Descriptor instead.
 func (*Block) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{35}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{46}
 }
 
 func (x *Block) GetSha256() []byte {
@@ -3569,6 +4556,194 @@ func (x *Block) GetData() []byte {
 	return nil
 }
 
+// FetchRequest asks, over MQTT, for blocks of a blob or manifest of a model's
+// repository: in-band delivery, for devices that reach nothing else. It is sent
+// on a connection of its own.
+type FetchRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Chosen by the device; FetchData carries it back.
+	Id       uint64 `protobuf:"varint,1,opt,name=id,proto3" json:"id,omitempty"`
+	Model    string `protobuf:"bytes,2,opt,name=model,proto3" json:"model,omitempty"`
+	Sha256   []byte `protobuf:"bytes,3,opt,name=sha256,proto3" json:"sha256,omitempty"`
+	Manifest bool   `protobuf:"varint,4,opt,name=manifest,proto3" json:"manifest,omitempty"`
+	// 4096 to 65536.
+	BlockBytes uint32 `protobuf:"varint,5,opt,name=block_bytes,json=blockBytes,proto3" json:"block_bytes,omitempty"`
+	// The block, in units of block_bytes, that bit 0 of wanted stands for.
+	First uint64 `protobuf:"varint,6,opt,name=first,proto3" json:"first,omitempty"`
+	// Blocks that are wanted, least significant bit of the first byte first; at
+	// most 32 bytes.
+	Wanted        []byte `protobuf:"bytes,7,opt,name=wanted,proto3" json:"wanted,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *FetchRequest) Reset() {
+	*x = FetchRequest{}
+	mi := &file_dunlin_v1_wire_proto_msgTypes[47]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *FetchRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*FetchRequest) ProtoMessage() {}
+
+func (x *FetchRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_dunlin_v1_wire_proto_msgTypes[47]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use FetchRequest.ProtoReflect.Descriptor instead.
+func (*FetchRequest) Descriptor() ([]byte, []int) {
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{47}
+}
+
+func (x *FetchRequest) GetId() uint64 {
+	if x != nil {
+		return x.Id
+	}
+	return 0
+}
+
+func (x *FetchRequest) GetModel() string {
+	if x != nil {
+		return x.Model
+	}
+	return ""
+}
+
+func (x *FetchRequest) GetSha256() []byte {
+	if x != nil {
+		return x.Sha256
+	}
+	return nil
+}
+
+func (x *FetchRequest) GetManifest() bool {
+	if x != nil {
+		return x.Manifest
+	}
+	return false
+}
+
+func (x *FetchRequest) GetBlockBytes() uint32 {
+	if x != nil {
+		return x.BlockBytes
+	}
+	return 0
+}
+
+func (x *FetchRequest) GetFirst() uint64 {
+	if x != nil {
+		return x.First
+	}
+	return 0
+}
+
+func (x *FetchRequest) GetWanted() []byte {
+	if x != nil {
+		return x.Wanted
+	}
+	return nil
+}
+
+// FetchData is one block, or says why there is none.
+type FetchData struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Id    uint64                 `protobuf:"varint,1,opt,name=id,proto3" json:"id,omitempty"`
+	Block uint64                 `protobuf:"varint,2,opt,name=block,proto3" json:"block,omitempty"`
+	Data  []byte                 `protobuf:"bytes,3,opt,name=data,proto3" json:"data,omitempty"`
+	// Of the whole blob.
+	BlobBytes uint64 `protobuf:"varint,4,opt,name=blob_bytes,json=blobBytes,proto3" json:"blob_bytes,omitempty"`
+	// Set without data: "unknown", "refused", "busy".
+	Error string `protobuf:"bytes,5,opt,name=error,proto3" json:"error,omitempty"`
+	// With "busy": when to ask again.
+	RetryMs       uint32 `protobuf:"varint,6,opt,name=retry_ms,json=retryMs,proto3" json:"retry_ms,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *FetchData) Reset() {
+	*x = FetchData{}
+	mi := &file_dunlin_v1_wire_proto_msgTypes[48]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *FetchData) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*FetchData) ProtoMessage() {}
+
+func (x *FetchData) ProtoReflect() protoreflect.Message {
+	mi := &file_dunlin_v1_wire_proto_msgTypes[48]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use FetchData.ProtoReflect.Descriptor instead.
+func (*FetchData) Descriptor() ([]byte, []int) {
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{48}
+}
+
+func (x *FetchData) GetId() uint64 {
+	if x != nil {
+		return x.Id
+	}
+	return 0
+}
+
+func (x *FetchData) GetBlock() uint64 {
+	if x != nil {
+		return x.Block
+	}
+	return 0
+}
+
+func (x *FetchData) GetData() []byte {
+	if x != nil {
+		return x.Data
+	}
+	return nil
+}
+
+func (x *FetchData) GetBlobBytes() uint64 {
+	if x != nil {
+		return x.BlobBytes
+	}
+	return 0
+}
+
+func (x *FetchData) GetError() string {
+	if x != nil {
+		return x.Error
+	}
+	return ""
+}
+
+func (x *FetchData) GetRetryMs() uint32 {
+	if x != nil {
+		return x.RetryMs
+	}
+	return 0
+}
+
 // Epoch is published when a controller starts and every minute after.
 type Epoch struct {
 	state       protoimpl.MessageState `protogen:"open.v1"`
@@ -3584,7 +4759,7 @@ type Epoch struct {
 
 func (x *Epoch) Reset() {
 	*x = Epoch{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[36]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[49]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3596,7 +4771,7 @@ func (x *Epoch) String() string {
 func (*Epoch) ProtoMessage() {}
 
 func (x *Epoch) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[36]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[49]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3609,7 +4784,7 @@ func (x *Epoch) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Epoch.ProtoReflect.Descriptor instead.
 func (*Epoch) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{36}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{49}
 }
 
 func (x *Epoch) GetIncarnation() string {
@@ -3641,7 +4816,7 @@ const file_dunlin_v1_wire_proto_rawDesc = "" +
 	"\n" +
 	"Generation\x12 \n" +
 	"\vincarnation\x18\x01 \x01(\tR\vincarnation\x12\x16\n" +
-	"\x06number\x18\x02 \x01(\x04R\x06number\"\xca\x05\n" +
+	"\x06number\x18\x02 \x01(\x04R\x06number\"\xa0\x06\n" +
 	"\n" +
 	"DeviceInfo\x12\x1a\n" +
 	"\bhostname\x18\x01 \x01(\tR\bhostname\x12\x0e\n" +
@@ -3667,7 +4842,11 @@ const file_dunlin_v1_wire_proto_rawDesc = "" +
 	"\x05board\x18\x12 \x01(\tR\x05board\x126\n" +
 	"\x17firmware_profile_reason\x18\x13 \x01(\tR\x15firmwareProfileReason\x12/\n" +
 	"\x06limits\x18\x14 \x01(\v2\x17.dunlin.v1.DeviceLimitsR\x06limits\x12\x1c\n" +
-	"\tsimulated\x18\x15 \x01(\bR\tsimulated\"\xa0\x02\n" +
+	"\tsimulated\x18\x15 \x01(\bR\tsimulated\x12\x19\n" +
+	"\bsite_url\x18\x16 \x01(\tR\asiteUrl\x12\x1d\n" +
+	"\n" +
+	"site_cache\x18\x17 \x01(\bR\tsiteCache\x12\x1a\n" +
+	"\bfeatures\x18\x18 \x03(\tR\bfeatures\"\xa0\x02\n" +
 	"\aGpuInfo\x12\x14\n" +
 	"\x05index\x18\x01 \x01(\rR\x05index\x12\x12\n" +
 	"\x04name\x18\x02 \x01(\tR\x04name\x12\x12\n" +
@@ -3718,10 +4897,35 @@ const file_dunlin_v1_wire_proto_rawDesc = "" +
 	"\x06sha256\x18\x02 \x01(\fR\x06sha256\x12\x1d\n" +
 	"\n" +
 	"size_bytes\x18\x03 \x01(\x04R\tsizeBytes\x12\x1a\n" +
-	"\bdocument\x18\x04 \x01(\fR\bdocument\"y\n" +
+	"\bdocument\x18\x04 \x01(\fR\bdocument\"\xa8\x01\n" +
 	"\x0fDesiredDocument\x125\n" +
 	"\bversions\x18\x01 \x03(\v2\x19.dunlin.v1.DesiredVersionR\bversions\x12/\n" +
-	"\x06routes\x18\x02 \x03(\v2\x17.dunlin.v1.DesiredRouteR\x06routes\"\xb7\x01\n" +
+	"\x06routes\x18\x02 \x03(\v2\x17.dunlin.v1.DesiredRouteR\x06routes\x12-\n" +
+	"\x05agent\x18\x03 \x01(\v2\x17.dunlin.v1.DesiredAgentR\x05agent\"\xf5\x01\n" +
+	"\fDesiredAgent\x12\x1e\n" +
+	"\n" +
+	"deployment\x18\x01 \x01(\tR\n" +
+	"deployment\x12#\n" +
+	"\ragent_version\x18\x02 \x01(\tR\fagentVersion\x12\x18\n" +
+	"\aversion\x18\x03 \x01(\x03R\aversion\x12\x16\n" +
+	"\x06digest\x18\x04 \x01(\tR\x06digest\x12\x1d\n" +
+	"\n" +
+	"size_bytes\x18\x05 \x01(\x04R\tsizeBytes\x12\x1e\n" +
+	"\n" +
+	"signatures\x18\x06 \x03(\tR\n" +
+	"signatures\x12/\n" +
+	"\bdelivery\x18\a \x01(\v2\x13.dunlin.v1.DeliveryR\bdelivery\"\x8e\x01\n" +
+	"\bDelivery\x12\x1a\n" +
+	"\bpriority\x18\x01 \x01(\rR\bpriority\x12\x1b\n" +
+	"\tmax_bytes\x18\x02 \x01(\x04R\bmaxBytes\x12/\n" +
+	"\awindows\x18\x03 \x03(\v2\x15.dunlin.v1.TimeWindowR\awindows\x12\x18\n" +
+	"\ametered\x18\x04 \x01(\bR\ametered\"^\n" +
+	"\n" +
+	"TimeWindow\x12\x1f\n" +
+	"\vfrom_minute\x18\x01 \x01(\rR\n" +
+	"fromMinute\x12\x1b\n" +
+	"\tto_minute\x18\x02 \x01(\rR\btoMinute\x12\x12\n" +
+	"\x04days\x18\x03 \x01(\rR\x04days\"\x83\x02\n" +
 	"\x0eDesiredVersion\x12\x1e\n" +
 	"\n" +
 	"deployment\x18\x01 \x01(\tR\n" +
@@ -3733,14 +4937,16 @@ const file_dunlin_v1_wire_proto_rawDesc = "" +
 	"size_bytes\x18\x05 \x01(\x04R\tsizeBytes\x12\x1e\n" +
 	"\n" +
 	"signatures\x18\x06 \x03(\tR\n" +
-	"signatures\"T\n" +
+	"signatures\x12/\n" +
+	"\bdelivery\x18\a \x01(\v2\x13.dunlin.v1.DeliveryR\bdelivery\x12\x19\n" +
+	"\bin_place\x18\b \x01(\bR\ainPlace\"T\n" +
 	"\fDesiredRoute\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x120\n" +
 	"\atargets\x18\x02 \x03(\v2\x16.dunlin.v1.RouteTargetR\atargets\"U\n" +
 	"\vRouteTarget\x12\x14\n" +
 	"\x05model\x18\x01 \x01(\tR\x05model\x12\x18\n" +
 	"\aversion\x18\x02 \x01(\x03R\aversion\x12\x16\n" +
-	"\x06weight\x18\x03 \x01(\rR\x06weight\"\xd0\x02\n" +
+	"\x06weight\x18\x03 \x01(\rR\x06weight\"\xae\x03\n" +
 	"\rVersionStatus\x12\x14\n" +
 	"\x05model\x18\x01 \x01(\tR\x05model\x12\x18\n" +
 	"\aversion\x18\x02 \x01(\x03R\aversion\x12\x16\n" +
@@ -3755,18 +4961,46 @@ const file_dunlin_v1_wire_proto_rawDesc = "" +
 	"\n" +
 	"deployment\x18\n" +
 	" \x01(\tR\n" +
-	"deployment\"O\n" +
+	"deployment\x12\x1a\n" +
+	"\breverted\x18\v \x01(\bR\breverted\x12#\n" +
+	"\rbytes_fetched\x18\f \x01(\x04R\fbytesFetched\x12\x1b\n" +
+	"\twaits_for\x18\r \x01(\tR\bwaitsFor\"O\n" +
 	"\vRouteStatus\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x14\n" +
 	"\x05ready\x18\x02 \x01(\bR\x05ready\x12\x16\n" +
-	"\x06reason\x18\x03 \x01(\tR\x06reason\"\x85\x02\n" +
+	"\x06reason\x18\x03 \x01(\tR\x06reason\"\xdd\x02\n" +
 	"\bReported\x12\x18\n" +
 	"\asession\x18\x01 \x01(\tR\asession\x121\n" +
 	"\bobserved\x18\x02 \x01(\v2\x15.dunlin.v1.GenerationR\bobserved\x12*\n" +
 	"\x02at\x18\x03 \x01(\v2\x1a.google.protobuf.TimestampR\x02at\x124\n" +
 	"\bversions\x18\x04 \x03(\v2\x18.dunlin.v1.VersionStatusR\bversions\x12.\n" +
 	"\x06routes\x18\x05 \x03(\v2\x16.dunlin.v1.RouteStatusR\x06routes\x12\x1a\n" +
-	"\bsequence\x18\x06 \x01(\x04R\bsequence\"\xb9\x02\n" +
+	"\bsequence\x18\x06 \x01(\x04R\bsequence\x12,\n" +
+	"\x05agent\x18\a \x01(\v2\x16.dunlin.v1.AgentStatusR\x05agent\x12(\n" +
+	"\x06drifts\x18\b \x03(\v2\x10.dunlin.v1.DriftR\x06drifts\"\xf6\x02\n" +
+	"\vAgentStatus\x12#\n" +
+	"\ragent_version\x18\x01 \x01(\tR\fagentVersion\x122\n" +
+	"\x05state\x18\x02 \x01(\x0e2\x1c.dunlin.v1.AgentStatus.StateR\x05state\x12\x16\n" +
+	"\x06reason\x18\x03 \x01(\tR\x06reason\x12\x18\n" +
+	"\aversion\x18\x04 \x01(\x03R\aversion\x12\x16\n" +
+	"\x06digest\x18\x05 \x01(\tR\x06digest\x12#\n" +
+	"\rbytes_present\x18\x06 \x01(\x04R\fbytesPresent\x12\x1f\n" +
+	"\vbytes_total\x18\a \x01(\x04R\n" +
+	"bytesTotal\"~\n" +
+	"\x05State\x12\x15\n" +
+	"\x11STATE_UNSPECIFIED\x10\x00\x12\x11\n" +
+	"\rSTATE_CURRENT\x10\x01\x12\x12\n" +
+	"\x0eSTATE_FETCHING\x10\x02\x12\x10\n" +
+	"\fSTATE_TRYING\x10\x03\x12\x12\n" +
+	"\x0eSTATE_REVERTED\x10\x04\x12\x11\n" +
+	"\rSTATE_REFUSED\x10\x05\"\xa7\x01\n" +
+	"\x05Drift\x12\x12\n" +
+	"\x04kind\x18\x01 \x01(\tR\x04kind\x12\x18\n" +
+	"\asubject\x18\x02 \x01(\tR\asubject\x12\x12\n" +
+	"\x04want\x18\x03 \x01(\tR\x04want\x12\x12\n" +
+	"\x04have\x18\x04 \x01(\tR\x04have\x120\n" +
+	"\x05since\x18\x05 \x01(\v2\x1a.google.protobuf.TimestampR\x05since\x12\x16\n" +
+	"\x06repair\x18\x06 \x01(\tR\x06repair\"\xb9\x02\n" +
 	"\x05Event\x12\x1a\n" +
 	"\bsequence\x18\x01 \x01(\x04R\bsequence\x12*\n" +
 	"\x02at\x18\x02 \x01(\v2\x1a.google.protobuf.TimestampR\x02at\x12\x12\n" +
@@ -3783,22 +5017,38 @@ const file_dunlin_v1_wire_proto_rawDesc = "" +
 	"\x06events\x18\x02 \x03(\v2\x10.dunlin.v1.EventR\x06events\"C\n" +
 	"\bEventAck\x12\x1b\n" +
 	"\toutbox_id\x18\x01 \x01(\tR\boutboxId\x12\x1a\n" +
-	"\bsequence\x18\x02 \x01(\x04R\bsequence\"\xed\x01\n" +
+	"\bsequence\x18\x02 \x01(\x04R\bsequence\"\xe3\x02\n" +
 	"\aCommand\x122\n" +
 	"\tevent_ack\x18\x01 \x01(\v2\x13.dunlin.v1.EventAckH\x00R\beventAck\x128\n" +
 	"\vhello_again\x18\x02 \x01(\v2\x15.dunlin.v1.HelloAgainH\x00R\n" +
 	"helloAgain\x125\n" +
 	"\n" +
 	"stand_down\x18\x03 \x01(\v2\x14.dunlin.v1.StandDownH\x00R\tstandDown\x122\n" +
-	"\trenew_now\x18\x04 \x01(\v2\x13.dunlin.v1.RenewNowH\x00R\brenewNowB\t\n" +
-	"\acommand\"I\n" +
+	"\trenew_now\x18\x04 \x01(\v2\x13.dunlin.v1.RenewNowH\x00R\brenewNow\x12D\n" +
+	"\x0ftelemetry_lease\x18\x05 \x01(\v2\x19.dunlin.v1.TelemetryLeaseH\x00R\x0etelemetryLease\x12.\n" +
+	"\asources\x18\x06 \x01(\v2\x12.dunlin.v1.SourcesH\x00R\asourcesB\t\n" +
+	"\acommand\"B\n" +
+	"\x0eTelemetryLease\x12\x19\n" +
+	"\bevery_ms\x18\x01 \x01(\rR\aeveryMs\x12\x15\n" +
+	"\x06for_ms\x18\x02 \x01(\rR\x05forMs\">\n" +
+	"\x0eSourcesRequest\x12\x14\n" +
+	"\x05model\x18\x01 \x01(\tR\x05model\x12\x16\n" +
+	"\x06digest\x18\x02 \x01(\tR\x06digest\"N\n" +
+	"\aSources\x12\x16\n" +
+	"\x06digest\x18\x01 \x01(\tR\x06digest\x12+\n" +
+	"\asources\x18\x02 \x03(\v2\x11.dunlin.v1.SourceR\asources\"H\n" +
+	"\x06Source\x12\x16\n" +
+	"\x06device\x18\x01 \x01(\tR\x06device\x12\x10\n" +
+	"\x03url\x18\x02 \x01(\tR\x03url\x12\x14\n" +
+	"\x05cache\x18\x03 \x01(\bR\x05cache\"I\n" +
 	"\tStandDown\x12\x17\n" +
 	"\aboot_id\x18\x01 \x01(\tR\x06bootId\x12#\n" +
 	"\rkept_hostname\x18\x02 \x01(\tR\fkeptHostname\"'\n" +
 	"\bRenewNow\x12\x1b\n" +
 	"\twithin_ms\x18\x01 \x01(\rR\bwithinMs\"\f\n" +
 	"\n" +
-	"HelloAgain\"\xf8\t\n" +
+	"HelloAgain\"\x91\n" +
+	"\n" +
 	"\tTelemetry\x12*\n" +
 	"\x02at\x18\x01 \x01(\v2\x1a.google.protobuf.TimestampR\x02at\x12,\n" +
 	"\x0fcpu_utilisation\x18\x02 \x01(\x01H\x00R\x0ecpuUtilisation\x88\x01\x01\x12/\n" +
@@ -3819,7 +5069,8 @@ const file_dunlin_v1_wire_proto_rawDesc = "" +
 	"\fpower_source\x18\x0f \x01(\tR\vpowerSource\x12\x16\n" +
 	"\x06faults\x18\x10 \x03(\tR\x06faults\x12(\n" +
 	"\x06alarms\x18\x11 \x03(\v2\x10.dunlin.v1.AlarmR\x06alarms\x12 \n" +
-	"\tdisk_wear\x18\x12 \x01(\x01H\tR\bdiskWear\x88\x01\x01\x123\n" +
+	"\tdisk_wear\x18\x12 \x01(\x01H\tR\bdiskWear\x88\x01\x01\x12\x17\n" +
+	"\aboot_id\x18\x16 \x01(\tR\x06bootId\x123\n" +
 	"\x13requests_per_second\x18\x13 \x01(\x01H\n" +
 	"R\x11requestsPerSecond\x88\x01\x01\x123\n" +
 	"\x13failures_per_second\x18\x14 \x01(\x01H\vR\x11failuresPerSecond\x88\x01\x01\x123\n" +
@@ -3984,7 +5235,7 @@ const file_dunlin_v1_wire_proto_rawDesc = "" +
 	"\baccepted\x18\x02 \x01(\bR\baccepted\x12\x16\n" +
 	"\x06reason\x18\x03 \x01(\tR\x06reason\x12,\n" +
 	"\x12max_absolute_error\x18\x04 \x01(\x01R\x10maxAbsoluteError\x12,\n" +
-	"\x12max_relative_error\x18\x05 \x01(\x01R\x10maxRelativeError\"\x85\x03\n" +
+	"\x12max_relative_error\x18\x05 \x01(\x01R\x10maxRelativeError\"\xba\x03\n" +
 	"\x0eModelTelemetry\x12\x14\n" +
 	"\x05model\x18\x01 \x01(\tR\x05model\x12\x18\n" +
 	"\aversion\x18\x02 \x01(\x03R\aversion\x12\x1c\n" +
@@ -3998,7 +5249,19 @@ const file_dunlin_v1_wire_proto_rawDesc = "" +
 	"\bmeasured\x18\t \x01(\bR\bmeasured\x126\n" +
 	"\vactivations\x18\n" +
 	" \x03(\v2\x14.dunlin.v1.SwapCountR\vactivations\x122\n" +
-	"\tevictions\x18\v \x03(\v2\x14.dunlin.v1.SwapCountR\tevictions\"[\n" +
+	"\tevictions\x18\v \x03(\v2\x14.dunlin.v1.SwapCountR\tevictions\x123\n" +
+	"\afigures\x18\f \x01(\v2\x19.dunlin.v1.VersionFiguresR\afigures\"\xae\x01\n" +
+	"\x0eVersionFigures\x12\x12\n" +
+	"\x04rows\x18\x01 \x01(\x04R\x04rows\x12,\n" +
+	"\alatency\x18\x02 \x01(\v2\x12.dunlin.v1.BucketsR\alatency\x122\n" +
+	"\n" +
+	"confidence\x18\x03 \x01(\v2\x12.dunlin.v1.BucketsR\n" +
+	"confidence\x12\x1b\n" +
+	"\x06joules\x18\x04 \x01(\x01H\x00R\x06joules\x88\x01\x01B\t\n" +
+	"\a_joules\"7\n" +
+	"\aBuckets\x12\x14\n" +
+	"\x05first\x18\x01 \x01(\rR\x05first\x12\x16\n" +
+	"\x06counts\x18\x02 \x03(\x04R\x06counts\"[\n" +
 	"\tSwapCount\x12\x16\n" +
 	"\x06reason\x18\x01 \x01(\tR\x06reason\x12\x14\n" +
 	"\x05count\x18\x02 \x01(\x04R\x05count\x12 \n" +
@@ -4010,7 +5273,24 @@ const file_dunlin_v1_wire_proto_rawDesc = "" +
 	"\x05Block\x12\x16\n" +
 	"\x06sha256\x18\x01 \x01(\fR\x06sha256\x12\x16\n" +
 	"\x06offset\x18\x02 \x01(\x04R\x06offset\x12\x12\n" +
-	"\x04data\x18\x03 \x01(\fR\x04data\"j\n" +
+	"\x04data\x18\x03 \x01(\fR\x04data\"\xb7\x01\n" +
+	"\fFetchRequest\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\x04R\x02id\x12\x14\n" +
+	"\x05model\x18\x02 \x01(\tR\x05model\x12\x16\n" +
+	"\x06sha256\x18\x03 \x01(\fR\x06sha256\x12\x1a\n" +
+	"\bmanifest\x18\x04 \x01(\bR\bmanifest\x12\x1f\n" +
+	"\vblock_bytes\x18\x05 \x01(\rR\n" +
+	"blockBytes\x12\x14\n" +
+	"\x05first\x18\x06 \x01(\x04R\x05first\x12\x16\n" +
+	"\x06wanted\x18\a \x01(\fR\x06wanted\"\x95\x01\n" +
+	"\tFetchData\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\x04R\x02id\x12\x14\n" +
+	"\x05block\x18\x02 \x01(\x04R\x05block\x12\x12\n" +
+	"\x04data\x18\x03 \x01(\fR\x04data\x12\x1d\n" +
+	"\n" +
+	"blob_bytes\x18\x04 \x01(\x04R\tblobBytes\x12\x14\n" +
+	"\x05error\x18\x05 \x01(\tR\x05error\x12\x19\n" +
+	"\bretry_ms\x18\x06 \x01(\rR\aretryMs\"j\n" +
 	"\x05Epoch\x12 \n" +
 	"\vincarnation\x18\x01 \x01(\tR\vincarnation\x12\x17\n" +
 	"\aboot_id\x18\x02 \x01(\tR\x06bootId\x12&\n" +
@@ -4042,100 +5322,128 @@ func file_dunlin_v1_wire_proto_rawDescGZIP() []byte {
 	return file_dunlin_v1_wire_proto_rawDescData
 }
 
-var file_dunlin_v1_wire_proto_enumTypes = make([]protoimpl.EnumInfo, 2)
-var file_dunlin_v1_wire_proto_msgTypes = make([]protoimpl.MessageInfo, 38)
+var file_dunlin_v1_wire_proto_enumTypes = make([]protoimpl.EnumInfo, 3)
+var file_dunlin_v1_wire_proto_msgTypes = make([]protoimpl.MessageInfo, 51)
 var file_dunlin_v1_wire_proto_goTypes = []any{
 	(VersionState)(0),             // 0: dunlin.v1.VersionState
 	(Severity)(0),                 // 1: dunlin.v1.Severity
-	(*Generation)(nil),            // 2: dunlin.v1.Generation
-	(*DeviceInfo)(nil),            // 3: dunlin.v1.DeviceInfo
-	(*GpuInfo)(nil),               // 4: dunlin.v1.GpuInfo
-	(*DeviceLimits)(nil),          // 5: dunlin.v1.DeviceLimits
-	(*Hello)(nil),                 // 6: dunlin.v1.Hello
-	(*Gone)(nil),                  // 7: dunlin.v1.Gone
-	(*Desired)(nil),               // 8: dunlin.v1.Desired
-	(*DesiredDocument)(nil),       // 9: dunlin.v1.DesiredDocument
-	(*DesiredVersion)(nil),        // 10: dunlin.v1.DesiredVersion
-	(*DesiredRoute)(nil),          // 11: dunlin.v1.DesiredRoute
-	(*RouteTarget)(nil),           // 12: dunlin.v1.RouteTarget
-	(*VersionStatus)(nil),         // 13: dunlin.v1.VersionStatus
-	(*RouteStatus)(nil),           // 14: dunlin.v1.RouteStatus
-	(*Reported)(nil),              // 15: dunlin.v1.Reported
-	(*Event)(nil),                 // 16: dunlin.v1.Event
-	(*EventBatch)(nil),            // 17: dunlin.v1.EventBatch
-	(*EventAck)(nil),              // 18: dunlin.v1.EventAck
-	(*Command)(nil),               // 19: dunlin.v1.Command
-	(*StandDown)(nil),             // 20: dunlin.v1.StandDown
-	(*RenewNow)(nil),              // 21: dunlin.v1.RenewNow
-	(*HelloAgain)(nil),            // 22: dunlin.v1.HelloAgain
-	(*Telemetry)(nil),             // 23: dunlin.v1.Telemetry
-	(*Temperature)(nil),           // 24: dunlin.v1.Temperature
-	(*GpuTelemetry)(nil),          // 25: dunlin.v1.GpuTelemetry
-	(*GpuProcess)(nil),            // 26: dunlin.v1.GpuProcess
-	(*Alarm)(nil),                 // 27: dunlin.v1.Alarm
-	(*AlarmSample)(nil),           // 28: dunlin.v1.AlarmSample
-	(*ModelProfile)(nil),          // 29: dunlin.v1.ModelProfile
-	(*ModelSetting)(nil),          // 30: dunlin.v1.ModelSetting
-	(*ProfilePoint)(nil),          // 31: dunlin.v1.ProfilePoint
-	(*LatencyPoint)(nil),          // 32: dunlin.v1.LatencyPoint
-	(*ProviderCheck)(nil),         // 33: dunlin.v1.ProviderCheck
-	(*ModelTelemetry)(nil),        // 34: dunlin.v1.ModelTelemetry
-	(*SwapCount)(nil),             // 35: dunlin.v1.SwapCount
-	(*BlockRequest)(nil),          // 36: dunlin.v1.BlockRequest
-	(*Block)(nil),                 // 37: dunlin.v1.Block
-	(*Epoch)(nil),                 // 38: dunlin.v1.Epoch
-	nil,                           // 39: dunlin.v1.Hello.LabelsEntry
-	(*timestamppb.Timestamp)(nil), // 40: google.protobuf.Timestamp
+	(AgentStatus_State)(0),        // 2: dunlin.v1.AgentStatus.State
+	(*Generation)(nil),            // 3: dunlin.v1.Generation
+	(*DeviceInfo)(nil),            // 4: dunlin.v1.DeviceInfo
+	(*GpuInfo)(nil),               // 5: dunlin.v1.GpuInfo
+	(*DeviceLimits)(nil),          // 6: dunlin.v1.DeviceLimits
+	(*Hello)(nil),                 // 7: dunlin.v1.Hello
+	(*Gone)(nil),                  // 8: dunlin.v1.Gone
+	(*Desired)(nil),               // 9: dunlin.v1.Desired
+	(*DesiredDocument)(nil),       // 10: dunlin.v1.DesiredDocument
+	(*DesiredAgent)(nil),          // 11: dunlin.v1.DesiredAgent
+	(*Delivery)(nil),              // 12: dunlin.v1.Delivery
+	(*TimeWindow)(nil),            // 13: dunlin.v1.TimeWindow
+	(*DesiredVersion)(nil),        // 14: dunlin.v1.DesiredVersion
+	(*DesiredRoute)(nil),          // 15: dunlin.v1.DesiredRoute
+	(*RouteTarget)(nil),           // 16: dunlin.v1.RouteTarget
+	(*VersionStatus)(nil),         // 17: dunlin.v1.VersionStatus
+	(*RouteStatus)(nil),           // 18: dunlin.v1.RouteStatus
+	(*Reported)(nil),              // 19: dunlin.v1.Reported
+	(*AgentStatus)(nil),           // 20: dunlin.v1.AgentStatus
+	(*Drift)(nil),                 // 21: dunlin.v1.Drift
+	(*Event)(nil),                 // 22: dunlin.v1.Event
+	(*EventBatch)(nil),            // 23: dunlin.v1.EventBatch
+	(*EventAck)(nil),              // 24: dunlin.v1.EventAck
+	(*Command)(nil),               // 25: dunlin.v1.Command
+	(*TelemetryLease)(nil),        // 26: dunlin.v1.TelemetryLease
+	(*SourcesRequest)(nil),        // 27: dunlin.v1.SourcesRequest
+	(*Sources)(nil),               // 28: dunlin.v1.Sources
+	(*Source)(nil),                // 29: dunlin.v1.Source
+	(*StandDown)(nil),             // 30: dunlin.v1.StandDown
+	(*RenewNow)(nil),              // 31: dunlin.v1.RenewNow
+	(*HelloAgain)(nil),            // 32: dunlin.v1.HelloAgain
+	(*Telemetry)(nil),             // 33: dunlin.v1.Telemetry
+	(*Temperature)(nil),           // 34: dunlin.v1.Temperature
+	(*GpuTelemetry)(nil),          // 35: dunlin.v1.GpuTelemetry
+	(*GpuProcess)(nil),            // 36: dunlin.v1.GpuProcess
+	(*Alarm)(nil),                 // 37: dunlin.v1.Alarm
+	(*AlarmSample)(nil),           // 38: dunlin.v1.AlarmSample
+	(*ModelProfile)(nil),          // 39: dunlin.v1.ModelProfile
+	(*ModelSetting)(nil),          // 40: dunlin.v1.ModelSetting
+	(*ProfilePoint)(nil),          // 41: dunlin.v1.ProfilePoint
+	(*LatencyPoint)(nil),          // 42: dunlin.v1.LatencyPoint
+	(*ProviderCheck)(nil),         // 43: dunlin.v1.ProviderCheck
+	(*ModelTelemetry)(nil),        // 44: dunlin.v1.ModelTelemetry
+	(*VersionFigures)(nil),        // 45: dunlin.v1.VersionFigures
+	(*Buckets)(nil),               // 46: dunlin.v1.Buckets
+	(*SwapCount)(nil),             // 47: dunlin.v1.SwapCount
+	(*BlockRequest)(nil),          // 48: dunlin.v1.BlockRequest
+	(*Block)(nil),                 // 49: dunlin.v1.Block
+	(*FetchRequest)(nil),          // 50: dunlin.v1.FetchRequest
+	(*FetchData)(nil),             // 51: dunlin.v1.FetchData
+	(*Epoch)(nil),                 // 52: dunlin.v1.Epoch
+	nil,                           // 53: dunlin.v1.Hello.LabelsEntry
+	(*timestamppb.Timestamp)(nil), // 54: google.protobuf.Timestamp
 }
 var file_dunlin_v1_wire_proto_depIdxs = []int32{
-	4,  // 0: dunlin.v1.DeviceInfo.gpus:type_name -> dunlin.v1.GpuInfo
-	5,  // 1: dunlin.v1.DeviceInfo.limits:type_name -> dunlin.v1.DeviceLimits
-	2,  // 2: dunlin.v1.Hello.have_generation:type_name -> dunlin.v1.Generation
-	3,  // 3: dunlin.v1.Hello.info:type_name -> dunlin.v1.DeviceInfo
-	39, // 4: dunlin.v1.Hello.labels:type_name -> dunlin.v1.Hello.LabelsEntry
-	2,  // 5: dunlin.v1.Desired.generation:type_name -> dunlin.v1.Generation
-	10, // 6: dunlin.v1.DesiredDocument.versions:type_name -> dunlin.v1.DesiredVersion
-	11, // 7: dunlin.v1.DesiredDocument.routes:type_name -> dunlin.v1.DesiredRoute
-	12, // 8: dunlin.v1.DesiredRoute.targets:type_name -> dunlin.v1.RouteTarget
-	0,  // 9: dunlin.v1.VersionStatus.state:type_name -> dunlin.v1.VersionState
-	40, // 10: dunlin.v1.VersionStatus.since:type_name -> google.protobuf.Timestamp
-	2,  // 11: dunlin.v1.Reported.observed:type_name -> dunlin.v1.Generation
-	40, // 12: dunlin.v1.Reported.at:type_name -> google.protobuf.Timestamp
-	13, // 13: dunlin.v1.Reported.versions:type_name -> dunlin.v1.VersionStatus
-	14, // 14: dunlin.v1.Reported.routes:type_name -> dunlin.v1.RouteStatus
-	40, // 15: dunlin.v1.Event.at:type_name -> google.protobuf.Timestamp
-	1,  // 16: dunlin.v1.Event.severity:type_name -> dunlin.v1.Severity
-	29, // 17: dunlin.v1.Event.profile:type_name -> dunlin.v1.ModelProfile
-	27, // 18: dunlin.v1.Event.alarm:type_name -> dunlin.v1.Alarm
-	16, // 19: dunlin.v1.EventBatch.events:type_name -> dunlin.v1.Event
-	18, // 20: dunlin.v1.Command.event_ack:type_name -> dunlin.v1.EventAck
-	22, // 21: dunlin.v1.Command.hello_again:type_name -> dunlin.v1.HelloAgain
-	20, // 22: dunlin.v1.Command.stand_down:type_name -> dunlin.v1.StandDown
-	21, // 23: dunlin.v1.Command.renew_now:type_name -> dunlin.v1.RenewNow
-	40, // 24: dunlin.v1.Telemetry.at:type_name -> google.protobuf.Timestamp
-	34, // 25: dunlin.v1.Telemetry.models:type_name -> dunlin.v1.ModelTelemetry
-	25, // 26: dunlin.v1.Telemetry.gpus:type_name -> dunlin.v1.GpuTelemetry
-	24, // 27: dunlin.v1.Telemetry.temperatures:type_name -> dunlin.v1.Temperature
-	27, // 28: dunlin.v1.Telemetry.alarms:type_name -> dunlin.v1.Alarm
-	26, // 29: dunlin.v1.GpuTelemetry.processes:type_name -> dunlin.v1.GpuProcess
-	1,  // 30: dunlin.v1.Alarm.severity:type_name -> dunlin.v1.Severity
-	40, // 31: dunlin.v1.Alarm.raised_at:type_name -> google.protobuf.Timestamp
-	40, // 32: dunlin.v1.Alarm.cleared_at:type_name -> google.protobuf.Timestamp
-	28, // 33: dunlin.v1.Alarm.samples:type_name -> dunlin.v1.AlarmSample
-	40, // 34: dunlin.v1.AlarmSample.at:type_name -> google.protobuf.Timestamp
-	40, // 35: dunlin.v1.ModelProfile.measured_at:type_name -> google.protobuf.Timestamp
-	31, // 36: dunlin.v1.ModelProfile.points:type_name -> dunlin.v1.ProfilePoint
-	30, // 37: dunlin.v1.ModelProfile.recommended:type_name -> dunlin.v1.ModelSetting
-	32, // 38: dunlin.v1.ModelProfile.latency:type_name -> dunlin.v1.LatencyPoint
-	33, // 39: dunlin.v1.ModelProfile.providers:type_name -> dunlin.v1.ProviderCheck
-	30, // 40: dunlin.v1.ProfilePoint.setting:type_name -> dunlin.v1.ModelSetting
-	35, // 41: dunlin.v1.ModelTelemetry.activations:type_name -> dunlin.v1.SwapCount
-	35, // 42: dunlin.v1.ModelTelemetry.evictions:type_name -> dunlin.v1.SwapCount
-	43, // [43:43] is the sub-list for method output_type
-	43, // [43:43] is the sub-list for method input_type
-	43, // [43:43] is the sub-list for extension type_name
-	43, // [43:43] is the sub-list for extension extendee
-	0,  // [0:43] is the sub-list for field type_name
+	5,  // 0: dunlin.v1.DeviceInfo.gpus:type_name -> dunlin.v1.GpuInfo
+	6,  // 1: dunlin.v1.DeviceInfo.limits:type_name -> dunlin.v1.DeviceLimits
+	3,  // 2: dunlin.v1.Hello.have_generation:type_name -> dunlin.v1.Generation
+	4,  // 3: dunlin.v1.Hello.info:type_name -> dunlin.v1.DeviceInfo
+	53, // 4: dunlin.v1.Hello.labels:type_name -> dunlin.v1.Hello.LabelsEntry
+	3,  // 5: dunlin.v1.Desired.generation:type_name -> dunlin.v1.Generation
+	14, // 6: dunlin.v1.DesiredDocument.versions:type_name -> dunlin.v1.DesiredVersion
+	15, // 7: dunlin.v1.DesiredDocument.routes:type_name -> dunlin.v1.DesiredRoute
+	11, // 8: dunlin.v1.DesiredDocument.agent:type_name -> dunlin.v1.DesiredAgent
+	12, // 9: dunlin.v1.DesiredAgent.delivery:type_name -> dunlin.v1.Delivery
+	13, // 10: dunlin.v1.Delivery.windows:type_name -> dunlin.v1.TimeWindow
+	12, // 11: dunlin.v1.DesiredVersion.delivery:type_name -> dunlin.v1.Delivery
+	16, // 12: dunlin.v1.DesiredRoute.targets:type_name -> dunlin.v1.RouteTarget
+	0,  // 13: dunlin.v1.VersionStatus.state:type_name -> dunlin.v1.VersionState
+	54, // 14: dunlin.v1.VersionStatus.since:type_name -> google.protobuf.Timestamp
+	3,  // 15: dunlin.v1.Reported.observed:type_name -> dunlin.v1.Generation
+	54, // 16: dunlin.v1.Reported.at:type_name -> google.protobuf.Timestamp
+	17, // 17: dunlin.v1.Reported.versions:type_name -> dunlin.v1.VersionStatus
+	18, // 18: dunlin.v1.Reported.routes:type_name -> dunlin.v1.RouteStatus
+	20, // 19: dunlin.v1.Reported.agent:type_name -> dunlin.v1.AgentStatus
+	21, // 20: dunlin.v1.Reported.drifts:type_name -> dunlin.v1.Drift
+	2,  // 21: dunlin.v1.AgentStatus.state:type_name -> dunlin.v1.AgentStatus.State
+	54, // 22: dunlin.v1.Drift.since:type_name -> google.protobuf.Timestamp
+	54, // 23: dunlin.v1.Event.at:type_name -> google.protobuf.Timestamp
+	1,  // 24: dunlin.v1.Event.severity:type_name -> dunlin.v1.Severity
+	39, // 25: dunlin.v1.Event.profile:type_name -> dunlin.v1.ModelProfile
+	37, // 26: dunlin.v1.Event.alarm:type_name -> dunlin.v1.Alarm
+	22, // 27: dunlin.v1.EventBatch.events:type_name -> dunlin.v1.Event
+	24, // 28: dunlin.v1.Command.event_ack:type_name -> dunlin.v1.EventAck
+	32, // 29: dunlin.v1.Command.hello_again:type_name -> dunlin.v1.HelloAgain
+	30, // 30: dunlin.v1.Command.stand_down:type_name -> dunlin.v1.StandDown
+	31, // 31: dunlin.v1.Command.renew_now:type_name -> dunlin.v1.RenewNow
+	26, // 32: dunlin.v1.Command.telemetry_lease:type_name -> dunlin.v1.TelemetryLease
+	28, // 33: dunlin.v1.Command.sources:type_name -> dunlin.v1.Sources
+	29, // 34: dunlin.v1.Sources.sources:type_name -> dunlin.v1.Source
+	54, // 35: dunlin.v1.Telemetry.at:type_name -> google.protobuf.Timestamp
+	44, // 36: dunlin.v1.Telemetry.models:type_name -> dunlin.v1.ModelTelemetry
+	35, // 37: dunlin.v1.Telemetry.gpus:type_name -> dunlin.v1.GpuTelemetry
+	34, // 38: dunlin.v1.Telemetry.temperatures:type_name -> dunlin.v1.Temperature
+	37, // 39: dunlin.v1.Telemetry.alarms:type_name -> dunlin.v1.Alarm
+	36, // 40: dunlin.v1.GpuTelemetry.processes:type_name -> dunlin.v1.GpuProcess
+	1,  // 41: dunlin.v1.Alarm.severity:type_name -> dunlin.v1.Severity
+	54, // 42: dunlin.v1.Alarm.raised_at:type_name -> google.protobuf.Timestamp
+	54, // 43: dunlin.v1.Alarm.cleared_at:type_name -> google.protobuf.Timestamp
+	38, // 44: dunlin.v1.Alarm.samples:type_name -> dunlin.v1.AlarmSample
+	54, // 45: dunlin.v1.AlarmSample.at:type_name -> google.protobuf.Timestamp
+	54, // 46: dunlin.v1.ModelProfile.measured_at:type_name -> google.protobuf.Timestamp
+	41, // 47: dunlin.v1.ModelProfile.points:type_name -> dunlin.v1.ProfilePoint
+	40, // 48: dunlin.v1.ModelProfile.recommended:type_name -> dunlin.v1.ModelSetting
+	42, // 49: dunlin.v1.ModelProfile.latency:type_name -> dunlin.v1.LatencyPoint
+	43, // 50: dunlin.v1.ModelProfile.providers:type_name -> dunlin.v1.ProviderCheck
+	40, // 51: dunlin.v1.ProfilePoint.setting:type_name -> dunlin.v1.ModelSetting
+	47, // 52: dunlin.v1.ModelTelemetry.activations:type_name -> dunlin.v1.SwapCount
+	47, // 53: dunlin.v1.ModelTelemetry.evictions:type_name -> dunlin.v1.SwapCount
+	45, // 54: dunlin.v1.ModelTelemetry.figures:type_name -> dunlin.v1.VersionFigures
+	46, // 55: dunlin.v1.VersionFigures.latency:type_name -> dunlin.v1.Buckets
+	46, // 56: dunlin.v1.VersionFigures.confidence:type_name -> dunlin.v1.Buckets
+	57, // [57:57] is the sub-list for method output_type
+	57, // [57:57] is the sub-list for method input_type
+	57, // [57:57] is the sub-list for extension type_name
+	57, // [57:57] is the sub-list for extension extendee
+	0,  // [0:57] is the sub-list for field type_name
 }
 
 func init() { file_dunlin_v1_wire_proto_init() }
@@ -4143,23 +5451,26 @@ func file_dunlin_v1_wire_proto_init() {
 	if File_dunlin_v1_wire_proto != nil {
 		return
 	}
-	file_dunlin_v1_wire_proto_msgTypes[17].OneofWrappers = []any{
+	file_dunlin_v1_wire_proto_msgTypes[22].OneofWrappers = []any{
 		(*Command_EventAck)(nil),
 		(*Command_HelloAgain)(nil),
 		(*Command_StandDown)(nil),
 		(*Command_RenewNow)(nil),
+		(*Command_TelemetryLease)(nil),
+		(*Command_Sources)(nil),
 	}
-	file_dunlin_v1_wire_proto_msgTypes[21].OneofWrappers = []any{}
-	file_dunlin_v1_wire_proto_msgTypes[23].OneofWrappers = []any{}
-	file_dunlin_v1_wire_proto_msgTypes[25].OneofWrappers = []any{}
-	file_dunlin_v1_wire_proto_msgTypes[29].OneofWrappers = []any{}
+	file_dunlin_v1_wire_proto_msgTypes[30].OneofWrappers = []any{}
+	file_dunlin_v1_wire_proto_msgTypes[32].OneofWrappers = []any{}
+	file_dunlin_v1_wire_proto_msgTypes[34].OneofWrappers = []any{}
+	file_dunlin_v1_wire_proto_msgTypes[38].OneofWrappers = []any{}
+	file_dunlin_v1_wire_proto_msgTypes[42].OneofWrappers = []any{}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_dunlin_v1_wire_proto_rawDesc), len(file_dunlin_v1_wire_proto_rawDesc)),
-			NumEnums:      2,
-			NumMessages:   38,
+			NumEnums:      3,
+			NumMessages:   51,
 			NumExtensions: 0,
 			NumServices:   0,
 		},

@@ -141,6 +141,12 @@ const (
 	// RolloutServiceWatchRolloutProcedure is the fully-qualified name of the RolloutService's
 	// WatchRollout RPC.
 	RolloutServiceWatchRolloutProcedure = "/dunlin.v1.RolloutService/WatchRollout"
+	// RolloutServiceControlRolloutProcedure is the fully-qualified name of the RolloutService's
+	// ControlRollout RPC.
+	RolloutServiceControlRolloutProcedure = "/dunlin.v1.RolloutService/ControlRollout"
+	// RolloutServiceListDecisionsProcedure is the fully-qualified name of the RolloutService's
+	// ListDecisions RPC.
+	RolloutServiceListDecisionsProcedure = "/dunlin.v1.RolloutService/ListDecisions"
 	// DeviceServiceListDevicesProcedure is the fully-qualified name of the DeviceService's ListDevices
 	// RPC.
 	DeviceServiceListDevicesProcedure = "/dunlin.v1.DeviceService/ListDevices"
@@ -153,6 +159,11 @@ const (
 	// DeviceServiceListEventsProcedure is the fully-qualified name of the DeviceService's ListEvents
 	// RPC.
 	DeviceServiceListEventsProcedure = "/dunlin.v1.DeviceService/ListEvents"
+	// DeviceServiceListDriftProcedure is the fully-qualified name of the DeviceService's ListDrift RPC.
+	DeviceServiceListDriftProcedure = "/dunlin.v1.DeviceService/ListDrift"
+	// DeviceServiceListTelemetryProcedure is the fully-qualified name of the DeviceService's
+	// ListTelemetry RPC.
+	DeviceServiceListTelemetryProcedure = "/dunlin.v1.DeviceService/ListTelemetry"
 )
 
 // AuthServiceClient is a client for the dunlin.v1.AuthService service.
@@ -1341,6 +1352,10 @@ type RolloutServiceClient interface {
 	GetRollout(context.Context, *connect.Request[v1.GetRolloutRequest]) (*connect.Response[v1.GetRolloutResponse], error)
 	// WatchRollout sends the rollout now, at each change, and ends with it.
 	WatchRollout(context.Context, *connect.Request[v1.WatchRolloutRequest]) (*connect.ServerStreamForClient[v1.WatchRolloutResponse], error)
+	// ControlRollout does what an operator asks of a rollout that has not ended.
+	ControlRollout(context.Context, *connect.Request[v1.ControlRolloutRequest]) (*connect.Response[v1.ControlRolloutResponse], error)
+	// ListDecisions gives what was decided in a rollout, with the evidence.
+	ListDecisions(context.Context, *connect.Request[v1.ListDecisionsRequest]) (*connect.Response[v1.ListDecisionsResponse], error)
 }
 
 // NewRolloutServiceClient constructs a client for the dunlin.v1.RolloutService service. By default,
@@ -1372,14 +1387,28 @@ func NewRolloutServiceClient(httpClient connect.HTTPClient, baseURL string, opts
 			connect.WithSchema(rolloutServiceMethods.ByName("WatchRollout")),
 			connect.WithClientOptions(opts...),
 		),
+		controlRollout: connect.NewClient[v1.ControlRolloutRequest, v1.ControlRolloutResponse](
+			httpClient,
+			baseURL+RolloutServiceControlRolloutProcedure,
+			connect.WithSchema(rolloutServiceMethods.ByName("ControlRollout")),
+			connect.WithClientOptions(opts...),
+		),
+		listDecisions: connect.NewClient[v1.ListDecisionsRequest, v1.ListDecisionsResponse](
+			httpClient,
+			baseURL+RolloutServiceListDecisionsProcedure,
+			connect.WithSchema(rolloutServiceMethods.ByName("ListDecisions")),
+			connect.WithClientOptions(opts...),
+		),
 	}
 }
 
 // rolloutServiceClient implements RolloutServiceClient.
 type rolloutServiceClient struct {
-	listRollouts *connect.Client[v1.ListRolloutsRequest, v1.ListRolloutsResponse]
-	getRollout   *connect.Client[v1.GetRolloutRequest, v1.GetRolloutResponse]
-	watchRollout *connect.Client[v1.WatchRolloutRequest, v1.WatchRolloutResponse]
+	listRollouts   *connect.Client[v1.ListRolloutsRequest, v1.ListRolloutsResponse]
+	getRollout     *connect.Client[v1.GetRolloutRequest, v1.GetRolloutResponse]
+	watchRollout   *connect.Client[v1.WatchRolloutRequest, v1.WatchRolloutResponse]
+	controlRollout *connect.Client[v1.ControlRolloutRequest, v1.ControlRolloutResponse]
+	listDecisions  *connect.Client[v1.ListDecisionsRequest, v1.ListDecisionsResponse]
 }
 
 // ListRollouts calls dunlin.v1.RolloutService.ListRollouts.
@@ -1397,12 +1426,26 @@ func (c *rolloutServiceClient) WatchRollout(ctx context.Context, req *connect.Re
 	return c.watchRollout.CallServerStream(ctx, req)
 }
 
+// ControlRollout calls dunlin.v1.RolloutService.ControlRollout.
+func (c *rolloutServiceClient) ControlRollout(ctx context.Context, req *connect.Request[v1.ControlRolloutRequest]) (*connect.Response[v1.ControlRolloutResponse], error) {
+	return c.controlRollout.CallUnary(ctx, req)
+}
+
+// ListDecisions calls dunlin.v1.RolloutService.ListDecisions.
+func (c *rolloutServiceClient) ListDecisions(ctx context.Context, req *connect.Request[v1.ListDecisionsRequest]) (*connect.Response[v1.ListDecisionsResponse], error) {
+	return c.listDecisions.CallUnary(ctx, req)
+}
+
 // RolloutServiceHandler is an implementation of the dunlin.v1.RolloutService service.
 type RolloutServiceHandler interface {
 	ListRollouts(context.Context, *connect.Request[v1.ListRolloutsRequest]) (*connect.Response[v1.ListRolloutsResponse], error)
 	GetRollout(context.Context, *connect.Request[v1.GetRolloutRequest]) (*connect.Response[v1.GetRolloutResponse], error)
 	// WatchRollout sends the rollout now, at each change, and ends with it.
 	WatchRollout(context.Context, *connect.Request[v1.WatchRolloutRequest], *connect.ServerStream[v1.WatchRolloutResponse]) error
+	// ControlRollout does what an operator asks of a rollout that has not ended.
+	ControlRollout(context.Context, *connect.Request[v1.ControlRolloutRequest]) (*connect.Response[v1.ControlRolloutResponse], error)
+	// ListDecisions gives what was decided in a rollout, with the evidence.
+	ListDecisions(context.Context, *connect.Request[v1.ListDecisionsRequest]) (*connect.Response[v1.ListDecisionsResponse], error)
 }
 
 // NewRolloutServiceHandler builds an HTTP handler from the service implementation. It returns the
@@ -1430,6 +1473,18 @@ func NewRolloutServiceHandler(svc RolloutServiceHandler, opts ...connect.Handler
 		connect.WithSchema(rolloutServiceMethods.ByName("WatchRollout")),
 		connect.WithHandlerOptions(opts...),
 	)
+	rolloutServiceControlRolloutHandler := connect.NewUnaryHandler(
+		RolloutServiceControlRolloutProcedure,
+		svc.ControlRollout,
+		connect.WithSchema(rolloutServiceMethods.ByName("ControlRollout")),
+		connect.WithHandlerOptions(opts...),
+	)
+	rolloutServiceListDecisionsHandler := connect.NewUnaryHandler(
+		RolloutServiceListDecisionsProcedure,
+		svc.ListDecisions,
+		connect.WithSchema(rolloutServiceMethods.ByName("ListDecisions")),
+		connect.WithHandlerOptions(opts...),
+	)
 	return "/dunlin.v1.RolloutService/", http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		switch r.URL.Path {
 		case RolloutServiceListRolloutsProcedure:
@@ -1438,6 +1493,10 @@ func NewRolloutServiceHandler(svc RolloutServiceHandler, opts ...connect.Handler
 			rolloutServiceGetRolloutHandler.ServeHTTP(w, r)
 		case RolloutServiceWatchRolloutProcedure:
 			rolloutServiceWatchRolloutHandler.ServeHTTP(w, r)
+		case RolloutServiceControlRolloutProcedure:
+			rolloutServiceControlRolloutHandler.ServeHTTP(w, r)
+		case RolloutServiceListDecisionsProcedure:
+			rolloutServiceListDecisionsHandler.ServeHTTP(w, r)
 		default:
 			http.NotFound(w, r)
 		}
@@ -1459,6 +1518,14 @@ func (UnimplementedRolloutServiceHandler) WatchRollout(context.Context, *connect
 	return connect.NewError(connect.CodeUnimplemented, errors.New("dunlin.v1.RolloutService.WatchRollout is not implemented"))
 }
 
+func (UnimplementedRolloutServiceHandler) ControlRollout(context.Context, *connect.Request[v1.ControlRolloutRequest]) (*connect.Response[v1.ControlRolloutResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("dunlin.v1.RolloutService.ControlRollout is not implemented"))
+}
+
+func (UnimplementedRolloutServiceHandler) ListDecisions(context.Context, *connect.Request[v1.ListDecisionsRequest]) (*connect.Response[v1.ListDecisionsResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("dunlin.v1.RolloutService.ListDecisions is not implemented"))
+}
+
 // DeviceServiceClient is a client for the dunlin.v1.DeviceService service.
 type DeviceServiceClient interface {
 	ListDevices(context.Context, *connect.Request[v1.ListDevicesRequest]) (*connect.Response[v1.ListDevicesResponse], error)
@@ -1468,6 +1535,10 @@ type DeviceServiceClient interface {
 	// record stays; it may join again with a join token for it.
 	RevokeDevice(context.Context, *connect.Request[v1.RevokeDeviceRequest]) (*connect.Response[v1.RevokeDeviceResponse], error)
 	ListEvents(context.Context, *connect.Request[v1.ListEventsRequest]) (*connect.Response[v1.ListEventsResponse], error)
+	// ListDrift gives what is other than it should be, by device.
+	ListDrift(context.Context, *connect.Request[v1.ListDriftRequest]) (*connect.Response[v1.ListDriftResponse], error)
+	// ListTelemetry gives the kept samples of a device, oldest first.
+	ListTelemetry(context.Context, *connect.Request[v1.ListTelemetryRequest]) (*connect.Response[v1.ListTelemetryResponse], error)
 }
 
 // NewDeviceServiceClient constructs a client for the dunlin.v1.DeviceService service. By default,
@@ -1505,15 +1576,29 @@ func NewDeviceServiceClient(httpClient connect.HTTPClient, baseURL string, opts 
 			connect.WithSchema(deviceServiceMethods.ByName("ListEvents")),
 			connect.WithClientOptions(opts...),
 		),
+		listDrift: connect.NewClient[v1.ListDriftRequest, v1.ListDriftResponse](
+			httpClient,
+			baseURL+DeviceServiceListDriftProcedure,
+			connect.WithSchema(deviceServiceMethods.ByName("ListDrift")),
+			connect.WithClientOptions(opts...),
+		),
+		listTelemetry: connect.NewClient[v1.ListTelemetryRequest, v1.ListTelemetryResponse](
+			httpClient,
+			baseURL+DeviceServiceListTelemetryProcedure,
+			connect.WithSchema(deviceServiceMethods.ByName("ListTelemetry")),
+			connect.WithClientOptions(opts...),
+		),
 	}
 }
 
 // deviceServiceClient implements DeviceServiceClient.
 type deviceServiceClient struct {
-	listDevices  *connect.Client[v1.ListDevicesRequest, v1.ListDevicesResponse]
-	removeDevice *connect.Client[v1.RemoveDeviceRequest, v1.RemoveDeviceResponse]
-	revokeDevice *connect.Client[v1.RevokeDeviceRequest, v1.RevokeDeviceResponse]
-	listEvents   *connect.Client[v1.ListEventsRequest, v1.ListEventsResponse]
+	listDevices   *connect.Client[v1.ListDevicesRequest, v1.ListDevicesResponse]
+	removeDevice  *connect.Client[v1.RemoveDeviceRequest, v1.RemoveDeviceResponse]
+	revokeDevice  *connect.Client[v1.RevokeDeviceRequest, v1.RevokeDeviceResponse]
+	listEvents    *connect.Client[v1.ListEventsRequest, v1.ListEventsResponse]
+	listDrift     *connect.Client[v1.ListDriftRequest, v1.ListDriftResponse]
+	listTelemetry *connect.Client[v1.ListTelemetryRequest, v1.ListTelemetryResponse]
 }
 
 // ListDevices calls dunlin.v1.DeviceService.ListDevices.
@@ -1536,6 +1621,16 @@ func (c *deviceServiceClient) ListEvents(ctx context.Context, req *connect.Reque
 	return c.listEvents.CallUnary(ctx, req)
 }
 
+// ListDrift calls dunlin.v1.DeviceService.ListDrift.
+func (c *deviceServiceClient) ListDrift(ctx context.Context, req *connect.Request[v1.ListDriftRequest]) (*connect.Response[v1.ListDriftResponse], error) {
+	return c.listDrift.CallUnary(ctx, req)
+}
+
+// ListTelemetry calls dunlin.v1.DeviceService.ListTelemetry.
+func (c *deviceServiceClient) ListTelemetry(ctx context.Context, req *connect.Request[v1.ListTelemetryRequest]) (*connect.Response[v1.ListTelemetryResponse], error) {
+	return c.listTelemetry.CallUnary(ctx, req)
+}
+
 // DeviceServiceHandler is an implementation of the dunlin.v1.DeviceService service.
 type DeviceServiceHandler interface {
 	ListDevices(context.Context, *connect.Request[v1.ListDevicesRequest]) (*connect.Response[v1.ListDevicesResponse], error)
@@ -1545,6 +1640,10 @@ type DeviceServiceHandler interface {
 	// record stays; it may join again with a join token for it.
 	RevokeDevice(context.Context, *connect.Request[v1.RevokeDeviceRequest]) (*connect.Response[v1.RevokeDeviceResponse], error)
 	ListEvents(context.Context, *connect.Request[v1.ListEventsRequest]) (*connect.Response[v1.ListEventsResponse], error)
+	// ListDrift gives what is other than it should be, by device.
+	ListDrift(context.Context, *connect.Request[v1.ListDriftRequest]) (*connect.Response[v1.ListDriftResponse], error)
+	// ListTelemetry gives the kept samples of a device, oldest first.
+	ListTelemetry(context.Context, *connect.Request[v1.ListTelemetryRequest]) (*connect.Response[v1.ListTelemetryResponse], error)
 }
 
 // NewDeviceServiceHandler builds an HTTP handler from the service implementation. It returns the
@@ -1578,6 +1677,18 @@ func NewDeviceServiceHandler(svc DeviceServiceHandler, opts ...connect.HandlerOp
 		connect.WithSchema(deviceServiceMethods.ByName("ListEvents")),
 		connect.WithHandlerOptions(opts...),
 	)
+	deviceServiceListDriftHandler := connect.NewUnaryHandler(
+		DeviceServiceListDriftProcedure,
+		svc.ListDrift,
+		connect.WithSchema(deviceServiceMethods.ByName("ListDrift")),
+		connect.WithHandlerOptions(opts...),
+	)
+	deviceServiceListTelemetryHandler := connect.NewUnaryHandler(
+		DeviceServiceListTelemetryProcedure,
+		svc.ListTelemetry,
+		connect.WithSchema(deviceServiceMethods.ByName("ListTelemetry")),
+		connect.WithHandlerOptions(opts...),
+	)
 	return "/dunlin.v1.DeviceService/", http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		switch r.URL.Path {
 		case DeviceServiceListDevicesProcedure:
@@ -1588,6 +1699,10 @@ func NewDeviceServiceHandler(svc DeviceServiceHandler, opts ...connect.HandlerOp
 			deviceServiceRevokeDeviceHandler.ServeHTTP(w, r)
 		case DeviceServiceListEventsProcedure:
 			deviceServiceListEventsHandler.ServeHTTP(w, r)
+		case DeviceServiceListDriftProcedure:
+			deviceServiceListDriftHandler.ServeHTTP(w, r)
+		case DeviceServiceListTelemetryProcedure:
+			deviceServiceListTelemetryHandler.ServeHTTP(w, r)
 		default:
 			http.NotFound(w, r)
 		}
@@ -1611,4 +1726,12 @@ func (UnimplementedDeviceServiceHandler) RevokeDevice(context.Context, *connect.
 
 func (UnimplementedDeviceServiceHandler) ListEvents(context.Context, *connect.Request[v1.ListEventsRequest]) (*connect.Response[v1.ListEventsResponse], error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("dunlin.v1.DeviceService.ListEvents is not implemented"))
+}
+
+func (UnimplementedDeviceServiceHandler) ListDrift(context.Context, *connect.Request[v1.ListDriftRequest]) (*connect.Response[v1.ListDriftResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("dunlin.v1.DeviceService.ListDrift is not implemented"))
+}
+
+func (UnimplementedDeviceServiceHandler) ListTelemetry(context.Context, *connect.Request[v1.ListTelemetryRequest]) (*connect.Response[v1.ListTelemetryResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("dunlin.v1.DeviceService.ListTelemetry is not implemented"))
 }

@@ -1,0 +1,34 @@
+package store
+
+// The parts of the fourth migration.
+const (
+	rolloutSchema = `
+-- What a rollout is besides its columns: strategy, wave and gates, as JSON.
+-- Older rows had one wave and no gate.
+ALTER TABLE rollouts ADD COLUMN detail TEXT NOT NULL DEFAULT '{}';
+DROP INDEX rollouts_running;
+-- At most one of a deployment has not ended.
+CREATE UNIQUE INDEX rollouts_open ON rollouts (deployment) WHERE state IN (1, 5, 6, 7);
+
+-- Class, wave, times and figures of a device's part, as JSON.
+ALTER TABLE rollout_devices ADD COLUMN detail TEXT NOT NULL DEFAULT '{}';
+
+CREATE TABLE decisions (
+	rollout  INTEGER NOT NULL REFERENCES rollouts (number) ON DELETE CASCADE,
+	number   INTEGER NOT NULL, -- from 1
+	at       INTEGER NOT NULL,
+	decision TEXT NOT NULL,    -- fleet.Decision as JSON
+	PRIMARY KEY (rollout, number)
+) STRICT, WITHOUT ROWID;
+`
+	historySchema = `
+-- Samples of devices' figures, thinned out as they get older.
+CREATE TABLE telemetry (
+	device TEXT NOT NULL REFERENCES devices (name) ON DELETE CASCADE,
+	at     INTEGER NOT NULL,
+	span   INTEGER NOT NULL, -- seconds that it stands for
+	sample BLOB NOT NULL,
+	PRIMARY KEY (device, at)
+) STRICT, WITHOUT ROWID;
+`
+)
