@@ -312,7 +312,7 @@ func (w *world) checkStep(before, after Rollout, observations []Observation, act
 	if failed && after.State == Running && !before.Promoted {
 		at("goes on past a failed gate: %+v", after.Gates)
 	}
-	bad := w.behaviour[versionKey{after.Model, after.To}] == errs && slices.ContainsFunc(after.Strategy.Gates, func(g Gate) bool { return g.Kind == ErrorRate })
+	bad := w.behaviour[versionKey{after.Model, after.To}] == errs && w.behaviour[versionKey{after.Back(), after.From}] != errs && slices.ContainsFunc(after.Strategy.Gates, func(g Gate) bool { return g.Kind == ErrorRate })
 	if bad && !after.same() && !w.operator[after.ID()] && (after.State == Succeeded || after.Wave > 1) {
 		at("a version whose requests fail has passed its first wave")
 	}
