@@ -649,8 +649,12 @@ func (s *step) watch() {
 func byTurns(classes map[string][]string, n int) []string {
 	var names []string
 	order := make([]string, 0, len(classes))
+	hashes := map[string]uint64{}
 	for class, all := range classes {
-		slices.SortFunc(all, func(a, b string) int { return cmp.Or(cmp.Compare(hash(a), hash(b)), strings.Compare(a, b)) })
+		for _, name := range all {
+			hashes[name] = hash(name)
+		}
+		slices.SortFunc(all, func(a, b string) int { return cmp.Or(cmp.Compare(hashes[a], hashes[b]), strings.Compare(a, b)) })
 		order = append(order, class)
 	}
 	slices.Sort(order)
