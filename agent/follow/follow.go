@@ -24,11 +24,25 @@ import (
 	dunlinv1 "github.com/dunlin/dunlin/proto/dunlin/v1"
 )
 
+// Store keeps what an agent must know after a crash: a *state.Store, or a
+// *state.Memory.
+type Store interface {
+	identity.Store
+	reconcile.Store
+	Trust(context.Context) (*signing.Trust, error)
+	SetTrust(context.Context, *signing.Trust) error
+	SetStoodDown(ctx context.Context, until time.Time, cause string) error
+	OutboxID() string
+	Append(context.Context, *dunlinv1.Event) (uint64, error)
+	Pending(ctx context.Context, limit int) ([]*dunlinv1.Event, error)
+	Ack(ctx context.Context, outboxID string, sequence uint64) error
+}
+
 // Config configures a Follower.
 type Config struct {
-	Store *state.Store
-	// Identity says who the device is to be. New sets TakeTrust
-	// and TrustVersion, and State is Store.
+	Store Store
+	// Identity says who the device is to be. New sets TakeTrust, TrustVersion
+	// and Dial, and State is Store.
 	Identity identity.Config
 	// Reconcile says how the device is driven to what the controller wants. New
 	// sets State, Registry, Now, Trust and Event.
@@ -43,8 +57,9 @@ type Config struct {
 	Sample func(ctx context.Context) *dunlinv1.Telemetry
 	// Versions gives the figures of the loaded versions.
 	Versions func() []engine.Status
-	// MaxBackoff and Dial are those of the link.
+	// MaxBackoff is that of the link.
 	MaxBackoff time.Duration
+	// Dial opens the connections to the controller, below TLS; nil: TCP.
 	Dial       func(ctx context.Context, network, address string) (net.Conn, error)
 	Log        *slog.Logger
 }
@@ -57,7 +72,7 @@ type Follower struct {
 	Reconcile *reconcile.Reconciler
 
 	cfg       Config
-	store     *state.Store
+	store     Store
 	outbox    chan struct{}                 // an event was appended
 	stoodDown bool                          // as the store has it; linkState's
 	trust     atomic.Pointer[signing.Trust] // nil: none yet

@@ -40,7 +40,7 @@ func (f *Follower) Trust() *signing.Trust { return f.trust.Load() }
 // certificates.
 func (f *Follower) identityConfig() identity.Config {
 	c := f.cfg.Identity
-	c.State, c.TakeTrust = f.store, f.TakeTrust
+	c.State, c.TakeTrust, c.Dial = f.store, f.TakeTrust, f.cfg.Dial
 	c.TrustVersion = func() uint64 {
 		if t := f.trust.Load(); t != nil {
 			return t.Version()

@@ -41,6 +41,15 @@ type Engine interface {
 	Unload(ctx context.Context, id engine.VersionID) error
 }
 
+// Store keeps what a device should run, and runs; see state.Store.
+type Store interface {
+	Desired(context.Context) (state.Desired, error)
+	SetDesired(context.Context, state.Desired) error
+	Versions(context.Context) ([]state.Version, error)
+	PutVersion(context.Context, state.Version) error
+	DeleteVersion(ctx context.Context, model string, version int64) error
+}
+
 // Front answers requests. Both calls take effect at once for the requests
 // that come after them.
 type Front interface {
@@ -54,7 +63,7 @@ type Config struct {
 	Registry func() Registry // asked at the begin of each download
 	Reserve  uint64          // bytes of the disk that downloads leave free
 	Stall    time.Duration   // how long a transfer may go without a byte; 30 s where 0
-	State    *state.Store
+	State    Store
 	// Trust gives the trust document by which signatures of bundles count. No
 	// bundle is taken while it gives nil.
 	Trust func() *signing.Trust
