@@ -60,8 +60,8 @@ type Config struct {
 	// MaxBackoff is that of the link.
 	MaxBackoff time.Duration
 	// Dial opens the connections to the controller, below TLS; nil: TCP.
-	Dial       func(ctx context.Context, network, address string) (net.Conn, error)
-	Log        *slog.Logger
+	Dial func(ctx context.Context, network, address string) (net.Conn, error)
+	Log  *slog.Logger
 }
 
 // Follower follows a controller. Its methods may be called concurrently.

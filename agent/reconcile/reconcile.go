@@ -60,6 +60,7 @@ type Front interface {
 // Config configures a Reconciler.
 type Config struct {
 	Dir      string          // holds the bundles
+	Disk     *Disk           // holds them for a simulated device; nil: Dir does
 	Registry func() Registry // asked at the begin of each download
 	Reserve  uint64          // bytes of the disk that downloads leave free
 	Stall    time.Duration   // how long a transfer may go without a byte; 30 s where 0
@@ -86,7 +87,8 @@ type Config struct {
 // methods may be called concurrently with it and never wait for it.
 type Reconciler struct {
 	cfg     Config
-	bundles *bundles
+	folder  *bundles // Config.Dir; nil where the disk is simulated
+	bundles storage  // folder, or Config.Disk
 	desires chan *dunlinv1.Desired
 	retries chan struct{}
 	trusted chan struct{}
@@ -127,9 +129,14 @@ const (
 
 // New opens the folder of bundles. Run does the rest.
 func New(cfg Config) (*Reconciler, error) {
-	b, err := openBundles(cfg.Dir)
-	if err != nil {
-		return nil, fmt.Errorf("open bundles: %w", err)
+	var folder *bundles
+	var held storage = cfg.Disk
+	if cfg.Disk == nil {
+		var err error
+		if folder, err = openBundles(cfg.Dir); err != nil {
+			return nil, fmt.Errorf("open bundles: %w", err)
+		}
+		held = folder
 	}
 	if cfg.Stall == 0 {
 		cfg.Stall = defaultStall
@@ -138,7 +145,7 @@ func New(cfg Config) (*Reconciler, error) {
 		cfg.Now = time.Now
 	}
 	return &Reconciler{
-		cfg: cfg, bundles: b, core: newCore(),
+		cfg: cfg, folder: folder, bundles: held, core: newCore(),
 		desires: make(chan *dunlinv1.Desired, 1), retries: make(chan struct{}, 1), trusted: make(chan struct{}, 1), changed: make(chan struct{}, 1), lost: make(chan lost, maxLost),
 		downloads: map[key]*download{}, cancels: map[key]context.CancelFunc{}, ended: make(chan ending),
 		saved: map[key]state.Version{},
@@ -408,7 +415,7 @@ func (r *Reconciler) download(k key) *download {
 	origin := r.origin()
 	d := r.downloads[k]
 	if d == nil {
-		d = &download{store: r.bundles, id: k.id, digest: k.digest, trust: r.cfg.Trust, now: r.cfg.Now, reserve: r.cfg.Reserve, free: freeSpace, log: r.cfg.Log}
+		d = &download{store: r.folder, id: k.id, digest: k.digest, trust: r.cfg.Trust, now: r.cfg.Now, reserve: r.cfg.Reserve, free: freeSpace, log: r.cfg.Log}
 		d.total.Store(int64(r.core.versions[k].size))
 		r.downloads[k] = d
 	}
@@ -442,6 +449,9 @@ func (r *Reconciler) fetch(ctx context.Context, d *download) error {
 	}
 	if d.remote == nil {
 		return errNoSource
+	}
+	if r.cfg.Disk != nil {
+		return r.cfg.Disk.fetch(ctx, d)
 	}
 	return d.run(ctx)
 }
