@@ -34,16 +34,17 @@ func main() {
 	s := size{quiet: quiet}
 	flag.IntVar(&s.devices, "devices", 10000, "how many devices there are")
 	flag.DurationVar(&s.idle, "idle", 2*time.Minute, "how long the traffic of idle devices is counted")
+	controller := flag.String("controller", "", "`program` to measure in place of the one that is built from here")
 	flag.Parse()
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
-	if err := run(ctx, s); err != nil {
+	if err := run(ctx, s, *controller); err != nil {
 		fmt.Fprintln(os.Stderr, "fleet:", err)
 		os.Exit(1)
 	}
 }
 
-func run(ctx context.Context, s size) error {
+func run(ctx context.Context, s size, controller string) error {
 	root, err := e2e.Root()
 	if err != nil {
 		return err
@@ -57,6 +58,9 @@ func run(ctx context.Context, s size) error {
 	programs, err := e2e.Build(ctx, root, dir)
 	if err != nil {
 		return err
+	}
+	if controller != "" {
+		programs.Controller = controller
 	}
 	self, err := os.Executable()
 	if err != nil {
