@@ -57,7 +57,7 @@ type piece struct {
 // part on disk between calls of run; a new one finds out by hashing it.
 type download struct {
 	store  *bundles
-	remote *remote
+	remote Source // nil: none is known
 	id     engine.VersionID
 	digest digest.Digest
 	// Whom the device trusts, and the manifests that hold the signatures.
@@ -126,7 +126,7 @@ func (d *download) run(ctx context.Context) (err error) {
 
 // open reads the bundle's documents and finds out which chunks are there.
 func (d *download) open(ctx context.Context) error {
-	raw, err := d.document(ctx, manifestFile, "manifest", d.remote.manifestURL(d.id.Model, d.digest), d.digest, models.MaxManifestBytes)
+	raw, err := d.document(ctx, manifestFile, "manifest", d.ref(d.digest, true), models.MaxManifestBytes)
 	if err != nil {
 		return err
 	}
@@ -137,7 +137,7 @@ func (d *download) open(ctx context.Context) error {
 	if err := d.admit(ctx, m); err != nil {
 		return err
 	}
-	if raw, err = d.document(ctx, configFile, "config", d.remote.blobURL(d.id.Model, m.Config.Digest), m.Config.Digest, m.Config.Size); err != nil {
+	if raw, err = d.document(ctx, configFile, "config", d.ref(m.Config.Digest, false), m.Config.Size); err != nil {
 		return err
 	}
 	cfg, err := models.ParseConfig(raw)
@@ -147,7 +147,7 @@ func (d *download) open(ctx context.Context) error {
 	if _, ok := m.File(cfg.Entry); !ok {
 		return &VerifyError{File: "config", Err: fmt.Errorf("entry %q is not one of the bundle's files", cfg.Entry)}
 	}
-	if raw, err = d.document(ctx, indexFile, "chunk index", d.remote.blobURL(d.id.Model, m.Index.Digest), m.Index.Digest, m.Index.Size); err != nil {
+	if raw, err = d.document(ctx, indexFile, "chunk index", d.ref(m.Index.Digest, false), m.Index.Size); err != nil {
 		return err
 	}
 	index, err := models.ParseIndex(raw, m)
@@ -164,16 +164,20 @@ func (d *download) open(ctx context.Context) error {
 	return nil
 }
 
+func (d *download) ref(of digest.Digest, manifest bool) Ref {
+	return Ref{Model: d.id.Model, Digest: of, Manifest: manifest}
+}
+
 // document gives one of the bundle's documents from the part, or else from
-// the registry.
-func (d *download) document(ctx context.Context, name, what, url string, sum digest.Digest, limit int64) ([]byte, error) {
+// its source.
+func (d *download) document(ctx context.Context, name, what string, r Ref, limit int64) ([]byte, error) {
 	path := filepath.Join(d.part(), name)
 	if info, err := os.Stat(path); err == nil && info.Size() <= limit {
-		if raw, err := os.ReadFile(path); err == nil && digest.FromBytes(raw) == sum {
+		if raw, err := os.ReadFile(path); err == nil && digest.FromBytes(raw) == r.Digest {
 			return raw, nil
 		}
 	}
-	raw, err := d.remote.small(ctx, url, what, sum, limit)
+	raw, err := small(ctx, d.remote, r, what, limit)
 	if err != nil {
 		return nil, err
 	}
@@ -361,13 +365,13 @@ func (d *download) fetch(ctx context.Context, file int) error {
 		last++
 	}
 	pieces := d.pieces[first:last]
-	url := d.remote.blobURL(d.id.Model, d.manifest.Files[file].Digest)
+	ref := d.ref(d.manifest.Files[file].Digest, false)
 	for {
 		start, end := nextRange(pieces)
 		if start == end {
 			return nil
 		}
-		if err := d.fetchRange(ctx, url, pieces, start, end); err != nil {
+		if err := d.fetchRange(ctx, ref, pieces, start, end); err != nil {
 			return err
 		}
 	}
@@ -401,19 +405,19 @@ func nextRange(pieces []piece) (start, end int64) {
 	return start, end
 }
 
-func (d *download) fetchRange(ctx context.Context, url string, pieces []piece, start, end int64) error {
-	b, err := d.remote.get(ctx, url, start, end-start)
+func (d *download) fetchRange(ctx context.Context, ref Ref, pieces []piece, start, end int64) error {
+	b, err := d.remote.Get(ctx, ref, start, end-start)
 	if err != nil {
 		return err
 	}
 	defer b.Close()
-	at := b.offset
+	at := b.Offset
 	for i := range pieces {
 		p := &pieces[i]
 		if p.have || p.offset < at {
 			continue
 		}
-		if p.offset >= end && !b.whole {
+		if p.offset >= end && !b.Whole {
 			break
 		}
 		data := d.buf[:p.length]
@@ -421,7 +425,7 @@ func (d *download) fetchRange(ctx context.Context, url string, pieces []piece, s
 			_, err = io.ReadFull(b, data)
 		}
 		if err != nil {
-			return fmt.Errorf("GET %s: after byte %d: %w", url, at, err)
+			return fmt.Errorf("%s after byte %d: %w", d.manifest.Files[p.file].Path, at, err)
 		}
 		at = p.offset + int64(p.length)
 		if got := sha256.Sum256(data); got != p.sum {

@@ -411,7 +411,7 @@ func TestFetchFaults(t *testing.T) {
 			return pass
 		})
 		d := newDownload(t, testStore(t), reg, b)
-		d.remote.stall = 50 * time.Millisecond
+		d.remote.(*remote).stall = 50 * time.Millisecond
 		if err := d.run(t.Context()); !errors.Is(err, errStalled) {
 			t.Errorf("got %v, want a stall", err)
 		}

@@ -396,18 +396,31 @@ func (r *Reconciler) begin(ctx context.Context, a action) {
 
 // download gives the download of a version, which may have begun before.
 func (r *Reconciler) download(k key) *download {
-	registry := r.cfg.Registry()
-	if r.remote == nil || r.remote.Registry != registry {
-		r.remote = newRemote(registry, r.cfg.Stall)
-	}
+	origin := r.origin()
 	d := r.downloads[k]
 	if d == nil {
 		d = &download{store: r.bundles, id: k.id, digest: k.digest, trust: r.cfg.Trust, now: r.cfg.Now, reserve: r.cfg.Reserve, free: freeSpace, log: r.cfg.Log}
 		d.total.Store(int64(r.core.versions[k].size))
 		r.downloads[k] = d
 	}
-	d.remote, d.signatures = r.remote, r.core.versions[k].signatures
+	d.remote, d.signatures = origin, r.core.versions[k].signatures
 	return d
+}
+
+// errNoSource is the error of a device that does not know yet where bundles
+// come from.
+var errNoSource = errors.New("no registry is known yet")
+
+// origin gives where bundles come from in the end; nil while that is not known.
+func (r *Reconciler) origin() Source {
+	registry := r.cfg.Registry()
+	if registry.URL == "" {
+		return nil
+	}
+	if r.remote == nil || r.remote.Registry != registry {
+		r.remote = newRemote(registry, r.cfg.Stall)
+	}
+	return r.remote
 }
 
 // fetch brings a bundle onto the disk, unless another version has it already.
@@ -418,8 +431,8 @@ func (r *Reconciler) fetch(ctx context.Context, d *download) error {
 	} else if !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}
-	if d.remote.URL == "" {
-		return errors.New("no registry is known yet")
+	if d.remote == nil {
+		return errNoSource
 	}
 	return d.run(ctx)
 }
