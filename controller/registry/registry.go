@@ -249,17 +249,10 @@ func (r *Registry) authorize(req *http.Request, p identity.Principal, t target) 
 	case req.URL.Path == "/v2/_catalog":
 		action = identity.RegistryList
 	}
-	if err := identity.Allow(p, action); err != nil || p.Kind != identity.Device || t.kind == "" {
-		return err
+	if t.kind == "" {
+		return identity.Allow(p, action)
 	}
-	given, err := r.versions.Given(req.Context(), p.Name, t.model)
-	if err != nil {
-		return fmt.Errorf("look up what device %s is given: %w", p.Name, err)
-	}
-	if !given {
-		return &identity.DeniedError{Who: p, Action: action, Lacks: "has no deployment that gives it this"}
-	}
-	return nil
+	return r.given(req.Context(), p, action, t.model)
 }
 
 // tagVersion says whether a tag names a version, and which. Other tags are
