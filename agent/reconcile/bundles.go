@@ -36,6 +36,13 @@ type bundles struct {
 	dir string
 }
 
+// storage is where a device's bundles are: a folder, or a simulated disk.
+type storage interface {
+	open(digest.Digest) (*bundle, error)
+	list() (whole, part []digest.Digest, err error)
+	remove(digest.Digest) error
+}
+
 // openBundles makes the folder where it is missing and finishes removals
 // that a crash cut short.
 func openBundles(dir string) (*bundles, error) {

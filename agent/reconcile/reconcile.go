@@ -41,6 +41,16 @@ type Engine interface {
 	Unload(ctx context.Context, id engine.VersionID) error
 }
 
+// Store keeps what a device should run, and runs; see state.Store.
+type Store interface {
+	Desired(context.Context) (state.Desired, error)
+	SetDesired(context.Context, state.Desired) error
+	Versions(context.Context) ([]state.Version, error)
+	PutVersion(context.Context, state.Version) error
+	DeleteVersion(ctx context.Context, model string, version int64) error
+	Traffic
+}
+
 // Front answers requests. Both calls take effect at once for the requests
 // that come after them.
 type Front interface {
@@ -51,6 +61,7 @@ type Front interface {
 // Config configures a Reconciler.
 type Config struct {
 	Dir      string          // holds the bundles
+	Disk     *Disk           // holds them for a simulated device; nil: Dir does
 	Registry func() Registry // asked at the begin of each download
 	Reserve  uint64          // bytes of the disk that downloads leave free
 	Stall    time.Duration   // how long a transfer may go without a byte; 30 s where 0
@@ -60,7 +71,7 @@ type Config struct {
 	Near func(ctx context.Context, model string, bundle digest.Digest) []Source
 	// Shelf is what the device gives others of its site; nil: nothing.
 	Shelf *Shelf
-	State *state.Store
+	State Store
 	// Trust gives the trust document by which signatures of bundles count. No
 	// bundle is taken while it gives nil.
 	Trust func() *signing.Trust
@@ -83,7 +94,8 @@ type Config struct {
 // methods may be called concurrently with it and never wait for it.
 type Reconciler struct {
 	cfg     Config
-	bundles *bundles
+	folder  *bundles // Config.Dir; nil where the disk is simulated
+	bundles storage  // folder, or Config.Disk
 	desires chan *dunlinv1.Desired
 	retries chan struct{}
 	trusted chan struct{}
@@ -125,9 +137,14 @@ const (
 
 // New opens the folder of bundles. Run does the rest.
 func New(cfg Config) (*Reconciler, error) {
-	b, err := openBundles(cfg.Dir)
-	if err != nil {
-		return nil, fmt.Errorf("open bundles: %w", err)
+	var folder *bundles
+	var held storage = cfg.Disk
+	if cfg.Disk == nil {
+		var err error
+		if folder, err = openBundles(cfg.Dir); err != nil {
+			return nil, fmt.Errorf("open bundles: %w", err)
+		}
+		held = folder
 	}
 	if cfg.Stall == 0 {
 		cfg.Stall = defaultStall
@@ -140,7 +157,7 @@ func New(cfg Config) (*Reconciler, error) {
 		cfg.Shelf.gates = g
 	}
 	return &Reconciler{
-		cfg: cfg, bundles: b, gates: g, core: newCore(),
+		cfg: cfg, folder: folder, bundles: held, gates: g, core: newCore(),
 		desires: make(chan *dunlinv1.Desired, 1), retries: make(chan struct{}, 1), trusted: make(chan struct{}, 1), changed: make(chan struct{}, 1), lost: make(chan lost, maxLost),
 		downloads: map[key]*download{}, cancels: map[key]context.CancelFunc{}, ended: make(chan ending),
 		saved: map[key]state.Version{},
@@ -411,7 +428,7 @@ func (r *Reconciler) download(k key) *download {
 	d := r.downloads[k]
 	if d == nil {
 		d = &download{
-			store: r.bundles, id: k.id, digest: k.digest, trust: r.cfg.Trust, now: r.cfg.Now, reserve: r.cfg.Reserve, free: freeSpace, log: r.cfg.Log,
+			store: r.folder, id: k.id, digest: k.digest, trust: r.cfg.Trust, now: r.cfg.Now, reserve: r.cfg.Reserve, free: freeSpace, log: r.cfg.Log,
 		}
 		d.prepare()
 		d.total.Store(int64(r.core.versions[k].size))
@@ -446,6 +463,9 @@ func (r *Reconciler) fetch(ctx context.Context, d *download) error {
 	} else if !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}
+	if d.remote == nil && (r.cfg.Near == nil || r.cfg.Disk != nil) {
+		return errNoSource
+	}
 	here, ended := r.cfg.Shelf.begin(d)
 	d.near = nil
 	if here != nil {
@@ -454,7 +474,11 @@ func (r *Reconciler) fetch(ctx context.Context, d *download) error {
 		d.near = r.cfg.Near(ctx, d.id.Model, d.digest)
 	}
 	defer r.gates.meter.store(ctx)
-	err = d.run(ctx)
+	if r.cfg.Disk != nil {
+		err = r.cfg.Disk.fetch(ctx, d)
+	} else {
+		err = d.run(ctx)
+	}
 	ended(err)
 	return err
 }

@@ -1,16 +1,29 @@
 package state
 
 import (
+	"context"
 	"fmt"
 	"testing"
 )
 
 func TestTraffic(t *testing.T) {
-	s, err := Open(t.Context(), t.TempDir()+"/state.db", Limits{})
+	file, err := Open(t.Context(), t.TempDir()+"/state.db", Limits{})
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer s.Close()
+	defer file.Close()
+	memory, err := NewMemory(Limits{}, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	testTraffic(t, file)
+	testTraffic(t, memory)
+}
+
+func testTraffic(t *testing.T, s interface {
+	Traffic(context.Context, string) (int64, error)
+	AddTraffic(context.Context, string, int64) error
+}) {
 	for i := range 70 {
 		day := fmt.Sprintf("2026-%02d-%02d", 1+i/28, 1+i%28)
 		for _, n := range []int64{1, 9} {
