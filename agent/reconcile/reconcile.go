@@ -85,6 +85,9 @@ type Config struct {
 	// version's fault: it is tried again, and not put into quarantine.
 	Passing func(error) bool
 	Front   Front
+	// Agent is told which release of the agent is wanted, nil for none, at the
+	// start and with each document; it must not wait. nil: nobody is.
+	Agent func(*dunlinv1.DesiredAgent)
 	// Event keeps an event for the controller; it must not wait for it.
 	Event func(*dunlinv1.Event)
 	Log   *slog.Logger
@@ -281,6 +284,7 @@ func (r *Reconciler) restore(ctx context.Context) error {
 			return fmt.Errorf("stored desired document: %w", err)
 		}
 		r.core.setDesired(doc, now)
+		r.wantAgent(doc)
 		r.have.Store(&dunlinv1.Generation{Incarnation: d.Incarnation, Number: d.Number})
 	} else if !errors.Is(err, state.ErrNone) {
 		return err
@@ -355,6 +359,12 @@ func (r *Reconciler) act(ctx context.Context) {
 		if len(acts) == 0 {
 			return
 		}
+	}
+}
+
+func (r *Reconciler) wantAgent(doc *dunlinv1.DesiredDocument) {
+	if r.cfg.Agent != nil {
+		r.cfg.Agent(doc.Agent)
 	}
 }
 

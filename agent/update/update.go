@@ -19,6 +19,7 @@ import (
 
 	"google.golang.org/protobuf/proto"
 
+	"github.com/dunlin/dunlin/agent/reconcile"
 	"github.com/dunlin/dunlin/models"
 	"github.com/dunlin/dunlin/models/signing"
 	dunlinv1 "github.com/dunlin/dunlin/proto/dunlin/v1"
@@ -348,6 +349,10 @@ func (u *Updater) failed(want *dunlinv1.DesiredAgent, err error) {
 		u.cfg.Event(&dunlinv1.Event{
 			Kind: "agent-binary.refused", Severity: dunlinv1.Severity_SEVERITY_ERROR, Model: models.AgentModel, Version: want.Version, Message: r.Reason,
 		})
+		return
+	}
+	if w, ok := errors.AsType[*reconcile.WaitError](err); ok {
+		u.due, u.failure = w.Until, w.Cause
 		return
 	}
 	bound := min(firstRetry<<min(u.failures, 10), lastRetry)
