@@ -69,6 +69,9 @@ func parseDesired(d *dunlinv1.Desired, sum [sha256.Size]byte) (*dunlinv1.Desired
 		if n := len(v.Signatures); n > signing.MaxSignatures {
 			return nil, fmt.Errorf("versions[%d].signatures: there are %d, the limit is %d", i, n, signing.MaxSignatures)
 		}
+		if err := checkDelivery(v.Delivery); err != nil {
+			return nil, fmt.Errorf("versions[%d].%w", i, err)
+		}
 		for _, text := range append([]string{v.Digest}, v.Signatures...) {
 			if dg := digest.Digest(text); dg.Validate() != nil || dg.Algorithm() != digest.SHA256 {
 				return nil, fmt.Errorf("versions[%d]: digest %q is not sha256: and 64 hexadecimal digits", i, text)

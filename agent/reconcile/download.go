@@ -90,6 +90,7 @@ type download struct {
 	reused   bool
 	root     *os.Root
 	whole    follower
+	ready    chan struct{} // closed when it is opened; nil: nobody waits for that
 
 	mu      sync.Mutex                  // guards what follows, and what changes in pieces
 	missing map[[sha256.Size]byte][]int // positions in pieces, by what is missing
@@ -197,7 +198,17 @@ func (d *download) open(ctx context.Context) error {
 		return err
 	}
 	d.opened = true
+	if d.ready != nil {
+		close(d.ready)
+	}
 	return nil
+}
+
+// prepare lets others wait until it is opened.
+func (d *download) prepare() {
+	if d.ready == nil {
+		d.ready = make(chan struct{})
+	}
 }
 
 func (d *download) ref(of digest.Digest, manifest bool) Ref {

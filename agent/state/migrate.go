@@ -69,6 +69,10 @@ var migrations = []string{
 	) STRICT;
 	-- What is there was taken before there were signatures.
 	ALTER TABLE versions ADD COLUMN admitted INTEGER NOT NULL DEFAULT 1;`,
+	`CREATE TABLE traffic (
+		day   TEXT PRIMARY KEY, -- "2006-01-02", in the device's zone
+		bytes INTEGER NOT NULL  -- that travelled over its link
+	) STRICT, WITHOUT ROWID;`,
 }
 
 // cacheKiB is the size of the page cache. The tables are small and mostly
