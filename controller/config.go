@@ -121,7 +121,7 @@ func DefaultConfig() Config {
 func LoadConfig(args []string, getenv func(string) string, output io.Writer) (Config, error) {
 	c := DefaultConfig()
 	err := program.Source{
-		Program: "dunlin-controller", Notes: "Other commands: dunlin-controller version, dunlin-controller broker config mosquitto.", Prefix: environment,
+		Program: "dunlin-controller", Notes: "Other commands: dunlin-controller backup FILE, dunlin-controller restore FILE, dunlin-controller version, dunlin-controller broker config mosquitto.", Prefix: environment,
 		Args: args, Getenv: getenv, Help: output,
 	}.Load(c.settings(), &c, nil)
 	if errors.Is(err, flag.ErrHelp) {

@@ -63,6 +63,9 @@ func Run(ctx context.Context, c Config) (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, lock.Close()) }()
+	if err := checkRestored(c.Data); err != nil {
+		return err
+	}
 
 	st, err := store.Open(ctx, filepath.Join(c.Data, storeFile), store.Options{OnStep: c.OnStep})
 	if err != nil {

@@ -30,5 +30,11 @@ CREATE TABLE telemetry (
 	sample BLOB NOT NULL,
 	PRIMARY KEY (device, at)
 ) STRICT, WITHOUT ROWID;
+CREATE INDEX telemetry_by_age ON telemetry (at);
+
+-- 1: the store was restored from a copy, and the outbox may go on beyond what
+-- the copy has of it.
+ALTER TABLE outboxes ADD COLUMN restored INTEGER NOT NULL DEFAULT 0;
+CREATE INDEX events_by_age ON events (received_at);
 `
 )
