@@ -415,3 +415,15 @@ func (b backend) Ready(ctx context.Context) error {
 	defer cancel()
 	return b.host.engine.Health(ctx)
 }
+
+// sleep waits, and says whether ctx lasted that long.
+func sleep(ctx context.Context, d time.Duration) bool {
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case <-t.C:
+		return true
+	case <-ctx.Done():
+		return false
+	}
+}
