@@ -166,6 +166,7 @@ func Run(ctx context.Context, c Config) (err error) {
 			})
 		}},
 		{"dispatch", dispatcher.Run},
+		{"history", historyOf(c, st, dispatcher, log).run},
 		{"in-band delivery", fetching.Run},
 		{"enrolment", func(ctx context.Context) error { return enrolment.Run(ctx, bus.bus.Publish) }},
 		{"broker", func(ctx context.Context) error {
