@@ -45,7 +45,7 @@ type Config struct {
 	// and Dial, and State is Store.
 	Identity identity.Config
 	// Reconcile says how the device is driven to what the controller wants. New
-	// sets State, Registry, Now, Trust and Event.
+	// sets State, Registry, Near, Now, Trust and Event.
 	Reconcile reconcile.Config
 	// Info is what the device says of itself at first, and Ready is closed when
 	// that, or what Describe has made of it, is worth saying.
@@ -78,6 +78,8 @@ type Follower struct {
 	trust     atomic.Pointer[signing.Trust] // nil: none yet
 	lacks     error                         // why it cannot be the device that it was; nil: it can
 
+	asking asking // who of the site has a bundle
+
 	mu   sync.Mutex // guards what follows
 	info *dunlinv1.DeviceInfo
 	link *link.Link // nil until the device has joined
@@ -101,6 +103,9 @@ func New(ctx context.Context, cfg Config) (*Follower, error) {
 	}
 	r := cfg.Reconcile
 	r.State, r.Registry, r.Now, r.Trust, r.Event = f.store, f.registry, f.Identity.Now, f.trust.Load, f.Event
+	if r.Disk == nil { // simulated devices have no site
+		r.Near = f.near
+	}
 	f.Reconcile, err = reconcile.New(r)
 	return f, err
 }
