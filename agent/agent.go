@@ -46,6 +46,7 @@ type agent struct {
 	identity  *identity.Device
 	reconcile *reconcile.Reconciler
 	watch     *watch
+	boot      string                        // made anew at each start
 	outbox    chan struct{}                 // an event was appended
 	stoodDown bool                          // as the store has it; linkState's
 	trust     atomic.Pointer[signing.Trust] // nil: none yet
@@ -101,7 +102,7 @@ func Run(ctx context.Context, cfg Config) (err error) {
 func newAgent(ctx context.Context, cfg Config, profile profiles.Profile, info *dunlinv1.DeviceInfo, store *state.Store, url string) (*agent, error) {
 	a := &agent{
 		cfg: cfg, profile: profile, store: store, outbox: make(chan struct{}, 1),
-		info: info,
+		info: info, boot: rand.Text(),
 	}
 	a.info.AgentVersion, a.info.ServingUrl = program.Version(), url
 	var err error
@@ -236,7 +237,7 @@ func (a *agent) linkState(s link.State, cause error) {
 func (a *agent) newLink() (*link.Link, error) {
 	id := a.identity.Stored()
 	return link.New(link.Config{
-		BrokerURL: id.BrokerURL, Device: id.Device, BootID: rand.Text(), Log: a.cfg.Log,
+		BrokerURL: id.BrokerURL, Device: id.Device, BootID: a.boot, Log: a.cfg.Log,
 		TLS: a.identity.BrokerTLS, OnState: a.linkState,
 		Hello: func() *dunlinv1.Hello {
 			h := &dunlinv1.Hello{HaveGeneration: a.reconcile.Generation(), Info: a.deviceInfo(), Labels: a.cfg.Labels}

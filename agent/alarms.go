@@ -44,6 +44,7 @@ type watch struct {
 	respond  *alarm.Responder
 	limit    func(context.Context, alarm.Load) error
 	event    func(*dunlinv1.Event) // nil: nobody is told
+	figures  *figures
 	log      *slog.Logger
 
 	limited alarm.Load    // what the engine was told
@@ -57,7 +58,7 @@ type watch struct {
 // newWatch gives one that samples m. It starts nothing.
 func (h *host) newWatch(m sampled, profile profiles.Profile, event func(*dunlinv1.Event)) *watch {
 	return &watch{
-		machine: m, engine: h.engine, limit: h.limit, event: event, log: h.serving.Log, sampled: make(chan struct{}),
+		machine: m, engine: h.engine, limit: h.limit, event: event, figures: h.figures, log: h.serving.Log, sampled: make(chan struct{}),
 		detector: alarm.New(alarm.Config{
 			WarnCelsius: profile.Thermal.WarnCelsius, SlowdownCelsius: profile.Thermal.SlowdownCelsius, ReserveBytes: uint64(max(profile.Storage.ReserveBytes, 0)),
 		}),
@@ -91,6 +92,7 @@ func (w *watch) look(ctx context.Context, now time.Duration) {
 	memory := w.engine.Memory()
 	t.ModelMemoryBudgetBytes, t.ModelMemoryUsedBytes = new(uint64(memory.Budget)), new(uint64(memory.Used))
 	versions := w.engine.Versions()
+	w.figures.observe(time.Now(), t, versions)
 	s := alarm.Sample{Telemetry: t, Limited: w.limited != alarm.Load{}}
 	for i := range versions {
 		s.Versions = append(s.Versions, counted(&versions[i]))

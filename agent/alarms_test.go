@@ -77,7 +77,7 @@ func TestWatch(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		o := &oven{celsius: 60, refuses: 1}
 		w := &watch{
-			machine: o, engine: o, limit: o.limit, log: slog.New(slog.DiscardHandler), sampled: make(chan struct{}),
+			machine: o, engine: o, limit: o.limit, figures: newFigures(0), log: slog.New(slog.DiscardHandler), sampled: make(chan struct{}),
 			event:    o.event,
 			detector: alarm.New(alarm.Config{SlowdownCelsius: 95}), respond: alarm.NewResponder(alarm.Throttle),
 		}
@@ -142,7 +142,7 @@ func TestWatchTakesBack(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		o := &oven{celsius: 97}
 		w := &watch{
-			machine: o, engine: o, limit: o.limit, log: slog.New(slog.DiscardHandler), sampled: make(chan struct{}),
+			machine: o, engine: o, limit: o.limit, figures: newFigures(0), log: slog.New(slog.DiscardHandler), sampled: make(chan struct{}),
 			detector: alarm.New(alarm.Config{WarnCelsius: 75, SlowdownCelsius: 95}), respond: alarm.NewResponder(alarm.Throttle),
 		}
 		for now := time.Duration(0); now < 40*time.Minute; now += sampleEvery {

@@ -88,6 +88,7 @@ type host struct {
 	cache     *compiled.Cache
 	// profiler measures what is loaded; nil where nobody does.
 	profiler *profiler
+	figures  *figures
 }
 
 // ports are where a host answers.
@@ -155,7 +156,7 @@ func (l *ports) url() string {
 // newHost puts the parts together; compiled models and what was measured of
 // them are kept in folders of the folder data. The caller sets source, and opened, before run.
 func newHost(s Serving, profile profiles.Profile, data string, cfg worker.Config) (*host, error) {
-	h := &host{serving: s, profile: profile, tried: make(chan struct{})}
+	h := &host{serving: s, profile: profile, tried: make(chan struct{}), figures: newFigures(profile.Power.IdleWatts)}
 	var err error
 	if h.budget, err = s.memoryBudget(profile); err != nil {
 		return nil, err
@@ -186,7 +187,7 @@ func newHost(s Serving, profile profiles.Profile, data string, cfg worker.Config
 		}
 		h.worker = worker.New(cfg)
 	}
-	h.engine = engine.New(engine.Config{Runtime: h.worker, Memory: h.budget, Oversize: s.Oversize == "map", Log: s.Log})
+	h.engine = engine.New(engine.Config{Runtime: h.worker, Memory: h.budget, Oversize: s.Oversize == "map", Retired: h.figures.retire, Log: s.Log})
 	h.front = serve.New(h.engine)
 	return h, nil
 }
