@@ -44,7 +44,6 @@ type watch struct {
 	respond  *alarm.Responder
 	limit    func(context.Context, alarm.Load) error
 	event    func(*dunlinv1.Event) // nil: nobody is told
-	figures  *figures
 	log      *slog.Logger
 
 	limited alarm.Load    // what the engine was told
@@ -58,7 +57,7 @@ type watch struct {
 // newWatch gives one that samples m. It starts nothing.
 func (h *host) newWatch(m sampled, profile profiles.Profile, event func(*dunlinv1.Event)) *watch {
 	return &watch{
-		machine: m, engine: h.engine, limit: h.limit, event: event, figures: h.figures, log: h.serving.Log, sampled: make(chan struct{}),
+		machine: m, engine: h.engine, limit: h.limit, event: event, log: h.serving.Log, sampled: make(chan struct{}),
 		detector: alarm.New(alarm.Config{
 			WarnCelsius: profile.Thermal.WarnCelsius, SlowdownCelsius: profile.Thermal.SlowdownCelsius, ReserveBytes: uint64(max(profile.Storage.ReserveBytes, 0)),
 		}),
@@ -92,7 +91,6 @@ func (w *watch) look(ctx context.Context, now time.Duration) {
 	memory := w.engine.Memory()
 	t.ModelMemoryBudgetBytes, t.ModelMemoryUsedBytes = new(uint64(memory.Budget)), new(uint64(memory.Used))
 	versions := w.engine.Versions()
-	w.figures.observe(time.Now(), t, versions)
 	s := alarm.Sample{Telemetry: t, Limited: w.limited != alarm.Load{}}
 	for i := range versions {
 		s.Versions = append(s.Versions, counted(&versions[i]))
@@ -203,47 +201,5 @@ func counted(v *engine.Status) alarm.Version {
 		Form:      alarm.Form{Generation: v.Info.ID.Generation, MaxBatchSize: v.Info.Options.MaxBatchSize, Instances: v.Info.Options.Instances, Threads: v.Setting.Threads},
 		Succeeded: f.Success.Count, Failed: f.Failure.Count, Refused: f.Overloaded + f.Expired + f.Refused,
 		Time: f.Success.Time, Run: f.Infer.Time,
-	}
-}
-
-// traffic gives the figures of all requests between two moments.
-type traffic struct {
-	at   time.Time
-	last map[engine.VersionID]counts
-}
-
-// counts are those of a version.
-type counts struct {
-	succeeded, failed uint64
-	took              engine.Durations
-}
-
-// fill puts in what there was since the last call; the first has nothing.
-func (r *traffic) fill(t *dunlinv1.Telemetry, now time.Time, versions []engine.Status) {
-	last := r.last
-	r.last = make(map[engine.VersionID]counts, len(versions))
-	var sum counts
-	for _, v := range versions {
-		c := counts{v.Figures.Success.Count, v.Figures.Failure.Count, v.Figures.Took}
-		before := last[v.ID]
-		if c.succeeded < before.succeeded || c.failed < before.failed {
-			before = counts{} // loaded again
-		}
-		r.last[v.ID] = c
-		sum.succeeded += c.succeeded - before.succeeded
-		sum.failed += c.failed - before.failed
-		for i, n := range c.took.Since(&before.took) {
-			sum.took[i] += n
-		}
-	}
-	seconds := now.Sub(r.at).Seconds()
-	known := !r.at.IsZero() && seconds > 0
-	r.at = now
-	if !known {
-		return
-	}
-	t.RequestsPerSecond, t.FailuresPerSecond = new(float64(sum.succeeded+sum.failed)/seconds), new(float64(sum.failed)/seconds)
-	if sum.took.Count() > 0 {
-		t.RequestP99Seconds = new(sum.took.Quantile(0.99).Seconds())
 	}
 }

@@ -41,6 +41,15 @@ type Engine interface {
 	Unload(ctx context.Context, id engine.VersionID) error
 }
 
+// Store keeps what a device should run, and runs; see state.Store.
+type Store interface {
+	Desired(context.Context) (state.Desired, error)
+	SetDesired(context.Context, state.Desired) error
+	Versions(context.Context) ([]state.Version, error)
+	PutVersion(context.Context, state.Version) error
+	DeleteVersion(ctx context.Context, model string, version int64) error
+}
+
 // Front answers requests. Both calls take effect at once for the requests
 // that come after them.
 type Front interface {
@@ -51,10 +60,11 @@ type Front interface {
 // Config configures a Reconciler.
 type Config struct {
 	Dir      string          // holds the bundles
+	Disk     *Disk           // holds them for a simulated device; nil: Dir does
 	Registry func() Registry // asked at the begin of each download
 	Reserve  uint64          // bytes of the disk that downloads leave free
 	Stall    time.Duration   // how long a transfer may go without a byte; 30 s where 0
-	State    *state.Store
+	State    Store
 	// Trust gives the trust document by which signatures of bundles count. No
 	// bundle is taken while it gives nil.
 	Trust func() *signing.Trust
@@ -77,7 +87,8 @@ type Config struct {
 // methods may be called concurrently with it and never wait for it.
 type Reconciler struct {
 	cfg     Config
-	bundles *bundles
+	folder  *bundles // Config.Dir; nil where the disk is simulated
+	bundles storage  // folder, or Config.Disk
 	desires chan *dunlinv1.Desired
 	retries chan struct{}
 	trusted chan struct{}
@@ -118,9 +129,14 @@ const (
 
 // New opens the folder of bundles. Run does the rest.
 func New(cfg Config) (*Reconciler, error) {
-	b, err := openBundles(cfg.Dir)
-	if err != nil {
-		return nil, fmt.Errorf("open bundles: %w", err)
+	var folder *bundles
+	var held storage = cfg.Disk
+	if cfg.Disk == nil {
+		var err error
+		if folder, err = openBundles(cfg.Dir); err != nil {
+			return nil, fmt.Errorf("open bundles: %w", err)
+		}
+		held = folder
 	}
 	if cfg.Stall == 0 {
 		cfg.Stall = defaultStall
@@ -129,7 +145,7 @@ func New(cfg Config) (*Reconciler, error) {
 		cfg.Now = time.Now
 	}
 	return &Reconciler{
-		cfg: cfg, bundles: b, core: newCore(),
+		cfg: cfg, folder: folder, bundles: held, core: newCore(),
 		desires: make(chan *dunlinv1.Desired, 1), retries: make(chan struct{}, 1), trusted: make(chan struct{}, 1), changed: make(chan struct{}, 1), lost: make(chan lost, maxLost),
 		downloads: map[key]*download{}, cancels: map[key]context.CancelFunc{}, ended: make(chan ending),
 		saved: map[key]state.Version{},
@@ -396,18 +412,31 @@ func (r *Reconciler) begin(ctx context.Context, a action) {
 
 // download gives the download of a version, which may have begun before.
 func (r *Reconciler) download(k key) *download {
-	registry := r.cfg.Registry()
-	if r.remote == nil || r.remote.Registry != registry {
-		r.remote = newRemote(registry, r.cfg.Stall)
-	}
+	origin := r.origin()
 	d := r.downloads[k]
 	if d == nil {
-		d = &download{store: r.bundles, id: k.id, digest: k.digest, trust: r.cfg.Trust, now: r.cfg.Now, reserve: r.cfg.Reserve, free: freeSpace, log: r.cfg.Log}
+		d = &download{store: r.folder, id: k.id, digest: k.digest, trust: r.cfg.Trust, now: r.cfg.Now, reserve: r.cfg.Reserve, free: freeSpace, log: r.cfg.Log}
 		d.total.Store(int64(r.core.versions[k].size))
 		r.downloads[k] = d
 	}
-	d.remote, d.signatures = r.remote, r.core.versions[k].signatures
+	d.remote, d.signatures = origin, r.core.versions[k].signatures
 	return d
+}
+
+// errNoSource is the error of a device that does not know yet where bundles
+// come from.
+var errNoSource = errors.New("no registry is known yet")
+
+// origin gives where bundles come from in the end; nil while that is not known.
+func (r *Reconciler) origin() Source {
+	registry := r.cfg.Registry()
+	if registry.URL == "" {
+		return nil
+	}
+	if r.remote == nil || r.remote.Registry != registry {
+		r.remote = newRemote(registry, r.cfg.Stall)
+	}
+	return r.remote
 }
 
 // fetch brings a bundle onto the disk, unless another version has it already.
@@ -418,8 +447,11 @@ func (r *Reconciler) fetch(ctx context.Context, d *download) error {
 	} else if !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}
-	if d.remote.URL == "" {
-		return errors.New("no registry is known yet")
+	if d.remote == nil {
+		return errNoSource
+	}
+	if r.cfg.Disk != nil {
+		return r.cfg.Disk.fetch(ctx, d)
 	}
 	return d.run(ctx)
 }

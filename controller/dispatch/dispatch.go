@@ -191,6 +191,10 @@ func (d *Dispatcher) Handle(topic string, payload []byte) {
 
 var errTooLarge = errors.New("payload is above the limit")
 
+// Malformed counts a message of a device that another part has dropped, for
+// what is wrong with it.
+func (d *Dispatcher) Malformed(kind, device string, err error) { d.drop(kind, device, err) }
+
 func (d *Dispatcher) drop(kind, device string, err error) {
 	d.malformed.WithLabelValues(kind).Inc()
 	d.log.Debug("dropped a malformed message", "device", device, "kind", kind, "error", err)

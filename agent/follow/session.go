@@ -1,4 +1,4 @@
-package agent
+package follow
 
 import (
 	"context"
@@ -32,7 +32,7 @@ const (
 
 // session is the agent's part of the conversation with the controller.
 type session struct {
-	*agent
+	*Follower
 	link   *link.Link
 	report chan struct{} // report at once
 	resend chan struct{} // what was sent went to another session
@@ -40,8 +40,8 @@ type session struct {
 	leases chan lease    // the newest that telemetry has not taken
 }
 
-func newSession(l *link.Link, a *agent) *session {
-	return &session{agent: a, link: l, report: make(chan struct{}, 1), resend: make(chan struct{}, 1), sample: make(chan struct{}, 1), leases: make(chan lease, 1)}
+func newSession(l *link.Link, f *Follower) *session {
+	return &session{Follower: f, link: l, report: make(chan struct{}, 1), resend: make(chan struct{}, 1), sample: make(chan struct{}, 1), leases: make(chan lease, 1)}
 }
 
 // run talks to the controller until ctx is done.
@@ -96,7 +96,7 @@ func (s *session) receive(ctx context.Context) {
 			signal(s.report)
 			signal(s.resend)
 			signal(s.sample)
-			s.reconcile.Retry()
+			s.Reconcile.Retry()
 			ask()
 		case <-again.C:
 			ask()
@@ -105,9 +105,9 @@ func (s *session) receive(ctx context.Context) {
 			case *dunlinv1.Desired:
 				if m.SizeBytes <= link.MaxInlineDocument {
 					document = assembly{} // which is older
-					s.reconcile.Desire(m)
-				} else if proto.Equal(m.Generation, s.reconcile.Generation()) {
-					s.reconcile.Desire(m)
+					s.Reconcile.Desire(m)
+				} else if proto.Equal(m.Generation, s.Reconcile.Generation()) {
+					s.Reconcile.Desire(m)
 				} else if err := document.begin(m); err != nil {
 					s.cfg.Log.Error("desired document refused", "generation", m.Generation.GetNumber(), "error", err)
 				} else {
@@ -118,12 +118,12 @@ func (s *session) receive(ctx context.Context) {
 				if err != nil {
 					s.cfg.Log.Warn("desired document given up", "error", err)
 				} else if whole != nil {
-					s.reconcile.Desire(whole)
+					s.Reconcile.Desire(whole)
 				}
 				ask()
 			case *dunlinv1.Command:
 				if renew := m.GetRenewNow(); renew != nil {
-					s.identity.RenewWithin(time.Duration(renew.WithinMs) * time.Millisecond)
+					s.Identity.RenewWithin(time.Duration(renew.WithinMs) * time.Millisecond)
 				} else if ack := m.GetEventAck(); ack != nil {
 					if err := s.store.Ack(ctx, ack.OutboxId, ack.Sequence); err != nil && ctx.Err() == nil {
 						s.cfg.Log.Warn("acknowledgement ignored", "error", err)
@@ -150,10 +150,10 @@ func (s *session) reports(ctx context.Context) {
 		case <-ctx.Done():
 			return
 		case <-s.report:
-		case <-s.reconcile.Changed():
+		case <-s.Reconcile.Changed():
 		}
 		now := s.link.Session()
-		if report := s.reconcile.Report(); now != "" && report != nil {
+		if report := s.Reconcile.Report(); now != "" && report != nil {
 			if now != last {
 				last, sequence = now, 0
 			}
@@ -283,12 +283,13 @@ func (s *session) telemetry(ctx context.Context) {
 // sendTelemetry sends a sample, in full with the figures of versions, and says
 // whether ctx lasted that long.
 func (s *session) sendTelemetry(ctx context.Context, requests *traffic, dropped *uint64, full bool) bool {
-	t := s.watch.telemetry(ctx)
+	t := s.cfg.Sample(ctx)
 	if t == nil {
 		return false
 	}
-	versions := s.engine.Versions()
+	versions := s.cfg.Versions()
 	requests.fill(t, time.Now(), versions)
+	s.figures.observe(t, versions)
 	t.Models, t.BootId, t.Dropped = s.figures.telemetry(versions, full), s.boot, *dropped
 	fit(t, link.MaxPayload/2)
 	if *dropped++; s.link.Send(link.Telemetry, t) == nil {
@@ -312,4 +313,46 @@ func modelTelemetry(v engine.Status) *dunlinv1.ModelTelemetry {
 		t.Evictions = append(t.Evictions, &dunlinv1.SwapCount{Reason: string(reason), Count: v.Swaps.Out[reason]})
 	}
 	return t
+}
+
+// traffic gives the figures of all requests between two moments.
+type traffic struct {
+	at   time.Time
+	last map[engine.VersionID]counts
+}
+
+// counts are those of a version.
+type counts struct {
+	succeeded, failed uint64
+	took              engine.Durations
+}
+
+// fill puts in what there was since the last call; the first has nothing.
+func (r *traffic) fill(t *dunlinv1.Telemetry, now time.Time, versions []engine.Status) {
+	last := r.last
+	r.last = make(map[engine.VersionID]counts, len(versions))
+	var sum counts
+	for _, v := range versions {
+		c := counts{v.Figures.Success.Count, v.Figures.Failure.Count, v.Figures.Took}
+		before := last[v.ID]
+		if c.succeeded < before.succeeded || c.failed < before.failed {
+			before = counts{} // loaded again
+		}
+		r.last[v.ID] = c
+		sum.succeeded += c.succeeded - before.succeeded
+		sum.failed += c.failed - before.failed
+		for i, n := range c.took.Since(&before.took) {
+			sum.took[i] += n
+		}
+	}
+	seconds := now.Sub(r.at).Seconds()
+	known := !r.at.IsZero() && seconds > 0
+	r.at = now
+	if !known {
+		return
+	}
+	t.RequestsPerSecond, t.FailuresPerSecond = new(float64(sum.succeeded+sum.failed)/seconds), new(float64(sum.failed)/seconds)
+	if sum.took.Count() > 0 {
+		t.RequestP99Seconds = new(sum.took.Quantile(0.99).Seconds())
+	}
 }

@@ -1,4 +1,4 @@
-package agent
+package follow
 
 import (
 	"sync"
@@ -97,13 +97,16 @@ const leastIdle = 5 * time.Second
 // time that they took, and so does the idle device's for as long as they took,
 // not longer than that was. So a version's energy does not depend on how busy
 // it was.
-func (f *figures) observe(now time.Time, t *dunlinv1.Telemetry, versions []engine.Status) {
+func (f *figures) observe(t *dunlinv1.Telemetry, versions []engine.Status) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	e := &f.energy
+	e, now := &f.energy, t.GetAt().AsTime()
 	joules, known := deviceJoules(t)
 	if !known {
 		e.at = time.Time{}
+		return
+	}
+	if now.Equal(e.at) { // the same sample
 		return
 	}
 	since, last, before := now.Sub(e.at).Seconds(), e.joules, e.busy
