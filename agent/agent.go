@@ -17,6 +17,7 @@ import (
 
 	"github.com/dunlin/dunlin/agent/engine"
 	"github.com/dunlin/dunlin/agent/identity"
+	"github.com/dunlin/dunlin/agent/inband"
 	"github.com/dunlin/dunlin/agent/oip"
 	"github.com/dunlin/dunlin/agent/reconcile"
 	"github.com/dunlin/dunlin/agent/state"
@@ -45,6 +46,8 @@ type agent struct {
 	store     *state.Store
 	identity  *identity.Device
 	reconcile *reconcile.Reconciler
+	fetcher   *inband.Fetcher
+	delivery  *inband.Delivery
 	watch     *watch
 	outbox    chan struct{}                 // an event was appended
 	stoodDown bool                          // as the store has it; linkState's
@@ -93,7 +96,7 @@ func Run(ctx context.Context, cfg Config) (err error) {
 	if err != nil {
 		return err
 	}
-	return a.run(ctx, l, a.metrics(l), part{"alarms", a.watch.run}, part{"reconcile", a.reconcile.Run}, part{"controller", a.control})
+	return a.run(ctx, l, a.metrics(l), part{"alarms", a.watch.run}, part{"in-band delivery", a.fetcher.Run}, part{"reconcile", a.reconcile.Run}, part{"controller", a.control})
 }
 
 // newAgent puts the parts together; info describes the device, and url is where
@@ -128,8 +131,11 @@ func newAgent(ctx context.Context, cfg Config, profile profiles.Profile, info *d
 	if f := a.host.profiler; f != nil {
 		f.measured, f.controller = a.profiled, func() string { return a.reconcile.Generation().GetIncarnation() }
 	}
+	a.fetcher = a.newFetcher()
+	a.delivery = a.newDelivery()
 	a.reconcile, err = reconcile.New(reconcile.Config{
-		Dir: filepath.Join(cfg.Data, bundlesFolder), Registry: a.registry, Reserve: uint64(profile.Storage.ReserveBytes),
+		Origin: a.origin,
+		Dir:    filepath.Join(cfg.Data, bundlesFolder), Registry: a.registry, Reserve: uint64(profile.Storage.ReserveBytes),
 		State: store, Now: a.identity.Now, Trust: a.trust.Load, Engine: a.engine, Check: a.check, Passing: passing, Front: a.front, Event: a.event, Log: cfg.Log,
 	})
 	return a, err

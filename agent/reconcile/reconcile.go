@@ -52,9 +52,12 @@ type Front interface {
 type Config struct {
 	Dir      string          // holds the bundles
 	Registry func() Registry // asked at the begin of each download
-	Reserve  uint64          // bytes of the disk that downloads leave free
-	Stall    time.Duration   // how long a transfer may go without a byte; 30 s where 0
-	State    *state.Store
+	// Origin gives what is asked in place of the registry, which it is given;
+	// nil: the registry.
+	Origin  func(registry Source, at Registry) Source
+	Reserve uint64        // bytes of the disk that downloads leave free
+	Stall   time.Duration // how long a transfer may go without a byte; 30 s where 0
+	State   *state.Store
 	// Trust gives the trust document by which signatures of bundles count. No
 	// bundle is taken while it gives nil.
 	Trust func() *signing.Trust
@@ -419,6 +422,9 @@ func (r *Reconciler) origin() Source {
 	}
 	if r.remote == nil || r.remote.Registry != registry {
 		r.remote = newRemote(registry, r.cfg.Stall)
+	}
+	if r.cfg.Origin != nil {
+		return r.cfg.Origin(r.remote, registry)
 	}
 	return r.remote
 }
