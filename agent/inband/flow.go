@@ -263,7 +263,7 @@ func (f *flow) arrived(m *dunlinv1.FetchData, now time.Time) bool {
 		f.halve(now, f.smooth)
 		return true // somebody is there
 	case "unknown":
-		if _, wanted := a.out[m.Block]; wanted && m.BlobBytes > 0 { // it ends before that block
+		if _, wanted := a.out[m.Block]; wanted && m.BlobBytes > 0 && m.BlobBytes <= maxBlob { // it ends before that block
 			delete(a.out, m.Block)
 			f.onTheWay -= int64(a.size)
 			s.ends(int64(m.BlobBytes))
