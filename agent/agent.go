@@ -41,18 +41,20 @@ const (
 // what its parts share.
 type agent struct {
 	*host
-	cfg       Config
-	profile   profiles.Profile
-	store     *state.Store
-	identity  *identity.Device
-	reconcile *reconcile.Reconciler
-	fetcher   *inband.Fetcher
-	delivery  *inband.Delivery
-	watch     *watch
-	outbox    chan struct{}                 // an event was appended
-	stoodDown bool                          // as the store has it; linkState's
-	trust     atomic.Pointer[signing.Trust] // nil: none yet
-	lacks     error                         // why it cannot be the device that it was; nil: it can
+	cfg         Config
+	profile     profiles.Profile
+	store       *state.Store
+	identity    *identity.Device
+	reconcile   *reconcile.Reconciler
+	fetcher     *inband.Fetcher
+	delivery    *inband.Delivery
+	imports     *imports
+	watch       *watch
+	outbox      chan struct{}                 // an event was appended
+	stoodDown   bool                          // as the store has it; linkState's
+	trust       atomic.Pointer[signing.Trust] // nil: none yet
+	takingTrust sync.Mutex                    // held while a trust document is taken
+	lacks       error                         // why it cannot be the device that it was; nil: it can
 
 	mu   sync.Mutex // guards what follows
 	info *dunlinv1.DeviceInfo
@@ -96,7 +98,7 @@ func Run(ctx context.Context, cfg Config) (err error) {
 	if err != nil {
 		return err
 	}
-	return a.run(ctx, l, a.metrics(l), part{"alarms", a.watch.run}, part{"in-band delivery", a.fetcher.Run}, part{"reconcile", a.reconcile.Run}, part{"controller", a.control})
+	return a.run(ctx, l, a.metrics(l), part{"alarms", a.watch.run}, part{"imports", a.followImports}, part{"in-band delivery", a.fetcher.Run}, part{"reconcile", a.reconcile.Run}, part{"controller", a.control})
 }
 
 // newAgent puts the parts together; info describes the device, and url is where
@@ -131,6 +133,7 @@ func newAgent(ctx context.Context, cfg Config, profile profiles.Profile, info *d
 	if f := a.host.profiler; f != nil {
 		f.measured, f.controller = a.profiled, func() string { return a.reconcile.Generation().GetIncarnation() }
 	}
+	a.imports = &imports{dir: filepath.Join(cfg.Data, importsFolder)}
 	a.fetcher = a.newFetcher()
 	a.delivery = a.newDelivery()
 	a.reconcile, err = reconcile.New(reconcile.Config{

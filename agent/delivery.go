@@ -54,7 +54,8 @@ func (a *agent) currentLink() *link.Link {
 	return a.link
 }
 
-// origin gives where bundles come from in the end.
+// origin gives where bundles come from in the end: what was imported, else what
+// the network has.
 func (a *agent) origin(registry reconcile.Source, at reconcile.Registry) reconcile.Source {
-	return a.delivery.Over(registry, at)
+	return &imported{imports: a.imports, Source: a.delivery.Over(registry, at)}
 }

@@ -10,8 +10,10 @@ import (
 )
 
 // takeTrust goes on from the trust document that the device has to the newest
-// of a chain, and has what was refused looked at again. One call at a time.
+// of a chain, and has what was refused looked at again.
 func (a *agent) takeTrust(ctx context.Context, chain []*dunlinv1.SignedTrust) error {
+	a.takingTrust.Lock() // the controller's and an import's come one after the other
+	defer a.takingTrust.Unlock()
 	have := a.trust.Load()
 	if !a.identity.Joined() { // it is of a join that was cut short
 		have = nil
