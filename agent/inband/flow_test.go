@@ -158,8 +158,8 @@ func TestFlowOnWays(t *testing.T) {
 		slowest time.Duration
 		largest uint32
 	}{
-		"quick":         {way{blob: content(32 << 20), rate: 200e6, delay: time.Millisecond}, time.Second, 0.01, time.Second, 64 << 10},
-		"far":           {way{blob: content(32 << 20), rate: 20e6, delay: 100 * time.Millisecond}, 5 * time.Second, 0.01, time.Second, 64 << 10},
+		"quick":         {way{blob: content(16 << 20), rate: 200e6, delay: time.Millisecond}, time.Second, 0.01, time.Second, 64 << 10},
+		"far":           {way{blob: content(8 << 20), rate: 20e6, delay: 100 * time.Millisecond}, 5 * time.Second, 0.01, time.Second, 64 << 10},
 		"slow":          {way{blob: content(300_000), rate: 12_500, delay: 100 * time.Millisecond}, 30 * time.Second, 0.05, 6 * time.Second, 8 << 10},
 		"slower":        {way{blob: content(100_000), rate: 3_000, delay: 100 * time.Millisecond}, 60 * time.Second, 0.4, 12 * time.Second, 4 << 10},
 		"blocks lost":   {way{blob: content(1 << 20), rate: 1e6, delay: 20 * time.Millisecond, loss: 0.02}, 30 * time.Second, 0.1, 3 * time.Second, 64 << 10},
