@@ -18,6 +18,7 @@ import (
 	"runtime/debug"
 	"slices"
 	"strings"
+	"time"
 
 	"github.com/dunlin/dunlin/agent/alarm"
 	"github.com/dunlin/dunlin/agent/identity"
@@ -173,7 +174,8 @@ type Config struct {
 	Name       string            `yaml:"name"`       // of the device; the host's where empty
 	Labels     map[string]string `yaml:"labels"`     // of the device
 
-	roots []*x509.Certificate // of CA
+	roots      []*x509.Certificate // of CA
+	maxBackoff time.Duration       // of the link, see link.Config; for tests
 }
 
 // systemRoots is the Config.CA for authorities that the system trusts.

@@ -88,6 +88,9 @@ type host struct {
 	cache     *compiled.Cache
 	// profiler measures what is loaded; nil where nobody does.
 	profiler *profiler
+	// retired is told of the figures of versions that are not loaded any more;
+	// nil: nobody is.
+	retired func(engine.VersionID, engine.Figures)
 }
 
 // ports are where a host answers.
@@ -153,7 +156,7 @@ func (l *ports) url() string {
 }
 
 // newHost puts the parts together; compiled models and what was measured of
-// them are kept in folders of the folder data. The caller sets source, and opened, before run.
+// them are kept in folders of the folder data. The caller sets source, and opened and retired, before run.
 func newHost(s Serving, profile profiles.Profile, data string, cfg worker.Config) (*host, error) {
 	h := &host{serving: s, profile: profile, tried: make(chan struct{})}
 	var err error
@@ -186,7 +189,11 @@ func newHost(s Serving, profile profiles.Profile, data string, cfg worker.Config
 		}
 		h.worker = worker.New(cfg)
 	}
-	h.engine = engine.New(engine.Config{Runtime: h.worker, Memory: h.budget, Oversize: s.Oversize == "map", Log: s.Log})
+	h.engine = engine.New(engine.Config{Runtime: h.worker, Memory: h.budget, Oversize: s.Oversize == "map", Log: s.Log, Retired: func(id engine.VersionID, f engine.Figures) {
+		if h.retired != nil {
+			h.retired(id, f)
+		}
+	}})
 	h.front = serve.New(h.engine)
 	return h, nil
 }
@@ -414,4 +421,16 @@ func (b backend) Ready(ctx context.Context) error {
 	ctx, cancel := context.WithTimeoutCause(ctx, progressLimit, fmt.Errorf("the scheduler has not answered for %v", progressLimit))
 	defer cancel()
 	return b.host.engine.Health(ctx)
+}
+
+// sleep waits, and says whether ctx lasted that long.
+func sleep(ctx context.Context, d time.Duration) bool {
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case <-t.C:
+		return true
+	case <-ctx.Done():
+		return false
+	}
 }

@@ -233,27 +233,47 @@ func giveTo(data, dir string) error {
 // imports is the folder of what was imported, as the agent reads it.
 type imports struct{ dir string }
 
-// imported is a source that has what was imported, and else asks another one.
-type imported struct {
-	*imports
-	reconcile.Source
+// source gives the folder as a source, where it has a bundle.
+func (i *imports) source(bundle digest.Digest) reconcile.Source {
+	path, ok := i.path(bundle)
+	if !ok {
+		return nil
+	}
+	if _, err := os.Stat(path); err != nil {
+		return nil
+	}
+	return i
 }
 
-// Get implements reconcile.Source.
-func (i *imported) Get(ctx context.Context, r reconcile.Ref, offset, length int64) (*reconcile.Body, error) {
-	if r.Digest.Validate() == nil {
-		f, err := os.Open(filepath.Join(i.dir, ocispec.ImageBlobsDir, r.Digest.Algorithm().String(), r.Digest.Encoded()))
-		if err == nil {
-			if _, err = f.Seek(offset, io.SeekStart); err == nil {
-				return &reconcile.Body{ReadCloser: f, Offset: offset, Whole: true}, nil
-			}
-			f.Close()
-		}
-		if !errors.Is(err, fs.ErrNotExist) {
-			return nil, fmt.Errorf("what was imported: %w", err)
-		}
+func (i *imports) path(d digest.Digest) (string, bool) {
+	if d.Validate() != nil || d.Algorithm() != digest.SHA256 {
+		return "", false
 	}
-	return i.Source.Get(ctx, r, offset, length)
+	return filepath.Join(i.dir, ocispec.ImageBlobsDir, "sha256", d.Encoded()), true
+}
+
+// String implements reconcile.Source.
+func (*imports) String() string { return "what was imported" }
+
+// Streams implements reconcile.Source.
+func (*imports) Streams() int { return 2 }
+
+// Get implements reconcile.Source.
+func (i *imports) Get(_ context.Context, r reconcile.Ref, offset, _ int64) (*reconcile.Body, error) {
+	path, ok := i.path(r.Digest)
+	if !ok {
+		return nil, reconcile.ErrAbsent
+	}
+	f, err := os.Open(path)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, reconcile.ErrAbsent
+	} else if err != nil {
+		return nil, err
+	}
+	if _, err := f.Seek(offset, io.SeekStart); err != nil {
+		return nil, errors.Join(err, f.Close())
+	}
+	return &reconcile.Body{ReadCloser: f, Offset: offset}, nil
 }
 
 // followImports has the reconciler look again when something was imported, and
@@ -289,15 +309,15 @@ func (a *agent) lookAtImports(ctx context.Context, last *time.Time) error {
 		if err != nil {
 			return err
 		}
-		if have := a.trust.Load(); have != nil && len(chain) > 0 {
-			if err := a.takeTrust(ctx, newer(have, chain)); err != nil {
+		if have := a.follow.Trust(); have != nil && len(chain) > 0 {
+			if err := a.follow.TakeTrust(ctx, newer(have, chain)); err != nil {
 				return err
 			}
 		}
 		for _, b := range bundles {
 			a.cfg.Log.Info("imported", "model", b.Model, "version", b.Version)
 		}
-		a.reconcile.Retry()
+		a.follow.Reconcile.Retry()
 	}
 	return a.pruneImports(l)
 }

@@ -29,6 +29,7 @@ import (
 	"github.com/dunlin/dunlin/internal/pki"
 	"github.com/dunlin/dunlin/internal/program"
 	"github.com/dunlin/dunlin/internal/telemetry"
+	"github.com/dunlin/dunlin/models"
 	dunlinv1 "github.com/dunlin/dunlin/proto/dunlin/v1"
 )
 
@@ -66,6 +67,9 @@ func Run(ctx context.Context, c Config) (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, lock.Close()) }()
+	if err := checkRestored(c.Data); err != nil {
+		return err
+	}
 
 	st, err := store.Open(ctx, filepath.Join(c.Data, storeFile), store.Options{OnStep: c.OnStep})
 	if err != nil {
@@ -105,7 +109,7 @@ func Run(ctx context.Context, c Config) (err error) {
 	if err != nil {
 		return err
 	}
-	reg, err := registry.New(registry.Config{Root: filepath.Join(c.Data, registryFolder), Auth: auth, Refusals: st, Versions: versions{st}, Signatures: signer, Log: log})
+	reg, err := registry.New(registry.Config{Root: filepath.Join(c.Data, registryFolder), Auth: auth, Refusals: st, Versions: versions{st}, Signatures: signer, Trust: signer.trust, Log: log})
 	if err != nil {
 		return err
 	}
@@ -162,6 +166,7 @@ func Run(ctx context.Context, c Config) (err error) {
 			})
 		}},
 		{"dispatch", dispatcher.Run},
+		{"history", historyOf(c, st, dispatcher, log).run},
 		{"in-band delivery", fetching.Run},
 		{"enrolment", func(ctx context.Context) error { return enrolment.Run(ctx, bus.bus.Publish) }},
 		{"broker", func(ctx context.Context) error {
@@ -311,6 +316,9 @@ func (v versions) VersionDigest(ctx context.Context, model string, version int64
 
 func (v versions) Given(ctx context.Context, device, model string) (bool, error) {
 	documents, err := v.store.Documents(ctx, []string{device})
+	if model == models.AgentModel {
+		return documents[device].GetAgent() != nil, err
+	}
 	return slices.ContainsFunc(documents[device].GetVersions(), func(d *dunlinv1.DesiredVersion) bool { return d.GetModel() == model }), err
 }
 

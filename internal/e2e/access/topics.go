@@ -38,11 +38,11 @@ var topics = func() []topic {
 		all = append(all, topic{what: what, topic: f, filter: true})
 	}
 	constant := func(s string) func(_, _, _ string) string { return func(_, _, _ string) string { return s } }
-	for _, kind := range []string{link.Hello, link.Reported, link.Events, link.Telemetry, link.Request, link.Fetch, link.Gone} {
+	for _, kind := range []string{link.Hello, link.Reported, link.Events, link.Telemetry, link.Request, link.Sources, link.Fetch, link.Gone} {
 		add("its own up/"+kind, func(d, _, _ string) string { return link.Up(d, kind) })
 		add("another device's up/"+kind, func(_, o, _ string) string { return link.Up(o, kind) })
 	}
-	for _, kind := range []string{link.Desired, link.Command, link.Block, link.Data} {
+	for _, kind := range []string{link.Desired, link.Command, link.Block} {
 		add("its own down/"+kind, func(d, _, _ string) string { return link.Down(d, kind) })
 		add("another device's down/"+kind, func(_, o, _ string) string { return link.Down(o, kind) })
 	}
@@ -224,7 +224,7 @@ func (v *watch) tryAll(ctx context.Context, c *client, r *Result) error {
 		v.watchers = append(v.watchers, watcher{o, conn})
 		filters := []string{link.JoinDown(o.login.User, nonce)}
 		if o.device != "" {
-			filters = []string{link.Down(o.device, link.Desired), link.Down(o.device, link.Command), link.Down(o.device, link.Block), link.Down(o.device, link.Data), link.EpochTopic}
+			filters = []string{link.Down(o.device, link.Desired), link.Down(o.device, link.Command), link.Down(o.device, link.Block), link.EpochTopic}
 		}
 		for _, f := range filters {
 			if ok, err := conn.Subscribe(f); err != nil || !ok {

@@ -1,4 +1,4 @@
-package agent
+package follow
 
 import (
 	"context"
@@ -6,15 +6,14 @@ import (
 	"strings"
 
 	"github.com/dunlin/dunlin/agent/inband"
-	"github.com/dunlin/dunlin/agent/reconcile"
 	"github.com/dunlin/dunlin/internal/link"
 	dunlinv1 "github.com/dunlin/dunlin/proto/dunlin/v1"
 )
 
 // newFetcher makes what fetches over MQTT, by the link once there is one.
-func (a *agent) newFetcher() *inband.Fetcher {
-	return inband.New(inband.Config{Log: a.cfg.Log, Open: func(ctx context.Context) (inband.Line, error) {
-		l := a.currentLink()
+func (f *Follower) newFetcher() *inband.Fetcher {
+	return inband.New(inband.Config{Log: f.cfg.Log, Open: func(ctx context.Context) (inband.Line, error) {
+		l := f.Link()
 		if l == nil {
 			return nil, fmt.Errorf("fetch: %w", link.ErrNotConnected)
 		}
@@ -27,15 +26,15 @@ func (a *agent) newFetcher() *inband.Fetcher {
 }
 
 // newDelivery makes what chooses between the registry and the fetcher.
-func (a *agent) newDelivery() *inband.Delivery {
-	controller := a.cfg.Controller
-	if a.identity.Joined() {
-		controller = a.identity.Stored().ControllerURL
+func (f *Follower) newDelivery() *inband.Delivery {
+	controller := f.cfg.Identity.Controller
+	if f.Identity.Joined() {
+		controller = f.Identity.Stored().ControllerURL
 	}
 	return inband.NewDelivery(inband.DeliveryConfig{
-		Mode: inband.Mode(a.cfg.Delivery), Only: strings.HasPrefix(controller, "mqtts://"), MQTT: a.fetcher, Log: a.cfg.Log,
+		Mode: f.cfg.Delivery, Only: strings.HasPrefix(controller, "mqtts://"), MQTT: f.fetcher, Log: f.cfg.Log,
 		Connected: func() bool {
-			l := a.currentLink()
+			l := f.Link()
 			return l != nil && l.Session() != ""
 		},
 		Event: func(over bool, why string) {
@@ -43,19 +42,7 @@ func (a *agent) newDelivery() *inband.Delivery {
 			if !over {
 				e = &dunlinv1.Event{Kind: "delivery.https", Severity: dunlinv1.Severity_SEVERITY_INFO, Message: "the registry is reached again"}
 			}
-			a.event(e)
+			f.Event(e)
 		},
 	})
-}
-
-func (a *agent) currentLink() *link.Link {
-	a.mu.Lock()
-	defer a.mu.Unlock()
-	return a.link
-}
-
-// origin gives where bundles come from in the end: what was imported, else what
-// the network has.
-func (a *agent) origin(registry reconcile.Source, at reconcile.Registry) reconcile.Source {
-	return &imported{imports: a.imports, Source: a.delivery.Over(registry, at)}
 }
