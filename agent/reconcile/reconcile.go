@@ -63,8 +63,11 @@ type Config struct {
 	Dir      string          // holds the bundles
 	Disk     *Disk           // holds them for a simulated device; nil: Dir does
 	Registry func() Registry // asked at the begin of each download
-	Reserve  uint64          // bytes of the disk that downloads leave free
-	Stall    time.Duration   // how long a transfer may go without a byte; 30 s where 0
+	// Origin gives what is asked in place of the registry, which it is given;
+	// nil: the registry.
+	Origin  func(registry Source, at Registry) Source
+	Reserve uint64        // bytes of the disk that downloads leave free
+	Stall   time.Duration // how long a transfer may go without a byte; 30 s where 0
 	// Link gives what bounds the bytes that travel; nil: nothing does.
 	Link func() Link
 	// Near asks who of the device's site has a bundle; nil: nobody is asked.
@@ -461,6 +464,9 @@ func (r *Reconciler) origin() Source {
 	}
 	if r.remote == nil || r.remote.Registry != registry {
 		r.remote = newRemote(registry, r.cfg.Stall)
+	}
+	if r.cfg.Origin != nil {
+		return r.cfg.Origin(r.remote, registry)
 	}
 	return r.remote
 }
