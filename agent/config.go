@@ -172,6 +172,10 @@ type Config struct {
 	Name       string            `yaml:"name"`       // of the device; the host's where empty
 	Labels     map[string]string `yaml:"labels"`     // of the device
 
+	SiteListen   string `yaml:"site-listen"` // host:port at which other devices of the site fetch bundles; "": they cannot
+	SiteCacheMiB int    `yaml:"site-cache"`  // MiB of bundles that are kept for the site; 0: none
+	Metered      string `yaml:"metered"`     // whether bytes cost money: on, off, or auto: as the firmware profile says
+
 	roots      []*x509.Certificate // of CA
 	maxBackoff time.Duration       // of the link, see link.Config; for tests
 }
@@ -226,7 +230,7 @@ const gcPercent = 200
 const commands = "Commands: dunlin-agent run, the default; dunlin-agent serve; dunlin-agent doctor; dunlin-agent verify; dunlin-agent version."
 
 func parseInto(cfg *Config, name string, args []string, getenv func(string) string, help io.Writer, more func(*flag.FlagSet)) error {
-	*cfg = Config{Data: defaultData(getenv), KeyStore: "file", TPM: "/dev/tpmrm0"}
+	*cfg = Config{Data: defaultData(getenv), KeyStore: "file", TPM: "/dev/tpmrm0", Metered: "auto"}
 	labels := map[string]string{}
 	err := program.Source{
 		Program: name, Notes: commands, Prefix: "DUNLIN_AGENT_",
@@ -239,6 +243,9 @@ func parseInto(cfg *Config, name string, args []string, getenv func(string) stri
 		{Name: "key-store", Usage: "`where` the device's key is made: file, in the data folder, or tpm", Value: &cfg.KeyStore},
 		{Name: "tpm", Usage: "`path` of the TPM: its device, or the socket of a simulated one", Value: &cfg.TPM},
 		{Name: "name", Usage: "`name` of the device; without one, the host's", Value: &cfg.Name},
+		{Name: "site-listen", Usage: "`host:port` at which other devices of the same site fetch models that are here", Value: &cfg.SiteListen},
+		{Name: "site-cache", Usage: "`MiB` of disk for models that are fetched and kept for the site, though this device does not run them", Value: &cfg.SiteCacheMiB},
+		{Name: "metered", Usage: "`whether` bytes over the device's link cost money: on, off, or auto: as the firmware profile says", Value: &cfg.Metered},
 	}, cfg.settings()...), cfg, func(flags *flag.FlagSet) {
 		flags.Func("label", "`key=value` label of the device; may be repeated; in the file, labels is a mapping", func(s string) error {
 			k, v, ok := strings.Cut(s, "=")
@@ -299,6 +306,7 @@ func (cfg *Config) check() error {
 	if cfg.Controller != "" {
 		add("controller", program.CheckURL(cfg.Controller, "https", "mqtts"))
 	}
+	cfg.checkSite(add)
 	cfg.KeyStore = cmp.Or(cfg.KeyStore, "file")
 	if cfg.KeyStore != "file" && cfg.KeyStore != "tpm" {
 		add("key-store", fmt.Errorf("%q is not file or tpm", cfg.KeyStore))
