@@ -114,8 +114,9 @@ type live struct {
 	saved     time.Time // heard as the store has it
 	asked     time.Time // to say hello again, or given its desired state
 	telemetry *dunlinv1.Telemetry
-	free      *uint64 // bytes on its disk as the store has it; nil: not saved yet
-	sent      uint64  // number of the generation that was sent since it last said hello; 0: none
+	kept      *dunlinv1.Telemetry // that Samples gave last
+	free      *uint64             // bytes on its disk as the store has it; nil: not saved yet
+	sent      uint64              // number of the generation that was sent since it last said hello; 0: none
 	// A generation that the device has not reported as observed.
 	pending uint64 // 0: none
 	attempt int
