@@ -36,6 +36,8 @@ type agent struct {
 	profile profiles.Profile
 	follow  *follow.Follower
 	watch   *watch
+	update  updater
+	before  []string // models that were served before the last change of programs
 }
 
 // Run runs an agent until ctx is done, and gives nil then, or until a part of
@@ -75,7 +77,10 @@ func Run(ctx context.Context, cfg Config) (err error) {
 	if err != nil {
 		return err
 	}
-	return a.run(ctx, l, a.metrics(l), part{"alarms", a.watch.run}, part{"reconcile", a.follow.Reconcile.Run}, part{"controller", a.follow.Run})
+	if l.had {
+		a.hold = a.awaitServed
+	}
+	return a.run(ctx, l, a.metrics(l), part{"alarms", a.watch.run}, part{"reconcile", a.follow.Reconcile.Run}, part{"controller", a.follow.Run}, part{"update", a.runUpdates})
 }
 
 // newAgent puts the parts together; info describes the device, and url is where
@@ -96,9 +101,12 @@ func newAgent(ctx context.Context, cfg Config, profile profiles.Profile, info *d
 	if f := a.host.profiler; f != nil {
 		f.measured, f.controller = a.profiled, func() string { return a.follow.Reconcile.Generation().GetIncarnation() }
 	}
+	if a.update, err = a.newUpdater(); err != nil {
+		return nil, err
+	}
 	a.follow, err = follow.New(ctx, follow.Config{
 		Store: store, Identity: cfg.identity(store), Info: info, Ready: a.tried, Labels: cfg.Labels,
-		Sample: a.watch.telemetry, Versions: a.engine.Versions, MaxBackoff: cfg.maxBackoff, Log: cfg.Log,
+		Program: a.update, Sample: a.watch.telemetry, Versions: a.engine.Versions, MaxBackoff: cfg.maxBackoff, Log: cfg.Log,
 		Reconcile: reconcile.Config{
 			Dir: filepath.Join(cfg.Data, bundlesFolder), Reserve: uint64(profile.Storage.ReserveBytes),
 			Engine: a.engine, Check: a.check, Passing: passing, Front: a.front, Log: cfg.Log,

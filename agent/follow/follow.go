@@ -57,11 +57,24 @@ type Config struct {
 	Sample func(ctx context.Context) *dunlinv1.Telemetry
 	// Versions gives the figures of the loaded versions.
 	Versions func() []engine.Status
+	// Program brings the agent program to the release that is wanted; nil: it
+	// stays as it is.
+	Program Program
 	// MaxBackoff is that of the link.
 	MaxBackoff time.Duration
 	// Dial opens the connections to the controller, below TLS; nil: TCP.
 	Dial func(ctx context.Context, network, address string) (net.Conn, error)
 	Log  *slog.Logger
+}
+
+// Program is the agent program: an *update.Updater, or an *update.Simulated. No
+// method waits.
+type Program interface {
+	Want(*dunlinv1.DesiredAgent) // nil: the one that runs
+	Retry()                      // the controller is reached again
+	TrustChanged()
+	Status() *dunlinv1.AgentStatus
+	Changed() <-chan struct{} // receives when Status has changed
 }
 
 // Follower follows a controller. Its methods may be called concurrently.
@@ -105,6 +118,9 @@ func New(ctx context.Context, cfg Config) (*Follower, error) {
 	r.State, r.Registry, r.Now, r.Trust, r.Event = f.store, f.registry, f.Identity.Now, f.trust.Load, f.Event
 	if r.Disk == nil { // simulated devices have no site
 		r.Near = f.near
+	}
+	if f.cfg.Program != nil {
+		r.Agent = f.cfg.Program.Want
 	}
 	f.Reconcile, err = reconcile.New(r)
 	return f, err

@@ -44,6 +44,8 @@ func main() {
 		err = agent.Doctor(ctx, args, os.Getenv, os.Stdout, os.Stdout)
 	case "verify":
 		err = agent.Verify(ctx, args, os.Getenv, os.Stdout, os.Stdout)
+	case "watch": // the launcher's own child
+		err = agent.Watch(args)
 	case "version":
 		_, err = fmt.Println("dunlin-agent", program.Version())
 	}
