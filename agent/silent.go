@@ -18,8 +18,8 @@ type listener struct {
 	close   sync.Once
 	paused  chan struct{}
 	rest    sync.Once
-	mu     sync.Mutex
-	silent map[*connection]struct{} // nil once they were closed
+	mu      sync.Mutex
+	silent  map[*connection]struct{} // nil once they were closed
 }
 
 func newListener(l net.Listener, address string, room chan struct{}) *listener {

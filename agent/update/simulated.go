@@ -28,6 +28,8 @@ type Simulated struct {
 	wake    chan struct{}
 	changed chan struct{}
 
+	installed string
+
 	mu     sync.Mutex // guards what follows
 	want   *dunlinv1.DesiredAgent
 	status *dunlinv1.AgentStatus
@@ -36,7 +38,8 @@ type Simulated struct {
 // NewSimulated gives one whose program has a version.
 func NewSimulated(version string) *Simulated {
 	return &Simulated{
-		wake: make(chan struct{}, 1), changed: make(chan struct{}, 1),
+		installed: version,
+		wake:      make(chan struct{}, 1), changed: make(chan struct{}, 1),
 		status: &dunlinv1.AgentStatus{AgentVersion: version, State: dunlinv1.AgentStatus_STATE_CURRENT},
 	}
 }
@@ -82,6 +85,12 @@ func (u *Simulated) Run(ctx context.Context) error {
 		want, have := u.want, u.status
 		u.mu.Unlock()
 		switch {
+		case want == nil && have.Version != 0:
+			u.tell(u.installed)
+			u.become(func(s *dunlinv1.AgentStatus) {
+				proto.Reset(s)
+				s.AgentVersion, s.State = u.installed, dunlinv1.AgentStatus_STATE_CURRENT
+			})
 		case want == nil || have.Digest == want.Digest:
 		case have.AgentVersion == want.AgentVersion:
 			u.become(func(s *dunlinv1.AgentStatus) {

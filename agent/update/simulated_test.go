@@ -58,10 +58,10 @@ func TestSimulated(t *testing.T) {
 		u.Want(m.release(1, "0.8.0 good"))
 		state(current, "0.8.0", 1)
 		u.Want(nil)
-		state(current, "0.8.0", 1)
+		state(current, "0.7.0", 0)
 		cancel()
 		<-done
-		if want := []string{"0.8.0", "0.9.0", "0.8.0"}; !slices.Equal(versions, want) {
+		if want := []string{"0.8.0", "0.9.0", "0.8.0", "0.7.0"}; !slices.Equal(versions, want) {
 			t.Errorf("versions %v, want %v", versions, want)
 		}
 		if want := []string{"agent.updated", "agent.reverted"}; !slices.Equal(events, want) {

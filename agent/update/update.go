@@ -74,6 +74,7 @@ type Updater struct {
 
 	mu    sync.Mutex // guards what follows
 	want  *dunlinv1.DesiredAgent
+	told  bool // what is wanted
 	again bool // what waits is due
 	anew  bool // what was refused is to be looked at again
 
@@ -105,10 +106,11 @@ func New(cfg Config) *Updater {
 	return u
 }
 
-// Want says which release is to run; nil: the one that does.
+// Want says which release is to run; nil: the installed program. Until the
+// first call what runs stays.
 func (u *Updater) Want(want *dunlinv1.DesiredAgent) {
 	u.mu.Lock()
-	u.want = want
+	u.want, u.told = want, true
 	u.mu.Unlock()
 	signal(u.wake)
 }
@@ -174,6 +176,9 @@ func (u *Updater) decide(want *dunlinv1.DesiredAgent) (todo, *dunlinv1.AgentStat
 	st := u.standing()
 	slot := u.cfg.Started.Slot
 	if want == nil {
+		if slot != "" {
+			return goBack, st
+		}
 		return nothing, st
 	}
 	installed := u.cfg.Started.Installed
@@ -215,7 +220,7 @@ func (u *Updater) Run(ctx context.Context) error {
 	}
 	for {
 		u.mu.Lock()
-		want, again, anew := u.want, u.again, u.anew
+		want, told, again, anew := u.want, u.told, u.again, u.anew
 		u.again, u.anew = false, false
 		u.mu.Unlock()
 		if anew {
@@ -234,6 +239,9 @@ func (u *Updater) Run(ctx context.Context) error {
 			}
 		}
 		do, status := u.decide(want)
+		if !told {
+			do = nothing
+		}
 		wait := time.Hour
 		if do != nothing && time.Now().Before(u.due) {
 			do, wait = nothing, time.Until(u.due)
@@ -384,7 +392,7 @@ func (u *Updater) failed(want *dunlinv1.DesiredAgent, err error) {
 	wait := bound/2 + rand.N(bound/2)
 	u.due = time.Now().Add(wait)
 	u.failure = fmt.Sprintf("try %d failed: %v", u.failures, err)
-	u.cfg.Log.Warn("a release of the agent is not here yet, trying again", "agent_version", want.AgentVersion, "error", err, "in", wait.Round(time.Millisecond))
+	u.cfg.Log.Warn("a release of the agent is not here yet, trying again", "agent_version", want.GetAgentVersion(), "error", err, "in", wait.Round(time.Millisecond))
 }
 
 // carryOut brings a release as far as to the restart that tries it.
