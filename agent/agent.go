@@ -106,12 +106,15 @@ func newAgent(ctx context.Context, cfg Config, profile profiles.Profile, info *d
 	}
 	a.follow, err = follow.New(ctx, follow.Config{
 		Store: store, Identity: cfg.identity(store), Info: info, Ready: a.tried, Labels: cfg.Labels,
-		Program: a.update, Sample: a.watch.telemetry, Versions: a.engine.Versions, MaxBackoff: cfg.maxBackoff, Log: cfg.Log,
+		Program: a.update, Sample: a.watch.telemetry, Versions: a.engine.Versions, IdleWatts: profile.Power.IdleWatts, MaxBackoff: cfg.maxBackoff, Log: cfg.Log,
 		Reconcile: reconcile.Config{
 			Dir: filepath.Join(cfg.Data, bundlesFolder), Reserve: uint64(profile.Storage.ReserveBytes),
 			Engine: a.engine, Check: a.check, Passing: passing, Front: a.front, Log: cfg.Log,
 		},
 	})
+	if err == nil {
+		a.retired = a.follow.Retired
+	}
 	return a, err
 }
 

@@ -60,6 +60,8 @@ type Config struct {
 	// Program brings the agent program to the release that is wanted; nil: it
 	// stays as it is.
 	Program Program
+	// IdleWatts is what the device takes when nothing runs; 0: not known.
+	IdleWatts float64
 	// MaxBackoff is that of the link.
 	MaxBackoff time.Duration
 	// Dial opens the connections to the controller, below TLS; nil: TCP.
@@ -86,6 +88,8 @@ type Follower struct {
 
 	cfg       Config
 	store     Store
+	boot      string // made anew at each start
+	figures   *figures
 	outbox    chan struct{}                 // an event was appended
 	stoodDown bool                          // as the store has it; linkState's
 	trust     atomic.Pointer[signing.Trust] // nil: none yet
@@ -102,7 +106,7 @@ type Follower struct {
 // it was, as its key is lost, serves them all the same, and says so in Run; one
 // that has none is an error.
 func New(ctx context.Context, cfg Config) (*Follower, error) {
-	f := &Follower{cfg: cfg, store: cfg.Store, outbox: make(chan struct{}, 1), info: cfg.Info}
+	f := &Follower{cfg: cfg, store: cfg.Store, boot: rand.Text(), figures: newFigures(cfg.IdleWatts), outbox: make(chan struct{}, 1), info: cfg.Info}
 	trust, err := f.store.Trust(ctx)
 	if err != nil && !errors.Is(err, state.ErrNone) {
 		return nil, err
@@ -208,7 +212,7 @@ func (f *Follower) linkState(s link.State, cause error) {
 func (f *Follower) newLink() (*link.Link, error) {
 	id := f.Identity.Stored()
 	return link.New(link.Config{
-		BrokerURL: id.BrokerURL, Device: id.Device, BootID: rand.Text(), Log: f.cfg.Log,
+		BrokerURL: id.BrokerURL, Device: id.Device, BootID: f.boot, Log: f.cfg.Log,
 		TLS: f.Identity.BrokerTLS, OnState: f.linkState, MaxBackoff: f.cfg.MaxBackoff, Dial: f.cfg.Dial,
 		Hello: func() *dunlinv1.Hello {
 			h := &dunlinv1.Hello{HaveGeneration: f.Reconcile.Generation(), Info: f.Info(), Labels: f.cfg.Labels}
@@ -245,6 +249,10 @@ func (f *Follower) Describe(change func(*dunlinv1.DeviceInfo)) {
 	change(info)
 	f.info = info
 }
+
+// Retired takes in the figures of a version that is not loaded any more: it is
+// an engine.Config.Retired.
+func (f *Follower) Retired(id engine.VersionID, last engine.Figures) { f.figures.retire(id, last) }
 
 // Append keeps an event for the controller.
 func (f *Follower) Append(e *dunlinv1.Event) error {
