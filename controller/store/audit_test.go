@@ -86,7 +86,7 @@ func TestAuditOfEachChange(t *testing.T) {
 	must(t, err)
 	after := before
 	after.State, after.Reason = fleet.Failed, "too late"
-	must(t, s.SaveRollout(t.Context(), before, after))
+	must(t, s.SaveRollout(t.Context(), before, after, nil))
 	_, err = s.Delete(ctx, "user:op", fleet.KindDeployment, "a")
 	must(t, err)
 	must(t, s.RemoveDevice(ctx, "user:op", "cam-1"))
