@@ -99,7 +99,7 @@ func start(t *testing.T) *world {
 	enrolment := enrol.New(enrol.Config{
 		Store: st, Authorities: authorities, Lifetime: identity.DeviceLifetime, Grace: identity.Grace, BrokerURL: "mqtts://localhost:8883",
 		Roots: authorities.Roots, Trust: st.TrustSince,
-		AccountsChanged: accounts, Joined: w.dispatch.Replan, Refusals: st, Now: time.Now, Log: log,
+		AccountsChanged: accounts, Joined: w.dispatch.Joined, Refusals: st, Now: time.Now, Log: log,
 	})
 	_, active := authorities.All()
 	server := httptest.NewServer(pkitest.Showing(t, active, New(Config{

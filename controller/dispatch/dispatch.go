@@ -103,6 +103,7 @@ type Dispatcher struct {
 	twins   map[string]*twins
 	refused map[string][]fleet.Refusal // by device, as of the last documents; the slices are never changed
 	figures map[int64]*watched         // by rollout
+	current map[string]fleet.Rollout   // those that the planner has, by ID
 	bootID  string
 	changed chan struct{}
 }
@@ -277,6 +278,15 @@ func (d *Dispatcher) Refused(device string) []fleet.Refusal {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	return d.refused[device]
+}
+
+// Rollout gives a rollout by its ID as it is now, where it has not ended or is
+// the newest of its deployment. Its devices are not to be changed.
+func (d *Dispatcher) Rollout(id string) (fleet.Rollout, bool) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	r, ok := d.current[id]
+	return r, ok
 }
 
 // Changed gives a channel that is closed when a rollout changes next. To miss

@@ -123,7 +123,7 @@ func (d *Dispatcher) pass(ctx context.Context) (next time.Time, err error) {
 	if err := d.keepFigures(ctx); err != nil {
 		return next, err
 	}
-	d.drift(changed)
+	_ = changed
 	next = earlier(p.wake, d.now().Add(d.timing.sweep))
 	if slices.ContainsFunc(p.rollouts, func(r fleet.Rollout) bool { return !r.State.Ended() }) {
 		next = earlier(next, d.now().Add(d.timing.look))
@@ -150,7 +150,20 @@ func (d *Dispatcher) load(ctx context.Context) error {
 	d.view.read(snap.Devices, nil, since)
 	p.objects, p.rollouts, p.compiler, p.names, p.assigned = snap.Objects, snap.Rollouts, nil, nil, map[string][]string{}
 	d.resume(snap.Devices)
+	d.publish()
 	return d.loadFigures(ctx)
+}
+
+// publish shows the rollouts to those who follow them.
+func (d *Dispatcher) publish() {
+	current := make(map[string]fleet.Rollout, len(d.planner.rollouts))
+	for _, r := range d.planner.rollouts {
+		current[r.ID()] = r
+	}
+	d.mu.Lock()
+	d.current = current
+	d.mu.Unlock()
+	d.Notify()
 }
 
 // reload reads objects and rollouts, and adds the devices that the changes
@@ -184,6 +197,7 @@ func (d *Dispatcher) reload(ctx context.Context, compile map[string]bool) error 
 			compile[name] = true
 		}
 	}
+	d.publish()
 	return d.loadFigures(ctx)
 }
 
@@ -369,7 +383,7 @@ func (d *Dispatcher) step(ctx context.Context, compile map[string]bool, which fu
 			p.rollouts[i] = after
 			gives(before, after, compile)
 			p.compiler = nil
-			d.Notify()
+			d.publish()
 		}
 		for _, decision := range decisions {
 			d.log.Info("rollout: "+string(decision.Kind), "rollout", after.ID(), "wave", decision.Wave, "devices", decision.DeviceCount, "by", decision.By, "reason", decision.Reason)

@@ -248,7 +248,7 @@ func TestApply(t *testing.T) {
 	must(t, err)
 	rollouts, err := s.Rollouts(ctx, "a", 10)
 	must(t, err)
-	if len(rollouts) != 2 || rollouts[0].ID() != next[0].Rollout || rollouts[0].From != 1 || rollouts[0].To != 2 || rollouts[0].State != fleet.Running {
+	if len(rollouts) != 2 || rollouts[0].ID() != next[0].Rollout || rollouts[0].From != 0 || rollouts[0].To != 2 || rollouts[0].State != fleet.Running {
 		t.Errorf("got %+v", rollouts)
 	}
 	if rollouts[1].State != fleet.Superseded || rollouts[1].EndedAt.IsZero() {
