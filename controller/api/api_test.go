@@ -395,7 +395,7 @@ func TestRollouts(t *testing.T) {
 		t.Errorf("ended with %v", last)
 	}
 	c := w.rollouts(viewer)
-	if got := call(t, c.GetRollout, &v1.GetRolloutRequest{Deployment: "digits"}).Rollout; got.Id != newer || got.FromVersion != 1 || got.ToVersion != 2 {
+	if got := call(t, c.GetRollout, &v1.GetRolloutRequest{Deployment: "digits"}).Rollout; got.Id != newer || got.FromVersion != 0 || got.ToVersion != 2 {
 		t.Errorf("got %v", got)
 	}
 	if got := call(t, c.ListRollouts, &v1.ListRolloutsRequest{Deployment: "digits"}).Rollouts; len(got) != 2 || got[1].Id != id {

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"strings"
 	"time"
 
 	"connectrpc.com/connect"
@@ -309,8 +310,8 @@ func (s *server) changed() {
 }
 
 func (s *server) Delete(ctx context.Context, req *connect.Request[v1.DeleteRequest]) (*connect.Response[v1.DeleteResponse], error) {
-	if k := req.Msg.GetKind(); k != fleet.KindDeployment && k != fleet.KindRoute {
-		return nil, invalid("kind %q is not %s or %s", k, fleet.KindDeployment, fleet.KindRoute)
+	if k := req.Msg.GetKind(); !slices.Contains(fleet.Kinds, k) {
+		return nil, invalid("kind %q is none of %s", k, strings.Join(fleet.Kinds, ", "))
 	}
 	c, err := s.Store.Delete(ctx, caller(ctx), req.Msg.GetKind(), req.Msg.GetName(), mayDelete(identity.FromContext(ctx)))
 	if err != nil {

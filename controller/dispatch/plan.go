@@ -33,9 +33,10 @@ type planner struct {
 	compiler *fleet.Compiler // nil: of other objects or rollouts
 	names    []string        // of the devices, sorted; nil: to be sorted anew
 	assigned map[string][]string
-	wake     time.Time // when a rollout's time comes
-	looked   time.Time // when rollouts were stepped last
-	kept     time.Time // when figures were kept last
+	closed   map[string]time.Time // devices on which no change may begin, and when it may; zero: not known
+	wake     time.Time            // when a rollout's time comes
+	looked   time.Time            // when rollouts were stepped last
+	kept     time.Time            // when figures were kept last
 }
 
 // plan runs passes until ctx is done: when something changed, when a
@@ -97,6 +98,11 @@ func (d *Dispatcher) pass(ctx context.Context) (next time.Time, err error) {
 		return next, fmt.Errorf("read the store: %w", err)
 	}
 	now := d.now()
+	for name, opens := range p.closed {
+		if !opens.IsZero() && !now.Before(opens) {
+			compile[name] = true
+		}
+	}
 	due := objects || len(changed) > 0 || !p.wake.IsZero() && !now.Before(p.wake) || now.Sub(p.looked) >= d.timing.look
 	if due {
 		// A rollout that has not been stepped says only now who is given its
@@ -128,6 +134,9 @@ func (d *Dispatcher) pass(ctx context.Context) (next time.Time, err error) {
 	if slices.ContainsFunc(p.rollouts, func(r fleet.Rollout) bool { return !r.State.Ended() }) {
 		next = earlier(next, d.now().Add(d.timing.look))
 	}
+	for _, opens := range p.closed {
+		next = earlier(next, opens)
+	}
 	again, err := d.resend(ctx)
 	return earlier(next, again), err
 }
@@ -149,6 +158,7 @@ func (d *Dispatcher) load(ctx context.Context) error {
 	}
 	d.view.read(snap.Devices, nil, since)
 	p.objects, p.rollouts, p.compiler, p.names, p.assigned = snap.Objects, snap.Rollouts, nil, nil, map[string][]string{}
+	p.closed = map[string]time.Time{}
 	d.resume(snap.Devices)
 	d.publish()
 	return d.loadFigures(ctx)
@@ -242,6 +252,7 @@ func (d *Dispatcher) refresh(ctx context.Context, compile map[string]bool) (map[
 		case what&newDrop != 0:
 			p.names = nil
 			delete(p.assigned, name)
+			delete(p.closed, name)
 			d.dropped(name)
 		case what&newShape != 0:
 			compile[name] = true
@@ -263,29 +274,33 @@ func (d *Dispatcher) compile(ctx context.Context, names map[string]bool) error {
 		return nil
 	}
 	p := &d.planner
-	if p.compiler == nil {
-		o := p.objects
-		o.Rollouts = p.rollouts
-		p.compiler = fleet.NewCompiler(o)
-	}
+	compiler, now := p.compile(), d.now()
 	devices := d.view.some(slices.Sorted(maps.Keys(names)))
+	of := make([]fleet.Device, len(devices))
 	documents := make([]*dunlinv1.DesiredDocument, len(devices))
 	refused := make([][]fleet.Refusal, len(devices))
-	var unsure []string // of which something is refused
+	var unsure []string // those whose document depends on what they were given before
 	for i, dev := range devices {
-		if documents[i], refused[i] = p.compiler.Compile(dev.Fleet(), nil); len(refused[i]) > 0 {
+		of[i] = dev.Fleet()
+		delete(p.closed, dev.Name)
+		var opens time.Time
+		if of[i].Closed, opens = compiler.Closed(of[i], now); of[i].Closed != "" {
+			p.closed[dev.Name] = opens
+			unsure = append(unsure, dev.Name)
+			continue
+		}
+		if documents[i], refused[i] = compiler.Compile(of[i], nil); len(refused[i]) > 0 {
 			unsure = append(unsure, dev.Name)
 		}
 	}
-	// Only these depend on what they were given before.
 	had, err := d.store.Documents(ctx, unsure)
 	if err != nil {
 		return fmt.Errorf("read desired documents: %w", err)
 	}
 	var changed []store.Desired
 	for i, dev := range devices {
-		if len(refused[i]) > 0 {
-			documents[i], refused[i] = p.compiler.Compile(dev.Fleet(), had[dev.Name])
+		if of[i].Closed != "" || len(refused[i]) > 0 {
+			documents[i], refused[i] = compiler.Compile(of[i], had[dev.Name])
 		}
 		data, sum, err := fleet.Encode(documents[i])
 		if err != nil {
@@ -313,6 +328,16 @@ func (d *Dispatcher) compile(ctx context.Context, names map[string]bool) error {
 		d.log.Info("new generations", "devices", len(changed), "first", changed[0].Device)
 	}
 	return nil
+}
+
+// compile gives the compiler of the objects and rollouts as they are.
+func (p *planner) compile() *fleet.Compiler {
+	if p.compiler == nil {
+		o := p.objects
+		o.Rollouts = p.rollouts
+		p.compiler = fleet.NewCompiler(o)
+	}
+	return p.compiler
 }
 
 // refuse keeps what devices are not given, and says so once.
@@ -462,6 +487,7 @@ func (d *Dispatcher) observe(r fleet.Rollout, now time.Time) []fleet.Observation
 		}
 	}
 	figures := d.figuresOf(r.Number)
+	bounded := len(p.objects.Freezes)+len(p.objects.Maintenances) > 0
 	observations := make([]fleet.Observation, 0, len(r.Devices))
 	for _, name := range p.names {
 		if !slices.Contains(p.assigned[name], r.Deployment) {
@@ -476,6 +502,9 @@ func (d *Dispatcher) observe(r fleet.Rollout, now time.Time) []fleet.Observation
 			if refusal.Deployment == r.Deployment && refusal.Version == r.To {
 				o.Refused = refusal.Reason
 			}
+		}
+		if bounded {
+			o.Closed, o.Opens = p.compile().Closed(fleet.Device{Name: name, Labels: dev.Labels}, now)
 		}
 		for _, other := range older {
 			if other.Changes(name, now) {

@@ -74,6 +74,9 @@ func touched(before, after fleet.Objects) func(fleet.Device) bool {
 	for _, b := range had { // they are gone
 		selectors = append(selectors, b.Selector)
 	}
+	// What was kept from a device may be given it, and the other way round.
+	selectors = append(selectors, changedSelectors(before.Freezes, after.Freezes, func(f fleet.Freeze) (string, map[string]string) { return f.Name, f.Selector })...)
+	selectors = append(selectors, changedSelectors(before.Maintenances, after.Maintenances, func(m fleet.Maintenance) (string, map[string]string) { return m.Name, m.Selector })...)
 	return func(d fleet.Device) bool {
 		return slices.ContainsFunc(selectors, func(s map[string]string) bool { return fleet.Matches(s, d) })
 	}
@@ -93,4 +96,31 @@ func routes(o fleet.Objects) map[string]fleet.Route {
 		all[r.Name] = r
 	}
 	return all
+}
+
+// changedSelectors gives the selectors of what is not the same before and after.
+func changedSelectors[T any](before, after []T, of func(T) (name string, selector map[string]string)) (selectors []map[string]string) {
+	had := make(map[string]T, len(before))
+	for _, b := range before {
+		name, _ := of(b)
+		had[name] = b
+	}
+	for _, a := range after {
+		name, selector := of(a)
+		b, ok := had[name]
+		delete(had, name)
+		if ok && reflect.DeepEqual(a, b) {
+			continue
+		}
+		selectors = append(selectors, selector)
+		if ok {
+			_, was := of(b)
+			selectors = append(selectors, was)
+		}
+	}
+	for _, b := range had {
+		_, selector := of(b)
+		selectors = append(selectors, selector)
+	}
+	return selectors
 }

@@ -69,7 +69,7 @@ func (d *Device) Observe(incarnation, model string, version int64) fleet.Observa
 		return o
 	}
 	o.Observed = true
-	if a := d.Reported.GetAgent(); model == agentModel {
+	if a := d.Reported.GetAgent(); model == fleet.AgentModel {
 		if a.GetVersion() == version {
 			switch a.GetState() {
 			case dunlinv1.AgentStatus_STATE_CURRENT:
@@ -90,10 +90,6 @@ func (d *Device) Observe(incarnation, model string, version int64) fleet.Observa
 	}
 	return o
 }
-
-// agentModel is the reserved model whose versions are releases of the agent
-// program.
-const agentModel = "dunlin-agent"
 
 // ObserveRollout gives what d is known to do of a rollout: whether it serves
 // the new version, or the one before again. What it reports counts only where
@@ -489,6 +485,10 @@ func plans(ctx context.Context, tx *sql.Tx, apply []fleet.Object) (all fleet.Obj
 			all.Deployments = append(all.Deployments, *o.Deployment)
 		case o.Route != nil:
 			all.Routes = append(all.Routes, *o.Route)
+		case o.Freeze != nil:
+			all.Freezes = append(all.Freezes, *o.Freeze)
+		case o.Maintenance != nil:
+			all.Maintenances = append(all.Maintenances, *o.Maintenance)
 		}
 	}
 	type wanted struct {

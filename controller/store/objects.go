@@ -198,6 +198,9 @@ func check(ctx context.Context, tx *sql.Tx, before map[[2]string]fleet.Object, a
 			}
 			continue
 		}
+		if o.Route == nil {
+			continue
+		}
 		for i, t := range o.Route.Targets {
 			if err := known(o, fmt.Sprintf("spec.targets[%d]", i), t.Model, t.Version); err != nil {
 				return err
