@@ -20,9 +20,12 @@ const batch = 500
 // retry is how long the planner waits after a pass that failed.
 const retry = time.Second
 
-// idle is how many times as long as a pass took the planner waits before the
-// next one: what comes meanwhile is one pass's work.
-const idle = 2
+// The planner waits idle times as long as a pass took before the next one, and
+// maxIdle at most: what comes meanwhile is one pass's work.
+const (
+	idle    = 2
+	maxIdle = 500 * time.Millisecond
+)
 
 // planner is what the planner knows from one pass to the next. It is its
 // goroutine's own.
@@ -58,7 +61,7 @@ func (d *Dispatcher) plan(ctx context.Context) {
 			wait = retry
 		}
 		// Reports come in bursts: one pass sees many of them.
-		pause := time.NewTimer(max(d.timing.pass, idle*d.now().Sub(began)))
+		pause := time.NewTimer(max(d.timing.pass, min(idle*d.now().Sub(began), maxIdle)))
 		select {
 		case <-ctx.Done():
 			pause.Stop()
