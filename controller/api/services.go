@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"slices"
 	"strings"
 	"time"
@@ -627,4 +628,29 @@ func (s *server) ListEvents(ctx context.Context, req *connect.Request[v1.ListEve
 		return nil, err
 	}
 	return connect.NewResponse(&v1.ListEventsResponse{Events: convert(events, deviceEvent)}), nil
+}
+
+func (s *server) ListDrift(ctx context.Context, req *connect.Request[v1.ListDriftRequest]) (*connect.Response[v1.ListDriftResponse], error) {
+	if name := req.Msg.GetDevice(); name != "" {
+		if _, err := s.seen(ctx, name); err != nil {
+			return nil, err
+		}
+	}
+	labels, err := s.Store.DeviceLabels(ctx)
+	if err != nil {
+		return nil, err
+	}
+	p := identity.FromContext(ctx)
+	resp := &v1.ListDriftResponse{}
+	drifts := s.Dispatch.Drifts()
+	for _, name := range slices.Sorted(maps.Keys(drifts)) {
+		l, ok := labels[name]
+		if !ok || !p.Covers(l) || req.Msg.GetDevice() != "" && req.Msg.GetDevice() != name || !fleet.Matches(req.Msg.GetSelector(), fleet.Device{Labels: l}) {
+			continue
+		}
+		for _, one := range drifts[name] {
+			resp.Drifts = append(resp.Drifts, &v1.DeviceDrift{Device: name, Drift: one})
+		}
+	}
+	return connect.NewResponse(resp), nil
 }

@@ -67,14 +67,14 @@ type timing struct {
 	silence            time.Duration // after which a device counts as away: it sends telemetry every minute
 	sample             time.Duration // between two steps of a rollout that counts figures
 	keep               time.Duration // between two times that figures are kept: so much of them is lost at most
-	sweep              time.Duration // most time between two looks at a device's drift
+	drift              time.Duration // between two times that devices are held against their documents
 }
 
 var defaultTiming = timing{
 	resend: 2 * time.Second, resendMost: time.Minute, ask: 30 * time.Second,
 	pass: 20 * time.Millisecond, look: 10 * time.Second,
 	beat: time.Minute, silence: 3 * time.Minute,
-	sample: time.Second, keep: 3 * time.Second, sweep: 30 * time.Second,
+	sample: time.Second, keep: 3 * time.Second, drift: 2 * time.Second,
 }
 
 // Dispatcher is safe for concurrent use.
@@ -97,13 +97,15 @@ type Dispatcher struct {
 	view    *view
 
 	malformed, stale *prometheus.CounterVec
+	drifting         *prometheus.GaugeVec
 
 	mu      sync.Mutex // guards what follows; held for memory only
 	live    map[string]*live
 	twins   map[string]*twins
 	refused map[string][]fleet.Refusal // by device, as of the last documents; the slices are never changed
 	figures map[int64]*watched         // by rollout
-	current map[string]fleet.Rollout   // those that the planner has, by ID
+	drifts  map[string][]*dunlinv1.Drift
+	current map[string]fleet.Rollout // those that the planner has, by ID
 	bootID  string
 	changed chan struct{}
 }
@@ -146,7 +148,7 @@ func New(c Config) *Dispatcher {
 		trusted: c.Trusted, superseded: c.Superseded, twins: map[string]*twins{},
 		store: c.Store, bus: c.Bus, log: c.Log, onStep: c.OnStep, timing: defaultTiming, now: time.Now,
 		stopped: make(chan struct{}), kick: make(chan struct{}, 1), view: newView(),
-		refused: map[string][]fleet.Refusal{}, figures: map[int64]*watched{},
+		refused: map[string][]fleet.Refusal{}, figures: map[int64]*watched{}, drifts: map[string][]*dunlinv1.Drift{},
 		live: map[string]*live{}, bootID: rand.Text(), changed: make(chan struct{}),
 		malformed: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "dunlin_controller_malformed_total", Help: "Messages from devices that were dropped because they are malformed, by kind.",
@@ -155,11 +157,17 @@ func New(c Config) *Dispatcher {
 			Name: "dunlin_controller_ignored_total", Help: "Well-formed messages that were ignored: of an older session, out of order, or of an unknown device.",
 		}, []string{"kind"}),
 	}
+	d.drifting = prometheus.NewGaugeVec(prometheus.GaugeOpts{
+		Name: "dunlin_controller_drift", Help: "What of connected devices is other than it should be, by kind.",
+	}, []string{"kind"})
+	for _, kind := range driftKinds {
+		d.drifting.WithLabelValues(kind)
+	}
 	for i := range d.queues {
 		d.queues[i] = make(chan message, queueLimit)
 	}
 	if c.Metrics != nil {
-		c.Metrics.MustRegister(d.malformed, d.stale)
+		c.Metrics.MustRegister(d.malformed, d.stale, d.drifting)
 	}
 	return d
 }
@@ -257,6 +265,7 @@ func (d *Dispatcher) dropped(device string) {
 	d.mu.Lock()
 	delete(d.refused, device)
 	d.mu.Unlock()
+	d.found(device, nil)
 }
 
 // CutOff ends the session of a device whose certificates were revoked before.

@@ -96,6 +96,9 @@ func checkReported(r *dunlinv1.Reported) error {
 	if n := len(r.GetVersions()); n > maxVersions {
 		return fmt.Errorf("versions has %d entries, the limit is %d", n, maxVersions)
 	}
+	if n := len(r.GetDrifts()); n > maxVersions {
+		return fmt.Errorf("drifts has %d entries, the limit is %d", n, maxVersions)
+	}
 	for _, v := range r.GetVersions() {
 		if v.GetBytesPresent() > math.MaxInt64 || v.GetBytesTotal() > math.MaxInt64 {
 			return fmt.Errorf("version %d of model %q: bytes are above %d", v.GetVersion(), v.GetModel(), int64(math.MaxInt64))

@@ -39,6 +39,8 @@ type planner struct {
 	closed   map[string]time.Time // devices on which no change may begin, and when it may; zero: not known
 	wake     time.Time            // when a rollout's time comes
 	looked   time.Time            // when rollouts were stepped last
+	drifts   map[string]drifting  // of connected devices
+	swept    time.Time            // when devices were held against their documents last
 	kept     time.Time            // when figures were kept last
 }
 
@@ -132,8 +134,18 @@ func (d *Dispatcher) pass(ctx context.Context) (next time.Time, err error) {
 	if err := d.keepFigures(ctx); err != nil {
 		return next, err
 	}
-	_ = changed
-	next = earlier(p.wake, d.now().Add(d.timing.sweep))
+	if err := d.drift(ctx, changed); err != nil {
+		return next, err
+	}
+	next = earlier(p.wake, d.now().Add(time.Hour))
+	var drift time.Time
+	for _, one := range p.drifts {
+		drift = earlier(one.due, drift)
+	}
+	if soon := p.swept.Add(d.timing.drift); !drift.IsZero() && drift.Before(soon) {
+		drift = soon
+	}
+	next = earlier(drift, next)
 	if slices.ContainsFunc(p.rollouts, func(r fleet.Rollout) bool { return !r.State.Ended() }) {
 		next = earlier(next, d.now().Add(d.timing.look))
 	}
@@ -161,7 +173,7 @@ func (d *Dispatcher) load(ctx context.Context) error {
 	}
 	d.view.read(snap.Devices, nil, since)
 	p.objects, p.rollouts, p.compiler, p.names, p.assigned = snap.Objects, snap.Rollouts, nil, nil, map[string][]string{}
-	p.closed = map[string]time.Time{}
+	p.closed, p.drifts = map[string]time.Time{}, map[string]drifting{}
 	d.resume(snap.Devices)
 	d.publish()
 	return d.loadFigures(ctx)
@@ -187,27 +199,15 @@ func (d *Dispatcher) reload(ctx context.Context, compile map[string]bool) error 
 	if err != nil {
 		return err
 	}
-	touches := touched(p.objects, snap.Objects)
-	before := map[string]fleet.Rollout{}
-	for _, r := range p.rollouts {
-		before[r.Deployment] = r
-	}
-	others := map[string]bool{} // deployments whose rollout changed
-	for _, r := range snap.Rollouts {
-		if b, ok := before[r.Deployment]; !ok || !b.Equal(r) {
-			others[r.Deployment] = true
-		}
-	}
+	before, after := p.objects, snap.Objects
+	before.Rollouts, after.Rollouts = p.rollouts, snap.Rollouts
+	touched := fleet.Touched(before, after)
 	p.objects, p.rollouts, p.compiler = snap.Objects, snap.Rollouts, nil
 	for name, dev := range d.view.all() {
 		f := dev.Fleet()
-		if touches(f) {
+		if touched(f) {
 			compile[name] = true
 			p.assign(f)
-			continue
-		}
-		if slices.ContainsFunc(p.assigned[name], func(dep string) bool { return others[dep] }) {
-			compile[name] = true
 		}
 	}
 	d.publish()
@@ -256,6 +256,7 @@ func (d *Dispatcher) refresh(ctx context.Context, compile map[string]bool) (map[
 			p.names = nil
 			delete(p.assigned, name)
 			delete(p.closed, name)
+			delete(p.drifts, name)
 			d.dropped(name)
 		case what&newShape != 0:
 			compile[name] = true
