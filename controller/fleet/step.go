@@ -343,8 +343,12 @@ func (s *step) admit() {
 				s.base = cmp.Or(s.base, d.Reason)
 				continue
 			}
+			// What it reports follows from the document that it had: that it refused
+			// the version then says nothing of now.
 			d.AdmittedAt = s.now
-			s.progress(d, o)
+			reported := *o
+			reported.Quarantined = false
+			s.progress(d, &reported)
 			names = append(names, d.Device)
 		}
 	}
