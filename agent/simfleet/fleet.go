@@ -58,8 +58,10 @@ type Config struct {
 	AtOnce int
 	// Net is what the devices' links are like until the faults change it.
 	Net netem.Conditions
-	// Dir holds the bundles, once for all devices.
-	Dir string
+	// Dir holds the bundles, once for all devices. With Download each device
+	// downloads them by itself, over its own link, into a folder of its own.
+	Dir      string
+	Download bool
 	// Dial opens connections; nil: TCP.
 	Dial func(ctx context.Context, network, address string) (net.Conn, error)
 	// OnDesired is called when a device has stored a desired document, and
@@ -126,7 +128,9 @@ func New(cfg Config) (*Fleet, error) {
 		if d.net = netem.Plain(); emulated {
 			d.net = netem.NewLink(cfg.Net, d.seed)
 		}
-		d.disk = depot.Disk(reconcile.DiskConfig{Bytes: diskBytes, Transfer: d.transfer})
+		if !cfg.Download {
+			d.disk = depot.Disk(reconcile.DiskConfig{Bytes: diskBytes, Transfer: d.transfer})
+		}
 		if d.store, err = state.NewMemory(state.Limits{Events: d.profile.Storage.OutboxEvents}, d.write); err != nil {
 			return nil, err
 		}
