@@ -43,6 +43,7 @@ type Device struct {
 	running atomic.Uint64 // how often it has started
 
 	answered, failed atomic.Uint64 // requests
+	since, took      atomic.Int64  // nanoseconds: when a document came, and until it served what that wants
 
 	mu    sync.Mutex // guards what follows
 	store *state.Memory
@@ -264,6 +265,7 @@ type watched struct {
 // SetDesired is state.Store's.
 func (w *watched) SetDesired(ctx context.Context, d state.Desired) error {
 	err := w.Memory.SetDesired(ctx, d)
+	w.device.since.Store(time.Now().UnixNano())
 	if on := w.device.fleet.cfg.OnDesired; on != nil && err == nil {
 		on(w.device, d)
 	}
@@ -279,6 +281,7 @@ type front struct {
 // SetServing implements reconcile.Front.
 func (f *front) SetServing(versions map[string]int64) {
 	f.Server.SetServing(versions)
+	f.device.took.Store(time.Now().UnixNano() - f.device.since.Load())
 	if on := f.device.fleet.cfg.OnServing; on != nil {
 		on(f.device, versions)
 	}
