@@ -344,6 +344,8 @@ func Code(err error) connect.Code {
 		return connect.CodeNotFound
 	case errors.Is(err, store.ErrLimit):
 		return connect.CodeResourceExhausted
+	case errors.Is(err, store.ErrInUse):
+		return connect.CodeFailedPrecondition
 	}
 	return connect.CodeInternal
 }

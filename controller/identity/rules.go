@@ -79,6 +79,7 @@ var rules = map[string]Rule{
 
 	v1connect.ModelServiceCreateVersionProcedure: {Least: Operator},
 	v1connect.ModelServiceListModelsProcedure:    {Least: Viewer},
+	v1connect.ModelServiceDeleteVersionProcedure: {Least: Admin, Scoping: Whole},
 
 	v1connect.ObjectServiceApplyProcedure:           {Least: Operator, Scoping: Within, Note: "a Deployment whose selector, and that before, include the scope"},
 	v1connect.ObjectServiceDeleteProcedure:          {Least: Operator, Scoping: Within, Note: "a Deployment whose selector includes the scope"},

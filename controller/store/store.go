@@ -25,6 +25,7 @@ var (
 	ErrLimit    = errors.New("too much for now")
 	ErrStale    = errors.New("stale") // an older session or sequence
 	ErrNewer    = errors.New("written by a newer version")
+	ErrInUse    = errors.New("in use")
 )
 
 // Options are what a Store needs beside its file.
