@@ -89,6 +89,7 @@ type Dispatcher struct {
 	running atomic.Bool   // rollouts may be running
 	newest  int64         // number of the newest rollout that was compiled for; the planner's own
 
+	sites            *sites
 	malformed, stale *prometheus.CounterVec
 
 	mu      sync.Mutex // guards what follows; held for memory only
@@ -137,7 +138,8 @@ func New(c Config) *Dispatcher {
 		trusted: c.Trusted, superseded: c.Superseded, twins: map[string]*twins{},
 		store: c.Store, bus: c.Bus, log: c.Log, onStep: c.OnStep, timing: defaultTiming, now: time.Now,
 		stopped: make(chan struct{}), kick: make(chan struct{}, 1),
-		live: map[string]*live{}, bootID: rand.Text(), changed: make(chan struct{}),
+		sites: newSites(),
+		live:  map[string]*live{}, bootID: rand.Text(), changed: make(chan struct{}),
 		malformed: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "dunlin_controller_malformed_total", Help: "Messages from devices that were dropped because they are malformed, by kind.",
 		}, []string{"kind"}),
