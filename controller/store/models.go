@@ -121,7 +121,7 @@ func (s *Store) CreateVersion(ctx context.Context, v Version) (made Version, cre
 	return made, created, nil
 }
 
-// DeleteVersion takes a version away. It is ErrInUse, with the reason, while
+// DeleteVersion takes a version away. It is ErrState, with the reason, while
 // a deployment or a route names it, the newest rollout of a deployment leads to
 // it or back to it, or a device should have it.
 func (s *Store) DeleteVersion(ctx context.Context, by, model string, version int64) (v Version, err error) {
@@ -133,7 +133,7 @@ func (s *Store) DeleteVersion(ctx context.Context, by, model string, version int
 		return v, err
 	}
 	if device != "" {
-		return v, fmt.Errorf("version %s: %w: device %s should have it", name, ErrInUse, device)
+		return v, fmt.Errorf("version %s: %w: device %s should have it", name, ErrState, device)
 	}
 	err = s.write(ctx, "delete version", func(tx *sql.Tx) error {
 		v, err = scanVersion(tx.QueryRowContext(ctx, selectVersions+"WHERE model = ? AND version = ?", model, version).Scan)
@@ -149,7 +149,7 @@ func (s *Store) DeleteVersion(ctx context.Context, by, model string, version int
 		}
 		for _, o := range stored {
 			if names(o.Object, model, version) {
-				return fmt.Errorf("version %s: %w: %s %s names it", name, ErrInUse, o.Kind(), o.Name())
+				return fmt.Errorf("version %s: %w: %s %s names it", name, ErrState, o.Kind(), o.Name())
 			}
 			if o.Deployment == nil {
 				continue
@@ -160,7 +160,7 @@ func (s *Store) DeleteVersion(ctx context.Context, by, model string, version int
 			}
 			for _, r := range newest {
 				if r.Model == model && r.To == version || cmp.Or(r.FromModel, r.Model) == model && r.From == version {
-					return fmt.Errorf("version %s: %w: rollout %s may come back to it", name, ErrInUse, r.ID())
+					return fmt.Errorf("version %s: %w: rollout %s may come back to it", name, ErrState, r.ID())
 				}
 			}
 		}
