@@ -446,6 +446,9 @@ func TestLastGood(t *testing.T) {
 	}{
 		{"none", nil, "", 0},
 		{"the first one under way", []Rollout{at(1, "m", "", 0, 1, Running)}, "", 0},
+		{"the first one, given to all", []Rollout{{Number: 1, Model: "m", To: 1, State: Superseded, Wave: 1}}, "m", 1},
+		{"the first one, given to canaries", []Rollout{{Number: 1, Model: "m", To: 1, State: Halted, Wave: 1, Strategy: Strategy{Waves: []Wave{{Canary: 1}}}}}, "", 0},
+		{"the first one, taken back", []Rollout{{Number: 1, Model: "m", To: 1, State: RolledBack, Wave: 1}}, "", 0},
 		{"succeeded", []Rollout{at(1, "m", "", 0, 1, Succeeded)}, "m", 1},
 		{"in any order", []Rollout{at(2, "m", "", 1, 2, Succeeded), at(1, "m", "", 0, 1, Succeeded)}, "m", 2},
 		{"midway", []Rollout{at(1, "m", "", 0, 1, Succeeded), at(2, "m", "", 1, 2, Superseded), at(3, "m", "", 1, 3, Halted)}, "m", 1},
