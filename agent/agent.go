@@ -37,6 +37,7 @@ type agent struct {
 	profile profiles.Profile
 	follow  *follow.Follower
 	imports *imports
+	giver   *giver // nil: it gives others of its site nothing
 	watch   *watch
 }
 
@@ -77,15 +78,26 @@ func Run(ctx context.Context, cfg Config) (err error) {
 	if err != nil {
 		return err
 	}
-	return a.run(ctx, l, a.metrics(l), part{"alarms", a.watch.run}, part{"imports", a.followImports}, part{"reconcile", a.follow.Reconcile.Run}, part{"controller", a.follow.Run})
+	return a.run(ctx, l, a.metrics(l), part{"alarms", a.watch.run}, part{"imports", a.followImports}, part{"site", a.giver.run}, part{"reconcile", a.follow.Reconcile.Run}, part{"controller", a.follow.Run})
 }
 
 // newAgent puts the parts together; info describes the device, and url is where
 // it answers.
-func newAgent(ctx context.Context, cfg Config, profile profiles.Profile, info *dunlinv1.DeviceInfo, store *state.Store, url string) (*agent, error) {
+func newAgent(ctx context.Context, cfg Config, profile profiles.Profile, info *dunlinv1.DeviceInfo, store *state.Store, url string) (_ *agent, err error) {
 	a := &agent{cfg: cfg, profile: profile}
+	travels, err := cfg.linkOf(profile.Link)
+	if err != nil {
+		return nil, err
+	}
+	if a.giver, err = a.newGiver(info); err != nil {
+		return nil, err
+	}
+	defer func() {
+		if err != nil {
+			a.giver.close()
+		}
+	}()
 	info.AgentVersion, info.ServingUrl = program.Version(), url
-	var err error
 	w := cfg.Serving.workerConfig(profile.Threads)
 	w.OnDeath, w.OnLost = a.died, a.lost
 	w.Folders = []string{filepath.Join(cfg.Data, bundlesFolder)}
@@ -105,6 +117,7 @@ func newAgent(ctx context.Context, cfg Config, profile profiles.Profile, info *d
 		Sample: a.watch.telemetry, Versions: a.engine.Versions, IdleWatts: profile.Power.IdleWatts, MaxBackoff: cfg.maxBackoff, Log: cfg.Log,
 		Reconcile: reconcile.Config{
 			Dir: filepath.Join(cfg.Data, bundlesFolder), Reserve: uint64(profile.Storage.ReserveBytes),
+			Link: func() reconcile.Link { return travels }, Shelf: a.giver.of(),
 			Engine: a.engine, Check: a.check, Passing: passing, Front: a.front, Log: cfg.Log,
 		},
 	})

@@ -174,6 +174,10 @@ type Config struct {
 	Name       string            `yaml:"name"`       // of the device; the host's where empty
 	Labels     map[string]string `yaml:"labels"`     // of the device
 
+	SiteListen   string `yaml:"site-listen"` // host:port at which other devices of the site fetch bundles; "": they cannot
+	SiteCacheMiB int    `yaml:"site-cache"`  // MiB of bundles that are kept for the site; 0: none
+	Metered      string `yaml:"metered"`     // whether bytes cost money: on, off, or auto: as the firmware profile says
+
 	roots      []*x509.Certificate // of CA
 	maxBackoff time.Duration       // of the link, see link.Config; for tests
 }
@@ -228,7 +232,7 @@ const gcPercent = 200
 const commands = "Commands: dunlin-agent run, the default; dunlin-agent serve; dunlin-agent doctor; dunlin-agent verify; dunlin-agent import; dunlin-agent version."
 
 func parseInto(cfg *Config, name string, args []string, getenv func(string) string, help io.Writer, more func(*flag.FlagSet)) error {
-	*cfg = Config{Data: defaultData(getenv), KeyStore: "file", TPM: "/dev/tpmrm0", Delivery: string(inband.Auto)}
+	*cfg = Config{Data: defaultData(getenv), KeyStore: "file", TPM: "/dev/tpmrm0", Delivery: string(inband.Auto), Metered: "auto"}
 	labels := map[string]string{}
 	err := program.Source{
 		Program: name, Notes: commands, Prefix: "DUNLIN_AGENT_",
@@ -242,6 +246,9 @@ func parseInto(cfg *Config, name string, args []string, getenv func(string) stri
 		{Name: "tpm", Usage: "`path` of the TPM: its device, or the socket of a simulated one", Value: &cfg.TPM},
 		{Name: "delivery", Usage: "`way` by which models come: https, mqtt, or auto: by HTTPS, and over MQTT while the registry cannot be reached", Value: &cfg.Delivery},
 		{Name: "name", Usage: "`name` of the device; without one, the host's", Value: &cfg.Name},
+		{Name: "site-listen", Usage: "`host:port` at which other devices of the same site fetch models that are here", Value: &cfg.SiteListen},
+		{Name: "site-cache", Usage: "`MiB` of disk for models that are fetched and kept for the site, though this device does not run them", Value: &cfg.SiteCacheMiB},
+		{Name: "metered", Usage: "`whether` bytes over the device's link cost money: on, off, or auto: as the firmware profile says", Value: &cfg.Metered},
 	}, cfg.settings()...), cfg, func(flags *flag.FlagSet) {
 		flags.Func("label", "`key=value` label of the device; may be repeated; in the file, labels is a mapping", func(s string) error {
 			k, v, ok := strings.Cut(s, "=")
@@ -302,6 +309,7 @@ func (cfg *Config) check() error {
 	if cfg.Controller != "" {
 		add("controller", program.CheckURL(cfg.Controller, "https", "mqtts"))
 	}
+	cfg.checkSite(add)
 	cfg.KeyStore = cmp.Or(cfg.KeyStore, "file")
 	if cfg.KeyStore != "file" && cfg.KeyStore != "tpm" {
 		add("key-store", fmt.Errorf("%q is not file or tpm", cfg.KeyStore))

@@ -573,8 +573,10 @@ func (r *Reconciler) finish(ctx context.Context, e ending) {
 		log.Warn("failed, trying again", "op", e.op, "error", e.err, "in", o.wait.Round(time.Millisecond))
 	case e.err == nil && e.op == fetching:
 		v.size = cmp.Or(uint64(r.downloads[e.key].total.Load()), v.size)
+		d := r.downloads[e.key]
+		v.fetched = uint64(d.fetched.Load())
 		delete(r.downloads, e.key)
-		log.Info("stored", "bytes", v.size)
+		log.Info("stored", "bytes", v.size, "fetched", v.fetched, "from_site", d.fromSite.Load())
 		r.event("version.stored", dunlinv1.Severity_SEVERITY_INFO, e.key, "")
 	default:
 		log.Debug("done", "op", e.op, "error", e.err)
