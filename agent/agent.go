@@ -11,6 +11,7 @@ import (
 
 	"github.com/dunlin/dunlin/agent/engine"
 	"github.com/dunlin/dunlin/agent/follow"
+	"github.com/dunlin/dunlin/agent/inband"
 	"github.com/dunlin/dunlin/agent/oip"
 	"github.com/dunlin/dunlin/agent/reconcile"
 	"github.com/dunlin/dunlin/agent/state"
@@ -36,6 +37,7 @@ type agent struct {
 	profile profiles.Profile
 	follow  *follow.Follower
 	giver   *giver // nil: it gives others of its site nothing
+	imports *imports
 	watch   *watch
 }
 
@@ -76,7 +78,7 @@ func Run(ctx context.Context, cfg Config) (err error) {
 	if err != nil {
 		return err
 	}
-	return a.run(ctx, l, a.metrics(l), part{"alarms", a.watch.run}, part{"site", a.giver.run}, part{"reconcile", a.follow.Reconcile.Run}, part{"controller", a.follow.Run})
+	return a.run(ctx, l, a.metrics(l), part{"alarms", a.watch.run}, part{"imports", a.followImports}, part{"site", a.giver.run}, part{"reconcile", a.follow.Reconcile.Run}, part{"controller", a.follow.Run})
 }
 
 // newAgent puts the parts together; info describes the device, and url is where
@@ -108,15 +110,20 @@ func newAgent(ctx context.Context, cfg Config, profile profiles.Profile, info *d
 	if f := a.host.profiler; f != nil {
 		f.measured, f.controller = a.profiled, func() string { return a.follow.Reconcile.Generation().GetIncarnation() }
 	}
+	a.imports = &imports{dir: filepath.Join(cfg.Data, importsFolder)}
 	a.follow, err = follow.New(ctx, follow.Config{
+		Delivery: inband.Mode(cfg.Delivery), Local: a.imports.source,
 		Store: store, Identity: cfg.identity(store), Info: info, Ready: a.tried, Labels: cfg.Labels,
-		Sample: a.watch.telemetry, Versions: a.engine.Versions, MaxBackoff: cfg.maxBackoff, Log: cfg.Log,
+		Sample: a.watch.telemetry, Versions: a.engine.Versions, IdleWatts: profile.Power.IdleWatts, MaxBackoff: cfg.maxBackoff, Log: cfg.Log,
 		Reconcile: reconcile.Config{
 			Dir: filepath.Join(cfg.Data, bundlesFolder), Reserve: uint64(profile.Storage.ReserveBytes),
 			Link: func() reconcile.Link { return travels }, Shelf: a.giver.of(),
 			Engine: a.engine, Check: a.check, Passing: passing, Front: a.front, Log: cfg.Log,
 		},
 	})
+	if err == nil {
+		a.retired = a.follow.Retired
+	}
 	return a, err
 }
 

@@ -22,6 +22,7 @@ import (
 
 	"github.com/dunlin/dunlin/agent/alarm"
 	"github.com/dunlin/dunlin/agent/identity"
+	"github.com/dunlin/dunlin/agent/inband"
 	"github.com/dunlin/dunlin/agent/state"
 	"github.com/dunlin/dunlin/internal/link"
 	"github.com/dunlin/dunlin/internal/pki"
@@ -169,6 +170,7 @@ type Config struct {
 	KeyStore   string            `yaml:"key-store"`  // where the device's key is made: file or tpm
 	TPM        string            `yaml:"tpm"`        // path of the TPM
 	JoinToken  string            `yaml:"join-token"` // needed until the device has joined
+	Delivery   string            `yaml:"delivery"`   // by which way bundles come: an inband.Mode
 	Name       string            `yaml:"name"`       // of the device; the host's where empty
 	Labels     map[string]string `yaml:"labels"`     // of the device
 
@@ -227,10 +229,10 @@ func tune(getenv func(string) string) {
 const gcPercent = 200
 
 // commands is what every help says of the others.
-const commands = "Commands: dunlin-agent run, the default; dunlin-agent serve; dunlin-agent doctor; dunlin-agent verify; dunlin-agent version."
+const commands = "Commands: dunlin-agent run, the default; dunlin-agent serve; dunlin-agent doctor; dunlin-agent verify; dunlin-agent import; dunlin-agent version."
 
 func parseInto(cfg *Config, name string, args []string, getenv func(string) string, help io.Writer, more func(*flag.FlagSet)) error {
-	*cfg = Config{Data: defaultData(getenv), KeyStore: "file", TPM: "/dev/tpmrm0", Metered: "auto"}
+	*cfg = Config{Data: defaultData(getenv), KeyStore: "file", TPM: "/dev/tpmrm0", Delivery: string(inband.Auto), Metered: "auto"}
 	labels := map[string]string{}
 	err := program.Source{
 		Program: name, Notes: commands, Prefix: "DUNLIN_AGENT_",
@@ -242,6 +244,7 @@ func parseInto(cfg *Config, name string, args []string, getenv func(string) stri
 		{Name: "join-token", Usage: "`@file` with the token by which the device joins; also DUNLIN_JOIN_TOKEN", Value: &cfg.JoinToken, Environment: "DUNLIN_JOIN_TOKEN", Secret: true},
 		{Name: "key-store", Usage: "`where` the device's key is made: file, in the data folder, or tpm", Value: &cfg.KeyStore},
 		{Name: "tpm", Usage: "`path` of the TPM: its device, or the socket of a simulated one", Value: &cfg.TPM},
+		{Name: "delivery", Usage: "`way` by which models come: https, mqtt, or auto: by HTTPS, and over MQTT while the registry cannot be reached", Value: &cfg.Delivery},
 		{Name: "name", Usage: "`name` of the device; without one, the host's", Value: &cfg.Name},
 		{Name: "site-listen", Usage: "`host:port` at which other devices of the same site fetch models that are here", Value: &cfg.SiteListen},
 		{Name: "site-cache", Usage: "`MiB` of disk for models that are fetched and kept for the site, though this device does not run them", Value: &cfg.SiteCacheMiB},
@@ -310,6 +313,10 @@ func (cfg *Config) check() error {
 	cfg.KeyStore = cmp.Or(cfg.KeyStore, "file")
 	if cfg.KeyStore != "file" && cfg.KeyStore != "tpm" {
 		add("key-store", fmt.Errorf("%q is not file or tpm", cfg.KeyStore))
+	}
+	cfg.Delivery = cmp.Or(cfg.Delivery, string(inband.Auto))
+	if !slices.Contains(inband.Modes, inband.Mode(cfg.Delivery)) {
+		add("delivery", fmt.Errorf("%q is not auto, https or mqtt", cfg.Delivery))
 	}
 	if cfg.CA != "" && cfg.CA != systemRoots {
 		cfg.roots, err = pki.ReadCertificates(cfg.CA)

@@ -88,6 +88,9 @@ type host struct {
 	cache     *compiled.Cache
 	// profiler measures what is loaded; nil where nobody does.
 	profiler *profiler
+	// retired is told of the figures of versions that are not loaded any more;
+	// nil: nobody is.
+	retired func(engine.VersionID, engine.Figures)
 }
 
 // ports are where a host answers.
@@ -153,7 +156,7 @@ func (l *ports) url() string {
 }
 
 // newHost puts the parts together; compiled models and what was measured of
-// them are kept in folders of the folder data. The caller sets source, and opened, before run.
+// them are kept in folders of the folder data. The caller sets source, and opened and retired, before run.
 func newHost(s Serving, profile profiles.Profile, data string, cfg worker.Config) (*host, error) {
 	h := &host{serving: s, profile: profile, tried: make(chan struct{})}
 	var err error
@@ -186,7 +189,11 @@ func newHost(s Serving, profile profiles.Profile, data string, cfg worker.Config
 		}
 		h.worker = worker.New(cfg)
 	}
-	h.engine = engine.New(engine.Config{Runtime: h.worker, Memory: h.budget, Oversize: s.Oversize == "map", Log: s.Log})
+	h.engine = engine.New(engine.Config{Runtime: h.worker, Memory: h.budget, Oversize: s.Oversize == "map", Log: s.Log, Retired: func(id engine.VersionID, f engine.Figures) {
+		if h.retired != nil {
+			h.retired(id, f)
+		}
+	}})
 	h.front = serve.New(h.engine)
 	return h, nil
 }

@@ -13,10 +13,12 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/opencontainers/go-digest"
 	"google.golang.org/protobuf/proto"
 
 	"github.com/dunlin/dunlin/agent/engine"
 	"github.com/dunlin/dunlin/agent/identity"
+	"github.com/dunlin/dunlin/agent/inband"
 	"github.com/dunlin/dunlin/agent/reconcile"
 	"github.com/dunlin/dunlin/agent/state"
 	"github.com/dunlin/dunlin/internal/link"
@@ -57,8 +59,16 @@ type Config struct {
 	Sample func(ctx context.Context) *dunlinv1.Telemetry
 	// Versions gives the figures of the loaded versions.
 	Versions func() []engine.Status
+	// IdleWatts is what the device takes when nothing runs; 0: not known.
+	IdleWatts float64
 	// MaxBackoff is that of the link.
 	MaxBackoff time.Duration
+	// Delivery says by which way bundles come from the controller; empty: by
+	// HTTPS.
+	Delivery inband.Mode
+	// Local gives what on the device itself has a bundle, and nil where nothing
+	// has; may be nil.
+	Local func(bundle digest.Digest) reconcile.Source
 	// Dial opens the connections to the controller, below TLS; nil: TCP.
 	Dial func(ctx context.Context, network, address string) (net.Conn, error)
 	Log  *slog.Logger
@@ -73,12 +83,17 @@ type Follower struct {
 
 	cfg       Config
 	store     Store
+	boot      string // made anew at each start
+	figures   *figures
 	outbox    chan struct{}                 // an event was appended
 	stoodDown bool                          // as the store has it; linkState's
 	trust     atomic.Pointer[signing.Trust] // nil: none yet
 	lacks     error                         // why it cannot be the device that it was; nil: it can
 
-	asking asking // who of the site has a bundle
+	asking  asking          // who of the site has a bundle
+	fetcher *inband.Fetcher // over MQTT
+
+	trusting sync.Mutex // held while a trust document is taken
 
 	mu   sync.Mutex // guards what follows
 	info *dunlinv1.DeviceInfo
@@ -89,7 +104,7 @@ type Follower struct {
 // it was, as its key is lost, serves them all the same, and says so in Run; one
 // that has none is an error.
 func New(ctx context.Context, cfg Config) (*Follower, error) {
-	f := &Follower{cfg: cfg, store: cfg.Store, outbox: make(chan struct{}, 1), info: cfg.Info}
+	f := &Follower{cfg: cfg, store: cfg.Store, boot: rand.Text(), figures: newFigures(cfg.IdleWatts), outbox: make(chan struct{}, 1), info: cfg.Info}
 	trust, err := f.store.Trust(ctx)
 	if err != nil && !errors.Is(err, state.ErrNone) {
 		return nil, err
@@ -105,6 +120,10 @@ func New(ctx context.Context, cfg Config) (*Follower, error) {
 	r.State, r.Registry, r.Now, r.Trust, r.Event = f.store, f.registry, f.Identity.Now, f.trust.Load, f.Event
 	if r.Disk == nil { // simulated devices have no site
 		r.Near = f.near
+	}
+	f.fetcher = f.newFetcher()
+	if f.cfg.Delivery != "" {
+		r.Origin = f.newDelivery().Over
 	}
 	f.Reconcile, err = reconcile.New(r)
 	return f, err
@@ -152,6 +171,7 @@ func (f *Follower) Run(ctx context.Context) error {
 	defer cancel()
 	wg.Go(func() { f.Identity.Run(ctx) })
 	wg.Go(func() { f.reconnect(ctx, l) })
+	wg.Go(func() { f.fetcher.Run(ctx) })
 	return newSession(l, f).run(ctx)
 }
 
@@ -192,7 +212,7 @@ func (f *Follower) linkState(s link.State, cause error) {
 func (f *Follower) newLink() (*link.Link, error) {
 	id := f.Identity.Stored()
 	return link.New(link.Config{
-		BrokerURL: id.BrokerURL, Device: id.Device, BootID: rand.Text(), Log: f.cfg.Log,
+		BrokerURL: id.BrokerURL, Device: id.Device, BootID: f.boot, Log: f.cfg.Log,
 		TLS: f.Identity.BrokerTLS, OnState: f.linkState, MaxBackoff: f.cfg.MaxBackoff, Dial: f.cfg.Dial,
 		Hello: func() *dunlinv1.Hello {
 			h := &dunlinv1.Hello{HaveGeneration: f.Reconcile.Generation(), Info: f.Info(), Labels: f.cfg.Labels}
@@ -229,6 +249,10 @@ func (f *Follower) Describe(change func(*dunlinv1.DeviceInfo)) {
 	change(info)
 	f.info = info
 }
+
+// Retired takes in the figures of a version that is not loaded any more: it is
+// an engine.Config.Retired.
+func (f *Follower) Retired(id engine.VersionID, last engine.Figures) { f.figures.retire(id, last) }
 
 // Append keeps an event for the controller.
 func (f *Follower) Append(e *dunlinv1.Event) error {

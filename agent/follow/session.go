@@ -37,10 +37,11 @@ type session struct {
 	report chan struct{} // report at once
 	resend chan struct{} // what was sent went to another session
 	sample chan struct{} // send telemetry at once
+	leases chan lease    // the newest that telemetry has not taken
 }
 
 func newSession(l *link.Link, f *Follower) *session {
-	return &session{Follower: f, link: l, report: make(chan struct{}, 1), resend: make(chan struct{}, 1), sample: make(chan struct{}, 1)}
+	return &session{Follower: f, link: l, report: make(chan struct{}, 1), resend: make(chan struct{}, 1), sample: make(chan struct{}, 1), leases: make(chan lease, 1)}
 }
 
 // run talks to the controller until ctx is done.
@@ -130,6 +131,12 @@ func (s *session) receive(ctx context.Context) {
 						s.cfg.Log.Warn("acknowledgement ignored", "error", err)
 					}
 					signal(s.outbox)
+				} else if l := m.GetTelemetryLease(); l != nil {
+					select {
+					case <-s.leases: // it takes its place
+					default:
+					}
+					s.leases <- leaseOf(l)
 				}
 			}
 		}
@@ -219,10 +226,32 @@ func (s *session) events(ctx context.Context) {
 	}
 }
 
-// telemetry sends a sample at the begin of a session and every minute.
+// Bounds of a telemetry lease; what is asked for beyond is brought within.
+const (
+	leaseFastest = time.Second
+	leaseLongest = 10 * time.Minute
+)
+
+// lease is telemetry that is sent more often, with the figures of versions, for
+// a while.
+type lease struct{ every, lasts time.Duration }
+
+func leaseOf(l *dunlinv1.TelemetryLease) lease {
+	return lease{
+		every: min(max(time.Duration(l.EveryMs)*time.Millisecond, leaseFastest), telemetryEvery),
+		lasts: min(time.Duration(l.ForMs)*time.Millisecond, leaseLongest),
+	}
+}
+
+// telemetry sends a sample at the begin of a session and every minute, and
+// more often while a lease lasts.
 func (s *session) telemetry(ctx context.Context) {
 	tick := time.NewTicker(telemetryEvery)
 	defer tick.Stop()
+	over := time.NewTimer(0)
+	<-over.C
+	defer over.Stop()
+	leased := false
 	var dropped uint64
 	var requests traffic
 	for {
@@ -230,38 +259,52 @@ func (s *session) telemetry(ctx context.Context) {
 		case <-ctx.Done():
 			return
 		case <-s.sample:
+		case l := <-s.leases:
+			if leased = l.lasts > 0; leased {
+				tick.Reset(l.every)
+				over.Reset(l.lasts)
+			} else {
+				tick.Reset(telemetryEvery)
+				over.Stop()
+			}
+		case <-over.C: // with a last sample
+			leased = false
+			tick.Reset(telemetryEvery)
+			if !s.sendTelemetry(ctx, &requests, &dropped, true) {
+				return
+			}
+			continue
 		case <-tick.C:
 		}
-		t := s.cfg.Sample(ctx)
-		if t == nil {
+		if !s.sendTelemetry(ctx, &requests, &dropped, leased) {
 			return
-		}
-		versions := s.cfg.Versions()
-		requests.fill(t, time.Now(), versions)
-		for _, v := range versions {
-			t.Models = append(t.Models, modelTelemetry(v))
-		}
-		if proto.Size(t) > link.MaxPayload/2 { // of very many models the counts by reason are too much
-			for _, m := range t.Models {
-				m.Activations, m.Evictions = nil, nil
-			}
-			for _, a := range t.Alarms { // the events have these
-				a.Samples = nil
-			}
-		}
-		t.Dropped = dropped
-		if err := s.link.Send(link.Telemetry, t); err != nil {
-			dropped++
-		} else {
-			dropped = 0
 		}
 	}
 }
 
-// modelTelemetry gives the figures of a version.
+// sendTelemetry sends a sample, in full with the figures of versions, and says
+// whether ctx lasted that long.
+func (s *session) sendTelemetry(ctx context.Context, requests *traffic, dropped *uint64, full bool) bool {
+	t := s.cfg.Sample(ctx)
+	if t == nil {
+		return false
+	}
+	versions := s.cfg.Versions()
+	requests.fill(t, time.Now(), versions)
+	s.figures.observe(t, versions)
+	t.Models, t.BootId, t.Dropped = s.figures.telemetry(versions, full), s.boot, *dropped
+	fit(t, link.MaxPayload/2)
+	if *dropped++; s.link.Send(link.Telemetry, t) == nil {
+		*dropped = 0
+	}
+	return true
+}
+
+// modelTelemetry gives what a version has of the memory; its counts are put in
+// by figures.
 func modelTelemetry(v engine.Status) *dunlinv1.ModelTelemetry {
 	t := &dunlinv1.ModelTelemetry{
-		Model: v.ID.Model, Version: v.ID.Version, Succeeded: v.Figures.Success.Count, Failed: v.Figures.Failure.Count, RunNanoseconds: uint64(v.Figures.Infer.Time),
+		Model: v.ID.Model, Version: v.ID.Version,
 		Resident: v.Residency == "resident", MemoryBytes: uint64(v.Bytes), NeedBytes: uint64(v.Need.Weights + v.Need.Session), Measured: v.Need.Measured,
 	}
 	for _, reason := range slices.Sorted(maps.Keys(v.Swaps.In)) {

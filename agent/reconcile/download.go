@@ -74,6 +74,7 @@ type download struct {
 	now        func() time.Time // at which signatures are to count
 	signatures []digest.Digest
 	judged     *signing.Trust // by which admit judged last
+	program    *programOf     // a release of the agent, of which a part is wanted; nil: a model
 	reserve    uint64
 	free       func(dir string) (uint64, error)
 	wrote      func() // called after each chunk written, one call at a time; for tests
@@ -172,8 +173,10 @@ func (d *download) open(ctx context.Context) error {
 	if err != nil {
 		return &VerifyError{File: "manifest", Err: err}
 	}
-	if err := d.admit(ctx, m); err != nil {
-		return err
+	if d.program == nil { // a program is admitted by a signature of its own
+		if err := d.admit(ctx, m); err != nil {
+			return err
+		}
 	}
 	if raw, err = d.document(ctx, configFile, "config", d.ref(m.Config.Digest, false), m.Config.Size); err != nil {
 		return err
@@ -182,7 +185,7 @@ func (d *download) open(ctx context.Context) error {
 	if err != nil {
 		return &VerifyError{File: "config", Err: err}
 	}
-	if _, ok := m.File(cfg.Entry); !ok {
+	if _, ok := m.File(cfg.Entry); !ok && d.program == nil {
 		return &VerifyError{File: "config", Err: fmt.Errorf("entry %q is not one of the bundle's files", cfg.Entry)}
 	}
 	if raw, err = d.document(ctx, indexFile, "chunk index", d.ref(m.Index.Digest, false), m.Index.Size); err != nil {
@@ -191,6 +194,11 @@ func (d *download) open(ctx context.Context) error {
 	index, err := models.ParseIndex(raw, m)
 	if err != nil {
 		return &VerifyError{File: "chunk index", Err: err}
+	}
+	if d.program != nil {
+		if m, index, err = d.program.narrow(cfg, m, index); err != nil {
+			return err
+		}
 	}
 	d.manifest = m
 	d.total.Store(m.Size)
@@ -369,6 +377,9 @@ func freeSpace(dir string) (uint64, error) {
 // goroutines may be writing to or removing.
 func (d *download) reuse(ctx context.Context) error {
 	buf := make([]byte, d.longest)
+	if d.program != nil {
+		return d.reuseProgram(ctx, buf)
+	}
 	for _, s := range append([]*bundles{d.store}, d.others...) {
 		dirs, err := s.folders(d.digest, s == d.store)
 		if err != nil {

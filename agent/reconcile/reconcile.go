@@ -63,8 +63,11 @@ type Config struct {
 	Dir      string          // holds the bundles
 	Disk     *Disk           // holds them for a simulated device; nil: Dir does
 	Registry func() Registry // asked at the begin of each download
-	Reserve  uint64          // bytes of the disk that downloads leave free
-	Stall    time.Duration   // how long a transfer may go without a byte; 30 s where 0
+	// Origin gives what is asked in place of the registry, which it is given;
+	// nil: the registry.
+	Origin  func(registry Source, at Registry) Source
+	Reserve uint64        // bytes of the disk that downloads leave free
+	Stall   time.Duration // how long a transfer may go without a byte; 30 s where 0
 	// Link gives what bounds the bytes that travel; nil: nothing does.
 	Link func() Link
 	// Near asks who of the device's site has a bundle; nil: nobody is asked.
@@ -85,6 +88,9 @@ type Config struct {
 	// version's fault: it is tried again, and not put into quarantine.
 	Passing func(error) bool
 	Front   Front
+	// Agent is told which release of the agent is wanted, nil for none, at the
+	// start and with each document; it must not wait. nil: nobody is.
+	Agent func(*dunlinv1.DesiredAgent)
 	// Event keeps an event for the controller; it must not wait for it.
 	Event func(*dunlinv1.Event)
 	Log   *slog.Logger
@@ -281,6 +287,7 @@ func (r *Reconciler) restore(ctx context.Context) error {
 			return fmt.Errorf("stored desired document: %w", err)
 		}
 		r.core.setDesired(doc, now)
+		r.wantAgent(doc)
 		r.have.Store(&dunlinv1.Generation{Incarnation: d.Incarnation, Number: d.Number})
 	} else if !errors.Is(err, state.ErrNone) {
 		return err
@@ -355,6 +362,12 @@ func (r *Reconciler) act(ctx context.Context) {
 		if len(acts) == 0 {
 			return
 		}
+	}
+}
+
+func (r *Reconciler) wantAgent(doc *dunlinv1.DesiredDocument) {
+	if r.cfg.Agent != nil {
+		r.cfg.Agent(doc.Agent)
 	}
 }
 
@@ -451,6 +464,9 @@ func (r *Reconciler) origin() Source {
 	}
 	if r.remote == nil || r.remote.Registry != registry {
 		r.remote = newRemote(registry, r.cfg.Stall)
+	}
+	if r.cfg.Origin != nil {
+		return r.cfg.Origin(r.remote, registry)
 	}
 	return r.remote
 }
