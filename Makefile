@@ -106,9 +106,18 @@ bench-activate: ## Measure the first answer of models whose weights are out
 bench-crash: ## Measure how long callers wait when the worker process is killed
 	@$(WITH_RUNTIME) go run ./bench/crash
 
+.PHONY: bench-delta
+bench-delta: ## Measure what travels when a model changes, and how fast a whole one comes, against curl
+	@go run ./bench/delta
+
 .PHONY: bench-identity
 bench-identity: ## Measure devices that join, connect, are revoked and change authority; try who may do what
 	@go run ./bench/identity
+
+.PHONY: bench-fleet
+DEVICES ?= 10000
+bench-fleet: ## One controller with DEVICES (default 10000) simulated devices: connect, change, restart; against a bare broker
+	@go build -o bin/bench-fleet ./bench/fleet && bin/bench-fleet --devices $(DEVICES)
 
 bench-overcommit: ## Serve 40 models in memory for 5: against memory for all, sessions made anew, the disk
 	@$(WITH_RUNTIME) go build -o bin/overcommit ./bench/overcommit && bin/overcommit

@@ -36,8 +36,8 @@ type agent struct {
 	cfg     Config
 	profile profiles.Profile
 	follow  *follow.Follower
-	imports *imports
 	giver   *giver // nil: it gives others of its site nothing
+	imports *imports
 	watch   *watch
 }
 
