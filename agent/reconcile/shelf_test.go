@@ -5,6 +5,7 @@ import (
 	"crypto/tls"
 	"crypto/x509"
 	"io"
+	"os"
 	"path/filepath"
 	"slices"
 	"sync"
@@ -281,6 +282,10 @@ func TestCacheIsBounded(t *testing.T) {
 	if d := fetch(large); len(d.near) != 0 {
 		t.Error("a bundle that does not fit came from the cache")
 	}
+	left := shelf.cache.path(large.digest) + partSuffix // as by a crash
+	if err := os.MkdirAll(left, 0o700); err != nil {
+		t.Fatal(err)
+	}
 	again, err := NewShelf(shelf.cfg)
 	if err != nil {
 		t.Fatal(err)
@@ -289,6 +294,9 @@ func TestCacheIsBounded(t *testing.T) {
 		t.Errorf("after a start: %v", err)
 	} else {
 		c.Close()
+	}
+	if _, err := os.Stat(left); err == nil {
+		t.Error("a part is left over after a start")
 	}
 }
 
