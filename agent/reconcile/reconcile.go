@@ -6,8 +6,9 @@
 // Signatures are verified before anything but the manifest is fetched: see
 // package signing. A version that fails verification, its check or its load is in quarantine
 // until another digest is wanted of its model, or the agent starts again: it
-// then gets one more try, behind the version that served last. Everything
-// else that fails is tried again, with growing waits.
+// then gets one more try, behind the good version. One that the device went back
+// from gets none: see Probation. Everything else that fails is tried again, with
+// growing waits.
 package reconcile
 
 import (
@@ -18,6 +19,7 @@ import (
 	"fmt"
 	"io/fs"
 	"log/slog"
+	"maps"
 	"math/rand/v2"
 	"path/filepath"
 	"slices"
@@ -78,6 +80,15 @@ type Config struct {
 	// version's fault: it is tried again, and not put into quarantine.
 	Passing func(error) bool
 	Front   Front
+	// Standby, where not nil, is told which loaded versions stand by for those
+	// that serve, by model, and of which models nothing serves for the moment
+	// that one version takes the place of another. It takes effect as Front's
+	// calls do.
+	Standby func(fallback map[string]int64, changing map[string]bool)
+	// Counts, where not nil, gives those of a loaded version; without, only time
+	// tells whether a version has proven itself.
+	Counts    func(engine.VersionID) (Counts, bool)
+	Probation Probation // DefaultProbation where it is zero
 	// Event keeps an event for the controller; it must not wait for it.
 	Event func(*dunlinv1.Event)
 	Log   *slog.Logger
@@ -107,6 +118,8 @@ type Reconciler struct {
 	refused   [sha256.Size]byte // the last document that was refused
 	saved     map[key]state.Version
 	unsaved   bool // the state file could not be written
+	fallback  map[string]int64
+	changing  map[string]bool
 }
 
 // ending is how an op of a version ended.
@@ -144,8 +157,12 @@ func New(cfg Config) (*Reconciler, error) {
 	if cfg.Now == nil {
 		cfg.Now = time.Now
 	}
+	core := newCore()
+	if cfg.Probation != (Probation{}) {
+		core.probation = cfg.Probation
+	}
 	return &Reconciler{
-		cfg: cfg, folder: folder, bundles: held, core: newCore(),
+		cfg: cfg, folder: folder, bundles: held, core: core,
 		desires: make(chan *dunlinv1.Desired, 1), retries: make(chan struct{}, 1), trusted: make(chan struct{}, 1), changed: make(chan struct{}, 1), lost: make(chan lost, maxLost),
 		downloads: map[key]*download{}, cancels: map[key]context.CancelFunc{}, ended: make(chan ending),
 		saved: map[key]state.Version{},
@@ -213,6 +230,7 @@ func (r *Reconciler) Run(ctx context.Context) error {
 	wake := time.NewTimer(0)
 	defer wake.Stop()
 	for {
+		r.judge()
 		r.act(ctx)
 		r.publish()
 		wake.Reset(r.pause())
@@ -236,6 +254,8 @@ func (r *Reconciler) Run(ctx context.Context) error {
 			}()
 			for range r.ended { // what was begun ends with ctx; the next start finds out how far it came
 			}
+			r.core.stopped()
+			r.save(context.WithoutCancel(ctx))
 			return nil
 		}
 	}
@@ -255,6 +275,9 @@ func (r *Reconciler) pause() time.Duration {
 	}
 	if r.unsaved {
 		pause = min(pause, firstRetry)
+	}
+	if r.cfg.Counts != nil && len(r.core.onProbation()) > 0 {
+		pause = min(pause, judgeEvery)
 	}
 	return pause
 }
@@ -283,7 +306,11 @@ func (r *Reconciler) restore(ctx context.Context) error {
 			continue
 		}
 		v := r.core.add(k, row.Since)
-		v.good, v.since, v.admitted = row.LastGood, row.Since, row.Admitted
+		v.good, v.since, v.admitted, v.trials = row.LastGood, row.Since, row.Admitted, row.Trials
+		v.resumes = row.Resumes && row.Admitted
+		if row.Reverted {
+			v.quarantine, v.reverted = row.Reason, true
+		}
 		r.saved[k] = row
 	}
 	known := map[digest.Digest]bool{}
@@ -315,16 +342,96 @@ func (r *Reconciler) restore(ctx context.Context) error {
 			}
 		}
 	}
+	for _, v := range r.core.interrupted(now) {
+		r.tellReverted(v)
+	}
 	return nil
+}
+
+// judge looks at the versions on probation.
+func (r *Reconciler) judge() {
+	counts := r.cfg.Counts
+	if counts == nil {
+		counts = func(engine.VersionID) (Counts, bool) { return Counts{}, false }
+	}
+	reverted, proven := r.core.judge(counts, time.Now())
+	for _, v := range reverted {
+		r.tellReverted(v)
+	}
+	for _, v := range proven {
+		r.cfg.Log.Info("version has proven itself", "model", v.id.Model, "version", v.id.Version)
+	}
+}
+
+// tellReverted says that the device goes back from a version.
+func (r *Reconciler) tellReverted(v *version) {
+	back := "none"
+	if to := r.core.fallback(v); to != nil {
+		back = to.id.String()
+	}
+	r.cfg.Log.Error("the device goes back from a version, which is put into quarantine",
+		"model", v.id.Model, "version", v.id.Version, "digest", v.digest, "back_to", back, "reason", v.quarantine)
+	r.event("version.reverted", dunlinv1.Severity_SEVERITY_ERROR, v.key, fmt.Sprintf("back to %s: %s", back, v.quarantine))
+}
+
+// standby tells who answers requests what stands by.
+func (r *Reconciler) standby() {
+	if r.cfg.Standby == nil {
+		return
+	}
+	fallback := map[string]int64{}
+	for _, v := range r.core.onProbation() {
+		if back := r.core.fallback(v); back != nil && back.ready() && back.id != v.id {
+			fallback[v.id.Model] = back.id.Version
+		}
+	}
+	if !maps.Equal(fallback, r.fallback) || !maps.Equal(r.core.changing, r.changing) {
+		r.fallback, r.changing = fallback, maps.Clone(r.core.changing)
+		r.cfg.Standby(fallback, r.changing)
+	}
+}
+
+// floors refuses what stands by, or has been loaded otherwise, and is wanted
+// below its model's floor: it would come to serve without another load.
+func (r *Reconciler) floors() {
+	trust := r.cfg.Trust()
+	if trust == nil {
+		return
+	}
+	for _, model := range sortedKeys(r.core.desired) {
+		want, have := r.core.desired[model], r.core.serving[model]
+		if have == nil || have == want || !want.ready() || want.quarantine != "" {
+			continue
+		}
+		if err := trust.CheckFloor(want.id.Model, want.id.Version); err != nil {
+			want.quarantine, want.refused, want.since = err.Error(), true, time.Now()
+			r.tellQuarantined(want)
+		}
+	}
+}
+
+// tellQuarantined says that a version is in quarantine.
+func (r *Reconciler) tellQuarantined(v *version) {
+	r.cfg.Log.Error("version put into quarantine", "model", v.id.Model, "version", v.id.Version, "digest", v.digest, "reason", v.quarantine)
+	kind := "version.quarantined"
+	if v.refused {
+		kind = "bundle.refused"
+	}
+	r.event(kind, dunlinv1.Severity_SEVERITY_ERROR, v.key, v.quarantine)
 }
 
 // act does what is to be done now, and begins what takes time.
 func (r *Reconciler) act(ctx context.Context) {
+	r.floors()
 	for {
 		acts := r.core.next(time.Now())
 		for _, a := range acts {
 			switch a.op {
 			case serving, withdrawing:
+				r.save(ctx) // that it is tried, before it is
+				if a.op == withdrawing {
+					r.standby()
+				}
 				r.cfg.Front.SetServing(r.serving())
 				if a.op == serving {
 					r.cfg.Log.Info("serving", "model", a.key.id.Model, "version", a.key.id.Version)
@@ -340,6 +447,7 @@ func (r *Reconciler) act(ctx context.Context) {
 			}
 		}
 		r.save(ctx)
+		r.standby()
 		if len(acts) == 0 {
 			return
 		}
@@ -381,7 +489,8 @@ func (r *Reconciler) begin(ctx context.Context, a action) {
 			return d.present.Load() > before, err
 		}
 	case checking, loading:
-		good := r.core.versions[a.key].good
+		v := r.core.versions[a.key]
+		good := v.good || v.resumes
 		work = func() (bool, error) { return false, r.load(ctx, a, good) }
 	case unloading:
 		work = func() (bool, error) {
@@ -504,7 +613,7 @@ func (r *Reconciler) finish(ctx context.Context, e ending) {
 	delete(r.cancels, e.key)
 	v := r.core.versions[e.key]
 	log := r.cfg.Log.With("model", e.key.id.Model, "version", e.key.id.Version)
-	o := outcome{err: e.err, progress: e.progress, lost: errors.Is(e.err, errLost), noRoom: errors.Is(e.err, errNoRoom)}
+	o := outcome{err: e.err, progress: e.progress, lost: errors.Is(e.err, errLost), noRoom: errors.Is(e.err, errNoRoom), noMemory: errors.Is(e.err, engine.ErrOutOfMemory)}
 	if e.err != nil {
 		bound := min(firstRetry<<min(v.failures, 10), lastRetry)
 		if e.progress {
@@ -516,13 +625,10 @@ func (r *Reconciler) finish(ctx context.Context, e ending) {
 	}
 	r.core.done(e.key, o, time.Now())
 	switch {
+	case e.err != nil && v.reverted:
+		r.tellReverted(v)
 	case e.err != nil && v.quarantine != "":
-		log.Error("version put into quarantine", "digest", e.key.digest, "reason", v.quarantine)
-		kind := "version.quarantined"
-		if v.refused {
-			kind = "bundle.refused"
-		}
-		r.event(kind, dunlinv1.Severity_SEVERITY_ERROR, e.key, v.quarantine)
+		r.tellQuarantined(v)
 	case e.err != nil && v.failure != "":
 		log.Warn("failed, trying again", "op", e.op, "error", e.err, "in", o.wait.Round(time.Millisecond))
 	case e.err == nil && e.op == fetching:
@@ -543,13 +649,13 @@ func (r *Reconciler) finish(ctx context.Context, e ending) {
 
 // condemn takes in a version that is lost.
 func (r *Reconciler) condemn(l lost) {
-	quarantine := ""
-	if errors.Is(l.reason, engine.ErrQuarantined) {
-		quarantine = l.reason.Error()
-	}
-	if v := r.core.lost(l.id, quarantine, time.Now()); v != nil {
-		r.cfg.Log.Error("version put into quarantine", "model", l.id.Model, "version", l.id.Version, "digest", v.digest, "reason", quarantine)
-		r.event("version.quarantined", dunlinv1.Severity_SEVERITY_ERROR, v.key, quarantine)
+	v := r.core.lost(l.id, l.reason.Error(), errors.Is(l.reason, engine.ErrQuarantined), time.Now())
+	switch {
+	case v == nil:
+	case v.reverted:
+		r.tellReverted(v)
+	default:
+		r.tellQuarantined(v)
 	}
 }
 

@@ -48,6 +48,7 @@ func (r *Reconciler) publish() {
 		s := &dunlinv1.VersionStatus{
 			Model: v.id.Model, Version: v.id.Version, Digest: v.digest.String(), State: v.wire(), Reason: v.reason(),
 			Serving: r.core.serving[v.id.Model] == v, BytesTotal: v.size, Since: timestamppb.New(v.since), Deployment: v.deployment,
+			Reverted: v.reverted,
 		}
 		if d := r.downloads[v.key]; d != nil {
 			s.BytesPresent, s.BytesTotal = uint64(d.present.Load()), uint64(d.total.Load())
@@ -76,7 +77,7 @@ func (r *Reconciler) save(ctx context.Context) {
 	for _, v := range r.core.sorted() {
 		row := state.Version{
 			Model: v.id.Model, Version: v.id.Version, Digest: v.digest.String(), State: v.wire(), Reason: v.quarantine,
-			Since: v.since.UTC(), LastGood: v.good, Admitted: v.admitted,
+			Since: v.since.UTC(), LastGood: v.good, Admitted: v.admitted, Trials: v.trials, Resumes: v.resumes, Reverted: v.reverted,
 		}
 		if v.busy == unloading {
 			row.State = dunlinv1.VersionState_VERSION_STATE_RESIDENT
@@ -125,7 +126,7 @@ func rank(v state.Version) int {
 }
 
 func same(a, b state.Version) bool {
-	return a.Digest == b.Digest && a.State == b.State && a.Reason == b.Reason && a.LastGood == b.LastGood && a.Admitted == b.Admitted && a.Since.Equal(b.Since)
+	return a.Digest == b.Digest && a.State == b.State && a.Reason == b.Reason && a.LastGood == b.LastGood && a.Admitted == b.Admitted && a.Trials == b.Trials && a.Resumes == b.Resumes && a.Reverted == b.Reverted && a.Since.Equal(b.Since)
 }
 
 // forget deletes a version that was removed.

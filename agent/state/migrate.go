@@ -69,6 +69,9 @@ var migrations = []string{
 	) STRICT;
 	-- What is there was taken before there were signatures.
 	ALTER TABLE versions ADD COLUMN admitted INTEGER NOT NULL DEFAULT 1;`,
+	`ALTER TABLE versions ADD COLUMN trials INTEGER NOT NULL DEFAULT 0;
+	ALTER TABLE versions ADD COLUMN resumes INTEGER NOT NULL DEFAULT 0;
+	ALTER TABLE versions ADD COLUMN reverted INTEGER NOT NULL DEFAULT 0;`,
 }
 
 // cacheKiB is the size of the page cache. The tables are small and mostly
