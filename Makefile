@@ -9,7 +9,9 @@ GOVULNCHECK := go run golang.org/x/vuln/cmd/govulncheck@v1.8.0
 # NVML's header marks functions that its binding calls as deprecated.
 export CGO_CFLAGS := -O2 -g -Wno-deprecated-declarations
 
-GOBUILD  := go build -trimpath -ldflags='-s -w'
+# make build VERSION=0.7.1 builds that version; without it, the one that the source is of.
+VERSION  ?=
+GOBUILD  := go build -trimpath -ldflags='-s -w $(if $(VERSION),-X github.com/dunlin/dunlin/internal/program.version=$(VERSION))'
 FUZZTIME ?= 30s
 
 # Puts the path of the ONNX Runtime library into the environment of what follows.
@@ -24,7 +26,7 @@ build: ## Build the three programs into bin/
 
 .PHONY: cross
 cross: ## Build the agent for linux/arm64, glibc 2.31 or newer, into bin/linux-arm64/
-	@sh internal/cross/build.sh
+	@VERSION=$(VERSION) sh internal/cross/build.sh
 
 runtime: ## Fetch the ONNX Runtime library into .cache/ and print its path
 	@sh agent/ort/fetch-runtime.sh

@@ -101,23 +101,13 @@ func newAgent(ctx context.Context, cfg Config, profile profiles.Profile, info *d
 		Sample: a.watch.telemetry, Versions: a.engine.Versions, IdleWatts: profile.Power.IdleWatts, MaxBackoff: cfg.maxBackoff, Log: cfg.Log,
 		Reconcile: reconcile.Config{
 			Dir: filepath.Join(cfg.Data, bundlesFolder), Reserve: uint64(profile.Storage.ReserveBytes),
-			Engine: a.engine, Check: a.check, Passing: passing, Front: a.front, Standby: a.front.SetStandby, Counts: a.counts, Log: cfg.Log,
+			Engine: a.engine, Check: a.check, Passing: passing, Front: a.front, Standby: a.front.SetStandby, Log: cfg.Log,
 		},
 	})
 	if err == nil {
 		a.retired = a.follow.Retired
 	}
 	return a, err
-}
-
-// counts gives those of a loaded version.
-func (a *agent) counts(id engine.VersionID) (reconcile.Counts, bool) {
-	for _, v := range a.engine.Versions() {
-		if f := &v.Figures; v.ID == id {
-			return reconcile.Counts{Succeeded: f.Success.Count, Failed: f.Failure.Count, Stalled: f.Stalled}, true
-		}
-	}
-	return reconcile.Counts{}, false
 }
 
 // event keeps an event for the controller.

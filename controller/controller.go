@@ -67,6 +67,9 @@ func Run(ctx context.Context, c Config) (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, lock.Close()) }()
+	if err := checkRestored(c.Data); err != nil {
+		return err
+	}
 
 	st, err := store.Open(ctx, filepath.Join(c.Data, storeFile), store.Options{OnStep: c.OnStep})
 	if err != nil {
@@ -163,6 +166,7 @@ func Run(ctx context.Context, c Config) (err error) {
 			})
 		}},
 		{"dispatch", dispatcher.Run},
+		{"history", historyOf(c, st, dispatcher, log).run},
 		{"in-band delivery", fetching.Run},
 		{"enrolment", func(ctx context.Context) error { return enrolment.Run(ctx, bus.bus.Publish) }},
 		{"broker", func(ctx context.Context) error {

@@ -122,7 +122,9 @@ func (s *session) receive(ctx context.Context) {
 				}
 				ask()
 			case *dunlinv1.Command:
-				if renew := m.GetRenewNow(); renew != nil {
+				if found := m.GetSources(); found != nil {
+					s.asking.answer(found.Digest, found.Sources)
+				} else if renew := m.GetRenewNow(); renew != nil {
 					s.Identity.RenewWithin(time.Duration(renew.WithinMs) * time.Millisecond)
 				} else if ack := m.GetEventAck(); ack != nil {
 					if err := s.store.Ack(ctx, ack.OutboxId, ack.Sequence); err != nil && ctx.Err() == nil {

@@ -170,6 +170,17 @@ func (d *Device) Certificate() *x509.Certificate {
 	return d.own.chain[0]
 }
 
+// TLSCertificate gives the certificate and its key for connections; an error
+// until the device has joined.
+func (d *Device) TLSCertificate() (*tls.Certificate, error) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if own := d.own.tls(); own != nil {
+		return own, nil
+	}
+	return nil, errors.New("the device has not joined yet")
+}
+
 // Key says what kind the device's key is, and where it is kept; "" until it
 // has one.
 func (d *Device) Key() string {
@@ -258,8 +269,8 @@ func (d *Device) client(rawURL string, by func(host string) *tls.Config) *http.C
 			TLSClientConfig:     by(hostOf(rawURL)),
 			DialContext:         d.cfg.Dial,
 			TLSHandshakeTimeout: callTimeout,
-			MaxIdleConnsPerHost: 1,
-			MaxConnsPerHost:     4,
+			MaxIdleConnsPerHost: 4, // a download has so many
+			MaxConnsPerHost:     8,
 			IdleConnTimeout:     10 * time.Second,
 			DisableCompression:  true,
 		},

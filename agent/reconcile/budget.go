@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -22,6 +23,39 @@ type Link struct {
 	MonthBytes     int64                  // most bytes of a month; 0: no bound
 	BytesPerSecond int64                  // 0: no bound
 	Windows        []*dunlinv1.TimeWindow // when bytes may travel; none: always
+}
+
+// ParseWindow reads a time of each day, as "22:00-05:00".
+func ParseWindow(s string) (*dunlinv1.TimeWindow, error) {
+	var minutes [2]uint32
+	from, to, _ := strings.Cut(s, "-")
+	for i, text := range []string{from, to} {
+		t, err := time.Parse("15:04", text)
+		if err != nil || len(text) != len("15:04") {
+			return nil, fmt.Errorf("%q is not times of day, as 22:00-05:00", s)
+		}
+		minutes[i] = uint32(t.Hour()*60 + t.Minute())
+	}
+	if minutes[0] == minutes[1] {
+		return nil, fmt.Errorf("%q has no time in it", s)
+	}
+	return &dunlinv1.TimeWindow{FromMinute: minutes[0], ToMinute: minutes[1]}, nil
+}
+
+// maxWindows bounds the windows of a delivery.
+const maxWindows = 64
+
+// checkDelivery says what is wrong with how a version may travel.
+func checkDelivery(d *dunlinv1.Delivery) error {
+	if n := len(d.GetWindows()); n > maxWindows {
+		return fmt.Errorf("delivery.windows: there are %d, the limit is %d", n, maxWindows)
+	}
+	for i, w := range d.GetWindows() {
+		if w.FromMinute > 1439 || w.ToMinute > 1440 || w.Days > 127 {
+			return fmt.Errorf("delivery.windows[%d] is from %d to %d on %d, allowed are 0 to 1439, 0 to 1440 and 0 to 127", i, w.FromMinute, w.ToMinute, w.Days)
+		}
+	}
+	return nil
 }
 
 // WaitError says that nothing is wrong, and what a download waits for.
@@ -136,6 +170,9 @@ func window(windows []*dunlinv1.TimeWindow, now time.Time) (closes, opens time.T
 	return closes, opens
 }
 
+// rateBurst bounds what a link with a rate takes at once.
+const rateBurst = 64 << 10
+
 // meterStep is how many bytes may travel before that is stored: after a crash
 // no more are forgotten.
 const meterStep = 4 << 20
@@ -205,6 +242,37 @@ func (m *meter) used(ctx context.Context, now time.Time) (u usage, err error) {
 	return u, err
 }
 
+// gates makes the gates of the downloads of one device.
+type gates struct {
+	link  func() Link // nil: nothing is bound
+	meter *meter
+	now   func() time.Time // in the device's zone
+
+	mu      sync.Mutex // guards what follows
+	limiter *rate.Limiter
+}
+
+// of gives the gate of a download with this delivery; an open one where there
+// are no gates.
+func (g *gates) of(delivery *dunlinv1.Delivery) *gate {
+	if g == nil {
+		return nil
+	}
+	one := &gate{delivery: delivery, meter: g.meter, now: g.now}
+	if g.link != nil {
+		one.link = g.link()
+	}
+	if n := one.link.BytesPerSecond; n > 0 {
+		g.mu.Lock()
+		defer g.mu.Unlock()
+		if g.limiter == nil || g.limiter.Limit() != rate.Limit(n) {
+			g.limiter = rate.NewLimiter(rate.Limit(n), rateBurst)
+		}
+		one.limit = g.limiter
+	}
+	return one
+}
+
 // gate is what one download asks its last source through. A nil one is open.
 type gate struct {
 	link     Link
@@ -262,7 +330,7 @@ func (g *gate) take(ctx context.Context, n int) error {
 		return g.closed(ctx, now)
 	}
 	if g.limit != nil {
-		return g.limit.WaitN(ctx, min(n, g.limit.Burst()))
+		return g.limit.WaitN(ctx, min(n, rateBurst))
 	}
 	return nil
 }
@@ -299,6 +367,9 @@ type metered struct {
 }
 
 func (m *metered) Read(p []byte) (int, error) {
+	if m.gate != nil && m.gate.limit != nil { // no long pause at once: the source would seem to stall
+		p = p[:min(len(p), 16<<10)]
+	}
 	n, err := m.Reader.Read(p)
 	m.n += int64(n)
 	m.count.Add(int64(n))

@@ -7,6 +7,7 @@ import (
 	"time"
 
 	"github.com/opencontainers/go-digest"
+	"google.golang.org/protobuf/proto"
 
 	"github.com/dunlin/dunlin/agent/engine"
 	dunlinv1 "github.com/dunlin/dunlin/proto/dunlin/v1"
@@ -90,6 +91,9 @@ type version struct {
 	failure    string // what the last try failed with
 	failures   int    // in a row
 	notBefore  time.Time
+	delivery   *dunlinv1.Delivery // how its bytes may travel
+	waitsFor   string             // what its download waits for
+	fetched    uint64             // bytes that travelled here for it, since the agent's start
 }
 
 // core decides what to do next. It is pure: next and the other methods only
@@ -101,7 +105,8 @@ type core struct {
 	serving  map[string]*version // by model
 	routes   map[string]*dunlinv1.DesiredRoute
 	inForce  map[string]*dunlinv1.DesiredRoute
-	cramped  bool // the last fetch that ended found too little room on disk
+	cramped  bool       // the last fetch that ended found too little room on disk
+	waiting  []*version // to be fetched, in this call of next
 	// changing has the models that nothing serves just now, since one version
 	// takes the place of another.
 	changing  map[string]bool
@@ -143,6 +148,10 @@ func (c *core) setDesired(doc *dunlinv1.DesiredDocument, now time.Time) {
 		}
 		v.signatures = signatures
 		v.inPlace = w.InPlace
+		if !proto.Equal(v.delivery, w.Delivery) && v.waitsFor != "" {
+			v.waitsFor, v.notBefore = "", time.Time{}
+		}
+		v.delivery = w.Delivery
 		desired[w.Model] = v
 		if c.desired[w.Model] != v {
 			v.forgive()
@@ -163,7 +172,7 @@ func (c *core) setDesired(doc *dunlinv1.DesiredDocument, now time.Time) {
 
 // forgive forgets what the version has failed with.
 func (v *version) forgive() {
-	v.quarantine, v.refused, v.reverted, v.failure, v.failures, v.notBefore = "", false, false, "", 0, time.Time{}
+	v.quarantine, v.refused, v.reverted, v.failure, v.failures, v.notBefore, v.waitsFor = "", false, false, "", 0, time.Time{}, ""
 	v.trials, v.resumes, v.swaps = 0, false, false
 }
 
@@ -179,7 +188,9 @@ func (c *core) reconsider() {
 // retry makes what waits after a failure due at once.
 func (c *core) retry() {
 	for _, v := range c.versions {
-		v.notBefore = time.Time{}
+		if v.waitsFor == "" {
+			v.notBefore = time.Time{}
+		}
 	}
 }
 
@@ -209,6 +220,8 @@ func (c *core) next(now time.Time) []action {
 			delete(c.changing, m)
 		}
 	}
+	acts = c.admitFetches(acts, c.waiting)
+	c.waiting = nil
 	return acts
 }
 
@@ -365,7 +378,7 @@ func (c *core) advance(acts []action, model string, versions []*version, now tim
 	switch {
 	case !due:
 	case want.stage == absent && !c.bundleBusy(want):
-		return c.begin(acts, fetching, want)
+		c.waiting = append(c.waiting, want)
 	case want.stage == stored:
 		return c.begin(acts, checking, want)
 	}
@@ -473,6 +486,7 @@ type outcome struct {
 	noRoom    bool // the disk has too little room
 	noMemory  bool // there is too little memory for it beside what is loaded
 	wait      time.Duration
+	waits     *WaitError // the download waits for this, and nothing has failed
 }
 
 // done takes in that a version's op has ended. wait is how long to wait
@@ -493,6 +507,10 @@ func (c *core) done(k key, result outcome, now time.Time) {
 	if result.err != nil {
 		if cancelled {
 			v.swaps = false
+			return
+		}
+		if result.waits != nil {
+			v.hold(result.waits, now)
 			return
 		}
 		back := c.fallback(v)
@@ -520,7 +538,7 @@ func (c *core) done(k key, result outcome, now time.Time) {
 		}
 		return
 	}
-	v.failure, v.failures, v.notBefore = "", 0, time.Time{}
+	v.failure, v.failures, v.notBefore, v.waitsFor = "", 0, time.Time{}, ""
 	switch was {
 	case unloading:
 		if v.broken {

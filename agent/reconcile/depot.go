@@ -253,6 +253,11 @@ func (k *Disk) fetch(ctx context.Context, d *download) error {
 		return err
 	}
 	left := k.begin(d, b)
+	if left > 0 {
+		if err := d.gate.pass(ctx, left); err != nil {
+			return err
+		}
+	}
 	if free := k.Free(); free < uint64(left)+d.reserve {
 		return fmt.Errorf("%w: the download needs %d bytes, %d are free, and %d of them are kept in reserve", errNoRoom, left, free, d.reserve)
 	}
@@ -267,6 +272,10 @@ func (k *Disk) fetch(ctx context.Context, d *download) error {
 		}
 		left -= n
 		d.present.Add(n)
+		d.fetched.Add(n)
+		if err := d.gate.take(ctx, int(n)); err != nil {
+			return err
+		}
 		k.mu.Lock()
 		k.part[d.digest] += n
 		k.mu.Unlock()

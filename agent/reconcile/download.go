@@ -74,6 +74,7 @@ type download struct {
 	now        func() time.Time // at which signatures are to count
 	signatures []digest.Digest
 	judged     *signing.Trust // by which admit judged last
+	program    *programOf     // a release of the agent, of which a part is wanted; nil: a model
 	reserve    uint64
 	free       func(dir string) (uint64, error)
 	wrote      func() // called after each chunk written, one call at a time; for tests
@@ -90,6 +91,7 @@ type download struct {
 	reused   bool
 	root     *os.Root
 	whole    follower
+	ready    chan struct{} // closed when it is opened; nil: nobody waits for that
 
 	mu      sync.Mutex                  // guards what follows, and what changes in pieces
 	missing map[[sha256.Size]byte][]int // positions in pieces, by what is missing
@@ -170,8 +172,10 @@ func (d *download) open(ctx context.Context) error {
 	if err != nil {
 		return &VerifyError{File: "manifest", Err: err}
 	}
-	if err := d.admit(ctx, m); err != nil {
-		return err
+	if d.program == nil { // a program is admitted by a signature of its own
+		if err := d.admit(ctx, m); err != nil {
+			return err
+		}
 	}
 	if raw, err = d.document(ctx, configFile, "config", d.ref(m.Config.Digest, false), m.Config.Size); err != nil {
 		return err
@@ -180,7 +184,7 @@ func (d *download) open(ctx context.Context) error {
 	if err != nil {
 		return &VerifyError{File: "config", Err: err}
 	}
-	if _, ok := m.File(cfg.Entry); !ok {
+	if _, ok := m.File(cfg.Entry); !ok && d.program == nil {
 		return &VerifyError{File: "config", Err: fmt.Errorf("entry %q is not one of the bundle's files", cfg.Entry)}
 	}
 	if raw, err = d.document(ctx, indexFile, "chunk index", d.ref(m.Index.Digest, false), m.Index.Size); err != nil {
@@ -190,6 +194,11 @@ func (d *download) open(ctx context.Context) error {
 	if err != nil {
 		return &VerifyError{File: "chunk index", Err: err}
 	}
+	if d.program != nil {
+		if m, index, err = d.program.narrow(cfg, m, index); err != nil {
+			return err
+		}
+	}
 	d.manifest = m
 	d.total.Store(m.Size)
 	d.lay(index)
@@ -197,7 +206,17 @@ func (d *download) open(ctx context.Context) error {
 		return err
 	}
 	d.opened = true
+	if d.ready != nil {
+		close(d.ready)
+	}
 	return nil
+}
+
+// prepare lets others wait until it is opened.
+func (d *download) prepare() {
+	if d.ready == nil {
+		d.ready = make(chan struct{})
+	}
 }
 
 func (d *download) ref(of digest.Digest, manifest bool) Ref {
@@ -357,6 +376,9 @@ func freeSpace(dir string) (uint64, error) {
 // goroutines may be writing to or removing.
 func (d *download) reuse(ctx context.Context) error {
 	buf := make([]byte, d.longest)
+	if d.program != nil {
+		return d.reuseProgram(ctx, buf)
+	}
 	for _, s := range append([]*bundles{d.store}, d.others...) {
 		dirs, err := s.folders(d.digest, s == d.store)
 		if err != nil {

@@ -50,6 +50,7 @@ type Store interface {
 	Versions(context.Context) ([]state.Version, error)
 	PutVersion(context.Context, state.Version) error
 	DeleteVersion(ctx context.Context, model string, version int64) error
+	Traffic
 }
 
 // Front answers requests. Both calls take effect at once for the requests
@@ -66,7 +67,13 @@ type Config struct {
 	Registry func() Registry // asked at the begin of each download
 	Reserve  uint64          // bytes of the disk that downloads leave free
 	Stall    time.Duration   // how long a transfer may go without a byte; 30 s where 0
-	State    Store
+	// Link gives what bounds the bytes that travel; nil: nothing does.
+	Link func() Link
+	// Near asks who of the device's site has a bundle; nil: nobody is asked.
+	Near func(ctx context.Context, model string, bundle digest.Digest) []Source
+	// Shelf is what the device gives others of its site; nil: nothing.
+	Shelf *Shelf
+	State Store
 	// Trust gives the trust document by which signatures of bundles count. No
 	// bundle is taken while it gives nil.
 	Trust func() *signing.Trust
@@ -89,6 +96,9 @@ type Config struct {
 	// tells whether a version has proven itself.
 	Counts    func(engine.VersionID) (Counts, bool)
 	Probation Probation // DefaultProbation where it is zero
+	// Agent is told which release of the agent is wanted, nil for none, at the
+	// start and with each document; it must not wait. nil: nobody is.
+	Agent func(*dunlinv1.DesiredAgent)
 	// Event keeps an event for the controller; it must not wait for it.
 	Event func(*dunlinv1.Event)
 	Log   *slog.Logger
@@ -112,6 +122,7 @@ type Reconciler struct {
 	core      *core
 	remote    *remote
 	downloads map[key]*download
+	gates     *gates
 	cancels   map[key]context.CancelFunc
 	ended     chan ending
 	running   sync.WaitGroup
@@ -161,8 +172,12 @@ func New(cfg Config) (*Reconciler, error) {
 	if cfg.Probation != (Probation{}) {
 		core.probation = cfg.Probation
 	}
+	g := &gates{link: cfg.Link, meter: &meter{kept: cfg.State, log: cfg.Log, pending: map[string]int64{}}, now: func() time.Time { return cfg.Now().Local() }}
+	if cfg.Shelf != nil {
+		cfg.Shelf.gates = g
+	}
 	return &Reconciler{
-		cfg: cfg, folder: folder, bundles: held, core: core,
+		cfg: cfg, folder: folder, bundles: held, gates: g, core: core,
 		desires: make(chan *dunlinv1.Desired, 1), retries: make(chan struct{}, 1), trusted: make(chan struct{}, 1), changed: make(chan struct{}, 1), lost: make(chan lost, maxLost),
 		downloads: map[key]*download{}, cancels: map[key]context.CancelFunc{}, ended: make(chan ending),
 		saved: map[key]state.Version{},
@@ -292,6 +307,7 @@ func (r *Reconciler) restore(ctx context.Context) error {
 			return fmt.Errorf("stored desired document: %w", err)
 		}
 		r.core.setDesired(doc, now)
+		r.wantAgent(doc)
 		r.have.Store(&dunlinv1.Generation{Incarnation: d.Incarnation, Number: d.Number})
 	} else if !errors.Is(err, state.ErrNone) {
 		return err
@@ -454,6 +470,12 @@ func (r *Reconciler) act(ctx context.Context) {
 	}
 }
 
+func (r *Reconciler) wantAgent(doc *dunlinv1.DesiredDocument) {
+	if r.cfg.Agent != nil {
+		r.cfg.Agent(doc.Agent)
+	}
+}
+
 func (r *Reconciler) serving() map[string]int64 {
 	versions := map[string]int64{}
 	for model, v := range r.core.serving {
@@ -524,11 +546,15 @@ func (r *Reconciler) download(k key) *download {
 	origin := r.origin()
 	d := r.downloads[k]
 	if d == nil {
-		d = &download{store: r.folder, id: k.id, digest: k.digest, trust: r.cfg.Trust, now: r.cfg.Now, reserve: r.cfg.Reserve, free: freeSpace, log: r.cfg.Log}
+		d = &download{
+			store: r.folder, id: k.id, digest: k.digest, trust: r.cfg.Trust, now: r.cfg.Now, reserve: r.cfg.Reserve, free: freeSpace, log: r.cfg.Log,
+		}
+		d.prepare()
 		d.total.Store(int64(r.core.versions[k].size))
 		r.downloads[k] = d
 	}
-	d.remote, d.signatures = origin, r.core.versions[k].signatures
+	v := r.core.versions[k]
+	d.remote, d.gate, d.signatures = origin, r.gates.of(v.delivery), v.signatures
 	return d
 }
 
@@ -556,13 +582,24 @@ func (r *Reconciler) fetch(ctx context.Context, d *download) error {
 	} else if !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}
-	if d.remote == nil {
+	if d.remote == nil && (r.cfg.Near == nil || r.cfg.Disk != nil) {
 		return errNoSource
 	}
-	if r.cfg.Disk != nil {
-		return r.cfg.Disk.fetch(ctx, d)
+	here, ended := r.cfg.Shelf.begin(d)
+	d.near = nil
+	if here != nil {
+		d.near = []Source{here}
+	} else if r.cfg.Near != nil {
+		d.near = r.cfg.Near(ctx, d.id.Model, d.digest)
 	}
-	return d.run(ctx)
+	defer r.gates.meter.store(ctx)
+	if r.cfg.Disk != nil {
+		err = r.cfg.Disk.fetch(ctx, d)
+	} else {
+		err = d.run(ctx)
+	}
+	ended(err)
+	return err
 }
 
 // errLost is the error of a bundle that is not on disk any more.
@@ -621,6 +658,7 @@ func (r *Reconciler) finish(ctx context.Context, e ending) {
 		}
 		o.wait = bound/2 + rand.N(bound/2)
 		_, o.refused = errors.AsType[*signing.RefusedError](e.err)
+		o.waits, _ = errors.AsType[*WaitError](e.err)
 		o.permanent = o.refused && !r.outdated(e) || r.permanent(e)
 	}
 	r.core.done(e.key, o, time.Now())
@@ -629,6 +667,8 @@ func (r *Reconciler) finish(ctx context.Context, e ending) {
 		r.tellReverted(v)
 	case e.err != nil && v.quarantine != "":
 		r.tellQuarantined(v)
+	case e.err != nil && v.waitsFor != "":
+		log.Info("download waits", "for", v.waitsFor, "until", v.notBefore.Round(time.Second))
 	case e.err != nil && v.failure != "":
 		log.Warn("failed, trying again", "op", e.op, "error", e.err, "in", o.wait.Round(time.Millisecond))
 	case e.err == nil && e.op == fetching:

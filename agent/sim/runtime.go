@@ -44,8 +44,9 @@ func (v *version) bytes() int64 { return v.info.Need.Weights + v.info.Need.Sessi
 
 func (v *version) random() float64 { return float64(v.rng.Uint64()>>11) / (1 << 53) }
 
-// read describes a version by its ONNX file.
-func read(s engine.Spec) (Model, error) {
+// Read describes a version by its ONNX file, as a Device does whose Config has
+// no Describe.
+func Read(s engine.Spec) (Model, error) {
 	path := filepath.Join(s.Dir, s.Entry)
 	about, err := models.Inspect(path)
 	if err != nil {
@@ -83,7 +84,7 @@ func (d *Device) Inspect(s engine.Spec) (engine.Info, error) {
 func (d *Device) describe(s engine.Spec) (*version, error) {
 	describe := d.cfg.Describe
 	if describe == nil {
-		describe = read
+		describe = Read
 	}
 	m, err := describe(s)
 	if err != nil {

@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"maps"
 	"slices"
+	"strings"
 	"sync"
 	"time"
 
@@ -43,6 +44,7 @@ type kept struct {
 	desired  *Desired
 	versions map[versionKey]Version
 	trust    *signing.Trust
+	traffic  map[string]int64
 	last     uint64
 	bytes    int64
 	waiting  []waiting
@@ -68,7 +70,7 @@ func NewMemory(limits Limits, write func(context.Context) error) (*Memory, error
 	if err := limits.check(); err != nil {
 		return nil, err
 	}
-	return &Memory{limits: limits, write: write, kept: kept{outboxID: rand.Text(), versions: map[versionKey]Version{}}}, nil
+	return &Memory{limits: limits, write: write, kept: kept{outboxID: rand.Text(), versions: map[versionKey]Version{}, traffic: map[string]int64{}}}, nil
 }
 
 // Crash ends it: what is being changed is lost, and all calls fail from now
@@ -78,7 +80,7 @@ func (m *Memory) Crash() *Memory {
 	defer m.mu.Unlock()
 	m.crashed = true
 	next := &Memory{limits: m.limits, write: m.write, kept: m.kept}
-	next.kept.versions = maps.Clone(m.kept.versions)
+	next.kept.versions, next.kept.traffic = maps.Clone(m.kept.versions), maps.Clone(m.kept.traffic)
 	return next
 }
 
@@ -234,6 +236,29 @@ func (m *Memory) Trust(context.Context) (*signing.Trust, error) {
 func (m *Memory) SetTrust(ctx context.Context, t *signing.Trust) error {
 	return m.change(ctx, "store trust document", func(k *kept) error {
 		k.trust = t
+		return nil
+	})
+}
+
+// Traffic is Store's.
+func (m *Memory) Traffic(_ context.Context, days string) (int64, error) {
+	return read(m, "read traffic", func(k *kept) (n int64, err error) {
+		for day, bytes := range k.traffic {
+			if strings.HasPrefix(day, days) {
+				n += bytes
+			}
+		}
+		return n, nil
+	})
+}
+
+// AddTraffic is Store's.
+func (m *Memory) AddTraffic(ctx context.Context, day string, bytes int64) error {
+	return m.change(ctx, "store traffic", func(k *kept) error {
+		k.traffic[day] += bytes
+		for len(k.traffic) > keptDays {
+			delete(k.traffic, slices.Min(slices.Collect(maps.Keys(k.traffic))))
+		}
 		return nil
 	})
 }

@@ -186,7 +186,7 @@ func TestFileMode(t *testing.T) {
 func TestOpenRefuses(t *testing.T) {
 	newer := filepath.Join(t.TempDir(), "state.db")
 	s := openFile(t, newer, Limits{})
-	if _, err := s.db.ExecContext(t.Context(), `PRAGMA user_version = 99`); err != nil {
+	if _, err := s.db.ExecContext(t.Context(), `PRAGMA user_version = 99; PRAGMA application_id = 99`); err != nil {
 		t.Fatal(err)
 	}
 	s.Close()
@@ -245,6 +245,18 @@ func TestMigrations(t *testing.T) {
 	}
 	if e := must(s.Pending(ctx, 10))(t); s.OutboxID() != id || len(e) != 1 || e[0].Message != "kept" {
 		t.Errorf("after the migrations: outbox %s with %v", s.OutboxID(), e)
+	}
+	s.Close()
+
+	// The release before opens the file, which was only added to, and writes.
+	migrations = all
+	s = openFile(t, path, Limits{})
+	must(s.Append(ctx, event("by the older one")))(t)
+	s.Close()
+	migrations = append(append([]string{}, all...), `CREATE TABLE later (x INTEGER) STRICT`, `INSERT INTO later VALUES (7)`)
+	s = openFile(t, path, Limits{})
+	if e := must(s.Pending(ctx, 10))(t); s.OutboxID() != id || len(e) != 2 {
+		t.Errorf("after the way back and forth: outbox %s with %v", s.OutboxID(), e)
 	}
 }
 

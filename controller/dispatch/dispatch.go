@@ -89,6 +89,7 @@ type Dispatcher struct {
 	running atomic.Bool   // rollouts may be running
 	newest  int64         // number of the newest rollout that was compiled for; the planner's own
 
+	sites            *sites
 	malformed, stale *prometheus.CounterVec
 
 	mu      sync.Mutex // guards what follows; held for memory only
@@ -113,8 +114,9 @@ type live struct {
 	saved     time.Time // heard as the store has it
 	asked     time.Time // to say hello again, or given its desired state
 	telemetry *dunlinv1.Telemetry
-	free      *uint64 // bytes on its disk as the store has it; nil: not saved yet
-	sent      uint64  // number of the generation that was sent since it last said hello; 0: none
+	kept      *dunlinv1.Telemetry // that Samples gave last
+	free      *uint64             // bytes on its disk as the store has it; nil: not saved yet
+	sent      uint64              // number of the generation that was sent since it last said hello; 0: none
 	// A generation that the device has not reported as observed.
 	pending uint64 // 0: none
 	attempt int
@@ -136,7 +138,8 @@ func New(c Config) *Dispatcher {
 		trusted: c.Trusted, superseded: c.Superseded, twins: map[string]*twins{},
 		store: c.Store, bus: c.Bus, log: c.Log, onStep: c.OnStep, timing: defaultTiming, now: time.Now,
 		stopped: make(chan struct{}), kick: make(chan struct{}, 1),
-		live: map[string]*live{}, bootID: rand.Text(), changed: make(chan struct{}),
+		sites: newSites(),
+		live:  map[string]*live{}, bootID: rand.Text(), changed: make(chan struct{}),
 		malformed: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "dunlin_controller_malformed_total", Help: "Messages from devices that were dropped because they are malformed, by kind.",
 		}, []string{"kind"}),

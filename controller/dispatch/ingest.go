@@ -65,6 +65,17 @@ func decode(kind string, payload []byte) (proto.Message, error) {
 			}
 			return nil
 		}
+	case link.Sources:
+		v := &dunlinv1.SourcesRequest{}
+		m, check = v, func() error {
+			if err := models.CheckName(v.GetModel()); err != nil {
+				return fmt.Errorf("model: %w", err)
+			}
+			if d := digest.Digest(v.GetDigest()); d.Validate() != nil || d.Algorithm() != digest.SHA256 {
+				return fmt.Errorf("digest %.100q is not sha256: and 64 hexadecimal digits", v.GetDigest())
+			}
+			return nil
+		}
 	case link.Gone:
 		v := &dunlinv1.Gone{}
 		m, check = v, func() error { return checkID("session", v.GetSession()) }
@@ -245,6 +256,8 @@ func (d *Dispatcher) take(ctx context.Context, in message) {
 		d.telemetry(in.device, m)
 	case *dunlinv1.BlockRequest:
 		err = d.request(ctx, in.device, m)
+	case *dunlinv1.SourcesRequest:
+		err = d.sources(ctx, in.device, m)
 	case *dunlinv1.Gone:
 		err = d.gone(ctx, in.device, m)
 	}

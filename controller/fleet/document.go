@@ -29,37 +29,79 @@ const (
 	MinDeadline      = time.Second
 	MaxDeadline      = 30 * 24 * time.Hour
 	DefaultDeadline  = 10 * time.Minute
+	MaxDuration      = 30 * 24 * time.Hour // of soak and awayAfter
+	// DefaultAwayAfter and DefaultMinSample are those of a rollout with waves,
+	// or with gates; without, both are 0.
+	DefaultAwayAfter = 5 * time.Minute
+	DefaultMinSample = 100
+	MaxWaves         = 20
+	MaxDevices       = 1000000 // of a wave
+	MaxSample        = 1000000000
+	MaxPriority      = 1000
+	MaxDeliveryBytes = 1 << 50
+	MaxFreezeReason  = 200 // characters
 )
 
 // The kinds of objects.
 const (
-	KindDeployment = "Deployment"
-	KindRoute      = "Route"
+	KindDeployment  = "Deployment"
+	KindRoute       = "Route"
+	KindFreeze      = "Freeze"
+	KindMaintenance = "Maintenance"
 )
+
+// Kinds are all kinds of objects.
+var Kinds = []string{KindDeployment, KindRoute, KindMaintenance, KindFreeze}
 
 // Object is one document: exactly one of its pointers is set.
 type Object struct {
-	Deployment *Deployment
-	Route      *Route
+	Deployment  *Deployment
+	Route       *Route
+	Freeze      *Freeze
+	Maintenance *Maintenance
 
 	document int
 	at       map[string]position
 }
 
-// Kind gives KindDeployment or KindRoute.
+// Kind gives which of its pointers is set.
 func (o Object) Kind() string {
-	if o.Deployment != nil {
+	switch {
+	case o.Deployment != nil:
 		return KindDeployment
+	case o.Freeze != nil:
+		return KindFreeze
+	case o.Maintenance != nil:
+		return KindMaintenance
 	}
 	return KindRoute
 }
 
 // Name gives the object's name, which is unique within its kind.
 func (o Object) Name() string {
-	if o.Deployment != nil {
+	switch {
+	case o.Deployment != nil:
 		return o.Deployment.Name
+	case o.Freeze != nil:
+		return o.Freeze.Name
+	case o.Maintenance != nil:
+		return o.Maintenance.Name
 	}
 	return o.Route.Name
+}
+
+// Selector gives which devices the object is about; false: it has none, which
+// only a route may.
+func (o Object) Selector() (map[string]string, bool) {
+	switch {
+	case o.Deployment != nil:
+		return o.Deployment.Selector, true
+	case o.Freeze != nil:
+		return o.Freeze.Selector, true
+	case o.Maintenance != nil:
+		return o.Maintenance.Selector, true
+	}
+	return nil, false
 }
 
 // Fault makes a fault of a field of the document that o was parsed from.
@@ -72,13 +114,19 @@ func (o Object) Fault(field, format string, args ...any) Fault {
 // equal objects have equal text.
 func (o Object) YAML() string {
 	doc := yamlDocument{APIVersion: APIVersion, Kind: o.Kind(), Metadata: yamlMetadata{o.Name()}}
-	if d := o.Deployment; d != nil {
-		selector := yaml.MapSlice{}
-		for _, k := range slices.Sorted(maps.Keys(d.Selector)) {
-			selector = append(selector, yaml.MapItem{Key: k, Value: d.Selector[k]})
+	switch {
+	case o.Deployment != nil:
+		d := o.Deployment
+		doc.Spec = yamlDeployment{d.Model, d.Version, yamlLabels(d.Selector), strategyYAML(d.Rollout), deliveryYAML(d.Delivery)}
+	case o.Freeze != nil:
+		f := yamlFreeze{Selector: yamlLabels(o.Freeze.Selector), Reason: o.Freeze.Reason}
+		if !o.Freeze.Until.IsZero() {
+			f.Until = o.Freeze.Until.UTC().Format(time.RFC3339)
 		}
-		doc.Spec = yamlDeployment{d.Model, d.Version, selector, yamlRollout{d.Rollout.MaxFailed, shortDuration(d.Rollout.Deadline)}}
-	} else {
+		doc.Spec = f
+	case o.Maintenance != nil:
+		doc.Spec = yamlMaintenance{yamlLabels(o.Maintenance.Selector), windowsYAML(o.Maintenance.Windows), o.Maintenance.TimeZone}
+	default:
 		targets := make([]yamlTarget, 0, len(o.Route.Targets))
 		for _, t := range o.Route.Targets {
 			targets = append(targets, yamlTarget(t))
@@ -90,6 +138,14 @@ func (o Object) YAML() string {
 		panic(fmt.Sprintf("encode %s %s: %v", o.Kind(), o.Name(), err)) // plain structs of strings and numbers
 	}
 	return b.String()
+}
+
+func yamlLabels(labels map[string]string) yaml.MapSlice {
+	all := yaml.MapSlice{}
+	for _, k := range slices.Sorted(maps.Keys(labels)) {
+		all = append(all, yaml.MapItem{Key: k, Value: labels[k]})
+	}
+	return all
 }
 
 // shortDuration writes 10m for what String writes 10m0s.
@@ -120,11 +176,37 @@ type yamlDeployment struct {
 	Version  int64         `yaml:"version"`
 	Selector yaml.MapSlice `yaml:"selector"`
 	Rollout  yamlRollout   `yaml:"rollout"`
+	Delivery *yamlDelivery `yaml:"delivery,omitempty"`
 }
 
 type yamlRollout struct {
-	MaxFailed int    `yaml:"maxFailed"`
-	Deadline  string `yaml:"deadline"`
+	Waves     []yaml.MapSlice `yaml:"waves,omitempty"`
+	Soak      string          `yaml:"soak,omitempty"`
+	MinSample *uint64         `yaml:"minSample,omitempty"`
+	Gates     yaml.MapSlice   `yaml:"gates,omitempty"`
+	OnFailure OnFailure       `yaml:"onFailure,omitempty"`
+	MaxFailed int             `yaml:"maxFailed"`
+	Deadline  string          `yaml:"deadline"`
+	AwayAfter string          `yaml:"awayAfter,omitempty"`
+}
+
+type yamlDelivery struct {
+	Priority uint32   `yaml:"priority,omitempty"`
+	MaxBytes uint64   `yaml:"maxBytes,omitempty"`
+	Windows  []string `yaml:"windows,omitempty"`
+	Metered  bool     `yaml:"metered,omitempty"`
+}
+
+type yamlFreeze struct {
+	Selector yaml.MapSlice `yaml:"selector"`
+	Reason   string        `yaml:"reason"`
+	Until    string        `yaml:"until,omitempty"`
+}
+
+type yamlMaintenance struct {
+	Selector yaml.MapSlice `yaml:"selector"`
+	Windows  []string      `yaml:"windows"`
+	TimeZone string        `yaml:"timezone"`
 }
 
 type yamlRoute struct {
@@ -201,32 +283,40 @@ func (r *reader) object(text string, o *Object) {
 	case kind == KindRoute && hasSpec:
 		o.Route = r.route(spec)
 		o.Route.Name = name
-	case kind != KindDeployment && kind != KindRoute:
-		r.fault("kind", "%q is not known, it must be %s or %s", clip(kind), KindDeployment, KindRoute)
+	case kind == KindFreeze && hasSpec:
+		o.Freeze = r.freeze(spec)
+		o.Freeze.Name = name
+	case kind == KindMaintenance && hasSpec:
+		o.Maintenance = r.maintenance(spec)
+		o.Maintenance.Name = name
+	case !slices.Contains(Kinds, kind):
+		last := len(Kinds) - 1
+		r.fault("kind", "%q is not known, it must be %s or %s", clip(kind), strings.Join(Kinds[:last], ", "), Kinds[last])
 	}
 }
 
 func (r *reader) deployment(spec node) *Deployment {
-	d := &Deployment{Rollout: Strategy{Deadline: DefaultDeadline}}
-	fields := r.mapping(spec, "spec", "model", "version", "selector", "rollout")
+	d := &Deployment{}
+	fields := r.mapping(spec, "spec", "model", "version", "selector", "rollout", "delivery")
 	d.Model, _ = r.name(fields, "spec.model")
 	if n, ok := r.required(fields, "spec.version"); ok {
 		d.Version = r.integer(n, "spec.version", 1, models.MaxVersion)
 	}
-	// Required, so that nobody deploys to the whole fleet by leaving it out.
-	if n, ok := r.required(fields, "spec.selector"); ok {
-		d.Selector = r.labels(n, "spec.selector")
-	}
-	if n, ok := fields["spec.rollout"]; ok {
-		rollout := r.mapping(n, "spec.rollout", "maxFailed", "deadline")
-		if n, ok := rollout["spec.rollout.maxFailed"]; ok {
-			d.Rollout.MaxFailed = int(r.integer(n, "spec.rollout.maxFailed", 0, MaxFailedLimit))
-		}
-		if n, ok := rollout["spec.rollout.deadline"]; ok {
-			d.Rollout.Deadline = r.duration(n, "spec.rollout.deadline", MinDeadline, MaxDeadline)
-		}
+	d.Selector = r.selector(fields)
+	d.Rollout = r.strategy(fields["spec.rollout"], "spec.rollout")
+	if n, ok := fields["spec.delivery"]; ok {
+		d.Delivery = r.delivery(n, "spec.delivery")
 	}
 	return d
+}
+
+// selector reads a selector, which is required, so that nobody means the whole
+// fleet by leaving it out.
+func (r *reader) selector(fields map[string]node) map[string]string {
+	if n, ok := r.required(fields, "spec.selector"); ok {
+		return r.labels(n, "spec.selector")
+	}
+	return nil
 }
 
 func (r *reader) route(spec node) *Route {
@@ -252,6 +342,9 @@ func (r *reader) route(spec node) *Route {
 		fields := r.mapping(item, path, "model", "version", "weight")
 		var t Target
 		t.Model, _ = r.name(fields, path+".model")
+		if t.Model == AgentModel {
+			r.fault(path+".model", "%s is the agent program, which answers no requests", AgentModel)
+		}
 		if n, ok := fields[path+".version"]; ok {
 			t.Version = r.integer(n, path+".version", 1, models.MaxVersion)
 		}

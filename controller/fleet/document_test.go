@@ -9,9 +9,11 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 	"github.com/google/go-cmp/cmp/cmpopts"
+	"google.golang.org/protobuf/testing/protocmp"
 	"pgregory.net/rapid"
 
 	"github.com/dunlin/dunlin/models"
+	dunlinv1 "github.com/dunlin/dunlin/proto/dunlin/v1"
 )
 
 const good = `# Both objects of the first example.
@@ -39,7 +41,7 @@ func TestParse(t *testing.T) {
 		t.Fatal(err)
 	}
 	want := []Object{
-		{Deployment: &Deployment{Name: "digits", Model: "digits", Version: 1, Selector: map[string]string{"site": "demo"}, Rollout: Strategy{MaxFailed: 2, Deadline: 90 * time.Minute}}},
+		{Deployment: &Deployment{Name: "digits", Model: "digits", Version: 1, Selector: map[string]string{"site": "demo"}, Rollout: Strategy{OnFailure: RollBack, MaxFailed: 2, Deadline: 90 * time.Minute}}},
 		{Route: &Route{Name: "answer", Targets: []Target{{"digits", 0, 90}, {"digits", 2, 0}}}},
 	}
 	if diff := cmp.Diff(want, got, cmpopts.IgnoreUnexported(Object{})); diff != "" {
@@ -75,6 +77,114 @@ func routeDoc(targets string) string {
 	return "apiVersion: dunlin/v1\nkind: Route\nmetadata: {name: r}\nspec: {targets: " + targets + "}"
 }
 
+func freezeDoc(spec string) string {
+	return "apiVersion: dunlin/v1\nkind: Freeze\nmetadata: {name: f}\nspec: " + spec
+}
+
+func maintenanceDoc(spec string) string {
+	return "apiVersion: dunlin/v1\nkind: Maintenance\nmetadata: {name: m}\nspec: " + spec
+}
+
+const wholeRollout = `
+  model: m
+  version: 3
+  selector: {}
+  rollout:
+    waves: [{canary: 1}, {count: 20}, {percent: 12.5}, {percent: 50}]
+    soak: 15m
+    minSample: 200
+    gates: {confidence: 0.25, errorRate: 0.02, p99: 1.25, energy: 2}
+    onFailure: halt
+    maxFailed: 3
+    deadline: 2h
+    awayAfter: 30m
+  delivery: {priority: 5, maxBytes: 50000000, windows: ["sat,sun,mon,tue 22:00-05:00", "sun-sat 00:00-24:00"], metered: true}
+`
+
+func TestParseRollout(t *testing.T) {
+	got, err := Parse(deploymentDoc(wholeRollout))
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := &Deployment{
+		Name: "d", Model: "m", Version: 3, Selector: map[string]string{},
+		Rollout: Strategy{
+			Waves: []Wave{{Canary: 1}, {Count: 20}, {Percent: 12.5}, {Percent: 50}}, Soak: 15 * time.Minute, MinSample: 200,
+			Gates: []Gate{{ErrorRate, 0.02}, {P99, 1.25}, {Energy, 2}, {Confidence, 0.25}}, OnFailure: Halt, MaxFailed: 3, Deadline: 2 * time.Hour, AwayAfter: 30 * time.Minute,
+		},
+		Delivery: &dunlinv1.Delivery{Priority: 5, MaxBytes: 50000000, Metered: true, Windows: []*dunlinv1.TimeWindow{{FromMinute: 22 * 60, ToMinute: 5 * 60, Days: 0b1000111}, {ToMinute: 24 * 60}}},
+	}
+	if diff := cmp.Diff(want, got[0].Deployment, protocmp.Transform()); diff != "" {
+		t.Error(diff)
+	}
+	const canonical = `apiVersion: dunlin/v1
+kind: Deployment
+metadata:
+  name: d
+spec:
+  model: m
+  version: 3
+  selector: {}
+  rollout:
+    waves:
+      - canary: 1
+      - count: 20
+      - percent: 12.5
+      - percent: 50
+    soak: 15m
+    minSample: 200
+    gates:
+      errorRate: 0.02
+      p99: 1.25
+      energy: 2
+      confidence: 0.25
+    onFailure: halt
+    maxFailed: 3
+    deadline: 2h
+    awayAfter: 30m
+  delivery:
+    priority: 5
+    maxBytes: 50000000
+    windows:
+      - mon,tue,sat,sun 22:00-05:00
+      - 00:00-24:00
+    metered: true
+`
+	if diff := cmp.Diff(canonical, got[0].YAML()); diff != "" {
+		t.Error(diff)
+	}
+	var waves []string
+	for _, w := range got[0].Deployment.Rollout.AllWaves() {
+		waves = append(waves, w.String())
+	}
+	if diff := cmp.Diff([]string{"1 canary per class", "20 devices", "12.5 %", "50 %", "all"}, waves); diff != "" {
+		t.Error(diff)
+	}
+}
+
+// What a document does not say depends on what it says.
+func TestParseRolloutDefaults(t *testing.T) {
+	tests := []struct {
+		rollout string
+		want    Strategy
+	}{
+		{"{}", Strategy{}},
+		{"{waves: [{canary: 2}]}", Strategy{Waves: []Wave{{Canary: 2}}, AwayAfter: DefaultAwayAfter}},
+		{"{gates: {p99: 2}}", Strategy{Gates: []Gate{{P99, 2}}, MinSample: DefaultMinSample}},
+		{"{waves: [{percent: 100}], awayAfter: 0s, gates: {p99: 2}, minSample: 0}", Strategy{Waves: []Wave{{Percent: 100}}, Gates: []Gate{{P99, 2}}}},
+	}
+	for _, tt := range tests {
+		tt.want.OnFailure, tt.want.Deadline = RollBack, DefaultDeadline
+		got, err := Parse(deploymentDoc("{model: m, version: 1, selector: {}, rollout: " + tt.rollout + "}"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if diff := cmp.Diff(tt.want, got[0].Deployment.Rollout); diff != "" {
+			t.Errorf("%s: %s", tt.rollout, diff)
+		}
+	}
+}
+
 func TestParseFaults(t *testing.T) {
 	tests := []struct {
 		name, text string
@@ -100,7 +210,7 @@ func TestParseFaults(t *testing.T) {
 		{"missing fields", deploymentDoc("{model: m}"), []string{
 			"document 1, line 4:8: spec.version: is missing", "document 1, line 4:8: spec.selector: is missing"}},
 		{"no value", deploymentDoc("{model: , version: 1, selector: {}}"), []string{"document 1, line 4:8: spec.model: has no value"}},
-		{"unknown kind", "apiVersion: dunlin/v1\nkind: Pod\nmetadata: {name: d}\nspec: {}", []string{`document 1, line 2:1: kind: "Pod" is not known, it must be Deployment or Route`}},
+		{"unknown kind", "apiVersion: dunlin/v1\nkind: Pod\nmetadata: {name: d}\nspec: {}", []string{`document 1, line 2:1: kind: "Pod" is not known, it must be Deployment, Route, Maintenance or Freeze`}},
 		{"key twice", deploymentDoc("{model: a, model: b, version: 1, selector: {}}"), []string{"document 1, line 4:18: spec.model: is there twice"}},
 		{"number too large", deploymentDoc("{model: m, version: 99999999999999999999, selector: {}}"), []string{"document 1, line 4:18: spec.version: is "}},
 		{"float", deploymentDoc("{model: m, version: 1.5, selector: {}}"), []string{"document 1, line 4:18: spec.version: is the number 1.5, it must be a whole number"}},
@@ -109,6 +219,60 @@ func TestParseFaults(t *testing.T) {
 		{"label key", deploymentDoc("{model: m, version: 1, selector: {-a: x}}"), []string{`document 1, line 4:41: spec.selector.-a: label key "-a": allowed are`}},
 		{"too many labels", deploymentDoc("{model: m, version: 1, selector: {" + many(65, "k%d: v") + "}}"), []string{"document 1, line 4:30: spec.selector: has 65 entries, the limit is 64"}},
 		{"selector no mapping", deploymentDoc("{model: m, version: 1, selector: [a]}"), []string{"document 1, line 4:30: spec.selector: is a sequence, it must be a mapping"}},
+		{"all faults of a rollout", deploymentDoc(`
+  model: m
+  version: 1
+  selector: {}
+  rollout:
+    waves:
+      - {canary: 0}
+      - {count: 10, percent: 1}
+      - {}
+      - {percent: 20}
+      - {percent: 20.0}
+      - {canary: 1}
+      - {percent: 101}
+    soak: -1s
+    minSample: -1
+    gates: {errorRate: 0, p99: fast, energy: 0.5, confidence: .inf, heat: 1}
+    onFailure: retry
+    awayAfter: 1000h
+  delivery: {priority: 1001, maxBytes: -1, windows: ["22:00", "mon 24:00-01:00", "mon-fun 10:00-11:00", "10:00-10:00", 7], metered: maybe}
+`), []string{
+			`document 1, line 10:10: spec.rollout.waves[0].canary: is 0, allowed are 1 to 1000000`,
+			`document 1, line 11:10: spec.rollout.waves[1]: has 2 of canary, count and percent, it must have one`,
+			`document 1, line 12:9: spec.rollout.waves[2]: has 0 of canary, count and percent, it must have one`,
+			`document 1, line 14:10: spec.rollout.waves[4].percent: is 20, the wave before has 20: each wave includes those before and must be larger`,
+			`document 1, line 15:10: spec.rollout.waves[5].canary: comes after a wave of another kind, canaries are the first waves`,
+			`document 1, line 16:10: spec.rollout.waves[6].percent: is 101, allowed are 0.01 to 100`,
+			`document 1, line 17:5: spec.rollout.soak: is -1s, allowed are 0s to 720h0m0s`,
+			`document 1, line 18:5: spec.rollout.minSample: is -1, allowed are 0 to 1000000000`,
+			`document 1, line 19:13: spec.rollout.gates.errorRate: is 0, allowed are 0.0001 to 1`,
+			`document 1, line 19:27: spec.rollout.gates.p99: is the string "fast", it must be a number of 1 to 100`,
+			`document 1, line 19:38: spec.rollout.gates.energy: is 0.5, allowed are 1 to 100`,
+			`document 1, line 19:51: spec.rollout.gates.confidence: is the number .inf, it must be a number of 0.01 to 10`,
+			`document 1, line 19:69: spec.rollout.gates.heat: is not known, known are errorRate, p99, energy, confidence`,
+			`document 1, line 20:5: spec.rollout.onFailure: is "retry", it must be rollback or halt`,
+			`document 1, line 21:5: spec.rollout.awayAfter: is 1000h0m0s, allowed are 0s to 720h0m0s`,
+			`document 1, line 22:14: spec.delivery.priority: is 1001, allowed are 0 to 1000`,
+			`document 1, line 22:30: spec.delivery.maxBytes: is -1, allowed are 0 to `,
+			`document 1, line 22:54: spec.delivery.windows[0]: times "22:00" are not two of 00:00 to 24:00, it must be like mon-fri 22:00-05:00`,
+			`document 1, line 22:63: spec.delivery.windows[1]: "mon 24:00-01:00" begins at 24:00, the last beginning is 23:59`,
+			`document 1, line 22:82: spec.delivery.windows[2]: days "mon-fun" are not of mon, tue, wed, thu, fri, sat and sun`,
+			`document 1, line 22:105: spec.delivery.windows[3]: "10:00-10:00" is empty; the whole day is 00:00-24:00`,
+			`document 1, line 22:120: spec.delivery.windows[4]: is the number 7, it must be a string`,
+			`document 1, line 22:124: spec.delivery.metered: is the string "maybe", it must be true or false`,
+		}},
+		{"waves after all", deploymentDoc("{model: m, version: 1, selector: {}, rollout: {waves: [{percent: 100}, {count: 7}]}}"), []string{"document 1, line 4:79: spec.rollout.waves[1]: comes after a wave of all devices"}},
+		{"no wave", deploymentDoc("{model: m, version: 1, selector: {}, rollout: {waves: []}}"), []string{"document 1, line 4:54: spec.rollout.waves: has 0 entries, allowed are 1 to 20"}},
+		{"agents answer no requests", routeDoc("[{model: dunlin-agent, weight: 1}]"), []string{"document 1, line 4:19: spec.targets[0].model: dunlin-agent is the agent program"}},
+		{"freeze", freezeDoc("{reason: '', until: tomorrow}"), []string{
+			"document 1, line 4:8: spec.selector: is missing", "document 1, line 4:8: spec.reason: has 0 characters, allowed are 1 to 200",
+			`document 1, line 4:20: spec.until: is "tomorrow", it must be a time like 2026-12-24T18:00:00Z`}},
+		{"freeze with a control character", freezeDoc(`{selector: {}, reason: "a\ab"}`), []string{"document 1, line 4:22: spec.reason: "}},
+		{"maintenance", maintenanceDoc("{selector: {}, windows: [], timezone: Mars/Olympus}"), []string{
+			"document 1, line 4:22: spec.windows: has 0 entries, allowed are 1 to 32", `document 1, line 4:35: spec.timezone: "Mars/Olympus" is not known, it must be an IANA name`}},
+		{"local time", maintenanceDoc("{selector: {}, windows: ["00:00-24:00"], timezone: Local}"), []string{`document 1, line 4:48: spec.timezone: "Local" is not known`}},
 		{"no targets", routeDoc("[]"), []string{"document 1, line 4:8: spec.targets: has 0 entries, allowed are 1 to 64"}},
 		{"too many targets", routeDoc("[" + many(65, "{model: m%d, weight: 1}") + "]"), []string{"document 1, line 4:8: spec.targets: has 65 entries, allowed are 1 to 64"}},
 		{"target twice", routeDoc("[{model: m, weight: 1}, {model: m, weight: 2}]"), []string{"document 1, line 4:42: spec.targets[1]: is the same target as spec.targets[0]"}},
@@ -180,12 +344,76 @@ func drawLabels(t *rapid.T) map[string]string {
 	return rapid.MapOfN(rapid.StringMatching(text), rapid.StringMatching(`|true|null|1|1e3|0x1F|`+text), 0, 5).Draw(t, "labels")
 }
 
+func drawWindows(t *rapid.T, least int) []*dunlinv1.TimeWindow {
+	var all []*dunlinv1.TimeWindow
+	for range rapid.IntRange(least, 3).Draw(t, "windows") {
+		w := &dunlinv1.TimeWindow{FromMinute: rapid.Uint32Range(0, 1439).Draw(t, "from"), ToMinute: rapid.Uint32Range(0, 1440).Draw(t, "to"), Days: rapid.Uint32Range(0, 126).Draw(t, "days")}
+		if w.FromMinute == w.ToMinute {
+			w.ToMinute++
+		}
+		all = append(all, w)
+	}
+	return all
+}
+
+func drawDuration(t *rapid.T, least, most time.Duration, label string) time.Duration {
+	return time.Duration(rapid.Int64Range(int64(least), int64(most)).Draw(t, label))
+}
+
+func drawStrategy(t *rapid.T) Strategy {
+	s := Strategy{
+		MinSample: rapid.Uint64Range(0, MaxSample).Draw(t, "sample"), OnFailure: rapid.SampledFrom([]OnFailure{RollBack, Halt}).Draw(t, "on failure"),
+		MaxFailed: rapid.IntRange(0, MaxFailedLimit).Draw(t, "max failed"), Deadline: drawDuration(t, MinDeadline, MaxDeadline, "deadline"),
+		Soak: drawDuration(t, 0, MaxDuration, "soak"), AwayAfter: drawDuration(t, 0, MaxDuration, "away"),
+	}
+	canary, devices, percent := 0, 0, 0.
+	for range rapid.IntRange(0, 2).Draw(t, "canaries") {
+		canary += rapid.IntRange(1, 5).Draw(t, "canary")
+		s.Waves = append(s.Waves, Wave{Canary: canary})
+	}
+	for range rapid.IntRange(0, 4).Draw(t, "waves") {
+		if rapid.Bool().Draw(t, "count") {
+			devices += rapid.IntRange(1, 1000).Draw(t, "devices")
+			s.Waves = append(s.Waves, Wave{Count: devices})
+		} else {
+			percent += rapid.Float64Range(0.01, 24).Draw(t, "percent")
+			s.Waves = append(s.Waves, Wave{Percent: percent})
+		}
+	}
+	for _, g := range gateLimits {
+		if rapid.Bool().Draw(t, string(g.kind)) {
+			s.Gates = append(s.Gates, Gate{g.kind, rapid.Float64Range(g.least, g.most).Draw(t, "limit")})
+		}
+	}
+	if rapid.Bool().Draw(t, "defaults") {
+		s.MinSample, s.AwayAfter = s.defaults()
+	}
+	return s
+}
+
 func drawObject(t *rapid.T) Object {
-	if rapid.Bool().Draw(t, "deployment") {
-		return Object{Deployment: &Deployment{
+	switch rapid.SampledFrom(Kinds).Draw(t, "kind") {
+	case KindDeployment:
+		d := &Deployment{
 			Name: drawName(t, "name"), Model: drawName(t, "model"), Version: rapid.Int64Range(1, models.MaxVersion).Draw(t, "version"), Selector: drawLabels(t),
-			Rollout: Strategy{MaxFailed: rapid.IntRange(0, MaxFailedLimit).Draw(t, "max failed"), Deadline: time.Duration(rapid.Int64Range(int64(MinDeadline), int64(MaxDeadline)).Draw(t, "deadline"))},
-		}}
+			Rollout: drawStrategy(t),
+		}
+		if rapid.Bool().Draw(t, "delivery") {
+			d.Delivery = &dunlinv1.Delivery{
+				Priority: rapid.Uint32Range(0, MaxPriority).Draw(t, "priority"), MaxBytes: rapid.Uint64Range(1, MaxDeliveryBytes).Draw(t, "bytes"),
+				Metered: rapid.Bool().Draw(t, "metered"), Windows: drawWindows(t, 0),
+			}
+		}
+		return Object{Deployment: d}
+	case KindFreeze:
+		f := &Freeze{Name: drawName(t, "name"), Selector: drawLabels(t), Reason: rapid.StringMatching(`[ -~äöü:#'"|>]{1,40}`).Draw(t, "reason")}
+		if rapid.Bool().Draw(t, "until") {
+			f.Until = time.Unix(rapid.Int64Range(0, 1<<37).Draw(t, "seconds"), 0).UTC()
+		}
+		return Object{Freeze: f}
+	case KindMaintenance:
+		zone := rapid.SampledFrom([]string{"UTC", "Europe/Berlin", "America/St_Johns"}).Draw(t, "zone")
+		return Object{Maintenance: &Maintenance{Name: drawName(t, "name"), Selector: drawLabels(t), Windows: drawWindows(t, 1), TimeZone: zone}}
 	}
 	r := &Route{Name: drawName(t, "name")}
 	for i := range rapid.IntRange(1, 5).Draw(t, "targets") {
@@ -201,7 +429,7 @@ func TestCanonicalRoundTrip(t *testing.T) {
 		if err != nil {
 			t.Fatalf("%v\n%s", err, o.YAML())
 		}
-		if diff := cmp.Diff([]Object{o}, got, cmpopts.IgnoreUnexported(Object{}), cmpopts.EquateEmpty()); diff != "" {
+		if diff := cmp.Diff([]Object{o}, got, cmpopts.IgnoreUnexported(Object{}), cmpopts.EquateEmpty(), protocmp.Transform()); diff != "" {
 			t.Fatal(diff)
 		}
 		if again := got[0].YAML(); again != o.YAML() {
@@ -213,6 +441,9 @@ func TestCanonicalRoundTrip(t *testing.T) {
 func FuzzParse(f *testing.F) {
 	f.Add(good)
 	f.Add(deploymentDoc("{model: m, version: 1, selector: {a: b}}"))
+	f.Add(deploymentDoc(wholeRollout))
+	f.Add(freezeDoc("{selector: {}, reason: 'stock: taking', until: 2026-12-24T18:00:00+01:00}"))
+	f.Add(maintenanceDoc("{selector: {a: b}, windows: ['mon-fri 22:00-05:00', '00:00-24:00'], timezone: Europe/Berlin}"))
 	f.Add("a: [b, {c: d}]\n...\n--- |\n x\n")
 	f.Add("? a\n: b\n!!str c: *d")
 	f.Fuzz(func(t *testing.T, text string) {

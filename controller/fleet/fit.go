@@ -135,6 +135,7 @@ type Fit struct {
 	Total   uint64 // what all versions that the device should have take, with the largest of their runs
 	Budget  uint64 // 0: not known
 	Disk    bool   // it does not fit for want of room on the disk
+	InPlace bool   // it and the version before do not fit in memory together: that one is unloaded first
 }
 
 // Fitter says what fits. It is not changed once made, and safe for concurrent
@@ -367,6 +368,23 @@ func together(fits []Fit, i int, oversize bool) {
 		}
 		fit.Reason = reason
 	}
+}
+
+// mustReplace says whether the version before has to leave the memory before a
+// version that fits there comes in, and why. What the device has beside them
+// does not count: it can leave by turns.
+func (f *Fitter) mustReplace(d Device, before Version, fit *Fit) (reason string, must bool) {
+	old := f.Need(d, before)
+	if old.Memory == SourceUnknown || fit.Need.Memory == SourceUnknown || fit.Budget == 0 {
+		return "", false
+	}
+	oversize := d.Limits.GetOversize()
+	both := sum(sum(charged(old, fit.Budget, oversize), charged(fit.Need, fit.Budget, oversize)), max(old.Workspace, fit.Need.Workspace))
+	if both <= fit.Budget {
+		return "", false
+	}
+	return fmt.Sprintf("it takes the place of %s:%d, which is unloaded first: together they need %s, the budget is %s",
+		before.Model, before.Version, size(both), size(fit.Budget)), true
 }
 
 // charged is what a version takes of the budget while nothing runs: as on the

@@ -31,6 +31,7 @@ type Device struct {
 	DiskBytes uint64                 // of the file system with its files; 0: not known
 	DiskFree  *uint64                // of that; nil: not known
 	Has       map[string]Holding     // by the digest of a version's manifest
+	Closed    string                 // why no change may begin on it now, as Compiler.Closed says; empty: it may
 }
 
 // Holding is what a device has of a version.
@@ -46,6 +47,8 @@ type Version struct {
 	Digest    string // of its bundle's manifest
 	SizeBytes uint64
 	Bundle    *Bundle // nil: it was pushed before this was kept
+	// Of a release of the agent: what its program says of itself, "0.9.0".
+	AgentVersion string
 	// Digests of the manifests that hold its bundle's signatures.
 	Signatures []string
 }

@@ -70,13 +70,166 @@ type Rollout struct {
 	WaveReadyAt   time.Time // since when its devices are ready; zero: they are not
 	Promoted      bool      // an operator said not to wait for the present wave
 	Gates         []GateResult
+
+	Since time.Time // from when deadlines count: the wave began, was resumed, or the rollback began; zero: not stepped yet
+	Cause string    // why it was paused, halted or rolled back
+	Anew  bool      // what is counted before the next step does not count for gates
+	// Discount is what was counted of the new version before an operator
+	// resumed or promoted, by class: gates are judged by what came after.
+	Discount []ClassFigures
+}
+
+// Gives says which version a device should have by this rollout, as the newest
+// of its deployment; version 0: none. A device that it does not know, as one
+// that joins now, counts as one that is not admitted.
+//
+// It is the new version for those that are admitted, and, once the rollout has
+// succeeded, for all; else it is the one before, which all have when it was
+// rolled back. Where a rollout of one wave failed and there is no version
+// before, the new one stays deployed.
+func (r Rollout) Gives(device string) (model string, version int64) {
+	switch r.State {
+	case Succeeded:
+		return r.Model, r.To
+	case Failed:
+		if len(r.Strategy.AllWaves()) == 1 {
+			return r.Model, r.To
+		}
+	case RollingBack, RolledBack:
+		return r.Back(), r.From
+	}
+	if d, ok := r.Device(device); ok && !d.AdmittedAt.IsZero() || r.same() {
+		return r.Model, r.To
+	}
+	return r.Back(), r.From
+}
+
+// Device gives a device's part of the rollout.
+func (r Rollout) Device(name string) (RolloutDevice, bool) {
+	i, ok := slices.BinarySearchFunc(r.Devices, name, func(d RolloutDevice, name string) int { return cmp.Compare(d.Device, name) })
+	if !ok {
+		return RolloutDevice{}, false
+	}
+	return r.Devices[i], true
+}
+
+// Changes says whether the rollout is changing a device now, so that a later
+// rollout leaves it alone: for Observation.Busy of that one. Nothing waits for
+// ever: a rollout that an operator has to take on changes nothing, nor does
+// one whose device is ready, has failed, is late or away for long.
+func (r Rollout) Changes(device string, now time.Time) bool {
+	d, ok := r.Device(device)
+	switch {
+	case !ok || d.AdmittedAt.IsZero() || d.Excused || d.Forgiven:
+		return false
+	case r.State == Running:
+		return d.Phase != DeviceReady && d.Phase != DeviceFailed && !r.late(d, now)
+	case r.State == RollingBack:
+		return d.Phase != DeviceRolledBack && d.Phase != DeviceFailed && !r.late(d, now)
+	}
+	return false
+}
+
+// late says whether a device has not been ready for longer than the deadline.
+func (r Rollout) late(d RolloutDevice, now time.Time) bool {
+	return !d.BehindSince.IsZero() && !now.Before(r.dueAt(d))
+}
+
+func (r Rollout) dueAt(d RolloutDevice) time.Time {
+	from := d.BehindSince
+	if r.Since.After(from) {
+		from = r.Since
+	}
+	return from.Add(r.Strategy.Deadline)
+}
+
+// LastGood gives the version that a new rollout of a deployment comes from:
+// that which all its devices have, or were to have again, when nothing is under
+// way. That is the version of its newest rollout where that succeeded, and
+// else the one before that: of a rollout that is given up midway, the new
+// version is not proven, and its devices get the last good one until their
+// wave comes. history holds the deployment's rollouts since it was made, in
+// any order; 0: there is none.
+func LastGood(history []Rollout) (model string, version int64) {
+	if len(history) == 0 {
+		return "", 0
+	}
+	newest := slices.MaxFunc(history, func(a, b Rollout) int { return cmp.Compare(a.Number, b.Number) })
+	if newest.State == Succeeded {
+		return newest.Model, newest.To
+	}
+	if newest.From == 0 {
+		return "", 0
+	}
+	return newest.Back(), newest.From
+}
+
+// WaveProgress is how far a wave is.
+type WaveProgress struct {
+	Wave                            Wave
+	Devices, Ready, Failed, Excused int
+	StartedAt                       time.Time // zero: it has not begun
+}
+
+// Progress gives how far each wave is.
+func (r Rollout) Progress() []WaveProgress {
+	var all []WaveProgress
+	for _, w := range r.Strategy.AllWaves() {
+		all = append(all, WaveProgress{Wave: w})
+	}
+	for _, d := range r.Devices {
+		if d.Wave < 1 || d.Wave > len(all) {
+			continue
+		}
+		w := &all[d.Wave-1]
+		w.Devices++
+		switch {
+		case d.Phase == DeviceReady:
+			w.Ready++
+		case d.Phase == DeviceFailed:
+			w.Failed++
+		case d.Excused:
+			w.Excused++
+		}
+		if !d.AdmittedAt.IsZero() && (w.StartedAt.IsZero() || d.AdmittedAt.Before(w.StartedAt)) {
+			w.StartedAt = d.AdmittedAt
+		}
+	}
+	return all
+}
+
+// SoaksUntil gives when the present wave may be over at the earliest; zero:
+// not known.
+func (r Rollout) SoaksUntil() time.Time {
+	if r.State != Running || r.WaveReadyAt.IsZero() {
+		return time.Time{}
+	}
+	return r.WaveReadyAt.Add(r.Strategy.Soak)
 }
 
 // ID names the rollout.
 func (r Rollout) ID() string { return fmt.Sprintf("%s-%d", r.Deployment, r.Number) }
 
-// Equal says whether r and o are the same in everything.
+// Back gives the model of the version before.
+func (r Rollout) Back() string { return cmp.Or(r.FromModel, r.Model) }
+
+// same says whether the version before is the new one: only the devices
+// changed, and there is nothing to compare or to go back to.
+func (r Rollout) same() bool { return r.From == r.To && r.Back() == r.Model }
+
+// before writes the version before for people.
+func (r Rollout) before() string { return fmt.Sprintf("%s:%d", r.Back(), r.From) }
+
+// Equal says whether r and o are the same in everything but the figures of
+// their gates.
 func (r Rollout) Equal(o Rollout) bool {
+	gates := slices.EqualFunc(r.Gates, o.Gates, func(a, b GateResult) bool { return a.Gate == b.Gate && a.Class == b.Class && a.Verdict == b.Verdict })
+	discount := slices.EqualFunc(r.Discount, o.Discount, func(a, b ClassFigures) bool {
+		return a.Class == b.Class && a.New.Equal(b.New) && a.Old.Equal(b.Old)
+	})
+	if !gates || !discount || !r.Since.Equal(o.Since) || r.Cause != o.Cause || r.Anew != o.Anew {
+		return false
+	}
 	same := slices.Equal(r.Devices, o.Devices) && r.Wave == o.Wave && r.WaveStartedAt.Equal(o.WaveStartedAt) && r.WaveReadyAt.Equal(o.WaveReadyAt) && r.Promoted == o.Promoted && r.FromModel == o.FromModel && r.StartedAt.Equal(o.StartedAt) && r.EndedAt.Equal(o.EndedAt)
 	return same && r.Number == o.Number && r.Deployment == o.Deployment && r.Model == o.Model && r.From == o.From && r.To == o.To &&
 		r.Strategy.Equal(o.Strategy) && r.State == o.State && r.Reason == o.Reason
@@ -93,7 +246,12 @@ type RolloutDevice struct {
 	BytesTotal   uint64
 	AdmittedAt   time.Time // zero: it is not given the version
 	ReadyAt      time.Time // zero: it is not ready
-	Excused      bool      // away for so long that its wave does not wait for it
+	BehindSince  time.Time // since when it could be ready and is not; zero: it is, or cannot be
+	// Excused: it was away for so long that its wave does not wait for it, or
+	// an operator said not to wait. It counts when it fails.
+	Excused  bool
+	Forgiven bool // it had failed when an operator went on: that does not count
+	Joined   bool // after the first wave began: it is for the last one
 }
 
 // Observation is what is known of one device and the version of a rollout.
@@ -148,102 +306,13 @@ type Action struct {
 	Decision Decision
 }
 
-// Supersede ends a running rollout because of a newer one, or of what reason says.
+// Supersede ends a rollout that has not ended because of a newer one, or of
+// what reason says.
 func (r Rollout) Supersede(now time.Time, reason string) Rollout {
-	if r.State == Running {
+	if !r.State.Ended() {
 		r.State, r.Reason, r.EndedAt = Superseded, reason, now
 	}
 	return r
-}
-
-// Step takes in what is known of all devices that the deployment counts for.
-// The rollout succeeds when every connected one serves the version, at least
-// one does, and no more than Strategy.MaxFailed refused it; it fails with one
-// refusal more or at the deadline, and otherwise names what it waits for.
-// Devices that are away do not hold it up, yet one that refused counts. A
-// rollout that has ended is given back as it is. Step changes neither r's
-// devices nor the observations.
-func (r Rollout) Step(now time.Time, observations []Observation) (Rollout, []Action) {
-	if r.State != Running {
-		return r, nil
-	}
-	var ready, away int
-	var failed, waiting []string
-	var actions []Action
-	var devices []RolloutDevice
-	for _, o := range observations {
-		d := progress(o)
-		devices = append(devices, d)
-		switch {
-		case d.Phase == DeviceReady:
-			ready++
-		case d.Phase == DeviceFailed:
-			failed = append(failed, o.Device)
-		case o.Connected:
-			waiting = append(waiting, o.Device)
-			actions = append(actions, Action{Kind: Ask, Device: o.Device})
-		default:
-			away++
-		}
-	}
-	byName := func(a, b RolloutDevice) int { return cmp.Compare(a.Device, b.Device) }
-	slices.SortFunc(devices, byName)
-	slices.Sort(waiting)
-	slices.Sort(failed)
-	slices.SortFunc(actions, func(a, b Action) int { return cmp.Compare(a.Device, b.Device) })
-	r.Devices = devices
-
-	end := func(s State, reason string) (Rollout, []Action) {
-		r.State, r.Reason, r.EndedAt = s, reason, now
-		return r, []Action{{Kind: End}}
-	}
-	refused := func() string {
-		return fmt.Sprintf("%s refused the version, allowed are %d: %s", count(len(failed)), r.Strategy.MaxFailed, reasons(devices))
-	}
-	deadline := r.StartedAt.Add(r.Strategy.Deadline)
-	var cause string
-	switch {
-	case len(failed) > r.Strategy.MaxFailed:
-		return end(Failed, refused())
-	case len(waiting) > 0:
-		cause = fmt.Sprintf("waits for %d of %s: %s", len(waiting), count(len(devices)), list(waiting))
-	case ready > 0:
-		return end(Succeeded, fmt.Sprintf("%s of %d ready%s", count(ready), len(devices), others(away, len(failed))))
-	case len(devices) == 0:
-		cause = "waits for a device: none matches the selector"
-	case away > 0:
-		cause = fmt.Sprintf("waits for a device: none of %s that match is connected", count(len(devices)))
-	default:
-		return end(Failed, "no device serves the version: "+refused())
-	}
-	if !now.Before(deadline) {
-		return end(Failed, fmt.Sprintf("the deadline of %s passed: %s", r.Strategy.Deadline, cause))
-	}
-	r.Reason = cause
-	return r, append(actions, Action{Kind: Wake, At: deadline})
-}
-
-func progress(o Observation) RolloutDevice {
-	d := RolloutDevice{Device: o.Device, Phase: DevicePending}
-	if o.Refused != "" {
-		d.Phase, d.Reason = DeviceFailed, o.Refused
-		return d
-	}
-	if o.Observed {
-		d.BytesPresent, d.BytesTotal, d.Reason = o.BytesPresent, o.BytesTotal, o.Reason
-		switch {
-		case o.Quarantined:
-			d.Phase = DeviceFailed
-		case o.Serving:
-			d.Phase, d.Reason = DeviceReady, ""
-		default:
-			d.Phase = DeviceWorking
-		}
-	}
-	if !o.Connected && d.Phase != DeviceReady && d.Phase != DeviceFailed {
-		d.Reason = "away"
-	}
-	return d
 }
 
 func count(n int) string {
@@ -253,13 +322,16 @@ func count(n int) string {
 	return fmt.Sprintf("%d devices", n)
 }
 
-func others(away, failed int) string {
+func others(away, failed, late int) string {
 	var s string
 	if away > 0 {
 		s += fmt.Sprintf(", %d away", away)
 	}
 	if failed > 0 {
 		s += fmt.Sprintf(", %d refused it", failed)
+	}
+	if late > 0 {
+		s += fmt.Sprintf(", %d not ready in time", late)
 	}
 	return s
 }
@@ -279,7 +351,7 @@ func list(names []string) string {
 func reasons(devices []RolloutDevice) string {
 	var parts []string
 	for _, d := range devices {
-		if d.Phase == DeviceFailed {
+		if d.Phase == DeviceFailed && d.Wave > 0 && !d.Forgiven {
 			parts = append(parts, fmt.Sprintf("%s (%s)", d.Device, clipTo(d.Reason, maxReason)))
 		}
 	}

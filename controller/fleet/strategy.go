@@ -1,7 +1,9 @@
 package fleet
 
 import (
+	"fmt"
 	"slices"
+	"strconv"
 	"time"
 
 	"github.com/dunlin/dunlin/internal/sketch"
@@ -11,12 +13,23 @@ import (
 type Strategy struct {
 	Waves     []Wave        // none: one wave with every device
 	Soak      time.Duration // that a wave runs, once it is ready, before the next begins
-	MinSample uint64        // requests to the new version that a wave needs for its gates to be judged
+	MinSample uint64        // requests to each version that a gate needs on a class of devices, beside what it needs itself
 	Gates     []Gate
-	OnFailure OnFailure     // what a failed gate, or too many refusals, lead to
-	MaxFailed int           // devices that may refuse the version, in all waves together
-	Deadline  time.Duration // of a wave, from its start until it is ready and has its sample
+	OnFailure OnFailure // what a failed gate, or too many refusals, lead to
+	MaxFailed int       // devices that may refuse the version, or not be ready in time, in all waves together
+	// Deadline bounds how long a device takes to be ready once it is given the
+	// version, and how long a wave waits for its sample once it is ready and
+	// has soaked.
+	Deadline  time.Duration
 	AwayAfter time.Duration // a device that has been away for so long does not hold a wave up
+}
+
+// AllWaves gives the waves with the last one, in which every device is.
+func (s Strategy) AllWaves() []Wave {
+	if n := len(s.Waves); n > 0 && s.Waves[n-1].Percent == 100 {
+		return s.Waves
+	}
+	return append(slices.Clone(s.Waves), Wave{Percent: 100})
 }
 
 // Equal says whether two strategies are the same in everything.
@@ -32,6 +45,22 @@ type Wave struct {
 	Canary  int     // so many devices of each class
 	Count   int     // devices
 	Percent float64 // above 0, up to 100
+}
+
+// String writes the wave as people are shown it: "1 canary per class", "20
+// devices", "10 %", "all".
+func (w Wave) String() string {
+	switch {
+	case w.Canary == 1:
+		return "1 canary per class"
+	case w.Canary > 1:
+		return fmt.Sprintf("%d canaries per class", w.Canary)
+	case w.Count > 0:
+		return count(w.Count)
+	case w.Percent == 100:
+		return "all"
+	}
+	return strconv.FormatFloat(w.Percent, 'f', -1, 64) + " %"
 }
 
 // OnFailure is what a failed rollout leads to.
@@ -81,6 +110,30 @@ func (f Figures) Add(o Figures) Figures {
 	// Of devices of which some do not measure it, none counts.
 	sum.Energy = (f.Energy || f.Requests == 0) && (o.Energy || o.Requests == 0) && (f.Energy || o.Energy)
 	return sum
+}
+
+// Since gives what was counted after an earlier state of the same figures.
+// Where a count is less than before, it began anew.
+func (f Figures) Since(before Figures) Figures {
+	if before.Requests > f.Requests || before.Failures > f.Failures || before.Rows > f.Rows || before.Joules > f.Joules {
+		return f
+	}
+	f.Requests, f.Failures, f.Rows = f.Requests-before.Requests, f.Failures-before.Failures, f.Rows-before.Rows
+	f.Latency, f.Confidence = f.Latency.Since(before.Latency), f.Confidence.Since(before.Confidence)
+	f.Joules -= before.Joules
+	return f
+}
+
+// Equal says whether two figures are the same.
+func (f Figures) Equal(o Figures) bool {
+	return f.Requests == o.Requests && f.Failures == o.Failures && f.Rows == o.Rows && f.Joules == o.Joules && f.Energy == o.Energy &&
+		slices.Equal(f.Latency, o.Latency) && slices.Equal(f.Confidence, o.Confidence)
+}
+
+// ClassFigures are the figures of both versions on one class of devices.
+type ClassFigures struct {
+	Class    string
+	New, Old Figures
 }
 
 // GateVerdict is what came of a gate.

@@ -462,5 +462,5 @@ func (r *Registry) link(blobs map[string]digest.Digest) (dir string, remove func
 }
 
 func (r *Registry) blobPath(d digest.Digest) string {
-	return filepath.Join(r.root, filepath.FromSlash(storageDir), "blobs", d.Algorithm().String(), d.Encoded()[:2], d.Encoded(), "data")
+	return filepath.Join(r.root, filepath.FromSlash(blobFile(d)))
 }

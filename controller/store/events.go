@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/types/known/timestamppb"
 
 	dunlinv1 "github.com/dunlin/dunlin/proto/dunlin/v1"
 )
@@ -56,8 +57,10 @@ func (s *Store) AddEvents(ctx context.Context, device, outbox string, events []*
 			return fmt.Errorf("device %s: %w", device, ErrNotFound)
 		}
 		var last sql.Null[int64]
+		var restored bool
 		if err := tx.QueryRowContext(ctx, `SELECT coalesce((SELECT last_sequence FROM outboxes WHERE device = ? AND outbox = ?),
-			(SELECT max(sequence) FROM events WHERE device = ? AND outbox = ?))`, device, outbox, device, outbox).Scan(&last); err != nil {
+			(SELECT max(sequence) FROM events WHERE device = ? AND outbox = ?)), EXISTS (SELECT 1 FROM outboxes WHERE device = ? AND outbox = ? AND restored = 1)`,
+			device, outbox, device, outbox, device, outbox).Scan(&last, &restored); err != nil {
 			return err
 		}
 		if !last.Valid && len(events) > 0 {
@@ -65,6 +68,9 @@ func (s *Store) AddEvents(ctx context.Context, device, outbox string, events []*
 		}
 		stored = uint64(last.V)
 		now, profiles := s.now().UnixNano(), false
+		if first := events; restored && len(first) > 0 && first[0].GetSequence() > stored+1 && first[0].GetKind() != GapKind {
+			events = append([]*dunlinv1.Event{restoredGap(stored+1, first[0].GetSequence()-1, now)}, events...)
+		}
 		for _, e := range events {
 			if e.GetSequence() <= stored {
 				continue
@@ -99,7 +105,7 @@ func (s *Store) AddEvents(ctx context.Context, device, outbox string, events []*
 				return err
 			}
 		}
-		if _, err := tx.ExecContext(ctx, "INSERT INTO outboxes (device, outbox, last_sequence, heard_at) VALUES (?, ?, ?, ?) ON CONFLICT (device, outbox) DO UPDATE SET last_sequence = excluded.last_sequence, heard_at = excluded.heard_at",
+		if _, err := tx.ExecContext(ctx, "INSERT INTO outboxes (device, outbox, last_sequence, heard_at) VALUES (?, ?, ?, ?) ON CONFLICT (device, outbox) DO UPDATE SET last_sequence = excluded.last_sequence, heard_at = excluded.heard_at, restored = 0",
 			device, outbox, int64(stored), now); err != nil {
 			return err
 		}
@@ -107,6 +113,14 @@ func (s *Store) AddEvents(ctx context.Context, device, outbox string, events []*
 		return err
 	})
 	return stored, measured, err
+}
+
+// restoredGap stands for the events that only the store before had.
+func restoredGap(first, last uint64, at int64) *dunlinv1.Event {
+	return &dunlinv1.Event{
+		Sequence: last, At: timestamppb.New(instant(at)), Kind: GapKind, Severity: dunlinv1.Severity_SEVERITY_WARNING,
+		Message: fmt.Sprintf("events %d to %d came after the copy was made from which the controller was restored", first, last),
+	}
 }
 
 // Events gives the newest events first, of a device or, where device is

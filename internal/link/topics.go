@@ -40,6 +40,7 @@ const (
 	Telemetry = "telemetry" // up: dunlinv1.Telemetry
 	Request   = "request"   // up: dunlinv1.BlockRequest
 	Fetch     = "fetch"     // up: dunlinv1.FetchRequest
+	Sources   = "sources"   // up: dunlinv1.SourcesRequest
 	Gone      = "gone"      // up: dunlinv1.Gone
 )
 
@@ -52,7 +53,7 @@ const (
 )
 
 var downKinds = []string{Desired, Command, Block, Data}
-var upKinds = []string{Hello, Reported, Events, Telemetry, Request, Fetch, Gone}
+var upKinds = []string{Hello, Reported, Events, Telemetry, Request, Fetch, Sources, Gone}
 
 // controlKinds are those that every session subscribes to.
 var controlKinds = []string{Desired, Command, Block}

@@ -1,0 +1,148 @@
+package dispatch
+
+import (
+	"cmp"
+	"context"
+	"crypto/sha256"
+	"encoding/binary"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/dunlin/dunlin/controller/store"
+	"github.com/dunlin/dunlin/internal/link"
+	dunlinv1 "github.com/dunlin/dunlin/proto/dunlin/v1"
+)
+
+// siteLabel is the label of a device that says at which site it is: devices
+// with the same value fetch bundles from each other.
+const siteLabel = "site"
+
+const (
+	// maxSources bounds the devices that a device is told of.
+	maxSources = 8
+	// sitesFor is how long what is known of the sites is used: a hundred devices
+	// that ask at once read the store once.
+	sitesFor = 5 * time.Second
+)
+
+// sites keeps who can give bundles to the others of a site.
+type sites struct {
+	turn chan struct{} // held by who reads the store
+
+	mu     sync.Mutex // guards what follows
+	at     time.Time
+	bySite map[string][]*store.Device
+	site   map[string]string // by device
+}
+
+func newSites() *sites { return &sites{turn: make(chan struct{}, 1)} }
+
+// sources answers who of a device's site has a bundle.
+func (d *Dispatcher) sources(ctx context.Context, device string, q *dunlinv1.SourcesRequest) error {
+	near, err := d.sites.near(ctx, d.store, device, d.now())
+	if err != nil {
+		return err
+	}
+	d.send(link.Down(device, link.Command), link.Command, &dunlinv1.Command{Command: &dunlinv1.Command_Sources{
+		Sources: &dunlinv1.Sources{Digest: q.GetDigest(), Sources: pickSources(device, q.GetDigest(), near)},
+	}})
+	return nil
+}
+
+// near gives the connected devices of a device's site that give to others.
+func (s *sites) near(ctx context.Context, from *store.Store, device string, now time.Time) ([]*store.Device, error) {
+	select {
+	case s.turn <- struct{}{}:
+		defer func() { <-s.turn }()
+	case <-ctx.Done():
+		return nil, ctx.Err()
+	}
+	s.mu.Lock()
+	fresh := !s.at.IsZero() && now.Sub(s.at) < sitesFor
+	s.mu.Unlock()
+	if !fresh {
+		all, err := from.Devices(ctx)
+		if err != nil {
+			return nil, err
+		}
+		bySite, site := map[string][]*store.Device{}, map[string]string{}
+		for _, d := range all {
+			at := d.Labels[siteLabel]
+			if at == "" {
+				continue
+			}
+			site[d.Name] = at
+			if d.Connected && d.Info.GetSiteUrl() != "" {
+				bySite[at] = append(bySite[at], d)
+			}
+		}
+		s.mu.Lock()
+		s.at, s.bySite, s.site = now, bySite, site
+		s.mu.Unlock()
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.bySite[s.site[device]], nil
+}
+
+// pickSources gives those of a site that a device should ask for a bundle:
+// first those that have it, each device in an order of its own, so that they
+// are asked alike; then caches that would fetch it, in an order that is the
+// bundle's, so that one of them does. It is pure.
+func pickSources(device, digest string, near []*store.Device) []*dunlinv1.Source {
+	type candidate struct {
+		*dunlinv1.Source
+		has   bool
+		order uint64
+	}
+	var all []candidate
+	for _, d := range near {
+		if d.Name == device {
+			continue
+		}
+		c := candidate{Source: &dunlinv1.Source{Device: d.Name, Url: d.Info.GetSiteUrl(), Cache: d.Info.GetSiteCache()}}
+		c.has = slices.ContainsFunc(d.Reported.GetVersions(), func(v *dunlinv1.VersionStatus) bool {
+			return v.GetDigest() == digest && stored(v.GetState())
+		})
+		switch {
+		case c.has:
+			c.order = spread(device, d.Name)
+		case c.Cache:
+			c.order = spread(digest, d.Name)
+		default:
+			continue
+		}
+		all = append(all, c)
+	}
+	slices.SortFunc(all, func(a, b candidate) int {
+		if a.has != b.has {
+			if a.has {
+				return -1
+			}
+			return 1
+		}
+		return cmp.Or(cmp.Compare(a.order, b.order), cmp.Compare(a.Device, b.Device))
+	})
+	var picked []*dunlinv1.Source
+	for _, c := range all[:min(len(all), maxSources)] {
+		picked = append(picked, c.Source)
+	}
+	return picked
+}
+
+// stored says whether a version in this state is whole on its device.
+func stored(s dunlinv1.VersionState) bool {
+	switch s {
+	case dunlinv1.VersionState_VERSION_STATE_STORED, dunlinv1.VersionState_VERSION_STATE_COMPILED, dunlinv1.VersionState_VERSION_STATE_WARM,
+		dunlinv1.VersionState_VERSION_STATE_RESIDENT, dunlinv1.VersionState_VERSION_STATE_DRAINING:
+		return true
+	}
+	return false
+}
+
+// spread puts pairs in an order that follows from nothing else.
+func spread(a, b string) uint64 {
+	sum := sha256.Sum256([]byte(a + "\x00" + b))
+	return binary.BigEndian.Uint64(sum[:])
+}
