@@ -44,6 +44,7 @@ const (
 	loading
 	unloading
 	removing
+	repairing   // fetching again what is wrong on the disk
 	serving     // requests for the model go to this version from now on
 	withdrawing // requests for the model are refused from now on
 	routing     // the routes in force have changed
@@ -51,11 +52,11 @@ const (
 )
 
 func (o op) String() string {
-	return [...]string{"idle", "fetch", "check", "load", "unload", "remove", "serve", "withdraw", "route", "cancel"}[o]
+	return [...]string{"idle", "fetch", "check", "load", "unload", "remove", "repair", "serve", "withdraw", "route", "cancel"}[o]
 }
 
 // How many versions may be busy with one thing at a time; the others wait.
-var busyLimit = map[op]int{fetching: 2, checking: 1, loading: 2}
+var busyLimit = map[op]int{fetching: 2, checking: 1, loading: 2, repairing: 1}
 
 // action is an op on a version.
 type action struct {
@@ -85,6 +86,7 @@ type version struct {
 	broken     bool            // was loaded, and cannot run any more
 	admitted   bool            // its signatures have been verified, as those of this name
 	signatures []digest.Digest // of the manifests that hold them
+	damage     *damage         // of its bundle; nil: it is whole
 	quarantine string
 	refused    bool   // the quarantine is for its signatures
 	reverted   bool   // the quarantine is for what it did in the place of a good one
@@ -215,6 +217,7 @@ func (c *core) next(now time.Time) []action {
 			acts = append(acts, action{op: withdrawing, key: have.key})
 		}
 		acts = c.advance(acts, m, byModel[m], now)
+		acts = c.repair(acts, byModel[m], now)
 		acts = c.discard(acts, m, byModel[m], now)
 		if c.changing[m] && (c.desired[m] == nil || c.serving[m] != nil || !slices.ContainsFunc(byModel[m], (*version).coming)) {
 			delete(c.changing, m)
@@ -311,7 +314,9 @@ func (c *core) serve(acts []action, model string, versions []*version, now time.
 }
 
 // ready says whether requests can be given to the version.
-func (v *version) ready() bool { return v.stage == resident && v.busy == idle && !v.broken }
+func (v *version) ready() bool {
+	return v.stage == resident && (v.busy == idle || v.busy == repairing) && !v.broken
+}
 
 // advance takes a model's wanted version one step further, or brings back
 // the good one while that takes time, or where it has failed.
@@ -328,10 +333,10 @@ func (c *core) advance(acts []action, model string, versions []*version, now tim
 		}
 		return acts
 	}
-	if want == nil || want.busy != idle || want.stage == resident && !want.broken && want.quarantine == "" {
+	if want == nil || want.busy != idle && want.busy != repairing || want.stage == resident && !want.broken && want.quarantine == "" {
 		return acts
 	}
-	if want.broken {
+	if want.broken && want.busy == idle {
 		if now.Before(want.notBefore) {
 			return acts
 		}
@@ -396,7 +401,9 @@ func resumesFirst(a, b *version) int {
 }
 
 // due says whether a try may be made.
-func (v *version) due(now time.Time) bool { return v.quarantine == "" && !now.Before(v.notBefore) }
+func (v *version) due(now time.Time) bool {
+	return v.quarantine == "" && v.damage == nil && !now.Before(v.notBefore)
+}
 
 // inTheWay gives a loaded version of the same name, as both cannot be loaded, or
 // any loaded one where v is to be loaded in place of it.
@@ -414,7 +421,7 @@ func (c *core) inTheWay(v *version, versions []*version) *version {
 // being written or removed.
 func (c *core) bundleBusy(v *version) bool {
 	for _, o := range c.versions {
-		if o != v && o.digest == v.digest && (o.busy == fetching || o.busy == removing) {
+		if o != v && o.digest == v.digest && (o.busy == fetching || o.busy == removing || o.busy == repairing) {
 			return true
 		}
 	}
@@ -496,12 +503,13 @@ func (c *core) done(k key, result outcome, now time.Time) {
 	was, cancelled := v.busy, v.cancelled
 	v.busy, v.cancelled = idle, false
 	switch {
-	case was == fetching:
+	case was == fetching || was == repairing:
 		c.cramped = result.noRoom
 	case was == loading && result.err != nil:
 		v.broken = false
 	}
 	if result.lost {
+		v.damage = nil // there is nothing of it
 		v.stage, v.since, v.checked, v.good, v.resumes = absent, now, false, false, false
 	}
 	if result.err != nil {
@@ -548,11 +556,14 @@ func (c *core) done(k key, result outcome, now time.Time) {
 		v.stage, v.since = stored, now
 	case fetching:
 		v.stage, v.since, v.admitted = stored, now, true
+	case repairing:
+		c.repaired(v.digest)
 	case checking:
 		v.checked, v.doubtful = true, false
 	case loading:
 		v.stage, v.since = resident, now
 	case removing:
+		v.damage = nil
 		if c.cramped {
 			c.retry() // there is more room now
 		}

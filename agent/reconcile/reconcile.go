@@ -95,7 +95,8 @@ type Config struct {
 	// Counts, where not nil, gives those of a loaded version; without, only time
 	// tells whether a version has proven itself.
 	Counts    func(engine.VersionID) (Counts, bool)
-	Probation Probation // DefaultProbation where it is zero
+	Probation Probation     // DefaultProbation where it is zero
+	Inspect   time.Duration // how often installed bundles are looked at; 30 s where 0
 	// Agent is told which release of the agent is wanted, nil for none, at the
 	// start and with each document; it must not wait. nil: nobody is.
 	Agent func(*dunlinv1.DesiredAgent)
@@ -107,16 +108,19 @@ type Config struct {
 // Reconciler is the one owner of what a device runs. Run runs it; the other
 // methods may be called concurrently with it and never wait for it.
 type Reconciler struct {
-	cfg     Config
-	folder  *bundles // Config.Dir; nil where the disk is simulated
-	bundles storage  // folder, or Config.Disk
-	desires chan *dunlinv1.Desired
-	retries chan struct{}
-	trusted chan struct{}
-	lost    chan lost
-	changed chan struct{}
-	report  atomic.Pointer[dunlinv1.Reported]
-	have    atomic.Pointer[dunlinv1.Generation]
+	cfg       Config
+	folder    *bundles // Config.Dir; nil where the disk is simulated
+	bundles   storage  // folder, or Config.Disk
+	desires   chan *dunlinv1.Desired
+	retries   chan struct{}
+	trusted   chan struct{}
+	lost      chan lost
+	changed   chan struct{}
+	found     chan finding // by inspect
+	outsides  chan []*dunlinv1.Drift
+	installed atomic.Pointer[[]digest.Digest] // for inspect
+	report    atomic.Pointer[dunlinv1.Reported]
+	have      atomic.Pointer[dunlinv1.Generation]
 
 	// What follows is Run's.
 	core      *core
@@ -128,7 +132,8 @@ type Reconciler struct {
 	running   sync.WaitGroup
 	refused   [sha256.Size]byte // the last document that was refused
 	saved     map[key]state.Version
-	unsaved   bool // the state file could not be written
+	unsaved   bool              // the state file could not be written
+	outside   []*dunlinv1.Drift // what others have found
 	fallback  map[string]int64
 	changing  map[string]bool
 }
@@ -178,6 +183,7 @@ func New(cfg Config) (*Reconciler, error) {
 	}
 	return &Reconciler{
 		cfg: cfg, folder: folder, bundles: held, gates: g, core: core,
+		found: make(chan finding), outsides: make(chan []*dunlinv1.Drift, 1),
 		desires: make(chan *dunlinv1.Desired, 1), retries: make(chan struct{}, 1), trusted: make(chan struct{}, 1), changed: make(chan struct{}, 1), lost: make(chan lost, maxLost),
 		downloads: map[key]*download{}, cancels: map[key]context.CancelFunc{}, ended: make(chan ending),
 		saved: map[key]state.Version{},
@@ -242,6 +248,9 @@ func (r *Reconciler) Run(ctx context.Context) error {
 		return fmt.Errorf("restore what the device ran: %w", err)
 	}
 	defer r.running.Wait()
+	if r.folder != nil {
+		r.running.Go(func() { r.inspect(ctx) })
+	}
 	wake := time.NewTimer(0)
 	defer wake.Stop()
 	for {
@@ -256,6 +265,10 @@ func (r *Reconciler) Run(ctx context.Context) error {
 			r.finish(ctx, e)
 		case l := <-r.lost:
 			r.condemn(l)
+		case f := <-r.found:
+			r.discover(f)
+		case all := <-r.outsides:
+			r.outsideChanged(all)
 		case <-r.retries:
 			r.core.retry()
 		case <-r.trusted:
@@ -510,6 +523,13 @@ func (r *Reconciler) begin(ctx context.Context, a action) {
 			err := r.fetch(ctx, d)
 			return d.present.Load() > before, err
 		}
+	case repairing:
+		delete(r.downloads, a.key) // what it knows of the files is not so any more
+		d := r.download(a.key)
+		work = func() (bool, error) {
+			err := r.mend(ctx, d)
+			return d.fetched.Load() > 0, err
+		}
 	case checking, loading:
 		v := r.core.versions[a.key]
 		good := v.good || v.resumes
@@ -671,6 +691,10 @@ func (r *Reconciler) finish(ctx context.Context, e ending) {
 		log.Info("download waits", "for", v.waitsFor, "until", v.notBefore.Round(time.Second))
 	case e.err != nil && v.failure != "":
 		log.Warn("failed, trying again", "op", e.op, "error", e.err, "in", o.wait.Round(time.Millisecond))
+	case e.err == nil && e.op == repairing:
+		delete(r.downloads, e.key)
+		log.Info("repaired")
+		r.event("drift.repaired", dunlinv1.Severity_SEVERITY_INFO, e.key, "")
 	case e.err == nil && e.op == fetching:
 		v.size = cmp.Or(uint64(r.downloads[e.key].total.Load()), v.size)
 		delete(r.downloads, e.key)
@@ -703,7 +727,7 @@ func (r *Reconciler) condemn(l lost) {
 // signatures, that have changed since it began.
 func (r *Reconciler) outdated(e ending) bool {
 	d := r.downloads[e.key]
-	return e.op == fetching && (d.judged != r.cfg.Trust() || !slices.Equal(d.signatures, r.core.versions[e.key].signatures))
+	return (e.op == fetching || e.op == repairing) && (d.judged != r.cfg.Trust() || !slices.Equal(d.signatures, r.core.versions[e.key].signatures))
 }
 
 // permanent says whether an op that failed would fail again.

@@ -155,6 +155,7 @@ type testDevice struct {
 	stop     func()
 	// probation is short where a test does not say otherwise.
 	probation Probation
+	inspect   time.Duration // 0: as rarely as devices do
 }
 
 func trustAll() *signing.Trust { return signing.TrustAll }
@@ -171,7 +172,7 @@ func (d *testDevice) start() {
 	d.Reconciler, err = New(Config{
 		Dir: filepath.Join(d.dir, "bundles"), Disk: d.disk, Registry: d.registry.registry, Stall: 200 * time.Millisecond, State: store, Trust: d.trusts,
 		Engine: d.simulated, Check: d.Check, Passing: func(err error) bool { return !errors.Is(err, errNotAModel) },
-		Front: d.simulated, Probation: d.probation, Standby: d.simulated.standby, Counts: d.simulated.count, Event: d.simulated.event, Log: testLog(d.t),
+		Front: d.simulated, Probation: d.probation, Inspect: d.inspect, Standby: d.simulated.standby, Counts: d.simulated.count, Event: d.simulated.event, Log: testLog(d.t),
 	})
 	if err != nil {
 		d.t.Fatal(err)

@@ -8,6 +8,7 @@ import (
 	"slices"
 	"time"
 
+	"github.com/opencontainers/go-digest"
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
@@ -65,9 +66,25 @@ func (r *Reconciler) publish() {
 		s.Ready = s.Reason == ""
 		rep.Routes = append(rep.Routes, s)
 	}
+	rep.Drifts = r.drifts()
+	r.list()
 	if old := r.report.Load(); old == nil || !proto.Equal(old, rep) {
 		r.report.Store(rep)
 		signal(r.changed)
+	}
+}
+
+// list says which bundles inspect looks at.
+func (r *Reconciler) list() {
+	var all []digest.Digest
+	for _, v := range r.core.sorted() {
+		whole := v.stage != absent && v.damage == nil && v.busy != fetching && v.busy != removing && v.busy != repairing
+		if i := slices.Index(all, v.digest); whole && i < 0 && !r.core.bundleBusy(v) {
+			all = append(all, v.digest)
+		}
+	}
+	if old := r.installed.Load(); old == nil || !slices.Equal(*old, all) {
+		r.installed.Store(&all)
 	}
 }
 
