@@ -71,11 +71,13 @@ func Run(ctx context.Context, cfg Config) (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, store.Close()) }()
+	files := watchedFiles(cfg.file, cfg.RuntimeLib)
 	a, err := newAgent(ctx, cfg, profile, info, store, l.url())
 	if err != nil {
 		return err
 	}
-	return a.run(ctx, l, a.metrics(l), part{"alarms", a.watch.run}, part{"reconcile", a.follow.Reconcile.Run}, part{"controller", a.follow.Run})
+	return a.run(ctx, l, a.metrics(l), part{"alarms", a.watch.run}, part{"reconcile", a.follow.Reconcile.Run}, part{"controller", a.follow.Run},
+		part{"drift", func(ctx context.Context) error { return a.watchDrift(ctx, files) }})
 }
 
 // newAgent puts the parts together; info describes the device, and url is where

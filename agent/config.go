@@ -172,6 +172,7 @@ type Config struct {
 	Name       string            `yaml:"name"`       // of the device; the host's where empty
 	Labels     map[string]string `yaml:"labels"`     // of the device
 
+	file       string              // that settings were read from; "": none
 	roots      []*x509.Certificate // of CA
 	maxBackoff time.Duration       // of the link, see link.Config; for tests
 }
@@ -230,7 +231,7 @@ func parseInto(cfg *Config, name string, args []string, getenv func(string) stri
 	labels := map[string]string{}
 	err := program.Source{
 		Program: name, Notes: commands, Prefix: "DUNLIN_AGENT_",
-		Args: args, Getenv: getenv, Help: help,
+		Args: args, Getenv: getenv, Help: help, File: &cfg.file,
 	}.Load(append([]program.Setting{
 		{Name: "data", Usage: "`folder` of everything that the agent keeps", Value: &cfg.Data},
 		{Name: "controller", Usage: "base `URL` of the controller, or mqtts://host:port of its broker; without one, serve what is there", Value: &cfg.Controller},
