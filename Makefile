@@ -9,7 +9,9 @@ GOVULNCHECK := go run golang.org/x/vuln/cmd/govulncheck@v1.8.0
 # NVML's header marks functions that its binding calls as deprecated.
 export CGO_CFLAGS := -O2 -g -Wno-deprecated-declarations
 
-GOBUILD  := go build -trimpath -ldflags='-s -w'
+# make build VERSION=0.7.1 builds that version; without it, the one that the source is of.
+VERSION  ?=
+GOBUILD  := go build -trimpath -ldflags='-s -w $(if $(VERSION),-X github.com/dunlin/dunlin/internal/program.version=$(VERSION))'
 FUZZTIME ?= 30s
 
 # Puts the path of the ONNX Runtime library into the environment of what follows.
@@ -24,7 +26,7 @@ build: ## Build the three programs into bin/
 
 .PHONY: cross
 cross: ## Build the agent for linux/arm64, glibc 2.31 or newer, into bin/linux-arm64/
-	@sh internal/cross/build.sh
+	@VERSION=$(VERSION) sh internal/cross/build.sh
 
 runtime: ## Fetch the ONNX Runtime library into .cache/ and print its path
 	@sh agent/ort/fetch-runtime.sh
@@ -107,6 +109,11 @@ bench-crash: ## Measure how long callers wait when the worker process is killed
 .PHONY: bench-identity
 bench-identity: ## Measure devices that join, connect, are revoked and change authority; try who may do what
 	@go run ./bench/identity
+
+.PHONY: bench-fleet
+DEVICES ?= 10000
+bench-fleet: ## One controller with DEVICES (default 10000) simulated devices: connect, change, restart; against a bare broker
+	@go build -o bin/bench-fleet ./bench/fleet && bin/bench-fleet --devices $(DEVICES)
 
 bench-overcommit: ## Serve 40 models in memory for 5: against memory for all, sessions made anew, the disk
 	@$(WITH_RUNTIME) go build -o bin/overcommit ./bench/overcommit && bin/overcommit

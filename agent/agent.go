@@ -3,28 +3,21 @@ package agent
 
 import (
 	"context"
-	"crypto/rand"
 	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
 	"strconv"
-	"sync"
-	"sync/atomic"
-	"time"
-
-	"google.golang.org/protobuf/proto"
 
 	"github.com/dunlin/dunlin/agent/engine"
-	"github.com/dunlin/dunlin/agent/identity"
+	"github.com/dunlin/dunlin/agent/follow"
+	"github.com/dunlin/dunlin/agent/inband"
 	"github.com/dunlin/dunlin/agent/oip"
 	"github.com/dunlin/dunlin/agent/reconcile"
 	"github.com/dunlin/dunlin/agent/state"
 	"github.com/dunlin/dunlin/agent/worker"
 	profiles "github.com/dunlin/dunlin/firmware-profiles"
-	"github.com/dunlin/dunlin/internal/link"
 	"github.com/dunlin/dunlin/internal/program"
-	"github.com/dunlin/dunlin/models/signing"
 	dunlinv1 "github.com/dunlin/dunlin/proto/dunlin/v1"
 	"github.com/dunlin/dunlin/proto/inference"
 )
@@ -40,20 +33,14 @@ const (
 // what its parts share.
 type agent struct {
 	*host
-	cfg       Config
-	profile   profiles.Profile
-	store     *state.Store
-	identity  *identity.Device
-	reconcile *reconcile.Reconciler
-	watch     *watch
-	outbox    chan struct{}                 // an event was appended
-	stoodDown bool                          // as the store has it; linkState's
-	trust     atomic.Pointer[signing.Trust] // nil: none yet
-	lacks     error                         // why it cannot be the device that it was; nil: it can
-
-	mu   sync.Mutex // guards what follows
-	info *dunlinv1.DeviceInfo
-	link *link.Link // nil until the device has joined
+	cfg     Config
+	profile profiles.Profile
+	follow  *follow.Follower
+	imports *imports
+	giver   *giver // nil: it gives others of its site nothing
+	watch   *watch
+	update  updater
+	before  []string // models that were served before the last change of programs
 }
 
 // Run runs an agent until ctx is done, and gives nil then, or until a part of
@@ -93,47 +80,63 @@ func Run(ctx context.Context, cfg Config) (err error) {
 	if err != nil {
 		return err
 	}
-	return a.run(ctx, l, a.metrics(l), part{"alarms", a.watch.run}, part{"reconcile", a.reconcile.Run}, part{"controller", a.control})
+	if l.had {
+		a.hold = a.awaitServed
+	}
+	return a.run(ctx, l, a.metrics(l), part{"alarms", a.watch.run}, part{"imports", a.followImports}, part{"site", a.giver.run}, part{"reconcile", a.follow.Reconcile.Run}, part{"controller", a.follow.Run}, part{"update", a.runUpdates})
 }
 
 // newAgent puts the parts together; info describes the device, and url is where
 // it answers.
-func newAgent(ctx context.Context, cfg Config, profile profiles.Profile, info *dunlinv1.DeviceInfo, store *state.Store, url string) (*agent, error) {
-	a := &agent{
-		cfg: cfg, profile: profile, store: store, outbox: make(chan struct{}, 1),
-		info: info,
-	}
-	a.info.AgentVersion, a.info.ServingUrl = program.Version(), url
-	var err error
-	trust, err := store.Trust(ctx)
-	if err != nil && !errors.Is(err, state.ErrNone) {
+func newAgent(ctx context.Context, cfg Config, profile profiles.Profile, info *dunlinv1.DeviceInfo, store *state.Store, url string) (_ *agent, err error) {
+	a := &agent{cfg: cfg, profile: profile}
+	travels, err := cfg.linkOf(profile.Link)
+	if err != nil {
 		return nil, err
 	}
-	a.trust.Store(trust)
-	if a.identity, err = identity.Open(ctx, a.identityConfig()); err != nil {
-		if _, none := store.Desired(ctx); none != nil {
-			return nil, err
-		}
-		a.identity, a.lacks = identity.New(a.identityConfig()), err
+	if a.giver, err = a.newGiver(info); err != nil {
+		return nil, err
 	}
+	defer func() {
+		if err != nil {
+			a.giver.close()
+		}
+	}()
+	info.AgentVersion, info.ServingUrl = program.Version(), url
 	w := cfg.Serving.workerConfig(profile.Threads)
 	w.OnDeath, w.OnLost = a.died, a.lost
 	w.Folders = []string{filepath.Join(cfg.Data, bundlesFolder)}
 	if a.host, err = newHost(cfg.Serving, profile, cfg.Data, w); err != nil {
 		return nil, err
 	}
-	a.info.Limits = a.limits(worker.Runtime{})
+	info.Limits = a.limits(worker.Runtime{})
 	a.source, a.opened = following{a}, a.describe
 	a.watch = a.newWatch(cfg.machine, profile, a.event)
 	if f := a.host.profiler; f != nil {
-		f.measured, f.controller = a.profiled, func() string { return a.reconcile.Generation().GetIncarnation() }
+		f.measured, f.controller = a.profiled, func() string { return a.follow.Reconcile.Generation().GetIncarnation() }
 	}
-	a.reconcile, err = reconcile.New(reconcile.Config{
-		Dir: filepath.Join(cfg.Data, bundlesFolder), Registry: a.registry, Reserve: uint64(profile.Storage.ReserveBytes),
-		State: store, Now: a.identity.Now, Trust: a.trust.Load, Engine: a.engine, Check: a.check, Passing: passing, Front: a.front, Event: a.event, Log: cfg.Log,
+	a.imports = &imports{dir: filepath.Join(cfg.Data, importsFolder)}
+	if a.update, err = a.newUpdater(); err != nil {
+		return nil, err
+	}
+	a.follow, err = follow.New(ctx, follow.Config{
+		Delivery: inband.Mode(cfg.Delivery), Local: a.imports.source,
+		Store: store, Identity: cfg.identity(store), Info: info, Ready: a.tried, Labels: cfg.Labels,
+		Program: a.update, Sample: a.watch.telemetry, Versions: a.engine.Versions, IdleWatts: profile.Power.IdleWatts, MaxBackoff: cfg.maxBackoff, Log: cfg.Log,
+		Reconcile: reconcile.Config{
+			Dir: filepath.Join(cfg.Data, bundlesFolder), Reserve: uint64(profile.Storage.ReserveBytes),
+			Link: func() reconcile.Link { return travels }, Shelf: a.giver.of(),
+			Engine: a.engine, Check: a.check, Passing: passing, Front: a.front, Log: cfg.Log,
+		},
 	})
+	if err == nil {
+		a.retired = a.follow.Retired
+	}
 	return a, err
 }
+
+// event keeps an event for the controller.
+func (a *agent) event(e *dunlinv1.Event) { a.follow.Event(e) }
 
 // died tells the controller of a death of the worker process.
 func (a *agent) died(d worker.Death) {
@@ -151,104 +154,7 @@ func (a *agent) lost(id engine.VersionID, reason error) {
 	a.event(&dunlinv1.Event{
 		Kind: "version.lost", Severity: dunlinv1.Severity_SEVERITY_ERROR, Model: id.Model, Version: id.Version, Message: reason.Error(),
 	})
-	a.reconcile.Lost(id, reason)
-}
-
-// control joins where that has not been done, and then talks to the
-// controller.
-func (a *agent) control(ctx context.Context) error {
-	if a.cfg.Controller == "" && a.lacks == nil && !a.identity.Joined() {
-		a.cfg.Log.Info("no controller is named: serving what is on the device")
-		<-ctx.Done()
-		return nil
-	}
-	select {
-	case <-a.tried:
-	case <-ctx.Done():
-		return nil
-	}
-	err := a.lacks
-	if err == nil {
-		err = a.identity.Join(ctx, a.deviceInfo())
-	}
-	if err != nil {
-		if _, none := a.store.Desired(ctx); none != nil {
-			return err
-		}
-		// It followed a controller before: it had a secret, or a key.
-		a.cfg.Log.Error("serving what is on the device, until it is started with what it needs", "error", err)
-		<-ctx.Done()
-		return nil
-	}
-	l, err := a.newLink()
-	if err != nil {
-		return err
-	}
-	a.mu.Lock()
-	a.link = l
-	a.mu.Unlock()
-	if err := a.store.SetStoodDown(ctx, time.Time{}, ""); err != nil {
-		return err
-	}
-	var wg sync.WaitGroup
-	defer wg.Wait()
-	ctx, cancel := context.WithCancel(ctx)
-	defer cancel()
-	wg.Go(func() { a.identity.Run(ctx) })
-	wg.Go(func() { a.reconnect(ctx, l) })
-	return newSession(l, a).run(ctx)
-}
-
-// reconnect has the link use what the device's identity is now.
-func (a *agent) reconnect(ctx context.Context, l *link.Link) {
-	for {
-		select {
-		case <-a.identity.Changed():
-			if err := l.Reconnect(a.identity.Stored().BrokerURL); err != nil {
-				a.cfg.Log.Error("the connection stays the old one", "error", err)
-			}
-		case <-ctx.Done():
-			return
-		}
-	}
-}
-
-// linkState keeps for the doctor that the link is quiet, and tells the
-// identity that somebody answers. The link calls it, once at a time.
-func (a *agent) linkState(s link.State, cause error) {
-	if s == link.Connected || s == link.Refused {
-		a.identity.Reached()
-	}
-	var until time.Time
-	text := ""
-	if s == link.StoodDown {
-		until, text = time.Now().Add(link.StandDownFor), cause.Error()
-	} else if !a.stoodDown {
-		return
-	}
-	a.stoodDown = s == link.StoodDown
-	if err := a.store.SetStoodDown(context.Background(), until, text); err != nil {
-		a.cfg.Log.Error("the state of the connection is not kept", "error", err)
-	}
-}
-
-// newLink makes the link of a device that has joined.
-func (a *agent) newLink() (*link.Link, error) {
-	id := a.identity.Stored()
-	return link.New(link.Config{
-		BrokerURL: id.BrokerURL, Device: id.Device, BootID: rand.Text(), Log: a.cfg.Log,
-		TLS: a.identity.BrokerTLS, OnState: a.linkState,
-		Hello: func() *dunlinv1.Hello {
-			h := &dunlinv1.Hello{HaveGeneration: a.reconcile.Generation(), Info: a.deviceInfo(), Labels: a.cfg.Labels}
-			a.identity.Introduce(h)
-			return h
-		},
-	})
-}
-
-func (a *agent) registry() reconcile.Registry {
-	url, client := a.identity.Registry()
-	return reconcile.Registry{URL: url, Client: client}
+	a.follow.Reconcile.Lost(id, reason)
 }
 
 // passing says whether an error of loading is not the version's own.
@@ -258,19 +164,10 @@ func passing(err error) bool {
 
 // describe adds the runtime to what the device says of itself.
 func (a *agent) describe(found worker.Runtime) {
-	a.mu.Lock()
-	defer a.mu.Unlock()
-	info := proto.CloneOf(a.info)
-	info.RuntimeVersion, info.Providers = found.Version, usable(a.profile, found.Providers)
-	info.WeightPools, info.Limits = a.weightPools(found), a.limits(found)
-	a.info = info
-}
-
-// deviceInfo gives what the device says of itself; nobody changes it.
-func (a *agent) deviceInfo() *dunlinv1.DeviceInfo {
-	a.mu.Lock()
-	defer a.mu.Unlock()
-	return a.info
+	a.follow.Describe(func(info *dunlinv1.DeviceInfo) {
+		info.RuntimeVersion, info.Providers = found.Version, usable(a.profile, found.Providers)
+		info.WeightPools, info.Limits = a.weightPools(found), a.limits(found)
+	})
 }
 
 // following is the source of the models of a device that follows a controller.
@@ -278,7 +175,7 @@ type following struct{ agent *agent }
 
 // Ready says what of that which the controller wants is not served.
 func (d following) Ready() error {
-	report := d.agent.reconcile.Report()
+	report := d.agent.follow.Reconcile.Report()
 	if report == nil {
 		return errors.New("the state of the device is not known yet")
 	}
@@ -302,7 +199,7 @@ func (d following) Ready() error {
 // Index lists the versions on the device.
 func (d following) Index(context.Context) ([]*inference.RepositoryIndexResponse_ModelIndex, error) {
 	var all []*inference.RepositoryIndexResponse_ModelIndex
-	for _, v := range d.agent.reconcile.Report().GetVersions() {
+	for _, v := range d.agent.follow.Reconcile.Report().GetVersions() {
 		entry := &inference.RepositoryIndexResponse_ModelIndex{Name: v.Model, Version: strconv.FormatInt(v.Version, 10), State: "UNAVAILABLE", Reason: v.Reason}
 		if v.State == dunlinv1.VersionState_VERSION_STATE_RESIDENT {
 			entry.State, entry.Reason = "READY", ""
@@ -323,13 +220,4 @@ func (d following) Unload(_ context.Context, model string) error { return d.refu
 
 func (following) refuse(model string) error {
 	return oip.Errorf(oip.Forbidden, "model %q: the controller decides what this device serves; change its deployment with dunlin apply", model)
-}
-
-// event keeps an event for the controller.
-func (a *agent) event(e *dunlinv1.Event) {
-	if _, err := a.store.Append(context.Background(), e); err != nil {
-		a.cfg.Log.Error("event lost", "kind", e.Kind, "model", e.Model, "version", e.Version, "error", err)
-		return
-	}
-	signal(a.outbox)
 }

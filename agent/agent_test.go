@@ -60,7 +60,7 @@ func saysAndServes(t *testing.T, a *agent, log lines, why string) {
 	defer cancel()
 	close(a.tried)
 	ended := make(chan error, 1)
-	go func() { ended <- a.control(ctx) }()
+	go func() { ended <- a.follow.Run(ctx) }()
 	for {
 		select {
 		case line := <-log:
@@ -87,19 +87,19 @@ func TestServesWhereItCannotJoin(t *testing.T) {
 	desired := state.Desired{Incarnation: "i", Number: 1, SHA256: []byte{1}, Document: []byte{}}
 
 	cfg.JoinToken = ""
-	a := openAgent(t, cfg)
+	a, store := openAgentAndStore(t, cfg)
 	close(a.tried)
-	if err := a.control(t.Context()); err == nil || !strings.Contains(err.Error(), "no join token") {
+	if err := a.follow.Run(t.Context()); err == nil || !strings.Contains(err.Error(), "no join token") {
 		t.Errorf("without models: %v", err)
 	}
-	if err := a.store.SetDesired(t.Context(), desired); err != nil {
+	if err := store.SetDesired(t.Context(), desired); err != nil {
 		t.Fatal(err)
 	}
 	saysAndServes(t, openAgent(t, cfg), log, "no join token")
 
 	cfg.JoinToken = c.Token
-	a = openAgent(t, cfg)
-	if err := a.identity.Join(t.Context(), a.deviceInfo()); err != nil {
+	a, _ = openAgentAndStore(t, cfg)
+	if err := a.follow.Identity.Join(t.Context(), a.follow.Info()); err != nil {
 		t.Fatal(err)
 	}
 	if err := os.WriteFile(filepath.Join(cfg.Data, "device.key"), nil, 0o600); err != nil {
@@ -115,6 +115,13 @@ func TestServesWhereItCannotJoin(t *testing.T) {
 // openAgent puts the parts of an agent together, and starts none of them.
 func openAgent(t *testing.T, cfg Config) *agent {
 	t.Helper()
+	a, _ := openAgentAndStore(t, cfg)
+	return a
+}
+
+// openAgentAndStore is openAgent; it gives the store, too.
+func openAgentAndStore(t *testing.T, cfg Config) (*agent, *state.Store) {
+	t.Helper()
 	if err := os.MkdirAll(cfg.Data, 0o700); err != nil {
 		t.Fatal(err)
 	}
@@ -128,7 +135,7 @@ func openAgent(t *testing.T, cfg Config) *agent {
 	if err != nil {
 		t.Fatal(err)
 	}
-	return a
+	return a, store
 }
 
 // until asks again and again until there is no error.
@@ -343,7 +350,9 @@ func TestWholeDocumentEndsAssembly(t *testing.T) {
 	isHello := func(m proto.Message) bool { _, ok := m.(*dunlinv1.Hello); return ok }
 	isRequest := func(m proto.Message) bool { _, ok := m.(*dunlinv1.BlockRequest); return ok }
 	c.until("says hello", isHello)
-	_, long := large(2*link.MaxBlock, 1)
+	long := &dunlinv1.Desired{
+		Generation: &dunlinv1.Generation{Incarnation: "one", Number: 1}, Sha256: make([]byte, sha256.Size), SizeBytes: 2 * link.MaxBlock,
+	}
 	c.send("edge-1", link.Desired, long)
 	c.until("asks for a block", isRequest)
 	whole := desired(t, 1, nil)
@@ -375,20 +384,12 @@ func TestEventsArriveOnce(t *testing.T) {
 	const events, disconnects = 100, 10
 	c := startControl(t)
 	cfg := testConfig(t, c)
-	a := openAgent(t, cfg)
-	if err := a.identity.Join(t.Context(), a.info); err != nil {
-		t.Fatal(err)
-	}
-	l, err := link.New(link.Config{
-		BrokerURL: c.BrokerURL(), Device: cfg.Name, BootID: "boot", Log: cfg.Log, MaxBackoff: 50 * time.Millisecond,
-		TLS: a.identity.BrokerTLS,
-	})
-	if err != nil {
-		t.Fatal(err)
-	}
+	cfg.maxBackoff = 50 * time.Millisecond
+	a, store := openAgentAndStore(t, cfg)
+	close(a.tried)
 	ctx, cancel := context.WithCancel(t.Context())
 	done := make(chan error, 1)
-	go func() { done <- newSession(l, a).run(ctx) }()
+	go func() { done <- a.follow.Run(ctx) }()
 	raised := 0
 	raise := func() {
 		for range min(events/disconnects, events-raised) {
@@ -438,9 +439,9 @@ func TestEventsArriveOnce(t *testing.T) {
 	}
 	until(t, "forgets what was acknowledged", func() error {
 		c.send("edge-1", link.Command, &dunlinv1.Command{Command: &dunlinv1.Command_EventAck{EventAck: &dunlinv1.EventAck{
-			OutboxId: a.store.OutboxID(), Sequence: events,
+			OutboxId: store.OutboxID(), Sequence: events,
 		}}})
-		left, err := a.store.Pending(t.Context(), events)
+		left, err := store.Pending(t.Context(), events)
 		if err == nil && len(left) > 0 {
 			err = fmt.Errorf("%d events are left", len(left))
 		}

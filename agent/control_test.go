@@ -45,6 +45,8 @@ type control struct {
 	http *httptest.Server
 	up   chan proto.Message // what devices say, but for telemetry
 	key  crypto.Signer      // signs versions, and the trust document
+	// samples is the telemetry of devices, as far as there is room for it.
+	samples chan *dunlinv1.Telemetry
 
 	mu      sync.Mutex
 	broker  *mochi.Server
@@ -72,7 +74,7 @@ func (d *devices) OnACLCheck(*mochi.Client, string, bool) bool { return true }
 func startControl(t testing.TB) *control {
 	t.Helper()
 	key, trust := testTrust(t)
-	c := &control{Controller: identitytest.New(t, time.Now), t: t, key: key, up: make(chan proto.Message, 4096), blobs: map[digest.Digest][]byte{}}
+	c := &control{Controller: identitytest.New(t, time.Now), t: t, key: key, up: make(chan proto.Message, 4096), samples: make(chan *dunlinv1.Telemetry, 256), blobs: map[digest.Digest][]byte{}}
 	c.Trust = []*dunlinv1.SignedTrust{trust}
 	c.BrokerURL = func() string {
 		c.mu.Lock()
@@ -124,13 +126,20 @@ func (c *control) heard(topic string, payload []byte) {
 	}
 	m := map[string]proto.Message{
 		link.Hello: &dunlinv1.Hello{}, link.Reported: &dunlinv1.Reported{}, link.Events: &dunlinv1.EventBatch{},
-		link.Gone: &dunlinv1.Gone{}, link.Request: &dunlinv1.BlockRequest{},
+		link.Gone: &dunlinv1.Gone{}, link.Request: &dunlinv1.BlockRequest{}, link.Telemetry: &dunlinv1.Telemetry{},
 	}[kind]
 	if m == nil {
 		return
 	}
 	if err := proto.Unmarshal(payload, m); err != nil {
 		c.t.Errorf("%s: %v", topic, err)
+		return
+	}
+	if t, ok := m.(*dunlinv1.Telemetry); ok {
+		select {
+		case c.samples <- t:
+		default:
+		}
 		return
 	}
 	c.up <- m

@@ -46,7 +46,7 @@ func (a *agent) metrics(l *ports) http.Handler {
 		prometheus.NewGaugeFunc(prometheus.GaugeOpts{
 			Name: "dunlin_agent_certificate_expiry_seconds", Help: "End of the device's certificate, in seconds since 1970; 0 until it has one.",
 		}, func() float64 {
-			if c := a.identity.Certificate(); c != nil {
+			if c := a.follow.Identity.Certificate(); c != nil {
 				return float64(c.NotAfter.Unix())
 			}
 			return 0
@@ -66,9 +66,7 @@ func (s linkStates) Describe(ch chan<- *prometheus.Desc) { ch <- linkStateNow }
 
 // Collect implements prometheus.Collector.
 func (s linkStates) Collect(ch chan<- prometheus.Metric) {
-	s.mu.Lock()
-	l := s.link
-	s.mu.Unlock()
+	l := s.follow.Link()
 	if l == nil {
 		return
 	}
@@ -85,9 +83,7 @@ func (s linkStates) Collect(ch chan<- prometheus.Metric) {
 // linkCounter exports a count of the link, 0 until the device has joined.
 func (a *agent) linkCounter(name, help string, count func(*link.Link) uint64) prometheus.Collector {
 	return prometheus.NewCounterFunc(prometheus.CounterOpts{Name: name, Help: help}, func() float64 {
-		a.mu.Lock()
-		l := a.link
-		a.mu.Unlock()
+		l := a.follow.Link()
 		if l == nil {
 			return 0
 		}

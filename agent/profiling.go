@@ -554,7 +554,7 @@ var errUnreported = errors.New("the version is not reported yet")
 // profiled tells the controller of a version's profile.
 func (a *agent) profiled(id engine.VersionID, p *dunlinv1.ModelProfile) error {
 	digest := ""
-	for _, v := range a.reconcile.Report().GetVersions() {
+	for _, v := range a.follow.Reconcile.Report().GetVersions() {
 		if v.Model == id.Model && v.Version == id.Version && v.State == dunlinv1.VersionState_VERSION_STATE_RESIDENT {
 			digest = v.Digest
 		}
@@ -562,11 +562,7 @@ func (a *agent) profiled(id engine.VersionID, p *dunlinv1.ModelProfile) error {
 	if digest == "" {
 		return errUnreported
 	}
-	if _, err := a.store.Append(context.Background(), profileEvent(id, digest, p)); err != nil {
-		return err
-	}
-	signal(a.outbox)
-	return nil
+	return a.follow.Append(profileEvent(id, digest, p))
 }
 
 // checkProfiles says how many models have been measured.

@@ -92,6 +92,9 @@ func newSimulated(d *sim.Device, p profiles.Profile, cfg worker.Config) *simulat
 			cfg.OnDeath(worker.Death{Err: &worker.DeathError{Status: "simulated"}, InFlight: running})
 		})
 	}
+	if cfg.OnLost != nil {
+		d.OnLost(cfg.OnLost)
+	}
 	return &simulated{d, p}
 }
 

@@ -69,16 +69,16 @@ func nextTrust(t testing.TB, key crypto.Signer, after *dunlinv1.SignedTrust, cha
 func TestTakeTrust(t *testing.T) {
 	c := startControl(t)
 	cfg := testConfig(t, c)
-	a := openAgent(t, cfg)
+	a, store := openAgentAndStore(t, cfg)
 	second := nextTrust(t, c.key, c.Trust[0], nil)
 	third := nextTrust(t, c.key, second, nil)
 	// A join that was cut short begins anew: the device believes nobody yet.
 	for range 2 {
-		if err := a.takeTrust(t.Context(), []*dunlinv1.SignedTrust{c.Trust[0], second}); err != nil || a.trust.Load().Version() != 2 {
+		if err := a.follow.TakeTrust(t.Context(), []*dunlinv1.SignedTrust{c.Trust[0], second}); err != nil || a.follow.Trust().Version() != 2 {
 			t.Errorf("a join that is repeated: %v", err)
 		}
 	}
-	if err := a.identity.Join(t.Context(), a.deviceInfo()); err != nil {
+	if err := a.follow.Identity.Join(t.Context(), a.follow.Info()); err != nil {
 		t.Fatal(err)
 	}
 	for _, step := range []struct {
@@ -92,19 +92,19 @@ func TestTakeTrust(t *testing.T) {
 		{[]*dunlinv1.SignedTrust{second, third}, 3, ""},
 		{[]*dunlinv1.SignedTrust{c.Trust[0]}, 3, "is older than the one in force"},
 	} {
-		err := a.takeTrust(t.Context(), step.chain)
+		err := a.follow.TakeTrust(t.Context(), step.chain)
 		if (err == nil) != (step.err == "") || err != nil && !strings.Contains(err.Error(), step.err) {
 			t.Errorf("error %v, want %q in it", err, step.err)
 		}
-		if got := a.trust.Load(); (got == nil) != (step.want == 0) || got != nil && got.Version() != step.want {
+		if got := a.follow.Trust(); (got == nil) != (step.want == 0) || got != nil && got.Version() != step.want {
 			t.Errorf("has document %v, want %d", got, step.want)
 		}
 	}
-	stored, err := a.store.Trust(t.Context())
+	stored, err := store.Trust(t.Context())
 	if err != nil || stored.Version() != 3 {
 		t.Errorf("stored %v, %v", stored, err)
 	}
-	events, err := a.store.Pending(t.Context(), 10)
+	events, err := store.Pending(t.Context(), 10)
 	if err != nil || len(events) != 2 || events[0].Kind != "trust.refused" {
 		t.Errorf("events %v, %v", events, err)
 	}

@@ -19,6 +19,7 @@ import (
 
 	"github.com/dunlin/dunlin/controller/broker"
 	"github.com/dunlin/dunlin/controller/identity"
+	"github.com/dunlin/dunlin/controller/store"
 	"github.com/dunlin/dunlin/internal/program"
 )
 
@@ -40,6 +41,12 @@ type Config struct {
 	ACMECA          string `yaml:"acme-ca"`           // PEM file of the roots by which the ACME server is known; "": the system's
 	DeviceCertDays  int    `yaml:"device-cert-days"`  // how long a device's certificate counts
 	DeviceGraceDays int    `yaml:"device-grace-days"` // how long after that it can be renewed
+
+	TelemetryHours    int `yaml:"telemetry-hours"`     // for which a sample a minute of each device is kept
+	TelemetryDays     int `yaml:"telemetry-days"`      // for which one each 10 minutes is kept
+	TelemetryLongDays int `yaml:"telemetry-long-days"` // for which one an hour is kept
+	EventDays         int `yaml:"event-days"`          // for which events are kept; 0: as long as there is room
+	AuditDays         int `yaml:"audit-days"`          // for which audit records are kept; 0: as long as there is room
 
 	BrokerURL          string `yaml:"broker-url"`
 	BrokerUsername     string `yaml:"broker-username"`
@@ -89,6 +96,11 @@ func (c *Config) settings() []program.Setting {
 		{Name: "acme-ca", Usage: "PEM `file` of the roots by which a private ACME server is known, instead of the system's", Value: &c.ACMECA},
 		{Name: "device-cert-days", Usage: "`days` that a device's certificate counts; it is renewed when half of them are over", Value: &c.DeviceCertDays},
 		{Name: "device-grace-days", Usage: "`days` after its end in which a device's certificate can still be renewed", Value: &c.DeviceGraceDays},
+		{Name: "telemetry-hours", Usage: "`hours` for which one sample a minute of each device's figures is kept", Value: &c.TelemetryHours},
+		{Name: "telemetry-days", Usage: "`days` for which one sample each 10 minutes is kept", Value: &c.TelemetryDays},
+		{Name: "telemetry-long-days", Usage: "`days` for which one sample an hour is kept", Value: &c.TelemetryLongDays},
+		{Name: "event-days", Usage: "`days` for which events are kept; 0: as long as there is room", Value: &c.EventDays},
+		{Name: "audit-days", Usage: "`days` for which audit records are kept; 0: as long as there is room", Value: &c.AuditDays},
 		{Name: "broker-url", Usage: "`URL` of an external MQTT broker, mqtts://host:port, instead of the embedded one", Value: &c.BrokerURL},
 		{Name: "broker-username", Usage: "`name` of the controller's account at an external broker that does not go by certificates", Value: &c.BrokerUsername},
 		{Name: "broker-password-file", Usage: "`file` with the password of that account", Value: &c.BrokerPasswordFile},
@@ -109,6 +121,8 @@ func DefaultConfig() Config {
 		Data: "dunlin-controller", Listen: "127.0.0.1:8080", MQTTListen: "127.0.0.1:8883",
 		ACMEDirectory:  acme.LetsEncryptURL,
 		DeviceCertDays: int(identity.DeviceLifetime / day), DeviceGraceDays: int(identity.Grace / day),
+		TelemetryHours: int(store.DefaultTelemetryKeep[0] / time.Hour), TelemetryDays: int(store.DefaultTelemetryKeep[1] / day), TelemetryLongDays: int(store.DefaultTelemetryKeep[2] / day),
+		EventDays:     400,
 		OIDCNameClaim: "sub", OIDCRoleClaim: "dunlin_role", OIDCScopeClaim: "dunlin_scope",
 		BrokerUsername: broker.ControllerUser, LogLevel: "info", LogFormat: "text",
 	}
@@ -121,7 +135,7 @@ func DefaultConfig() Config {
 func LoadConfig(args []string, getenv func(string) string, output io.Writer) (Config, error) {
 	c := DefaultConfig()
 	err := program.Source{
-		Program: "dunlin-controller", Notes: "Other commands: dunlin-controller version, dunlin-controller broker config mosquitto.", Prefix: environment,
+		Program: "dunlin-controller", Notes: "Other commands: dunlin-controller backup FILE, dunlin-controller restore FILE, dunlin-controller version, dunlin-controller broker config mosquitto.", Prefix: environment,
 		Args: args, Getenv: getenv, Help: output,
 	}.Load(c.settings(), &c, nil)
 	if errors.Is(err, flag.ErrHelp) {
@@ -136,6 +150,13 @@ func LoadConfig(args []string, getenv func(string) string, output io.Writer) (Co
 const (
 	day         = 24 * time.Hour
 	maxCertDays = 10 * 365
+	maxKeepDays = 10 * 365 // of events, audit records and hourly telemetry
+)
+
+// The least and most of what is kept for some time.
+const (
+	minTelemetryHours, maxTelemetryHours = 1, 24 * 31
+	maxTelemetryDays                     = 400
 )
 
 // hostPattern is a DNS name.
@@ -211,6 +232,20 @@ func (c *Config) check() error {
 	}
 	if most := int(identity.MaxGrace / day); c.DeviceGraceDays < 0 || c.DeviceGraceDays > most {
 		fault("device-grace-days is %d, allowed are 0 to %d", c.DeviceGraceDays, most)
+	}
+	for _, n := range []struct {
+		name               string
+		value, least, most int
+	}{
+		{"telemetry-hours", c.TelemetryHours, minTelemetryHours, maxTelemetryHours},
+		{"telemetry-days", c.TelemetryDays, 1, maxTelemetryDays},
+		{"telemetry-long-days", c.TelemetryLongDays, 1, maxKeepDays},
+		{"event-days", c.EventDays, 0, maxKeepDays},
+		{"audit-days", c.AuditDays, 0, maxKeepDays},
+	} {
+		if n.value < n.least || n.value > n.most {
+			fault("%s is %d, allowed are %d to %d", n.name, n.value, n.least, n.most)
+		}
 	}
 	switch {
 	case c.BrokerURL == "":

@@ -15,17 +15,21 @@ import (
 	"strings"
 	"time"
 
+	"github.com/opencontainers/go-digest"
+
 	"github.com/dunlin/dunlin/controller/api"
 	"github.com/dunlin/dunlin/controller/dispatch"
 	"github.com/dunlin/dunlin/controller/enrol"
 	"github.com/dunlin/dunlin/controller/fleet"
 	"github.com/dunlin/dunlin/controller/identity"
+	"github.com/dunlin/dunlin/controller/inband"
 	"github.com/dunlin/dunlin/controller/registry"
 	"github.com/dunlin/dunlin/controller/store"
 	"github.com/dunlin/dunlin/internal/link"
 	"github.com/dunlin/dunlin/internal/pki"
 	"github.com/dunlin/dunlin/internal/program"
 	"github.com/dunlin/dunlin/internal/telemetry"
+	"github.com/dunlin/dunlin/models"
 	dunlinv1 "github.com/dunlin/dunlin/proto/dunlin/v1"
 )
 
@@ -63,6 +67,9 @@ func Run(ctx context.Context, c Config) (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, lock.Close()) }()
+	if err := checkRestored(c.Data); err != nil {
+		return err
+	}
 
 	st, err := store.Open(ctx, filepath.Join(c.Data, storeFile), store.Options{OnStep: c.OnStep})
 	if err != nil {
@@ -102,13 +109,17 @@ func Run(ctx context.Context, c Config) (err error) {
 	if err != nil {
 		return err
 	}
-	reg, err := registry.New(registry.Config{Root: filepath.Join(c.Data, registryFolder), Auth: auth, Refusals: st, Versions: versions{st}, Signatures: signer, Log: log})
+	reg, err := registry.New(registry.Config{Root: filepath.Join(c.Data, registryFolder), Auth: auth, Refusals: st, Versions: versions{st, dispatcher.CachesFor}, Signatures: signer, Trust: signer.trust, Log: log})
 	if err != nil {
 		return err
 	}
 	if err := signer.signAll(ctx, reg); err != nil {
 		return err
 	}
+	fetching := inband.New(inband.Config{
+		Bus: bus.bus, Registry: blobs{reg}, Log: log,
+		Malformed: func(device string, err error) { dispatcher.Malformed(link.Fetch, device, err) },
+	})
 	listener, err := net.Listen("tcp", c.Listen)
 	if err != nil {
 		return fmt.Errorf("%w; --listen chooses another address", err)
@@ -155,11 +166,17 @@ func Run(ctx context.Context, c Config) (err error) {
 			})
 		}},
 		{"dispatch", dispatcher.Run},
+		{"history", historyOf(c, st, dispatcher, log).run},
+		{"in-band delivery", fetching.Run},
 		{"enrolment", func(ctx context.Context) error { return enrolment.Run(ctx, bus.bus.Publish) }},
 		{"broker", func(ctx context.Context) error {
 			return bus.run(ctx, func(topic string, payload []byte) {
 				if user, nonce, err := link.ParseJoinUp(topic); err == nil {
 					enrolment.Take(user, nonce, payload)
+					return
+				}
+				if device, kind, err := link.ParseUp(topic); err == nil && kind == link.Fetch {
+					fetching.Handle(device, payload)
 					return
 				}
 				dispatcher.Handle(topic, payload)
@@ -269,7 +286,11 @@ func adminToken(ctx context.Context, st *store.Store, path string, log *slog.Log
 }
 
 // versions is the store as the registry sees it.
-type versions struct{ store *store.Store }
+type versions struct {
+	store *store.Store
+	// cachesFor says whether a device may fetch a model for others; nil: none may.
+	cachesFor func(ctx context.Context, device, model string) (bool, error)
+}
 
 func (v versions) CreateVersion(ctx context.Context, n registry.NewVersion) (int64, bool, error) {
 	s := store.Version{Model: n.Model, Version: n.Want, Digest: n.Digest, Size: n.Manifest.Size, Opset: n.Config.Opset, Bundle: fleet.BundleOf(n.Config, n.WeightTypes), CreatedBy: n.By}
@@ -299,7 +320,30 @@ func (v versions) VersionDigest(ctx context.Context, model string, version int64
 
 func (v versions) Given(ctx context.Context, device, model string) (bool, error) {
 	documents, err := v.store.Documents(ctx, []string{device})
-	return slices.ContainsFunc(documents[device].GetVersions(), func(d *dunlinv1.DesiredVersion) bool { return d.GetModel() == model }), err
+	given := slices.ContainsFunc(documents[device].GetVersions(), func(d *dunlinv1.DesiredVersion) bool { return d.GetModel() == model })
+	if model == models.AgentModel {
+		given = documents[device].GetAgent() != nil
+	}
+	if err != nil || given || v.cachesFor == nil {
+		return given, err
+	}
+	return v.cachesFor(ctx, device, model)
+}
+
+// blobs is the registry as devices read it over MQTT.
+type blobs struct{ registry *registry.Registry }
+
+func (b blobs) Open(ctx context.Context, device, model string, d digest.Digest, manifest bool) (inband.Blob, int64, error) {
+	f, size, err := b.registry.Open(ctx, device, model, d, manifest)
+	if err == nil {
+		return f, size, nil
+	}
+	if _, denied := errors.AsType[*identity.DeniedError](err); denied {
+		err = fmt.Errorf("%w: %w", inband.ErrRefused, err)
+	} else if errors.Is(err, registry.ErrNotFound) {
+		err = fmt.Errorf("%w: %w", inband.ErrUnknown, err)
+	}
+	return nil, 0, err
 }
 
 // password gives the controller's own for an external broker.

@@ -510,6 +510,7 @@ func TestLoadConfigFaults(t *testing.T) {
 		{[]string{"--oidc-issuer", "https://a.example", "--oidc-role-claim", ""}, []string{"oidc-issuer needs oidc-client-id", "oidc-issuer needs oidc-role-claim"}},
 		{[]string{"--oidc-issuer", "http://a.example", "--oidc-client-id", "x"}, []string{`oidc-issuer "http://a.example" is not https`}},
 		{[]string{"--oidc-issuer", "https://user:secret@a.example", "--oidc-client-id", "x"}, []string{"oidc-issuer is not https://host[/path]"}},
+		{[]string{"--telemetry-hours", "0", "--telemetry-days", "401", "--event-days", "-1"}, []string{"telemetry-hours is 0, allowed are 1 to 744", "telemetry-days is 401", "event-days is -1, allowed are 0 to 3650"}},
 		{[]string{"--nonsense"}, []string{"nonsense"}},
 	} {
 		_, err := LoadConfig(tt.args, none, io.Discard)

@@ -105,7 +105,7 @@ func (s *signer) run(ctx context.Context) error {
 // force is half over or lacks the controller's key. It needs the root key for
 // that; where the root key is elsewhere, it says what is to be done there.
 func (s *signer) upkeep(ctx context.Context) error {
-	signed, err := s.store.Trust(ctx)
+	have, err := s.trust(ctx)
 	if errors.Is(err, store.ErrNotFound) {
 		root, err := s.makeKey(rootFile)
 		if err != nil {
@@ -113,10 +113,6 @@ func (s *signer) upkeep(ctx context.Context) error {
 		}
 		return s.issue(ctx, &dunlinv1.TrustDocument{}, root)
 	}
-	if err != nil {
-		return err
-	}
-	have, err := signing.Advance(nil, []*dunlinv1.SignedTrust{signed})
 	if err != nil {
 		return fmt.Errorf("the stored trust document: %w", err)
 	}
@@ -205,15 +201,20 @@ func (s *signer) Countersign(ctx context.Context, model string, version int64, m
 	return signing.SignBundle(signing.Signer{Key: s.key}, model, version, m)
 }
 
+// trust gives the trust document in force.
+func (s *signer) trust(ctx context.Context) (*signing.Trust, error) {
+	signed, err := s.store.Trust(ctx)
+	if err != nil {
+		return nil, err
+	}
+	return signing.Advance(nil, []*dunlinv1.SignedTrust{signed})
+}
+
 // AddSignature implements registry.Signatures.
 func (s *signer) AddSignature(ctx context.Context, n registry.NewSignature) error {
 	by := s.id
 	if n.By != "controller" {
-		signed, err := s.store.Trust(ctx)
-		if err != nil {
-			return err
-		}
-		trust, err := signing.Advance(nil, []*dunlinv1.SignedTrust{signed})
+		trust, err := s.trust(ctx)
 		if err != nil {
 			return err
 		}

@@ -90,32 +90,38 @@ func Pack(ctx context.Context, onnxPath string, opts PackOptions) (*Bundle, erro
 		source := filepath.Join(filepath.Dir(onnxPath), filepath.FromSlash(location))
 		b.Files = append(b.Files, BundleFile{File{Path: location}, source})
 	}
-	slices.SortFunc(b.Files, func(a, b BundleFile) int { return strings.Compare(a.Path, b.Path) })
-	index := &dunlinv1.ChunkIndex{}
-	for i := range b.Files {
-		f := &b.Files[i]
-		entry, err := chunkFile(ctx, f.Source, f.Path)
-		if err != nil {
-			return nil, err
-		}
-		f.Size = int64(entry.SizeBytes)
-		f.Digest = digest.NewDigestFromBytes(digest.SHA256, entry.Sha256)
-		index.Files = append(index.Files, entry)
-	}
 	if b.ConfigBytes, err = json.Marshal(b.Config); err != nil {
 		return nil, fmt.Errorf("encode config: %w", err)
 	}
 	if b.Config.Costs, err = EstimateCosts(onnxPath); err != nil {
 		return nil, err
 	}
+	return b, b.seal(ctx)
+}
+
+// seal fills in what follows from the files and the config of a bundle.
+func (b *Bundle) seal(ctx context.Context) error {
+	slices.SortFunc(b.Files, func(a, b BundleFile) int { return strings.Compare(a.Path, b.Path) })
+	index := &dunlinv1.ChunkIndex{}
+	for i := range b.Files {
+		f := &b.Files[i]
+		entry, err := chunkFile(ctx, f.Source, f.Path)
+		if err != nil {
+			return err
+		}
+		f.Size = int64(entry.SizeBytes)
+		f.Digest = digest.NewDigestFromBytes(digest.SHA256, entry.Sha256)
+		index.Files = append(index.Files, entry)
+	}
+	var err error
 	if b.IndexBytes, err = (proto.MarshalOptions{Deterministic: true}).Marshal(index); err != nil {
-		return nil, fmt.Errorf("encode chunk index: %w", err)
+		return fmt.Errorf("encode chunk index: %w", err)
 	}
 	if b.ManifestBytes, err = json.Marshal(b.manifest()); err != nil {
-		return nil, fmt.Errorf("encode manifest: %w", err)
+		return fmt.Errorf("encode manifest: %w", err)
 	}
 	b.Digest = digest.FromBytes(b.ManifestBytes)
-	return b, b.check()
+	return b.check()
 }
 
 func (b *Bundle) manifest() ocispec.Manifest {

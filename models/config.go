@@ -43,6 +43,9 @@ type Config struct {
 	// would then change when the way of counting gets better: who needs them
 	// calls EstimateCosts.
 	Costs *Costs `json:"costs,omitempty"`
+	// Release is set in bundles of AgentModel only, which hold no model: all
+	// else but Format is empty then.
+	Release *Release `json:"release,omitempty"`
 }
 
 // LabelsByOutput gives the labels to the outputs that they fit: the only one,
@@ -101,6 +104,12 @@ func ParseConfig(b []byte) (*Config, error) {
 }
 
 func (c *Config) check() error {
+	if c.Release != nil {
+		if c.Entry != "" || c.Inputs != nil || c.Outputs != nil || c.Serving != nil || c.Reference != "" || c.Labels != nil {
+			return invalid("a release of the agent has no model")
+		}
+		return c.Release.check()
+	}
 	if err := checkPath(c.Entry); err != nil {
 		return fmt.Errorf("entry: %w", err)
 	}

@@ -146,6 +146,9 @@ type (
 		id   VersionID
 		info *Info
 	}
+	// retired tells that a version is not loaded any more, which comes before
+	// whoever unloaded it is answered.
+	retired struct{ version *version }
 	// separate tells that a version's requests cannot run together, and why.
 	separate struct {
 		id  VersionID

@@ -157,7 +157,11 @@ type Config struct {
 	// they are mapped: they stay in their file, and are read from there as they
 	// are needed. Without it, such a version is refused.
 	Oversize bool
-	Log      *slog.Logger
+	// Retired, where not nil, is told of the figures of each version that has
+	// been unloaded, or replaced, by the name that it was loaded by. It must be
+	// quick and may not call the Engine.
+	Retired func(VersionID, Figures)
+	Log     *slog.Logger
 }
 
 // Engine is safe for use by many goroutines. Its calls wait until Run runs
@@ -173,6 +177,7 @@ type Engine struct {
 	activity
 	throttle atomic.Pointer[Throttle]
 	infos    atomic.Pointer[map[VersionID]*Info]
+	retired  func(VersionID, Figures) // nil: nobody is told
 }
 
 // New gives an Engine; Run starts it.
@@ -183,6 +188,7 @@ func New(cfg Config) *Engine {
 	e := &Engine{
 		runtime: cfg.Runtime,
 		log:     cfg.Log,
+		retired: cfg.Retired,
 		ledger:  ledger{budget: cfg.Memory, most: cfg.Memory, oversize: cfg.Oversize},
 		core:    make(chan *core, 1),
 		running: make(chan struct{}),
@@ -256,6 +262,10 @@ func (e *Engine) do(ctx context.Context, ev event) error {
 			e.work.Go(func() {
 				e.log.Warn("requests run alone: those of a batch cannot be told apart", "model", f.id.Model, "version", f.id.Version, "error", f.err)
 			})
+		case retired:
+			if e.retired != nil {
+				e.retired(f.version.spec.ID, f.version.counted())
+			}
 		case throttled:
 			e.throttle.Store(&f.Throttle)
 		case wake:
@@ -323,6 +333,9 @@ func (e *Engine) execute(ctx context.Context, r *run) {
 		r.err = fmt.Errorf("run %s: %w", r.version.id, r.err)
 	}
 	e.must(finish{r})
+	if r.err == nil && r.version.sure != nil {
+		r.version.sure.look(r.outcome.Outputs, time.Now())
+	}
 	r.drop()
 }
 

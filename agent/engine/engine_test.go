@@ -20,6 +20,7 @@ import (
 
 	"go.uber.org/goleak"
 
+	"github.com/dunlin/dunlin/internal/sketch"
 	"github.com/dunlin/dunlin/models/serving"
 )
 
@@ -136,7 +137,7 @@ func TestFigures(t *testing.T) {
 		want := Figures{
 			Success: total(2, 5*time.Second), Failure: total(1, 2*time.Second),
 			Queue: total(3, 5*time.Second), Input: total(3, 2*time.Millisecond), Infer: total(3, 2*time.Second), Output: total(3, 2*time.Microsecond),
-			Cancelled: 1, Inferences: 4, Executions: 3, Last: last.Add(2*time.Second + time.Millisecond),
+			Cancelled: 1, Inferences: 4, Executions: 3, Run: total(3, time.Second), Last: last.Add(2*time.Second + time.Millisecond),
 			Batches: []BatchFigures{
 				{1, total(2, 0), total(2, 0), total(2, 0)},
 				{2, total(1, time.Millisecond), total(1, time.Second), total(1, time.Microsecond)},
@@ -148,6 +149,10 @@ func TestFigures(t *testing.T) {
 			t.Errorf("successes took %v, failures %v", f.Took, f.Failed)
 		}
 		f.Took, f.Failed = Durations{}, Durations{}
+		if l := f.Latency; l[sketch.LatencyBucket(2*time.Second)] != 1 || l[sketch.LatencyBucket(3*time.Second)] != 1 || l.Sum() != 2 {
+			t.Errorf("latencies %v", l)
+		}
+		f.Latency, f.Confidence = nil, nil
 		if !f.Last.Equal(want.Last) {
 			t.Errorf("last %v instead of %v", f.Last, want.Last)
 		}

@@ -78,7 +78,7 @@ func (c *core) loaded(ev loaded) {
 	v.base, v.tuning = info.Options, v.spec.Tuning.suits(v.spec.Options)
 	info.Options = v.tuning.options(v.spec.Options, v.base)
 	v.info, v.home.need, v.home.swaps = &info, info.Need, newSwaps()
-	v.figures = newFigures()
+	v.figures, v.sure = newFigures(), newConfidence(v.info)
 	o := &v.info.Options
 	v.levels = make([]level, max(o.PriorityLevels, 1))
 	for i := range v.levels {
@@ -170,6 +170,7 @@ func (c *core) unloaded(ev unloaded) {
 	}
 	c.charge(v, 0)
 	c.put(ev.id, nil)
+	c.emit(retired{v})
 	if c.current[v.spec.ID] == v {
 		delete(c.current, v.spec.ID)
 		c.emit(publish{v.spec.ID, nil})
@@ -185,7 +186,7 @@ func (c *core) inspect(asked *call) reply {
 	for id, v := range c.current {
 		h := &v.home
 		s := Status{
-			ID: id, Info: *v.info, Draining: v.phase != ready, Queued: v.queue.len, Figures: v.figures.clone(),
+			ID: id, Info: *v.info, Draining: v.phase != ready, Queued: v.queue.len, Figures: v.counted(),
 			Residency: h.residency.String(), Since: c.epoch.Add(h.since), Bytes: h.charged, Need: h.need, Setting: h.set, Activation: h.takes, Swaps: h.swaps.clone(),
 		}
 		if err := cmp.Or(h.lost, h.failure); err != nil {
@@ -204,6 +205,13 @@ func (c *core) inspect(asked *call) reply {
 		}
 	}
 	return reply{call: asked, versions: all, memory: m}
+}
+
+// counted gives the figures of a version at this moment.
+func (v *version) counted() Figures {
+	f := v.figures.clone()
+	f.Confidence = v.sure.snapshot()
+	return f
 }
 
 func (c *core) health() error {

@@ -60,6 +60,7 @@ type version struct {
 	unload   job
 	waiters  []*call // of drain
 	figures  Figures
+	sure     *confidence // nil: no output says; a mutex of its own
 }
 
 // level is one priority of a version.

@@ -4,6 +4,8 @@ import (
 	"errors"
 	"slices"
 	"time"
+
+	"github.com/dunlin/dunlin/internal/sketch"
 )
 
 // Status is one loaded version at a moment, and its figures since it was
@@ -57,6 +59,7 @@ type Figures struct {
 
 	Inferences uint64 // rows that ran
 	Executions uint64 // runs
+	Run        Total  // of each run
 	Last       time.Time
 	Batches    []BatchFigures // by size, the first 256 that occurred
 
@@ -65,6 +68,10 @@ type Figures struct {
 	Request, Wait, Size Histogram
 	// Took is Request in finer classes, and Failed that of failures.
 	Took, Failed Durations
+	// Latency is Request in the buckets of sketch.Latency, and Confidence how
+	// sure the version was of some rows, in those of sketch.Confidence; nil where
+	// its outputs do not say.
+	Latency, Confidence sketch.Counts
 }
 
 // BatchFigures count the runs of one size.
@@ -96,13 +103,16 @@ func newFigures() Figures {
 	histogram := func(bounds []float64) Histogram {
 		return Histogram{Bounds: bounds, Counts: make([]uint64, len(bounds)+1)}
 	}
-	return Figures{Request: histogram(timeBounds), Wait: histogram(timeBounds), Size: histogram(sizeBounds)}
+	return Figures{
+		Request: histogram(timeBounds), Wait: histogram(timeBounds), Size: histogram(sizeBounds),
+		Latency: make(sketch.Counts, sketch.Latency.Buckets()),
+	}
 }
 
 // clone gives a copy that the core does not change any more.
 func (f *Figures) clone() Figures {
 	c := *f
-	c.Batches = slices.Clone(f.Batches)
+	c.Batches, c.Latency = slices.Clone(f.Batches), slices.Clone(f.Latency)
 	for _, h := range []*Histogram{&c.Request, &c.Wait, &c.Size} {
 		h.Counts = slices.Clone(h.Counts)
 	}
@@ -136,6 +146,7 @@ func (f *Figures) refused(err error) {
 func (f *Figures) ran(r *run, now time.Time) {
 	f.Inferences += uint64(r.rows)
 	f.Executions++
+	f.Run.add(r.outcome.Infer)
 	f.Last = now
 	f.Size.observe(float64(r.rows))
 	i, found := slices.BinarySearchFunc(f.Batches, r.rows, func(b BatchFigures, rows int) int { return b.Size - rows })
@@ -168,4 +179,5 @@ func (f *Figures) answered(r *request, now moment) {
 	f.Success.add(took)
 	f.Took.observe(took)
 	f.Request.observe(took.Seconds())
+	f.Latency[sketch.LatencyBucket(took)]++
 }

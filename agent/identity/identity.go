@@ -23,12 +23,21 @@ import (
 	dunlinv1 "github.com/dunlin/dunlin/proto/dunlin/v1"
 )
 
+// Store keeps who a device is; see state.Store.
+type Store interface {
+	Identity(context.Context) (state.Identity, error)
+	SetIdentity(context.Context, state.Identity) error
+	Clock(context.Context) (state.Clock, error)
+	SetClock(context.Context, state.Clock) error
+}
+
 // Config says who a device is to be, and where what it is gets kept.
 type Config struct {
 	Dir        string // folder of the key
+	Keys       *Keys  // holds the key of a simulated device; nil: Dir does
 	InTPM      bool   // new keys are made in the TPM, and only their names are in the folder
 	TPM        string // path of the TPM: a device, or the socket of a simulated one
-	State      *state.Store
+	State      Store
 	Name       string // of the device, until it has joined
 	Controller string // "https://host:port", or "mqtts://host:port" where nothing else can be reached
 	JoinToken  string // needed until it has joined
@@ -44,6 +53,8 @@ type Config struct {
 	Log          *slog.Logger
 	Now          func() time.Time  // the device's own clock, which may be wrong; nil: time.Now
 	OnStep       func(step string) // called before and after each step that changes something on the disk; nil: not
+	// Dial opens the connections below TLS; nil: TCP.
+	Dial func(ctx context.Context, network, address string) (net.Conn, error)
 }
 
 // Device is a device's identity. Its methods may be called concurrently.
@@ -80,6 +91,9 @@ func (h holding) tls() *tls.Certificate {
 func New(cfg Config) *Device {
 	if cfg.Now == nil {
 		cfg.Now = time.Now
+	}
+	if cfg.Dial == nil {
+		cfg.Dial = (&net.Dialer{Timeout: callTimeout}).DialContext
 	}
 	d := &Device{cfg: cfg, changed: make(chan struct{}, 1), asked: make(chan struct{}, 1), clock: clock{floor: built}}
 	if pin, ok := pki.PinIn(cfg.JoinToken); ok {
@@ -154,6 +168,17 @@ func (d *Device) Certificate() *x509.Certificate {
 		return nil
 	}
 	return d.own.chain[0]
+}
+
+// TLSCertificate gives the certificate and its key for connections; an error
+// until the device has joined.
+func (d *Device) TLSCertificate() (*tls.Certificate, error) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if own := d.own.tls(); own != nil {
+		return own, nil
+	}
+	return nil, errors.New("the device has not joined yet")
 }
 
 // Key says what kind the device's key is, and where it is kept; "" until it
@@ -242,10 +267,10 @@ func (d *Device) client(rawURL string, by func(host string) *tls.Config) *http.C
 		Transport: &http.Transport{
 			Proxy:               http.ProxyFromEnvironment,
 			TLSClientConfig:     by(hostOf(rawURL)),
-			DialContext:         (&net.Dialer{Timeout: callTimeout}).DialContext,
+			DialContext:         d.cfg.Dial,
 			TLSHandshakeTimeout: callTimeout,
-			MaxIdleConnsPerHost: 1,
-			MaxConnsPerHost:     4,
+			MaxIdleConnsPerHost: 4, // a download has so many
+			MaxConnsPerHost:     8,
 			IdleConnTimeout:     10 * time.Second,
 			DisableCompression:  true,
 		},

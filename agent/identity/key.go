@@ -10,6 +10,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"sync"
 
 	"github.com/dunlin/dunlin/internal/pki"
 )
@@ -20,6 +21,38 @@ const (
 	keyFile     = "device.key"
 	nextKeyFile = "device.key.next"
 )
+
+// Keys holds the keys of a simulated device. The zero value is empty.
+type Keys struct {
+	mu   sync.Mutex // guards what follows
+	keys map[string]crypto.Signer
+}
+
+func (k *Keys) get(file string) (crypto.Signer, error) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if key := k.keys[file]; key != nil {
+		return key, nil
+	}
+	return nil, fmt.Errorf("read key %s: %w", file, fs.ErrNotExist)
+}
+
+func (k *Keys) put(file string, key crypto.Signer) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if k.keys == nil {
+		k.keys = map[string]crypto.Signer{}
+	}
+	k.keys[file] = key
+}
+
+// rename gives the key of one file to another.
+func (k *Keys) rename(from, to string) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	k.keys[to] = k.keys[from]
+	delete(k.keys, from)
+}
 
 func (d *Device) path(file string) string { return filepath.Join(d.cfg.Dir, file) }
 
@@ -38,6 +71,9 @@ func (d *Device) makeKey(file string) (crypto.Signer, error) {
 	}
 	if key, err = pki.NewKey(); err != nil {
 		return nil, err
+	}
+	if d.cfg.Keys != nil {
+		return key, d.step("write key", func() error { d.cfg.Keys.put(file, key); return nil })
 	}
 	return key, d.step("write key", func() error { return pki.WriteKey(d.path(file), key) })
 }
@@ -59,6 +95,9 @@ func (d *Device) nextKey(device string) (key crypto.Signer, csr []byte, err erro
 
 // readKey reads a key, wherever it is kept.
 func (d *Device) readKey(file string) (crypto.Signer, error) {
+	if d.cfg.Keys != nil {
+		return d.cfg.Keys.get(file)
+	}
 	content, err := os.ReadFile(d.path(file))
 	if err != nil {
 		return nil, fmt.Errorf("read key: %w", err)
@@ -97,6 +136,10 @@ func (d *Device) settle() error {
 		return err
 	}
 	return d.step("switch key", func() error {
+		if d.cfg.Keys != nil {
+			d.cfg.Keys.rename(nextKeyFile, keyFile)
+			return nil
+		}
 		if err := os.Rename(d.path(nextKeyFile), d.path(keyFile)); err != nil {
 			return err
 		}

@@ -194,6 +194,35 @@ func TestJoinSurvivesKill(t *testing.T) {
 	}
 }
 
+// A device whose key and state are in memory joins, renews and starts again as
+// another does.
+func TestKeysInMemory(t *testing.T) {
+	c := serve(t)
+	cfg := newConfig(t, c)
+	store, err := state.NewMemory(state.Limits{}, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	cfg.Dir, cfg.State, cfg.Keys = "/dev/null/nowhere", store, new(Keys)
+	d := join(t, cfg)
+	first := d.Certificate()
+	if err := d.renew(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if pki.CertificateID(first) == pki.CertificateID(d.Certificate()) {
+		t.Error("the new certificate has the old key")
+	}
+	cfg.State = store.Crash()
+	again := open(t, cfg)
+	if err := again.renew(t.Context()); err != nil || c.Calls("Join") != 1 {
+		t.Errorf("after a crash: %v, %d joins", err, c.Calls("Join"))
+	}
+	cfg.Keys = new(Keys)
+	if _, err := Open(t.Context(), cfg); err == nil || !strings.Contains(err.Error(), "not the key") {
+		t.Errorf("without the key: %v", err)
+	}
+}
+
 // Whatever is on the disk between two steps of a renewal is a device that
 // starts, has the key of its certificate, and renews.
 func TestRenewSurvivesKill(t *testing.T) {

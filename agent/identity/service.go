@@ -4,6 +4,7 @@ import (
 	"context"
 	"crypto/tls"
 	"errors"
+	"net"
 	"net/http"
 	"strings"
 	"time"
@@ -34,7 +35,7 @@ func (d *Device) service(by func(host string) *tls.Config) service {
 	controller := d.Stored().ControllerURL
 	if strings.HasPrefix(controller, "mqtts://") {
 		host := hostOf(controller)
-		return overMQTT{controller, func() *tls.Config { return by(host) }}
+		return overMQTT{controller, func() *tls.Config { return by(host) }, d.cfg.Dial}
 	}
 	c := d.client(controller, by)
 	c.Timeout = callTimeout
@@ -72,12 +73,13 @@ func (s overHTTPS) time(ctx context.Context, q *dunlinv1.GetTimeRequest) (*dunli
 type overMQTT struct {
 	broker string
 	tls    func() *tls.Config
+	dial   func(ctx context.Context, network, address string) (net.Conn, error)
 }
 
 func (s overMQTT) ask(ctx context.Context, user, password string, q *dunlinv1.EnrolRequest) (*dunlinv1.EnrolResponse, error) {
 	ctx, cancel := context.WithTimeout(ctx, callTimeout)
 	defer cancel()
-	a, err := link.Enrol(ctx, link.Enrolment{BrokerURL: s.broker, User: user, Password: password, TLS: s.tls}, q)
+	a, err := link.Enrol(ctx, link.Enrolment{BrokerURL: s.broker, User: user, Password: password, TLS: s.tls, Dial: s.dial}, q)
 	if errors.Is(err, link.ErrStranger) {
 		return nil, connect.NewError(connect.CodePermissionDenied, err)
 	} else if err != nil {

@@ -36,6 +36,13 @@ type bundles struct {
 	dir string
 }
 
+// storage is where a device's bundles are: a folder, or a simulated disk.
+type storage interface {
+	open(digest.Digest) (*bundle, error)
+	list() (whole, part []digest.Digest, err error)
+	remove(digest.Digest) error
+}
+
 // openBundles makes the folder where it is missing and finishes removals
 // that a crash cut short.
 func openBundles(dir string) (*bundles, error) {
@@ -163,8 +170,9 @@ func (b *bundles) list() (whole, part []digest.Digest, err error) {
 	return whole, part, nil
 }
 
-// folders gives the folders of all bundles but one, verified ones first.
-func (b *bundles) folders(but digest.Digest) ([]string, error) {
+// folders gives the folders of all bundles, verified ones first, without those
+// of one digest where that is said.
+func (b *bundles) folders(of digest.Digest, without bool) ([]string, error) {
 	whole, part, err := b.list()
 	if err != nil {
 		return nil, err
@@ -177,7 +185,7 @@ func (b *bundles) folders(but digest.Digest) ([]string, error) {
 		dirs = append(dirs, b.path(d)+partSuffix)
 	}
 	return slices.DeleteFunc(dirs, func(dir string) bool {
-		return strings.TrimSuffix(filepath.Base(dir), partSuffix) == but.Encoded()
+		return without && strings.TrimSuffix(filepath.Base(dir), partSuffix) == of.Encoded()
 	}), nil
 }
 

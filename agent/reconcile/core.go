@@ -7,6 +7,7 @@ import (
 	"time"
 
 	"github.com/opencontainers/go-digest"
+	"google.golang.org/protobuf/proto"
 
 	"github.com/dunlin/dunlin/agent/engine"
 	dunlinv1 "github.com/dunlin/dunlin/proto/dunlin/v1"
@@ -82,6 +83,9 @@ type version struct {
 	failure    string // what the last try failed with
 	failures   int    // in a row
 	notBefore  time.Time
+	delivery   *dunlinv1.Delivery // how its bytes may travel
+	waitsFor   string             // what its download waits for
+	fetched    uint64             // bytes that travelled here for it, since the agent's start
 }
 
 // core decides what to do next. It is pure: next and the other methods only
@@ -93,7 +97,8 @@ type core struct {
 	serving  map[string]*version // by model
 	routes   map[string]*dunlinv1.DesiredRoute
 	inForce  map[string]*dunlinv1.DesiredRoute
-	cramped  bool // the last fetch that ended found too little room on disk
+	cramped  bool       // the last fetch that ended found too little room on disk
+	waiting  []*version // to be fetched, in this call of next
 }
 
 func newCore() *core {
@@ -129,6 +134,10 @@ func (c *core) setDesired(doc *dunlinv1.DesiredDocument, now time.Time) {
 			v.forgive()
 		}
 		v.signatures = signatures
+		if !proto.Equal(v.delivery, w.Delivery) && v.waitsFor != "" {
+			v.waitsFor, v.notBefore = "", time.Time{}
+		}
+		v.delivery = w.Delivery
 		desired[w.Model] = v
 		if c.desired[w.Model] != v {
 			v.forgive()
@@ -149,7 +158,7 @@ func (c *core) setDesired(doc *dunlinv1.DesiredDocument, now time.Time) {
 
 // forgive forgets what the version has failed with.
 func (v *version) forgive() {
-	v.quarantine, v.refused, v.failure, v.failures, v.notBefore = "", false, "", 0, time.Time{}
+	v.quarantine, v.refused, v.failure, v.failures, v.notBefore, v.waitsFor = "", false, "", 0, time.Time{}, ""
 }
 
 // reconsider gives what was refused another try: other signatures count.
@@ -164,7 +173,9 @@ func (c *core) reconsider() {
 // retry makes what waits after a failure due at once.
 func (c *core) retry() {
 	for _, v := range c.versions {
-		v.notBefore = time.Time{}
+		if v.waitsFor == "" {
+			v.notBefore = time.Time{}
+		}
 	}
 }
 
@@ -191,6 +202,8 @@ func (c *core) next(now time.Time) []action {
 		acts = c.advance(acts, m, byModel[m], now)
 		acts = c.discard(acts, m, byModel[m], now)
 	}
+	acts = c.admitFetches(acts, c.waiting)
+	c.waiting = nil
 	return acts
 }
 
@@ -300,7 +313,7 @@ func (c *core) advance(acts []action, model string, versions []*version, now tim
 	switch {
 	case !due:
 	case want.stage == absent && !c.bundleBusy(want):
-		return c.begin(acts, fetching, want)
+		c.waiting = append(c.waiting, want)
 	case want.stage == stored:
 		return c.begin(acts, checking, want)
 	}
@@ -396,6 +409,7 @@ type outcome struct {
 	lost      bool // the bundle is not on disk any more
 	noRoom    bool // the disk has too little room
 	wait      time.Duration
+	waits     *WaitError // the download waits for this, and nothing has failed
 }
 
 // done takes in that a version's op has ended. wait is how long to wait
@@ -417,6 +431,10 @@ func (c *core) done(k key, result outcome, now time.Time) {
 		if cancelled {
 			return
 		}
+		if result.waits != nil {
+			v.hold(result.waits, now)
+			return
+		}
 		v.failures++
 		if result.progress {
 			v.failures = 1
@@ -428,7 +446,7 @@ func (c *core) done(k key, result outcome, now time.Time) {
 		}
 		return
 	}
-	v.failure, v.failures, v.notBefore = "", 0, time.Time{}
+	v.failure, v.failures, v.notBefore, v.waitsFor = "", 0, time.Time{}, ""
 	switch was {
 	case unloading:
 		if v.broken {

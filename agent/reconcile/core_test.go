@@ -94,6 +94,9 @@ func (w *world) check(a action) {
 			if w.core.desired[model] == w.core.versions[a.key] && !w.core.versions[a.key].broken {
 				w.complain("%v %v, which is wanted", a.op, a.key)
 			}
+			if a.op == removing && w.core.versions[a.key].good && w.core.desired[model] != nil {
+				w.complain("%v %v, the last good one", a.op, a.key)
+			}
 		}
 		w.busy[a.key] = a
 	}
@@ -386,7 +389,10 @@ func TestCoreConverges(t *testing.T) {
 					if rapid.IntRange(0, 9).Draw(t, "other") == 0 {
 						bytes = "shared"
 					}
-					doc.Versions = append(doc.Versions, wantVersion(m, n, bytes))
+					v := wantVersion(m, n, bytes)
+					v.SizeBytes = rapid.SampledFrom([]uint64{0, 100, 1 << 30}).Draw(t, "size")
+					v.Delivery = &dunlinv1.Delivery{Priority: rapid.Uint32Range(0, 2).Draw(t, "priority")}
+					doc.Versions = append(doc.Versions, v)
 					if rapid.Bool().Draw(t, "route") {
 						doc.Routes = append(doc.Routes, route("r-"+m, target(m, n*rapid.Int64Range(0, 1).Draw(t, "pin"))))
 					}
@@ -410,6 +416,11 @@ func TestCoreConverges(t *testing.T) {
 				case 0:
 					o.err, o.noRoom = errors.New("passing"), rapid.Bool().Draw(t, "no room")
 				case 1:
+					if w.busy[k].op == fetching && rapid.Bool().Draw(t, "waits") {
+						o.waits = &WaitError{"a window", w.now.Add(o.wait)}
+						o.err = o.waits
+						break
+					}
 					o.err, o.permanent = errors.New("permanent"), w.busy[k].op == fetching || w.busy[k].op == checking || w.busy[k].op == loading
 				}
 				w.end(k, o)

@@ -46,6 +46,7 @@ func (r *Reconciler) accept(ctx context.Context, d *dunlinv1.Desired) {
 	}
 	r.have.Store(d.Generation)
 	r.core.setDesired(doc, time.Now())
+	r.wantAgent(doc)
 	log.Info("desired document accepted", "versions", len(doc.Versions), "routes", len(doc.Routes))
 }
 
@@ -69,6 +70,9 @@ func parseDesired(d *dunlinv1.Desired, sum [sha256.Size]byte) (*dunlinv1.Desired
 		if n := len(v.Signatures); n > signing.MaxSignatures {
 			return nil, fmt.Errorf("versions[%d].signatures: there are %d, the limit is %d", i, n, signing.MaxSignatures)
 		}
+		if err := checkDelivery(v.Delivery); err != nil {
+			return nil, fmt.Errorf("versions[%d].%w", i, err)
+		}
 		for _, text := range append([]string{v.Digest}, v.Signatures...) {
 			if dg := digest.Digest(text); dg.Validate() != nil || dg.Algorithm() != digest.SHA256 {
 				return nil, fmt.Errorf("versions[%d]: digest %q is not sha256: and 64 hexadecimal digits", i, text)
@@ -78,6 +82,17 @@ func parseDesired(d *dunlinv1.Desired, sum [sha256.Size]byte) (*dunlinv1.Desired
 			return nil, fmt.Errorf("versions[%d]: a second version of model %s", i, v.Model)
 		}
 		seen[v.Model] = true
+	}
+	if a := doc.Agent; a != nil {
+		if dg := digest.Digest(a.Digest); dg.Validate() != nil || dg.Algorithm() != digest.SHA256 {
+			return nil, fmt.Errorf("agent: digest %q is not sha256: and 64 hexadecimal digits", a.Digest)
+		}
+		if a.Version < 1 {
+			return nil, fmt.Errorf("agent.version: %d is below 1", a.Version)
+		}
+		if _, err := models.ParseRelease(a.AgentVersion); err != nil {
+			return nil, fmt.Errorf("agent.agent_version: %w", err)
+		}
 	}
 	clear(seen)
 	for i, route := range doc.Routes {

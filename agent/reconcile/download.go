@@ -10,6 +10,7 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -43,6 +44,11 @@ func (e *VerifyError) Unwrap() error { return e.Err }
 // errNoRoom is the error of a download that would fill the disk.
 var errNoRoom = errors.New("not enough room on disk")
 
+func isVerify(err error) bool {
+	_, wrong := errors.AsType[*VerifyError](err)
+	return wrong
+}
+
 // piece is one chunk of one of the bundle's files.
 type piece struct {
 	file   int // position in the manifest
@@ -57,7 +63,10 @@ type piece struct {
 // part on disk between calls of run; a new one finds out by hashing it.
 type download struct {
 	store  *bundles
-	remote *remote
+	others []*bundles // which may have chunks too
+	remote Source     // asked last, or alone; nil: none is known
+	near   []Source   // of its site, which are asked first
+	gate   *gate      // what remote is asked through; nil: always
 	id     engine.VersionID
 	digest digest.Digest
 	// Whom the device trusts, and the manifests that hold the signatures.
@@ -65,28 +74,39 @@ type download struct {
 	now        func() time.Time // at which signatures are to count
 	signatures []digest.Digest
 	judged     *signing.Trust // by which admit judged last
+	program    *programOf     // a release of the agent, of which a part is wanted; nil: a model
 	reserve    uint64
 	free       func(dir string) (uint64, error)
-	wrote      func() // called after each chunk written; for tests
+	wrote      func() // called after each chunk written, one call at a time; for tests
 	log        *slog.Logger
 
 	present, total atomic.Int64 // bytes of the bundle's files
+	fetched        atomic.Int64 // bytes that travelled here, whole chunks or not
+	fromSite       atomic.Int64 // of these, those that came from devices of the site
 
 	opened   bool // manifest, pieces and missing are known
 	manifest *models.Manifest
 	pieces   []piece
-	missing  map[[sha256.Size]byte][]int // positions in pieces, by what is missing
+	first    []int // of each file, its first piece; then their number
+	longest  int   // of the pieces
 	reused   bool
-	buf      []byte // as long as the longest chunk
 	root     *os.Root
-	files    map[int]*os.File
+	whole    follower
+	ready    chan struct{} // closed when it is opened; nil: nobody waits for that
+
+	mu      sync.Mutex                  // guards what follows, and what changes in pieces
+	missing map[[sha256.Size]byte][]int // positions in pieces, by what is missing
+	files   map[int]*os.File
+	moved   chan struct{} // closed when the next piece is there
 }
 
 func (d *download) part() string { return d.store.path(d.digest) + partSuffix }
 
 // run goes on with the download until the bundle is verified and installed.
 // After an error other than *VerifyError it may be called again, and asks
-// only for what is still missing. errNoRoom says that the disk has not enough.
+// only for what is still missing. errNoRoom says that the disk has not
+// enough: it is then as it was before, but for the bundle's documents. A
+// *WaitError says what is to be waited for.
 func (d *download) run(ctx context.Context) (err error) {
 	if err := os.MkdirAll(filepath.Join(d.part(), filesFolder), 0o700); err != nil {
 		return err
@@ -107,26 +127,45 @@ func (d *download) run(ctx context.Context) (err error) {
 			return err
 		}
 	}
-	if err := d.checkRoom(); err != nil {
+	if err := d.makeRoom(); err != nil {
 		return err
 	}
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	hashed := make(chan error, 1)
+	go func() {
+		err := d.follow(ctx)
+		if err != nil {
+			cancel(err)
+		}
+		hashed <- err
+	}()
+	if err = d.fill(ctx); err != nil {
+		cancel(err)
+	}
+	if wrong := <-hashed; err == nil || isVerify(wrong) {
+		err = wrong
+	}
+	if err != nil {
+		return err
+	}
+	return d.finish()
+}
+
+// fill copies what other bundles have, and asks for the rest.
+func (d *download) fill(ctx context.Context) error {
 	if !d.reused {
 		if err := d.reuse(ctx); err != nil {
 			return err
 		}
 		d.reused = true
 	}
-	for i := range d.manifest.Files {
-		if err := d.fetch(ctx, i); err != nil {
-			return err
-		}
-	}
-	return d.finish(ctx)
+	return d.fetch(ctx)
 }
 
 // open reads the bundle's documents and finds out which chunks are there.
 func (d *download) open(ctx context.Context) error {
-	raw, err := d.document(ctx, manifestFile, "manifest", d.remote.manifestURL(d.id.Model, d.digest), d.digest, models.MaxManifestBytes)
+	raw, err := d.document(ctx, manifestFile, "manifest", d.ref(d.digest, true), models.MaxManifestBytes)
 	if err != nil {
 		return err
 	}
@@ -134,25 +173,32 @@ func (d *download) open(ctx context.Context) error {
 	if err != nil {
 		return &VerifyError{File: "manifest", Err: err}
 	}
-	if err := d.admit(ctx, m); err != nil {
-		return err
+	if d.program == nil { // a program is admitted by a signature of its own
+		if err := d.admit(ctx, m); err != nil {
+			return err
+		}
 	}
-	if raw, err = d.document(ctx, configFile, "config", d.remote.blobURL(d.id.Model, m.Config.Digest), m.Config.Digest, m.Config.Size); err != nil {
+	if raw, err = d.document(ctx, configFile, "config", d.ref(m.Config.Digest, false), m.Config.Size); err != nil {
 		return err
 	}
 	cfg, err := models.ParseConfig(raw)
 	if err != nil {
 		return &VerifyError{File: "config", Err: err}
 	}
-	if _, ok := m.File(cfg.Entry); !ok {
+	if _, ok := m.File(cfg.Entry); !ok && d.program == nil {
 		return &VerifyError{File: "config", Err: fmt.Errorf("entry %q is not one of the bundle's files", cfg.Entry)}
 	}
-	if raw, err = d.document(ctx, indexFile, "chunk index", d.remote.blobURL(d.id.Model, m.Index.Digest), m.Index.Digest, m.Index.Size); err != nil {
+	if raw, err = d.document(ctx, indexFile, "chunk index", d.ref(m.Index.Digest, false), m.Index.Size); err != nil {
 		return err
 	}
 	index, err := models.ParseIndex(raw, m)
 	if err != nil {
 		return &VerifyError{File: "chunk index", Err: err}
+	}
+	if d.program != nil {
+		if m, index, err = d.program.narrow(cfg, m, index); err != nil {
+			return err
+		}
 	}
 	d.manifest = m
 	d.total.Store(m.Size)
@@ -161,19 +207,33 @@ func (d *download) open(ctx context.Context) error {
 		return err
 	}
 	d.opened = true
+	if d.ready != nil {
+		close(d.ready)
+	}
 	return nil
 }
 
+// prepare lets others wait until it is opened.
+func (d *download) prepare() {
+	if d.ready == nil {
+		d.ready = make(chan struct{})
+	}
+}
+
+func (d *download) ref(of digest.Digest, manifest bool) Ref {
+	return Ref{Model: d.id.Model, Digest: of, Manifest: manifest}
+}
+
 // document gives one of the bundle's documents from the part, or else from
-// the registry.
-func (d *download) document(ctx context.Context, name, what, url string, sum digest.Digest, limit int64) ([]byte, error) {
+// its source.
+func (d *download) document(ctx context.Context, name, what string, r Ref, limit int64) ([]byte, error) {
 	path := filepath.Join(d.part(), name)
 	if info, err := os.Stat(path); err == nil && info.Size() <= limit {
-		if raw, err := os.ReadFile(path); err == nil && digest.FromBytes(raw) == sum {
+		if raw, err := os.ReadFile(path); err == nil && digest.FromBytes(raw) == r.Digest {
 			return raw, nil
 		}
 	}
-	raw, err := d.remote.small(ctx, url, what, sum, limit)
+	raw, err := d.small(ctx, r, what, limit)
 	if err != nil {
 		return nil, err
 	}
@@ -186,22 +246,24 @@ func (d *download) lay(index *dunlinv1.ChunkIndex) {
 	for i, f := range d.manifest.Files {
 		position[f.Path] = i
 	}
-	d.pieces, d.missing = nil, map[[sha256.Size]byte][]int{}
-	longest := 0
-	for _, f := range index.Files {
+	d.pieces, d.first, d.longest = nil, nil, 0
+	d.missing, d.moved = map[[sha256.Size]byte][]int{}, make(chan struct{})
+	for _, f := range index.Files { // they are in the manifest's order
+		d.first = append(d.first, len(d.pieces))
 		for _, c := range f.Chunks {
 			p := piece{file: position[f.Path], offset: int64(c.Offset), length: int(c.Length), sum: [sha256.Size]byte(c.Sha256)}
 			d.missing[p.sum] = append(d.missing[p.sum], len(d.pieces))
 			d.pieces = append(d.pieces, p)
-			longest = max(longest, p.length)
+			d.longest = max(d.longest, p.length)
 		}
 	}
-	d.buf = make([]byte, longest)
+	d.first = append(d.first, len(d.pieces))
 }
 
 // rehash marks the pieces that the part has already.
 func (d *download) rehash(ctx context.Context) error {
 	var have int64
+	buf := make([]byte, d.longest)
 	for i := range d.pieces {
 		if err := ctx.Err(); err != nil {
 			return context.Cause(ctx)
@@ -211,7 +273,7 @@ func (d *download) rehash(ctx context.Context) error {
 		if err != nil {
 			return err
 		}
-		data := d.buf[:p.length]
+		data := buf[:p.length]
 		if n, err := f.ReadAt(data, p.offset); n < len(data) {
 			if errors.Is(err, io.EOF) {
 				continue
@@ -240,6 +302,8 @@ func (d *download) rehash(ctx context.Context) error {
 
 // file gives one of the part's files, open for reading and writing.
 func (d *download) file(i int) (*os.File, error) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
 	if f := d.files[i]; f != nil {
 		return f, nil
 	}
@@ -255,37 +319,49 @@ func (d *download) file(i int) (*os.File, error) {
 	return f, nil
 }
 
-// put writes a verified chunk wherever it is missing.
+// put writes a verified chunk wherever it is missing. Two calls must not put
+// the same chunk at a time.
 func (d *download) put(sum [sha256.Size]byte, data []byte) error {
-	for _, i := range d.missing[sum] {
+	d.mu.Lock()
+	at := d.missing[sum]
+	d.mu.Unlock()
+	for _, i := range at {
 		p := &d.pieces[i]
 		f, err := d.file(p.file)
 		if err != nil {
 			return err
 		}
 		if _, err := f.WriteAt(data, p.offset); err != nil {
+			if errors.Is(err, unix.ENOSPC) {
+				err = fmt.Errorf("%w: %w", errNoRoom, err)
+			}
 			return err
 		}
+		writeBack(f, p.offset, int64(p.length))
+		d.mu.Lock()
 		p.have = true
+		close(d.moved)
+		d.moved = make(chan struct{})
 		d.present.Add(int64(p.length))
 		if d.wrote != nil {
 			d.wrote()
 		}
+		d.mu.Unlock()
 	}
+	d.mu.Lock()
 	delete(d.missing, sum)
+	d.mu.Unlock()
 	return nil
 }
 
-// checkRoom refuses a download that would take the disk's reserve.
-func (d *download) checkRoom() error {
-	free, err := d.free(d.store.dir)
-	if err != nil {
-		return fmt.Errorf("free space of %s: %w", d.store.dir, err)
+// lacks gives the bytes that have to travel.
+func (d *download) lacks() (n int64) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	for _, at := range d.missing {
+		n += int64(d.pieces[at[0]].length)
 	}
-	if need := uint64(d.total.Load() - d.present.Load()); free < need+d.reserve {
-		return fmt.Errorf("%w: the download needs %d bytes, %d are free, and %d of them are kept in reserve", errNoRoom, need, free, d.reserve)
-	}
-	return nil
+	return n
 }
 
 // freeSpace gives the bytes that are free for this process in dir's file system.
@@ -300,29 +376,35 @@ func freeSpace(dir string) (uint64, error) {
 // reuse copies missing chunks from the other bundles on disk, which other
 // goroutines may be writing to or removing.
 func (d *download) reuse(ctx context.Context) error {
-	dirs, err := d.store.folders(d.digest)
-	if err != nil {
-		return err
+	buf := make([]byte, d.longest)
+	if d.program != nil {
+		return d.reuseProgram(ctx, buf)
 	}
-	for _, dir := range dirs {
-		if len(d.missing) == 0 {
-			return nil
-		}
-		index, err := readIndex(dir)
+	for _, s := range append([]*bundles{d.store}, d.others...) {
+		dirs, err := s.folders(d.digest, s == d.store)
 		if err != nil {
-			d.log.Debug("no chunks to reuse", "folder", dir, "error", err)
-			continue
+			return err
 		}
-		for _, f := range index.Files {
-			if err := d.reuseFile(ctx, filepath.Join(dir, filesFolder), f); err != nil {
-				return err
+		for _, dir := range dirs {
+			if len(d.missing) == 0 {
+				return nil
+			}
+			index, err := readIndex(dir)
+			if err != nil {
+				d.log.Debug("no chunks to reuse", "folder", dir, "error", err)
+				continue
+			}
+			for _, f := range index.Files {
+				if err := d.reuseFile(ctx, filepath.Join(dir, filesFolder), f, buf); err != nil {
+					return err
+				}
 			}
 		}
 	}
 	return nil
 }
 
-func (d *download) reuseFile(ctx context.Context, dir string, from *dunlinv1.IndexedFile) error {
+func (d *download) reuseFile(ctx context.Context, dir string, from *dunlinv1.IndexedFile, buf []byte) error {
 	f, err := os.OpenInRoot(dir, filepath.FromSlash(from.Path))
 	if err != nil {
 		return nil // not there yet, or not any more
@@ -330,13 +412,13 @@ func (d *download) reuseFile(ctx context.Context, dir string, from *dunlinv1.Ind
 	defer f.Close()
 	for _, c := range from.Chunks {
 		sum := [sha256.Size]byte(c.Sha256)
-		if d.missing[sum] == nil || int(c.Length) > len(d.buf) {
+		if d.missing[sum] == nil || int(c.Length) > len(buf) {
 			continue
 		}
 		if err := ctx.Err(); err != nil {
 			return context.Cause(ctx)
 		}
-		data := d.buf[:c.Length]
+		data := buf[:c.Length]
 		if n, _ := f.ReadAt(data, int64(c.Offset)); n < len(data) || sha256.Sum256(data) != sum {
 			continue
 		}
@@ -347,100 +429,8 @@ func (d *download) reuseFile(ctx context.Context, dir string, from *dunlinv1.Ind
 	return nil
 }
 
-// fetch gets what is missing of one file.
-func (d *download) fetch(ctx context.Context, file int) error {
-	if _, err := d.file(file); err != nil { // makes an empty file, too
-		return err
-	}
-	first := 0
-	for first < len(d.pieces) && d.pieces[first].file != file {
-		first++
-	}
-	last := first
-	for last < len(d.pieces) && d.pieces[last].file == file {
-		last++
-	}
-	pieces := d.pieces[first:last]
-	url := d.remote.blobURL(d.id.Model, d.manifest.Files[file].Digest)
-	for {
-		start, end := nextRange(pieces)
-		if start == end {
-			return nil
-		}
-		if err := d.fetchRange(ctx, url, pieces, start, end); err != nil {
-			return err
-		}
-	}
-}
-
-// Missing chunks that are nearer to each other than mergeGap are asked for in
-// one request of at most maxRange bytes (or one chunk): the bytes between
-// them cost less than a round trip.
-const (
-	mergeGap = 64 << 10
-	maxRange = 8 << 20
-)
-
-// nextRange gives the range of bytes to ask for next, empty when none is
-// missing. The pieces are in the order of their offsets.
-func nextRange(pieces []piece) (start, end int64) {
-	for i := range pieces {
-		p := &pieces[i]
-		if p.have {
-			continue
-		}
-		switch pieceEnd := p.offset + int64(p.length); {
-		case start == end:
-			start, end = p.offset, pieceEnd
-		case p.offset-end >= mergeGap || pieceEnd-start > maxRange:
-			return start, end
-		default:
-			end = pieceEnd
-		}
-	}
-	return start, end
-}
-
-func (d *download) fetchRange(ctx context.Context, url string, pieces []piece, start, end int64) error {
-	b, err := d.remote.get(ctx, url, start, end-start)
-	if err != nil {
-		return err
-	}
-	defer b.Close()
-	at := b.offset
-	for i := range pieces {
-		p := &pieces[i]
-		if p.have || p.offset < at {
-			continue
-		}
-		if p.offset >= end && !b.whole {
-			break
-		}
-		data := d.buf[:p.length]
-		if _, err = io.CopyN(io.Discard, b, p.offset-at); err == nil {
-			_, err = io.ReadFull(b, data)
-		}
-		if err != nil {
-			return fmt.Errorf("GET %s: after byte %d: %w", url, at, err)
-		}
-		at = p.offset + int64(p.length)
-		if got := sha256.Sum256(data); got != p.sum {
-			if p.tries++; p.tries > chunkRetries {
-				return &VerifyError{File: d.manifest.Files[p.file].Path, Offset: p.offset,
-					Err: fmt.Errorf("chunk of %d bytes has SHA-256 %x, want %x", p.length, got, p.sum)}
-			}
-			continue
-		}
-		if err := d.put(p.sum, data); err != nil {
-			return err
-		}
-	}
-	return nil
-}
-
-// finish verifies the files as a whole, makes them durable and installs the
-// bundle.
-func (d *download) finish(ctx context.Context) error {
+// finish makes the verified files durable and installs the bundle.
+func (d *download) finish() error {
 	for i, want := range d.manifest.Files {
 		f, err := d.file(i)
 		if err != nil {
@@ -448,13 +438,6 @@ func (d *download) finish(ctx context.Context) error {
 		}
 		if err := f.Truncate(want.Size); err != nil {
 			return err
-		}
-		h := sha256.New()
-		if err := copyAll(ctx, h, io.NewSectionReader(f, 0, want.Size)); err != nil {
-			return err
-		}
-		if got := digest.NewDigest(digest.SHA256, h); got != want.Digest {
-			return &VerifyError{File: want.Path, Err: fmt.Errorf("the whole file has digest %s, want %s", got, want.Digest)}
 		}
 		if err := f.Sync(); err != nil {
 			return err
@@ -470,19 +453,4 @@ func (d *download) finish(ctx context.Context) error {
 		return err
 	}
 	return d.store.install(d.digest)
-}
-
-// copyAll copies until the end of r or of ctx.
-func copyAll(ctx context.Context, w io.Writer, r io.Reader) error {
-	const step = 4 << 20
-	for {
-		if err := ctx.Err(); err != nil {
-			return context.Cause(ctx)
-		}
-		if _, err := io.CopyN(w, r, step); errors.Is(err, io.EOF) {
-			return nil
-		} else if err != nil {
-			return err
-		}
-	}
 }

@@ -41,6 +41,16 @@ type Engine interface {
 	Unload(ctx context.Context, id engine.VersionID) error
 }
 
+// Store keeps what a device should run, and runs; see state.Store.
+type Store interface {
+	Desired(context.Context) (state.Desired, error)
+	SetDesired(context.Context, state.Desired) error
+	Versions(context.Context) ([]state.Version, error)
+	PutVersion(context.Context, state.Version) error
+	DeleteVersion(ctx context.Context, model string, version int64) error
+	Traffic
+}
+
 // Front answers requests. Both calls take effect at once for the requests
 // that come after them.
 type Front interface {
@@ -51,10 +61,20 @@ type Front interface {
 // Config configures a Reconciler.
 type Config struct {
 	Dir      string          // holds the bundles
+	Disk     *Disk           // holds them for a simulated device; nil: Dir does
 	Registry func() Registry // asked at the begin of each download
-	Reserve  uint64          // bytes of the disk that downloads leave free
-	Stall    time.Duration   // how long a transfer may go without a byte; 30 s where 0
-	State    *state.Store
+	// Origin gives what is asked in place of the registry, which it is given;
+	// nil: the registry.
+	Origin  func(registry Source, at Registry) Source
+	Reserve uint64        // bytes of the disk that downloads leave free
+	Stall   time.Duration // how long a transfer may go without a byte; 30 s where 0
+	// Link gives what bounds the bytes that travel; nil: nothing does.
+	Link func() Link
+	// Near asks who of the device's site has a bundle; nil: nobody is asked.
+	Near func(ctx context.Context, model string, bundle digest.Digest) []Source
+	// Shelf is what the device gives others of its site; nil: nothing.
+	Shelf *Shelf
+	State Store
 	// Trust gives the trust document by which signatures of bundles count. No
 	// bundle is taken while it gives nil.
 	Trust func() *signing.Trust
@@ -68,6 +88,9 @@ type Config struct {
 	// version's fault: it is tried again, and not put into quarantine.
 	Passing func(error) bool
 	Front   Front
+	// Agent is told which release of the agent is wanted, nil for none, at the
+	// start and with each document; it must not wait. nil: nobody is.
+	Agent func(*dunlinv1.DesiredAgent)
 	// Event keeps an event for the controller; it must not wait for it.
 	Event func(*dunlinv1.Event)
 	Log   *slog.Logger
@@ -77,7 +100,8 @@ type Config struct {
 // methods may be called concurrently with it and never wait for it.
 type Reconciler struct {
 	cfg     Config
-	bundles *bundles
+	folder  *bundles // Config.Dir; nil where the disk is simulated
+	bundles storage  // folder, or Config.Disk
 	desires chan *dunlinv1.Desired
 	retries chan struct{}
 	trusted chan struct{}
@@ -90,6 +114,7 @@ type Reconciler struct {
 	core      *core
 	remote    *remote
 	downloads map[key]*download
+	gates     *gates
 	cancels   map[key]context.CancelFunc
 	ended     chan ending
 	running   sync.WaitGroup
@@ -118,9 +143,14 @@ const (
 
 // New opens the folder of bundles. Run does the rest.
 func New(cfg Config) (*Reconciler, error) {
-	b, err := openBundles(cfg.Dir)
-	if err != nil {
-		return nil, fmt.Errorf("open bundles: %w", err)
+	var folder *bundles
+	var held storage = cfg.Disk
+	if cfg.Disk == nil {
+		var err error
+		if folder, err = openBundles(cfg.Dir); err != nil {
+			return nil, fmt.Errorf("open bundles: %w", err)
+		}
+		held = folder
 	}
 	if cfg.Stall == 0 {
 		cfg.Stall = defaultStall
@@ -128,8 +158,12 @@ func New(cfg Config) (*Reconciler, error) {
 	if cfg.Now == nil {
 		cfg.Now = time.Now
 	}
+	g := &gates{link: cfg.Link, meter: &meter{kept: cfg.State, log: cfg.Log, pending: map[string]int64{}}, now: func() time.Time { return cfg.Now().Local() }}
+	if cfg.Shelf != nil {
+		cfg.Shelf.gates = g
+	}
 	return &Reconciler{
-		cfg: cfg, bundles: b, core: newCore(),
+		cfg: cfg, folder: folder, bundles: held, gates: g, core: newCore(),
 		desires: make(chan *dunlinv1.Desired, 1), retries: make(chan struct{}, 1), trusted: make(chan struct{}, 1), changed: make(chan struct{}, 1), lost: make(chan lost, maxLost),
 		downloads: map[key]*download{}, cancels: map[key]context.CancelFunc{}, ended: make(chan ending),
 		saved: map[key]state.Version{},
@@ -253,6 +287,7 @@ func (r *Reconciler) restore(ctx context.Context) error {
 			return fmt.Errorf("stored desired document: %w", err)
 		}
 		r.core.setDesired(doc, now)
+		r.wantAgent(doc)
 		r.have.Store(&dunlinv1.Generation{Incarnation: d.Incarnation, Number: d.Number})
 	} else if !errors.Is(err, state.ErrNone) {
 		return err
@@ -330,6 +365,12 @@ func (r *Reconciler) act(ctx context.Context) {
 	}
 }
 
+func (r *Reconciler) wantAgent(doc *dunlinv1.DesiredDocument) {
+	if r.cfg.Agent != nil {
+		r.cfg.Agent(doc.Agent)
+	}
+}
+
 func (r *Reconciler) serving() map[string]int64 {
 	versions := map[string]int64{}
 	for model, v := range r.core.serving {
@@ -396,18 +437,38 @@ func (r *Reconciler) begin(ctx context.Context, a action) {
 
 // download gives the download of a version, which may have begun before.
 func (r *Reconciler) download(k key) *download {
-	registry := r.cfg.Registry()
-	if r.remote == nil || r.remote.Registry != registry {
-		r.remote = newRemote(registry, r.cfg.Stall)
-	}
+	origin := r.origin()
 	d := r.downloads[k]
 	if d == nil {
-		d = &download{store: r.bundles, id: k.id, digest: k.digest, trust: r.cfg.Trust, now: r.cfg.Now, reserve: r.cfg.Reserve, free: freeSpace, log: r.cfg.Log}
+		d = &download{
+			store: r.folder, id: k.id, digest: k.digest, trust: r.cfg.Trust, now: r.cfg.Now, reserve: r.cfg.Reserve, free: freeSpace, log: r.cfg.Log,
+		}
+		d.prepare()
 		d.total.Store(int64(r.core.versions[k].size))
 		r.downloads[k] = d
 	}
-	d.remote, d.signatures = r.remote, r.core.versions[k].signatures
+	v := r.core.versions[k]
+	d.remote, d.gate, d.signatures = origin, r.gates.of(v.delivery), v.signatures
 	return d
+}
+
+// errNoSource is the error of a device that does not know yet where bundles
+// come from.
+var errNoSource = errors.New("no registry is known yet")
+
+// origin gives where bundles come from in the end; nil while that is not known.
+func (r *Reconciler) origin() Source {
+	registry := r.cfg.Registry()
+	if registry.URL == "" {
+		return nil
+	}
+	if r.remote == nil || r.remote.Registry != registry {
+		r.remote = newRemote(registry, r.cfg.Stall)
+	}
+	if r.cfg.Origin != nil {
+		return r.cfg.Origin(r.remote, registry)
+	}
+	return r.remote
 }
 
 // fetch brings a bundle onto the disk, unless another version has it already.
@@ -418,10 +479,24 @@ func (r *Reconciler) fetch(ctx context.Context, d *download) error {
 	} else if !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}
-	if d.remote.URL == "" {
-		return errors.New("no registry is known yet")
+	if d.remote == nil && (r.cfg.Near == nil || r.cfg.Disk != nil) {
+		return errNoSource
 	}
-	return d.run(ctx)
+	here, ended := r.cfg.Shelf.begin(d)
+	d.near = nil
+	if here != nil {
+		d.near = []Source{here}
+	} else if r.cfg.Near != nil {
+		d.near = r.cfg.Near(ctx, d.id.Model, d.digest)
+	}
+	defer r.gates.meter.store(ctx)
+	if r.cfg.Disk != nil {
+		err = r.cfg.Disk.fetch(ctx, d)
+	} else {
+		err = d.run(ctx)
+	}
+	ended(err)
+	return err
 }
 
 // errLost is the error of a bundle that is not on disk any more.
@@ -480,6 +555,7 @@ func (r *Reconciler) finish(ctx context.Context, e ending) {
 		}
 		o.wait = bound/2 + rand.N(bound/2)
 		_, o.refused = errors.AsType[*signing.RefusedError](e.err)
+		o.waits, _ = errors.AsType[*WaitError](e.err)
 		o.permanent = o.refused && !r.outdated(e) || r.permanent(e)
 	}
 	r.core.done(e.key, o, time.Now())
@@ -491,12 +567,16 @@ func (r *Reconciler) finish(ctx context.Context, e ending) {
 			kind = "bundle.refused"
 		}
 		r.event(kind, dunlinv1.Severity_SEVERITY_ERROR, e.key, v.quarantine)
+	case e.err != nil && v.waitsFor != "":
+		log.Info("download waits", "for", v.waitsFor, "until", v.notBefore.Round(time.Second))
 	case e.err != nil && v.failure != "":
 		log.Warn("failed, trying again", "op", e.op, "error", e.err, "in", o.wait.Round(time.Millisecond))
 	case e.err == nil && e.op == fetching:
 		v.size = cmp.Or(uint64(r.downloads[e.key].total.Load()), v.size)
+		d := r.downloads[e.key]
+		v.fetched = uint64(d.fetched.Load())
 		delete(r.downloads, e.key)
-		log.Info("stored", "bytes", v.size)
+		log.Info("stored", "bytes", v.size, "fetched", v.fetched, "from_site", d.fromSite.Load())
 		r.event("version.stored", dunlinv1.Severity_SEVERITY_INFO, e.key, "")
 	default:
 		log.Debug("done", "op", e.op, "error", e.err)

@@ -128,6 +128,7 @@ type testDevice struct {
 	dir      string
 	registry *testRegistry
 	trust    atomic.Pointer[signing.Trust]
+	disk     *Disk // nil: a folder
 	stop     func()
 }
 
@@ -143,7 +144,7 @@ func (d *testDevice) start() {
 	}
 	d.simulated = newSimulated(d.t)
 	d.Reconciler, err = New(Config{
-		Dir: filepath.Join(d.dir, "bundles"), Registry: d.registry.registry, Stall: 200 * time.Millisecond, State: store, Trust: d.trusts,
+		Dir: filepath.Join(d.dir, "bundles"), Disk: d.disk, Registry: d.registry.registry, Stall: 200 * time.Millisecond, State: store, Trust: d.trusts,
 		Engine: d.simulated, Check: d.Check, Passing: func(err error) bool { return !errors.Is(err, errNotAModel) },
 		Front: d.simulated, Event: d.simulated.event, Log: testLog(d.t),
 	})
@@ -163,11 +164,17 @@ func (d *testDevice) start() {
 
 func startDevice(t testing.TB, reg *testRegistry) *testDevice {
 	t.Helper()
+	return startDeviceOn(t, reg, nil)
+}
+
+// startDeviceOn is startDevice with a simulated disk.
+func startDeviceOn(t testing.TB, reg *testRegistry, disk *Disk) *testDevice {
+	t.Helper()
 	ignore := goleak.IgnoreCurrent()
 	t.Cleanup(func() {
 		goleak.VerifyNone(t, ignore, goleak.IgnoreAnyFunction("net/http.(*persistConn).readLoop"), goleak.IgnoreAnyFunction("net/http.(*persistConn).writeLoop"), goleak.IgnoreAnyFunction("net/http.(*conn).serve"))
 	})
-	d := &testDevice{t: t, dir: t.TempDir(), registry: reg}
+	d := &testDevice{t: t, dir: t.TempDir(), registry: reg, disk: disk}
 	d.trust.Store(signing.TrustAll)
 	d.start()
 	t.Cleanup(func() { d.stop() })

@@ -10,7 +10,6 @@ import (
 	"strings"
 	"time"
 
-	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
 
@@ -28,7 +27,11 @@ const defaultStall = 30 * time.Second
 
 var errStalled = errors.New("no byte arrived")
 
-// remote reads from the registry. It may be used by many goroutines.
+// streams is how many connections to a registry share one download: one alone
+// is bound by its window on a long way, and by one processor for TLS.
+const streams = 4
+
+// remote is the registry, or another server that speaks as it does.
 type remote struct {
 	Registry
 	stall time.Duration
@@ -38,6 +41,9 @@ func newRemote(r Registry, stall time.Duration) *remote {
 	r.URL = strings.TrimSuffix(r.URL, "/")
 	return &remote{Registry: r, stall: stall}
 }
+
+func (r *remote) String() string { return r.URL }
+func (r *remote) Streams() int   { return streams }
 
 // statusError is an answer that is not the one asked for.
 type statusError struct {
@@ -56,26 +62,36 @@ func (e *statusError) Error() string {
 	return text
 }
 
-func (r *remote) manifestURL(model string, d digest.Digest) string {
-	return r.URL + "/v2/" + model + "/manifests/" + d.String()
+// Answered says whether an error of a registry is an answer of it: otherwise it
+// was not reached, or the way to it broke.
+func Answered(err error) bool {
+	_, status := errors.AsType[*statusError](err)
+	return status || errors.Is(err, ErrAbsent)
 }
 
-func (r *remote) blobURL(model string, d digest.Digest) string {
-	return r.URL + "/v2/" + model + "/blobs/" + d.String()
+func (e *statusError) Is(target error) bool {
+	return target == ErrAbsent && e.status == http.StatusNotFound
 }
 
-// body is an answer that is given up when it stalls.
-type body struct {
+func (r *remote) url(of Ref) string {
+	kind := "/blobs/"
+	if of.Manifest {
+		kind = "/manifests/"
+	}
+	return r.URL + "/v2/" + of.Model + kind + of.Digest.String()
+}
+
+// stalling is a body that is given up when no byte comes.
+type stalling struct {
 	io.ReadCloser
+	url    string
 	ctx    context.Context // of this one request
 	cancel context.CancelCauseFunc
 	timer  *time.Timer
 	stall  time.Duration
-	offset int64 // of the body's first byte in the blob
-	whole  bool  // the body goes on to the blob's end
 }
 
-func (b *body) Read(p []byte) (int, error) {
+func (b *stalling) Read(p []byte) (int, error) {
 	n, err := b.ReadCloser.Read(p)
 	if n > 0 {
 		b.timer.Reset(b.stall)
@@ -84,20 +100,20 @@ func (b *body) Read(p []byte) (int, error) {
 		if cause := context.Cause(b.ctx); cause != nil {
 			err = cause
 		}
+		err = fmt.Errorf("GET %s: %w", b.url, err)
 	}
 	return n, err
 }
 
-func (b *body) Close() error {
+func (b *stalling) Close() error {
 	b.timer.Stop()
 	b.cancel(nil)
 	return b.ReadCloser.Close()
 }
 
-// get asks for length bytes of a blob from offset on, or for all of it where
-// length is 0. A registry that does not know ranges answers with all of it:
-// the body says where it begins.
-func (r *remote) get(ctx context.Context, url string, offset, length int64) (*body, error) {
+// Get asks by HTTP. The registry must be known.
+func (r *remote) Get(ctx context.Context, of Ref, offset, length int64) (*Body, error) {
+	url := r.url(of)
 	ctx, cancel := context.WithCancelCause(ctx)
 	req, err := http.NewRequestWithContext(ctx, http.MethodGet, url, nil)
 	if err != nil {
@@ -109,14 +125,14 @@ func (r *remote) get(ctx context.Context, url string, offset, length int64) (*bo
 	if length > 0 {
 		req.Header.Set("Range", fmt.Sprintf("bytes=%d-%d", offset, offset+length-1))
 	}
-	b := &body{ctx: ctx, cancel: cancel, stall: r.stall}
+	b := &stalling{url: url, ctx: ctx, cancel: cancel, stall: r.stall}
 	b.timer = time.AfterFunc(r.stall, func() {
-		cancel(fmt.Errorf("GET %s: %w for %s", url, errStalled, r.stall))
+		cancel(fmt.Errorf("%w for %s", errStalled, r.stall))
 	})
 	resp, err := r.Client.Do(req)
 	if err != nil {
 		if cause := context.Cause(ctx); cause != nil {
-			err = cause
+			err = fmt.Errorf("GET %s: %w", url, cause)
 		}
 		b.timer.Stop()
 		cancel(nil)
@@ -130,14 +146,12 @@ func (r *remote) get(ctx context.Context, url string, offset, length int64) (*bo
 			_ = b.Close()
 			return nil, fmt.Errorf("GET %s: asked for bytes from %d, the answer has Content-Range %q", url, offset, resp.Header.Get("Content-Range"))
 		}
-		b.offset = offset
+		return &Body{ReadCloser: b, Offset: offset}, nil
 	case resp.StatusCode == http.StatusOK:
-		b.whole = true
-	default:
-		_ = b.Close()
-		return nil, &statusError{url, resp.StatusCode}
+		return &Body{ReadCloser: b, Whole: true}, nil
 	}
-	return b, nil
+	_ = b.Close()
+	return nil, &statusError{url, resp.StatusCode}
 }
 
 // rangeStart reads the first byte's position out of "bytes 5-9/100".
@@ -146,40 +160,4 @@ func rangeStart(contentRange string) (int64, bool) {
 	first, _, found := strings.Cut(rest, "-")
 	start, err := strconv.ParseInt(first, 10, 64)
 	return start, ok && found && err == nil && start >= 0
-}
-
-// small reads a whole document of at most limit bytes and verifies it. One
-// that is longer, or does not have its digest, is asked for again before that
-// counts.
-func (r *remote) small(ctx context.Context, url, what string, d digest.Digest, limit int64) ([]byte, error) {
-	for try := 0; ; try++ {
-		raw, err := r.readAll(ctx, url, limit+1)
-		if err != nil {
-			return nil, fmt.Errorf("%s: %w", what, err)
-		}
-		if int64(len(raw)) > limit {
-			err = fmt.Errorf("has more than %d bytes", limit)
-		} else if got := digest.FromBytes(raw); got != d {
-			err = fmt.Errorf("has digest %s, want %s", got, d)
-		} else {
-			return raw, nil
-		}
-		if try == chunkRetries {
-			return nil, &VerifyError{File: what, Err: err}
-		}
-	}
-}
-
-// readAll reads a blob, or its first most bytes.
-func (r *remote) readAll(ctx context.Context, url string, most int64) ([]byte, error) {
-	b, err := r.get(ctx, url, 0, 0)
-	if err != nil {
-		return nil, err
-	}
-	defer b.Close()
-	raw, err := io.ReadAll(io.LimitReader(b, most))
-	if err != nil {
-		return nil, fmt.Errorf("GET %s: %w", url, err)
-	}
-	return raw, nil
 }

@@ -248,7 +248,7 @@ func TestStallIsByProgress(t *testing.T) {
 				_, _ = out.Write([]byte{1})
 			}
 		}()
-		b, err := r.get(t.Context(), "http://registry/", 0, 0)
+		b, err := r.Get(t.Context(), Ref{Model: "m"}, 0, 0)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -263,12 +263,12 @@ func TestStallIsByProgress(t *testing.T) {
 func TestStatusErrorsSayWhat(t *testing.T) {
 	reg := serveBundles(t)
 	r := newRemote(reg.registry(), time.Second)
-	_, err := r.get(t.Context(), reg.URL+"/v2/m/blobs/sha256:00", 0, 0)
+	_, err := r.Get(t.Context(), Ref{Model: "m", Digest: "sha256:00"}, 0, 0)
 	if err == nil || !strings.Contains(err.Error(), "404") || !strings.Contains(err.Error(), "does not have it") {
 		t.Errorf("unknown blob: %v", err)
 	}
 	reg.refuses.Store(true)
-	_, err = r.get(t.Context(), reg.URL+"/v2/m/blobs/sha256:00", 0, 0)
+	_, err = r.Get(t.Context(), Ref{Model: "m", Digest: "sha256:00"}, 0, 0)
 	if err == nil || !strings.Contains(err.Error(), "refuses this device's certificate") {
 		t.Errorf("refused: %v", err)
 	}

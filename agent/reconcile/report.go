@@ -51,7 +51,9 @@ func (r *Reconciler) publish() {
 		}
 		if d := r.downloads[v.key]; d != nil {
 			s.BytesPresent, s.BytesTotal = uint64(d.present.Load()), uint64(d.total.Load())
+			v.fetched = uint64(d.fetched.Load())
 		}
+		s.BytesFetched, s.WaitsFor = v.fetched, v.waitsFor
 		if v.stage != absent {
 			s.BytesPresent = s.BytesTotal
 		}

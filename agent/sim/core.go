@@ -73,12 +73,15 @@ type core struct {
 	busBytes       float64 // a second
 	slowed, down   bool
 
-	script []Event // what is still to come
-	faults faults
+	script    []Event // what is still to come
+	faults    faults
+	all       quality             // of the runs of all versions
+	qualities map[string]*quality // by version, on top of that
 
 	versions map[engine.VersionID]*version
 	used     int64 // bytes of the memory that models run in
 	deaths   [][]engine.VersionID
+	lost     []engine.VersionID // in quarantine, which nobody has been told
 }
 
 // faults is what the script has done so far. Rates are in a second.
@@ -86,13 +89,49 @@ type faults struct {
 	ambient                          float64
 	lost                             bool // NVML does not answer
 	cap                              float64
-	slow, failing                    float64 // factor; part of runs
 	corrected, uncorrected           float64 // ECC errors
 	correctedRate, uncorrectedRate   float64
 	remapped, remappedUncorrected    float64
 	pending, failed                  bool // of rows that are to be remapped
+	badRelease                       bool // of the agent
 	xids, lastXID                    float64
 	filled, fillRate, leak, leakRate float64 // bytes
+}
+
+// quality is what a script says of the runs of one version, or of all.
+type quality struct {
+	slow, energy      float64 // factors of a run's time, and of its power above idle
+	failing, crashing float64 // part of runs, of those that crash the worker
+	confidence        float64 // mean of the largest class's; 0: outputs are zeros
+	unloadable        bool
+}
+
+func newQuality() quality { return quality{slow: 1, energy: 1} }
+
+// quality gives that of a version, which a script may change.
+func (c *core) quality(version string) *quality {
+	q := c.qualities[version]
+	if q == nil {
+		q = new(newQuality())
+		c.qualities[version] = q
+	}
+	return q
+}
+
+// runsAs gives what all that the script says makes of the runs of a version.
+func (c *core) runsAs(id engine.VersionID) quality {
+	q := c.all
+	if own := c.qualities[id.String()]; own != nil {
+		q.slow *= own.slow
+		q.energy *= own.energy
+		q.failing = 1 - (1-q.failing)*(1-own.failing)
+		q.crashing = 1 - (1-q.crashing)*(1-own.crashing)
+		q.unloadable = q.unloadable || own.unloadable
+		if own.confidence > 0 {
+			q.confidence = own.confidence
+		}
+	}
+	return q
 }
 
 // lane is what its jobs share.
@@ -103,6 +142,7 @@ type job struct {
 	id      engine.VersionID
 	left    float64 // seconds, had it the lane for itself at full speed
 	whole   float64
+	energy  float64       // factor of the power above idle
 	done    chan struct{} // closed at the end
 	failure error
 }
@@ -155,8 +195,11 @@ func (c *core) power() float64 {
 	if len(c.processor.jobs) == 0 {
 		return c.idle
 	}
-	clock := c.clock()
-	return c.idle + (c.most-c.idle)*clock*clock*clock
+	clock, energy := c.clock(), 0.
+	for _, j := range c.processor.jobs {
+		energy += j.energy / float64(len(c.processor.jobs))
+	}
+	return c.idle + (c.most-c.idle)*energy*clock*clock*clock
 }
 
 // capClock is the part of the full clock that the power cap leaves.
@@ -175,7 +218,7 @@ func (c *core) clock() float64 {
 }
 
 // speed is the part of its full speed at which the processor works.
-func (c *core) speed() float64 { return c.clock() / c.faults.slow }
+func (c *core) speed() float64 { return c.clock() / c.all.slow }
 
 // pass lets so many seconds pass in which nothing happens.
 func (c *core) pass(seconds float64) {
@@ -205,7 +248,14 @@ func (c *core) settle() {
 	for len(c.script) > 0 && c.script[0].At <= c.now {
 		e := c.script[0]
 		c.script = c.script[1:]
-		known[e.Fault].apply(c, e.Value)
+		switch f := known[e.Fault]; {
+		case f.of == nil:
+			f.apply(c, e.Value)
+		case e.Version == "":
+			f.of(&c.all, e.Value)
+		default:
+			f.of(c.quality(e.Version), e.Value)
+		}
 	}
 	if c.slowdown > 0 {
 		if c.slowed {
@@ -247,7 +297,7 @@ func (c *core) crash() {
 }
 
 func (l *lane) add(id engine.VersionID, seconds float64) *job {
-	j := &job{id: id, left: seconds, whole: seconds, done: make(chan struct{})}
+	j := &job{id: id, left: seconds, whole: seconds, energy: 1, done: make(chan struct{})}
 	l.jobs = append(l.jobs, j)
 	return j
 }

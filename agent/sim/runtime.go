@@ -2,6 +2,7 @@ package sim
 
 import (
 	"context"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"hash/fnv"
@@ -33,6 +34,9 @@ type version struct {
 	costs models.Costs
 	in    bool // its weights are in memory
 	rng   rand.PCG
+	// How often in a row its own runs have crashed the worker; after maxCrashes
+	// it is in quarantine, as a worker puts it there.
+	crashes int
 }
 
 // bytes are what it takes while it is in.
@@ -40,8 +44,9 @@ func (v *version) bytes() int64 { return v.info.Need.Weights + v.info.Need.Sessi
 
 func (v *version) random() float64 { return float64(v.rng.Uint64()>>11) / (1 << 53) }
 
-// read describes a version by its ONNX file.
-func read(s engine.Spec) (Model, error) {
+// Read describes a version by its ONNX file, as a Device does whose Config has
+// no Describe.
+func Read(s engine.Spec) (Model, error) {
 	path := filepath.Join(s.Dir, s.Entry)
 	about, err := models.Inspect(path)
 	if err != nil {
@@ -79,7 +84,7 @@ func (d *Device) Inspect(s engine.Spec) (engine.Info, error) {
 func (d *Device) describe(s engine.Spec) (*version, error) {
 	describe := d.cfg.Describe
 	if describe == nil {
-		describe = read
+		describe = Read
 	}
 	m, err := describe(s)
 	if err != nil {
@@ -123,7 +128,11 @@ func (d *Device) Load(ctx context.Context, s engine.Spec) (engine.Info, error) {
 		return engine.Info{}, err
 	}
 	d.lock()
-	if err := d.down(); err != nil {
+	err = d.down()
+	if err == nil && d.core.runsAs(s.ID).unloadable {
+		err = fmt.Errorf("%s: a fault of the simulated device: it cannot be loaded", s.ID)
+	}
+	if err != nil {
 		d.unlock()
 		return engine.Info{}, err
 	}
@@ -218,11 +227,17 @@ func (d *Device) Unload(_ context.Context, id engine.VersionID) error {
 // too, where the device is hot or capped, and by the jitter. The outputs have
 // the types and shapes that the model declares, and are zeros and empty
 // strings; of a dimension that it leaves open the first is the rows, and
-// another as the first input has it, or 1.
+// another as the first input has it, or 1. Where the script gives a confidence,
+// FP32 outputs of rows of two or more have class probabilities, whose largest
+// has that mean and the deviation confidenceDeviation, and is of any class.
 func (d *Device) Run(ctx context.Context, id engine.VersionID, requests [][]tensor.Tensor, outputs []string) (engine.Outcome, error) {
 	d.lock()
 	v, err := d.version(id)
-	if err == nil && !v.in {
+	switch {
+	case err != nil:
+	case v.crashes >= maxCrashes:
+		err = quarantined(id)
+	case !v.in:
 		err = fmt.Errorf("%s: %w", id, errCrashed)
 	}
 	var given [][]tensor.Tensor
@@ -239,13 +254,29 @@ func (d *Device) Run(ctx context.Context, id engine.VersionID, requests [][]tens
 		d.unlock()
 		return engine.Outcome{}, err
 	}
-	seconds := d.runTime(v.costs, rows).Seconds()
+	q := d.core.runsAs(id)
+	seconds := d.runTime(v.costs, rows).Seconds() * q.slow / d.core.all.slow // the lane has the device's factor
 	if d.cfg.Jitter > 0 {
 		seconds *= 1 + min(d.cfg.Jitter*(math.Pow(1-v.random(), -1/jitterShape)-1), 10)
 	}
-	fails := d.core.faults.failing > 0 && v.random() < d.core.faults.failing
+	fails := q.failing > 0 && v.random() < q.failing
+	crashes := q.crashing > 0 && v.random() < q.crashing
+	if q.confidence > 0 && !fails {
+		for _, outputs := range given {
+			for i := range outputs {
+				v.guess(&outputs[i], q.confidence)
+			}
+		}
+	}
 	began := d.core.now
 	j := d.core.processor.add(id, seconds)
+	j.energy = q.energy
+	if crashes {
+		if v.crashes++; v.crashes == maxCrashes {
+			d.core.lost = append(d.core.lost, id)
+		}
+		d.core.crash()
+	}
 	d.unlock()
 	err = d.wait(ctx, &d.core.processor, j)
 	d.lock()
@@ -255,12 +286,23 @@ func (d *Device) Run(ctx context.Context, id engine.VersionID, requests [][]tens
 		err = fmt.Errorf("%s: a fault of the simulated device: the run fails", id)
 	}
 	if err != nil {
+		if v.crashes >= maxCrashes {
+			err = quarantined(id)
+		}
 		return engine.Outcome{}, err
 	}
+	v.crashes = 0
 	return engine.Outcome{Outputs: given, Infer: d.core.now - began}, nil
 }
 
-const jitterShape = 2.5
+const (
+	jitterShape = 2.5
+	maxCrashes  = 2
+)
+
+func quarantined(id engine.VersionID) error {
+	return fmt.Errorf("%w: %s was at work when the simulated worker crashed, not for the first time", engine.ErrQuarantined, id)
+}
 
 // version gives a loaded one. It is called with the lock.
 func (d *Device) version(id engine.VersionID) (*version, error) {
@@ -374,6 +416,31 @@ func zeros(o *tensor.Info, in []tensor.Tensor) (tensor.Tensor, error) {
 	}
 	t.Data = make([]byte, size)
 	return t, nil
+}
+
+// confidenceDeviation is the standard deviation of the largest probability of a
+// row before it is brought within its bounds.
+const confidenceDeviation = 0.1
+
+// guess fills an output that looks like class probabilities.
+func (v *version) guess(t *tensor.Tensor, mean float64) {
+	if t.Type != tensor.Float32 || len(t.Shape) != 2 || t.Shape[1] < 2 {
+		return
+	}
+	n := int(t.Shape[1])
+	for row := range int(t.Shape[0]) {
+		// Box and Muller.
+		normal := math.Sqrt(-2*math.Log(1-v.random())) * math.Cos(2*math.Pi*v.random())
+		most := min(max(mean+confidenceDeviation*normal, 1/float64(n)), 1)
+		class := int(v.random() * float64(n))
+		for i := range n {
+			p := (1 - most) / float64(n-1)
+			if i == class {
+				p = most
+			}
+			binary.LittleEndian.PutUint32(t.Data[4*(row*n+i):], math.Float32bits(float32(p)))
+		}
+	}
 }
 
 // maxOutput bounds the bytes of an output, as those of an answer are bounded.

@@ -18,13 +18,16 @@ import (
 	"github.com/goccy/go-yaml/lexer"
 	"github.com/goccy/go-yaml/parser"
 	"github.com/goccy/go-yaml/token"
+
+	"github.com/dunlin/dunlin/models"
 )
 
-// Event is something that befalls a device.
+// Event is something that befalls a device, or one version on it.
 type Event struct {
-	At    time.Duration // since its start
-	Fault string        // a key of a script's entries
-	Value float64       // for a fault that has words, the index of one
+	At      time.Duration // since its start
+	Fault   string        // a key of a script's entries
+	Value   float64       // for a fault that has words, the index of one
+	Version string        // "digits:3", for a fault that versions can have; "": the whole device
 }
 
 // Limits of a script.
@@ -43,6 +46,7 @@ type fault struct {
 	whole       bool     // no fractions
 	words       []string // instead of numbers
 	apply       func(*core, float64)
+	of          func(*quality, float64) // in place of apply: one that a version can have
 }
 
 const hour = 3600
@@ -52,8 +56,12 @@ var known = map[string]fault{
 	"ambient_celsius":           {least: -60, most: 150, apply: func(c *core, v float64) { c.faults.ambient = v }},
 	"nvml":                      {words: []string{"back", "lost"}, apply: func(c *core, v float64) { c.faults.lost = v == 1 }},
 	"power_cap_watts":           {most: 1e5, apply: func(c *core, v float64) { c.faults.cap = v }},
-	"slow_factor":               {least: 1, most: 1e6, apply: func(c *core, v float64) { c.faults.slow = v }},
-	"failing_fraction":          {most: 1, apply: func(c *core, v float64) { c.faults.failing = v }},
+	"slow_factor":               {least: 1, most: 1e6, of: func(q *quality, v float64) { q.slow = v }},
+	"failing_fraction":          {most: 1, of: func(q *quality, v float64) { q.failing = v }},
+	"crashing_fraction":         {most: 1, of: func(q *quality, v float64) { q.crashing = v }},
+	"energy_factor":             {least: 0.01, most: 100, of: func(q *quality, v float64) { q.energy = v }},
+	"confidence":                {most: 1, of: func(q *quality, v float64) { q.confidence = v }},
+	"load":                      {words: []string{"works", "fails"}, of: func(q *quality, v float64) { q.unloadable = v == 1 }},
 	"ecc_corrected_per_hour":    {most: 1e12, apply: func(c *core, v float64) { c.faults.correctedRate = v / hour }},
 	"ecc_uncorrected_per_hour":  {most: 1e12, apply: func(c *core, v float64) { c.faults.uncorrectedRate = v / hour }},
 	"remapped_rows":             {most: 1e6, whole: true, apply: func(c *core, v float64) { c.faults.remapped += v }},
@@ -62,6 +70,7 @@ var known = map[string]fault{
 	"xid":                       {least: 1, most: 1e3, whole: true, apply: func(c *core, v float64) { c.faults.xids++; c.faults.lastXID = v }},
 	"disk_bytes_per_hour":       {least: -1e15, most: 1e15, apply: func(c *core, v float64) { c.faults.fillRate = v / hour }},
 	"leak_bytes_per_hour":       {least: -1e15, most: 1e15, apply: func(c *core, v float64) { c.faults.leakRate = v / hour }},
+	"agent_release":             {words: []string{"good", "bad"}, apply: func(c *core, v float64) { c.faults.badRelease = v == 1 }},
 	"worker":                    {words: []string{"crash"}, apply: func(c *core, _ float64) { c.crash() }},
 }
 
@@ -73,7 +82,25 @@ func (e Event) check() error {
 	if e.At < 0 || e.At > maxAt {
 		return fmt.Errorf("at: is %v, allowed are 0s to %v", e.At, maxAt)
 	}
+	if e.Version != "" {
+		if f.of == nil {
+			return fmt.Errorf("%s: befalls the whole device, not version %s", e.Fault, clip(e.Version))
+		}
+		if err := checkVersion(e.Version); err != nil {
+			return err
+		}
+	}
 	return f.check(e.Fault, e.Value)
+}
+
+// checkVersion says what is wrong with the name of a version.
+func checkVersion(s string) error {
+	model, number, _ := strings.Cut(s, ":")
+	n, err := strconv.ParseInt(number, 10, 64)
+	if err != nil || n < 1 || models.CheckName(model) != nil || number != strconv.FormatInt(n, 10) {
+		return fmt.Errorf("version: is %q, it must be like digits:3", clip(s))
+	}
+	return nil
 }
 
 func (f fault) check(name string, v float64) error {
@@ -91,7 +118,7 @@ func (f fault) check(name string, v float64) error {
 }
 
 // ParseScript reads a script: a sequence of mappings, each with the time "at"
-// and one fault or more. All errors are reported, up to a limit, each as
+// and one fault or more, and "version" where they are a version's only. All errors are reported, up to a limit, each as
 // "name:line:column: ..."; name is that of the file.
 func ParseScript(name string, b []byte) ([]Event, error) {
 	r := &reader{name: name}
@@ -219,7 +246,7 @@ func (r *reader) entry(n ast.Node) (events []Event) {
 		r.fault(n, "each entry must be a mapping of at and one fault or more")
 		return nil
 	}
-	at, timed := time.Duration(0), false
+	at, timed, version := time.Duration(0), false, ""
 	seen := map[string]bool{}
 	for _, p := range pairs {
 		key := p.Key.GetToken().Value
@@ -229,8 +256,12 @@ func (r *reader) entry(n ast.Node) (events []Event) {
 			r.fault(p.Key, "%s: is there twice", clip(key))
 		case key == "at":
 			at, timed = r.duration(p.Value), true
+		case key == "version":
+			if version = text(p.Value); checkVersion(version) != nil {
+				r.fault(p.Value, "%v", checkVersion(version))
+			}
 		case !ok:
-			r.fault(p.Key, "%s: is not known, known are at, %s", clip(key), strings.Join(slices.Sorted(maps.Keys(known)), ", "))
+			r.fault(p.Key, "%s: is not known, known are at, version, %s", clip(key), strings.Join(slices.Sorted(maps.Keys(known)), ", "))
 		default:
 			if v, ok := r.value(p.Value, key, f); ok {
 				events = append(events, Event{Fault: key, Value: v})
@@ -241,11 +272,16 @@ func (r *reader) entry(n ast.Node) (events []Event) {
 	if !timed {
 		r.fault(n, "at: is missing, it is the time since the start, like 10m")
 	}
-	if len(pairs) == 1 && timed {
+	for key := range seen {
+		if f, ok := known[key]; ok && version != "" && f.of == nil {
+			r.fault(n, "%s: befalls the whole device, not version %s", key, clip(version))
+		}
+	}
+	if len(events) == 0 && timed && !slices.ContainsFunc(pairs, func(p *ast.MappingValueNode) bool { k := p.Key.GetToken().Value; return k != "at" && k != "version" }) {
 		r.fault(n, "no fault is named, known are %s", strings.Join(slices.Sorted(maps.Keys(known)), ", "))
 	}
 	for i := range events {
-		events[i].At = at
+		events[i].At, events[i].Version = at, version
 	}
 	return events
 }

@@ -8,7 +8,7 @@ import (
 
 func TestParseScript(t *testing.T) {
 	got, err := ParseScript("faults.yaml", []byte("# two faults at once\n- at: 1h30m\n  ambient_celsius: -5.5\n  nvml: lost\n- {at: 90s, xid: 79}\n"))
-	if err != nil || len(got) != 3 || got[0] != (Event{90 * time.Minute, "ambient_celsius", -5.5}) || got[1] != (Event{90 * time.Minute, "nvml", 1}) || got[2] != (Event{90 * time.Second, "xid", 79}) {
+	if err != nil || len(got) != 3 || got[0] != (Event{At: 90 * time.Minute, Fault: "ambient_celsius", Value: -5.5}) || got[1] != (Event{At: 90 * time.Minute, Fault: "nvml", Value: 1}) || got[2] != (Event{At: 90 * time.Second, Fault: "xid", Value: 79}) {
 		t.Errorf("%v, %v", got, err)
 	}
 	_, err = ParseScript("f", []byte(`- at: 1x
@@ -30,7 +30,7 @@ func TestParseScript(t *testing.T) {
 		`f:1:7: at: is "1x", it must be a duration like 90s or 1h30m, from 0s to`,
 		"f:2:8: xid: is 0, allowed are 1 to 1000",
 		"f:3:8: xid: is 1.5, it must be whole",
-		"f:4:3: teapot: is not known, known are at, ambient_celsius, disk_bytes_per_hour",
+		"f:4:3: teapot: is not known, known are at, version, ambient_celsius, confidence, crashing_fraction",
 		"f:3:3: at: is missing",
 		"f:5:3: no fault is named",
 		"f:6:3: each entry must be a mapping",

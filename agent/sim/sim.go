@@ -51,6 +51,7 @@ type Device struct {
 	closed bool
 	last   reading
 	died   func([]engine.VersionID)
+	gone   func(engine.VersionID, error)
 }
 
 // What a device has besides what its profile says.
@@ -127,7 +128,8 @@ func New(cfg Config) (*Device, error) {
 	}
 	d.core = core{
 		idle: p.Power.IdleWatts, most: max(p.Power.LimitWatts, p.Power.IdleWatts), busBytes: bus,
-		versions: map[engine.VersionID]*version{}, faults: faults{ambient: ambientCelsius, slow: 1},
+		versions: map[engine.VersionID]*version{}, faults: faults{ambient: ambientCelsius},
+		all: newQuality(), qualities: map[string]*quality{},
 		script: slices.SortedStableFunc(slices.Values(cfg.Script), func(a, b Event) int { return cmp.Compare(a.At, b.At) }),
 	}
 	c := &d.core
@@ -154,6 +156,13 @@ func (d *Device) Down() <-chan struct{} {
 	return d.off
 }
 
+// BadRelease says whether a release of the agent that is tried now does not do.
+func (d *Device) BadRelease() bool {
+	d.lock()
+	defer d.unlock()
+	return d.core.faults.badRelease
+}
+
 // Close switches the device off: what goes on fails.
 func (d *Device) Close() error {
 	d.lock()
@@ -172,6 +181,14 @@ func (d *Device) OnCrash(f func(running []engine.VersionID)) {
 	d.died = f
 }
 
+// OnLost has f be told of each version that is put into quarantine from now on,
+// since its runs crash the worker. It is called as OnCrash's is, after that.
+func (d *Device) OnLost(f func(engine.VersionID, error)) {
+	d.lock()
+	defer d.unlock()
+	d.gone = f
+}
+
 // lock takes the state to the present.
 func (d *Device) lock() {
 	d.mu.Lock()
@@ -181,7 +198,8 @@ func (d *Device) lock() {
 // unlock has the device go on by itself.
 func (d *Device) unlock() {
 	deaths, died := d.core.deaths, d.died
-	d.core.deaths = nil
+	lost, gone := d.core.lost, d.gone
+	d.core.deaths, d.core.lost = nil, nil
 	if d.core.down {
 		select {
 		case <-d.off:
@@ -194,6 +212,11 @@ func (d *Device) unlock() {
 	if died != nil {
 		for _, running := range deaths {
 			died(running)
+		}
+	}
+	if gone != nil {
+		for _, id := range lost {
+			gone(id, quarantined(id))
 		}
 	}
 }

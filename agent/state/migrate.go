@@ -69,7 +69,20 @@ var migrations = []string{
 	) STRICT;
 	-- What is there was taken before there were signatures.
 	ALTER TABLE versions ADD COLUMN admitted INTEGER NOT NULL DEFAULT 1;`,
+	`CREATE TABLE traffic (
+		day   TEXT PRIMARY KEY, -- "2006-01-02", in the device's zone
+		bytes INTEGER NOT NULL  -- that travelled over its link
+	) STRICT, WITHOUT ROWID;`,
 }
+
+// readable is the schema version that a program must know to work with a file
+// of the newest one. An agent that goes back to the release before opens the
+// file that the newer one has changed: so a migration only adds, tables or
+// columns with defaults to tables whose rows are written by column, and
+// readable stays. Where that cannot be, readable becomes the new version, the
+// release before refuses the file, and the changelog says that there is no way
+// back.
+const readable = 2
 
 // cacheKiB is the size of the page cache. The tables are small and mostly
 // written: a larger one would only cost memory.
@@ -91,6 +104,13 @@ func (s *Store) migrate(ctx context.Context) error {
 	if err := s.db.QueryRowContext(ctx, `PRAGMA user_version`).Scan(&have); err != nil {
 		return fmt.Errorf("read schema version: %w", err)
 	}
+	var from int
+	if err := s.db.QueryRowContext(ctx, `PRAGMA application_id`).Scan(&from); err != nil {
+		return fmt.Errorf("read schema version: %w", err)
+	}
+	if have > len(migrations) && from > 0 && from <= len(migrations) {
+		return nil // a newer program has only added to it
+	}
 	if have > len(migrations) {
 		return fmt.Errorf("has schema version %d, this program knows up to %d: start the newer dunlin-agent that wrote it", have, len(migrations))
 	}
@@ -109,6 +129,11 @@ func (s *Store) migrate(ctx context.Context) error {
 		})
 		if err != nil {
 			return err
+		}
+	}
+	if from != readable {
+		if _, err := s.db.ExecContext(ctx, fmt.Sprintf(`PRAGMA application_id = %d`, readable)); err != nil {
+			return fmt.Errorf("write schema version: %w", err)
 		}
 	}
 	return nil

@@ -1,6 +1,7 @@
 package state
 
 import (
+	"cmp"
 	"context"
 	"database/sql"
 	"fmt"
@@ -32,6 +33,10 @@ const (
 // because the outbox was full.
 const GapKind = "gap"
 
+func (l Limits) orDefaults() Limits {
+	return Limits{cmp.Or(l.Events, DefaultOutboxEvents), cmp.Or(l.Bytes, DefaultOutboxBytes)}
+}
+
 func (l Limits) check() error {
 	if l.Events < 2 {
 		return fmt.Errorf("outbox events: %d is below 2", l.Events)
@@ -50,13 +55,7 @@ func (s *Store) OutboxID() string { return s.outboxID }
 // oldest events are lost to a "gap" event: its sequence is that of the last
 // lost one, and its message says from which to which.
 func (s *Store) Append(ctx context.Context, e *dunlinv1.Event) (uint64, error) {
-	e = proto.CloneOf(e)
-	if len(e.Message) > MaxMessage {
-		e.Message = strings.ToValidUTF8(e.Message[:MaxMessage-len("...")], "") + "..."
-	}
-	if e.At == nil {
-		e.At = timestamppb.Now()
-	}
+	e = stamped(e)
 	err := s.tx(ctx, "append event", func(tx *sql.Tx) error {
 		m, err := readMeta(ctx, tx)
 		if err != nil {
@@ -169,12 +168,9 @@ func (m *meta) write(ctx context.Context, tx *sql.Tx) error {
 }
 
 func (m *meta) insert(ctx context.Context, tx *sql.Tx, first uint64, e *dunlinv1.Event) error {
-	b, err := proto.Marshal(e)
+	b, err := encodeEvent(e)
 	if err != nil {
 		return err
-	}
-	if len(b) > MaxEvent {
-		return fmt.Errorf("event %q has %d bytes, allowed are %d", e.Kind, len(b), MaxEvent)
 	}
 	m.events++
 	m.bytes += int64(len(b))
@@ -236,4 +232,24 @@ func readRow(ctx context.Context, tx *sql.Tx) (*row, error) {
 		return nil, fmt.Errorf("outbox: oldest event: %w", err)
 	}
 	return r, nil
+}
+
+// stamped gives a copy of an event as the outbox keeps it.
+func stamped(e *dunlinv1.Event) *dunlinv1.Event {
+	e = proto.CloneOf(e)
+	if len(e.Message) > MaxMessage {
+		e.Message = strings.ToValidUTF8(e.Message[:MaxMessage-len("...")], "") + "..."
+	}
+	if e.At == nil {
+		e.At = timestamppb.Now()
+	}
+	return e
+}
+
+func encodeEvent(e *dunlinv1.Event) ([]byte, error) {
+	b, err := proto.Marshal(e)
+	if err == nil && len(b) > MaxEvent {
+		err = fmt.Errorf("event %q has %d bytes, allowed are %d", e.Kind, len(b), MaxEvent)
+	}
+	return b, err
 }

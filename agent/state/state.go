@@ -77,13 +77,7 @@ type Version struct {
 // is none. It brings older files up to date and refuses those of a newer
 // program.
 func Open(ctx context.Context, path string, limits Limits) (*Store, error) {
-	if limits.Events == 0 {
-		limits.Events = DefaultOutboxEvents
-	}
-	if limits.Bytes == 0 {
-		limits.Bytes = DefaultOutboxBytes
-	}
-	s, err := open(ctx, path, limits)
+	s, err := open(ctx, path, limits.orDefaults())
 	if err != nil {
 		return nil, fmt.Errorf("open state %s: %w", path, err)
 	}
@@ -202,11 +196,18 @@ func (s *Store) Desired(ctx context.Context) (Desired, error) {
 	return d, none("desired document", err)
 }
 
+func (d *Desired) check() error {
+	if len(d.Document) > MaxDocument {
+		return fmt.Errorf("store desired document: has %d bytes, allowed are %d", len(d.Document), MaxDocument)
+	}
+	return nil
+}
+
 // SetDesired stores the document in place of an earlier one. Which of two is
 // newer is the caller's to decide.
 func (s *Store) SetDesired(ctx context.Context, d Desired) error {
-	if len(d.Document) > MaxDocument {
-		return fmt.Errorf("store desired document: has %d bytes, allowed are %d", len(d.Document), MaxDocument)
+	if err := d.check(); err != nil {
+		return err
 	}
 	document := d.Document
 	if document == nil {

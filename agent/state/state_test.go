@@ -35,9 +35,44 @@ func openFile(t *testing.T, path string, limits Limits) *Store {
 	return s
 }
 
-func openNew(t *testing.T, limits Limits) *Store {
-	t.Helper()
-	return openFile(t, filepath.Join(t.TempDir(), "state.db"), limits)
+// stores is what Store and Memory have in common.
+type stores interface {
+	Identity(context.Context) (Identity, error)
+	SetIdentity(context.Context, Identity) error
+	Clock(context.Context) (Clock, error)
+	SetClock(context.Context, Clock) error
+	StoodDown(context.Context) (time.Time, string, error)
+	SetStoodDown(context.Context, time.Time, string) error
+	Desired(context.Context) (Desired, error)
+	SetDesired(context.Context, Desired) error
+	Versions(context.Context) ([]Version, error)
+	PutVersion(context.Context, Version) error
+	DeleteVersion(context.Context, string, int64) error
+	OutboxID() string
+	Append(context.Context, *dunlinv1.Event) (uint64, error)
+	Pending(context.Context, int) ([]*dunlinv1.Event, error)
+	Ack(context.Context, string, uint64) error
+}
+
+// contract tests a new store of each kind; again gives what the next start of
+// the program finds.
+func contract(t *testing.T, limits Limits, test func(t *testing.T, s stores, again func() stores)) {
+	t.Run("file", func(t *testing.T) {
+		path := filepath.Join(t.TempDir(), "state.db")
+		s := openFile(t, path, limits)
+		test(t, s, func() stores {
+			s.Close()
+			s = openFile(t, path, limits)
+			return s
+		})
+	})
+	t.Run("memory", func(t *testing.T) {
+		s := must(NewMemory(limits, nil))(t)
+		test(t, s, func() stores {
+			s = s.Crash()
+			return s
+		})
+	})
 }
 
 // must fails the test on an error.
@@ -59,70 +94,72 @@ func event(message string) *dunlinv1.Event {
 }
 
 func TestIdentityAndDesired(t *testing.T) {
-	ctx := t.Context()
-	s := openNew(t, Limits{})
-	if _, err := s.Identity(ctx); !errors.Is(err, ErrNone) {
-		t.Errorf("identity of a new file: %v", err)
-	}
-	if _, err := s.Desired(ctx); !errors.Is(err, ErrNone) {
-		t.Errorf("desired document of a new file: %v", err)
-	}
-	for _, id := range []Identity{{Device: "a"}, {"b", "https://c", "mqtts://b", "https://r", []byte{1, 2}, []byte{3}}} {
-		if err := s.SetIdentity(ctx, id); err != nil {
-			t.Fatal(err)
+	contract(t, Limits{}, func(t *testing.T, s stores, _ func() stores) {
+		ctx := t.Context()
+		if _, err := s.Identity(ctx); !errors.Is(err, ErrNone) {
+			t.Errorf("identity of a new file: %v", err)
 		}
-		if diff := cmp.Diff(id, must(s.Identity(ctx))(t), cmpopts.EquateEmpty()); diff != "" {
-			t.Error(diff)
+		if _, err := s.Desired(ctx); !errors.Is(err, ErrNone) {
+			t.Errorf("desired document of a new file: %v", err)
 		}
-	}
-	for _, d := range []Desired{
-		{"i", 1, []byte{1}, []byte("document")}, {"j", 1<<63 + 1, []byte{2}, []byte{}}, {"k", 2, []byte{3}, make([]byte, MaxDocument)},
-	} {
-		if err := s.SetDesired(ctx, d); err != nil {
-			t.Fatal(err)
+		for _, id := range []Identity{{Device: "a"}, {"b", "https://c", "mqtts://b", "https://r", []byte{1, 2}, []byte{3}}} {
+			if err := s.SetIdentity(ctx, id); err != nil {
+				t.Fatal(err)
+			}
+			if diff := cmp.Diff(id, must(s.Identity(ctx))(t), cmpopts.EquateEmpty()); diff != "" {
+				t.Error(diff)
+			}
 		}
-		got := must(s.Desired(ctx))(t)
-		if got.Incarnation != d.Incarnation || got.Number != d.Number || !bytes.Equal(got.SHA256, d.SHA256) || !bytes.Equal(got.Document, d.Document) {
-			t.Errorf("document %s/%d of %d bytes, want %s/%d", got.Incarnation, got.Number, len(got.Document), d.Incarnation, d.Number)
+		for _, d := range []Desired{
+			{"i", 1, []byte{1}, []byte("document")}, {"j", 1<<63 + 1, []byte{2}, []byte{}}, {"k", 2, []byte{3}, make([]byte, MaxDocument)},
+		} {
+			if err := s.SetDesired(ctx, d); err != nil {
+				t.Fatal(err)
+			}
+			got := must(s.Desired(ctx))(t)
+			if got.Incarnation != d.Incarnation || got.Number != d.Number || !bytes.Equal(got.SHA256, d.SHA256) || !bytes.Equal(got.Document, d.Document) {
+				t.Errorf("document %s/%d of %d bytes, want %s/%d", got.Incarnation, got.Number, len(got.Document), d.Incarnation, d.Number)
+			}
 		}
-	}
-	if err := s.SetDesired(ctx, Desired{Document: make([]byte, MaxDocument+1)}); err == nil || !strings.Contains(err.Error(), fmt.Sprint(MaxDocument)) {
-		t.Errorf("a document above the limit: %v", err)
-	}
-	if d := must(s.Desired(ctx))(t); d.Incarnation != "k" {
-		t.Errorf("a refused document took the place of another: %+v", d)
-	}
-	if err := s.SetDesired(ctx, Desired{Incarnation: "l", SHA256: []byte{4}}); err != nil {
-		t.Errorf("a nil document: %v", err)
-	}
+		if err := s.SetDesired(ctx, Desired{Document: make([]byte, MaxDocument+1)}); err == nil || !strings.Contains(err.Error(), fmt.Sprint(MaxDocument)) {
+			t.Errorf("a document above the limit: %v", err)
+		}
+		if d := must(s.Desired(ctx))(t); d.Incarnation != "k" {
+			t.Errorf("a refused document took the place of another: %+v", d)
+		}
+		if err := s.SetDesired(ctx, Desired{Incarnation: "l", SHA256: []byte{4}}); err != nil {
+			t.Errorf("a nil document: %v", err)
+		}
+	})
 }
 
 func TestVersions(t *testing.T) {
-	ctx := t.Context()
-	s := openNew(t, Limits{})
-	version := func(model string, n int64, good bool) Version {
-		return Version{
-			Model: model, Version: n, Digest: "sha256:x", State: dunlinv1.VersionState_VERSION_STATE_QUARANTINED,
-			Reason: "r", Since: time.Unix(5, 7).UTC(), LastGood: good,
+	contract(t, Limits{}, func(t *testing.T, s stores, _ func() stores) {
+		ctx := t.Context()
+		version := func(model string, n int64, good bool) Version {
+			return Version{
+				Model: model, Version: n, Digest: "sha256:x", State: dunlinv1.VersionState_VERSION_STATE_QUARANTINED,
+				Reason: "r", Since: time.Unix(5, 7).UTC(), LastGood: good,
+			}
 		}
-	}
-	for _, v := range []Version{version("b", 1, true), version("a", 2, true), version("a", 1, false), version("a", 10, true)} {
-		if err := s.PutVersion(ctx, v); err != nil {
+		for _, v := range []Version{version("b", 1, true), version("a", 2, true), version("a", 1, false), version("a", 10, true)} {
+			if err := s.PutVersion(ctx, v); err != nil {
+				t.Fatal(err)
+			}
+		}
+		want := []Version{version("a", 1, false), version("a", 2, false), version("a", 10, true), version("b", 1, true)}
+		if diff := cmp.Diff(want, must(s.Versions(ctx))(t)); diff != "" {
+			t.Error(diff)
+		}
+		changed := version("a", 10, false)
+		changed.Reason = "another"
+		if err := errors.Join(s.PutVersion(ctx, changed), s.DeleteVersion(ctx, "a", 2), s.DeleteVersion(ctx, "a", 99)); err != nil {
 			t.Fatal(err)
 		}
-	}
-	want := []Version{version("a", 1, false), version("a", 2, false), version("a", 10, true), version("b", 1, true)}
-	if diff := cmp.Diff(want, must(s.Versions(ctx))(t)); diff != "" {
-		t.Error(diff)
-	}
-	changed := version("a", 10, false)
-	changed.Reason = "another"
-	if err := errors.Join(s.PutVersion(ctx, changed), s.DeleteVersion(ctx, "a", 2), s.DeleteVersion(ctx, "a", 99)); err != nil {
-		t.Fatal(err)
-	}
-	if diff := cmp.Diff([]Version{want[0], changed, want[3]}, must(s.Versions(ctx))(t)); diff != "" {
-		t.Error(diff)
-	}
+		if diff := cmp.Diff([]Version{want[0], changed, want[3]}, must(s.Versions(ctx))(t)); diff != "" {
+			t.Error(diff)
+		}
+	})
 }
 
 func TestFileMode(t *testing.T) {
@@ -149,7 +186,7 @@ func TestFileMode(t *testing.T) {
 func TestOpenRefuses(t *testing.T) {
 	newer := filepath.Join(t.TempDir(), "state.db")
 	s := openFile(t, newer, Limits{})
-	if _, err := s.db.ExecContext(t.Context(), `PRAGMA user_version = 99`); err != nil {
+	if _, err := s.db.ExecContext(t.Context(), `PRAGMA user_version = 99; PRAGMA application_id = 99`); err != nil {
 		t.Fatal(err)
 	}
 	s.Close()
@@ -208,6 +245,18 @@ func TestMigrations(t *testing.T) {
 	}
 	if e := must(s.Pending(ctx, 10))(t); s.OutboxID() != id || len(e) != 1 || e[0].Message != "kept" {
 		t.Errorf("after the migrations: outbox %s with %v", s.OutboxID(), e)
+	}
+	s.Close()
+
+	// The release before opens the file, which was only added to, and writes.
+	migrations = all
+	s = openFile(t, path, Limits{})
+	must(s.Append(ctx, event("by the older one")))(t)
+	s.Close()
+	migrations = append(append([]string{}, all...), `CREATE TABLE later (x INTEGER) STRICT`, `INSERT INTO later VALUES (7)`)
+	s = openFile(t, path, Limits{})
+	if e := must(s.Pending(ctx, 10))(t); s.OutboxID() != id || len(e) != 2 {
+		t.Errorf("after the way back and forth: outbox %s with %v", s.OutboxID(), e)
 	}
 }
 
@@ -294,81 +343,81 @@ func TestCrash(t *testing.T) {
 }
 
 func TestOutbox(t *testing.T) {
-	ctx := t.Context()
-	path := filepath.Join(t.TempDir(), "state.db")
-	s := openFile(t, path, Limits{})
-	given := event("original")
-	for i := range uint64(5) {
-		if seq := must(s.Append(ctx, given))(t); seq != i+1 {
-			t.Errorf("event %d has sequence %d", i+1, seq)
+	contract(t, Limits{}, func(t *testing.T, s stores, again func() stores) {
+		ctx := t.Context()
+		given := event("original")
+		for i := range uint64(5) {
+			if seq := must(s.Append(ctx, given))(t); seq != i+1 {
+				t.Errorf("event %d has sequence %d", i+1, seq)
+			}
 		}
-	}
-	if given.Sequence != 0 {
-		t.Error("Append changed the caller's event")
-	}
-	if got := must(s.Pending(ctx, 2))(t); len(got) != 2 || got[0].Sequence != 1 || got[1].Sequence != 2 {
-		t.Errorf("Pending(2) = %v", got)
-	}
-	want := event("original")
-	want.Sequence = 1
-	if diff := cmp.Diff(want, must(s.Pending(ctx, 1))(t)[0], protocmp.Transform()); diff != "" {
-		t.Error(diff)
-	}
-	if got := must(s.Pending(ctx, 0))(t); len(got) != 0 {
-		t.Errorf("Pending(0) = %v", got)
-	}
-	if err := s.Ack(ctx, "another", 3); err == nil {
-		t.Error("an acknowledgement for another outbox was taken")
-	}
-	if err := s.Ack(ctx, s.OutboxID(), 6); err == nil {
-		t.Error("an acknowledgement of a sequence that was never given was taken")
-	}
-	for range 2 { // the second time changes nothing
-		if err := s.Ack(ctx, s.OutboxID(), 3); err != nil {
+		if given.Sequence != 0 {
+			t.Error("Append changed the caller's event")
+		}
+		if got := must(s.Pending(ctx, 2))(t); len(got) != 2 || got[0].Sequence != 1 || got[1].Sequence != 2 {
+			t.Errorf("Pending(2) = %v", got)
+		}
+		want := event("original")
+		want.Sequence = 1
+		if diff := cmp.Diff(want, must(s.Pending(ctx, 1))(t)[0], protocmp.Transform()); diff != "" {
+			t.Error(diff)
+		}
+		if got := must(s.Pending(ctx, 0))(t); len(got) != 0 {
+			t.Errorf("Pending(0) = %v", got)
+		}
+		if err := s.Ack(ctx, "another", 3); err == nil {
+			t.Error("an acknowledgement for another outbox was taken")
+		}
+		if err := s.Ack(ctx, s.OutboxID(), 6); err == nil {
+			t.Error("an acknowledgement of a sequence that was never given was taken")
+		}
+		for range 2 { // the second time changes nothing
+			if err := s.Ack(ctx, s.OutboxID(), 3); err != nil {
+				t.Fatal(err)
+			}
+			if got := must(s.Pending(ctx, 9))(t); len(got) != 2 || got[0].Sequence != 4 {
+				t.Errorf("after Ack(3): %v", got)
+			}
+		}
+		if err := s.Ack(ctx, s.OutboxID(), 5); err != nil {
 			t.Fatal(err)
 		}
-		if got := must(s.Pending(ctx, 9))(t); len(got) != 2 || got[0].Sequence != 4 {
-			t.Errorf("after Ack(3): %v", got)
+		id := s.OutboxID()
+		s = again()
+		if s.OutboxID() != id {
+			t.Error("the outbox has another id after it was opened again")
 		}
-	}
-	if err := s.Ack(ctx, s.OutboxID(), 5); err != nil {
-		t.Fatal(err)
-	}
-	id := s.OutboxID()
-	s.Close()
-	s = openFile(t, path, Limits{})
-	if s.OutboxID() != id {
-		t.Error("the outbox has another id after it was opened again")
-	}
-	// Sequences go on, although the outbox is empty.
-	e := event(strings.Repeat("é", MaxMessage))
-	e.At = nil
-	if seq := must(s.Append(ctx, e))(t); seq != 6 {
-		t.Errorf("sequence %d after the file was opened again, want 6", seq)
-	}
-	got := must(s.Pending(ctx, 1))(t)[0]
-	if len(got.Message) > MaxMessage || !strings.HasSuffix(got.Message, "é...") || got.At == nil {
-		t.Errorf("a long message became one of %d bytes, at %v", len(got.Message), got.At)
-	}
-	e.Kind = strings.Repeat("k", MaxEvent)
-	if _, err := s.Append(ctx, e); err == nil || !strings.Contains(err.Error(), fmt.Sprint(MaxEvent)) {
-		t.Errorf("an event above the limit: %v", err)
-	}
-	if seq := must(s.Append(ctx, event("x")))(t); seq != 7 {
-		t.Errorf("a refused event took a sequence: the next is %d", seq)
-	}
+		// Sequences go on, although the outbox is empty.
+		e := event(strings.Repeat("é", MaxMessage))
+		e.At = nil
+		if seq := must(s.Append(ctx, e))(t); seq != 6 {
+			t.Errorf("sequence %d after the file was opened again, want 6", seq)
+		}
+		got := must(s.Pending(ctx, 1))(t)[0]
+		if len(got.Message) > MaxMessage || !strings.HasSuffix(got.Message, "é...") || got.At == nil {
+			t.Errorf("a long message became one of %d bytes, at %v", len(got.Message), got.At)
+		}
+		e.Kind = strings.Repeat("k", MaxEvent)
+		if _, err := s.Append(ctx, e); err == nil || !strings.Contains(err.Error(), fmt.Sprint(MaxEvent)) {
+			t.Errorf("an event above the limit: %v", err)
+		}
+		if seq := must(s.Append(ctx, event("x")))(t); seq != 7 {
+			t.Errorf("a refused event took a sequence: the next is %d", seq)
+		}
+	})
 }
 
 func TestPendingFitsOneMessage(t *testing.T) {
-	s := openNew(t, Limits{})
-	for range 40 {
-		must(s.Append(t.Context(), event(strings.Repeat("m", MaxMessage))))(t)
-	}
-	events := must(s.Pending(t.Context(), 40))(t)
-	size := proto.Size(&dunlinv1.EventBatch{OutboxId: s.OutboxID(), Events: events})
-	if len(events) >= 40 || size > MaxBatchBytes+100 || size < MaxBatchBytes-2*MaxMessage {
-		t.Errorf("Pending gave %d events in %d bytes", len(events), size)
-	}
+	contract(t, Limits{}, func(t *testing.T, s stores, _ func() stores) {
+		for range 40 {
+			must(s.Append(t.Context(), event(strings.Repeat("m", MaxMessage))))(t)
+		}
+		events := must(s.Pending(t.Context(), 40))(t)
+		size := proto.Size(&dunlinv1.EventBatch{OutboxId: s.OutboxID(), Events: events})
+		if len(events) >= 40 || size > MaxBatchBytes+100 || size < MaxBatchBytes-2*MaxMessage {
+			t.Errorf("Pending gave %d events in %d bytes", len(events), size)
+		}
+	})
 }
 
 // model is what the outbox must hold, kept in the plainest way.
@@ -386,18 +435,43 @@ func (m *model) collapse() {
 // Whatever is appended, acknowledged and lost, each sequence is pending once,
 // as an event or in the range of the gap at the front, and the bounds hold.
 func TestOutboxBounds(t *testing.T) {
-	dir := t.TempDir()
-	n := 0
+	t.Run("file", func(t *testing.T) {
+		dir := t.TempDir()
+		n := 0
+		testOutboxBounds(t, func(limits Limits) (stores, func() (stores, error), error) {
+			n++
+			path := filepath.Join(dir, fmt.Sprint(n))
+			s, err := Open(t.Context(), path, limits)
+			return s, func() (stores, error) {
+				if err := s.Close(); err != nil {
+					return nil, err
+				}
+				s, err = Open(t.Context(), path, limits)
+				return s, err
+			}, err
+		})
+	})
+	t.Run("memory", func(t *testing.T) {
+		testOutboxBounds(t, func(limits Limits) (stores, func() (stores, error), error) {
+			s, err := NewMemory(limits, nil)
+			return s, func() (stores, error) { s = s.Crash(); return s, nil }, err
+		})
+	})
+}
+
+func testOutboxBounds(t *testing.T, open func(Limits) (s stores, again func() (stores, error), err error)) {
 	rapid.Check(t, func(t *rapid.T) {
-		n++
 		limits := Limits{Events: rapid.IntRange(2, 6).Draw(t, "limit")}
-		path := filepath.Join(dir, fmt.Sprint(n))
 		ctx := context.Background()
-		s, err := Open(ctx, path, limits)
+		s, again, err := open(limits)
 		if err != nil {
 			t.Fatal(err)
 		}
-		defer func() { s.Close() }()
+		defer func() {
+			if file, ok := s.(*Store); ok {
+				file.Close()
+			}
+		}()
 		var m model
 		for range rapid.IntRange(1, 12).Draw(t, "steps") {
 			switch rapid.SampledFrom([]string{"append", "append", "append", "ack", "reopen"}).Draw(t, "step") {
@@ -422,10 +496,7 @@ func TestOutboxBounds(t *testing.T) {
 					m.first[0] = max(m.first[0], seq+1)
 				}
 			case "reopen":
-				if err := s.Close(); err != nil {
-					t.Fatal(err)
-				}
-				if s, err = Open(ctx, path, limits); err != nil {
+				if s, err = again(); err != nil {
 					t.Fatal(err)
 				}
 			}
@@ -434,7 +505,7 @@ func TestOutboxBounds(t *testing.T) {
 	})
 }
 
-func checkOutbox(t *rapid.T, s *Store, m *model) {
+func checkOutbox(t *rapid.T, s stores, m *model) {
 	events, err := s.Pending(context.Background(), 100)
 	if err != nil {
 		t.Fatal(err)
@@ -452,8 +523,13 @@ func checkOutbox(t *rapid.T, s *Store, m *model) {
 		}
 	}
 	var have struct{ last, events, bytes int }
-	if err := s.db.QueryRow(`SELECT last, events, bytes FROM outbox_meta`).Scan(&have.last, &have.events, &have.bytes); err != nil {
-		t.Fatal(err)
+	switch s := s.(type) {
+	case *Store:
+		if err := s.db.QueryRow(`SELECT last, events, bytes FROM outbox_meta`).Scan(&have.last, &have.events, &have.bytes); err != nil {
+			t.Fatal(err)
+		}
+	case *Memory:
+		have.last, have.events, have.bytes = int(s.kept.last), len(s.kept.waiting), int(s.kept.bytes)
 	}
 	if have.last != int(m.last) || have.events != len(events) || have.bytes != bytes {
 		t.Fatalf("counted %+v, want %d events of %d bytes", have, len(events), bytes)
@@ -461,22 +537,23 @@ func checkOutbox(t *rapid.T, s *Store, m *model) {
 }
 
 func TestOutboxBytes(t *testing.T) {
-	ctx := t.Context()
-	s := openNew(t, Limits{Bytes: 10 * MaxEvent})
-	for range 60 {
-		must(s.Append(ctx, event(strings.Repeat("m", MaxMessage))))(t)
-	}
-	events := must(s.Pending(ctx, 100))(t)
-	size := 0
-	for _, e := range events {
-		size += proto.Size(e)
-	}
-	if size > 10*MaxEvent || size < 9*MaxEvent {
-		t.Errorf("%d bytes are kept of %d allowed", size, 10*MaxEvent)
-	}
-	if events[0].Kind != GapKind || events[0].Sequence+uint64(len(events))-1 != 60 {
-		t.Errorf("of 60 events %d are pending, the first is %v", len(events), events[0])
-	}
+	contract(t, Limits{Bytes: 10 * MaxEvent}, func(t *testing.T, s stores, _ func() stores) {
+		ctx := t.Context()
+		for range 60 {
+			must(s.Append(ctx, event(strings.Repeat("m", MaxMessage))))(t)
+		}
+		events := must(s.Pending(ctx, 100))(t)
+		size := 0
+		for _, e := range events {
+			size += proto.Size(e)
+		}
+		if size > 10*MaxEvent || size < 9*MaxEvent {
+			t.Errorf("%d bytes are kept of %d allowed", size, 10*MaxEvent)
+		}
+		if events[0].Kind != GapKind || events[0].Sequence+uint64(len(events))-1 != 60 {
+			t.Errorf("of 60 events %d are pending, the first is %v", len(events), events[0])
+		}
+	})
 }
 
 func BenchmarkAppend(b *testing.B) {
@@ -520,26 +597,27 @@ func TestMigrateSecret(t *testing.T) {
 }
 
 func TestClockAndStoodDown(t *testing.T) {
-	ctx := t.Context()
-	s := openNew(t, Limits{})
-	if c := must(s.Clock(ctx))(t); c != (Clock{}) {
-		t.Errorf("clock of a new file: %v", c)
-	}
-	want := Clock{time.Unix(1, 2).UTC(), time.Unix(3, 4).UTC()}
-	for range 2 {
-		if err := s.SetClock(ctx, want); err != nil {
-			t.Fatal(err)
+	contract(t, Limits{}, func(t *testing.T, s stores, _ func() stores) {
+		ctx := t.Context()
+		if c := must(s.Clock(ctx))(t); c != (Clock{}) {
+			t.Errorf("clock of a new file: %v", c)
 		}
-	}
-	if c := must(s.Clock(ctx))(t); c != want {
-		t.Errorf("clock %v, want %v", c, want)
-	}
-	for _, until := range []time.Time{{}, time.Unix(5, 6).UTC(), {}} {
-		if err := s.SetStoodDown(ctx, until, "why"); err != nil {
-			t.Fatal(err)
+		want := Clock{time.Unix(1, 2).UTC(), time.Unix(3, 4).UTC()}
+		for range 2 {
+			if err := s.SetClock(ctx, want); err != nil {
+				t.Fatal(err)
+			}
 		}
-		if got, cause, err := s.StoodDown(ctx); err != nil || !got.Equal(until) || !until.IsZero() && cause != "why" {
-			t.Errorf("stood down until %v (%s), %v, want %v", got, cause, err, until)
+		if c := must(s.Clock(ctx))(t); c != want {
+			t.Errorf("clock %v, want %v", c, want)
 		}
-	}
+		for _, until := range []time.Time{{}, time.Unix(5, 6).UTC(), {}} {
+			if err := s.SetStoodDown(ctx, until, "why"); err != nil {
+				t.Fatal(err)
+			}
+			if got, cause, err := s.StoodDown(ctx); err != nil || !got.Equal(until) || !until.IsZero() && cause != "why" {
+				t.Errorf("stood down until %v (%s), %v, want %v", got, cause, err, until)
+			}
+		}
+	})
 }

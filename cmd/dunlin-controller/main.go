@@ -47,6 +47,16 @@ func run(ctx context.Context, args []string) error {
 		}
 		return controller.SetUpMosquitto(ctx, c)
 	}
+	if len(args) > 0 && (args[0] == "backup" || args[0] == "restore") {
+		c, err := controller.LoadBackupConfig(args[0], args[1:], os.Getenv, os.Stdout)
+		if err != nil {
+			return err
+		}
+		if args[0] == "backup" {
+			return controller.Backup(ctx, c)
+		}
+		return controller.Restore(ctx, c)
+	}
 	c, err := controller.LoadConfig(args, os.Getenv, os.Stdout)
 	if err != nil {
 		return err

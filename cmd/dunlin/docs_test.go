@@ -158,6 +158,13 @@ func (c commands) check(line string, whole bool) error {
 			_, err := controller.LoadMosquittoConfig(args[3:], none, io.Discard)
 			return err
 		}
+		if len(args) > 0 && (args[0] == "backup" || args[0] == "restore") {
+			if !whole && len(args) == 1 {
+				args = append(args, "FILE")
+			}
+			_, err := controller.LoadBackupConfig(args[0], args[1:], none, io.Discard)
+			return err
+		}
 		_, err := controller.LoadConfig(args, none, io.Discard)
 		return err
 	case "make":

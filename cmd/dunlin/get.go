@@ -294,7 +294,7 @@ func rolloutsTable(now time.Time, rollouts []*dunlinv1.Rollout) *table {
 	t := &table{header: []string{"ID", "DEPLOYMENT", "MODEL", "FROM", "TO", "STATE", "READY", "STARTED", "REASON"}}
 	for _, r := range rollouts {
 		t.add(r.GetId(), r.GetDeployment(), r.GetModel(), versionText(r.GetFromVersion()), versionText(r.GetToVersion()),
-			enumText(r.GetState(), "ROLLOUT_STATE_"), readyText(r), ago(now, r.GetStartedAt()), r.GetReason())
+			rolloutState(r), readyText(r), ago(now, r.GetStartedAt()), r.GetReason())
 	}
 	return t
 }

@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"crypto/tls"
+	"debug/elf"
 	"fmt"
 	"log/slog"
 	"net/http"
@@ -109,6 +110,9 @@ func setup(env *testscript.Env) error {
 	if err != nil {
 		return err
 	}
+	if err := os.WriteFile(filepath.Join(env.WorkDir, "agent"), emptyProgram(), 0o755); err != nil {
+		return err
+	}
 	env.Setenv("HOME", env.WorkDir)
 	env.Setenv("XDG_CONFIG_HOME", filepath.Join(env.WorkDir, ".config"))
 	env.Setenv("URL", url)
@@ -119,6 +123,13 @@ func setup(env *testscript.Env) error {
 	env.Setenv("DUNLIN_URL", url)
 	env.Setenv("DUNLIN_TOKEN", token)
 	return nil
+}
+
+// emptyProgram is an ELF file for linux/amd64 with nothing in it.
+func emptyProgram() []byte {
+	b := append([]byte("\x7fELF\x02\x01\x01"), make([]byte, 57)...)
+	b[16], b[18], b[20], b[52] = byte(elf.ET_EXEC), byte(elf.EM_X86_64), byte(elf.EV_CURRENT), 64
+	return b
 }
 
 // device is the device's end of the wire: a real session with the broker,

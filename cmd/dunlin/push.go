@@ -98,13 +98,9 @@ func (c *cli) push(ctx context.Context, file, ref string, f pushFlags) error {
 	if err != nil {
 		return err
 	}
-	who, err := call(ctx, ctl.auth().WhoAmI, &dunlinv1.WhoAmIRequest{})
+	up, err := uploaderOf(ctx, ctl, name)
 	if err != nil {
 		return fmt.Errorf("push %s: %w", ref, err)
-	}
-	registryURL, err := checkURL(who.GetRegistryUrl())
-	if err != nil {
-		return fmt.Errorf("the controller's registry: %w", err)
 	}
 	bundle, err := models.Pack(ctx, file, models.PackOptions{Labels: labels, Serving: options, Reference: f.reference})
 	if err != nil {
@@ -115,7 +111,6 @@ func (c *cli) push(ctx context.Context, file, ref string, f pushFlags) error {
 			return fmt.Errorf("config %s does not fit %s: %w", f.config, file, err)
 		}
 	}
-	up := &uploader{http: ctl.http, base: registryURL + "/v2/" + name, authorization: bearer(ctl.Token).header()}
 	if err := c.upload(ctx, up, bundle); err != nil {
 		return fmt.Errorf("push %s: %w", ref, err)
 	}
@@ -124,11 +119,30 @@ func (c *cli) push(ctx context.Context, file, ref string, f pushFlags) error {
 			return fmt.Errorf("sign %s: %w", ref, err)
 		}
 	}
+	return c.register(ctx, ctl, name, version, bundle)
+}
+
+// uploaderOf gives what pushes to the controller's registry as a model.
+func uploaderOf(ctx context.Context, ctl *client, name string) (*uploader, error) {
+	who, err := call(ctx, ctl.auth().WhoAmI, &dunlinv1.WhoAmIRequest{})
+	if err != nil {
+		return nil, err
+	}
+	registryURL, err := checkURL(who.GetRegistryUrl())
+	if err != nil {
+		return nil, fmt.Errorf("the controller's registry: %w", err)
+	}
+	return &uploader{http: ctl.http, base: registryURL + "/v2/" + name, authorization: bearer(ctl.Token).header()}, nil
+}
+
+// register makes a bundle that was uploaded a version, the next one where
+// version is 0, and prints which.
+func (c *cli) register(ctx context.Context, ctl *client, name string, version int64, bundle *models.Bundle) error {
 	registerCtx, cancel := context.WithTimeout(ctx, registerTimeout)
 	defer cancel()
 	res, err := callLong(registerCtx, ctl.models().CreateVersion, &dunlinv1.CreateVersionRequest{Model: name, Digest: bundle.Digest.String(), Version: version})
 	if err != nil {
-		return fmt.Errorf("push %s: %w", ref, err)
+		return fmt.Errorf("push %s: %w", name, err)
 	}
 	v := res.GetVersion()
 	if !res.GetCreated() {

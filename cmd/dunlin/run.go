@@ -31,7 +31,8 @@ const exitCodesHelp = `Exit codes of dunlin:
   1  an error; the message says what and, where it can, what to do
   2  wrong usage: an unknown command, flag or argument
   4  not allowed: not logged in, the token is wrong, or the role is too small
-  5  a rollout failed, or a newer one took its place
+  5  a rollout failed, halted, was rolled back or aborted, or a newer one took
+     its place
   6  --timeout passed
 
 "dunlin diff" is different, as diff is: 0 where nothing differs, 1 where
@@ -184,8 +185,8 @@ Environment: DUNLIN_URL, DUNLIN_TOKEN and DUNLIN_CA, a PEM file, override what
 	}
 	root.AddCommand(
 		c.loginCommand(), c.logoutCommand(), c.whoamiCommand(), c.userCommand(), c.tokenCommand(), c.pushCommand(), c.applyCommand(), c.diffCommand(), c.planCommand(), c.deleteCommand(),
-		c.getCommand(), c.profileCommand(), c.joinTokenCommand(), c.deviceCommand(), c.authorityCommand(), c.rolloutCommand(), c.inferCommand(),
-		c.auditCommand(), c.keysCommand(), c.trustCommand(), c.signAgentCommand(), c.versionCommand(),
+		c.getCommand(), c.profileCommand(), c.joinTokenCommand(), c.deviceCommand(), c.authorityCommand(), c.rolloutCommand(), c.driftCommand(), c.telemetryCommand(), c.inferCommand(),
+		c.bundleCommand(), c.auditCommand(), c.keysCommand(), c.trustCommand(), c.signAgentCommand(), c.pushAgentCommand(), c.versionCommand(),
 		&cobra.Command{Use: "exit-codes", Short: "What the exit codes mean", Long: exitCodesHelp},
 	)
 	root.InitDefaultHelpCmd()

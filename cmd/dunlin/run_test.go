@@ -194,7 +194,7 @@ func TestRolloutWatchGivesUp(t *testing.T) {
 	c := &cli{out: io.Discard, err: &text, watchGrace: watchPause / 2}
 	done := make(chan error, 1)
 	go func() {
-		_, err := c.waitRollout(t.Context(), ctl, "digits", 0)
+		_, err := c.waitRollout(t.Context(), ctl, "digits", following{until: ended})
 		done <- err
 	}()
 	text.waitFor(t, "running")

@@ -3,6 +3,8 @@ package main
 import (
 	"bytes"
 	"flag"
+	"fmt"
+	"io"
 	"os"
 	"path/filepath"
 	"testing"
@@ -17,6 +19,8 @@ var update = flag.Bool("update", false, "write the golden files again")
 
 // TestTables compares the tables with testdata/tables/*.golden.
 func TestTables(t *testing.T) {
+	defer func(l *time.Location) { time.Local = l }(time.Local)
+	time.Local = time.UTC
 	now := time.Date(2026, 11, 20, 12, 0, 0, 0, time.UTC)
 	before := func(d time.Duration) *timestamppb.Timestamp { return timestamppb.New(now.Add(-d)) }
 	rollouts := []*dunlinv1.Rollout{
@@ -28,7 +32,36 @@ func TestTables(t *testing.T) {
 			}},
 		{Id: "digits-1", Deployment: "digits", Model: "digits", ToVersion: 1, State: dunlinv1.RolloutState_ROLLOUT_STATE_SUCCEEDED, StartedAt: before(50 * time.Hour)},
 	}
-	for name, table := range map[string]*table{
+	gates := []*dunlinv1.GateResult{
+		{Gate: "errorRate", Class: "board", Verdict: dunlinv1.GateResult_VERDICT_FAILED, NewFigure: new(0.125), OldFigure: new(0.001), Value: new(0.124), Limit: 0.01, NewSamples: 400, OldSamples: 9000, Reason: "12.4 % above the old version's, the limit is 1 %"},
+		{Gate: "p99", Class: "board", Verdict: dunlinv1.GateResult_VERDICT_PASSED, NewFigure: new(0.011), OldFigure: new(0.010), Value: new(1.1), Limit: 1.5, NewSamples: 400, OldSamples: 9000},
+		{Gate: "energy", Class: "box", Verdict: dunlinv1.GateResult_VERDICT_NO_SAMPLE, Limit: 1.2, NewSamples: 3, Reason: "3 requests, 100 are needed"},
+		{Gate: "confidence", Class: "box", Verdict: dunlinv1.GateResult_VERDICT_PASSED, Value: new(0.0312), Limit: 0.25, NewSamples: 400, OldSamples: 9000},
+	}
+	waves := &dunlinv1.Rollout{
+		Id: "digits-3", Deployment: "digits", Model: "digits", FromVersion: 2, ToVersion: 3, State: dunlinv1.RolloutState_ROLLOUT_STATE_HALTED, Reason: "errorRate failed on board", StartedAt: before(time.Hour),
+		Wave: 2, Gates: gates, SoaksUntil: before(-90 * time.Second), Waves: []*dunlinv1.RolloutWave{
+			{Name: "1 canary per class", Devices: 2, Ready: 2, StartedAt: before(time.Hour)},
+			{Name: "10 %", Devices: 200, Ready: 190, Failed: 1, Excused: 5, StartedAt: before(20 * time.Minute)},
+			{Name: "all", Devices: 1800},
+		},
+	}
+	for i := range 25 {
+		d := &dunlinv1.RolloutDevice{Device: fmt.Sprintf("cam-%02d", i), Phase: dunlinv1.RolloutDevice_PHASE_READY, Class: "board", Wave: 1}
+		if i%5 == 0 {
+			d.Phase, d.Reason = dunlinv1.RolloutDevice_PHASE_FAILED, "opset 99"
+		}
+		if i == 7 {
+			d.Phase, d.Reason = dunlinv1.RolloutDevice_PHASE_FAILED, "no room\x1b[2J"
+		}
+		waves.Devices = append(waves.Devices, d)
+	}
+	decisions := []*dunlinv1.Decision{
+		{At: before(time.Hour), Kind: "start", By: "user:ada", Reason: "version 3"},
+		{At: before(time.Hour), Kind: "admit", Wave: 1, By: "controller", Devices: []string{"a", "b", "c", "d"}, DeviceCount: 120},
+		{At: before(time.Minute), Kind: "halt", Wave: 1, By: "gate", Devices: []string{"a"}, DeviceCount: 1, Reason: "errorRate failed on board", Gates: gates[:1]},
+	}
+	for name, table := range map[string]interface{ write(io.Writer) error }{
 		"devices": devicesTable(now, []*dunlinv1.Device{
 			{Name: "cam-1", Connected: true, LastHeardAt: before(3 * time.Second), Labels: map[string]string{"site": "demo", "floor": "2"},
 				Info: &dunlinv1.DeviceInfo{Arch: "arm64", RuntimeVersion: "1.30.0", FirmwareProfile: "raspberry-pi-5", Simulated: true}, Reported: &dunlinv1.Reported{
@@ -57,8 +90,20 @@ func TestTables(t *testing.T) {
 			{Name: "digits", Targets: []*dunlinv1.RouteTarget{{Model: "digits", Weight: 90}, {Model: "digits", Version: 2, Weight: 10}}, UpdatedAt: before(0)},
 		}),
 		"rollouts":        rolloutsTable(now, rollouts),
-		"rollout":         rolloutTable(rollouts[0]),
-		"rollout-of-none": rolloutTable(&dunlinv1.Rollout{Id: "x-1", Model: "x", ToVersion: 1, State: dunlinv1.RolloutState_ROLLOUT_STATE_SUCCEEDED}),
+		"rollout":         rolloutPage(now, rollouts[0], false),
+		"rollout-of-none": rolloutPage(now, &dunlinv1.Rollout{Id: "x-1", Model: "x", ToVersion: 1, State: dunlinv1.RolloutState_ROLLOUT_STATE_SUCCEEDED}, false),
+		"rollout-waves":   rolloutPage(now, waves, false),
+		"decisions":       decisionsPage(now, decisions),
+		"drift": driftTable(now, []*dunlinv1.DeviceDrift{
+			{Device: "cam-1", Drift: &dunlinv1.Drift{Kind: "file", Subject: "digits:2 model.onnx", Want: "sha256:12", Have: "sha256:34", Since: before(3 * time.Minute), Repair: "fetched again"}},
+			{Device: "cam-2", Drift: &dunlinv1.Drift{Kind: "runtime", Want: "1.30.0", Have: "1.29\x1b[0m"}},
+		}),
+		"telemetry": telemetryTable([]*dunlinv1.Telemetry{
+			{At: before(time.Minute), CpuUtilisation: new(0.254), MemoryUsedBytes: new(uint64(3 << 30)), ModelMemoryUsedBytes: new(uint64(9 << 20)), DiskFreeBytes: new(uint64(5 << 30)),
+				Temperatures: []*dunlinv1.Temperature{{Sensor: "a", Celsius: 51}, {Sensor: "b", Celsius: 73.4}}, PowerWatts: new(7.25), RequestsPerSecond: new(12.5), FailuresPerSecond: new(0.0), RequestP99Seconds: new(0.0125),
+				Alarms: []*dunlinv1.Alarm{{Kind: "temperature"}}},
+			{At: before(0)},
+		}),
 		"events": eventsTable(now, []*dunlinv1.DeviceEvent{
 			{Device: "cam-1", Event: &dunlinv1.Event{At: before(time.Hour), Kind: "version.quarantined", Severity: dunlinv1.Severity_SEVERITY_ERROR, Model: "digits", Version: 2, Message: "line one\nline two"}},
 			{Device: "cam-2", Event: &dunlinv1.Event{At: before(26 * time.Hour), Kind: "worker.died", Severity: dunlinv1.Severity_SEVERITY_WARNING}},
@@ -152,6 +197,46 @@ func TestProfilePage(t *testing.T) {
 	}
 }
 
+func TestBar(t *testing.T) {
+	for _, c := range []struct {
+		total, ready, failed, excused uint32
+		want                          string
+	}{
+		{0, 0, 0, 0, ".........."},
+		{1, 0, 0, 0, ".........."},
+		{1, 1, 0, 0, "##########"},
+		{10, 3, 1, 1, "###x-....."},
+		{10000, 9999, 0, 0, "#########."},
+		{10000, 9997, 1, 1, "#######x-."},
+		{10000, 1, 0, 0, "#........."},
+		{3, 1, 1, 1, "####xxx---"},
+		{1, 4, 0, 0, "##########"}, // a count that runs ahead
+	} {
+		if got := bar(10, c.total, c.ready, c.failed, c.excused); got != c.want {
+			t.Errorf("bar of %v: got %s, want %s", c, got, c.want)
+		}
+	}
+}
+
+// TestLivePage: each page takes the place of the one before, and none is wider
+// or longer than the terminal.
+func TestLivePage(t *testing.T) {
+	var out bytes.Buffer
+	l := &livePage{w: &out, size: func() (int, int) { return 6, 3 }}
+	l.show(tables{{header: []string{"A", "BCDEF"}, rows: [][]string{{"1", "2"}, {"3", "4"}}}})
+	l.show(tables{{header: []string{"X"}}})
+	l.clear()
+	l.clear()
+	if got, want := out.String(), "A  BC\n1  2\n\x1b[2A\r\x1b[JX\n\x1b[1A\r\x1b[J"; got != want {
+		t.Errorf("got %q, want %q", got, want)
+	}
+	var none *livePage
+	none.clear()
+	if newLivePage(&out) != nil {
+		t.Error("a buffer was taken for a terminal")
+	}
+}
+
 func TestRolloutLine(t *testing.T) {
 	r := &dunlinv1.Rollout{Deployment: "digits", Model: "digits", ToVersion: 2, State: dunlinv1.RolloutState_ROLLOUT_STATE_RUNNING, Devices: []*dunlinv1.RolloutDevice{
 		{Device: "a", Phase: dunlinv1.RolloutDevice_PHASE_READY},
@@ -159,6 +244,10 @@ func TestRolloutLine(t *testing.T) {
 		{Device: "c", Phase: dunlinv1.RolloutDevice_PHASE_FAILED},
 	}}
 	if got, want := rolloutLine(r), "digits: digits:2 running, 1/3 ready, 1.0 MiB of 4.0 MiB fetched, failed on c"; got != want {
+		t.Errorf("got %q, want %q", got, want)
+	}
+	r = &dunlinv1.Rollout{Deployment: "digits", Model: "digits", ToVersion: 2, State: dunlinv1.RolloutState_ROLLOUT_STATE_ROLLING_BACK, Reason: "p99\nfailed", Wave: 1, Waves: make([]*dunlinv1.RolloutWave, 3)}
+	if got, want := rolloutLine(r), "digits: digits:2 rolling back, 0/0 ready, wave 1 of 3: p99\ufffdfailed"; got != want {
 		t.Errorf("got %q, want %q", got, want)
 	}
 }

@@ -3,7 +3,6 @@ package main
 import (
 	"fmt"
 	"runtime"
-	"runtime/debug"
 
 	"github.com/spf13/cobra"
 
@@ -11,13 +10,9 @@ import (
 )
 
 func buildText() string {
-	revision := ""
-	if info, ok := debug.ReadBuildInfo(); ok {
-		for _, s := range info.Settings {
-			if s.Key == "vcs.revision" && len(s.Value) >= 12 {
-				revision = " " + s.Value[:12]
-			}
-		}
+	revision := program.Revision()
+	if revision != "" {
+		revision = " " + revision
 	}
 	return fmt.Sprintf("dunlin %s%s %s %s/%s", program.Version(), revision, runtime.Version(), runtime.GOOS, runtime.GOARCH)
 }

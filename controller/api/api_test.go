@@ -18,6 +18,7 @@ import (
 	"connectrpc.com/connect"
 	"go.uber.org/goleak"
 	"google.golang.org/protobuf/types/known/durationpb"
+	"google.golang.org/protobuf/types/known/timestamppb"
 
 	"github.com/dunlin/dunlin/controller/dispatch"
 	"github.com/dunlin/dunlin/controller/enrol"
@@ -477,6 +478,30 @@ func TestDevices(t *testing.T) {
 	if got := names(&v1.ListDevicesRequest{}); !slices.Equal(got, []string{"b"}) || w.accounts != 5 {
 		t.Errorf("got %v, accounts changed %d times", got, w.accounts)
 	}
+}
+
+// TestListTelemetry gives the kept samples, as many as are asked for.
+func TestListTelemetry(t *testing.T) {
+	w := start(t)
+	w.join(t, "a")
+	now := time.Now()
+	for i := range 5 {
+		must(t, w.store.AddTelemetry(t.Context(), []store.Sample{{Device: "a", ReceivedAt: now.Add(time.Duration(i+1) * time.Minute), Telemetry: &v1.Telemetry{CpuUtilisation: new(float64(i))}}}))
+	}
+	c := w.devices(viewer)
+	until := timestamppb.New(now.Add(time.Hour))
+	for limit, want := range map[uint32]int{0: 5, 2: 2, 2000: 5} {
+		got := call(t, c.ListTelemetry, &v1.ListTelemetryRequest{Device: "a", Until: until, Limit: limit}).Samples
+		if len(got) != want || got[len(got)-1].GetCpuUtilisation() < 3 {
+			t.Errorf("limit %d: %v", limit, got)
+		}
+	}
+	if got := call(t, c.ListTelemetry, &v1.ListTelemetryRequest{Device: "a"}).Samples; len(got) > 1 {
+		t.Errorf("from now on: %v", got)
+	}
+	refused(t, c.ListTelemetry, &v1.ListTelemetryRequest{Device: "x"}, connect.CodeNotFound, "device x")
+	refused(t, c.ListTelemetry, &v1.ListTelemetryRequest{Device: "a", Limit: maxSamples + 1}, connect.CodeInvalidArgument, "limit is 2001")
+	refused(t, c.ListTelemetry, &v1.ListTelemetryRequest{Device: "a", From: until}, connect.CodeInvalidArgument, "must be before until")
 }
 
 // What is not the caller's fault is not shown to the caller.

@@ -303,6 +303,8 @@ func TestScope(t *testing.T) {
 		t.Errorf("devices of rome: %v", got)
 	}
 	refused(t, devices.ListDevices, &v1.ListDevicesRequest{Device: "cam-rome"}, connect.CodeNotFound, "device cam-rome: not found")
+	refused(t, devices.ListTelemetry, &v1.ListTelemetryRequest{Device: "cam-rome"}, connect.CodeNotFound, "device cam-rome: not found")
+	call(t, devices.ListTelemetry, &v1.ListTelemetryRequest{Device: "cam-berlin"})
 	for device, want := range map[string]int{"": 1, "cam-berlin": 1, "cam-rome": 0, "cam-none": 0} {
 		if got := call(t, devices.ListEvents, &v1.ListEventsRequest{Device: device}).Events; len(got) != want || want > 0 && got[0].Device != "cam-berlin" {
 			t.Errorf("events of %q: %v", device, got)

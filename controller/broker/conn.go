@@ -28,15 +28,17 @@ type conn struct {
 	// connection is entered among the sessions, and stays.
 	certificate *x509.Certificate // that the client showed; nil: none
 	device      string            // "": it enrols
+	data        bool              // the device's second connection, for what it fetches
 	user        string            // of one that enrols
 	id          string            // of its client, in the server
 	client      *mqtt.Client
 	will        []byte    // nil: none
 	until       time.Time // when it ends at the latest; zero: never
 
-	established, refused bool        // used by the connection's own goroutine only
-	denied               atomic.Bool // a topic, once
-	enrols               bool        // counted among those that do; guarded by the broker's mu
+	established, refused bool         // used by the connection's own goroutine only
+	denied               atomic.Bool  // a topic, once
+	waiting              atomic.Int64 // bytes of FetchData that are not written yet
+	enrols, fetches      bool         // counted among those that do; guarded by the broker's mu
 }
 
 // name says whose connection it is, as far as is known.

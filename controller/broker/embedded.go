@@ -52,6 +52,11 @@ const (
 	maxEnrolFilters = 4
 	// maxEnrolClientID bounds the client id of each.
 	maxEnrolClientID = 64
+	// maxFetching bounds the second connections, by which devices fetch, at one
+	// time, and each may have maxWaiting bytes of FetchData on their way: those
+	// are not many enough to keep control messages waiting for their turn.
+	maxFetching = 512
+	maxWaiting  = 512 << 10
 	// maxConnectPacket bounds the CONNECT packet, the only one that anybody
 	// may send.
 	maxConnectPacket = 4 << 10
@@ -72,7 +77,8 @@ type EmbeddedConfig struct {
 	// Auth knows the devices.
 	Auth Authenticator
 	Log  *slog.Logger
-	// MaxConnections is 10,000 if 0. It leaves out enrolling devices.
+	// MaxConnections is 10,000 if 0. It leaves out enrolling devices, and the
+	// second connections of those that fetch.
 	MaxConnections int
 	// Refused, if set, is told what the broker has refused: a connection, with
 	// the object "broker", or, once for each connection, a message or a
@@ -86,6 +92,8 @@ type EmbeddedConfig struct {
 // name as client id. It may have a will on its own topic "gone", at QoS 0 and
 // not retained; it publishes on its own up topics and subscribes to its own
 // down topics and the epoch. Of two connections of one device the newer stays.
+// A second one, with link.DataClient as its client id and without a will, is
+// for what a device fetches, and stays beside the first.
 // A connection without a certificate is for enrolling only: by user name and
 // password, without a will, for a few minutes. Sessions end with their
 // connection, nothing is retained, and a publication at QoS 1 or 2 is taken as
@@ -98,11 +106,13 @@ type Embedded struct {
 	refused  func(who, object, reason, from string)
 	log      *slog.Logger
 	max      int
+	drained  chan struct{} // capacity 1: some FetchData was written
 
 	mu        sync.Mutex       // guards what follows
 	conns     map[*conn]bool   // every open connection
 	unknown   list.List        // the *conn that have not said who they are, oldest first
-	sessions  map[string]*conn // by device: the one connection that passed authentication
+	sessions  map[string]*conn // by client id: the one connection of a device that passed authentication
+	fetching  int              // second connections of devices
 	enrolling map[string]int   // connections by the user that enrols
 	accepted  uint64           // connections so far
 	closing   bool             // no connection and no message is taken any more
@@ -132,7 +142,7 @@ func newEmbedded(cfg EmbeddedConfig, listener net.Listener, secure secure) *Embe
 	}
 	log := slog.New(newLimiter(cfg.Log.Handler()))
 	capabilities := mqtt.NewDefaultServerCapabilities()
-	capabilities.MaximumClients = int64(cfg.MaxConnections + maxEnrolling)
+	capabilities.MaximumClients = int64(cfg.MaxConnections + maxEnrolling + maxFetching)
 	capabilities.MaximumClientWritesPending = maxWritesPending
 	capabilities.MaximumPacketSize = maxPacket
 	capabilities.MaximumQos = 0
@@ -161,6 +171,7 @@ func newEmbedded(cfg EmbeddedConfig, listener net.Listener, secure secure) *Embe
 		log:       log,
 		max:       cfg.MaxConnections,
 		conns:     map[*conn]bool{},
+		drained:   make(chan struct{}, 1),
 		sessions:  map[string]*conn{},
 		enrolling: map[string]int{},
 	}
@@ -255,7 +266,7 @@ func (e *Embedded) admit(nc net.Conn) *conn {
 	if e.closing {
 		return nil
 	}
-	if len(e.conns)-e.enrollingNow() >= e.max {
+	if len(e.conns)-e.enrollingNow()-e.fetching >= e.max {
 		oldest := e.unknown.Front()
 		if oldest == nil {
 			return nil
@@ -274,6 +285,10 @@ func (e *Embedded) remove(c *conn) {
 	c.Close()
 	delete(e.conns, c)
 	e.unknown.Remove(c.began)
+	if c.fetches {
+		c.fetches = false
+		e.fetching--
+	}
 	if c.enrols {
 		c.enrols = false
 		e.enrolling[c.user]--
@@ -312,6 +327,19 @@ func (e *Embedded) enrol(c *conn) bool {
 	return true
 }
 
+// fetch counts a connection among the second ones of devices, or says no when
+// there are too many.
+func (e *Embedded) fetch(c *conn) bool {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if !e.conns[c] || e.fetching >= maxFetching && e.sessions[c.id] == nil {
+		return false
+	}
+	c.fetches = true
+	e.fetching++
+	return true
+}
+
 // serve owns a connection from its first byte to its end.
 func (e *Embedded) serve(c *conn) {
 	err := e.open(c)
@@ -330,8 +358,8 @@ func (e *Embedded) serve(c *conn) {
 	}
 	e.mu.Lock()
 	e.remove(c)
-	if c.device != "" && e.sessions[c.device] == c {
-		delete(e.sessions, c.device)
+	if c.device != "" && e.sessions[c.id] == c {
+		delete(e.sessions, c.id)
 	}
 	e.mu.Unlock()
 	close(c.ended)
@@ -367,16 +395,16 @@ func (e *Embedded) refuse(c *conn, client, reason string) {
 	c.refused = true
 }
 
-// claim makes c the connection of its device, after the end of an older one.
+// claim makes c the connection of its client id, after the end of an older one.
 // It says no when there is a newer one, or when the older one does not end.
 func (e *Embedded) claim(c *conn) bool {
 	deadline := time.NewTimer(takeoverTimeout)
 	defer deadline.Stop()
 	for {
 		e.mu.Lock()
-		old := e.sessions[c.device]
+		old := e.sessions[c.id]
 		if old == nil {
-			e.sessions[c.device] = c
+			e.sessions[c.id] = c
 		}
 		e.mu.Unlock()
 		if old == nil {
@@ -406,19 +434,46 @@ func (e *Embedded) Publish(topic string, payload []byte) error {
 	if err := checkPublish(topic, payload); err != nil {
 		return err
 	}
+	if device, kind, err := link.ParseDown(topic); err == nil && kind == link.Data {
+		if c := e.second(device); c != nil && c.client.State.Subscriptions.Len() > 0 {
+			c.waiting.Add(int64(len(payload)))
+		}
+	}
 	if err := e.server.Publish(topic, payload, false, 0); err != nil {
 		return fmt.Errorf("publish on %s: %w", topic, err)
 	}
 	return nil
 }
 
+// second gives the connection by which a device fetches, or nil.
+func (e *Embedded) second(device string) *conn {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	return e.sessions[link.DataClient(device)]
+}
+
+// SecondConnections says that devices may have one.
+func (*Embedded) SecondConnections() bool { return true }
+
+// Room says whether the connection by which a device fetches takes more of it:
+// not while much that it was sent is not written yet.
+func (e *Embedded) Room(device string) bool {
+	c := e.second(device)
+	return c == nil || c.waiting.Load() < maxWaiting
+}
+
+// Drained receives when there may be room where there was none.
+func (e *Embedded) Drained() <-chan struct{} { return e.drained }
+
 // Disconnect implements Bus. The device is cut off at once; what it sent
 // before may still be with the handler.
 func (e *Embedded) Disconnect(device string) {
 	e.mu.Lock()
-	c := e.sessions[device]
+	own := []*conn{e.sessions[device], e.sessions[link.DataClient(device)]}
 	e.mu.Unlock()
-	if c != nil {
-		c.client.Stop(packets.ErrAdministrativeAction)
+	for _, c := range own {
+		if c != nil {
+			c.client.Stop(packets.ErrAdministrativeAction)
+		}
 	}
 }

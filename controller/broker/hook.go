@@ -35,7 +35,7 @@ func (h *hook) SetOpts(*slog.Logger, *mqtt.HookOptions) {}
 func (h *hook) Provides(b byte) bool {
 	switch b {
 	case mqtt.OnConnect, mqtt.OnConnectAuthenticate, mqtt.OnSessionEstablished, mqtt.OnACLCheck,
-		mqtt.OnPublish, mqtt.OnDisconnect, mqtt.OnPacketEncode:
+		mqtt.OnPublish, mqtt.OnDisconnect, mqtt.OnPacketEncode, mqtt.OnPacketSent:
 		return true
 	}
 	return false
@@ -83,19 +83,25 @@ func (h *hook) connect(c *conn, cl *mqtt.Client, p packets.ConnectParams) string
 	if err == nil {
 		err = link.CheckDevice(device)
 	}
+	data := err == nil && p.ClientIdentifier == link.DataClient(device)
 	switch user := string(p.Username); {
 	case err != nil:
 		return err.Error()
-	case p.ClientIdentifier != device:
+	case p.ClientIdentifier != device && !data:
 		return "the client id is not " + device + ", the name in the certificate"
 	case user != "" && user != device:
 		return "the user name is not " + device + ", the name in the certificate"
+	case p.WillFlag && data:
+		return "the connection " + link.DataClient(device) + " may have no will"
 	case p.WillFlag && p.WillTopic != link.Up(device, link.Gone):
 		return "the topic of the will is not " + link.Up(device, link.Gone)
 	}
-	c.device, c.client, c.id = device, cl, device
+	c.device, c.data, c.client, c.id = device, data, cl, p.ClientIdentifier
 	if p.WillFlag {
 		c.will = p.WillPayload
+	}
+	if data && !h.broker.fetch(c) {
+		return fmt.Sprintf("%d devices fetch, the limit is %d", maxFetching, maxFetching)
 	}
 	if !h.broker.claim(c) {
 		return "another connection of the device has not ended, or is newer"
@@ -147,6 +153,10 @@ func (h *hook) OnACLCheck(cl *mqtt.Client, topic string, write bool) bool {
 		return false
 	}
 	switch {
+	case write && c.data:
+		ok = link.DataMayPublish(c.device, topic)
+	case c.data:
+		ok = link.DataMaySubscribe(c.device, topic)
 	case write && c.device != "":
 		ok = link.DeviceMayPublish(c.device, topic)
 	case write:
@@ -204,4 +214,17 @@ func (h *hook) OnPacketEncode(cl *mqtt.Client, pk packets.Packet) packets.Packet
 		pk.ReasonCode = packets.Err3NotAuthorized.Code
 	}
 	return pk
+}
+
+// OnPacketSent counts what is written of that which devices fetch.
+func (h *hook) OnPacketSent(cl *mqtt.Client, pk packets.Packet, _ []byte) {
+	c, ok := cl.Net.Conn.(*conn)
+	if !ok || !c.data || pk.FixedHeader.Type != packets.Publish {
+		return
+	}
+	c.waiting.Add(-int64(len(pk.Payload)))
+	select {
+	case h.broker.drained <- struct{}{}:
+	default: // one is waiting already
+	}
 }

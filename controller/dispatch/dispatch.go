@@ -96,6 +96,7 @@ type Dispatcher struct {
 	planner planner
 	view    *view
 
+	sites            *sites
 	malformed, stale *prometheus.CounterVec
 	drifting         *prometheus.GaugeVec
 
@@ -124,9 +125,10 @@ type live struct {
 	saved     time.Time // heard as the store has it
 	asked     time.Time // to say hello again, or given its desired state
 	telemetry *dunlinv1.Telemetry
-	free      *uint64   // bytes on its disk as the store has it; nil: not saved yet
-	leased    time.Time // until when it sends telemetry with figures
-	sent      uint64    // number of the generation that was sent since it last said hello; 0: none
+	kept      *dunlinv1.Telemetry // that Samples gave last
+	free      *uint64             // bytes on its disk as the store has it; nil: not saved yet
+	leased    time.Time           // until when it sends telemetry with figures
+	sent      uint64              // number of the generation that was sent since it last said hello; 0: none
 	// A generation that the device has not reported as observed.
 	pending uint64 // 0: none
 	attempt int
@@ -148,7 +150,7 @@ func New(c Config) *Dispatcher {
 		trusted: c.Trusted, superseded: c.Superseded, twins: map[string]*twins{},
 		store: c.Store, bus: c.Bus, log: c.Log, onStep: c.OnStep, timing: defaultTiming, now: time.Now,
 		stopped: make(chan struct{}), kick: make(chan struct{}, 1), view: newView(),
-		refused: map[string][]fleet.Refusal{}, figures: map[int64]*watched{}, drifts: map[string][]*dunlinv1.Drift{},
+		sites: newSites(), refused: map[string][]fleet.Refusal{}, figures: map[int64]*watched{}, drifts: map[string][]*dunlinv1.Drift{},
 		live: map[string]*live{}, bootID: rand.Text(), changed: make(chan struct{}),
 		malformed: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "dunlin_controller_malformed_total", Help: "Messages from devices that were dropped because they are malformed, by kind.",
@@ -209,6 +211,10 @@ func (d *Dispatcher) Handle(topic string, payload []byte) {
 }
 
 var errTooLarge = errors.New("payload is above the limit")
+
+// Malformed counts a message of a device that another part has dropped, for
+// what is wrong with it.
+func (d *Dispatcher) Malformed(kind, device string, err error) { d.drop(kind, device, err) }
 
 func (d *Dispatcher) drop(kind, device string, err error) {
 	d.malformed.WithLabelValues(kind).Inc()

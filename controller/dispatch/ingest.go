@@ -67,6 +67,17 @@ func decode(kind string, payload []byte) (proto.Message, error) {
 			}
 			return nil
 		}
+	case link.Sources:
+		v := &dunlinv1.SourcesRequest{}
+		m, check = v, func() error {
+			if err := models.CheckName(v.GetModel()); err != nil {
+				return fmt.Errorf("model: %w", err)
+			}
+			if d := digest.Digest(v.GetDigest()); d.Validate() != nil || d.Algorithm() != digest.SHA256 {
+				return fmt.Errorf("digest %.100q is not sha256: and 64 hexadecimal digits", v.GetDigest())
+			}
+			return nil
+		}
 	case link.Gone:
 		v := &dunlinv1.Gone{}
 		m, check = v, func() error { return checkID("session", v.GetSession()) }
@@ -280,6 +291,8 @@ func (d *Dispatcher) take(ctx context.Context, in []message) {
 			d.telemetry(m.device, v)
 		case *dunlinv1.BlockRequest:
 			d.failed(ctx, m.device, m.kind, d.request(ctx, m.device, v))
+		case *dunlinv1.SourcesRequest:
+			d.failed(ctx, m.device, m.kind, d.sources(ctx, m.device, v))
 		}
 	}
 	if len(kept) == 0 {

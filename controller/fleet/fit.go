@@ -65,12 +65,14 @@ type Bundle struct {
 	// floating-point ones that come in or go out: sorted, as Triton names them.
 	Precisions []string `json:"precisions,omitempty"`
 	MaxBatch   int      `json:"maxBatch,omitempty"` // rows of a run; 0: the bundle does not say
+	// Release is set where the version is a release of the agent program.
+	Release *models.Release `json:"release,omitempty"`
 }
 
 // BundleOf gives what a bundle's config tells, and the element types of its
 // weights.
 func BundleOf(c *models.Config, weights []tensor.Type) *Bundle {
-	b := &Bundle{WeightBytes: c.WeightBytes, Costs: c.Costs, Opset: c.Opset}
+	b := &Bundle{WeightBytes: c.WeightBytes, Costs: c.Costs, Opset: c.Opset, Release: c.Release}
 	if c.Serving != nil {
 		b.MaxBatch = c.Serving.MaxBatchSize
 	}

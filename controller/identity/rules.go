@@ -104,7 +104,7 @@ var rules = map[string]Rule{
 	v1connect.DeviceServiceListTelemetryProcedure: {Least: Viewer, Scoping: Within},
 
 	RegistryList: {Least: Viewer},
-	RegistryPull: {Least: Viewer, Devices: true, Note: "devices: the models that a deployment gives them"},
+	RegistryPull: {Least: Viewer, Devices: true, Note: "devices: the models that a deployment gives them, or, where they are its cache, a device of their site"},
 	RegistryPush: {Least: Operator},
 
 	Health:  {},

@@ -135,6 +135,12 @@ func (r *Registry) ingest(ctx context.Context, p pushed) (version, error) {
 	if err != nil {
 		return version{}, err
 	}
+	if release := c.config.Release != nil; release != (p.model == models.AgentModel) {
+		if release {
+			return version{}, fmt.Errorf("%w: a release of the agent goes by the name %s, not %s", ErrInvalid, models.AgentModel, p.model)
+		}
+		return version{}, fmt.Errorf("%w: the name %s is for releases of the agent: push them with dunlin push-agent", ErrInvalid, models.AgentModel)
+	}
 	d := c.manifest.Digest
 	if p.want > 0 {
 		have, ok, err := r.versions.VersionDigest(ctx, p.model, p.want)
@@ -309,6 +315,12 @@ func (r *Registry) checkBundle(ctx context.Context, repo distribution.Repository
 			return nil, err
 		}
 	}
+	if config.Release != nil {
+		if err := r.checkRelease(ctx, dir, m, config.Release); err != nil {
+			return nil, err
+		}
+		return &checked{manifest: m, config: config}, nil
+	}
 	if _, ok := sources[config.Entry]; !ok {
 		return nil, fmt.Errorf("%w: config: entry %q is not a file of the bundle", ErrInvalid, config.Entry)
 	}
@@ -450,5 +462,5 @@ func (r *Registry) link(blobs map[string]digest.Digest) (dir string, remove func
 }
 
 func (r *Registry) blobPath(d digest.Digest) string {
-	return filepath.Join(r.root, filepath.FromSlash(storageDir), "blobs", d.Algorithm().String(), d.Encoded()[:2], d.Encoded(), "data")
+	return filepath.Join(r.root, filepath.FromSlash(blobFile(d)))
 }

@@ -31,6 +31,7 @@ import (
 
 	"github.com/dunlin/dunlin/controller/identity"
 	"github.com/dunlin/dunlin/models"
+	"github.com/dunlin/dunlin/models/signing"
 )
 
 const (
@@ -52,7 +53,10 @@ type Config struct {
 	Refusals   identity.Refusals
 	Versions   Versions
 	Signatures Signatures
-	Log        *slog.Logger
+	// Trust gives the trust document by which binaries of the agent count; nil
+	// refuses all of them.
+	Trust func(context.Context) (*signing.Trust, error)
+	Log   *slog.Logger
 }
 
 // Registry serves the OCI distribution API under /v2/. It is safe for
@@ -63,6 +67,7 @@ type Registry struct {
 	refusals   identity.Refusals
 	versions   Versions
 	signatures Signatures
+	trust      func(context.Context) (*signing.Trust, error)
 	log        *slog.Logger
 	app        http.Handler // the embedded registry's own API
 	driver     *filesystem.Driver
@@ -108,7 +113,7 @@ func New(cfg Config) (*Registry, error) {
 			RelativeURLs: true,
 		},
 	})
-	return &Registry{root: root, auth: cfg.Auth, refusals: cfg.Refusals, versions: cfg.Versions, signatures: cfg.Signatures, log: cfg.Log, app: app, driver: driver, namespace: namespace}, nil
+	return &Registry{root: root, auth: cfg.Auth, refusals: cfg.Refusals, versions: cfg.Versions, signatures: cfg.Signatures, trust: cfg.Trust, log: cfg.Log, app: app, driver: driver, namespace: namespace}, nil
 }
 
 // uploadSecret gives the key that the state of an upload is signed with. It
@@ -244,17 +249,10 @@ func (r *Registry) authorize(req *http.Request, p identity.Principal, t target) 
 	case req.URL.Path == "/v2/_catalog":
 		action = identity.RegistryList
 	}
-	if err := identity.Allow(p, action); err != nil || p.Kind != identity.Device || t.kind == "" {
-		return err
+	if t.kind == "" {
+		return identity.Allow(p, action)
 	}
-	given, err := r.versions.Given(req.Context(), p.Name, t.model)
-	if err != nil {
-		return fmt.Errorf("look up what device %s is given: %w", p.Name, err)
-	}
-	if !given {
-		return &identity.DeniedError{Who: p, Action: action, Lacks: "has no deployment that gives it this"}
-	}
-	return nil
+	return r.given(req.Context(), p, action, t.model)
 }
 
 // tagVersion says whether a tag names a version, and which. Other tags are

@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/types/known/timestamppb"
 
 	dunlinv1 "github.com/dunlin/dunlin/proto/dunlin/v1"
 )
@@ -54,10 +55,18 @@ func (s *Store) AddEvents(ctx context.Context, device, outbox string, events []*
 	return stored, measured, err
 }
 
+// restoredGap stands for the events that only the store before had.
+func restoredGap(first, last uint64, at int64) *dunlinv1.Event {
+	return &dunlinv1.Event{
+		Sequence: last, At: timestamppb.New(instant(at)), Kind: GapKind, Severity: dunlinv1.Severity_SEVERITY_WARNING,
+		Message: fmt.Sprintf("events %d to %d came after the copy was made from which the controller was restored", first, last),
+	}
+}
+
 func (s *Store) addEvents(ctx context.Context, tx *sql.Tx, device, outbox string, events []*dunlinv1.Event) (stored uint64, measured bool, err error) {
-	var known, kept bool
+	var known, kept, restored bool
 	var last sql.Null[int64]
-	if err := s.prepared(ctx, tx, outboxQuery).QueryRowContext(ctx, device, outbox).Scan(&known, &kept, &last); err != nil {
+	if err := s.prepared(ctx, tx, outboxQuery).QueryRowContext(ctx, device, outbox).Scan(&known, &kept, &restored, &last); err != nil {
 		return 0, false, err
 	}
 	if !known {
@@ -68,6 +77,9 @@ func (s *Store) addEvents(ctx context.Context, tx *sql.Tx, device, outbox string
 	}
 	stored = uint64(last.V)
 	now, profiles := s.now().UnixNano(), false
+	if restored && len(events) > 0 && events[0].GetSequence() > stored+1 && events[0].GetKind() != GapKind {
+		events = append([]*dunlinv1.Event{restoredGap(stored+1, events[0].GetSequence()-1, now)}, events...)
+	}
 	for _, e := range events {
 		if e.GetSequence() <= stored {
 			continue

@@ -24,13 +24,20 @@ CREATE TABLE decisions (
 ) STRICT, WITHOUT ROWID;
 `
 	historySchema = `
--- Samples of devices' figures, thinned out as they get older.
+-- Samples of devices' figures, thinned out as they get older: each stands for
+-- the span seconds from slot * span on. New ones come at the end, old ones go
+-- at the beginning. A device's go by age alone.
 CREATE TABLE telemetry (
-	device TEXT NOT NULL REFERENCES devices (name) ON DELETE CASCADE,
-	at     INTEGER NOT NULL,
-	span   INTEGER NOT NULL, -- seconds that it stands for
-	sample BLOB NOT NULL,
-	PRIMARY KEY (device, at)
+	span   INTEGER NOT NULL,
+	slot   INTEGER NOT NULL,
+	device TEXT NOT NULL,
+	sample BLOB NOT NULL, -- an encoded Telemetry
+	PRIMARY KEY (span, slot, device)
 ) STRICT, WITHOUT ROWID;
+
+-- 1: the store was restored from a copy, and the outbox may go on beyond what
+-- the copy has of it.
+ALTER TABLE outboxes ADD COLUMN restored INTEGER NOT NULL DEFAULT 0;
+CREATE INDEX events_by_age ON events (received_at);
 `
 )

@@ -1,7 +1,8 @@
 #!/bin/sh
 # Builds dunlin-agent for linux/arm64 into bin/linux-arm64/, for glibc 2.31 and
 # newer, with the C compiler of Zig, which Python's registry has. Zig lies in
-# .cache/zig, checked by SHA-256.
+# .cache/zig, checked by SHA-256. VERSION is the version that it is built as;
+# without it, the one that the source is of.
 set -eu
 
 zig=0.17.1
@@ -53,4 +54,4 @@ rm -f "$weak.new"
 
 cd "$root"
 export CGO_ENABLED=1 GOOS=linux GOARCH=arm64 CC="sh $here/cc.sh" CGO_CFLAGS="-O2 -Wno-deprecated-declarations -include $weak"
-go build -trimpath -ldflags='-s -w -extldflags=-Wl,-z,lazy' -o bin/linux-arm64/dunlin-agent ./cmd/dunlin-agent
+go build -trimpath -ldflags="-s -w ${VERSION:+-X github.com/dunlin/dunlin/internal/program.version=$VERSION} -extldflags=-Wl,-z,lazy" -o bin/linux-arm64/dunlin-agent ./cmd/dunlin-agent

@@ -126,6 +126,8 @@ func decode(device, topic string, payload []byte) (proto.Message, error) {
 			}
 			return nil
 		})
+	case Data:
+		return unmarshal(payload, new(dunlinv1.FetchData), checkData)
 	default: // Block: ParseDown knows no other kind
 		return unmarshal(payload, new(dunlinv1.Block), func(m *dunlinv1.Block) error {
 			if len(m.Sha256) != sha256.Size {

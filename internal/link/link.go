@@ -109,6 +109,7 @@ type Link struct {
 	warned  time.Time // when a refusal was logged last
 	quiet   error     // why to stand down next; nil: not
 	epoch   string    // the controller's boot id that hello was said to
+	data    *DataLine // that shares the session; nil: none
 }
 
 // broker is where one is.
@@ -474,6 +475,18 @@ func (l *Link) receive(s *session, topic string, payload []byte) {
 		return
 	}
 	switch m := m.(type) {
+	case *dunlinv1.FetchData:
+		l.mu.Lock()
+		d := l.data
+		l.mu.Unlock()
+		if d == nil || d.session != s {
+			return // of a line that is closed
+		}
+		select {
+		case d.answers <- m:
+		default:
+			l.inbox.dropped.Add(1)
+		}
 	case *dunlinv1.Epoch:
 		l.mu.Lock()
 		again := l.epoch != m.BootId

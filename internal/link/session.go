@@ -80,14 +80,24 @@ func (l *Link) open(ctx context.Context) (*session, error) {
 
 func (s *session) subscribe(device string) error {
 	filters := map[string]byte{EpochTopic: 0}
-	for _, kind := range downKinds {
+	for _, kind := range controlKinds {
 		filters[Down(device, kind)] = 0
 	}
-	token := s.client.SubscribeMultiple(filters, nil).(*mqtt.SubscribeToken)
+	return s.subscribeTo(filters)
+}
+
+func (s *session) subscribeTo(filters map[string]byte) error {
+	return subscribe(s.client, s.ended, &s.cause, filters)
+}
+
+// subscribe subscribes on a connection; cause says why it ended once ended is
+// closed.
+func subscribe(client mqtt.Client, ended <-chan struct{}, cause *error, filters map[string]byte) error {
+	token := client.SubscribeMultiple(filters, nil).(*mqtt.SubscribeToken)
 	select {
 	case <-token.Done():
-	case <-s.ended:
-		return s.cause
+	case <-ended:
+		return *cause
 	case <-time.After(connectTimeout):
 		return fmt.Errorf("no answer within %s", connectTimeout)
 	}

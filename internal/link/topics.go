@@ -17,6 +17,11 @@ const (
 	MaxInlineDocument = 64 << 10
 	// MaxBlock bounds the data of one Block.
 	MaxBlock = 64 << 10
+	// MinFetchBlock bounds the blocks of a FetchRequest from below, and
+	// MaxBlock from above.
+	MinFetchBlock = 4 << 10
+	// MaxWanted bounds the blocks that one FetchRequest asks for.
+	MaxWanted = 256
 	// Shards is the number of shards that devices are spread over.
 	Shards = 256
 	// MaxDeviceName bounds the name of a device.
@@ -28,11 +33,14 @@ const (
 	Desired   = "desired"   // down: dunlinv1.Desired
 	Command   = "command"   // down: dunlinv1.Command
 	Block     = "block"     // down: dunlinv1.Block
+	Data      = "data"      // down: dunlinv1.FetchData
 	Hello     = "hello"     // up: dunlinv1.Hello
 	Reported  = "reported"  // up: dunlinv1.Reported
 	Events    = "events"    // up: dunlinv1.EventBatch
 	Telemetry = "telemetry" // up: dunlinv1.Telemetry
 	Request   = "request"   // up: dunlinv1.BlockRequest
+	Fetch     = "fetch"     // up: dunlinv1.FetchRequest
+	Sources   = "sources"   // up: dunlinv1.SourcesRequest
 	Gone      = "gone"      // up: dunlinv1.Gone
 )
 
@@ -44,8 +52,11 @@ const (
 	UpFilter = root + "+/+/up/+"
 )
 
-var downKinds = []string{Desired, Command, Block}
-var upKinds = []string{Hello, Reported, Events, Telemetry, Request, Gone}
+var downKinds = []string{Desired, Command, Block, Data}
+var upKinds = []string{Hello, Reported, Events, Telemetry, Request, Fetch, Sources, Gone}
+
+// controlKinds are those that every session subscribes to.
+var controlKinds = []string{Desired, Command, Block}
 
 // CheckDevice says whether name can be the name of a device: 1 to
 // MaxDeviceName of A-Z a-z 0-9 _ -, the characters that every broker takes.
@@ -68,6 +79,11 @@ func Shard(device string) uint32 {
 	h.Write([]byte(device))
 	return h.Sum32() % Shards
 }
+
+// DataClient gives the client id of a device's second connection, by which it
+// fetches bundles where the broker lets it have one. No device has it as its
+// name.
+func DataClient(device string) string { return device + ".data" }
 
 func subtree(device string) string {
 	return root + strconv.Itoa(int(Shard(device))) + "/" + device + "/"
@@ -121,3 +137,10 @@ func DeviceMayPublish(device, topic string) bool {
 	d, _, err := ParseUp(topic)
 	return err == nil && d == device
 }
+
+// DataMaySubscribe and DataMayPublish say the same of a device's second
+// connection, which is for Fetch and Data only.
+func DataMaySubscribe(device, filter string) bool { return filter == Down(device, Data) }
+
+// DataMayPublish: see DataMaySubscribe.
+func DataMayPublish(device, topic string) bool { return topic == Up(device, Fetch) }

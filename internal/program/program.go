@@ -15,7 +15,6 @@ import (
 	"net/url"
 	"os"
 	"path/filepath"
-	"runtime/debug"
 	"slices"
 	"strconv"
 	"strings"
@@ -23,14 +22,6 @@ import (
 	"github.com/goccy/go-yaml"
 	"golang.org/x/sys/unix"
 )
-
-// Version gives the version of this program, as the build recorded it.
-func Version() string {
-	if info, ok := debug.ReadBuildInfo(); ok && info.Main.Version != "" {
-		return info.Main.Version
-	}
-	return "(devel)"
-}
 
 // Setting is one setting. Its name is that of its flag and of its YAML key;
 // its environment variable is the name in capitals, with _ for -, behind the

@@ -113,8 +113,20 @@ func (s Scale) Quantile(c Counts, q float64) float64 {
 	return s.Bound(len(c) - 1)
 }
 
-// LatencyBucket gives the bucket of a time.
-func LatencyBucket(d time.Duration) int { return Latency.Bucket(d.Seconds()) }
+// LatencyBucket gives the bucket of a time, as Latency.Bucket does of its
+// seconds, without a logarithm.
+func LatencyBucket(d time.Duration) int {
+	i, _ := slices.BinarySearch(latencyBounds[:], d)
+	return i
+}
+
+// latencyBounds are the longest times of all buckets of Latency but the last.
+var latencyBounds = func() (bounds [127]time.Duration) {
+	for i := range bounds {
+		bounds[i] = time.Duration(Latency.Bound(i) * (1 + 1e-10) * 1e9)
+	}
+	return bounds
+}()
 
 // PSI is the population stability index of two distributions over the same
 // buckets: the sum of (p-q) ln(p/q) over the shares p and q, the buckets merged

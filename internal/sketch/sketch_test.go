@@ -4,6 +4,7 @@ import (
 	"math"
 	"math/rand/v2"
 	"testing"
+	"time"
 
 	"pgregory.net/rapid"
 )
@@ -28,6 +29,32 @@ func TestBuckets(t *testing.T) {
 	}
 	if got := Latency.Bucket(math.Inf(1)); got != Latency.Buckets()-1 {
 		t.Errorf("Bucket(Inf) = %d, want the last", got)
+	}
+}
+
+func TestLatencyBucket(t *testing.T) {
+	rapid.Check(t, func(t *rapid.T) {
+		d := time.Duration(rapid.Int64Range(-1, 10e9).Draw(t, "nanoseconds"))
+		if got, want := LatencyBucket(d), Latency.Bucket(d.Seconds()); got != want {
+			t.Errorf("%v is in bucket %d, want %d", d, got, want)
+		}
+	})
+	for i := range Latency.Buckets() - 1 {
+		bound := time.Duration(math.Round(Latency.Bound(i) * 1e9))
+		for _, d := range []time.Duration{bound - 1, bound + 1} {
+			if got, want := LatencyBucket(d), Latency.Bucket(d.Seconds()); got != want {
+				t.Errorf("%v is in bucket %d, want %d", d, got, want)
+			}
+		}
+	}
+}
+
+func BenchmarkLatencyBucket(b *testing.B) {
+	b.ReportAllocs()
+	d := time.Duration(0)
+	for b.Loop() {
+		d = (d + 12345) & (1<<26 - 1)
+		LatencyBucket(d)
 	}
 }
 

@@ -265,7 +265,7 @@ func parseTrust(signed *dunlinv1.SignedTrust) (*Trust, error) {
 		return nil, fmt.Errorf("root_keys[%d]: is a certificate, a root is a key", i)
 	}
 	if t.agentFloor != "" {
-		if _, err := parseRelease(t.agentFloor); err != nil {
+		if _, err := models.ParseRelease(t.agentFloor); err != nil {
 			return nil, fmt.Errorf("agent_floor: %w", err)
 		}
 	}

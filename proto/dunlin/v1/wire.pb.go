@@ -1010,7 +1010,7 @@ type DesiredDocument struct {
 	state    protoimpl.MessageState `protogen:"open.v1"`
 	Versions []*DesiredVersion      `protobuf:"bytes,1,rep,name=versions,proto3" json:"versions,omitempty"`
 	Routes   []*DesiredRoute        `protobuf:"bytes,2,rep,name=routes,proto3" json:"routes,omitempty"`
-	// The agent program that the device should run; unset: the one it has.
+	// The agent program that the device should run; unset: the installed one.
 	Agent         *DesiredAgent `protobuf:"bytes,3,opt,name=agent,proto3" json:"agent,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -4571,7 +4571,7 @@ type FetchRequest struct {
 	// The block, in units of block_bytes, that bit 0 of wanted stands for.
 	First uint64 `protobuf:"varint,6,opt,name=first,proto3" json:"first,omitempty"`
 	// Blocks that are wanted, least significant bit of the first byte first; at
-	// most 32 bytes.
+	// most 32 bytes. None: the device asks only how it is to ask.
 	Wanted        []byte `protobuf:"bytes,7,opt,name=wanted,proto3" json:"wanted,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -4667,9 +4667,13 @@ type FetchData struct {
 	// Set without data: "unknown", "refused", "busy".
 	Error string `protobuf:"bytes,5,opt,name=error,proto3" json:"error,omitempty"`
 	// With "busy": when to ask again.
-	RetryMs       uint32 `protobuf:"varint,6,opt,name=retry_ms,json=retryMs,proto3" json:"retry_ms,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	RetryMs uint32 `protobuf:"varint,6,opt,name=retry_ms,json=retryMs,proto3" json:"retry_ms,omitempty"`
+	// To a request without wanted blocks: the broker lets the device have a
+	// second connection, with its name and ".data" as client id, which is the one
+	// to fetch by. Otherwise it fetches by the one that it has.
+	SecondConnection bool `protobuf:"varint,7,opt,name=second_connection,json=secondConnection,proto3" json:"second_connection,omitempty"`
+	unknownFields    protoimpl.UnknownFields
+	sizeCache        protoimpl.SizeCache
 }
 
 func (x *FetchData) Reset() {
@@ -4742,6 +4746,13 @@ func (x *FetchData) GetRetryMs() uint32 {
 		return x.RetryMs
 	}
 	return 0
+}
+
+func (x *FetchData) GetSecondConnection() bool {
+	if x != nil {
+		return x.SecondConnection
+	}
+	return false
 }
 
 // Epoch is published when a controller starts and every minute after.
@@ -5282,7 +5293,7 @@ const file_dunlin_v1_wire_proto_rawDesc = "" +
 	"\vblock_bytes\x18\x05 \x01(\rR\n" +
 	"blockBytes\x12\x14\n" +
 	"\x05first\x18\x06 \x01(\x04R\x05first\x12\x16\n" +
-	"\x06wanted\x18\a \x01(\fR\x06wanted\"\x95\x01\n" +
+	"\x06wanted\x18\a \x01(\fR\x06wanted\"\xc2\x01\n" +
 	"\tFetchData\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\x04R\x02id\x12\x14\n" +
 	"\x05block\x18\x02 \x01(\x04R\x05block\x12\x12\n" +
@@ -5290,7 +5301,8 @@ const file_dunlin_v1_wire_proto_rawDesc = "" +
 	"\n" +
 	"blob_bytes\x18\x04 \x01(\x04R\tblobBytes\x12\x14\n" +
 	"\x05error\x18\x05 \x01(\tR\x05error\x12\x19\n" +
-	"\bretry_ms\x18\x06 \x01(\rR\aretryMs\"j\n" +
+	"\bretry_ms\x18\x06 \x01(\rR\aretryMs\x12+\n" +
+	"\x11second_connection\x18\a \x01(\bR\x10secondConnection\"j\n" +
 	"\x05Epoch\x12 \n" +
 	"\vincarnation\x18\x01 \x01(\tR\vincarnation\x12\x17\n" +
 	"\aboot_id\x18\x02 \x01(\tR\x06bootId\x12&\n" +

@@ -1,4 +1,4 @@
-package agent
+package follow
 
 import (
 	"context"
@@ -32,15 +32,16 @@ const (
 
 // session is the agent's part of the conversation with the controller.
 type session struct {
-	*agent
+	*Follower
 	link   *link.Link
 	report chan struct{} // report at once
 	resend chan struct{} // what was sent went to another session
 	sample chan struct{} // send telemetry at once
+	leases chan lease    // the newest that telemetry has not taken
 }
 
-func newSession(l *link.Link, a *agent) *session {
-	return &session{agent: a, link: l, report: make(chan struct{}, 1), resend: make(chan struct{}, 1), sample: make(chan struct{}, 1)}
+func newSession(l *link.Link, f *Follower) *session {
+	return &session{Follower: f, link: l, report: make(chan struct{}, 1), resend: make(chan struct{}, 1), sample: make(chan struct{}, 1), leases: make(chan lease, 1)}
 }
 
 // run talks to the controller until ctx is done.
@@ -95,7 +96,10 @@ func (s *session) receive(ctx context.Context) {
 			signal(s.report)
 			signal(s.resend)
 			signal(s.sample)
-			s.reconcile.Retry()
+			s.Reconcile.Retry()
+			if s.cfg.Program != nil {
+				s.cfg.Program.Retry()
+			}
 			ask()
 		case <-again.C:
 			ask()
@@ -104,9 +108,9 @@ func (s *session) receive(ctx context.Context) {
 			case *dunlinv1.Desired:
 				if m.SizeBytes <= link.MaxInlineDocument {
 					document = assembly{} // which is older
-					s.reconcile.Desire(m)
-				} else if proto.Equal(m.Generation, s.reconcile.Generation()) {
-					s.reconcile.Desire(m)
+					s.Reconcile.Desire(m)
+				} else if proto.Equal(m.Generation, s.Reconcile.Generation()) {
+					s.Reconcile.Desire(m)
 				} else if err := document.begin(m); err != nil {
 					s.cfg.Log.Error("desired document refused", "generation", m.Generation.GetNumber(), "error", err)
 				} else {
@@ -117,17 +121,25 @@ func (s *session) receive(ctx context.Context) {
 				if err != nil {
 					s.cfg.Log.Warn("desired document given up", "error", err)
 				} else if whole != nil {
-					s.reconcile.Desire(whole)
+					s.Reconcile.Desire(whole)
 				}
 				ask()
 			case *dunlinv1.Command:
-				if renew := m.GetRenewNow(); renew != nil {
-					s.identity.RenewWithin(time.Duration(renew.WithinMs) * time.Millisecond)
+				if found := m.GetSources(); found != nil {
+					s.asking.answer(found.Digest, found.Sources)
+				} else if renew := m.GetRenewNow(); renew != nil {
+					s.Identity.RenewWithin(time.Duration(renew.WithinMs) * time.Millisecond)
 				} else if ack := m.GetEventAck(); ack != nil {
 					if err := s.store.Ack(ctx, ack.OutboxId, ack.Sequence); err != nil && ctx.Err() == nil {
 						s.cfg.Log.Warn("acknowledgement ignored", "error", err)
 					}
 					signal(s.outbox)
+				} else if l := m.GetTelemetryLease(); l != nil {
+					select {
+					case <-s.leases: // it takes its place
+					default:
+					}
+					s.leases <- leaseOf(l)
 				}
 			}
 		}
@@ -138,21 +150,29 @@ func (s *session) receive(ctx context.Context) {
 func (s *session) reports(ctx context.Context) {
 	var last string
 	var sequence uint64
+	var program <-chan struct{}
+	if s.cfg.Program != nil {
+		program = s.cfg.Program.Changed()
+	}
 	for {
 		select {
 		case <-ctx.Done():
 			return
 		case <-s.report:
-		case <-s.reconcile.Changed():
+		case <-s.Reconcile.Changed():
+		case <-program:
 		}
 		now := s.link.Session()
-		if report := s.reconcile.Report(); now != "" && report != nil {
+		if report := s.Reconcile.Report(); now != "" && report != nil {
 			if now != last {
 				last, sequence = now, 0
 			}
 			sequence++
 			report = proto.CloneOf(report)
 			report.Session, report.Sequence, report.At = now, sequence, timestamppb.Now()
+			if s.cfg.Program != nil {
+				report.Agent = s.cfg.Program.Status()
+			}
 			if err := s.link.Send(link.Reported, report); err != nil {
 				s.cfg.Log.Debug("report not sent; the next session has it", "error", err)
 			}
@@ -217,10 +237,32 @@ func (s *session) events(ctx context.Context) {
 	}
 }
 
-// telemetry sends a sample at the begin of a session and every minute.
+// Bounds of a telemetry lease; what is asked for beyond is brought within.
+const (
+	leaseFastest = time.Second
+	leaseLongest = 10 * time.Minute
+)
+
+// lease is telemetry that is sent more often, with the figures of versions, for
+// a while.
+type lease struct{ every, lasts time.Duration }
+
+func leaseOf(l *dunlinv1.TelemetryLease) lease {
+	return lease{
+		every: min(max(time.Duration(l.EveryMs)*time.Millisecond, leaseFastest), telemetryEvery),
+		lasts: min(time.Duration(l.ForMs)*time.Millisecond, leaseLongest),
+	}
+}
+
+// telemetry sends a sample at the begin of a session and every minute, and
+// more often while a lease lasts.
 func (s *session) telemetry(ctx context.Context) {
 	tick := time.NewTicker(telemetryEvery)
 	defer tick.Stop()
+	over := time.NewTimer(0)
+	<-over.C
+	defer over.Stop()
+	leased := false
 	var dropped uint64
 	var requests traffic
 	for {
@@ -228,38 +270,52 @@ func (s *session) telemetry(ctx context.Context) {
 		case <-ctx.Done():
 			return
 		case <-s.sample:
+		case l := <-s.leases:
+			if leased = l.lasts > 0; leased {
+				tick.Reset(l.every)
+				over.Reset(l.lasts)
+			} else {
+				tick.Reset(telemetryEvery)
+				over.Stop()
+			}
+		case <-over.C: // with a last sample
+			leased = false
+			tick.Reset(telemetryEvery)
+			if !s.sendTelemetry(ctx, &requests, &dropped, true) {
+				return
+			}
+			continue
 		case <-tick.C:
 		}
-		t := s.watch.telemetry(ctx)
-		if t == nil {
+		if !s.sendTelemetry(ctx, &requests, &dropped, leased) {
 			return
-		}
-		versions := s.engine.Versions()
-		requests.fill(t, time.Now(), versions)
-		for _, v := range versions {
-			t.Models = append(t.Models, modelTelemetry(v))
-		}
-		if proto.Size(t) > link.MaxPayload/2 { // of very many models the counts by reason are too much
-			for _, m := range t.Models {
-				m.Activations, m.Evictions = nil, nil
-			}
-			for _, a := range t.Alarms { // the events have these
-				a.Samples = nil
-			}
-		}
-		t.Dropped = dropped
-		if err := s.link.Send(link.Telemetry, t); err != nil {
-			dropped++
-		} else {
-			dropped = 0
 		}
 	}
 }
 
-// modelTelemetry gives the figures of a version.
+// sendTelemetry sends a sample, in full with the figures of versions, and says
+// whether ctx lasted that long.
+func (s *session) sendTelemetry(ctx context.Context, requests *traffic, dropped *uint64, full bool) bool {
+	t := s.cfg.Sample(ctx)
+	if t == nil {
+		return false
+	}
+	versions := s.cfg.Versions()
+	requests.fill(t, time.Now(), versions)
+	s.figures.observe(t, versions)
+	t.Models, t.BootId, t.Dropped = s.figures.telemetry(versions, full), s.boot, *dropped
+	fit(t, link.MaxPayload/2)
+	if *dropped++; s.link.Send(link.Telemetry, t) == nil {
+		*dropped = 0
+	}
+	return true
+}
+
+// modelTelemetry gives what a version has of the memory; its counts are put in
+// by figures.
 func modelTelemetry(v engine.Status) *dunlinv1.ModelTelemetry {
 	t := &dunlinv1.ModelTelemetry{
-		Model: v.ID.Model, Version: v.ID.Version, Succeeded: v.Figures.Success.Count, Failed: v.Figures.Failure.Count, RunNanoseconds: uint64(v.Figures.Infer.Time),
+		Model: v.ID.Model, Version: v.ID.Version,
 		Resident: v.Residency == "resident", MemoryBytes: uint64(v.Bytes), NeedBytes: uint64(v.Need.Weights + v.Need.Session), Measured: v.Need.Measured,
 	}
 	for _, reason := range slices.Sorted(maps.Keys(v.Swaps.In)) {
@@ -270,4 +326,46 @@ func modelTelemetry(v engine.Status) *dunlinv1.ModelTelemetry {
 		t.Evictions = append(t.Evictions, &dunlinv1.SwapCount{Reason: string(reason), Count: v.Swaps.Out[reason]})
 	}
 	return t
+}
+
+// traffic gives the figures of all requests between two moments.
+type traffic struct {
+	at   time.Time
+	last map[engine.VersionID]counts
+}
+
+// counts are those of a version.
+type counts struct {
+	succeeded, failed uint64
+	took              engine.Durations
+}
+
+// fill puts in what there was since the last call; the first has nothing.
+func (r *traffic) fill(t *dunlinv1.Telemetry, now time.Time, versions []engine.Status) {
+	last := r.last
+	r.last = make(map[engine.VersionID]counts, len(versions))
+	var sum counts
+	for _, v := range versions {
+		c := counts{v.Figures.Success.Count, v.Figures.Failure.Count, v.Figures.Took}
+		before := last[v.ID]
+		if c.succeeded < before.succeeded || c.failed < before.failed {
+			before = counts{} // loaded again
+		}
+		r.last[v.ID] = c
+		sum.succeeded += c.succeeded - before.succeeded
+		sum.failed += c.failed - before.failed
+		for i, n := range c.took.Since(&before.took) {
+			sum.took[i] += n
+		}
+	}
+	seconds := now.Sub(r.at).Seconds()
+	known := !r.at.IsZero() && seconds > 0
+	r.at = now
+	if !known {
+		return
+	}
+	t.RequestsPerSecond, t.FailuresPerSecond = new(float64(sum.succeeded+sum.failed)/seconds), new(float64(sum.failed)/seconds)
+	if sum.took.Count() > 0 {
+		t.RequestP99Seconds = new(sum.took.Quantile(0.99).Seconds())
+	}
 }
