@@ -30,7 +30,7 @@ func main() {
 	}
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
-	err := fmt.Errorf("%w: unknown command %q; there are run (the default), serve, simulate, doctor, verify and version\nrun: dunlin-agent --help", program.ErrUsage, verb)
+	err := fmt.Errorf("%w: unknown command %q; there are run (the default), serve, simulate, doctor, verify, import and version\nrun: dunlin-agent --help", program.ErrUsage, verb)
 	if strings.HasSuffix(verb, ".onnx") {
 		err = fmt.Errorf("%w: %q is not a command; to serve it: dunlin-agent serve %s", program.ErrUsage, verb, verb)
 	}
@@ -47,6 +47,10 @@ func main() {
 		err = agent.Doctor(ctx, args, os.Getenv, os.Stdout, os.Stdout)
 	case "verify":
 		err = agent.Verify(ctx, args, os.Getenv, os.Stdout, os.Stdout)
+	case "import":
+		err = agent.Import(ctx, args, os.Getenv, os.Stdout, os.Stdout)
+	case "watch": // the launcher's own child
+		err = agent.Watch(args)
 	case "version":
 		_, err = fmt.Println("dunlin-agent", program.Version())
 	}
