@@ -390,6 +390,18 @@ func (d *Device) Converged() error {
 	return nil
 }
 
+// Waiting counts events that the controller has not acknowledged, as far as one
+// message holds them.
+func (d *Device) Waiting() (int, error) {
+	d.mu.Lock()
+	store := d.store
+	d.mu.Unlock()
+	events, err := store.Pending(context.Background(), maxWaiting)
+	return len(events), err
+}
+
+const maxWaiting = 100
+
 // sleep waits, or gives why ctx ended first.
 func sleep(ctx context.Context, d time.Duration) error {
 	t := time.NewTimer(d)
