@@ -85,7 +85,7 @@ func TestFaults(t *testing.T) {
 		awaitAnswer(t, c.agent, images[:1])
 		clients = append(clients, c)
 	}
-	fleet := startSimulated(t, f, int(devices), seed)
+	fleet := startSimulatedFleet(t, f, int(devices), seed)
 
 	ctx, cancel := context.WithCancel(t.Context())
 	var asking sync.WaitGroup
@@ -150,8 +150,8 @@ func awaitAnswer(t *testing.T, a *Agent, images [][64]float32) {
 	}
 }
 
-// startSimulated runs simulated devices in this process, over emulated links.
-func startSimulated(t *testing.T, f *Fleet, devices int, seed uint64) *simfleet.Fleet {
+// startSimulatedFleet runs simulated devices in this process, over emulated links.
+func startSimulatedFleet(t *testing.T, f *Fleet, devices int, seed uint64) *simfleet.Fleet {
 	t.Helper()
 	var made struct {
 		JoinToken string `json:"joinToken"`
