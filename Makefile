@@ -114,6 +114,15 @@ bench-delta: ## Measure what travels when a model changes, and how fast a whole 
 bench-identity: ## Measure devices that join, connect, are revoked and change authority; try who may do what
 	@go run ./bench/identity
 
+.PHONY: test-faults test-links
+FAULTS ?= 500
+test-faults: ## Have FAULTS (default 500) faults befall a controller, 3 agents and 200 simulated devices; DUNLIN_SEED repeats a run
+	@$(WITH_RUNTIME) FAULTS=$(FAULTS) FAULTS_DEVICES=200 FAULTS_AGENTS=3 go test -race -count=1 -timeout 60m -run '^TestFaults$$' -v ./internal/e2e
+	DUNLIN_SEEDS=20 go test -count=1 -timeout 60m -run '^TestRandomFaults$$' -v ./agent/simfleet
+
+test-links: ## Devices on links with a round trip of 100 ms, 100 kbit/s, and 10 % and 30 % of the packets lost, in simulated time
+	go test -count=20 -timeout 60m -run '^TestBadLinks$$' -v ./agent/simfleet
+
 .PHONY: bench-fleet
 DEVICES ?= 10000
 bench-fleet: ## One controller with DEVICES (default 10000) simulated devices: connect, change, restart; against a bare broker

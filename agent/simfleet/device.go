@@ -17,6 +17,7 @@ import (
 	"github.com/dunlin/dunlin/agent/serve"
 	"github.com/dunlin/dunlin/agent/sim"
 	"github.com/dunlin/dunlin/agent/state"
+	"github.com/dunlin/dunlin/agent/update"
 	profiles "github.com/dunlin/dunlin/firmware-profiles"
 	"github.com/dunlin/dunlin/internal/link"
 	"github.com/dunlin/dunlin/internal/netem"
@@ -36,6 +37,7 @@ type Device struct {
 	keys    identity.Keys
 	disk    *reconcile.Disk // nil: bundles are in a folder
 	net     *netem.Link
+	program *update.Simulated
 	slow    atomic.Int64  // nanoseconds that a write to the disk takes
 	full    atomic.Bool   // nothing can be written to the disk
 	skew    atomic.Int64  // nanoseconds by which its clock is ahead
@@ -111,7 +113,7 @@ func (d *Device) boot(ctx context.Context) outage {
 	d.running.Add(1)
 	var wg sync.WaitGroup
 	failed := make(chan error, 4)
-	for _, part := range []func(context.Context) error{a.engine.Run, a.follow.Reconcile.Run, a.follow.Run} {
+	for _, part := range []func(context.Context) error{a.engine.Run, a.follow.Reconcile.Run, a.follow.Run, d.program.Run} {
 		wg.Go(func() {
 			if err := part(ctx); err != nil && ctx.Err() == nil {
 				failed <- err
@@ -208,8 +210,8 @@ func (d *Device) start(ctx context.Context) (*agent, error) {
 			},
 			Front: a.front, Standby: a.front.SetStandby, Log: log,
 		},
-		Sample:   func(context.Context) *dunlinv1.Telemetry { return a.device.Sample() },
-		Versions: a.engine.Versions, IdleWatts: d.profile.Power.IdleWatts, Dial: d.net.Dialer(f.cfg.Dial),
+		Sample:  func(context.Context) *dunlinv1.Telemetry { return a.device.Sample() },
+		Program: d.program, Versions: a.engine.Versions, IdleWatts: d.profile.Power.IdleWatts, Dial: d.net.Dialer(f.cfg.Dial),
 	})
 	if err != nil {
 		a.device.Close()
@@ -231,6 +233,27 @@ func (d *Device) start(ctx context.Context) (*agent, error) {
 	return a, nil
 }
 
+// newProgram gives what stands for a device's program, and outlives its agents.
+func (d *Device) newProgram() *update.Simulated {
+	u := update.NewSimulated(program.Version())
+	u.Take = updateTime
+	u.Became = func(version string) {
+		if a := d.live(); a != nil {
+			a.follow.Describe(func(info *dunlinv1.DeviceInfo) { info.AgentVersion = version })
+		}
+	}
+	u.Event = func(e *dunlinv1.Event) {
+		if a := d.live(); a != nil {
+			a.follow.Event(e)
+		}
+	}
+	return u
+}
+
+// updateTime is how long a release of the agent takes to be fetched, and to
+// prove itself.
+const updateTime = 10 * time.Second
+
 // modelBytes is what models may take of a device's memory.
 func modelBytes(d *sim.Device) int64 {
 	budget := d.Capacity()
@@ -244,7 +267,7 @@ func modelBytes(d *sim.Device) int64 {
 func (d *Device) info(device *sim.Device, budget int64) *dunlinv1.DeviceInfo {
 	p := device.Profile()
 	info := device.Info()
-	info.Hostname, info.AgentVersion, info.RuntimeVersion = d.Name, program.Version(), "simulated"
+	info.Hostname, info.AgentVersion, info.RuntimeVersion = d.Name, d.program.Status().GetAgentVersion(), "simulated"
 	for _, provider := range p.Providers {
 		info.Providers = append(info.Providers, provider.Name)
 	}
@@ -370,6 +393,18 @@ func (d *Device) Converged() error {
 	}
 	return nil
 }
+
+// Waiting counts events that the controller has not acknowledged, as far as one
+// message holds them.
+func (d *Device) Waiting() (int, error) {
+	d.mu.Lock()
+	store := d.store
+	d.mu.Unlock()
+	events, err := store.Pending(context.Background(), maxWaiting)
+	return len(events), err
+}
+
+const maxWaiting = 100
 
 // sleep waits, or gives why ctx ended first.
 func sleep(ctx context.Context, d time.Duration) error {

@@ -77,11 +77,11 @@ func TestRandomFaults(t *testing.T) {
 	for _, seed := range seeds(t, 1) {
 		t.Run(fmt.Sprint("seed ", seed), func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
-				const devices, end = 10, 20 * time.Minute
+				const devices, end = 6, 10 * time.Minute
 				random := rand.New(rand.NewPCG(seed, 0))
 				c := newCloud(t)
 				f := newFleet(t, c, devices, func(cfg *Config) {
-					cfg.Seed, cfg.Faults, cfg.Net, cfg.RequestsPerSecond = seed, randomFaults(random, 20, end), netem.Conditions{RTT: 50 * time.Millisecond}, 0.2
+					cfg.Seed, cfg.Faults, cfg.Net, cfg.RequestsPerSecond = seed, append(randomFaults(random, 20, end), Fault{At: end / 3, Over: time.Minute, Part: 1, Crash: true}), netem.Conditions{RTT: 50 * time.Millisecond}, 0.2
 				})
 				var versions []*dunlinv1.DesiredVersion
 				for i := range int64(4) {

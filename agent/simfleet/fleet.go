@@ -124,7 +124,7 @@ func New(cfg Config) (*Fleet, error) {
 				break
 			}
 		}
-		d.seed = f.seedOf(d.Name)
+		d.seed, d.program = f.seedOf(d.Name), d.newProgram()
 		if d.net = netem.Plain(); emulated {
 			d.net = netem.NewLink(cfg.Net, d.seed)
 		}

@@ -12,8 +12,6 @@ import (
 	"time"
 
 	"github.com/goccy/go-yaml"
-
-	"github.com/dunlin/dunlin/internal/netem"
 )
 
 // Limits of a script of a fleet's faults.
@@ -217,13 +215,14 @@ func (f *Fleet) carryOut(ctx context.Context) {
 		if ctx.Err() != nil {
 			return
 		}
-		f.devices[s.device].meet(&f.cfg.Faults[s.fault], s.end, f.cfg.Net)
+		f.devices[s.device].Meet(f.cfg.Faults[s.fault], s.end)
 	}
 }
 
-// meet has a fault befall the device, or end; the network is as usual then.
-func (d *Device) meet(f *Fault, end bool, usual netem.Conditions) {
-	c := d.net.Conditions()
+// Meet has a fault befall the device at once, or end; the network is as usual
+// then. Which devices a fault is for, and when, is not looked at.
+func (d *Device) Meet(f Fault, end bool) {
+	c, usual := d.net.Conditions(), d.fleet.cfg.Net
 	set(&c.RTT, f.RTT, end, usual.RTT)
 	set(&c.Loss, f.Loss, end, usual.Loss)
 	set(&c.BitsPerSecond, f.BitsPerSecond, end, usual.BitsPerSecond)
