@@ -70,6 +70,9 @@ type Config struct {
 	// OnStep is called before and after each step that is persisted or
 	// published, with its name: a test ends the process there.
 	OnStep func(step string) `yaml:"-"`
+	// Wire gives what is to arrive of each message between the controller and
+	// its devices: a test has them speak as another release does. nil drops it.
+	Wire func(topic string, payload []byte) []byte `yaml:"-"`
 	// OnReady is called when everything listens.
 	OnReady func(Addresses) `yaml:"-"`
 }

@@ -95,6 +95,9 @@ func Run(ctx context.Context, c Config) (err error) {
 		return err
 	}
 	defer bus.close()
+	if c.Wire != nil {
+		bus.bus = wire{bus.bus, c.Wire}
+	}
 	dispatcher := dispatch.New(dispatch.Config{
 		Store: st, Bus: bus.bus, Log: log, Metrics: metrics, OnStep: c.OnStep,
 		Trusted: t.trusted, Superseded: func() {

@@ -32,7 +32,11 @@ type Version struct {
 
 // Fleet gives what plans look at.
 func (v *Version) Fleet() fleet.Version {
-	return fleet.Version{Model: v.Model, Version: v.Version, Digest: v.Digest, SizeBytes: uint64(max(v.Size, 0)), Bundle: v.Bundle}
+	f := fleet.Version{Model: v.Model, Version: v.Version, Digest: v.Digest, SizeBytes: uint64(max(v.Size, 0)), Bundle: v.Bundle}
+	if v.Bundle != nil && v.Bundle.Release != nil {
+		f.AgentVersion = v.Bundle.Release.Version
+	}
+	return f
 }
 
 // VersionExistsError says that a version exists with other bytes. It is an ErrExists.
