@@ -42,6 +42,8 @@ type Config struct {
 	DeviceCertDays  int    `yaml:"device-cert-days"`  // how long a device's certificate counts
 	DeviceGraceDays int    `yaml:"device-grace-days"` // how long after that it can be renewed
 
+	Webhooks string `yaml:"webhooks"` // YAML file of endpoints that are told what happens; "": none
+
 	RegistryGraceDays int `yaml:"registry-grace-days"` // for which what no version refers to stays in the registry; 0: for ever
 
 	TelemetryHours    int `yaml:"telemetry-hours"`     // for which a sample a minute of each device is kept
@@ -101,6 +103,7 @@ func (c *Config) settings() []program.Setting {
 		{Name: "acme-ca", Usage: "PEM `file` of the roots by which a private ACME server is known, instead of the system's", Value: &c.ACMECA},
 		{Name: "device-cert-days", Usage: "`days` that a device's certificate counts; it is renewed when half of them are over", Value: &c.DeviceCertDays},
 		{Name: "device-grace-days", Usage: "`days` after its end in which a device's certificate can still be renewed", Value: &c.DeviceGraceDays},
+		{Name: "webhooks", Usage: "YAML `file`, mode 0600, of endpoints that are told of alarms, rollouts and other events", Value: &c.Webhooks},
 		{Name: "registry-grace-days", Usage: "`days` for which what no version refers to stays in the registry, before it is deleted; 0: for ever", Value: &c.RegistryGraceDays},
 		{Name: "telemetry-hours", Usage: "`hours` for which one sample a minute of each device's figures is kept", Value: &c.TelemetryHours},
 		{Name: "telemetry-days", Usage: "`days` for which one sample each 10 minutes is kept", Value: &c.TelemetryDays},

@@ -25,6 +25,7 @@ import (
 	"github.com/dunlin/dunlin/controller/inband"
 	"github.com/dunlin/dunlin/controller/registry"
 	"github.com/dunlin/dunlin/controller/store"
+	"github.com/dunlin/dunlin/controller/webhook"
 	"github.com/dunlin/dunlin/internal/link"
 	"github.com/dunlin/dunlin/internal/pki"
 	"github.com/dunlin/dunlin/internal/program"
@@ -69,6 +70,13 @@ func Run(ctx context.Context, c Config) (err error) {
 	defer func() { err = errors.Join(err, lock.Close()) }()
 	if err := checkRestored(c.Data); err != nil {
 		return err
+	}
+
+	var hooks []webhook.Hook
+	if c.Webhooks != "" {
+		if hooks, err = webhook.Load(c.Webhooks); err != nil {
+			return fmt.Errorf("webhooks: %w", err)
+		}
 	}
 
 	st, err := store.Open(ctx, filepath.Join(c.Data, storeFile), store.Options{OnStep: c.OnStep})
@@ -188,6 +196,9 @@ func Run(ctx context.Context, c Config) (err error) {
 		{"registry", reg.Run},
 		{"signer", signer.run},
 		{"http", func(ctx context.Context) error { return serve(ctx, server, split(listener, tls)) }},
+	}
+	if c.Webhooks != "" {
+		components = append(components, component{"webhooks", webhook.New(st, hooks, metrics, log).Run})
 	}
 	if t.acme != nil {
 		components = append(components, component{"acme", func(ctx context.Context) error { return t.acme.run(ctx, log) }})

@@ -29,6 +29,12 @@ func (c *cli) getCommand() *cobra.Command {
 			return c.getDeployments(ctx, ctl, name, out)
 		},
 		"routes": func(ctx context.Context, ctl *client, name string) error { return c.getRoutes(ctx, ctl, name, out) },
+		"freezes": func(ctx context.Context, ctl *client, name string) error {
+			return c.getObjects(ctx, ctl, "Freeze", name, out, freezesTable)
+		},
+		"maintenances": func(ctx context.Context, ctl *client, name string) error {
+			return c.getObjects(ctx, ctl, "Maintenance", name, out, maintenancesTable)
+		},
 		"rollouts": func(ctx context.Context, ctl *client, name string) error {
 			return c.getRollouts(ctx, ctl, name, out)
 		},
@@ -43,16 +49,17 @@ func (c *cli) getCommand() *cobra.Command {
 			return c.getJoinTokens(ctx, ctl, name, out)
 		},
 	}
-	names := []string{"devices", "models", "deployments", "routes", "rollouts", "events", "alarms", "profiles", "join-tokens"}
+	names := []string{"devices", "models", "deployments", "routes", "freezes", "maintenances", "rollouts", "events", "alarms", "profiles", "join-tokens"}
 	cmd := &cobra.Command{
 		Use:   "get KIND [NAME]",
 		Short: "Show " + strings.Join(names, ", "),
 		Long: "KIND is one of " + strings.Join(names, ", ") + `.
-NAME narrows it down: to a device, model, deployment or route of that name,
-the rollouts of a deployment, the events or alarms of a device, the profiles of
+NAME narrows it down: to a device, model, deployment, route, freeze or
+maintenance of that name, the rollouts of a deployment, the events or alarms of a device, the profiles of
 a model (NAME or NAME:VERSION).
 
-With -o yaml, deployments and routes are written as documents for apply.`,
+With -o yaml, deployments, routes, freezes and maintenances are written as
+documents for apply.`,
 		Example:   "  dunlin get devices\n  dunlin get models digits -o json",
 		ValidArgs: names,
 		Args:      arguments(1, 2),
@@ -204,11 +211,7 @@ func (c *cli) getDeployments(ctx context.Context, ctl *client, name string, f fo
 func deploymentsTable(now time.Time, deployments []*dunlinv1.Deployment) *table {
 	t := &table{header: []string{"NAME", "MODEL", "DEVICES", "READY", "FAILED", "SELECTOR", "UPDATED"}}
 	for _, d := range deployments {
-		selector := labelsText(d.GetSelector())
-		if selector == "" {
-			selector = "(all)"
-		}
-		t.add(d.GetName(), fmt.Sprintf("%s:%d", d.GetModel(), d.GetVersion()), fmt.Sprint(d.GetDevices()), fmt.Sprint(d.GetReady()), fmt.Sprint(d.GetFailed()), selector, ago(now, d.GetUpdatedAt()))
+		t.add(d.GetName(), fmt.Sprintf("%s:%d", d.GetModel(), d.GetVersion()), fmt.Sprint(d.GetDevices()), fmt.Sprint(d.GetReady()), fmt.Sprint(d.GetFailed()), selectorText(d.GetSelector()), ago(now, d.GetUpdatedAt()))
 	}
 	return t
 }
@@ -242,6 +245,53 @@ func routesTable(now time.Time, routes []*dunlinv1.Route) *table {
 			targets = append(targets, fmt.Sprintf("%s=%d", s, target.GetWeight()))
 		}
 		t.add(r.GetName(), strings.Join(targets, ","), ago(now, r.GetUpdatedAt()))
+	}
+	return t
+}
+
+func (c *cli) getObjects(ctx context.Context, ctl *client, kind, name string, f format, t func(time.Time, []*dunlinv1.Object) *table) error {
+	res, err := call(ctx, ctl.objects().ListObjects, &dunlinv1.ListObjectsRequest{Kind: kind})
+	if err != nil {
+		return err
+	}
+	if name != "" {
+		res.Objects = only(res.GetObjects(), name)
+		if len(res.Objects) == 0 {
+			return notFound(strings.ToLower(kind), name)
+		}
+	}
+	if f == "yaml" {
+		return c.printDocuments(documentsOf(res.GetObjects()))
+	}
+	return c.print(f, res, func() *table { return t(time.Now(), res.GetObjects()) })
+}
+
+func selectorText(labels map[string]string) string {
+	if len(labels) == 0 {
+		return "(all)"
+	}
+	return labelsText(labels)
+}
+
+func freezesTable(now time.Time, freezes []*dunlinv1.Object) *table {
+	t := &table{header: []string{"NAME", "SELECTOR", "REASON", "ENDS", "UPDATED"}}
+	for _, o := range freezes {
+		ends := ""
+		if o.GetUntil() != nil {
+			ends = "over"
+			if left := o.GetUntil().AsTime().Sub(now); left > 0 {
+				ends = "in " + durationText(left)
+			}
+		}
+		t.add(o.GetName(), selectorText(o.GetSelector()), o.GetReason(), ends, ago(now, o.GetUpdatedAt()))
+	}
+	return t
+}
+
+func maintenancesTable(now time.Time, all []*dunlinv1.Object) *table {
+	t := &table{header: []string{"NAME", "SELECTOR", "WINDOWS", "TIMEZONE", "UPDATED"}}
+	for _, o := range all {
+		t.add(o.GetName(), selectorText(o.GetSelector()), strings.Join(o.GetWindows(), ", "), o.GetTimezone(), ago(now, o.GetUpdatedAt()))
 	}
 	return t
 }

@@ -27,7 +27,7 @@ func (c *cli) applyCommand() *cobra.Command {
 	var dryRun bool
 	cmd := &cobra.Command{
 		Use:   "apply -f FILE|-|DIR",
-		Short: "Apply deployments and routes",
+		Short: "Apply deployments, routes, freezes and maintenances",
 		Long: "apply checks all documents and applies all of them or none. Devices on which a\n" +
 			"version does not fit are named; they keep what they have. See: dunlin plan\n\n" + documentsHelp,
 		Example: "  dunlin apply -f digits.yaml\n" +
@@ -80,15 +80,18 @@ func (c *cli) diffCommand() *cobra.Command {
 func (c *cli) deleteCommand() *cobra.Command {
 	return &cobra.Command{
 		Use:       "delete KIND NAME",
-		Short:     "Delete a deployment or a route",
+		Short:     "Delete a deployment, a route, a freeze or a maintenance",
 		Example:   "  dunlin delete route digits",
-		ValidArgs: []string{"deployment", "route"},
+		ValidArgs: []string{"deployment", "route", "freeze", "maintenance"},
 		Args:      arguments(2, 2),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			kinds := map[string]string{"deployment": "Deployment", "deployments": "Deployment", "route": "Route", "routes": "Route"}
+			kinds := map[string]string{
+				"deployment": "Deployment", "deployments": "Deployment", "route": "Route", "routes": "Route",
+				"freeze": "Freeze", "freezes": "Freeze", "maintenance": "Maintenance", "maintenances": "Maintenance",
+			}
 			kind, ok := kinds[strings.ToLower(args[0])]
 			if !ok {
-				return usagef("cannot delete a %q: kinds are deployment and route (devices: dunlin device remove NAME; versions: dunlin model delete NAME:VERSION)", args[0])
+				return usagef("cannot delete a %q: kinds are deployment, route, freeze and maintenance (devices: dunlin device remove NAME; versions: dunlin model delete NAME:VERSION)", args[0])
 			}
 			ctl, err := connectClient()
 			if err != nil {

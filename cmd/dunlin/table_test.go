@@ -89,6 +89,12 @@ func TestTables(t *testing.T) {
 		"routes": routesTable(now, []*dunlinv1.Route{
 			{Name: "digits", Targets: []*dunlinv1.RouteTarget{{Model: "digits", Weight: 90}, {Model: "digits", Version: 2, Weight: 10}}, UpdatedAt: before(0)},
 		}),
+		"freezes": freezesTable(now, []*dunlinv1.Object{
+			{Name: "fleet", Reason: "end of the year", Until: before(-36 * time.Hour), UpdatedAt: before(time.Hour)},
+			{Name: "site-demo", Selector: map[string]string{"site": "demo"}, Reason: "stock\ntaking", Until: before(time.Hour)},
+			{Name: "x", Selector: map[string]string{"a": "b", "c": "d"}, Reason: "until somebody says so"},
+		}),
+		"maintenances":    maintenancesTable(now, []*dunlinv1.Object{{Name: "nights", Windows: []string{"mon-fri 22:00-05:00", "sun 00:00-24:00"}, Timezone: "Europe/Berlin", UpdatedAt: before(time.Minute)}}),
 		"rollouts":        rolloutsTable(now, rollouts),
 		"rollout":         rolloutPage(now, rollouts[0], false),
 		"rollout-of-none": rolloutPage(now, &dunlinv1.Rollout{Id: "x-1", Model: "x", ToVersion: 1, State: dunlinv1.RolloutState_ROLLOUT_STATE_SUCCEEDED}, false),
@@ -249,6 +255,25 @@ func TestRolloutLine(t *testing.T) {
 	r = &dunlinv1.Rollout{Deployment: "digits", Model: "digits", ToVersion: 2, State: dunlinv1.RolloutState_ROLLOUT_STATE_ROLLING_BACK, Reason: "p99\nfailed", Wave: 1, Waves: make([]*dunlinv1.RolloutWave, 3)}
 	if got, want := rolloutLine(r), "digits: digits:2 rolling back, 0/0 ready, wave 1 of 3: p99\ufffdfailed"; got != want {
 		t.Errorf("got %q, want %q", got, want)
+	}
+}
+
+func TestFreezeNames(t *testing.T) {
+	for name, labels := range map[string]map[string]string{"fleet": nil, "site-demo": {"site": "demo"}, "a-b-site-demo": {"site": "Demo", "a": "b"}} {
+		if got := freezeName(labels); got != name {
+			t.Errorf("got %q, want %q", got, name)
+		}
+	}
+	now := time.Date(2026, 11, 20, 12, 0, 0, 500, time.UTC)
+	for text, want := range map[string]time.Time{"": {}, "12h": now.Add(12 * time.Hour).Truncate(time.Second), "2026-12-24T18:00:00+02:00": time.Date(2026, 12, 24, 16, 0, 0, 0, time.UTC)} {
+		if got, err := parseUntil(now, text); err != nil || !got.Equal(want) {
+			t.Errorf("%q: %v, %v", text, got, err)
+		}
+	}
+	for _, text := range []string{"-1h", "0s", "2026-11-20T11:59:59Z", "tomorrow"} {
+		if _, err := parseUntil(now, text); err == nil {
+			t.Errorf("%q was taken", text)
+		}
 	}
 }
 

@@ -53,11 +53,7 @@ type Config struct {
 	Stopping <-chan struct{}
 }
 
-type server struct {
-	v1connect.UnimplementedDeviceServiceHandler
-
-	Config
-}
+type server struct{ Config }
 
 // New gives the handler of all services.
 func New(c Config) http.Handler {

@@ -87,6 +87,7 @@ var rules = map[string]Rule{
 	DeleteRoute:                                     {Least: Operator, Scoping: Whole},
 	v1connect.ObjectServiceListDeploymentsProcedure: {Least: Viewer, Scoping: Within, Note: "those that can match a device within the scope"},
 	v1connect.ObjectServiceListRoutesProcedure:      {Least: Viewer},
+	v1connect.ObjectServiceListObjectsProcedure:     {Least: Viewer, Scoping: Within, Note: "Routes, and of others those that can match a device within the scope"},
 
 	v1connect.ProfileServiceListProfilesProcedure: {Least: Viewer, Scoping: Within},
 	v1connect.ProfileServicePlanProcedure:         {Least: Viewer, Scoping: Within},

@@ -43,6 +43,18 @@ CREATE TABLE deleted_versions (
 	PRIMARY KEY (model, version)
 ) STRICT, WITHOUT ROWID;
 
+-- Decisions in the order in which they were kept, for those who are told of
+-- them; the oldest are forgotten.
+CREATE TABLE decided (
+	id      INTEGER PRIMARY KEY AUTOINCREMENT,
+	rollout INTEGER NOT NULL,
+	number  INTEGER NOT NULL
+) STRICT;
+CREATE TRIGGER decided_in_order AFTER INSERT ON decisions BEGIN
+	INSERT INTO decided (rollout, number) VALUES (new.rollout, new.number);
+	DELETE FROM decided WHERE id <= (SELECT max(id) FROM decided) - 10000;
+END;
+
 -- 1: the store was restored from a copy, and the outbox may go on beyond what
 -- the copy has of it.
 ALTER TABLE outboxes ADD COLUMN restored INTEGER NOT NULL DEFAULT 0;

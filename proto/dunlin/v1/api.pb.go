@@ -158,7 +158,7 @@ func (x ObjectChange_Action) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use ObjectChange_Action.Descriptor instead.
 func (ObjectChange_Action) EnumDescriptor() ([]byte, []int) {
-	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{51, 0}
+	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{54, 0}
 }
 
 type DevicePlan_Verdict int32
@@ -212,7 +212,7 @@ func (x DevicePlan_Verdict) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use DevicePlan_Verdict.Descriptor instead.
 func (DevicePlan_Verdict) EnumDescriptor() ([]byte, []int) {
-	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{65, 0}
+	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{68, 0}
 }
 
 type DevicePlan_Source int32
@@ -268,7 +268,7 @@ func (x DevicePlan_Source) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use DevicePlan_Source.Descriptor instead.
 func (DevicePlan_Source) EnumDescriptor() ([]byte, []int) {
-	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{65, 1}
+	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{68, 1}
 }
 
 type ControlRolloutRequest_Action int32
@@ -331,7 +331,7 @@ func (x ControlRolloutRequest_Action) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use ControlRolloutRequest_Action.Descriptor instead.
 func (ControlRolloutRequest_Action) EnumDescriptor() ([]byte, []int) {
-	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{66, 0}
+	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{69, 0}
 }
 
 type GateResult_Verdict int32
@@ -384,7 +384,7 @@ func (x GateResult_Verdict) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use GateResult_Verdict.Descriptor instead.
 func (GateResult_Verdict) EnumDescriptor() ([]byte, []int) {
-	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{71, 0}
+	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{74, 0}
 }
 
 type RolloutDevice_Phase int32
@@ -447,7 +447,7 @@ func (x RolloutDevice_Phase) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use RolloutDevice_Phase.Descriptor instead.
 func (RolloutDevice_Phase) EnumDescriptor() ([]byte, []int) {
-	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{80, 0}
+	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{83, 0}
 }
 
 type LoginRequest struct {
@@ -3073,6 +3073,206 @@ func (x *ModelVersion) GetSigners() []string {
 	return nil
 }
 
+type ListObjectsRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// "Deployment", "Route", "Freeze" or "Maintenance".
+	Kind          string `protobuf:"bytes,1,opt,name=kind,proto3" json:"kind,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListObjectsRequest) Reset() {
+	*x = ListObjectsRequest{}
+	mi := &file_dunlin_v1_api_proto_msgTypes[49]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListObjectsRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListObjectsRequest) ProtoMessage() {}
+
+func (x *ListObjectsRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_dunlin_v1_api_proto_msgTypes[49]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListObjectsRequest.ProtoReflect.Descriptor instead.
+func (*ListObjectsRequest) Descriptor() ([]byte, []int) {
+	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{49}
+}
+
+func (x *ListObjectsRequest) GetKind() string {
+	if x != nil {
+		return x.Kind
+	}
+	return ""
+}
+
+type ListObjectsResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// By name.
+	Objects       []*Object `protobuf:"bytes,1,rep,name=objects,proto3" json:"objects,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListObjectsResponse) Reset() {
+	*x = ListObjectsResponse{}
+	mi := &file_dunlin_v1_api_proto_msgTypes[50]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListObjectsResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListObjectsResponse) ProtoMessage() {}
+
+func (x *ListObjectsResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_dunlin_v1_api_proto_msgTypes[50]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListObjectsResponse.ProtoReflect.Descriptor instead.
+func (*ListObjectsResponse) Descriptor() ([]byte, []int) {
+	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{50}
+}
+
+func (x *ListObjectsResponse) GetObjects() []*Object {
+	if x != nil {
+		return x.Objects
+	}
+	return nil
+}
+
+type Object struct {
+	state     protoimpl.MessageState `protogen:"open.v1"`
+	Kind      string                 `protobuf:"bytes,1,opt,name=kind,proto3" json:"kind,omitempty"`
+	Name      string                 `protobuf:"bytes,2,opt,name=name,proto3" json:"name,omitempty"`
+	UpdatedAt *timestamppb.Timestamp `protobuf:"bytes,3,opt,name=updated_at,json=updatedAt,proto3" json:"updated_at,omitempty"`
+	Yaml      string                 `protobuf:"bytes,4,opt,name=yaml,proto3" json:"yaml,omitempty"`
+	Selector  map[string]string      `protobuf:"bytes,5,rep,name=selector,proto3" json:"selector,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
+	// Of a Freeze: why, and when it ends by itself; unset: it does not.
+	Reason string                 `protobuf:"bytes,6,opt,name=reason,proto3" json:"reason,omitempty"`
+	Until  *timestamppb.Timestamp `protobuf:"bytes,7,opt,name=until,proto3" json:"until,omitempty"`
+	// Of a Maintenance.
+	Windows       []string `protobuf:"bytes,8,rep,name=windows,proto3" json:"windows,omitempty"`
+	Timezone      string   `protobuf:"bytes,9,opt,name=timezone,proto3" json:"timezone,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Object) Reset() {
+	*x = Object{}
+	mi := &file_dunlin_v1_api_proto_msgTypes[51]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Object) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Object) ProtoMessage() {}
+
+func (x *Object) ProtoReflect() protoreflect.Message {
+	mi := &file_dunlin_v1_api_proto_msgTypes[51]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Object.ProtoReflect.Descriptor instead.
+func (*Object) Descriptor() ([]byte, []int) {
+	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{51}
+}
+
+func (x *Object) GetKind() string {
+	if x != nil {
+		return x.Kind
+	}
+	return ""
+}
+
+func (x *Object) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *Object) GetUpdatedAt() *timestamppb.Timestamp {
+	if x != nil {
+		return x.UpdatedAt
+	}
+	return nil
+}
+
+func (x *Object) GetYaml() string {
+	if x != nil {
+		return x.Yaml
+	}
+	return ""
+}
+
+func (x *Object) GetSelector() map[string]string {
+	if x != nil {
+		return x.Selector
+	}
+	return nil
+}
+
+func (x *Object) GetReason() string {
+	if x != nil {
+		return x.Reason
+	}
+	return ""
+}
+
+func (x *Object) GetUntil() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Until
+	}
+	return nil
+}
+
+func (x *Object) GetWindows() []string {
+	if x != nil {
+		return x.Windows
+	}
+	return nil
+}
+
+func (x *Object) GetTimezone() string {
+	if x != nil {
+		return x.Timezone
+	}
+	return ""
+}
+
 type ApplyRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// One or more YAML documents, at most 1 MiB.
@@ -3084,7 +3284,7 @@ type ApplyRequest struct {
 
 func (x *ApplyRequest) Reset() {
 	*x = ApplyRequest{}
-	mi := &file_dunlin_v1_api_proto_msgTypes[49]
+	mi := &file_dunlin_v1_api_proto_msgTypes[52]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3096,7 +3296,7 @@ func (x *ApplyRequest) String() string {
 func (*ApplyRequest) ProtoMessage() {}
 
 func (x *ApplyRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_api_proto_msgTypes[49]
+	mi := &file_dunlin_v1_api_proto_msgTypes[52]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3109,7 +3309,7 @@ func (x *ApplyRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ApplyRequest.ProtoReflect.Descriptor instead.
 func (*ApplyRequest) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{49}
+	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{52}
 }
 
 func (x *ApplyRequest) GetDocuments() string {
@@ -3138,7 +3338,7 @@ type ApplyResponse struct {
 
 func (x *ApplyResponse) Reset() {
 	*x = ApplyResponse{}
-	mi := &file_dunlin_v1_api_proto_msgTypes[50]
+	mi := &file_dunlin_v1_api_proto_msgTypes[53]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3150,7 +3350,7 @@ func (x *ApplyResponse) String() string {
 func (*ApplyResponse) ProtoMessage() {}
 
 func (x *ApplyResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_api_proto_msgTypes[50]
+	mi := &file_dunlin_v1_api_proto_msgTypes[53]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3163,7 +3363,7 @@ func (x *ApplyResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ApplyResponse.ProtoReflect.Descriptor instead.
 func (*ApplyResponse) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{50}
+	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{53}
 }
 
 func (x *ApplyResponse) GetChanges() []*ObjectChange {
@@ -3197,7 +3397,7 @@ type ObjectChange struct {
 
 func (x *ObjectChange) Reset() {
 	*x = ObjectChange{}
-	mi := &file_dunlin_v1_api_proto_msgTypes[51]
+	mi := &file_dunlin_v1_api_proto_msgTypes[54]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3209,7 +3409,7 @@ func (x *ObjectChange) String() string {
 func (*ObjectChange) ProtoMessage() {}
 
 func (x *ObjectChange) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_api_proto_msgTypes[51]
+	mi := &file_dunlin_v1_api_proto_msgTypes[54]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3222,7 +3422,7 @@ func (x *ObjectChange) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ObjectChange.ProtoReflect.Descriptor instead.
 func (*ObjectChange) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{51}
+	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{54}
 }
 
 func (x *ObjectChange) GetKind() string {
@@ -3277,7 +3477,7 @@ type DeleteRequest struct {
 
 func (x *DeleteRequest) Reset() {
 	*x = DeleteRequest{}
-	mi := &file_dunlin_v1_api_proto_msgTypes[52]
+	mi := &file_dunlin_v1_api_proto_msgTypes[55]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3289,7 +3489,7 @@ func (x *DeleteRequest) String() string {
 func (*DeleteRequest) ProtoMessage() {}
 
 func (x *DeleteRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_api_proto_msgTypes[52]
+	mi := &file_dunlin_v1_api_proto_msgTypes[55]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3302,7 +3502,7 @@ func (x *DeleteRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeleteRequest.ProtoReflect.Descriptor instead.
 func (*DeleteRequest) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{52}
+	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{55}
 }
 
 func (x *DeleteRequest) GetKind() string {
@@ -3328,7 +3528,7 @@ type DeleteResponse struct {
 
 func (x *DeleteResponse) Reset() {
 	*x = DeleteResponse{}
-	mi := &file_dunlin_v1_api_proto_msgTypes[53]
+	mi := &file_dunlin_v1_api_proto_msgTypes[56]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3340,7 +3540,7 @@ func (x *DeleteResponse) String() string {
 func (*DeleteResponse) ProtoMessage() {}
 
 func (x *DeleteResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_api_proto_msgTypes[53]
+	mi := &file_dunlin_v1_api_proto_msgTypes[56]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3353,7 +3553,7 @@ func (x *DeleteResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeleteResponse.ProtoReflect.Descriptor instead.
 func (*DeleteResponse) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{53}
+	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{56}
 }
 
 func (x *DeleteResponse) GetChange() *ObjectChange {
@@ -3371,7 +3571,7 @@ type ListDeploymentsRequest struct {
 
 func (x *ListDeploymentsRequest) Reset() {
 	*x = ListDeploymentsRequest{}
-	mi := &file_dunlin_v1_api_proto_msgTypes[54]
+	mi := &file_dunlin_v1_api_proto_msgTypes[57]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3383,7 +3583,7 @@ func (x *ListDeploymentsRequest) String() string {
 func (*ListDeploymentsRequest) ProtoMessage() {}
 
 func (x *ListDeploymentsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_api_proto_msgTypes[54]
+	mi := &file_dunlin_v1_api_proto_msgTypes[57]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3396,7 +3596,7 @@ func (x *ListDeploymentsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListDeploymentsRequest.ProtoReflect.Descriptor instead.
 func (*ListDeploymentsRequest) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{54}
+	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{57}
 }
 
 type ListDeploymentsResponse struct {
@@ -3408,7 +3608,7 @@ type ListDeploymentsResponse struct {
 
 func (x *ListDeploymentsResponse) Reset() {
 	*x = ListDeploymentsResponse{}
-	mi := &file_dunlin_v1_api_proto_msgTypes[55]
+	mi := &file_dunlin_v1_api_proto_msgTypes[58]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3420,7 +3620,7 @@ func (x *ListDeploymentsResponse) String() string {
 func (*ListDeploymentsResponse) ProtoMessage() {}
 
 func (x *ListDeploymentsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_api_proto_msgTypes[55]
+	mi := &file_dunlin_v1_api_proto_msgTypes[58]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3433,7 +3633,7 @@ func (x *ListDeploymentsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListDeploymentsResponse.ProtoReflect.Descriptor instead.
 func (*ListDeploymentsResponse) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{55}
+	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{58}
 }
 
 func (x *ListDeploymentsResponse) GetDeployments() []*Deployment {
@@ -3461,7 +3661,7 @@ type Deployment struct {
 
 func (x *Deployment) Reset() {
 	*x = Deployment{}
-	mi := &file_dunlin_v1_api_proto_msgTypes[56]
+	mi := &file_dunlin_v1_api_proto_msgTypes[59]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3473,7 +3673,7 @@ func (x *Deployment) String() string {
 func (*Deployment) ProtoMessage() {}
 
 func (x *Deployment) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_api_proto_msgTypes[56]
+	mi := &file_dunlin_v1_api_proto_msgTypes[59]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3486,7 +3686,7 @@ func (x *Deployment) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Deployment.ProtoReflect.Descriptor instead.
 func (*Deployment) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{56}
+	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{59}
 }
 
 func (x *Deployment) GetName() string {
@@ -3560,7 +3760,7 @@ type ListRoutesRequest struct {
 
 func (x *ListRoutesRequest) Reset() {
 	*x = ListRoutesRequest{}
-	mi := &file_dunlin_v1_api_proto_msgTypes[57]
+	mi := &file_dunlin_v1_api_proto_msgTypes[60]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3572,7 +3772,7 @@ func (x *ListRoutesRequest) String() string {
 func (*ListRoutesRequest) ProtoMessage() {}
 
 func (x *ListRoutesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_api_proto_msgTypes[57]
+	mi := &file_dunlin_v1_api_proto_msgTypes[60]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3585,7 +3785,7 @@ func (x *ListRoutesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListRoutesRequest.ProtoReflect.Descriptor instead.
 func (*ListRoutesRequest) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{57}
+	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{60}
 }
 
 type ListRoutesResponse struct {
@@ -3597,7 +3797,7 @@ type ListRoutesResponse struct {
 
 func (x *ListRoutesResponse) Reset() {
 	*x = ListRoutesResponse{}
-	mi := &file_dunlin_v1_api_proto_msgTypes[58]
+	mi := &file_dunlin_v1_api_proto_msgTypes[61]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3609,7 +3809,7 @@ func (x *ListRoutesResponse) String() string {
 func (*ListRoutesResponse) ProtoMessage() {}
 
 func (x *ListRoutesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_api_proto_msgTypes[58]
+	mi := &file_dunlin_v1_api_proto_msgTypes[61]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3622,7 +3822,7 @@ func (x *ListRoutesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListRoutesResponse.ProtoReflect.Descriptor instead.
 func (*ListRoutesResponse) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{58}
+	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{61}
 }
 
 func (x *ListRoutesResponse) GetRoutes() []*Route {
@@ -3644,7 +3844,7 @@ type Route struct {
 
 func (x *Route) Reset() {
 	*x = Route{}
-	mi := &file_dunlin_v1_api_proto_msgTypes[59]
+	mi := &file_dunlin_v1_api_proto_msgTypes[62]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3656,7 +3856,7 @@ func (x *Route) String() string {
 func (*Route) ProtoMessage() {}
 
 func (x *Route) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_api_proto_msgTypes[59]
+	mi := &file_dunlin_v1_api_proto_msgTypes[62]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3669,7 +3869,7 @@ func (x *Route) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Route.ProtoReflect.Descriptor instead.
 func (*Route) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{59}
+	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{62}
 }
 
 func (x *Route) GetName() string {
@@ -3713,7 +3913,7 @@ type ListProfilesRequest struct {
 
 func (x *ListProfilesRequest) Reset() {
 	*x = ListProfilesRequest{}
-	mi := &file_dunlin_v1_api_proto_msgTypes[60]
+	mi := &file_dunlin_v1_api_proto_msgTypes[63]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3725,7 +3925,7 @@ func (x *ListProfilesRequest) String() string {
 func (*ListProfilesRequest) ProtoMessage() {}
 
 func (x *ListProfilesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_api_proto_msgTypes[60]
+	mi := &file_dunlin_v1_api_proto_msgTypes[63]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3738,7 +3938,7 @@ func (x *ListProfilesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListProfilesRequest.ProtoReflect.Descriptor instead.
 func (*ListProfilesRequest) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{60}
+	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{63}
 }
 
 func (x *ListProfilesRequest) GetModel() string {
@@ -3779,7 +3979,7 @@ type ListProfilesResponse struct {
 
 func (x *ListProfilesResponse) Reset() {
 	*x = ListProfilesResponse{}
-	mi := &file_dunlin_v1_api_proto_msgTypes[61]
+	mi := &file_dunlin_v1_api_proto_msgTypes[64]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3791,7 +3991,7 @@ func (x *ListProfilesResponse) String() string {
 func (*ListProfilesResponse) ProtoMessage() {}
 
 func (x *ListProfilesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_api_proto_msgTypes[61]
+	mi := &file_dunlin_v1_api_proto_msgTypes[64]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3804,7 +4004,7 @@ func (x *ListProfilesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListProfilesResponse.ProtoReflect.Descriptor instead.
 func (*ListProfilesResponse) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{61}
+	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{64}
 }
 
 func (x *ListProfilesResponse) GetProfiles() []*DeviceProfile {
@@ -3824,7 +4024,7 @@ type DeviceProfile struct {
 
 func (x *DeviceProfile) Reset() {
 	*x = DeviceProfile{}
-	mi := &file_dunlin_v1_api_proto_msgTypes[62]
+	mi := &file_dunlin_v1_api_proto_msgTypes[65]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3836,7 +4036,7 @@ func (x *DeviceProfile) String() string {
 func (*DeviceProfile) ProtoMessage() {}
 
 func (x *DeviceProfile) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_api_proto_msgTypes[62]
+	mi := &file_dunlin_v1_api_proto_msgTypes[65]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3849,7 +4049,7 @@ func (x *DeviceProfile) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeviceProfile.ProtoReflect.Descriptor instead.
 func (*DeviceProfile) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{62}
+	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{65}
 }
 
 func (x *DeviceProfile) GetDevice() string {
@@ -3877,7 +4077,7 @@ type PlanRequest struct {
 
 func (x *PlanRequest) Reset() {
 	*x = PlanRequest{}
-	mi := &file_dunlin_v1_api_proto_msgTypes[63]
+	mi := &file_dunlin_v1_api_proto_msgTypes[66]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3889,7 +4089,7 @@ func (x *PlanRequest) String() string {
 func (*PlanRequest) ProtoMessage() {}
 
 func (x *PlanRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_api_proto_msgTypes[63]
+	mi := &file_dunlin_v1_api_proto_msgTypes[66]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3902,7 +4102,7 @@ func (x *PlanRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PlanRequest.ProtoReflect.Descriptor instead.
 func (*PlanRequest) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{63}
+	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{66}
 }
 
 func (x *PlanRequest) GetDocuments() string {
@@ -3922,7 +4122,7 @@ type PlanResponse struct {
 
 func (x *PlanResponse) Reset() {
 	*x = PlanResponse{}
-	mi := &file_dunlin_v1_api_proto_msgTypes[64]
+	mi := &file_dunlin_v1_api_proto_msgTypes[67]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3934,7 +4134,7 @@ func (x *PlanResponse) String() string {
 func (*PlanResponse) ProtoMessage() {}
 
 func (x *PlanResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_api_proto_msgTypes[64]
+	mi := &file_dunlin_v1_api_proto_msgTypes[67]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3947,7 +4147,7 @@ func (x *PlanResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PlanResponse.ProtoReflect.Descriptor instead.
 func (*PlanResponse) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{64}
+	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{67}
 }
 
 func (x *PlanResponse) GetDevices() []*DevicePlan {
@@ -3987,7 +4187,7 @@ type DevicePlan struct {
 
 func (x *DevicePlan) Reset() {
 	*x = DevicePlan{}
-	mi := &file_dunlin_v1_api_proto_msgTypes[65]
+	mi := &file_dunlin_v1_api_proto_msgTypes[68]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3999,7 +4199,7 @@ func (x *DevicePlan) String() string {
 func (*DevicePlan) ProtoMessage() {}
 
 func (x *DevicePlan) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_api_proto_msgTypes[65]
+	mi := &file_dunlin_v1_api_proto_msgTypes[68]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4012,7 +4212,7 @@ func (x *DevicePlan) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DevicePlan.ProtoReflect.Descriptor instead.
 func (*DevicePlan) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{65}
+	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{68}
 }
 
 func (x *DevicePlan) GetDeployment() string {
@@ -4134,7 +4334,7 @@ type ControlRolloutRequest struct {
 
 func (x *ControlRolloutRequest) Reset() {
 	*x = ControlRolloutRequest{}
-	mi := &file_dunlin_v1_api_proto_msgTypes[66]
+	mi := &file_dunlin_v1_api_proto_msgTypes[69]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4146,7 +4346,7 @@ func (x *ControlRolloutRequest) String() string {
 func (*ControlRolloutRequest) ProtoMessage() {}
 
 func (x *ControlRolloutRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_api_proto_msgTypes[66]
+	mi := &file_dunlin_v1_api_proto_msgTypes[69]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4159,7 +4359,7 @@ func (x *ControlRolloutRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ControlRolloutRequest.ProtoReflect.Descriptor instead.
 func (*ControlRolloutRequest) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{66}
+	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{69}
 }
 
 func (x *ControlRolloutRequest) GetId() string {
@@ -4199,7 +4399,7 @@ type ControlRolloutResponse struct {
 
 func (x *ControlRolloutResponse) Reset() {
 	*x = ControlRolloutResponse{}
-	mi := &file_dunlin_v1_api_proto_msgTypes[67]
+	mi := &file_dunlin_v1_api_proto_msgTypes[70]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4211,7 +4411,7 @@ func (x *ControlRolloutResponse) String() string {
 func (*ControlRolloutResponse) ProtoMessage() {}
 
 func (x *ControlRolloutResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_api_proto_msgTypes[67]
+	mi := &file_dunlin_v1_api_proto_msgTypes[70]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4224,7 +4424,7 @@ func (x *ControlRolloutResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ControlRolloutResponse.ProtoReflect.Descriptor instead.
 func (*ControlRolloutResponse) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{67}
+	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{70}
 }
 
 func (x *ControlRolloutResponse) GetRollout() *Rollout {
@@ -4245,7 +4445,7 @@ type ListDecisionsRequest struct {
 
 func (x *ListDecisionsRequest) Reset() {
 	*x = ListDecisionsRequest{}
-	mi := &file_dunlin_v1_api_proto_msgTypes[68]
+	mi := &file_dunlin_v1_api_proto_msgTypes[71]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4257,7 +4457,7 @@ func (x *ListDecisionsRequest) String() string {
 func (*ListDecisionsRequest) ProtoMessage() {}
 
 func (x *ListDecisionsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_api_proto_msgTypes[68]
+	mi := &file_dunlin_v1_api_proto_msgTypes[71]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4270,7 +4470,7 @@ func (x *ListDecisionsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListDecisionsRequest.ProtoReflect.Descriptor instead.
 func (*ListDecisionsRequest) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{68}
+	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{71}
 }
 
 func (x *ListDecisionsRequest) GetId() string {
@@ -4297,7 +4497,7 @@ type ListDecisionsResponse struct {
 
 func (x *ListDecisionsResponse) Reset() {
 	*x = ListDecisionsResponse{}
-	mi := &file_dunlin_v1_api_proto_msgTypes[69]
+	mi := &file_dunlin_v1_api_proto_msgTypes[72]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4309,7 +4509,7 @@ func (x *ListDecisionsResponse) String() string {
 func (*ListDecisionsResponse) ProtoMessage() {}
 
 func (x *ListDecisionsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_api_proto_msgTypes[69]
+	mi := &file_dunlin_v1_api_proto_msgTypes[72]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4322,7 +4522,7 @@ func (x *ListDecisionsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListDecisionsResponse.ProtoReflect.Descriptor instead.
 func (*ListDecisionsResponse) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{69}
+	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{72}
 }
 
 func (x *ListDecisionsResponse) GetDecisions() []*Decision {
@@ -4354,7 +4554,7 @@ type Decision struct {
 
 func (x *Decision) Reset() {
 	*x = Decision{}
-	mi := &file_dunlin_v1_api_proto_msgTypes[70]
+	mi := &file_dunlin_v1_api_proto_msgTypes[73]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4366,7 +4566,7 @@ func (x *Decision) String() string {
 func (*Decision) ProtoMessage() {}
 
 func (x *Decision) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_api_proto_msgTypes[70]
+	mi := &file_dunlin_v1_api_proto_msgTypes[73]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4379,7 +4579,7 @@ func (x *Decision) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Decision.ProtoReflect.Descriptor instead.
 func (*Decision) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{70}
+	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{73}
 }
 
 func (x *Decision) GetAt() *timestamppb.Timestamp {
@@ -4462,7 +4662,7 @@ type GateResult struct {
 
 func (x *GateResult) Reset() {
 	*x = GateResult{}
-	mi := &file_dunlin_v1_api_proto_msgTypes[71]
+	mi := &file_dunlin_v1_api_proto_msgTypes[74]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4474,7 +4674,7 @@ func (x *GateResult) String() string {
 func (*GateResult) ProtoMessage() {}
 
 func (x *GateResult) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_api_proto_msgTypes[71]
+	mi := &file_dunlin_v1_api_proto_msgTypes[74]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4487,7 +4687,7 @@ func (x *GateResult) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GateResult.ProtoReflect.Descriptor instead.
 func (*GateResult) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{71}
+	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{74}
 }
 
 func (x *GateResult) GetGate() string {
@@ -4570,7 +4770,7 @@ type ListRolloutsRequest struct {
 
 func (x *ListRolloutsRequest) Reset() {
 	*x = ListRolloutsRequest{}
-	mi := &file_dunlin_v1_api_proto_msgTypes[72]
+	mi := &file_dunlin_v1_api_proto_msgTypes[75]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4582,7 +4782,7 @@ func (x *ListRolloutsRequest) String() string {
 func (*ListRolloutsRequest) ProtoMessage() {}
 
 func (x *ListRolloutsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_api_proto_msgTypes[72]
+	mi := &file_dunlin_v1_api_proto_msgTypes[75]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4595,7 +4795,7 @@ func (x *ListRolloutsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListRolloutsRequest.ProtoReflect.Descriptor instead.
 func (*ListRolloutsRequest) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{72}
+	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{75}
 }
 
 func (x *ListRolloutsRequest) GetDeployment() string {
@@ -4615,7 +4815,7 @@ type ListRolloutsResponse struct {
 
 func (x *ListRolloutsResponse) Reset() {
 	*x = ListRolloutsResponse{}
-	mi := &file_dunlin_v1_api_proto_msgTypes[73]
+	mi := &file_dunlin_v1_api_proto_msgTypes[76]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4627,7 +4827,7 @@ func (x *ListRolloutsResponse) String() string {
 func (*ListRolloutsResponse) ProtoMessage() {}
 
 func (x *ListRolloutsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_api_proto_msgTypes[73]
+	mi := &file_dunlin_v1_api_proto_msgTypes[76]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4640,7 +4840,7 @@ func (x *ListRolloutsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListRolloutsResponse.ProtoReflect.Descriptor instead.
 func (*ListRolloutsResponse) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{73}
+	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{76}
 }
 
 func (x *ListRolloutsResponse) GetRollouts() []*Rollout {
@@ -4661,7 +4861,7 @@ type GetRolloutRequest struct {
 
 func (x *GetRolloutRequest) Reset() {
 	*x = GetRolloutRequest{}
-	mi := &file_dunlin_v1_api_proto_msgTypes[74]
+	mi := &file_dunlin_v1_api_proto_msgTypes[77]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4673,7 +4873,7 @@ func (x *GetRolloutRequest) String() string {
 func (*GetRolloutRequest) ProtoMessage() {}
 
 func (x *GetRolloutRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_api_proto_msgTypes[74]
+	mi := &file_dunlin_v1_api_proto_msgTypes[77]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4686,7 +4886,7 @@ func (x *GetRolloutRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetRolloutRequest.ProtoReflect.Descriptor instead.
 func (*GetRolloutRequest) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{74}
+	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{77}
 }
 
 func (x *GetRolloutRequest) GetId() string {
@@ -4712,7 +4912,7 @@ type GetRolloutResponse struct {
 
 func (x *GetRolloutResponse) Reset() {
 	*x = GetRolloutResponse{}
-	mi := &file_dunlin_v1_api_proto_msgTypes[75]
+	mi := &file_dunlin_v1_api_proto_msgTypes[78]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4724,7 +4924,7 @@ func (x *GetRolloutResponse) String() string {
 func (*GetRolloutResponse) ProtoMessage() {}
 
 func (x *GetRolloutResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_api_proto_msgTypes[75]
+	mi := &file_dunlin_v1_api_proto_msgTypes[78]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4737,7 +4937,7 @@ func (x *GetRolloutResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetRolloutResponse.ProtoReflect.Descriptor instead.
 func (*GetRolloutResponse) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{75}
+	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{78}
 }
 
 func (x *GetRolloutResponse) GetRollout() *Rollout {
@@ -4757,7 +4957,7 @@ type WatchRolloutRequest struct {
 
 func (x *WatchRolloutRequest) Reset() {
 	*x = WatchRolloutRequest{}
-	mi := &file_dunlin_v1_api_proto_msgTypes[76]
+	mi := &file_dunlin_v1_api_proto_msgTypes[79]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4769,7 +4969,7 @@ func (x *WatchRolloutRequest) String() string {
 func (*WatchRolloutRequest) ProtoMessage() {}
 
 func (x *WatchRolloutRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_api_proto_msgTypes[76]
+	mi := &file_dunlin_v1_api_proto_msgTypes[79]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4782,7 +4982,7 @@ func (x *WatchRolloutRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchRolloutRequest.ProtoReflect.Descriptor instead.
 func (*WatchRolloutRequest) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{76}
+	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{79}
 }
 
 func (x *WatchRolloutRequest) GetId() string {
@@ -4808,7 +5008,7 @@ type WatchRolloutResponse struct {
 
 func (x *WatchRolloutResponse) Reset() {
 	*x = WatchRolloutResponse{}
-	mi := &file_dunlin_v1_api_proto_msgTypes[77]
+	mi := &file_dunlin_v1_api_proto_msgTypes[80]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4820,7 +5020,7 @@ func (x *WatchRolloutResponse) String() string {
 func (*WatchRolloutResponse) ProtoMessage() {}
 
 func (x *WatchRolloutResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_api_proto_msgTypes[77]
+	mi := &file_dunlin_v1_api_proto_msgTypes[80]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4833,7 +5033,7 @@ func (x *WatchRolloutResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchRolloutResponse.ProtoReflect.Descriptor instead.
 func (*WatchRolloutResponse) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{77}
+	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{80}
 }
 
 func (x *WatchRolloutResponse) GetRollout() *Rollout {
@@ -4872,7 +5072,7 @@ type Rollout struct {
 
 func (x *Rollout) Reset() {
 	*x = Rollout{}
-	mi := &file_dunlin_v1_api_proto_msgTypes[78]
+	mi := &file_dunlin_v1_api_proto_msgTypes[81]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4884,7 +5084,7 @@ func (x *Rollout) String() string {
 func (*Rollout) ProtoMessage() {}
 
 func (x *Rollout) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_api_proto_msgTypes[78]
+	mi := &file_dunlin_v1_api_proto_msgTypes[81]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4897,7 +5097,7 @@ func (x *Rollout) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Rollout.ProtoReflect.Descriptor instead.
 func (*Rollout) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{78}
+	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{81}
 }
 
 func (x *Rollout) GetId() string {
@@ -5029,7 +5229,7 @@ type RolloutWave struct {
 
 func (x *RolloutWave) Reset() {
 	*x = RolloutWave{}
-	mi := &file_dunlin_v1_api_proto_msgTypes[79]
+	mi := &file_dunlin_v1_api_proto_msgTypes[82]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5041,7 +5241,7 @@ func (x *RolloutWave) String() string {
 func (*RolloutWave) ProtoMessage() {}
 
 func (x *RolloutWave) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_api_proto_msgTypes[79]
+	mi := &file_dunlin_v1_api_proto_msgTypes[82]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5054,7 +5254,7 @@ func (x *RolloutWave) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RolloutWave.ProtoReflect.Descriptor instead.
 func (*RolloutWave) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{79}
+	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{82}
 }
 
 func (x *RolloutWave) GetName() string {
@@ -5118,7 +5318,7 @@ type RolloutDevice struct {
 
 func (x *RolloutDevice) Reset() {
 	*x = RolloutDevice{}
-	mi := &file_dunlin_v1_api_proto_msgTypes[80]
+	mi := &file_dunlin_v1_api_proto_msgTypes[83]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5130,7 +5330,7 @@ func (x *RolloutDevice) String() string {
 func (*RolloutDevice) ProtoMessage() {}
 
 func (x *RolloutDevice) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_api_proto_msgTypes[80]
+	mi := &file_dunlin_v1_api_proto_msgTypes[83]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5143,7 +5343,7 @@ func (x *RolloutDevice) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RolloutDevice.ProtoReflect.Descriptor instead.
 func (*RolloutDevice) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{80}
+	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{83}
 }
 
 func (x *RolloutDevice) GetDevice() string {
@@ -5220,7 +5420,7 @@ type ListDriftRequest struct {
 
 func (x *ListDriftRequest) Reset() {
 	*x = ListDriftRequest{}
-	mi := &file_dunlin_v1_api_proto_msgTypes[81]
+	mi := &file_dunlin_v1_api_proto_msgTypes[84]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5232,7 +5432,7 @@ func (x *ListDriftRequest) String() string {
 func (*ListDriftRequest) ProtoMessage() {}
 
 func (x *ListDriftRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_api_proto_msgTypes[81]
+	mi := &file_dunlin_v1_api_proto_msgTypes[84]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5245,7 +5445,7 @@ func (x *ListDriftRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListDriftRequest.ProtoReflect.Descriptor instead.
 func (*ListDriftRequest) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{81}
+	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{84}
 }
 
 func (x *ListDriftRequest) GetDevice() string {
@@ -5271,7 +5471,7 @@ type ListDriftResponse struct {
 
 func (x *ListDriftResponse) Reset() {
 	*x = ListDriftResponse{}
-	mi := &file_dunlin_v1_api_proto_msgTypes[82]
+	mi := &file_dunlin_v1_api_proto_msgTypes[85]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5283,7 +5483,7 @@ func (x *ListDriftResponse) String() string {
 func (*ListDriftResponse) ProtoMessage() {}
 
 func (x *ListDriftResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_api_proto_msgTypes[82]
+	mi := &file_dunlin_v1_api_proto_msgTypes[85]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5296,7 +5496,7 @@ func (x *ListDriftResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListDriftResponse.ProtoReflect.Descriptor instead.
 func (*ListDriftResponse) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{82}
+	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{85}
 }
 
 func (x *ListDriftResponse) GetDrifts() []*DeviceDrift {
@@ -5316,7 +5516,7 @@ type DeviceDrift struct {
 
 func (x *DeviceDrift) Reset() {
 	*x = DeviceDrift{}
-	mi := &file_dunlin_v1_api_proto_msgTypes[83]
+	mi := &file_dunlin_v1_api_proto_msgTypes[86]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5328,7 +5528,7 @@ func (x *DeviceDrift) String() string {
 func (*DeviceDrift) ProtoMessage() {}
 
 func (x *DeviceDrift) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_api_proto_msgTypes[83]
+	mi := &file_dunlin_v1_api_proto_msgTypes[86]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5341,7 +5541,7 @@ func (x *DeviceDrift) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeviceDrift.ProtoReflect.Descriptor instead.
 func (*DeviceDrift) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{83}
+	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{86}
 }
 
 func (x *DeviceDrift) GetDevice() string {
@@ -5373,7 +5573,7 @@ type ListTelemetryRequest struct {
 
 func (x *ListTelemetryRequest) Reset() {
 	*x = ListTelemetryRequest{}
-	mi := &file_dunlin_v1_api_proto_msgTypes[84]
+	mi := &file_dunlin_v1_api_proto_msgTypes[87]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5385,7 +5585,7 @@ func (x *ListTelemetryRequest) String() string {
 func (*ListTelemetryRequest) ProtoMessage() {}
 
 func (x *ListTelemetryRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_api_proto_msgTypes[84]
+	mi := &file_dunlin_v1_api_proto_msgTypes[87]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5398,7 +5598,7 @@ func (x *ListTelemetryRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListTelemetryRequest.ProtoReflect.Descriptor instead.
 func (*ListTelemetryRequest) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{84}
+	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{87}
 }
 
 func (x *ListTelemetryRequest) GetDevice() string {
@@ -5438,7 +5638,7 @@ type ListTelemetryResponse struct {
 
 func (x *ListTelemetryResponse) Reset() {
 	*x = ListTelemetryResponse{}
-	mi := &file_dunlin_v1_api_proto_msgTypes[85]
+	mi := &file_dunlin_v1_api_proto_msgTypes[88]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5450,7 +5650,7 @@ func (x *ListTelemetryResponse) String() string {
 func (*ListTelemetryResponse) ProtoMessage() {}
 
 func (x *ListTelemetryResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_api_proto_msgTypes[85]
+	mi := &file_dunlin_v1_api_proto_msgTypes[88]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5463,7 +5663,7 @@ func (x *ListTelemetryResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListTelemetryResponse.ProtoReflect.Descriptor instead.
 func (*ListTelemetryResponse) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{85}
+	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{88}
 }
 
 func (x *ListTelemetryResponse) GetSamples() []*Telemetry {
@@ -5485,7 +5685,7 @@ type ListDevicesRequest struct {
 
 func (x *ListDevicesRequest) Reset() {
 	*x = ListDevicesRequest{}
-	mi := &file_dunlin_v1_api_proto_msgTypes[86]
+	mi := &file_dunlin_v1_api_proto_msgTypes[89]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5497,7 +5697,7 @@ func (x *ListDevicesRequest) String() string {
 func (*ListDevicesRequest) ProtoMessage() {}
 
 func (x *ListDevicesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_api_proto_msgTypes[86]
+	mi := &file_dunlin_v1_api_proto_msgTypes[89]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5510,7 +5710,7 @@ func (x *ListDevicesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListDevicesRequest.ProtoReflect.Descriptor instead.
 func (*ListDevicesRequest) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{86}
+	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{89}
 }
 
 func (x *ListDevicesRequest) GetDevice() string {
@@ -5537,7 +5737,7 @@ type ListDevicesResponse struct {
 
 func (x *ListDevicesResponse) Reset() {
 	*x = ListDevicesResponse{}
-	mi := &file_dunlin_v1_api_proto_msgTypes[87]
+	mi := &file_dunlin_v1_api_proto_msgTypes[90]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5549,7 +5749,7 @@ func (x *ListDevicesResponse) String() string {
 func (*ListDevicesResponse) ProtoMessage() {}
 
 func (x *ListDevicesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_api_proto_msgTypes[87]
+	mi := &file_dunlin_v1_api_proto_msgTypes[90]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5562,7 +5762,7 @@ func (x *ListDevicesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListDevicesResponse.ProtoReflect.Descriptor instead.
 func (*ListDevicesResponse) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{87}
+	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{90}
 }
 
 func (x *ListDevicesResponse) GetDevices() []*Device {
@@ -5590,7 +5790,7 @@ type Device struct {
 
 func (x *Device) Reset() {
 	*x = Device{}
-	mi := &file_dunlin_v1_api_proto_msgTypes[88]
+	mi := &file_dunlin_v1_api_proto_msgTypes[91]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5602,7 +5802,7 @@ func (x *Device) String() string {
 func (*Device) ProtoMessage() {}
 
 func (x *Device) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_api_proto_msgTypes[88]
+	mi := &file_dunlin_v1_api_proto_msgTypes[91]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5615,7 +5815,7 @@ func (x *Device) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Device.ProtoReflect.Descriptor instead.
 func (*Device) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{88}
+	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{91}
 }
 
 func (x *Device) GetName() string {
@@ -5707,7 +5907,7 @@ type DeviceIdentity struct {
 
 func (x *DeviceIdentity) Reset() {
 	*x = DeviceIdentity{}
-	mi := &file_dunlin_v1_api_proto_msgTypes[89]
+	mi := &file_dunlin_v1_api_proto_msgTypes[92]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5719,7 +5919,7 @@ func (x *DeviceIdentity) String() string {
 func (*DeviceIdentity) ProtoMessage() {}
 
 func (x *DeviceIdentity) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_api_proto_msgTypes[89]
+	mi := &file_dunlin_v1_api_proto_msgTypes[92]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5732,7 +5932,7 @@ func (x *DeviceIdentity) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeviceIdentity.ProtoReflect.Descriptor instead.
 func (*DeviceIdentity) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{89}
+	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{92}
 }
 
 func (x *DeviceIdentity) GetSerial() string {
@@ -5791,7 +5991,7 @@ type Twin struct {
 
 func (x *Twin) Reset() {
 	*x = Twin{}
-	mi := &file_dunlin_v1_api_proto_msgTypes[90]
+	mi := &file_dunlin_v1_api_proto_msgTypes[93]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5803,7 +6003,7 @@ func (x *Twin) String() string {
 func (*Twin) ProtoMessage() {}
 
 func (x *Twin) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_api_proto_msgTypes[90]
+	mi := &file_dunlin_v1_api_proto_msgTypes[93]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5816,7 +6016,7 @@ func (x *Twin) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Twin.ProtoReflect.Descriptor instead.
 func (*Twin) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{90}
+	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{93}
 }
 
 func (x *Twin) GetBootId() string {
@@ -5857,7 +6057,7 @@ type RevokeDeviceRequest struct {
 
 func (x *RevokeDeviceRequest) Reset() {
 	*x = RevokeDeviceRequest{}
-	mi := &file_dunlin_v1_api_proto_msgTypes[91]
+	mi := &file_dunlin_v1_api_proto_msgTypes[94]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5869,7 +6069,7 @@ func (x *RevokeDeviceRequest) String() string {
 func (*RevokeDeviceRequest) ProtoMessage() {}
 
 func (x *RevokeDeviceRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_api_proto_msgTypes[91]
+	mi := &file_dunlin_v1_api_proto_msgTypes[94]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5882,7 +6082,7 @@ func (x *RevokeDeviceRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RevokeDeviceRequest.ProtoReflect.Descriptor instead.
 func (*RevokeDeviceRequest) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{91}
+	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{94}
 }
 
 func (x *RevokeDeviceRequest) GetDevice() string {
@@ -5907,7 +6107,7 @@ type RevokeDeviceResponse struct {
 
 func (x *RevokeDeviceResponse) Reset() {
 	*x = RevokeDeviceResponse{}
-	mi := &file_dunlin_v1_api_proto_msgTypes[92]
+	mi := &file_dunlin_v1_api_proto_msgTypes[95]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5919,7 +6119,7 @@ func (x *RevokeDeviceResponse) String() string {
 func (*RevokeDeviceResponse) ProtoMessage() {}
 
 func (x *RevokeDeviceResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_api_proto_msgTypes[92]
+	mi := &file_dunlin_v1_api_proto_msgTypes[95]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5932,7 +6132,7 @@ func (x *RevokeDeviceResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RevokeDeviceResponse.ProtoReflect.Descriptor instead.
 func (*RevokeDeviceResponse) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{92}
+	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{95}
 }
 
 type RemoveDeviceRequest struct {
@@ -5944,7 +6144,7 @@ type RemoveDeviceRequest struct {
 
 func (x *RemoveDeviceRequest) Reset() {
 	*x = RemoveDeviceRequest{}
-	mi := &file_dunlin_v1_api_proto_msgTypes[93]
+	mi := &file_dunlin_v1_api_proto_msgTypes[96]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5956,7 +6156,7 @@ func (x *RemoveDeviceRequest) String() string {
 func (*RemoveDeviceRequest) ProtoMessage() {}
 
 func (x *RemoveDeviceRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_api_proto_msgTypes[93]
+	mi := &file_dunlin_v1_api_proto_msgTypes[96]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5969,7 +6169,7 @@ func (x *RemoveDeviceRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveDeviceRequest.ProtoReflect.Descriptor instead.
 func (*RemoveDeviceRequest) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{93}
+	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{96}
 }
 
 func (x *RemoveDeviceRequest) GetDevice() string {
@@ -5987,7 +6187,7 @@ type RemoveDeviceResponse struct {
 
 func (x *RemoveDeviceResponse) Reset() {
 	*x = RemoveDeviceResponse{}
-	mi := &file_dunlin_v1_api_proto_msgTypes[94]
+	mi := &file_dunlin_v1_api_proto_msgTypes[97]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5999,7 +6199,7 @@ func (x *RemoveDeviceResponse) String() string {
 func (*RemoveDeviceResponse) ProtoMessage() {}
 
 func (x *RemoveDeviceResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_api_proto_msgTypes[94]
+	mi := &file_dunlin_v1_api_proto_msgTypes[97]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6012,7 +6212,7 @@ func (x *RemoveDeviceResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveDeviceResponse.ProtoReflect.Descriptor instead.
 func (*RemoveDeviceResponse) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{94}
+	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{97}
 }
 
 type ListEventsRequest struct {
@@ -6027,7 +6227,7 @@ type ListEventsRequest struct {
 
 func (x *ListEventsRequest) Reset() {
 	*x = ListEventsRequest{}
-	mi := &file_dunlin_v1_api_proto_msgTypes[95]
+	mi := &file_dunlin_v1_api_proto_msgTypes[98]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6039,7 +6239,7 @@ func (x *ListEventsRequest) String() string {
 func (*ListEventsRequest) ProtoMessage() {}
 
 func (x *ListEventsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_api_proto_msgTypes[95]
+	mi := &file_dunlin_v1_api_proto_msgTypes[98]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6052,7 +6252,7 @@ func (x *ListEventsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListEventsRequest.ProtoReflect.Descriptor instead.
 func (*ListEventsRequest) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{95}
+	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{98}
 }
 
 func (x *ListEventsRequest) GetDevice() string {
@@ -6078,7 +6278,7 @@ type ListEventsResponse struct {
 
 func (x *ListEventsResponse) Reset() {
 	*x = ListEventsResponse{}
-	mi := &file_dunlin_v1_api_proto_msgTypes[96]
+	mi := &file_dunlin_v1_api_proto_msgTypes[99]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6090,7 +6290,7 @@ func (x *ListEventsResponse) String() string {
 func (*ListEventsResponse) ProtoMessage() {}
 
 func (x *ListEventsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_api_proto_msgTypes[96]
+	mi := &file_dunlin_v1_api_proto_msgTypes[99]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6103,7 +6303,7 @@ func (x *ListEventsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListEventsResponse.ProtoReflect.Descriptor instead.
 func (*ListEventsResponse) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{96}
+	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{99}
 }
 
 func (x *ListEventsResponse) GetEvents() []*DeviceEvent {
@@ -6125,7 +6325,7 @@ type DeviceEvent struct {
 
 func (x *DeviceEvent) Reset() {
 	*x = DeviceEvent{}
-	mi := &file_dunlin_v1_api_proto_msgTypes[97]
+	mi := &file_dunlin_v1_api_proto_msgTypes[100]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6137,7 +6337,7 @@ func (x *DeviceEvent) String() string {
 func (*DeviceEvent) ProtoMessage() {}
 
 func (x *DeviceEvent) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_api_proto_msgTypes[97]
+	mi := &file_dunlin_v1_api_proto_msgTypes[100]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6150,7 +6350,7 @@ func (x *DeviceEvent) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeviceEvent.ProtoReflect.Descriptor instead.
 func (*DeviceEvent) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{97}
+	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{100}
 }
 
 func (x *DeviceEvent) GetDevice() string {
@@ -6383,7 +6583,25 @@ const file_dunlin_v1_api_proto_rawDesc = "" +
 	"\aoutputs\x18\b \x03(\tR\aoutputs\x12\x14\n" +
 	"\x05opset\x18\t \x01(\x03R\x05opset\x12\x18\n" +
 	"\asigners\x18\n" +
-	" \x03(\tR\asigners\"E\n" +
+	" \x03(\tR\asigners\"(\n" +
+	"\x12ListObjectsRequest\x12\x12\n" +
+	"\x04kind\x18\x01 \x01(\tR\x04kind\"B\n" +
+	"\x13ListObjectsResponse\x12+\n" +
+	"\aobjects\x18\x01 \x03(\v2\x11.dunlin.v1.ObjectR\aobjects\"\xf9\x02\n" +
+	"\x06Object\x12\x12\n" +
+	"\x04kind\x18\x01 \x01(\tR\x04kind\x12\x12\n" +
+	"\x04name\x18\x02 \x01(\tR\x04name\x129\n" +
+	"\n" +
+	"updated_at\x18\x03 \x01(\v2\x1a.google.protobuf.TimestampR\tupdatedAt\x12\x12\n" +
+	"\x04yaml\x18\x04 \x01(\tR\x04yaml\x12;\n" +
+	"\bselector\x18\x05 \x03(\v2\x1f.dunlin.v1.Object.SelectorEntryR\bselector\x12\x16\n" +
+	"\x06reason\x18\x06 \x01(\tR\x06reason\x120\n" +
+	"\x05until\x18\a \x01(\v2\x1a.google.protobuf.TimestampR\x05until\x12\x18\n" +
+	"\awindows\x18\b \x03(\tR\awindows\x12\x1a\n" +
+	"\btimezone\x18\t \x01(\tR\btimezone\x1a;\n" +
+	"\rSelectorEntry\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"E\n" +
 	"\fApplyRequest\x12\x1c\n" +
 	"\tdocuments\x18\x01 \x01(\tR\tdocuments\x12\x17\n" +
 	"\adry_run\x18\x02 \x01(\bR\x06dryRun\"s\n" +
@@ -6730,13 +6948,14 @@ const file_dunlin_v1_api_proto_rawDesc = "" +
 	"\rCreateVersion\x12\x1f.dunlin.v1.CreateVersionRequest\x1a .dunlin.v1.CreateVersionResponse\x12I\n" +
 	"\n" +
 	"ListModels\x12\x1c.dunlin.v1.ListModelsRequest\x1a\x1d.dunlin.v1.ListModelsResponse\x12R\n" +
-	"\rDeleteVersion\x12\x1f.dunlin.v1.DeleteVersionRequest\x1a .dunlin.v1.DeleteVersionResponse2\xaf\x02\n" +
+	"\rDeleteVersion\x12\x1f.dunlin.v1.DeleteVersionRequest\x1a .dunlin.v1.DeleteVersionResponse2\xfd\x02\n" +
 	"\rObjectService\x12:\n" +
 	"\x05Apply\x12\x17.dunlin.v1.ApplyRequest\x1a\x18.dunlin.v1.ApplyResponse\x12=\n" +
 	"\x06Delete\x12\x18.dunlin.v1.DeleteRequest\x1a\x19.dunlin.v1.DeleteResponse\x12X\n" +
 	"\x0fListDeployments\x12!.dunlin.v1.ListDeploymentsRequest\x1a\".dunlin.v1.ListDeploymentsResponse\x12I\n" +
 	"\n" +
-	"ListRoutes\x12\x1c.dunlin.v1.ListRoutesRequest\x1a\x1d.dunlin.v1.ListRoutesResponse2\x9a\x01\n" +
+	"ListRoutes\x12\x1c.dunlin.v1.ListRoutesRequest\x1a\x1d.dunlin.v1.ListRoutesResponse\x12L\n" +
+	"\vListObjects\x12\x1d.dunlin.v1.ListObjectsRequest\x1a\x1e.dunlin.v1.ListObjectsResponse2\x9a\x01\n" +
 	"\x0eProfileService\x12O\n" +
 	"\fListProfiles\x12\x1e.dunlin.v1.ListProfilesRequest\x1a\x1f.dunlin.v1.ListProfilesResponse\x127\n" +
 	"\x04Plan\x12\x16.dunlin.v1.PlanRequest\x1a\x17.dunlin.v1.PlanResponse2\xaa\x03\n" +
@@ -6769,7 +6988,7 @@ func file_dunlin_v1_api_proto_rawDescGZIP() []byte {
 }
 
 var file_dunlin_v1_api_proto_enumTypes = make([]protoimpl.EnumInfo, 7)
-var file_dunlin_v1_api_proto_msgTypes = make([]protoimpl.MessageInfo, 110)
+var file_dunlin_v1_api_proto_msgTypes = make([]protoimpl.MessageInfo, 114)
 var file_dunlin_v1_api_proto_goTypes = []any{
 	(RolloutState)(0),                 // 0: dunlin.v1.RolloutState
 	(ObjectChange_Action)(0),          // 1: dunlin.v1.ObjectChange.Action
@@ -6827,267 +7046,277 @@ var file_dunlin_v1_api_proto_goTypes = []any{
 	(*ListModelsRequest)(nil),         // 53: dunlin.v1.ListModelsRequest
 	(*ListModelsResponse)(nil),        // 54: dunlin.v1.ListModelsResponse
 	(*ModelVersion)(nil),              // 55: dunlin.v1.ModelVersion
-	(*ApplyRequest)(nil),              // 56: dunlin.v1.ApplyRequest
-	(*ApplyResponse)(nil),             // 57: dunlin.v1.ApplyResponse
-	(*ObjectChange)(nil),              // 58: dunlin.v1.ObjectChange
-	(*DeleteRequest)(nil),             // 59: dunlin.v1.DeleteRequest
-	(*DeleteResponse)(nil),            // 60: dunlin.v1.DeleteResponse
-	(*ListDeploymentsRequest)(nil),    // 61: dunlin.v1.ListDeploymentsRequest
-	(*ListDeploymentsResponse)(nil),   // 62: dunlin.v1.ListDeploymentsResponse
-	(*Deployment)(nil),                // 63: dunlin.v1.Deployment
-	(*ListRoutesRequest)(nil),         // 64: dunlin.v1.ListRoutesRequest
-	(*ListRoutesResponse)(nil),        // 65: dunlin.v1.ListRoutesResponse
-	(*Route)(nil),                     // 66: dunlin.v1.Route
-	(*ListProfilesRequest)(nil),       // 67: dunlin.v1.ListProfilesRequest
-	(*ListProfilesResponse)(nil),      // 68: dunlin.v1.ListProfilesResponse
-	(*DeviceProfile)(nil),             // 69: dunlin.v1.DeviceProfile
-	(*PlanRequest)(nil),               // 70: dunlin.v1.PlanRequest
-	(*PlanResponse)(nil),              // 71: dunlin.v1.PlanResponse
-	(*DevicePlan)(nil),                // 72: dunlin.v1.DevicePlan
-	(*ControlRolloutRequest)(nil),     // 73: dunlin.v1.ControlRolloutRequest
-	(*ControlRolloutResponse)(nil),    // 74: dunlin.v1.ControlRolloutResponse
-	(*ListDecisionsRequest)(nil),      // 75: dunlin.v1.ListDecisionsRequest
-	(*ListDecisionsResponse)(nil),     // 76: dunlin.v1.ListDecisionsResponse
-	(*Decision)(nil),                  // 77: dunlin.v1.Decision
-	(*GateResult)(nil),                // 78: dunlin.v1.GateResult
-	(*ListRolloutsRequest)(nil),       // 79: dunlin.v1.ListRolloutsRequest
-	(*ListRolloutsResponse)(nil),      // 80: dunlin.v1.ListRolloutsResponse
-	(*GetRolloutRequest)(nil),         // 81: dunlin.v1.GetRolloutRequest
-	(*GetRolloutResponse)(nil),        // 82: dunlin.v1.GetRolloutResponse
-	(*WatchRolloutRequest)(nil),       // 83: dunlin.v1.WatchRolloutRequest
-	(*WatchRolloutResponse)(nil),      // 84: dunlin.v1.WatchRolloutResponse
-	(*Rollout)(nil),                   // 85: dunlin.v1.Rollout
-	(*RolloutWave)(nil),               // 86: dunlin.v1.RolloutWave
-	(*RolloutDevice)(nil),             // 87: dunlin.v1.RolloutDevice
-	(*ListDriftRequest)(nil),          // 88: dunlin.v1.ListDriftRequest
-	(*ListDriftResponse)(nil),         // 89: dunlin.v1.ListDriftResponse
-	(*DeviceDrift)(nil),               // 90: dunlin.v1.DeviceDrift
-	(*ListTelemetryRequest)(nil),      // 91: dunlin.v1.ListTelemetryRequest
-	(*ListTelemetryResponse)(nil),     // 92: dunlin.v1.ListTelemetryResponse
-	(*ListDevicesRequest)(nil),        // 93: dunlin.v1.ListDevicesRequest
-	(*ListDevicesResponse)(nil),       // 94: dunlin.v1.ListDevicesResponse
-	(*Device)(nil),                    // 95: dunlin.v1.Device
-	(*DeviceIdentity)(nil),            // 96: dunlin.v1.DeviceIdentity
-	(*Twin)(nil),                      // 97: dunlin.v1.Twin
-	(*RevokeDeviceRequest)(nil),       // 98: dunlin.v1.RevokeDeviceRequest
-	(*RevokeDeviceResponse)(nil),      // 99: dunlin.v1.RevokeDeviceResponse
-	(*RemoveDeviceRequest)(nil),       // 100: dunlin.v1.RemoveDeviceRequest
-	(*RemoveDeviceResponse)(nil),      // 101: dunlin.v1.RemoveDeviceResponse
-	(*ListEventsRequest)(nil),         // 102: dunlin.v1.ListEventsRequest
-	(*ListEventsResponse)(nil),        // 103: dunlin.v1.ListEventsResponse
-	(*DeviceEvent)(nil),               // 104: dunlin.v1.DeviceEvent
-	nil,                               // 105: dunlin.v1.WhoAmIResponse.ScopeEntry
-	nil,                               // 106: dunlin.v1.User.ScopeEntry
-	nil,                               // 107: dunlin.v1.CreateUserRequest.ScopeEntry
-	nil,                               // 108: dunlin.v1.UpdateUserRequest.ScopeEntry
-	nil,                               // 109: dunlin.v1.Token.ScopeEntry
-	nil,                               // 110: dunlin.v1.CreateTokenRequest.ScopeEntry
-	nil,                               // 111: dunlin.v1.CreateJoinTokenRequest.LabelsEntry
-	nil,                               // 112: dunlin.v1.JoinToken.LabelsEntry
-	nil,                               // 113: dunlin.v1.Deployment.SelectorEntry
-	nil,                               // 114: dunlin.v1.ListDriftRequest.SelectorEntry
-	nil,                               // 115: dunlin.v1.ListDevicesRequest.SelectorEntry
-	nil,                               // 116: dunlin.v1.Device.LabelsEntry
-	(*timestamppb.Timestamp)(nil),     // 117: google.protobuf.Timestamp
-	(*durationpb.Duration)(nil),       // 118: google.protobuf.Duration
-	(*AuditRecord)(nil),               // 119: dunlin.v1.AuditRecord
-	(*SignedTrust)(nil),               // 120: dunlin.v1.SignedTrust
-	(*RouteTarget)(nil),               // 121: dunlin.v1.RouteTarget
-	(*ModelProfile)(nil),              // 122: dunlin.v1.ModelProfile
-	(*Drift)(nil),                     // 123: dunlin.v1.Drift
-	(*Telemetry)(nil),                 // 124: dunlin.v1.Telemetry
-	(*DeviceInfo)(nil),                // 125: dunlin.v1.DeviceInfo
-	(*Generation)(nil),                // 126: dunlin.v1.Generation
-	(*Reported)(nil),                  // 127: dunlin.v1.Reported
-	(*Event)(nil),                     // 128: dunlin.v1.Event
-	(*JoinRequest)(nil),               // 129: dunlin.v1.JoinRequest
-	(*RenewRequest)(nil),              // 130: dunlin.v1.RenewRequest
-	(*GetTimeRequest)(nil),            // 131: dunlin.v1.GetTimeRequest
-	(*JoinResponse)(nil),              // 132: dunlin.v1.JoinResponse
-	(*RenewResponse)(nil),             // 133: dunlin.v1.RenewResponse
-	(*GetTimeResponse)(nil),           // 134: dunlin.v1.GetTimeResponse
+	(*ListObjectsRequest)(nil),        // 56: dunlin.v1.ListObjectsRequest
+	(*ListObjectsResponse)(nil),       // 57: dunlin.v1.ListObjectsResponse
+	(*Object)(nil),                    // 58: dunlin.v1.Object
+	(*ApplyRequest)(nil),              // 59: dunlin.v1.ApplyRequest
+	(*ApplyResponse)(nil),             // 60: dunlin.v1.ApplyResponse
+	(*ObjectChange)(nil),              // 61: dunlin.v1.ObjectChange
+	(*DeleteRequest)(nil),             // 62: dunlin.v1.DeleteRequest
+	(*DeleteResponse)(nil),            // 63: dunlin.v1.DeleteResponse
+	(*ListDeploymentsRequest)(nil),    // 64: dunlin.v1.ListDeploymentsRequest
+	(*ListDeploymentsResponse)(nil),   // 65: dunlin.v1.ListDeploymentsResponse
+	(*Deployment)(nil),                // 66: dunlin.v1.Deployment
+	(*ListRoutesRequest)(nil),         // 67: dunlin.v1.ListRoutesRequest
+	(*ListRoutesResponse)(nil),        // 68: dunlin.v1.ListRoutesResponse
+	(*Route)(nil),                     // 69: dunlin.v1.Route
+	(*ListProfilesRequest)(nil),       // 70: dunlin.v1.ListProfilesRequest
+	(*ListProfilesResponse)(nil),      // 71: dunlin.v1.ListProfilesResponse
+	(*DeviceProfile)(nil),             // 72: dunlin.v1.DeviceProfile
+	(*PlanRequest)(nil),               // 73: dunlin.v1.PlanRequest
+	(*PlanResponse)(nil),              // 74: dunlin.v1.PlanResponse
+	(*DevicePlan)(nil),                // 75: dunlin.v1.DevicePlan
+	(*ControlRolloutRequest)(nil),     // 76: dunlin.v1.ControlRolloutRequest
+	(*ControlRolloutResponse)(nil),    // 77: dunlin.v1.ControlRolloutResponse
+	(*ListDecisionsRequest)(nil),      // 78: dunlin.v1.ListDecisionsRequest
+	(*ListDecisionsResponse)(nil),     // 79: dunlin.v1.ListDecisionsResponse
+	(*Decision)(nil),                  // 80: dunlin.v1.Decision
+	(*GateResult)(nil),                // 81: dunlin.v1.GateResult
+	(*ListRolloutsRequest)(nil),       // 82: dunlin.v1.ListRolloutsRequest
+	(*ListRolloutsResponse)(nil),      // 83: dunlin.v1.ListRolloutsResponse
+	(*GetRolloutRequest)(nil),         // 84: dunlin.v1.GetRolloutRequest
+	(*GetRolloutResponse)(nil),        // 85: dunlin.v1.GetRolloutResponse
+	(*WatchRolloutRequest)(nil),       // 86: dunlin.v1.WatchRolloutRequest
+	(*WatchRolloutResponse)(nil),      // 87: dunlin.v1.WatchRolloutResponse
+	(*Rollout)(nil),                   // 88: dunlin.v1.Rollout
+	(*RolloutWave)(nil),               // 89: dunlin.v1.RolloutWave
+	(*RolloutDevice)(nil),             // 90: dunlin.v1.RolloutDevice
+	(*ListDriftRequest)(nil),          // 91: dunlin.v1.ListDriftRequest
+	(*ListDriftResponse)(nil),         // 92: dunlin.v1.ListDriftResponse
+	(*DeviceDrift)(nil),               // 93: dunlin.v1.DeviceDrift
+	(*ListTelemetryRequest)(nil),      // 94: dunlin.v1.ListTelemetryRequest
+	(*ListTelemetryResponse)(nil),     // 95: dunlin.v1.ListTelemetryResponse
+	(*ListDevicesRequest)(nil),        // 96: dunlin.v1.ListDevicesRequest
+	(*ListDevicesResponse)(nil),       // 97: dunlin.v1.ListDevicesResponse
+	(*Device)(nil),                    // 98: dunlin.v1.Device
+	(*DeviceIdentity)(nil),            // 99: dunlin.v1.DeviceIdentity
+	(*Twin)(nil),                      // 100: dunlin.v1.Twin
+	(*RevokeDeviceRequest)(nil),       // 101: dunlin.v1.RevokeDeviceRequest
+	(*RevokeDeviceResponse)(nil),      // 102: dunlin.v1.RevokeDeviceResponse
+	(*RemoveDeviceRequest)(nil),       // 103: dunlin.v1.RemoveDeviceRequest
+	(*RemoveDeviceResponse)(nil),      // 104: dunlin.v1.RemoveDeviceResponse
+	(*ListEventsRequest)(nil),         // 105: dunlin.v1.ListEventsRequest
+	(*ListEventsResponse)(nil),        // 106: dunlin.v1.ListEventsResponse
+	(*DeviceEvent)(nil),               // 107: dunlin.v1.DeviceEvent
+	nil,                               // 108: dunlin.v1.WhoAmIResponse.ScopeEntry
+	nil,                               // 109: dunlin.v1.User.ScopeEntry
+	nil,                               // 110: dunlin.v1.CreateUserRequest.ScopeEntry
+	nil,                               // 111: dunlin.v1.UpdateUserRequest.ScopeEntry
+	nil,                               // 112: dunlin.v1.Token.ScopeEntry
+	nil,                               // 113: dunlin.v1.CreateTokenRequest.ScopeEntry
+	nil,                               // 114: dunlin.v1.CreateJoinTokenRequest.LabelsEntry
+	nil,                               // 115: dunlin.v1.JoinToken.LabelsEntry
+	nil,                               // 116: dunlin.v1.Object.SelectorEntry
+	nil,                               // 117: dunlin.v1.Deployment.SelectorEntry
+	nil,                               // 118: dunlin.v1.ListDriftRequest.SelectorEntry
+	nil,                               // 119: dunlin.v1.ListDevicesRequest.SelectorEntry
+	nil,                               // 120: dunlin.v1.Device.LabelsEntry
+	(*timestamppb.Timestamp)(nil),     // 121: google.protobuf.Timestamp
+	(*durationpb.Duration)(nil),       // 122: google.protobuf.Duration
+	(*AuditRecord)(nil),               // 123: dunlin.v1.AuditRecord
+	(*SignedTrust)(nil),               // 124: dunlin.v1.SignedTrust
+	(*RouteTarget)(nil),               // 125: dunlin.v1.RouteTarget
+	(*ModelProfile)(nil),              // 126: dunlin.v1.ModelProfile
+	(*Drift)(nil),                     // 127: dunlin.v1.Drift
+	(*Telemetry)(nil),                 // 128: dunlin.v1.Telemetry
+	(*DeviceInfo)(nil),                // 129: dunlin.v1.DeviceInfo
+	(*Generation)(nil),                // 130: dunlin.v1.Generation
+	(*Reported)(nil),                  // 131: dunlin.v1.Reported
+	(*Event)(nil),                     // 132: dunlin.v1.Event
+	(*JoinRequest)(nil),               // 133: dunlin.v1.JoinRequest
+	(*RenewRequest)(nil),              // 134: dunlin.v1.RenewRequest
+	(*GetTimeRequest)(nil),            // 135: dunlin.v1.GetTimeRequest
+	(*JoinResponse)(nil),              // 136: dunlin.v1.JoinResponse
+	(*RenewResponse)(nil),             // 137: dunlin.v1.RenewResponse
+	(*GetTimeResponse)(nil),           // 138: dunlin.v1.GetTimeResponse
 }
 var file_dunlin_v1_api_proto_depIdxs = []int32{
-	117, // 0: dunlin.v1.LoginResponse.expires_at:type_name -> google.protobuf.Timestamp
-	105, // 1: dunlin.v1.WhoAmIResponse.scope:type_name -> dunlin.v1.WhoAmIResponse.ScopeEntry
-	117, // 2: dunlin.v1.WhoAmIResponse.expires_at:type_name -> google.protobuf.Timestamp
-	106, // 3: dunlin.v1.User.scope:type_name -> dunlin.v1.User.ScopeEntry
-	117, // 4: dunlin.v1.User.created_at:type_name -> google.protobuf.Timestamp
-	107, // 5: dunlin.v1.CreateUserRequest.scope:type_name -> dunlin.v1.CreateUserRequest.ScopeEntry
+	121, // 0: dunlin.v1.LoginResponse.expires_at:type_name -> google.protobuf.Timestamp
+	108, // 1: dunlin.v1.WhoAmIResponse.scope:type_name -> dunlin.v1.WhoAmIResponse.ScopeEntry
+	121, // 2: dunlin.v1.WhoAmIResponse.expires_at:type_name -> google.protobuf.Timestamp
+	109, // 3: dunlin.v1.User.scope:type_name -> dunlin.v1.User.ScopeEntry
+	121, // 4: dunlin.v1.User.created_at:type_name -> google.protobuf.Timestamp
+	110, // 5: dunlin.v1.CreateUserRequest.scope:type_name -> dunlin.v1.CreateUserRequest.ScopeEntry
 	13,  // 6: dunlin.v1.CreateUserResponse.user:type_name -> dunlin.v1.User
-	108, // 7: dunlin.v1.UpdateUserRequest.scope:type_name -> dunlin.v1.UpdateUserRequest.ScopeEntry
+	111, // 7: dunlin.v1.UpdateUserRequest.scope:type_name -> dunlin.v1.UpdateUserRequest.ScopeEntry
 	13,  // 8: dunlin.v1.UpdateUserResponse.user:type_name -> dunlin.v1.User
 	13,  // 9: dunlin.v1.ListUsersResponse.users:type_name -> dunlin.v1.User
-	109, // 10: dunlin.v1.Token.scope:type_name -> dunlin.v1.Token.ScopeEntry
-	117, // 11: dunlin.v1.Token.created_at:type_name -> google.protobuf.Timestamp
-	117, // 12: dunlin.v1.Token.expires_at:type_name -> google.protobuf.Timestamp
-	117, // 13: dunlin.v1.Token.last_used_at:type_name -> google.protobuf.Timestamp
-	110, // 14: dunlin.v1.CreateTokenRequest.scope:type_name -> dunlin.v1.CreateTokenRequest.ScopeEntry
-	118, // 15: dunlin.v1.CreateTokenRequest.valid_for:type_name -> google.protobuf.Duration
+	112, // 10: dunlin.v1.Token.scope:type_name -> dunlin.v1.Token.ScopeEntry
+	121, // 11: dunlin.v1.Token.created_at:type_name -> google.protobuf.Timestamp
+	121, // 12: dunlin.v1.Token.expires_at:type_name -> google.protobuf.Timestamp
+	121, // 13: dunlin.v1.Token.last_used_at:type_name -> google.protobuf.Timestamp
+	113, // 14: dunlin.v1.CreateTokenRequest.scope:type_name -> dunlin.v1.CreateTokenRequest.ScopeEntry
+	122, // 15: dunlin.v1.CreateTokenRequest.valid_for:type_name -> google.protobuf.Duration
 	22,  // 16: dunlin.v1.CreateTokenResponse.info:type_name -> dunlin.v1.Token
 	22,  // 17: dunlin.v1.ListTokensResponse.tokens:type_name -> dunlin.v1.Token
-	119, // 18: dunlin.v1.ListAuditResponse.records:type_name -> dunlin.v1.AuditRecord
-	120, // 19: dunlin.v1.GetTrustResponse.trust:type_name -> dunlin.v1.SignedTrust
-	120, // 20: dunlin.v1.PutTrustRequest.trust:type_name -> dunlin.v1.SignedTrust
+	123, // 18: dunlin.v1.ListAuditResponse.records:type_name -> dunlin.v1.AuditRecord
+	124, // 19: dunlin.v1.GetTrustResponse.trust:type_name -> dunlin.v1.SignedTrust
+	124, // 20: dunlin.v1.PutTrustRequest.trust:type_name -> dunlin.v1.SignedTrust
 	37,  // 21: dunlin.v1.GetAuthoritiesResponse.authorities:type_name -> dunlin.v1.Authority
 	37,  // 22: dunlin.v1.RotateAuthorityResponse.authority:type_name -> dunlin.v1.Authority
-	118, // 23: dunlin.v1.CreateJoinTokenRequest.valid_for:type_name -> google.protobuf.Duration
-	111, // 24: dunlin.v1.CreateJoinTokenRequest.labels:type_name -> dunlin.v1.CreateJoinTokenRequest.LabelsEntry
+	122, // 23: dunlin.v1.CreateJoinTokenRequest.valid_for:type_name -> google.protobuf.Duration
+	114, // 24: dunlin.v1.CreateJoinTokenRequest.labels:type_name -> dunlin.v1.CreateJoinTokenRequest.LabelsEntry
 	48,  // 25: dunlin.v1.CreateJoinTokenResponse.info:type_name -> dunlin.v1.JoinToken
 	48,  // 26: dunlin.v1.ListJoinTokensResponse.join_tokens:type_name -> dunlin.v1.JoinToken
-	117, // 27: dunlin.v1.JoinToken.expires_at:type_name -> google.protobuf.Timestamp
-	112, // 28: dunlin.v1.JoinToken.labels:type_name -> dunlin.v1.JoinToken.LabelsEntry
+	121, // 27: dunlin.v1.JoinToken.expires_at:type_name -> google.protobuf.Timestamp
+	115, // 28: dunlin.v1.JoinToken.labels:type_name -> dunlin.v1.JoinToken.LabelsEntry
 	55,  // 29: dunlin.v1.CreateVersionResponse.version:type_name -> dunlin.v1.ModelVersion
 	55,  // 30: dunlin.v1.ListModelsResponse.versions:type_name -> dunlin.v1.ModelVersion
-	117, // 31: dunlin.v1.ModelVersion.created_at:type_name -> google.protobuf.Timestamp
-	58,  // 32: dunlin.v1.ApplyResponse.changes:type_name -> dunlin.v1.ObjectChange
-	72,  // 33: dunlin.v1.ApplyResponse.refused:type_name -> dunlin.v1.DevicePlan
-	1,   // 34: dunlin.v1.ObjectChange.action:type_name -> dunlin.v1.ObjectChange.Action
-	58,  // 35: dunlin.v1.DeleteResponse.change:type_name -> dunlin.v1.ObjectChange
-	63,  // 36: dunlin.v1.ListDeploymentsResponse.deployments:type_name -> dunlin.v1.Deployment
-	113, // 37: dunlin.v1.Deployment.selector:type_name -> dunlin.v1.Deployment.SelectorEntry
-	117, // 38: dunlin.v1.Deployment.updated_at:type_name -> google.protobuf.Timestamp
-	66,  // 39: dunlin.v1.ListRoutesResponse.routes:type_name -> dunlin.v1.Route
-	121, // 40: dunlin.v1.Route.targets:type_name -> dunlin.v1.RouteTarget
-	117, // 41: dunlin.v1.Route.updated_at:type_name -> google.protobuf.Timestamp
-	69,  // 42: dunlin.v1.ListProfilesResponse.profiles:type_name -> dunlin.v1.DeviceProfile
-	122, // 43: dunlin.v1.DeviceProfile.profile:type_name -> dunlin.v1.ModelProfile
-	72,  // 44: dunlin.v1.PlanResponse.devices:type_name -> dunlin.v1.DevicePlan
-	2,   // 45: dunlin.v1.DevicePlan.verdict:type_name -> dunlin.v1.DevicePlan.Verdict
-	3,   // 46: dunlin.v1.DevicePlan.memory_source:type_name -> dunlin.v1.DevicePlan.Source
-	3,   // 47: dunlin.v1.DevicePlan.latency_source:type_name -> dunlin.v1.DevicePlan.Source
-	3,   // 48: dunlin.v1.DevicePlan.energy_source:type_name -> dunlin.v1.DevicePlan.Source
-	4,   // 49: dunlin.v1.ControlRolloutRequest.action:type_name -> dunlin.v1.ControlRolloutRequest.Action
-	85,  // 50: dunlin.v1.ControlRolloutResponse.rollout:type_name -> dunlin.v1.Rollout
-	77,  // 51: dunlin.v1.ListDecisionsResponse.decisions:type_name -> dunlin.v1.Decision
-	117, // 52: dunlin.v1.Decision.at:type_name -> google.protobuf.Timestamp
-	78,  // 53: dunlin.v1.Decision.gates:type_name -> dunlin.v1.GateResult
-	5,   // 54: dunlin.v1.GateResult.verdict:type_name -> dunlin.v1.GateResult.Verdict
-	85,  // 55: dunlin.v1.ListRolloutsResponse.rollouts:type_name -> dunlin.v1.Rollout
-	85,  // 56: dunlin.v1.GetRolloutResponse.rollout:type_name -> dunlin.v1.Rollout
-	85,  // 57: dunlin.v1.WatchRolloutResponse.rollout:type_name -> dunlin.v1.Rollout
-	0,   // 58: dunlin.v1.Rollout.state:type_name -> dunlin.v1.RolloutState
-	117, // 59: dunlin.v1.Rollout.started_at:type_name -> google.protobuf.Timestamp
-	117, // 60: dunlin.v1.Rollout.ended_at:type_name -> google.protobuf.Timestamp
-	87,  // 61: dunlin.v1.Rollout.devices:type_name -> dunlin.v1.RolloutDevice
-	86,  // 62: dunlin.v1.Rollout.waves:type_name -> dunlin.v1.RolloutWave
-	78,  // 63: dunlin.v1.Rollout.gates:type_name -> dunlin.v1.GateResult
-	117, // 64: dunlin.v1.Rollout.soaks_until:type_name -> google.protobuf.Timestamp
-	117, // 65: dunlin.v1.RolloutWave.started_at:type_name -> google.protobuf.Timestamp
-	6,   // 66: dunlin.v1.RolloutDevice.phase:type_name -> dunlin.v1.RolloutDevice.Phase
-	117, // 67: dunlin.v1.RolloutDevice.ready_at:type_name -> google.protobuf.Timestamp
-	114, // 68: dunlin.v1.ListDriftRequest.selector:type_name -> dunlin.v1.ListDriftRequest.SelectorEntry
-	90,  // 69: dunlin.v1.ListDriftResponse.drifts:type_name -> dunlin.v1.DeviceDrift
-	123, // 70: dunlin.v1.DeviceDrift.drift:type_name -> dunlin.v1.Drift
-	117, // 71: dunlin.v1.ListTelemetryRequest.from:type_name -> google.protobuf.Timestamp
-	117, // 72: dunlin.v1.ListTelemetryRequest.until:type_name -> google.protobuf.Timestamp
-	124, // 73: dunlin.v1.ListTelemetryResponse.samples:type_name -> dunlin.v1.Telemetry
-	115, // 74: dunlin.v1.ListDevicesRequest.selector:type_name -> dunlin.v1.ListDevicesRequest.SelectorEntry
-	95,  // 75: dunlin.v1.ListDevicesResponse.devices:type_name -> dunlin.v1.Device
-	116, // 76: dunlin.v1.Device.labels:type_name -> dunlin.v1.Device.LabelsEntry
-	125, // 77: dunlin.v1.Device.info:type_name -> dunlin.v1.DeviceInfo
-	117, // 78: dunlin.v1.Device.last_heard_at:type_name -> google.protobuf.Timestamp
-	117, // 79: dunlin.v1.Device.joined_at:type_name -> google.protobuf.Timestamp
-	126, // 80: dunlin.v1.Device.desired:type_name -> dunlin.v1.Generation
-	127, // 81: dunlin.v1.Device.reported:type_name -> dunlin.v1.Reported
-	124, // 82: dunlin.v1.Device.telemetry:type_name -> dunlin.v1.Telemetry
-	96,  // 83: dunlin.v1.Device.identity:type_name -> dunlin.v1.DeviceIdentity
-	117, // 84: dunlin.v1.DeviceIdentity.not_after:type_name -> google.protobuf.Timestamp
-	117, // 85: dunlin.v1.DeviceIdentity.revoked_at:type_name -> google.protobuf.Timestamp
-	97,  // 86: dunlin.v1.DeviceIdentity.twins:type_name -> dunlin.v1.Twin
-	117, // 87: dunlin.v1.Twin.last_heard_at:type_name -> google.protobuf.Timestamp
-	104, // 88: dunlin.v1.ListEventsResponse.events:type_name -> dunlin.v1.DeviceEvent
-	128, // 89: dunlin.v1.DeviceEvent.event:type_name -> dunlin.v1.Event
-	117, // 90: dunlin.v1.DeviceEvent.received_at:type_name -> google.protobuf.Timestamp
-	11,  // 91: dunlin.v1.AuthService.WhoAmI:input_type -> dunlin.v1.WhoAmIRequest
-	7,   // 92: dunlin.v1.AuthService.Login:input_type -> dunlin.v1.LoginRequest
-	9,   // 93: dunlin.v1.AuthService.GetLoginMethods:input_type -> dunlin.v1.GetLoginMethodsRequest
-	14,  // 94: dunlin.v1.UserService.CreateUser:input_type -> dunlin.v1.CreateUserRequest
-	16,  // 95: dunlin.v1.UserService.UpdateUser:input_type -> dunlin.v1.UpdateUserRequest
-	18,  // 96: dunlin.v1.UserService.DeleteUser:input_type -> dunlin.v1.DeleteUserRequest
-	20,  // 97: dunlin.v1.UserService.ListUsers:input_type -> dunlin.v1.ListUsersRequest
-	23,  // 98: dunlin.v1.UserService.CreateToken:input_type -> dunlin.v1.CreateTokenRequest
-	25,  // 99: dunlin.v1.UserService.ListTokens:input_type -> dunlin.v1.ListTokensRequest
-	27,  // 100: dunlin.v1.UserService.DeleteToken:input_type -> dunlin.v1.DeleteTokenRequest
-	29,  // 101: dunlin.v1.AuditService.ListAudit:input_type -> dunlin.v1.ListAuditRequest
-	31,  // 102: dunlin.v1.TrustService.GetTrust:input_type -> dunlin.v1.GetTrustRequest
-	33,  // 103: dunlin.v1.TrustService.PutTrust:input_type -> dunlin.v1.PutTrustRequest
-	35,  // 104: dunlin.v1.TrustService.GetAuthorities:input_type -> dunlin.v1.GetAuthoritiesRequest
-	38,  // 105: dunlin.v1.TrustService.RotateAuthority:input_type -> dunlin.v1.RotateAuthorityRequest
-	40,  // 106: dunlin.v1.TrustService.RetireAuthority:input_type -> dunlin.v1.RetireAuthorityRequest
-	129, // 107: dunlin.v1.EnrollmentService.Join:input_type -> dunlin.v1.JoinRequest
-	130, // 108: dunlin.v1.EnrollmentService.Renew:input_type -> dunlin.v1.RenewRequest
-	131, // 109: dunlin.v1.EnrollmentService.GetTime:input_type -> dunlin.v1.GetTimeRequest
-	44,  // 110: dunlin.v1.EnrollmentService.CreateJoinToken:input_type -> dunlin.v1.CreateJoinTokenRequest
-	46,  // 111: dunlin.v1.EnrollmentService.ListJoinTokens:input_type -> dunlin.v1.ListJoinTokensRequest
-	42,  // 112: dunlin.v1.EnrollmentService.DeleteJoinToken:input_type -> dunlin.v1.DeleteJoinTokenRequest
-	51,  // 113: dunlin.v1.ModelService.CreateVersion:input_type -> dunlin.v1.CreateVersionRequest
-	53,  // 114: dunlin.v1.ModelService.ListModels:input_type -> dunlin.v1.ListModelsRequest
-	49,  // 115: dunlin.v1.ModelService.DeleteVersion:input_type -> dunlin.v1.DeleteVersionRequest
-	56,  // 116: dunlin.v1.ObjectService.Apply:input_type -> dunlin.v1.ApplyRequest
-	59,  // 117: dunlin.v1.ObjectService.Delete:input_type -> dunlin.v1.DeleteRequest
-	61,  // 118: dunlin.v1.ObjectService.ListDeployments:input_type -> dunlin.v1.ListDeploymentsRequest
-	64,  // 119: dunlin.v1.ObjectService.ListRoutes:input_type -> dunlin.v1.ListRoutesRequest
-	67,  // 120: dunlin.v1.ProfileService.ListProfiles:input_type -> dunlin.v1.ListProfilesRequest
-	70,  // 121: dunlin.v1.ProfileService.Plan:input_type -> dunlin.v1.PlanRequest
-	79,  // 122: dunlin.v1.RolloutService.ListRollouts:input_type -> dunlin.v1.ListRolloutsRequest
-	81,  // 123: dunlin.v1.RolloutService.GetRollout:input_type -> dunlin.v1.GetRolloutRequest
-	83,  // 124: dunlin.v1.RolloutService.WatchRollout:input_type -> dunlin.v1.WatchRolloutRequest
-	73,  // 125: dunlin.v1.RolloutService.ControlRollout:input_type -> dunlin.v1.ControlRolloutRequest
-	75,  // 126: dunlin.v1.RolloutService.ListDecisions:input_type -> dunlin.v1.ListDecisionsRequest
-	93,  // 127: dunlin.v1.DeviceService.ListDevices:input_type -> dunlin.v1.ListDevicesRequest
-	100, // 128: dunlin.v1.DeviceService.RemoveDevice:input_type -> dunlin.v1.RemoveDeviceRequest
-	98,  // 129: dunlin.v1.DeviceService.RevokeDevice:input_type -> dunlin.v1.RevokeDeviceRequest
-	102, // 130: dunlin.v1.DeviceService.ListEvents:input_type -> dunlin.v1.ListEventsRequest
-	88,  // 131: dunlin.v1.DeviceService.ListDrift:input_type -> dunlin.v1.ListDriftRequest
-	91,  // 132: dunlin.v1.DeviceService.ListTelemetry:input_type -> dunlin.v1.ListTelemetryRequest
-	12,  // 133: dunlin.v1.AuthService.WhoAmI:output_type -> dunlin.v1.WhoAmIResponse
-	8,   // 134: dunlin.v1.AuthService.Login:output_type -> dunlin.v1.LoginResponse
-	10,  // 135: dunlin.v1.AuthService.GetLoginMethods:output_type -> dunlin.v1.GetLoginMethodsResponse
-	15,  // 136: dunlin.v1.UserService.CreateUser:output_type -> dunlin.v1.CreateUserResponse
-	17,  // 137: dunlin.v1.UserService.UpdateUser:output_type -> dunlin.v1.UpdateUserResponse
-	19,  // 138: dunlin.v1.UserService.DeleteUser:output_type -> dunlin.v1.DeleteUserResponse
-	21,  // 139: dunlin.v1.UserService.ListUsers:output_type -> dunlin.v1.ListUsersResponse
-	24,  // 140: dunlin.v1.UserService.CreateToken:output_type -> dunlin.v1.CreateTokenResponse
-	26,  // 141: dunlin.v1.UserService.ListTokens:output_type -> dunlin.v1.ListTokensResponse
-	28,  // 142: dunlin.v1.UserService.DeleteToken:output_type -> dunlin.v1.DeleteTokenResponse
-	30,  // 143: dunlin.v1.AuditService.ListAudit:output_type -> dunlin.v1.ListAuditResponse
-	32,  // 144: dunlin.v1.TrustService.GetTrust:output_type -> dunlin.v1.GetTrustResponse
-	34,  // 145: dunlin.v1.TrustService.PutTrust:output_type -> dunlin.v1.PutTrustResponse
-	36,  // 146: dunlin.v1.TrustService.GetAuthorities:output_type -> dunlin.v1.GetAuthoritiesResponse
-	39,  // 147: dunlin.v1.TrustService.RotateAuthority:output_type -> dunlin.v1.RotateAuthorityResponse
-	41,  // 148: dunlin.v1.TrustService.RetireAuthority:output_type -> dunlin.v1.RetireAuthorityResponse
-	132, // 149: dunlin.v1.EnrollmentService.Join:output_type -> dunlin.v1.JoinResponse
-	133, // 150: dunlin.v1.EnrollmentService.Renew:output_type -> dunlin.v1.RenewResponse
-	134, // 151: dunlin.v1.EnrollmentService.GetTime:output_type -> dunlin.v1.GetTimeResponse
-	45,  // 152: dunlin.v1.EnrollmentService.CreateJoinToken:output_type -> dunlin.v1.CreateJoinTokenResponse
-	47,  // 153: dunlin.v1.EnrollmentService.ListJoinTokens:output_type -> dunlin.v1.ListJoinTokensResponse
-	43,  // 154: dunlin.v1.EnrollmentService.DeleteJoinToken:output_type -> dunlin.v1.DeleteJoinTokenResponse
-	52,  // 155: dunlin.v1.ModelService.CreateVersion:output_type -> dunlin.v1.CreateVersionResponse
-	54,  // 156: dunlin.v1.ModelService.ListModels:output_type -> dunlin.v1.ListModelsResponse
-	50,  // 157: dunlin.v1.ModelService.DeleteVersion:output_type -> dunlin.v1.DeleteVersionResponse
-	57,  // 158: dunlin.v1.ObjectService.Apply:output_type -> dunlin.v1.ApplyResponse
-	60,  // 159: dunlin.v1.ObjectService.Delete:output_type -> dunlin.v1.DeleteResponse
-	62,  // 160: dunlin.v1.ObjectService.ListDeployments:output_type -> dunlin.v1.ListDeploymentsResponse
-	65,  // 161: dunlin.v1.ObjectService.ListRoutes:output_type -> dunlin.v1.ListRoutesResponse
-	68,  // 162: dunlin.v1.ProfileService.ListProfiles:output_type -> dunlin.v1.ListProfilesResponse
-	71,  // 163: dunlin.v1.ProfileService.Plan:output_type -> dunlin.v1.PlanResponse
-	80,  // 164: dunlin.v1.RolloutService.ListRollouts:output_type -> dunlin.v1.ListRolloutsResponse
-	82,  // 165: dunlin.v1.RolloutService.GetRollout:output_type -> dunlin.v1.GetRolloutResponse
-	84,  // 166: dunlin.v1.RolloutService.WatchRollout:output_type -> dunlin.v1.WatchRolloutResponse
-	74,  // 167: dunlin.v1.RolloutService.ControlRollout:output_type -> dunlin.v1.ControlRolloutResponse
-	76,  // 168: dunlin.v1.RolloutService.ListDecisions:output_type -> dunlin.v1.ListDecisionsResponse
-	94,  // 169: dunlin.v1.DeviceService.ListDevices:output_type -> dunlin.v1.ListDevicesResponse
-	101, // 170: dunlin.v1.DeviceService.RemoveDevice:output_type -> dunlin.v1.RemoveDeviceResponse
-	99,  // 171: dunlin.v1.DeviceService.RevokeDevice:output_type -> dunlin.v1.RevokeDeviceResponse
-	103, // 172: dunlin.v1.DeviceService.ListEvents:output_type -> dunlin.v1.ListEventsResponse
-	89,  // 173: dunlin.v1.DeviceService.ListDrift:output_type -> dunlin.v1.ListDriftResponse
-	92,  // 174: dunlin.v1.DeviceService.ListTelemetry:output_type -> dunlin.v1.ListTelemetryResponse
-	133, // [133:175] is the sub-list for method output_type
-	91,  // [91:133] is the sub-list for method input_type
-	91,  // [91:91] is the sub-list for extension type_name
-	91,  // [91:91] is the sub-list for extension extendee
-	0,   // [0:91] is the sub-list for field type_name
+	121, // 31: dunlin.v1.ModelVersion.created_at:type_name -> google.protobuf.Timestamp
+	58,  // 32: dunlin.v1.ListObjectsResponse.objects:type_name -> dunlin.v1.Object
+	121, // 33: dunlin.v1.Object.updated_at:type_name -> google.protobuf.Timestamp
+	116, // 34: dunlin.v1.Object.selector:type_name -> dunlin.v1.Object.SelectorEntry
+	121, // 35: dunlin.v1.Object.until:type_name -> google.protobuf.Timestamp
+	61,  // 36: dunlin.v1.ApplyResponse.changes:type_name -> dunlin.v1.ObjectChange
+	75,  // 37: dunlin.v1.ApplyResponse.refused:type_name -> dunlin.v1.DevicePlan
+	1,   // 38: dunlin.v1.ObjectChange.action:type_name -> dunlin.v1.ObjectChange.Action
+	61,  // 39: dunlin.v1.DeleteResponse.change:type_name -> dunlin.v1.ObjectChange
+	66,  // 40: dunlin.v1.ListDeploymentsResponse.deployments:type_name -> dunlin.v1.Deployment
+	117, // 41: dunlin.v1.Deployment.selector:type_name -> dunlin.v1.Deployment.SelectorEntry
+	121, // 42: dunlin.v1.Deployment.updated_at:type_name -> google.protobuf.Timestamp
+	69,  // 43: dunlin.v1.ListRoutesResponse.routes:type_name -> dunlin.v1.Route
+	125, // 44: dunlin.v1.Route.targets:type_name -> dunlin.v1.RouteTarget
+	121, // 45: dunlin.v1.Route.updated_at:type_name -> google.protobuf.Timestamp
+	72,  // 46: dunlin.v1.ListProfilesResponse.profiles:type_name -> dunlin.v1.DeviceProfile
+	126, // 47: dunlin.v1.DeviceProfile.profile:type_name -> dunlin.v1.ModelProfile
+	75,  // 48: dunlin.v1.PlanResponse.devices:type_name -> dunlin.v1.DevicePlan
+	2,   // 49: dunlin.v1.DevicePlan.verdict:type_name -> dunlin.v1.DevicePlan.Verdict
+	3,   // 50: dunlin.v1.DevicePlan.memory_source:type_name -> dunlin.v1.DevicePlan.Source
+	3,   // 51: dunlin.v1.DevicePlan.latency_source:type_name -> dunlin.v1.DevicePlan.Source
+	3,   // 52: dunlin.v1.DevicePlan.energy_source:type_name -> dunlin.v1.DevicePlan.Source
+	4,   // 53: dunlin.v1.ControlRolloutRequest.action:type_name -> dunlin.v1.ControlRolloutRequest.Action
+	88,  // 54: dunlin.v1.ControlRolloutResponse.rollout:type_name -> dunlin.v1.Rollout
+	80,  // 55: dunlin.v1.ListDecisionsResponse.decisions:type_name -> dunlin.v1.Decision
+	121, // 56: dunlin.v1.Decision.at:type_name -> google.protobuf.Timestamp
+	81,  // 57: dunlin.v1.Decision.gates:type_name -> dunlin.v1.GateResult
+	5,   // 58: dunlin.v1.GateResult.verdict:type_name -> dunlin.v1.GateResult.Verdict
+	88,  // 59: dunlin.v1.ListRolloutsResponse.rollouts:type_name -> dunlin.v1.Rollout
+	88,  // 60: dunlin.v1.GetRolloutResponse.rollout:type_name -> dunlin.v1.Rollout
+	88,  // 61: dunlin.v1.WatchRolloutResponse.rollout:type_name -> dunlin.v1.Rollout
+	0,   // 62: dunlin.v1.Rollout.state:type_name -> dunlin.v1.RolloutState
+	121, // 63: dunlin.v1.Rollout.started_at:type_name -> google.protobuf.Timestamp
+	121, // 64: dunlin.v1.Rollout.ended_at:type_name -> google.protobuf.Timestamp
+	90,  // 65: dunlin.v1.Rollout.devices:type_name -> dunlin.v1.RolloutDevice
+	89,  // 66: dunlin.v1.Rollout.waves:type_name -> dunlin.v1.RolloutWave
+	81,  // 67: dunlin.v1.Rollout.gates:type_name -> dunlin.v1.GateResult
+	121, // 68: dunlin.v1.Rollout.soaks_until:type_name -> google.protobuf.Timestamp
+	121, // 69: dunlin.v1.RolloutWave.started_at:type_name -> google.protobuf.Timestamp
+	6,   // 70: dunlin.v1.RolloutDevice.phase:type_name -> dunlin.v1.RolloutDevice.Phase
+	121, // 71: dunlin.v1.RolloutDevice.ready_at:type_name -> google.protobuf.Timestamp
+	118, // 72: dunlin.v1.ListDriftRequest.selector:type_name -> dunlin.v1.ListDriftRequest.SelectorEntry
+	93,  // 73: dunlin.v1.ListDriftResponse.drifts:type_name -> dunlin.v1.DeviceDrift
+	127, // 74: dunlin.v1.DeviceDrift.drift:type_name -> dunlin.v1.Drift
+	121, // 75: dunlin.v1.ListTelemetryRequest.from:type_name -> google.protobuf.Timestamp
+	121, // 76: dunlin.v1.ListTelemetryRequest.until:type_name -> google.protobuf.Timestamp
+	128, // 77: dunlin.v1.ListTelemetryResponse.samples:type_name -> dunlin.v1.Telemetry
+	119, // 78: dunlin.v1.ListDevicesRequest.selector:type_name -> dunlin.v1.ListDevicesRequest.SelectorEntry
+	98,  // 79: dunlin.v1.ListDevicesResponse.devices:type_name -> dunlin.v1.Device
+	120, // 80: dunlin.v1.Device.labels:type_name -> dunlin.v1.Device.LabelsEntry
+	129, // 81: dunlin.v1.Device.info:type_name -> dunlin.v1.DeviceInfo
+	121, // 82: dunlin.v1.Device.last_heard_at:type_name -> google.protobuf.Timestamp
+	121, // 83: dunlin.v1.Device.joined_at:type_name -> google.protobuf.Timestamp
+	130, // 84: dunlin.v1.Device.desired:type_name -> dunlin.v1.Generation
+	131, // 85: dunlin.v1.Device.reported:type_name -> dunlin.v1.Reported
+	128, // 86: dunlin.v1.Device.telemetry:type_name -> dunlin.v1.Telemetry
+	99,  // 87: dunlin.v1.Device.identity:type_name -> dunlin.v1.DeviceIdentity
+	121, // 88: dunlin.v1.DeviceIdentity.not_after:type_name -> google.protobuf.Timestamp
+	121, // 89: dunlin.v1.DeviceIdentity.revoked_at:type_name -> google.protobuf.Timestamp
+	100, // 90: dunlin.v1.DeviceIdentity.twins:type_name -> dunlin.v1.Twin
+	121, // 91: dunlin.v1.Twin.last_heard_at:type_name -> google.protobuf.Timestamp
+	107, // 92: dunlin.v1.ListEventsResponse.events:type_name -> dunlin.v1.DeviceEvent
+	132, // 93: dunlin.v1.DeviceEvent.event:type_name -> dunlin.v1.Event
+	121, // 94: dunlin.v1.DeviceEvent.received_at:type_name -> google.protobuf.Timestamp
+	11,  // 95: dunlin.v1.AuthService.WhoAmI:input_type -> dunlin.v1.WhoAmIRequest
+	7,   // 96: dunlin.v1.AuthService.Login:input_type -> dunlin.v1.LoginRequest
+	9,   // 97: dunlin.v1.AuthService.GetLoginMethods:input_type -> dunlin.v1.GetLoginMethodsRequest
+	14,  // 98: dunlin.v1.UserService.CreateUser:input_type -> dunlin.v1.CreateUserRequest
+	16,  // 99: dunlin.v1.UserService.UpdateUser:input_type -> dunlin.v1.UpdateUserRequest
+	18,  // 100: dunlin.v1.UserService.DeleteUser:input_type -> dunlin.v1.DeleteUserRequest
+	20,  // 101: dunlin.v1.UserService.ListUsers:input_type -> dunlin.v1.ListUsersRequest
+	23,  // 102: dunlin.v1.UserService.CreateToken:input_type -> dunlin.v1.CreateTokenRequest
+	25,  // 103: dunlin.v1.UserService.ListTokens:input_type -> dunlin.v1.ListTokensRequest
+	27,  // 104: dunlin.v1.UserService.DeleteToken:input_type -> dunlin.v1.DeleteTokenRequest
+	29,  // 105: dunlin.v1.AuditService.ListAudit:input_type -> dunlin.v1.ListAuditRequest
+	31,  // 106: dunlin.v1.TrustService.GetTrust:input_type -> dunlin.v1.GetTrustRequest
+	33,  // 107: dunlin.v1.TrustService.PutTrust:input_type -> dunlin.v1.PutTrustRequest
+	35,  // 108: dunlin.v1.TrustService.GetAuthorities:input_type -> dunlin.v1.GetAuthoritiesRequest
+	38,  // 109: dunlin.v1.TrustService.RotateAuthority:input_type -> dunlin.v1.RotateAuthorityRequest
+	40,  // 110: dunlin.v1.TrustService.RetireAuthority:input_type -> dunlin.v1.RetireAuthorityRequest
+	133, // 111: dunlin.v1.EnrollmentService.Join:input_type -> dunlin.v1.JoinRequest
+	134, // 112: dunlin.v1.EnrollmentService.Renew:input_type -> dunlin.v1.RenewRequest
+	135, // 113: dunlin.v1.EnrollmentService.GetTime:input_type -> dunlin.v1.GetTimeRequest
+	44,  // 114: dunlin.v1.EnrollmentService.CreateJoinToken:input_type -> dunlin.v1.CreateJoinTokenRequest
+	46,  // 115: dunlin.v1.EnrollmentService.ListJoinTokens:input_type -> dunlin.v1.ListJoinTokensRequest
+	42,  // 116: dunlin.v1.EnrollmentService.DeleteJoinToken:input_type -> dunlin.v1.DeleteJoinTokenRequest
+	51,  // 117: dunlin.v1.ModelService.CreateVersion:input_type -> dunlin.v1.CreateVersionRequest
+	53,  // 118: dunlin.v1.ModelService.ListModels:input_type -> dunlin.v1.ListModelsRequest
+	49,  // 119: dunlin.v1.ModelService.DeleteVersion:input_type -> dunlin.v1.DeleteVersionRequest
+	59,  // 120: dunlin.v1.ObjectService.Apply:input_type -> dunlin.v1.ApplyRequest
+	62,  // 121: dunlin.v1.ObjectService.Delete:input_type -> dunlin.v1.DeleteRequest
+	64,  // 122: dunlin.v1.ObjectService.ListDeployments:input_type -> dunlin.v1.ListDeploymentsRequest
+	67,  // 123: dunlin.v1.ObjectService.ListRoutes:input_type -> dunlin.v1.ListRoutesRequest
+	56,  // 124: dunlin.v1.ObjectService.ListObjects:input_type -> dunlin.v1.ListObjectsRequest
+	70,  // 125: dunlin.v1.ProfileService.ListProfiles:input_type -> dunlin.v1.ListProfilesRequest
+	73,  // 126: dunlin.v1.ProfileService.Plan:input_type -> dunlin.v1.PlanRequest
+	82,  // 127: dunlin.v1.RolloutService.ListRollouts:input_type -> dunlin.v1.ListRolloutsRequest
+	84,  // 128: dunlin.v1.RolloutService.GetRollout:input_type -> dunlin.v1.GetRolloutRequest
+	86,  // 129: dunlin.v1.RolloutService.WatchRollout:input_type -> dunlin.v1.WatchRolloutRequest
+	76,  // 130: dunlin.v1.RolloutService.ControlRollout:input_type -> dunlin.v1.ControlRolloutRequest
+	78,  // 131: dunlin.v1.RolloutService.ListDecisions:input_type -> dunlin.v1.ListDecisionsRequest
+	96,  // 132: dunlin.v1.DeviceService.ListDevices:input_type -> dunlin.v1.ListDevicesRequest
+	103, // 133: dunlin.v1.DeviceService.RemoveDevice:input_type -> dunlin.v1.RemoveDeviceRequest
+	101, // 134: dunlin.v1.DeviceService.RevokeDevice:input_type -> dunlin.v1.RevokeDeviceRequest
+	105, // 135: dunlin.v1.DeviceService.ListEvents:input_type -> dunlin.v1.ListEventsRequest
+	91,  // 136: dunlin.v1.DeviceService.ListDrift:input_type -> dunlin.v1.ListDriftRequest
+	94,  // 137: dunlin.v1.DeviceService.ListTelemetry:input_type -> dunlin.v1.ListTelemetryRequest
+	12,  // 138: dunlin.v1.AuthService.WhoAmI:output_type -> dunlin.v1.WhoAmIResponse
+	8,   // 139: dunlin.v1.AuthService.Login:output_type -> dunlin.v1.LoginResponse
+	10,  // 140: dunlin.v1.AuthService.GetLoginMethods:output_type -> dunlin.v1.GetLoginMethodsResponse
+	15,  // 141: dunlin.v1.UserService.CreateUser:output_type -> dunlin.v1.CreateUserResponse
+	17,  // 142: dunlin.v1.UserService.UpdateUser:output_type -> dunlin.v1.UpdateUserResponse
+	19,  // 143: dunlin.v1.UserService.DeleteUser:output_type -> dunlin.v1.DeleteUserResponse
+	21,  // 144: dunlin.v1.UserService.ListUsers:output_type -> dunlin.v1.ListUsersResponse
+	24,  // 145: dunlin.v1.UserService.CreateToken:output_type -> dunlin.v1.CreateTokenResponse
+	26,  // 146: dunlin.v1.UserService.ListTokens:output_type -> dunlin.v1.ListTokensResponse
+	28,  // 147: dunlin.v1.UserService.DeleteToken:output_type -> dunlin.v1.DeleteTokenResponse
+	30,  // 148: dunlin.v1.AuditService.ListAudit:output_type -> dunlin.v1.ListAuditResponse
+	32,  // 149: dunlin.v1.TrustService.GetTrust:output_type -> dunlin.v1.GetTrustResponse
+	34,  // 150: dunlin.v1.TrustService.PutTrust:output_type -> dunlin.v1.PutTrustResponse
+	36,  // 151: dunlin.v1.TrustService.GetAuthorities:output_type -> dunlin.v1.GetAuthoritiesResponse
+	39,  // 152: dunlin.v1.TrustService.RotateAuthority:output_type -> dunlin.v1.RotateAuthorityResponse
+	41,  // 153: dunlin.v1.TrustService.RetireAuthority:output_type -> dunlin.v1.RetireAuthorityResponse
+	136, // 154: dunlin.v1.EnrollmentService.Join:output_type -> dunlin.v1.JoinResponse
+	137, // 155: dunlin.v1.EnrollmentService.Renew:output_type -> dunlin.v1.RenewResponse
+	138, // 156: dunlin.v1.EnrollmentService.GetTime:output_type -> dunlin.v1.GetTimeResponse
+	45,  // 157: dunlin.v1.EnrollmentService.CreateJoinToken:output_type -> dunlin.v1.CreateJoinTokenResponse
+	47,  // 158: dunlin.v1.EnrollmentService.ListJoinTokens:output_type -> dunlin.v1.ListJoinTokensResponse
+	43,  // 159: dunlin.v1.EnrollmentService.DeleteJoinToken:output_type -> dunlin.v1.DeleteJoinTokenResponse
+	52,  // 160: dunlin.v1.ModelService.CreateVersion:output_type -> dunlin.v1.CreateVersionResponse
+	54,  // 161: dunlin.v1.ModelService.ListModels:output_type -> dunlin.v1.ListModelsResponse
+	50,  // 162: dunlin.v1.ModelService.DeleteVersion:output_type -> dunlin.v1.DeleteVersionResponse
+	60,  // 163: dunlin.v1.ObjectService.Apply:output_type -> dunlin.v1.ApplyResponse
+	63,  // 164: dunlin.v1.ObjectService.Delete:output_type -> dunlin.v1.DeleteResponse
+	65,  // 165: dunlin.v1.ObjectService.ListDeployments:output_type -> dunlin.v1.ListDeploymentsResponse
+	68,  // 166: dunlin.v1.ObjectService.ListRoutes:output_type -> dunlin.v1.ListRoutesResponse
+	57,  // 167: dunlin.v1.ObjectService.ListObjects:output_type -> dunlin.v1.ListObjectsResponse
+	71,  // 168: dunlin.v1.ProfileService.ListProfiles:output_type -> dunlin.v1.ListProfilesResponse
+	74,  // 169: dunlin.v1.ProfileService.Plan:output_type -> dunlin.v1.PlanResponse
+	83,  // 170: dunlin.v1.RolloutService.ListRollouts:output_type -> dunlin.v1.ListRolloutsResponse
+	85,  // 171: dunlin.v1.RolloutService.GetRollout:output_type -> dunlin.v1.GetRolloutResponse
+	87,  // 172: dunlin.v1.RolloutService.WatchRollout:output_type -> dunlin.v1.WatchRolloutResponse
+	77,  // 173: dunlin.v1.RolloutService.ControlRollout:output_type -> dunlin.v1.ControlRolloutResponse
+	79,  // 174: dunlin.v1.RolloutService.ListDecisions:output_type -> dunlin.v1.ListDecisionsResponse
+	97,  // 175: dunlin.v1.DeviceService.ListDevices:output_type -> dunlin.v1.ListDevicesResponse
+	104, // 176: dunlin.v1.DeviceService.RemoveDevice:output_type -> dunlin.v1.RemoveDeviceResponse
+	102, // 177: dunlin.v1.DeviceService.RevokeDevice:output_type -> dunlin.v1.RevokeDeviceResponse
+	106, // 178: dunlin.v1.DeviceService.ListEvents:output_type -> dunlin.v1.ListEventsResponse
+	92,  // 179: dunlin.v1.DeviceService.ListDrift:output_type -> dunlin.v1.ListDriftResponse
+	95,  // 180: dunlin.v1.DeviceService.ListTelemetry:output_type -> dunlin.v1.ListTelemetryResponse
+	138, // [138:181] is the sub-list for method output_type
+	95,  // [95:138] is the sub-list for method input_type
+	95,  // [95:95] is the sub-list for extension type_name
+	95,  // [95:95] is the sub-list for extension extendee
+	0,   // [0:95] is the sub-list for field type_name
 }
 
 func init() { file_dunlin_v1_api_proto_init() }
@@ -7098,15 +7327,15 @@ func file_dunlin_v1_api_proto_init() {
 	file_dunlin_v1_identity_proto_init()
 	file_dunlin_v1_wire_proto_init()
 	file_dunlin_v1_api_proto_msgTypes[9].OneofWrappers = []any{}
-	file_dunlin_v1_api_proto_msgTypes[65].OneofWrappers = []any{}
-	file_dunlin_v1_api_proto_msgTypes[71].OneofWrappers = []any{}
+	file_dunlin_v1_api_proto_msgTypes[68].OneofWrappers = []any{}
+	file_dunlin_v1_api_proto_msgTypes[74].OneofWrappers = []any{}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_dunlin_v1_api_proto_rawDesc), len(file_dunlin_v1_api_proto_rawDesc)),
 			NumEnums:      7,
-			NumMessages:   110,
+			NumMessages:   114,
 			NumExtensions: 0,
 			NumServices:   10,
 		},

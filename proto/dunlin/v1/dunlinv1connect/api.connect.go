@@ -130,6 +130,9 @@ const (
 	// ObjectServiceListRoutesProcedure is the fully-qualified name of the ObjectService's ListRoutes
 	// RPC.
 	ObjectServiceListRoutesProcedure = "/dunlin.v1.ObjectService/ListRoutes"
+	// ObjectServiceListObjectsProcedure is the fully-qualified name of the ObjectService's ListObjects
+	// RPC.
+	ObjectServiceListObjectsProcedure = "/dunlin.v1.ObjectService/ListObjects"
 	// ProfileServiceListProfilesProcedure is the fully-qualified name of the ProfileService's
 	// ListProfiles RPC.
 	ProfileServiceListProfilesProcedure = "/dunlin.v1.ProfileService/ListProfiles"
@@ -1137,6 +1140,8 @@ type ObjectServiceClient interface {
 	Delete(context.Context, *connect.Request[v1.DeleteRequest]) (*connect.Response[v1.DeleteResponse], error)
 	ListDeployments(context.Context, *connect.Request[v1.ListDeploymentsRequest]) (*connect.Response[v1.ListDeploymentsResponse], error)
 	ListRoutes(context.Context, *connect.Request[v1.ListRoutesRequest]) (*connect.Response[v1.ListRoutesResponse], error)
+	// ListObjects gives the objects of a kind as they were applied.
+	ListObjects(context.Context, *connect.Request[v1.ListObjectsRequest]) (*connect.Response[v1.ListObjectsResponse], error)
 }
 
 // NewObjectServiceClient constructs a client for the dunlin.v1.ObjectService service. By default,
@@ -1174,6 +1179,12 @@ func NewObjectServiceClient(httpClient connect.HTTPClient, baseURL string, opts 
 			connect.WithSchema(objectServiceMethods.ByName("ListRoutes")),
 			connect.WithClientOptions(opts...),
 		),
+		listObjects: connect.NewClient[v1.ListObjectsRequest, v1.ListObjectsResponse](
+			httpClient,
+			baseURL+ObjectServiceListObjectsProcedure,
+			connect.WithSchema(objectServiceMethods.ByName("ListObjects")),
+			connect.WithClientOptions(opts...),
+		),
 	}
 }
 
@@ -1183,6 +1194,7 @@ type objectServiceClient struct {
 	delete          *connect.Client[v1.DeleteRequest, v1.DeleteResponse]
 	listDeployments *connect.Client[v1.ListDeploymentsRequest, v1.ListDeploymentsResponse]
 	listRoutes      *connect.Client[v1.ListRoutesRequest, v1.ListRoutesResponse]
+	listObjects     *connect.Client[v1.ListObjectsRequest, v1.ListObjectsResponse]
 }
 
 // Apply calls dunlin.v1.ObjectService.Apply.
@@ -1205,6 +1217,11 @@ func (c *objectServiceClient) ListRoutes(ctx context.Context, req *connect.Reque
 	return c.listRoutes.CallUnary(ctx, req)
 }
 
+// ListObjects calls dunlin.v1.ObjectService.ListObjects.
+func (c *objectServiceClient) ListObjects(ctx context.Context, req *connect.Request[v1.ListObjectsRequest]) (*connect.Response[v1.ListObjectsResponse], error) {
+	return c.listObjects.CallUnary(ctx, req)
+}
+
 // ObjectServiceHandler is an implementation of the dunlin.v1.ObjectService service.
 type ObjectServiceHandler interface {
 	// Apply checks all documents and applies them in one transaction, or, with
@@ -1213,6 +1230,8 @@ type ObjectServiceHandler interface {
 	Delete(context.Context, *connect.Request[v1.DeleteRequest]) (*connect.Response[v1.DeleteResponse], error)
 	ListDeployments(context.Context, *connect.Request[v1.ListDeploymentsRequest]) (*connect.Response[v1.ListDeploymentsResponse], error)
 	ListRoutes(context.Context, *connect.Request[v1.ListRoutesRequest]) (*connect.Response[v1.ListRoutesResponse], error)
+	// ListObjects gives the objects of a kind as they were applied.
+	ListObjects(context.Context, *connect.Request[v1.ListObjectsRequest]) (*connect.Response[v1.ListObjectsResponse], error)
 }
 
 // NewObjectServiceHandler builds an HTTP handler from the service implementation. It returns the
@@ -1246,6 +1265,12 @@ func NewObjectServiceHandler(svc ObjectServiceHandler, opts ...connect.HandlerOp
 		connect.WithSchema(objectServiceMethods.ByName("ListRoutes")),
 		connect.WithHandlerOptions(opts...),
 	)
+	objectServiceListObjectsHandler := connect.NewUnaryHandler(
+		ObjectServiceListObjectsProcedure,
+		svc.ListObjects,
+		connect.WithSchema(objectServiceMethods.ByName("ListObjects")),
+		connect.WithHandlerOptions(opts...),
+	)
 	return "/dunlin.v1.ObjectService/", http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		switch r.URL.Path {
 		case ObjectServiceApplyProcedure:
@@ -1256,6 +1281,8 @@ func NewObjectServiceHandler(svc ObjectServiceHandler, opts ...connect.HandlerOp
 			objectServiceListDeploymentsHandler.ServeHTTP(w, r)
 		case ObjectServiceListRoutesProcedure:
 			objectServiceListRoutesHandler.ServeHTTP(w, r)
+		case ObjectServiceListObjectsProcedure:
+			objectServiceListObjectsHandler.ServeHTTP(w, r)
 		default:
 			http.NotFound(w, r)
 		}
@@ -1279,6 +1306,10 @@ func (UnimplementedObjectServiceHandler) ListDeployments(context.Context, *conne
 
 func (UnimplementedObjectServiceHandler) ListRoutes(context.Context, *connect.Request[v1.ListRoutesRequest]) (*connect.Response[v1.ListRoutesResponse], error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("dunlin.v1.ObjectService.ListRoutes is not implemented"))
+}
+
+func (UnimplementedObjectServiceHandler) ListObjects(context.Context, *connect.Request[v1.ListObjectsRequest]) (*connect.Response[v1.ListObjectsResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("dunlin.v1.ObjectService.ListObjects is not implemented"))
 }
 
 // ProfileServiceClient is a client for the dunlin.v1.ProfileService service.
