@@ -36,9 +36,11 @@ type agent struct {
 	cfg     Config
 	profile profiles.Profile
 	follow  *follow.Follower
-	giver   *giver // nil: it gives others of its site nothing
 	imports *imports
+	giver   *giver // nil: it gives others of its site nothing
 	watch   *watch
+	update  updater
+	before  []string // models that were served before the last change of programs
 }
 
 // Run runs an agent until ctx is done, and gives nil then, or until a part of
@@ -78,7 +80,10 @@ func Run(ctx context.Context, cfg Config) (err error) {
 	if err != nil {
 		return err
 	}
-	return a.run(ctx, l, a.metrics(l), part{"alarms", a.watch.run}, part{"imports", a.followImports}, part{"site", a.giver.run}, part{"reconcile", a.follow.Reconcile.Run}, part{"controller", a.follow.Run})
+	if l.had {
+		a.hold = a.awaitServed
+	}
+	return a.run(ctx, l, a.metrics(l), part{"alarms", a.watch.run}, part{"imports", a.followImports}, part{"site", a.giver.run}, part{"reconcile", a.follow.Reconcile.Run}, part{"controller", a.follow.Run}, part{"update", a.runUpdates})
 }
 
 // newAgent puts the parts together; info describes the device, and url is where
@@ -111,10 +116,13 @@ func newAgent(ctx context.Context, cfg Config, profile profiles.Profile, info *d
 		f.measured, f.controller = a.profiled, func() string { return a.follow.Reconcile.Generation().GetIncarnation() }
 	}
 	a.imports = &imports{dir: filepath.Join(cfg.Data, importsFolder)}
+	if a.update, err = a.newUpdater(); err != nil {
+		return nil, err
+	}
 	a.follow, err = follow.New(ctx, follow.Config{
 		Delivery: inband.Mode(cfg.Delivery), Local: a.imports.source,
 		Store: store, Identity: cfg.identity(store), Info: info, Ready: a.tried, Labels: cfg.Labels,
-		Sample: a.watch.telemetry, Versions: a.engine.Versions, IdleWatts: profile.Power.IdleWatts, MaxBackoff: cfg.maxBackoff, Log: cfg.Log,
+		Program: a.update, Sample: a.watch.telemetry, Versions: a.engine.Versions, IdleWatts: profile.Power.IdleWatts, MaxBackoff: cfg.maxBackoff, Log: cfg.Log,
 		Reconcile: reconcile.Config{
 			Dir: filepath.Join(cfg.Data, bundlesFolder), Reserve: uint64(profile.Storage.ReserveBytes),
 			Link: func() reconcile.Link { return travels }, Shelf: a.giver.of(),

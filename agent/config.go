@@ -174,9 +174,10 @@ type Config struct {
 	Name       string            `yaml:"name"`       // of the device; the host's where empty
 	Labels     map[string]string `yaml:"labels"`     // of the device
 
-	SiteListen   string `yaml:"site-listen"` // host:port at which other devices of the site fetch bundles; "": they cannot
-	SiteCacheMiB int    `yaml:"site-cache"`  // MiB of bundles that are kept for the site; 0: none
-	Metered      string `yaml:"metered"`     // whether bytes cost money: on, off, or auto: as the firmware profile says
+	SiteListen      string `yaml:"site-listen"`      // host:port at which other devices of the site fetch bundles; "": they cannot
+	SiteCacheMiB    int    `yaml:"site-cache"`       // MiB of bundles that are kept for the site; 0: none
+	Metered         string `yaml:"metered"`          // whether bytes cost money: on, off, or auto: as the firmware profile says
+	UpdateProbation int    `yaml:"update-probation"` // seconds for which a new release of the agent must be healthy to stay
 
 	roots      []*x509.Certificate // of CA
 	maxBackoff time.Duration       // of the link, see link.Config; for tests
@@ -202,8 +203,11 @@ func ParseConfig(args []string, getenv func(string) string, help io.Writer) (Con
 	return cfg, err
 }
 
-// Main parses args and runs an agent.
+// Main runs an agent by args, or becomes the release of it that is to run.
 func Main(ctx context.Context, args []string, getenv func(string) string, help io.Writer) error {
+	if err := launch(ctx, args, getenv, os.Stderr); err != nil {
+		return err
+	}
 	cfg, err := ParseConfig(args, getenv, help)
 	if errors.Is(err, flag.ErrHelp) {
 		return nil
@@ -211,7 +215,11 @@ func Main(ctx context.Context, args []string, getenv func(string) string, help i
 		return err
 	}
 	tune(getenv)
-	return Run(ctx, cfg)
+	err = Run(ctx, cfg)
+	if r, ok := errors.AsType[*restart](err); ok {
+		return relaunch(getenv, r.kept)
+	}
+	return err
 }
 
 // tune leaves half of the cores to the process that computes: what the agent
@@ -232,7 +240,7 @@ const gcPercent = 200
 const commands = "Commands: dunlin-agent run, the default; dunlin-agent serve; dunlin-agent doctor; dunlin-agent verify; dunlin-agent import; dunlin-agent version."
 
 func parseInto(cfg *Config, name string, args []string, getenv func(string) string, help io.Writer, more func(*flag.FlagSet)) error {
-	*cfg = Config{Data: defaultData(getenv), KeyStore: "file", TPM: "/dev/tpmrm0", Delivery: string(inband.Auto), Metered: "auto"}
+	*cfg = Config{Data: defaultData(getenv), KeyStore: "file", TPM: "/dev/tpmrm0", Delivery: string(inband.Auto), Metered: "auto", UpdateProbation: defaultProbation}
 	labels := map[string]string{}
 	err := program.Source{
 		Program: name, Notes: commands, Prefix: "DUNLIN_AGENT_",
@@ -249,6 +257,7 @@ func parseInto(cfg *Config, name string, args []string, getenv func(string) stri
 		{Name: "site-listen", Usage: "`host:port` at which other devices of the same site fetch models that are here", Value: &cfg.SiteListen},
 		{Name: "site-cache", Usage: "`MiB` of disk for models that are fetched and kept for the site, though this device does not run them", Value: &cfg.SiteCacheMiB},
 		{Name: "metered", Usage: "`whether` bytes over the device's link cost money: on, off, or auto: as the firmware profile says", Value: &cfg.Metered},
+		{Name: "update-probation", Usage: "`seconds` for which a new release of the agent must be healthy to stay", Value: &cfg.UpdateProbation},
 	}, cfg.settings()...), cfg, func(flags *flag.FlagSet) {
 		flags.Func("label", "`key=value` label of the device; may be repeated; in the file, labels is a mapping", func(s string) error {
 			k, v, ok := strings.Cut(s, "=")
@@ -310,6 +319,10 @@ func (cfg *Config) check() error {
 		add("controller", program.CheckURL(cfg.Controller, "https", "mqtts"))
 	}
 	cfg.checkSite(add)
+	cfg.UpdateProbation = cmp.Or(cfg.UpdateProbation, defaultProbation)
+	if n := cfg.UpdateProbation; n < 1 || n > maxProbation {
+		add("update-probation", fmt.Errorf("is %d, allowed are 1 to %d", n, maxProbation))
+	}
 	cfg.KeyStore = cmp.Or(cfg.KeyStore, "file")
 	if cfg.KeyStore != "file" && cfg.KeyStore != "tpm" {
 		add("key-store", fmt.Errorf("%q is not file or tpm", cfg.KeyStore))

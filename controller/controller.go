@@ -135,7 +135,7 @@ func Run(ctx context.Context, c Config) (err error) {
 	enrolment := enrol.New(enrol.Config{
 		Store: st, Authorities: t.Authorities, Lifetime: time.Duration(c.DeviceCertDays) * day, Grace: time.Duration(c.DeviceGraceDays) * day,
 		BrokerURL: bus.url, RegistryURL: told,
-		Roots: t.deviceRoots, Trust: st.TrustSince, AccountsChanged: func(ctx context.Context) error { return t.changed(ctx, bus) }, Joined: dispatcher.Replan, CutOff: dispatcher.CutOff,
+		Roots: t.deviceRoots, Trust: st.TrustSince, AccountsChanged: func(ctx context.Context) error { return t.changed(ctx, bus) }, Joined: dispatcher.Joined, CutOff: dispatcher.CutOff,
 		Refusals: st,
 		Now:      time.Now, Log: log,
 	})

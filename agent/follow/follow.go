@@ -59,6 +59,9 @@ type Config struct {
 	Sample func(ctx context.Context) *dunlinv1.Telemetry
 	// Versions gives the figures of the loaded versions.
 	Versions func() []engine.Status
+	// Program brings the agent program to the release that is wanted; nil: it
+	// stays as it is.
+	Program Program
 	// IdleWatts is what the device takes when nothing runs; 0: not known.
 	IdleWatts float64
 	// MaxBackoff is that of the link.
@@ -72,6 +75,16 @@ type Config struct {
 	// Dial opens the connections to the controller, below TLS; nil: TCP.
 	Dial func(ctx context.Context, network, address string) (net.Conn, error)
 	Log  *slog.Logger
+}
+
+// Program is the agent program: an *update.Updater, or an *update.Simulated. No
+// method waits.
+type Program interface {
+	Want(*dunlinv1.DesiredAgent) // nil: the one that runs
+	Retry()                      // the controller is reached again
+	TrustChanged()
+	Status() *dunlinv1.AgentStatus
+	Changed() <-chan struct{} // receives when Status has changed
 }
 
 // Follower follows a controller. Its methods may be called concurrently.
@@ -124,6 +137,9 @@ func New(ctx context.Context, cfg Config) (*Follower, error) {
 	f.fetcher = f.newFetcher()
 	if f.cfg.Delivery != "" {
 		r.Origin = f.newDelivery().Over
+	}
+	if f.cfg.Program != nil {
+		r.Agent = f.cfg.Program.Want
 	}
 	f.Reconcile, err = reconcile.New(r)
 	return f, err

@@ -32,6 +32,9 @@ func (f *Follower) TakeTrust(ctx context.Context, chain []*dunlinv1.SignedTrust)
 	f.trust.Store(next)
 	f.cfg.Log.Info("trust document taken", "document", next.Version(), "expires", next.ExpiresAt())
 	f.Reconcile.TrustChanged()
+	if f.cfg.Program != nil {
+		f.cfg.Program.TrustChanged()
+	}
 	return nil
 }
 

@@ -46,6 +46,8 @@ func main() {
 		err = agent.Verify(ctx, args, os.Getenv, os.Stdout, os.Stdout)
 	case "import":
 		err = agent.Import(ctx, args, os.Getenv, os.Stdout, os.Stdout)
+	case "watch": // the launcher's own child
+		err = agent.Watch(args)
 	case "version":
 		_, err = fmt.Println("dunlin-agent", program.Version())
 	}
