@@ -402,6 +402,31 @@ func TestFloorRises(t *testing.T) {
 	}
 }
 
+// What stands by for a version on probation is not served below a floor because
+// it is loaded.
+func TestFloorOfWhatStandsBy(t *testing.T) {
+	rng := seeded(t)
+	b1, b2 := pack(t, map[string][][]byte{"m.onnx": blocks(rng, 2)}), pack(t, map[string][][]byte{"m.onnx": blocks(rng, 2)})
+	s, reg := newSite(t), serveBundles(t, b1, b2)
+	one, _ := reg.sign(s.key, b1, "digits", 1)
+	two, _ := reg.sign(s.key, b2, "digits", 2)
+	d := trusting(t, reg, s)
+	d.try(Probation{Runs: 1, Most: time.Hour})
+	d.Desire(desired(1, nil, b1.wantSigned("digits", 1, one)))
+	d.untilServing("digits", 1)
+	d.Desire(desired(2, nil, b2.wantSigned("digits", 2, two)))
+	d.untilServing("digits", 2)
+	d.trust.Store(s.next(func(d *dunlinv1.TrustDocument) { d.ModelFloors = []*dunlinv1.ModelFloor{{Model: "digits", Version: 2}} }))
+	for n := range uint64(2) {
+		d.TrustChanged()
+		d.Desire(desired(3+n, nil, b1.wantSigned("digits", 1, one)))
+		d.untilRefused("digits", 1, "version 1 of model digits is below the floor 2")
+		if got := d.answers("digits"); got != 2 {
+			t.Errorf("version %d answers", got)
+		}
+	}
+}
+
 // The core gives what waits below a floor no way around the check at its load.
 func TestLoadChecksFloor(t *testing.T) {
 	s := newSite(t)
