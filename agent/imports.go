@@ -233,13 +233,14 @@ func giveTo(data, dir string) error {
 // imports is the folder of what was imported, as the agent reads it.
 type imports struct{ dir string }
 
-// source gives the folder as a source, where it has a bundle.
+// source gives the folder as a source, where a bundle was imported as a whole.
 func (i *imports) source(bundle digest.Digest) reconcile.Source {
-	path, ok := i.path(bundle)
-	if !ok {
-		return nil
+	l, err := layout.Open(i.dir)
+	if err != nil {
+		return nil // there is none, mostly
 	}
-	if _, err := os.Stat(path); err != nil {
+	defer l.Close()
+	if !slices.ContainsFunc(l.Index.Manifests, func(d ocispec.Descriptor) bool { return d.Digest == bundle }) {
 		return nil
 	}
 	return i

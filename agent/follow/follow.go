@@ -187,7 +187,9 @@ func (f *Follower) Run(ctx context.Context) error {
 	defer cancel()
 	wg.Go(func() { f.Identity.Run(ctx) })
 	wg.Go(func() { f.reconnect(ctx, l) })
-	wg.Go(func() { f.fetcher.Run(ctx) })
+	if f.cfg.Delivery == inband.Auto || f.cfg.Delivery == inband.MQTT {
+		wg.Go(func() { f.fetcher.Run(ctx) })
+	}
 	return newSession(l, f).run(ctx)
 }
 
