@@ -237,7 +237,7 @@ func tune(getenv func(string) string) {
 const gcPercent = 200
 
 // commands is what every help says of the others.
-const commands = "Commands: dunlin-agent run, the default; dunlin-agent serve; dunlin-agent doctor; dunlin-agent verify; dunlin-agent import; dunlin-agent version."
+const commands = "Commands: dunlin-agent run, the default; dunlin-agent serve; dunlin-agent simulate; dunlin-agent doctor; dunlin-agent verify; dunlin-agent import; dunlin-agent version."
 
 func parseInto(cfg *Config, name string, args []string, getenv func(string) string, help io.Writer, more func(*flag.FlagSet)) error {
 	*cfg = Config{Data: defaultData(getenv), KeyStore: "file", TPM: "/dev/tpmrm0", Delivery: string(inband.Auto), Metered: "auto", UpdateProbation: defaultProbation}

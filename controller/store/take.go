@@ -19,10 +19,11 @@ const (
 		WHERE name = ? AND session = ? AND report_number < ?`
 	goneUpdate  = "UPDATE devices SET connected = 0, last_heard_at = ? WHERE name = ? AND session = ? AND connected = 1"
 	outboxQuery = `SELECT EXISTS (SELECT 1 FROM devices WHERE name = ?1), EXISTS (SELECT 1 FROM outboxes WHERE device = ?1 AND outbox = ?2),
+		EXISTS (SELECT 1 FROM outboxes WHERE device = ?1 AND outbox = ?2 AND restored = 1),
 		coalesce((SELECT last_sequence FROM outboxes WHERE device = ?1 AND outbox = ?2), (SELECT max(sequence) FROM events WHERE device = ?1 AND outbox = ?2))`
 	eventInsert = "INSERT INTO events (device, outbox, sequence, received_at, event) VALUES (?, ?, ?, ?, ?)"
 	outboxPut   = `INSERT INTO outboxes (device, outbox, last_sequence, heard_at) VALUES (?, ?, ?, ?)
-		ON CONFLICT (device, outbox) DO UPDATE SET last_sequence = excluded.last_sequence, heard_at = excluded.heard_at`
+		ON CONFLICT (device, outbox) DO UPDATE SET last_sequence = excluded.last_sequence, heard_at = excluded.heard_at, restored = 0`
 	desiredQuery = "SELECT EXISTS (SELECT 1 FROM devices WHERE name = ?1), EXISTS (SELECT 1 FROM desired WHERE device = ?1 AND sha256 = ?2)"
 	desiredPut   = `INSERT INTO desired (device, number, sha256, document) VALUES (?, ?, ?, ?)
 		ON CONFLICT (device) DO UPDATE SET number = excluded.number, sha256 = excluded.sha256, document = excluded.document`
