@@ -206,7 +206,7 @@ func (d *Device) start(ctx context.Context) (*agent, error) {
 			Passing: func(err error) bool {
 				return errors.Is(err, engine.ErrUnavailable) || errors.Is(err, engine.ErrOutOfMemory)
 			},
-			Front: a.front, Log: log,
+			Front: a.front, Standby: a.front.SetStandby, Log: log,
 		},
 		Sample:   func(context.Context) *dunlinv1.Telemetry { return a.device.Sample() },
 		Versions: a.engine.Versions, IdleWatts: d.profile.Power.IdleWatts, Dial: d.net.Dialer(f.cfg.Dial),
@@ -223,6 +223,10 @@ func (d *Device) start(ctx context.Context) (*agent, error) {
 		for _, id := range append(running, engine.VersionID{})[:max(len(running), 1)] {
 			a.follow.Event(&dunlinv1.Event{Kind: "worker.died", Severity: dunlinv1.Severity_SEVERITY_ERROR, Model: id.Model, Version: id.Version, Message: "the simulated worker crashed"})
 		}
+	})
+	a.device.OnLost(func(id engine.VersionID, reason error) {
+		a.follow.Event(&dunlinv1.Event{Kind: "version.lost", Severity: dunlinv1.Severity_SEVERITY_ERROR, Model: id.Model, Version: id.Version, Message: reason.Error()})
+		a.follow.Reconcile.Lost(id, reason)
 	})
 	return a, nil
 }

@@ -156,8 +156,8 @@ func (c commands) check(line string, whole bool) error {
 		if len(args) > 0 && slices.Contains([]string{"run", "doctor", "version"}, args[0]) {
 			args = args[1:]
 		}
-		if n := len(args) - 1; n > 0 && args[0] == "verify" && !strings.HasPrefix(args[n], "-") {
-			args = args[1:n] // the file
+		if n := len(args) - 1; n > 0 && (args[0] == "verify" || args[0] == "import") && !strings.HasPrefix(args[n], "-") {
+			args = args[1:n] // the file or folder
 		}
 		_, err := agent.ParseConfig(args, none, io.Discard)
 		return err

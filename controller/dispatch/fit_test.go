@@ -60,9 +60,9 @@ func TestRefused(t *testing.T) {
 	w.desired("small", 0, hasVersion("net", 1))
 	w.desired("big", 0, hasVersion("net", 1))
 
-	id := w.apply("net", 2)
+	id := w.apply("net", 2, "onFailure: halt")
 	w.desired("big", 0, hasVersion("net", 2))
-	r := w.rollout(id, ended(fleet.Failed))
+	r := w.rollout(id, ended(fleet.Halted))
 	if !strings.Contains(r.Reason, "small (does not fit: it needs 20") || !strings.Contains(r.Reason, "weights 200.0 MiB") {
 		t.Error(r.Reason)
 	}

@@ -387,6 +387,9 @@ func (d *Dispatcher) expect(g store.Desired) (first bool) {
 	if l == nil {
 		return false // away: it says hello when it comes
 	}
+	if g.Number < max(l.pending, l.sent) {
+		return false // a newer one was sent since it was read
+	}
 	first, l.sent = l.sent != g.Number, g.Number
 	if l.pending != g.Number {
 		l.pending, l.attempt = g.Number, 0

@@ -510,7 +510,7 @@ func gauge(t *testing.T, w *world, kind string) float64 {
 // run starts a dispatcher on the world's store.
 func (w *world) run(timing timing) {
 	w.t.Helper()
-	c := Config{Store: w.store, Bus: w.bus, Log: slog.New(slog.DiscardHandler)}
+	c := Config{Store: w.store, Bus: w.bus, Log: slog.New(slog.NewTextHandler(w.t.Output(), &slog.HandlerOptions{Level: slog.LevelError}))}
 	if w.metrics != nil {
 		c.Metrics = w.metrics
 	}

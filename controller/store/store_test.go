@@ -445,6 +445,11 @@ func TestDeleteVersion(t *testing.T) {
 		return fmt.Sprintf("apiVersion: dunlin/v1\nkind: Deployment\nmetadata: {name: d}\nspec: {model: m, version: %d, selector: {}}\n", version)
 	}
 	apply(deployment(1))
+	first, err := s.Rollouts(t.Context(), "d", 1)
+	must(t, err)
+	succeeded := first[0]
+	succeeded.State, succeeded.Reason, succeeded.EndedAt = fleet.Succeeded, "1 device of 1 ready", time.Now().UTC()
+	must(t, s.SaveRollout(t.Context(), first[0], succeeded, nil))
 	apply(deployment(2))
 	apply("apiVersion: dunlin/v1\nkind: Route\nmetadata: {name: r}\nspec: {targets: [{model: m, version: 3, weight: 1}]}\n")
 	doc, err := proto.Marshal(&dunlinv1.DesiredDocument{Versions: []*dunlinv1.DesiredVersion{{Model: "m", Version: 4}}})

@@ -1383,8 +1383,8 @@ func (UnimplementedProfileServiceHandler) Plan(context.Context, *connect.Request
 
 // RolloutServiceClient is a client for the dunlin.v1.RolloutService service.
 type RolloutServiceClient interface {
-	// ListRollouts gives rollouts as WatchRollout does, together with at most
-	// 20,000 devices, the newest rollouts' first.
+	// ListRollouts gives rollouts as WatchRollout does. Those that come after the
+	// first 20,000 devices of all have none, nor counts of them.
 	ListRollouts(context.Context, *connect.Request[v1.ListRolloutsRequest]) (*connect.Response[v1.ListRolloutsResponse], error)
 	GetRollout(context.Context, *connect.Request[v1.GetRolloutRequest]) (*connect.Response[v1.GetRolloutResponse], error)
 	// WatchRollout sends the rollout now, at each change, at most four times a
@@ -1477,8 +1477,8 @@ func (c *rolloutServiceClient) ListDecisions(ctx context.Context, req *connect.R
 
 // RolloutServiceHandler is an implementation of the dunlin.v1.RolloutService service.
 type RolloutServiceHandler interface {
-	// ListRollouts gives rollouts as WatchRollout does, together with at most
-	// 20,000 devices, the newest rollouts' first.
+	// ListRollouts gives rollouts as WatchRollout does. Those that come after the
+	// first 20,000 devices of all have none, nor counts of them.
 	ListRollouts(context.Context, *connect.Request[v1.ListRolloutsRequest]) (*connect.Response[v1.ListRolloutsResponse], error)
 	GetRollout(context.Context, *connect.Request[v1.GetRolloutRequest]) (*connect.Response[v1.GetRolloutResponse], error)
 	// WatchRollout sends the rollout now, at each change, at most four times a
