@@ -15,6 +15,7 @@ import (
 	"github.com/dunlin/dunlin/agent/oip"
 	"github.com/dunlin/dunlin/agent/reconcile"
 	"github.com/dunlin/dunlin/agent/state"
+	"github.com/dunlin/dunlin/agent/update"
 	"github.com/dunlin/dunlin/agent/worker"
 	profiles "github.com/dunlin/dunlin/firmware-profiles"
 	"github.com/dunlin/dunlin/internal/program"
@@ -104,7 +105,7 @@ func newAgent(ctx context.Context, cfg Config, profile profiles.Profile, info *d
 			a.giver.close()
 		}
 	}()
-	info.AgentVersion, info.ServingUrl = program.Version(), url
+	info.AgentVersion, info.ServingUrl, info.Features = program.Version(), url, []string{update.Feature}
 	w := cfg.Serving.workerConfig(profile.Threads)
 	w.OnDeath, w.OnLost = a.died, a.lost
 	w.Folders = []string{filepath.Join(cfg.Data, bundlesFolder)}

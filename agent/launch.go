@@ -71,7 +71,10 @@ func peek(name string, args []string, getenv func(string) string) string {
 		if !strings.HasPrefix(arg, "-") || flag != name && flag != "config" {
 			continue
 		}
-		if !ok && i+1 < len(args) {
+		if !ok {
+			if i+1 == len(args) {
+				break
+			}
 			text = args[i+1]
 		}
 		if flag == name {

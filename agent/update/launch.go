@@ -35,12 +35,13 @@ func (s Started) String() string {
 // From reads how this process was started; version is that of its program.
 // What another process was told does not count.
 func From(getenv func(string) string, version string) (Started, error) {
+	self, err := os.Executable()
 	parts := strings.SplitN(getenv(startedEnv), " ", 5)
-	if len(parts) == 5 && parts[0] == strconv.Itoa(os.Getpid()) && slices.Contains(slotNames, parts[1]) {
+	// The process stays when it becomes the launcher again.
+	if len(parts) == 5 && parts[0] == strconv.Itoa(os.Getpid()) && slices.Contains(slotNames, parts[1]) && parts[4] != self {
 		watcher, err := strconv.Atoi(parts[2])
 		return Started{Slot: parts[1], Watcher: watcher, Installed: parts[3], Launcher: parts[4]}, err
 	}
-	self, err := os.Executable()
 	return Started{Launcher: self, Installed: version}, err
 }
 

@@ -38,6 +38,10 @@ const (
 // stops in good order, and becomes the launcher.
 var ErrRestart = errors.New("another release of the agent is started")
 
+// Feature is what an agent that updates itself says of itself in
+// DeviceInfo.features.
+const Feature = "agent-update"
+
 // Config is what an Updater needs.
 type Config struct {
 	Dir     string // Folder in the data folder

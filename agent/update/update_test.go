@@ -511,6 +511,31 @@ func TestLaunch(t *testing.T) {
 	}
 }
 
+func TestFrom(t *testing.T) {
+	self, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	slot := Started{Slot: "b", Launcher: "/usr/bin/dunlin-agent", Installed: "0.7.0", Watcher: 7}
+	installed := Started{Launcher: self, Installed: "0.8.0"}
+	for name, c := range map[string]struct {
+		env  string
+		want Started
+	}{
+		"nothing":             {"", installed},
+		"the launcher":        {slot.String(), slot},
+		"the launcher itself": {Started{Slot: "b", Launcher: self, Installed: "0.7.0"}.String(), installed},
+		"another process":     {"1 b 7 0.7.0 /usr/bin/dunlin-agent", installed},
+		"another slot":        {fmt.Sprintf("%d c 7 0.7.0 /usr/bin/dunlin-agent", os.Getpid()), installed},
+		"too little":          {fmt.Sprintf("%d b", os.Getpid()), installed},
+	} {
+		got, err := From(func(string) string { return c.env }, "0.8.0")
+		if err != nil || got != c.want {
+			t.Errorf("%s: %+v, %v, want %+v", name, got, err, c.want)
+		}
+	}
+}
+
 func write(t *testing.T, path, text string) {
 	t.Helper()
 	if err := errors.Join(os.MkdirAll(filepath.Dir(path), 0o700), os.WriteFile(path, []byte(text), 0o700)); err != nil {

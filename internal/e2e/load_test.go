@@ -23,6 +23,7 @@ type load struct {
 
 	mu       sync.Mutex
 	requests int
+	slowest  time.Duration
 	failure  error
 }
 
@@ -34,8 +35,10 @@ func startLoad(t *testing.T, url, name string) *load {
 	go func() {
 		defer close(l.done)
 		for i := 0; ctx.Err() == nil; i++ {
+			began := time.Now()
 			_, err := Classify(ctx, url, name, images[i%500:i%500+10])
 			l.mu.Lock()
+			l.slowest = max(l.slowest, time.Since(began))
 			switch {
 			case err == nil:
 				l.requests++
