@@ -110,6 +110,11 @@ bench-crash: ## Measure how long callers wait when the worker process is killed
 bench-identity: ## Measure devices that join, connect, are revoked and change authority; try who may do what
 	@go run ./bench/identity
 
+.PHONY: bench-fleet
+DEVICES ?= 10000
+bench-fleet: ## One controller with DEVICES (default 10000) simulated devices: connect, change, restart; against a bare broker
+	@go build -o bin/bench-fleet ./bench/fleet && bin/bench-fleet --devices $(DEVICES)
+
 bench-overcommit: ## Serve 40 models in memory for 5: against memory for all, sessions made anew, the disk
 	@$(WITH_RUNTIME) go build -o bin/overcommit ./bench/overcommit && bin/overcommit
 

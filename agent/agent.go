@@ -11,6 +11,7 @@ import (
 
 	"github.com/dunlin/dunlin/agent/engine"
 	"github.com/dunlin/dunlin/agent/follow"
+	"github.com/dunlin/dunlin/agent/inband"
 	"github.com/dunlin/dunlin/agent/oip"
 	"github.com/dunlin/dunlin/agent/reconcile"
 	"github.com/dunlin/dunlin/agent/state"
@@ -35,7 +36,11 @@ type agent struct {
 	cfg     Config
 	profile profiles.Profile
 	follow  *follow.Follower
+	imports *imports
+	giver   *giver // nil: it gives others of its site nothing
 	watch   *watch
+	update  updater
+	before  []string // models that were served before the last change of programs
 }
 
 // Run runs an agent until ctx is done, and gives nil then, or until a part of
@@ -76,16 +81,30 @@ func Run(ctx context.Context, cfg Config) (err error) {
 	if err != nil {
 		return err
 	}
-	return a.run(ctx, l, a.metrics(l), part{"alarms", a.watch.run}, part{"reconcile", a.follow.Reconcile.Run}, part{"controller", a.follow.Run},
+	if l.had {
+		a.hold = a.awaitServed
+	}
+	return a.run(ctx, l, a.metrics(l), part{"alarms", a.watch.run}, part{"imports", a.followImports}, part{"site", a.giver.run}, part{"reconcile", a.follow.Reconcile.Run}, part{"controller", a.follow.Run}, part{"update", a.runUpdates},
 		part{"drift", func(ctx context.Context) error { return a.watchDrift(ctx, files) }})
 }
 
 // newAgent puts the parts together; info describes the device, and url is where
 // it answers.
-func newAgent(ctx context.Context, cfg Config, profile profiles.Profile, info *dunlinv1.DeviceInfo, store *state.Store, url string) (*agent, error) {
+func newAgent(ctx context.Context, cfg Config, profile profiles.Profile, info *dunlinv1.DeviceInfo, store *state.Store, url string) (_ *agent, err error) {
 	a := &agent{cfg: cfg, profile: profile}
+	travels, err := cfg.linkOf(profile.Link)
+	if err != nil {
+		return nil, err
+	}
+	if a.giver, err = a.newGiver(info); err != nil {
+		return nil, err
+	}
+	defer func() {
+		if err != nil {
+			a.giver.close()
+		}
+	}()
 	info.AgentVersion, info.ServingUrl = program.Version(), url
-	var err error
 	w := cfg.Serving.workerConfig(profile.Threads)
 	w.OnDeath, w.OnLost = a.died, a.lost
 	w.Folders = []string{filepath.Join(cfg.Data, bundlesFolder)}
@@ -98,11 +117,17 @@ func newAgent(ctx context.Context, cfg Config, profile profiles.Profile, info *d
 	if f := a.host.profiler; f != nil {
 		f.measured, f.controller = a.profiled, func() string { return a.follow.Reconcile.Generation().GetIncarnation() }
 	}
+	a.imports = &imports{dir: filepath.Join(cfg.Data, importsFolder)}
+	if a.update, err = a.newUpdater(); err != nil {
+		return nil, err
+	}
 	a.follow, err = follow.New(ctx, follow.Config{
+		Delivery: inband.Mode(cfg.Delivery), Local: a.imports.source,
 		Store: store, Identity: cfg.identity(store), Info: info, Ready: a.tried, Labels: cfg.Labels,
-		Sample: a.watch.telemetry, Versions: a.engine.Versions, IdleWatts: profile.Power.IdleWatts, MaxBackoff: cfg.maxBackoff, Log: cfg.Log,
+		Program: a.update, Sample: a.watch.telemetry, Versions: a.engine.Versions, IdleWatts: profile.Power.IdleWatts, MaxBackoff: cfg.maxBackoff, Log: cfg.Log,
 		Reconcile: reconcile.Config{
 			Dir: filepath.Join(cfg.Data, bundlesFolder), Reserve: uint64(profile.Storage.ReserveBytes),
+			Link: func() reconcile.Link { return travels }, Shelf: a.giver.of(),
 			Engine: a.engine, Check: a.check, Passing: passing, Front: a.front, Standby: a.front.SetStandby, Log: cfg.Log,
 		},
 	})

@@ -22,6 +22,7 @@ import (
 
 	"github.com/dunlin/dunlin/agent/alarm"
 	"github.com/dunlin/dunlin/agent/identity"
+	"github.com/dunlin/dunlin/agent/inband"
 	"github.com/dunlin/dunlin/agent/state"
 	"github.com/dunlin/dunlin/internal/link"
 	"github.com/dunlin/dunlin/internal/pki"
@@ -169,10 +170,16 @@ type Config struct {
 	KeyStore   string            `yaml:"key-store"`  // where the device's key is made: file or tpm
 	TPM        string            `yaml:"tpm"`        // path of the TPM
 	JoinToken  string            `yaml:"join-token"` // needed until the device has joined
+	Delivery   string            `yaml:"delivery"`   // by which way bundles come: an inband.Mode
 	Name       string            `yaml:"name"`       // of the device; the host's where empty
 	Labels     map[string]string `yaml:"labels"`     // of the device
 
-	file       string              // that settings were read from; "": none
+	file            string // that settings were read from; "": none
+	SiteListen      string `yaml:"site-listen"`      // host:port at which other devices of the site fetch bundles; "": they cannot
+	SiteCacheMiB    int    `yaml:"site-cache"`       // MiB of bundles that are kept for the site; 0: none
+	Metered         string `yaml:"metered"`          // whether bytes cost money: on, off, or auto: as the firmware profile says
+	UpdateProbation int    `yaml:"update-probation"` // seconds for which a new release of the agent must be healthy to stay
+
 	roots      []*x509.Certificate // of CA
 	maxBackoff time.Duration       // of the link, see link.Config; for tests
 }
@@ -197,8 +204,11 @@ func ParseConfig(args []string, getenv func(string) string, help io.Writer) (Con
 	return cfg, err
 }
 
-// Main parses args and runs an agent.
+// Main runs an agent by args, or becomes the release of it that is to run.
 func Main(ctx context.Context, args []string, getenv func(string) string, help io.Writer) error {
+	if err := launch(ctx, args, getenv, os.Stderr); err != nil {
+		return err
+	}
 	cfg, err := ParseConfig(args, getenv, help)
 	if errors.Is(err, flag.ErrHelp) {
 		return nil
@@ -206,7 +216,11 @@ func Main(ctx context.Context, args []string, getenv func(string) string, help i
 		return err
 	}
 	tune(getenv)
-	return Run(ctx, cfg)
+	err = Run(ctx, cfg)
+	if r, ok := errors.AsType[*restart](err); ok {
+		return relaunch(getenv, r.kept)
+	}
+	return err
 }
 
 // tune leaves half of the cores to the process that computes: what the agent
@@ -224,10 +238,10 @@ func tune(getenv func(string) string) {
 const gcPercent = 200
 
 // commands is what every help says of the others.
-const commands = "Commands: dunlin-agent run, the default; dunlin-agent serve; dunlin-agent doctor; dunlin-agent verify; dunlin-agent version."
+const commands = "Commands: dunlin-agent run, the default; dunlin-agent serve; dunlin-agent doctor; dunlin-agent verify; dunlin-agent import; dunlin-agent version."
 
 func parseInto(cfg *Config, name string, args []string, getenv func(string) string, help io.Writer, more func(*flag.FlagSet)) error {
-	*cfg = Config{Data: defaultData(getenv), KeyStore: "file", TPM: "/dev/tpmrm0"}
+	*cfg = Config{Data: defaultData(getenv), KeyStore: "file", TPM: "/dev/tpmrm0", Delivery: string(inband.Auto), Metered: "auto", UpdateProbation: defaultProbation}
 	labels := map[string]string{}
 	err := program.Source{
 		Program: name, Notes: commands, Prefix: "DUNLIN_AGENT_",
@@ -239,7 +253,12 @@ func parseInto(cfg *Config, name string, args []string, getenv func(string) stri
 		{Name: "join-token", Usage: "`@file` with the token by which the device joins; also DUNLIN_JOIN_TOKEN", Value: &cfg.JoinToken, Environment: "DUNLIN_JOIN_TOKEN", Secret: true},
 		{Name: "key-store", Usage: "`where` the device's key is made: file, in the data folder, or tpm", Value: &cfg.KeyStore},
 		{Name: "tpm", Usage: "`path` of the TPM: its device, or the socket of a simulated one", Value: &cfg.TPM},
+		{Name: "delivery", Usage: "`way` by which models come: https, mqtt, or auto: by HTTPS, and over MQTT while the registry cannot be reached", Value: &cfg.Delivery},
 		{Name: "name", Usage: "`name` of the device; without one, the host's", Value: &cfg.Name},
+		{Name: "site-listen", Usage: "`host:port` at which other devices of the same site fetch models that are here", Value: &cfg.SiteListen},
+		{Name: "site-cache", Usage: "`MiB` of disk for models that are fetched and kept for the site, though this device does not run them", Value: &cfg.SiteCacheMiB},
+		{Name: "metered", Usage: "`whether` bytes over the device's link cost money: on, off, or auto: as the firmware profile says", Value: &cfg.Metered},
+		{Name: "update-probation", Usage: "`seconds` for which a new release of the agent must be healthy to stay", Value: &cfg.UpdateProbation},
 	}, cfg.settings()...), cfg, func(flags *flag.FlagSet) {
 		flags.Func("label", "`key=value` label of the device; may be repeated; in the file, labels is a mapping", func(s string) error {
 			k, v, ok := strings.Cut(s, "=")
@@ -300,9 +319,18 @@ func (cfg *Config) check() error {
 	if cfg.Controller != "" {
 		add("controller", program.CheckURL(cfg.Controller, "https", "mqtts"))
 	}
+	cfg.checkSite(add)
+	cfg.UpdateProbation = cmp.Or(cfg.UpdateProbation, defaultProbation)
+	if n := cfg.UpdateProbation; n < 1 || n > maxProbation {
+		add("update-probation", fmt.Errorf("is %d, allowed are 1 to %d", n, maxProbation))
+	}
 	cfg.KeyStore = cmp.Or(cfg.KeyStore, "file")
 	if cfg.KeyStore != "file" && cfg.KeyStore != "tpm" {
 		add("key-store", fmt.Errorf("%q is not file or tpm", cfg.KeyStore))
+	}
+	cfg.Delivery = cmp.Or(cfg.Delivery, string(inband.Auto))
+	if !slices.Contains(inband.Modes, inband.Mode(cfg.Delivery)) {
+		add("delivery", fmt.Errorf("%q is not auto, https or mqtt", cfg.Delivery))
 	}
 	if cfg.CA != "" && cfg.CA != systemRoots {
 		cfg.roots, err = pki.ReadCertificates(cfg.CA)

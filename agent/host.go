@@ -40,6 +40,11 @@ const (
 	// refusalTime how long it may take to refuse those that have not ended.
 	drainTime   = 5 * time.Second
 	refusalTime = time.Second
+	// lullTime is how long callers are told with their answers to connect anew
+	// before the agent changes its program: there they wait for it.
+	lullTime = 250 * time.Millisecond
+	// holdTime is how long they wait at most until it serves what was served.
+	holdTime = 20 * time.Second
 	// maxConnections is how many clients may be connected to the listeners,
 	// where the process may have as many files; a further one waits until
 	// another leaves.
@@ -79,12 +84,14 @@ type host struct {
 	front   *serve.Server
 	source  source
 	oip     *oip.Server
-	opened  func(worker.Runtime) // told of the runtime; nil: nobody is
-	tried   chan struct{}        // closed when the runtime has started, or failed to once
-	loads   atomic.Bool          // models can be loaded
-	profile profiles.Profile     // of the device's class
-	budget  int64                // bytes that models may take of the host's memory
-	pools   string               // see worker.Config.Pools
+	opened  func(worker.Runtime)  // told of the runtime; nil: nobody is
+	hold    func(context.Context) // waits until callers can be answered that have waited; nil: there are none
+	leaving atomic.Bool           // another program answers soon
+	tried   chan struct{}         // closed when the runtime has started, or failed to once
+	loads   atomic.Bool           // models can be loaded
+	profile profiles.Profile      // of the device's class
+	budget  int64                 // bytes that models may take of the host's memory
+	pools   string                // see worker.Config.Pools
 	// compile gives a version as it was compiled for this device.
 	compile   compileFunc
 	compiling atomic.Int32 // versions that are compiled or checked
@@ -101,6 +108,7 @@ type ports struct {
 	http, grpc *listener     // grpc may be nil
 	tls        *tls.Config   // nil: neither speaks TLS
 	access     *access.Guard // nil: everybody may ask
+	had        bool          // the program before this one listened, and callers wait
 }
 
 // listen opens the ports that the settings ask for.
@@ -113,12 +121,19 @@ func listen(s *Serving) (_ *ports, err error) {
 		return nil, err
 	}
 	room := make(chan struct{}, connectionLimit())
+	kept := inherited()
+	defer func() {
+		for _, k := range kept {
+			k.file.Close()
+		}
+	}()
 	open := func(flag, address string) (*listener, error) {
-		opened, err := net.Listen("tcp", address)
+		opened, had, err := listenOn(address, kept)
 		if err != nil {
 			return nil, fmt.Errorf("%w; --%s chooses another address", err, flag)
 		}
-		return newListener(opened, room), nil
+		l.had = l.had || had
+		return newListener(opened, address, room), nil
 	}
 	if l.http, err = open("listen", s.Listen); err != nil {
 		return nil, err
@@ -141,6 +156,24 @@ func connectionLimit() int {
 		return maxConnections
 	}
 	return int(min(maxConnections, max(limit.Cur/4*3, 1)))
+}
+
+// keep has the ports accept no more connections, and gives the sockets in which
+// those wait that come.
+func (l *ports) keep(log *slog.Logger) (all []socket) {
+	for _, one := range []*listener{l.http, l.grpc} {
+		if one == nil {
+			continue
+		}
+		s, err := keep(one.address, one.Listener)
+		if err != nil { // callers are refused meanwhile
+			log.Warn("a port is closed while the agent changes its program", "error", err)
+			continue
+		}
+		one.pause()
+		all = append(all, s)
+	}
+	return all
 }
 
 func (l *ports) close() {
@@ -342,6 +375,9 @@ func (h *host) run(ctx context.Context, l *ports, metrics http.Handler, parts ..
 		Backend: backend{h.front, h}, Repository: h.source, Access: l.access, Version: program.Version(), SharedMemory: h.serving.SharedMemory,
 		TraceFile: h.serving.TraceFile, LogLevel: h.serving.level, Log: h.serving.Log,
 	})
+	if h.hold != nil {
+		h.hold(ctx)
+	}
 	served := make(chan error, 2)
 	stops := []func(context.Context){h.serveHTTP(l, metrics, served)}
 	logged := []any{"url", l.url()}
@@ -354,6 +390,11 @@ func (h *host) run(ctx context.Context, l *ports, metrics http.Handler, parts ..
 	case <-ctx.Done():
 	case err := <-served:
 		fail(fmt.Errorf("serve: %w", err))
+	}
+	if r, ok := errors.AsType[*restart](context.Cause(ctx)); ok {
+		r.kept = l.keep(h.serving.Log)
+		h.leaving.Store(true)
+		sleep(below, lullTime)
 	}
 	l.http.closeSilent()
 	if l.grpc != nil {
@@ -382,7 +423,7 @@ func (h *host) serveHTTP(l *ports, metrics http.Handler, ended chan<- error) (st
 	base, refuse := context.WithCancelCause(context.Background())
 	server := &http.Server{
 		BaseContext: func(net.Listener) context.Context { return base },
-		Handler:     hurried(l.access.Handler(h.handler(metrics)), unreadTime), ReadHeaderTimeout: 10 * time.Second, IdleTimeout: 2 * time.Minute, MaxHeaderBytes: 64 << 10,
+		Handler:     hurried(h.parting(l.access.Handler(h.handler(metrics))), unreadTime), ReadHeaderTimeout: 10 * time.Second, IdleTimeout: 2 * time.Minute, MaxHeaderBytes: 64 << 10,
 		TLSConfig: l.tls.Clone(), ErrorLog: slog.NewLogLogger(h.serving.Log.Handler(), slog.LevelDebug),
 	}
 	done := make(chan struct{})

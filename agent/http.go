@@ -19,6 +19,17 @@ func (h *host) handler(metrics http.Handler) http.Handler {
 	return mux
 }
 
+// parting has callers connect anew while another program takes the place of
+// this one.
+func (h *host) parting(next http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if h.leaving.Load() {
+			w.Header().Set("Connection", "close")
+		}
+		next.ServeHTTP(w, r)
+	})
+}
+
 // hurried bounds the wait for bodies that next does not read: the server reads
 // them itself before it answers, and waits for them without end. What reads a
 // body has a bound of its own.

@@ -90,7 +90,7 @@ func TestListenersShareRoom(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		ports[i] = newListener(l, room)
+		ports[i] = newListener(l, "", room)
 	}
 	accept := func(l *listener) {
 		wg.Go(func() {

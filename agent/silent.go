@@ -4,6 +4,7 @@ import (
 	"net"
 	"sync"
 	"sync/atomic"
+	"time"
 )
 
 // listener bounds the connections, and knows those on which nothing has come
@@ -11,15 +12,18 @@ import (
 // are closed first.
 type listener struct {
 	net.Listener
-	room   chan struct{} // holds one for each connection; shared with other listeners
-	closed chan struct{}
-	close  sync.Once
-	mu     sync.Mutex
-	silent map[*connection]struct{} // nil once they were closed
+	address string        // as the setting has it
+	room    chan struct{} // holds one for each connection; shared with other listeners
+	closed  chan struct{}
+	close   sync.Once
+	paused  chan struct{}
+	rest    sync.Once
+	mu      sync.Mutex
+	silent  map[*connection]struct{} // nil once they were closed
 }
 
-func newListener(l net.Listener, room chan struct{}) *listener {
-	return &listener{Listener: l, room: room, closed: make(chan struct{}), silent: map[*connection]struct{}{}}
+func newListener(l net.Listener, address string, room chan struct{}) *listener {
+	return &listener{Listener: l, address: address, room: room, closed: make(chan struct{}), paused: make(chan struct{}), silent: map[*connection]struct{}{}}
 }
 
 // Close implements net.Listener.
@@ -28,16 +32,34 @@ func (l *listener) Close() error {
 	return l.Listener.Close()
 }
 
+// pause has Accept wait until the listener is closed: what comes waits in the
+// socket.
+func (l *listener) pause() {
+	l.rest.Do(func() { close(l.paused) })
+	if t, ok := l.Listener.(*net.TCPListener); ok {
+		_ = t.SetDeadline(time.Unix(1, 0)) // ends an Accept that waits
+	}
+}
+
 // Accept implements net.Listener. It waits until there is room for a connection.
 func (l *listener) Accept() (net.Conn, error) {
 	select {
 	case l.room <- struct{}{}:
+	case <-l.paused:
+		<-l.closed
+		return nil, net.ErrClosed
 	case <-l.closed:
 		return nil, net.ErrClosed
 	}
 	accepted, err := l.Listener.Accept()
 	if err != nil {
 		<-l.room
+		select {
+		case <-l.paused:
+			<-l.closed
+			return nil, net.ErrClosed
+		default:
+		}
 		return nil, err
 	}
 	c := &connection{Conn: accepted, listener: l}

@@ -76,7 +76,7 @@ func TestStopRefuses(t *testing.T) {
 	}
 	b := endless{make(chan struct{})}
 	h := &host{serving: Serving{Log: slog.New(slog.DiscardHandler)}, oip: oip.New(oip.Config{Backend: b})}
-	l := &ports{http: newListener(opened, make(chan struct{}, maxConnections))}
+	l := &ports{http: newListener(opened, "", make(chan struct{}, maxConnections))}
 	stop := h.serveHTTP(l, http.NotFoundHandler(), make(chan error, 1))
 	answered := make(chan string, 1)
 	go func() {

@@ -70,10 +70,17 @@ func Verify(ctx context.Context, args []string, getenv func(string) string, out,
 
 func verifyBinary(ctx context.Context, store *state.Store, file string, now time.Time) (signing.Binary, error) {
 	trust, err := store.Trust(ctx)
-	if errors.Is(err, state.ErrNone) {
-		return signing.Binary{}, &signing.RefusedError{Reason: "the device has no trust document, so no agent key counts"}
-	} else if err != nil {
+	if err != nil && !errors.Is(err, state.ErrNone) {
 		return signing.Binary{}, err
+	}
+	return admitBinary(trust, file, now)
+}
+
+// admitBinary says by a trust document which version of the agent a file is,
+// or why the device must not run it; nil: there is none.
+func admitBinary(trust *signing.Trust, file string, now time.Time) (signing.Binary, error) {
+	if trust == nil {
+		return signing.Binary{}, &signing.RefusedError{Reason: "the device has no trust document, so no agent key counts"}
 	}
 	binary, err := os.Open(file)
 	if err != nil {

@@ -109,7 +109,7 @@ func Run(ctx context.Context, c Config) (err error) {
 	if err != nil {
 		return err
 	}
-	reg, err := registry.New(registry.Config{Root: filepath.Join(c.Data, registryFolder), Auth: auth, Refusals: st, Versions: versions{st}, Signatures: signer, Trust: signer.trust, Log: log})
+	reg, err := registry.New(registry.Config{Root: filepath.Join(c.Data, registryFolder), Auth: auth, Refusals: st, Versions: versions{st, dispatcher.CachesFor}, Signatures: signer, Trust: signer.trust, Log: log})
 	if err != nil {
 		return err
 	}
@@ -135,7 +135,7 @@ func Run(ctx context.Context, c Config) (err error) {
 	enrolment := enrol.New(enrol.Config{
 		Store: st, Authorities: t.Authorities, Lifetime: time.Duration(c.DeviceCertDays) * day, Grace: time.Duration(c.DeviceGraceDays) * day,
 		BrokerURL: bus.url, RegistryURL: told,
-		Roots: t.deviceRoots, Trust: st.TrustSince, AccountsChanged: func(ctx context.Context) error { return t.changed(ctx, bus) }, Joined: dispatcher.Replan, CutOff: dispatcher.CutOff,
+		Roots: t.deviceRoots, Trust: st.TrustSince, AccountsChanged: func(ctx context.Context) error { return t.changed(ctx, bus) }, Joined: dispatcher.Joined, CutOff: dispatcher.CutOff,
 		Refusals: st,
 		Now:      time.Now, Log: log,
 	})
@@ -286,7 +286,11 @@ func adminToken(ctx context.Context, st *store.Store, path string, log *slog.Log
 }
 
 // versions is the store as the registry sees it.
-type versions struct{ store *store.Store }
+type versions struct {
+	store *store.Store
+	// cachesFor says whether a device may fetch a model for others; nil: none may.
+	cachesFor func(ctx context.Context, device, model string) (bool, error)
+}
 
 func (v versions) CreateVersion(ctx context.Context, n registry.NewVersion) (int64, bool, error) {
 	s := store.Version{Model: n.Model, Version: n.Want, Digest: n.Digest, Size: n.Manifest.Size, Opset: n.Config.Opset, Bundle: fleet.BundleOf(n.Config, n.WeightTypes), CreatedBy: n.By}
@@ -316,10 +320,14 @@ func (v versions) VersionDigest(ctx context.Context, model string, version int64
 
 func (v versions) Given(ctx context.Context, device, model string) (bool, error) {
 	documents, err := v.store.Documents(ctx, []string{device})
+	given := slices.ContainsFunc(documents[device].GetVersions(), func(d *dunlinv1.DesiredVersion) bool { return d.GetModel() == model })
 	if model == models.AgentModel {
-		return documents[device].GetAgent() != nil, err
+		given = documents[device].GetAgent() != nil
 	}
-	return slices.ContainsFunc(documents[device].GetVersions(), func(d *dunlinv1.DesiredVersion) bool { return d.GetModel() == model }), err
+	if err != nil || given || v.cachesFor == nil {
+		return given, err
+	}
+	return v.cachesFor(ctx, device, model)
 }
 
 // blobs is the registry as devices read it over MQTT.

@@ -83,8 +83,11 @@ type Thermal struct {
 
 // Link bounds what a device loads over the network.
 type Link struct {
-	BytesPerDay int64    `yaml:"bytes_per_day"` // 0: no bound
-	Windows     []string `yaml:"windows"`       // local times of day, as "01:00-05:30"; none: always
+	BytesPerDay    int64    `yaml:"bytes_per_day"`    // 0: no bound
+	BytesPerMonth  int64    `yaml:"bytes_per_month"`  // 0: no bound
+	BytesPerSecond int64    `yaml:"bytes_per_second"` // 0: no bound
+	Metered        bool     `yaml:"metered"`          // bytes cost money: they travel where a deployment says so
+	Windows        []string `yaml:"windows"`          // local times of day, as "01:00-05:30"; none: always
 }
 
 // Limits are the requirements on models.

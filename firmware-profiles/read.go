@@ -75,6 +75,8 @@ var bounds = map[string]bound{
 	"thermal.slowdown_celsius":       celsius,
 	"thermal.shutdown_celsius":       celsius,
 	"link.bytes_per_day":             memoryBytes,
+	"link.bytes_per_month":           memoryBytes,
+	"link.bytes_per_second":          {1 << 10, 1 << 40, true, "bytes a second"},
 	"limits.max_opset":               {7, 1000, true, ""},
 	"hardware.cores":                 {0, 4096, false, "cores"},
 	"hardware.host_bytes":            memoryBytes,

@@ -13,10 +13,12 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/opencontainers/go-digest"
 	"google.golang.org/protobuf/proto"
 
 	"github.com/dunlin/dunlin/agent/engine"
 	"github.com/dunlin/dunlin/agent/identity"
+	"github.com/dunlin/dunlin/agent/inband"
 	"github.com/dunlin/dunlin/agent/reconcile"
 	"github.com/dunlin/dunlin/agent/state"
 	"github.com/dunlin/dunlin/internal/link"
@@ -57,13 +59,32 @@ type Config struct {
 	Sample func(ctx context.Context) *dunlinv1.Telemetry
 	// Versions gives the figures of the loaded versions.
 	Versions func() []engine.Status
+	// Program brings the agent program to the release that is wanted; nil: it
+	// stays as it is.
+	Program Program
 	// IdleWatts is what the device takes when nothing runs; 0: not known.
 	IdleWatts float64
 	// MaxBackoff is that of the link.
 	MaxBackoff time.Duration
+	// Delivery says by which way bundles come from the controller; empty: by
+	// HTTPS.
+	Delivery inband.Mode
+	// Local gives what on the device itself has a bundle, and nil where nothing
+	// has; may be nil.
+	Local func(bundle digest.Digest) reconcile.Source
 	// Dial opens the connections to the controller, below TLS; nil: TCP.
 	Dial func(ctx context.Context, network, address string) (net.Conn, error)
 	Log  *slog.Logger
+}
+
+// Program is the agent program: an *update.Updater, or an *update.Simulated. No
+// method waits.
+type Program interface {
+	Want(*dunlinv1.DesiredAgent) // nil: the one that runs
+	Retry()                      // the controller is reached again
+	TrustChanged()
+	Status() *dunlinv1.AgentStatus
+	Changed() <-chan struct{} // receives when Status has changed
 }
 
 // Follower follows a controller. Its methods may be called concurrently.
@@ -82,7 +103,10 @@ type Follower struct {
 	trust     atomic.Pointer[signing.Trust] // nil: none yet
 	lacks     error                         // why it cannot be the device that it was; nil: it can
 
-	asking asking // who of the site has a bundle
+	asking  asking          // who of the site has a bundle
+	fetcher *inband.Fetcher // over MQTT
+
+	trusting sync.Mutex // held while a trust document is taken
 
 	mu   sync.Mutex // guards what follows
 	info *dunlinv1.DeviceInfo
@@ -109,6 +133,13 @@ func New(ctx context.Context, cfg Config) (*Follower, error) {
 	r.State, r.Registry, r.Now, r.Trust, r.Counts, r.Event = f.store, f.registry, f.Identity.Now, f.trust.Load, f.counts, f.Event
 	if r.Disk == nil { // simulated devices have no site
 		r.Near = f.near
+	}
+	f.fetcher = f.newFetcher()
+	if f.cfg.Delivery != "" {
+		r.Origin = f.newDelivery().Over
+	}
+	if f.cfg.Program != nil {
+		r.Agent = f.cfg.Program.Want
 	}
 	f.Reconcile, err = reconcile.New(r)
 	return f, err
@@ -156,6 +187,7 @@ func (f *Follower) Run(ctx context.Context) error {
 	defer cancel()
 	wg.Go(func() { f.Identity.Run(ctx) })
 	wg.Go(func() { f.reconnect(ctx, l) })
+	wg.Go(func() { f.fetcher.Run(ctx) })
 	return newSession(l, f).run(ctx)
 }
 

@@ -97,6 +97,9 @@ func (s *session) receive(ctx context.Context) {
 			signal(s.resend)
 			signal(s.sample)
 			s.Reconcile.Retry()
+			if s.cfg.Program != nil {
+				s.cfg.Program.Retry()
+			}
 			ask()
 		case <-again.C:
 			ask()
@@ -147,12 +150,17 @@ func (s *session) receive(ctx context.Context) {
 func (s *session) reports(ctx context.Context) {
 	var last string
 	var sequence uint64
+	var program <-chan struct{}
+	if s.cfg.Program != nil {
+		program = s.cfg.Program.Changed()
+	}
 	for {
 		select {
 		case <-ctx.Done():
 			return
 		case <-s.report:
 		case <-s.Reconcile.Changed():
+		case <-program:
 		}
 		now := s.link.Session()
 		if report := s.Reconcile.Report(); now != "" && report != nil {
@@ -162,6 +170,9 @@ func (s *session) reports(ctx context.Context) {
 			sequence++
 			report = proto.CloneOf(report)
 			report.Session, report.Sequence, report.At = now, sequence, timestamppb.Now()
+			if s.cfg.Program != nil {
+				report.Agent = s.cfg.Program.Status()
+			}
 			if err := s.link.Send(link.Reported, report); err != nil {
 				s.cfg.Log.Debug("report not sent; the next session has it", "error", err)
 			}

@@ -28,9 +28,15 @@ type asking struct {
 	waiting map[string][]chan []*dunlinv1.Source // by digest
 }
 
-// near asks the controller who of the site has a bundle. Nobody does where the
-// controller is not there, or does not answer.
+// near gives what on the device itself has a bundle, or else asks the controller
+// who of the site has it. Nobody does where the controller is not there, or does
+// not answer.
 func (f *Follower) near(ctx context.Context, model string, bundle digest.Digest) []reconcile.Source {
+	if f.cfg.Local != nil {
+		if s := f.cfg.Local(bundle); s != nil {
+			return []reconcile.Source{s}
+		}
+	}
 	l := f.Link()
 	if l == nil || l.Session() == "" {
 		return nil

@@ -10,8 +10,10 @@ import (
 )
 
 // TakeTrust goes on from the trust document that the device has to the newest
-// of a chain, and has what was refused looked at again. One call at a time.
+// of a chain, and has what was refused looked at again.
 func (f *Follower) TakeTrust(ctx context.Context, chain []*dunlinv1.SignedTrust) error {
+	f.trusting.Lock() // the controller's and an import's come one after the other
+	defer f.trusting.Unlock()
 	have := f.trust.Load()
 	if !f.Identity.Joined() { // it is of a join that was cut short
 		have = nil
@@ -30,6 +32,9 @@ func (f *Follower) TakeTrust(ctx context.Context, chain []*dunlinv1.SignedTrust)
 	f.trust.Store(next)
 	f.cfg.Log.Info("trust document taken", "document", next.Version(), "expires", next.ExpiresAt())
 	f.Reconcile.TrustChanged()
+	if f.cfg.Program != nil {
+		f.cfg.Program.TrustChanged()
+	}
 	return nil
 }
 

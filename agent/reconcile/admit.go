@@ -52,17 +52,28 @@ func (d *download) admit(ctx context.Context, m *models.Manifest) error {
 // where it is not in the registry, or not what it should be; another error is
 // one of the way there.
 func (d *download) signature(ctx context.Context, of digest.Digest) (raw []byte, wrong, err error) {
-	raw, err = small(ctx, d.remote, d.ref(of, true), "signature's manifest", signing.MaxManifestBytes)
+	raw, err = d.signed(ctx, d.ref(of, true), "signature's manifest", signing.MaxManifestBytes)
 	if err == nil {
 		_, layer, malformed := signing.ParseManifest(raw)
 		if malformed != nil {
 			return nil, malformed, nil
 		}
-		raw, err = small(ctx, d.remote, d.ref(layer.Digest, false), "signature", layer.Size)
+		raw, err = d.signed(ctx, d.ref(layer.Digest, false), "signature", layer.Size)
 	}
 	_, altered := errors.AsType[*VerifyError](err)
 	if altered || errors.Is(err, ErrAbsent) {
 		return nil, err, nil
 	}
 	return raw, nil, err
+}
+
+// signed reads a document of a signature from those near that have it, or else
+// from remote.
+func (d *download) signed(ctx context.Context, r Ref, what string, limit int64) ([]byte, error) {
+	for _, s := range d.near {
+		if raw, err := small(ctx, s, r, what, limit); err == nil {
+			return raw, nil
+		}
+	}
+	return small(ctx, d.remote, r, what, limit)
 }

@@ -82,6 +82,7 @@ type download struct {
 
 	present, total atomic.Int64 // bytes of the bundle's files
 	fetched        atomic.Int64 // bytes that travelled here, whole chunks or not
+	fromSite       atomic.Int64 // of these, those that came from devices of the site
 
 	opened   bool // manifest, pieces and missing are known
 	manifest *models.Manifest

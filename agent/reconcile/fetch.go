@@ -222,6 +222,8 @@ func (f *fetcher) fetchRange(ctx context.Context, j *job) (got int64, err error)
 	in := &metered{Reader: b, ctx: ctx, count: &d.fetched}
 	if j.source == d.remote {
 		in.gate = d.gate
+	} else {
+		defer func() { d.fromSite.Add(in.n) }()
 	}
 	f.news <- news{job: j, began: true, whole: b.Whole}
 	<-j.heard

@@ -65,8 +65,11 @@ type Config struct {
 	Dir      string          // holds the bundles
 	Disk     *Disk           // holds them for a simulated device; nil: Dir does
 	Registry func() Registry // asked at the begin of each download
-	Reserve  uint64          // bytes of the disk that downloads leave free
-	Stall    time.Duration   // how long a transfer may go without a byte; 30 s where 0
+	// Origin gives what is asked in place of the registry, which it is given;
+	// nil: the registry.
+	Origin  func(registry Source, at Registry) Source
+	Reserve uint64        // bytes of the disk that downloads leave free
+	Stall   time.Duration // how long a transfer may go without a byte; 30 s where 0
 	// Link gives what bounds the bytes that travel; nil: nothing does.
 	Link func() Link
 	// Near asks who of the device's site has a bundle; nil: nobody is asked.
@@ -591,6 +594,9 @@ func (r *Reconciler) origin() Source {
 	if r.remote == nil || r.remote.Registry != registry {
 		r.remote = newRemote(registry, r.cfg.Stall)
 	}
+	if r.cfg.Origin != nil {
+		return r.cfg.Origin(r.remote, registry)
+	}
 	return r.remote
 }
 
@@ -697,8 +703,10 @@ func (r *Reconciler) finish(ctx context.Context, e ending) {
 		r.event("drift.repaired", dunlinv1.Severity_SEVERITY_INFO, e.key, "")
 	case e.err == nil && e.op == fetching:
 		v.size = cmp.Or(uint64(r.downloads[e.key].total.Load()), v.size)
+		d := r.downloads[e.key]
+		v.fetched = uint64(d.fetched.Load())
 		delete(r.downloads, e.key)
-		log.Info("stored", "bytes", v.size)
+		log.Info("stored", "bytes", v.size, "fetched", v.fetched, "from_site", d.fromSite.Load())
 		r.event("version.stored", dunlinv1.Severity_SEVERITY_INFO, e.key, "")
 	default:
 		log.Debug("done", "op", e.op, "error", e.err)

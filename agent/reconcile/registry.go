@@ -62,6 +62,13 @@ func (e *statusError) Error() string {
 	return text
 }
 
+// Answered says whether an error of a registry is an answer of it: otherwise it
+// was not reached, or the way to it broke.
+func Answered(err error) bool {
+	_, status := errors.AsType[*statusError](err)
+	return status || errors.Is(err, ErrAbsent)
+}
+
 func (e *statusError) Is(target error) bool {
 	return target == ErrAbsent && e.status == http.StatusNotFound
 }

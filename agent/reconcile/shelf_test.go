@@ -50,26 +50,31 @@ func (s testSite) shelf(name string, own *bundles, bytes int64, reg *testRegistr
 	if err != nil {
 		s.Fatal(err)
 	}
-	server, err := near.Listen("127.0.0.1:0", s.member(name), func(ctx context.Context, model string, d digest.Digest, manifest bool) (io.ReadSeeker, io.Closer, error) {
+	server, err := near.Listen("127.0.0.1:0", testLog(s))
+	if err != nil {
+		s.Fatal(err)
+	}
+	url, err := server.URL()
+	if err != nil {
+		s.Fatal(err)
+	}
+	open := func(ctx context.Context, model string, d digest.Digest, manifest bool) (io.ReadSeeker, io.Closer, error) {
 		c, err := shelf.Open(ctx, Ref{model, d, manifest})
 		if err != nil {
 			return nil, nil, err
 		}
 		return c, c, nil
-	}, testLog(s))
-	if err != nil {
-		s.Fatal(err)
 	}
 	ctx, cancel := context.WithCancel(context.Background())
 	var running sync.WaitGroup
 	running.Go(func() {
-		if err := server.Run(ctx); err != nil {
+		if err := server.Run(ctx, s.member(name), open); err != nil {
 			s.Error(err)
 		}
 	})
 	running.Go(func() { _ = shelf.Run(ctx) })
 	s.Cleanup(func() { cancel(); running.Wait() })
-	return shelf, "https://" + server.Addr().String()
+	return shelf, url
 }
 
 // A hundred devices of a site want the same new bundle: one copy of it comes

@@ -93,6 +93,7 @@ type faults struct {
 	correctedRate, uncorrectedRate   float64
 	remapped, remappedUncorrected    float64
 	pending, failed                  bool // of rows that are to be remapped
+	badRelease                       bool // of the agent
 	xids, lastXID                    float64
 	filled, fillRate, leak, leakRate float64 // bytes
 }

@@ -70,6 +70,7 @@ var known = map[string]fault{
 	"xid":                       {least: 1, most: 1e3, whole: true, apply: func(c *core, v float64) { c.faults.xids++; c.faults.lastXID = v }},
 	"disk_bytes_per_hour":       {least: -1e15, most: 1e15, apply: func(c *core, v float64) { c.faults.fillRate = v / hour }},
 	"leak_bytes_per_hour":       {least: -1e15, most: 1e15, apply: func(c *core, v float64) { c.faults.leakRate = v / hour }},
+	"agent_release":             {words: []string{"good", "bad"}, apply: func(c *core, v float64) { c.faults.badRelease = v == 1 }},
 	"worker":                    {words: []string{"crash"}, apply: func(c *core, _ float64) { c.crash() }},
 }
 

@@ -156,6 +156,13 @@ func (d *Device) Down() <-chan struct{} {
 	return d.off
 }
 
+// BadRelease says whether a release of the agent that is tried now does not do.
+func (d *Device) BadRelease() bool {
+	d.lock()
+	defer d.unlock()
+	return d.core.faults.badRelease
+}
+
 // Close switches the device off: what goes on fails.
 func (d *Device) Close() error {
 	d.lock()

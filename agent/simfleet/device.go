@@ -188,7 +188,7 @@ func (d *Device) start(ctx context.Context) (*agent, error) {
 	ready := make(chan struct{})
 	close(ready)
 	d.mu.Lock()
-	store := d.store
+	store := &watched{d.store, d}
 	d.mu.Unlock()
 	a.follow, err = follow.New(ctx, follow.Config{
 		Store: store, Info: d.info(a.device, budget), Ready: ready, Labels: f.labels(d), Log: log,
@@ -250,6 +250,21 @@ func (d *Device) info(device *sim.Device, budget int64) *dunlinv1.DeviceInfo {
 		info.WeightPools, info.Limits.DeviceMemoryBytes = "cuda:0 "+gpu, uint64(budget)
 	}
 	return info
+}
+
+// watched is a state that tells of new desired documents.
+type watched struct {
+	*state.Memory
+	device *Device
+}
+
+// SetDesired is state.Store's.
+func (w *watched) SetDesired(ctx context.Context, d state.Desired) error {
+	err := w.Memory.SetDesired(ctx, d)
+	if on := w.device.fleet.cfg.OnDesired; on != nil && err == nil {
+		on(w.device, d)
+	}
+	return err
 }
 
 // front answers requests, and notes when a version began to serve.

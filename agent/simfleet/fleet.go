@@ -62,8 +62,10 @@ type Config struct {
 	Dir string
 	// Dial opens connections; nil: TCP.
 	Dial func(ctx context.Context, network, address string) (net.Conn, error)
-	// OnServing is called when what a device serves has changed, by model; it
-	// must be quick. nil: nobody is told.
+	// OnDesired is called when a device has stored a desired document, and
+	// OnServing when what it serves has changed, by model. They must be quick;
+	// nil: nobody is told.
+	OnDesired func(*Device, state.Desired)
 	OnServing func(d *Device, versions map[string]int64)
 	Log       *slog.Logger
 	Agents    *slog.Logger // of the devices; nil: they log nothing
@@ -213,6 +215,17 @@ type Status struct {
 	Devices, Joined, Connected, Converged, Failed int
 	// Reason is why one of those that have not converged has not.
 	Reason string
+}
+
+// Connected counts the devices that are connected.
+func (f *Fleet) Connected() int {
+	n := 0
+	for _, d := range f.devices {
+		if d.Connected() {
+			n++
+		}
+	}
+	return n
 }
 
 // Status looks at all devices.

@@ -13,6 +13,9 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
+	"slices"
+	"strconv"
+	"sync"
 	"time"
 
 	"github.com/opencontainers/go-digest"
@@ -38,8 +41,10 @@ const (
 	// for their turn, for as long as waitTime; who comes then, or has waited for
 	// so long, is told to ask elsewhere.
 	maxRequests = 64
-	maxWaiting  = 1024
+	maxWaiting  = 512
 	waitTime    = 20 * time.Second
+	// maxConnections bounds the connections; others wait until one ends.
+	maxConnections = 1024
 	// writeTime bounds how long a client may take no byte.
 	writeTime = 30 * time.Second
 	// stopTime is how long answers under way may take when the server stops.
@@ -49,15 +54,43 @@ const (
 // Server answers the devices of its fleet.
 type Server struct {
 	listener net.Listener
-	server   *http.Server
+	log      *slog.Logger
 }
 
 // Listen begins to listen at an address; Run answers.
-func Listen(address string, id Identity, open Open, log *slog.Logger) (*Server, error) {
+func Listen(address string, log *slog.Logger) (*Server, error) {
 	l, err := net.Listen("tcp", address)
 	if err != nil {
-		return nil, fmt.Errorf("site-listen: %w", err)
+		return nil, err
 	}
+	return &Server{&bounded{l, make(chan struct{}, maxConnections)}, log}, nil
+}
+
+// URL is where others of the site reach the server: the address that it
+// listens at, or, where that is all of the host's, the host's first that is
+// not for itself.
+func (s *Server) URL() (string, error) {
+	at := s.listener.Addr().(*net.TCPAddr)
+	host := at.IP
+	if host.IsUnspecified() {
+		addresses, err := net.InterfaceAddrs()
+		if err != nil {
+			return "", err
+		}
+		i := slices.IndexFunc(addresses, func(a net.Addr) bool {
+			n, ok := a.(*net.IPNet)
+			return ok && n.IP.IsGlobalUnicast()
+		})
+		if i < 0 {
+			return "", fmt.Errorf("%s: this host has no address that others reach", at)
+		}
+		host = addresses[i].(*net.IPNet).IP
+	}
+	return "https://" + net.JoinHostPort(host.String(), strconv.Itoa(at.Port)), nil
+}
+
+// server answers as a device, with what open gives.
+func (s *Server) server(id Identity, open Open) *http.Server {
 	secure := pki.ServerConfig(id.TLSCertificate, id.Roots, tls.RequireAndVerifyClientCert)
 	choose := secure.GetConfigForClient
 	secure.GetConfigForClient = func(h *tls.ClientHelloInfo) (*tls.Config, error) {
@@ -67,23 +100,21 @@ func Listen(address string, id Identity, open Open, log *slog.Logger) (*Server, 
 		}
 		return c, err
 	}
-	return &Server{l, &http.Server{
-		Handler: handler(open, log), TLSConfig: secure, ErrorLog: slog.NewLogLogger(log.Handler(), slog.LevelDebug),
+	return &http.Server{
+		Handler: handler(open, s.log), TLSConfig: secure, ErrorLog: slog.NewLogLogger(s.log.Handler(), slog.LevelDebug),
 		ReadHeaderTimeout: 10 * time.Second, IdleTimeout: time.Minute, MaxHeaderBytes: 16 << 10,
 		TLSNextProto: map[string]func(*http.Server, *tls.Conn, http.Handler){},
-	}}, nil
+	}
 }
-
-// Addr gives the address that it listens at.
-func (s *Server) Addr() net.Addr { return s.listener.Addr() }
 
 // Close stops a server that Run was not called for.
 func (s *Server) Close() error { return s.listener.Close() }
 
 // Run answers until ctx is done.
-func (s *Server) Run(ctx context.Context) error {
+func (s *Server) Run(ctx context.Context, id Identity, open Open) error {
+	server := s.server(id, open)
 	ended := make(chan error, 1)
-	go func() { ended <- s.server.ServeTLS(s.listener, "", "") }()
+	go func() { ended <- server.ServeTLS(s.listener, "", "") }()
 	select {
 	case err := <-ended:
 		return err
@@ -91,8 +122,8 @@ func (s *Server) Run(ctx context.Context) error {
 	}
 	stop, cancel := context.WithTimeout(context.WithoutCancel(ctx), stopTime)
 	defer cancel()
-	if s.server.Shutdown(stop) != nil {
-		s.server.Close()
+	if server.Shutdown(stop) != nil {
+		server.Close()
 	}
 	<-ended
 	return nil
@@ -136,6 +167,32 @@ func handler(open Open, log *slog.Logger) http.Handler {
 		})
 	}
 	return mux
+}
+
+// bounded is a listener that has so many connections at a time; others wait.
+type bounded struct {
+	net.Listener
+	places chan struct{}
+}
+
+func (b *bounded) Accept() (net.Conn, error) {
+	b.places <- struct{}{} // a connection ends by itself when nothing comes
+	c, err := b.Listener.Accept()
+	if err != nil {
+		<-b.places
+		return nil, err
+	}
+	return &placed{Conn: c, leave: sync.OnceFunc(func() { <-b.places })}, nil
+}
+
+type placed struct {
+	net.Conn
+	leave func()
+}
+
+func (p *placed) Close() error {
+	defer p.leave()
+	return p.Conn.Close()
 }
 
 // turn waits for a place, and says whether there was one.

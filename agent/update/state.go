@@ -14,6 +14,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"maps"
 	"os"
 	"path/filepath"
 	"slices"
@@ -163,6 +164,13 @@ func (s *State) Write(dir string) error {
 	return nil
 }
 
+// clone gives a copy that can be changed.
+func (s *State) clone() *State {
+	c := *s
+	c.Served, c.Slots, c.Bad = slices.Clone(s.Served), maps.Clone(s.Slots), slices.Clone(s.Bad)
+	return &c
+}
+
 // syncFolder makes the names in a folder durable.
 func syncFolder(dir string) error {
 	d, err := os.Open(dir)
@@ -204,10 +212,8 @@ func (s *State) free() string {
 
 // forgive forgets what was left, but the release that is wanted: one that is
 // wanted anew is tried anew.
-func (s *State) forgive(digest string) (changed bool) {
-	before := len(s.Bad)
+func (s *State) forgive(digest string) {
 	s.Bad = slices.DeleteFunc(s.Bad, func(b Bad) bool { return b.Digest != digest && b.Told })
-	return len(s.Bad) != before
 }
 
 func clip(reason string) string { return reason[:min(len(reason), maxReason)] }

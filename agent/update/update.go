@@ -74,6 +74,7 @@ type Updater struct {
 
 	mu    sync.Mutex // guards what follows
 	want  *dunlinv1.DesiredAgent
+	told  bool // what is wanted
 	again bool // what waits is due
 	anew  bool // what was refused is to be looked at again
 
@@ -105,10 +106,11 @@ func New(cfg Config) *Updater {
 	return u
 }
 
-// Want says which release is to run; nil: the one that does.
+// Want says which release is to run; nil: the installed program. Until the
+// first call what runs stays.
 func (u *Updater) Want(want *dunlinv1.DesiredAgent) {
 	u.mu.Lock()
-	u.want = want
+	u.want, u.told = want, true
 	u.mu.Unlock()
 	signal(u.wake)
 }
@@ -174,6 +176,9 @@ func (u *Updater) decide(want *dunlinv1.DesiredAgent) (todo, *dunlinv1.AgentStat
 	st := u.standing()
 	slot := u.cfg.Started.Slot
 	if want == nil {
+		if slot != "" {
+			return goBack, st
+		}
 		return nothing, st
 	}
 	installed := u.cfg.Started.Installed
@@ -207,9 +212,7 @@ func (u *Updater) decide(want *dunlinv1.DesiredAgent) (todo, *dunlinv1.AgentStat
 // Run works until ctx is done, or gives ErrRestart when another program is to
 // run.
 func (u *Updater) Run(ctx context.Context) error {
-	if err := u.tell(); err != nil {
-		return err
-	}
+	u.tell()
 	if u.cfg.Started.Slot != "" && u.cfg.Started.Slot == u.state.Trying {
 		if err := u.prove(ctx); err != nil || ctx.Err() != nil {
 			return err
@@ -217,7 +220,7 @@ func (u *Updater) Run(ctx context.Context) error {
 	}
 	for {
 		u.mu.Lock()
-		want, again, anew := u.want, u.again, u.anew
+		want, told, again, anew := u.want, u.told, u.again, u.anew
 		u.again, u.anew = false, false
 		u.mu.Unlock()
 		if anew {
@@ -230,12 +233,15 @@ func (u *Updater) Run(ctx context.Context) error {
 			u.last, u.due, u.failures, u.failure = d, time.Time{}, 0, ""
 			maps.DeleteFunc(u.refused, func(digest, _ string) bool { return digest != d })
 		}
-		if want != nil && u.state.forgive(want.Digest) {
-			if err := u.state.Write(u.cfg.Dir); err != nil {
-				return err
+		if want != nil && slices.ContainsFunc(u.state.Bad, func(b Bad) bool { return b.Told && b.Digest != want.Digest }) {
+			if err := u.commit(func(s *State) { s.forgive(want.Digest) }); err != nil {
+				u.cfg.Log.Error("releases that were left are not forgotten", "error", err)
 			}
 		}
 		do, status := u.decide(want)
+		if !told {
+			do = nothing
+		}
 		wait := time.Hour
 		if do != nothing && time.Now().Before(u.due) {
 			do, wait = nothing, time.Until(u.due)
@@ -264,11 +270,10 @@ func (u *Updater) Run(ctx context.Context) error {
 	}
 }
 
-// tell says of what was left, once, and clears up what is not needed.
-func (u *Updater) tell() error {
+// tell says of what was left, once.
+func (u *Updater) tell() {
 	told := false
-	for i := range u.state.Bad {
-		b := &u.state.Bad[i]
+	for _, b := range u.state.Bad {
 		if b.Told {
 			continue
 		}
@@ -277,12 +282,18 @@ func (u *Updater) tell() error {
 			Kind: "agent.reverted", Severity: dunlinv1.Severity_SEVERITY_ERROR, Model: models.AgentModel, Version: b.Release,
 			Message: fmt.Sprintf("release %s was tried and left: %s", b.Version, b.Reason),
 		})
-		b.Told, told = true, true
+		told = true
 	}
 	if !told {
-		return nil
+		return
 	}
-	return u.state.Write(u.cfg.Dir)
+	if err := u.commit(func(s *State) {
+		for i := range s.Bad {
+			s.Bad[i].Told = true
+		}
+	}); err != nil {
+		u.cfg.Log.Error("the next start says of it again", "error", err)
+	}
 }
 
 // prove waits until the release that is tried stays, or is to be left.
@@ -293,26 +304,21 @@ func (u *Updater) prove(ctx context.Context) error {
 	for {
 		verdict, reason := trial.Step(time.Now(), u.cfg.Health())
 		have := u.state.Slots[u.state.Trying]
+		var err error
 		switch verdict {
 		case Proved:
-			u.state.confirm()
-			if err := u.state.Write(u.cfg.Dir); err != nil {
+			if err = u.commit((*State).confirm); err == nil {
+				u.stays(have)
+				return nil
+			}
+		case Failed:
+			u.cfg.Log.Error("this release of the agent is left", "agent_version", have.Version, "reason", reason)
+			if err = u.restart(false, func(s *State) { s.revert(reason, time.Now()) }); errors.Is(err, ErrRestart) {
 				return err
 			}
-			u.cfg.step("confirmed")
-			if pid := u.cfg.Started.Watcher; pid > 0 {
-				go syscall.Wait4(pid, nil, 0, nil) // it ends within watchEvery
-			}
-			u.cfg.Log.Info("this release of the agent stays", "agent_version", have.Version)
-			u.cfg.Event(&dunlinv1.Event{
-				Kind: "agent.updated", Severity: dunlinv1.Severity_SEVERITY_INFO, Model: models.AgentModel, Version: have.Release, Message: "runs " + have.Version,
-			})
-			u.publish(u.standing())
-			return nil
-		case Failed:
-			u.state.revert(reason, time.Now())
-			u.cfg.Log.Error("this release of the agent is left", "agent_version", have.Version, "reason", reason)
-			return u.restart()
+		}
+		if err != nil { // as of a disk that is full
+			reason = err.Error()
 		}
 		st := u.standing()
 		st.State, st.Reason = dunlinv1.AgentStatus_STATE_TRYING, reason
@@ -325,16 +331,42 @@ func (u *Updater) prove(ctx context.Context) error {
 	}
 }
 
-// note keeps how the agent does, for the release after this one to be held
-// against.
-func (u *Updater) note() {
-	h := u.cfg.Health()
-	u.state.Linked, u.state.Served = h.Linked, h.Served[:min(len(h.Served), maxModels)]
+// stays says that the release that was tried stays.
+func (u *Updater) stays(have Slot) {
+	u.cfg.step("confirmed")
+	if pid := u.cfg.Started.Watcher; pid > 0 {
+		go syscall.Wait4(pid, nil, 0, nil) // it ends within watchEvery
+	}
+	u.cfg.Log.Info("this release of the agent stays", "agent_version", have.Version)
+	u.cfg.Event(&dunlinv1.Event{
+		Kind: "agent.updated", Severity: dunlinv1.Severity_SEVERITY_INFO, Model: models.AgentModel, Version: have.Release, Message: "runs " + have.Version,
+	})
+	u.publish(u.standing())
 }
 
-// restart makes the state the one that the launcher goes by.
-func (u *Updater) restart() error {
-	if err := u.state.Write(u.cfg.Dir); err != nil {
+// commit changes the state, on disk first.
+func (u *Updater) commit(change func(*State)) error {
+	next := u.state.clone()
+	change(next)
+	if err := next.Write(u.cfg.Dir); err != nil {
+		return err
+	}
+	u.state = next
+	return nil
+}
+
+// restart changes the state that the launcher goes by, and has it start. Where
+// this program does well, how it does is kept, for the next one to be held
+// against.
+func (u *Updater) restart(well bool, change func(*State)) error {
+	h := u.cfg.Health()
+	err := u.commit(func(s *State) {
+		if well {
+			s.Linked, s.Served = h.Linked, h.Served[:min(len(h.Served), maxModels)]
+		}
+		change(s)
+	})
+	if err != nil {
 		return err
 	}
 	u.cfg.step("ready to restart")
@@ -360,15 +392,13 @@ func (u *Updater) failed(want *dunlinv1.DesiredAgent, err error) {
 	wait := bound/2 + rand.N(bound/2)
 	u.due = time.Now().Add(wait)
 	u.failure = fmt.Sprintf("try %d failed: %v", u.failures, err)
-	u.cfg.Log.Warn("a release of the agent is not here yet, trying again", "agent_version", want.AgentVersion, "error", err, "in", wait.Round(time.Millisecond))
+	u.cfg.Log.Warn("a release of the agent is not here yet, trying again", "agent_version", want.GetAgentVersion(), "error", err, "in", wait.Round(time.Millisecond))
 }
 
 // carryOut brings a release as far as to the restart that tries it.
 func (u *Updater) carryOut(ctx context.Context, do todo, want *dunlinv1.DesiredAgent) error {
 	if do == goBack {
-		u.note()
-		u.state.Good = ""
-		return u.restart()
+		return u.restart(true, func(s *State) { s.Good = "" })
 	}
 	slot := u.state.free()
 	if slot == u.cfg.Started.Slot {
@@ -377,13 +407,12 @@ func (u *Updater) carryOut(ctx context.Context, do todo, want *dunlinv1.DesiredA
 	if do == switchTo {
 		file := filepath.Join(u.cfg.Dir, slot, program)
 		if sum, err := sumOf(file); err != nil || sum != u.state.Slots[slot].SHA256 {
-			delete(u.state.Slots, slot)
-			return fmt.Errorf("slot %s does not hold %s any more: %w", slot, want.AgentVersion, err)
+			return errors.Join(fmt.Errorf("slot %s does not hold %s any more", slot, want.AgentVersion), err, u.commit(func(s *State) { delete(s.Slots, slot) }))
 		}
 		if _, err := u.cfg.Admit(file); err != nil {
 			return err
 		}
-		return u.try(slot)
+		return u.try(slot, u.state.Slots[slot])
 	}
 	from, err := u.fetch(ctx, want)
 	if err != nil {
@@ -402,8 +431,7 @@ func (u *Updater) carryOut(ctx context.Context, do todo, want *dunlinv1.DesiredA
 	}
 	// From here on the slot holds nothing that counts, until it is whole.
 	if _, there := u.state.Slots[slot]; there {
-		delete(u.state.Slots, slot)
-		if err := u.state.Write(u.cfg.Dir); err != nil {
+		if err := u.commit(func(s *State) { delete(s.Slots, slot) }); err != nil {
 			return err
 		}
 		u.cfg.step("slot emptied")
@@ -411,23 +439,12 @@ func (u *Updater) carryOut(ctx context.Context, do todo, want *dunlinv1.DesiredA
 	if err := u.put(slot, from); err != nil {
 		return err
 	}
-	u.state.Slots[slot] = Slot{Version: version, SHA256: sum, Release: want.Version, Digest: want.Digest}
-	if err := u.try(slot); !errors.Is(err, ErrRestart) {
-		delete(u.state.Slots, slot)
-		return err
-	}
-	return ErrRestart
+	return u.try(slot, Slot{Version: version, SHA256: sum, Release: want.Version, Digest: want.Digest})
 }
 
-// try has the launcher try a slot.
-func (u *Updater) try(slot string) error {
-	u.note()
-	u.state.Trying, u.state.Tries = slot, 0
-	if err := u.restart(); !errors.Is(err, ErrRestart) {
-		u.state.Trying = ""
-		return err
-	}
-	return ErrRestart
+// try has the launcher try what is in a slot.
+func (u *Updater) try(slot string, has Slot) error {
+	return u.restart(true, func(s *State) { s.Slots[slot], s.Trying, s.Tries = has, slot, 0 })
 }
 
 // fetch brings a release's files into a folder of their own, and removes those

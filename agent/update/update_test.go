@@ -40,6 +40,7 @@ type machine struct {
 	events    []string
 	starts    int
 	offline   bool // nobody reaches the controller
+	silent    bool // nobody says which release is wanted
 	crashAt   int  // the step at which the power goes; 0: never
 	steps     int
 	fetches   int
@@ -164,7 +165,7 @@ func (m *machine) agent(running string, env []string, end time.Time) (stopped bo
 			return errors.Join(os.WriteFile(filepath.Join(folder, program), []byte(text), 0o600), os.WriteFile(filepath.Join(folder, signature), []byte("signature"), 0o600))
 		},
 	})
-	if m.want != nil {
+	if !m.silent {
 		u.Want(m.want)
 	}
 	ctx, cancel := context.WithDeadline(m.t.Context(), end)
@@ -235,8 +236,13 @@ func TestUpdate(t *testing.T) {
 		if m.fetches != fetches {
 			t.Error("what the other slot holds was fetched again")
 		}
-		m.want = nil
-		m.expect("nothing wanted", m.run(5*time.Minute), "0.8.0 good", current)
+		m.silent = true
+		m.expect("nobody says what is wanted", m.run(5*time.Minute), "0.8.0 good", current)
+		m.silent, m.want = false, nil
+		m.expect("nothing wanted", m.run(5*time.Minute), "0.7.0 good", current)
+		if lastStatus.Version != 0 {
+			t.Errorf("the status is %v", lastStatus)
+		}
 		m.want = m.release(3, "0.7.0 same as installed")
 		m.expect("the installed one's version", m.run(5*time.Minute), "0.7.0 good", current)
 		m.want = m.release(4, "0.6.0 good")

@@ -29,7 +29,7 @@ func main() {
 	}
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
-	err := fmt.Errorf("%w: unknown command %q; there are run (the default), serve, doctor, verify and version\nrun: dunlin-agent --help", program.ErrUsage, verb)
+	err := fmt.Errorf("%w: unknown command %q; there are run (the default), serve, doctor, verify, import and version\nrun: dunlin-agent --help", program.ErrUsage, verb)
 	if strings.HasSuffix(verb, ".onnx") {
 		err = fmt.Errorf("%w: %q is not a command; to serve it: dunlin-agent serve %s", program.ErrUsage, verb, verb)
 	}
@@ -44,6 +44,10 @@ func main() {
 		err = agent.Doctor(ctx, args, os.Getenv, os.Stdout, os.Stdout)
 	case "verify":
 		err = agent.Verify(ctx, args, os.Getenv, os.Stdout, os.Stdout)
+	case "import":
+		err = agent.Import(ctx, args, os.Getenv, os.Stdout, os.Stdout)
+	case "watch": // the launcher's own child
+		err = agent.Watch(args)
 	case "version":
 		_, err = fmt.Println("dunlin-agent", program.Version())
 	}

@@ -51,7 +51,6 @@ type Config struct {
 }
 
 type server struct {
-	v1connect.UnimplementedRolloutServiceHandler
 	v1connect.UnimplementedDeviceServiceHandler
 
 	Config

@@ -100,7 +100,7 @@ func start(t *testing.T) *world {
 	enrolment := enrol.New(enrol.Config{
 		Store: st, Authorities: authorities, Lifetime: identity.DeviceLifetime, Grace: identity.Grace, BrokerURL: "mqtts://localhost:8883",
 		Roots: authorities.Roots, Trust: st.TrustSince,
-		AccountsChanged: accounts, Joined: w.dispatch.Replan, Refusals: st, Now: time.Now, Log: log,
+		AccountsChanged: accounts, Joined: w.dispatch.Joined, Refusals: st, Now: time.Now, Log: log,
 	})
 	_, active := authorities.All()
 	server := httptest.NewServer(pkitest.Showing(t, active, New(Config{
@@ -396,7 +396,7 @@ func TestRollouts(t *testing.T) {
 		t.Errorf("ended with %v", last)
 	}
 	c := w.rollouts(viewer)
-	if got := call(t, c.GetRollout, &v1.GetRolloutRequest{Deployment: "digits"}).Rollout; got.Id != newer || got.FromVersion != 1 || got.ToVersion != 2 {
+	if got := call(t, c.GetRollout, &v1.GetRolloutRequest{Deployment: "digits"}).Rollout; got.Id != newer || got.FromVersion != 0 || got.ToVersion != 2 {
 		t.Errorf("got %v", got)
 	}
 	if got := call(t, c.ListRollouts, &v1.ListRolloutsRequest{Deployment: "digits"}).Rollouts; len(got) != 2 || got[1].Id != id {

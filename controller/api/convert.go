@@ -66,26 +66,106 @@ func route(o store.StoredObject) *v1.Route {
 }
 
 var rolloutStates = map[fleet.State]v1.RolloutState{
-	fleet.Running:    v1.RolloutState_ROLLOUT_STATE_RUNNING,
-	fleet.Succeeded:  v1.RolloutState_ROLLOUT_STATE_SUCCEEDED,
-	fleet.Failed:     v1.RolloutState_ROLLOUT_STATE_FAILED,
-	fleet.Superseded: v1.RolloutState_ROLLOUT_STATE_SUPERSEDED,
+	fleet.Running:     v1.RolloutState_ROLLOUT_STATE_RUNNING,
+	fleet.Succeeded:   v1.RolloutState_ROLLOUT_STATE_SUCCEEDED,
+	fleet.Failed:      v1.RolloutState_ROLLOUT_STATE_FAILED,
+	fleet.Superseded:  v1.RolloutState_ROLLOUT_STATE_SUPERSEDED,
+	fleet.Paused:      v1.RolloutState_ROLLOUT_STATE_PAUSED,
+	fleet.Halted:      v1.RolloutState_ROLLOUT_STATE_HALTED,
+	fleet.RollingBack: v1.RolloutState_ROLLOUT_STATE_ROLLING_BACK,
+	fleet.RolledBack:  v1.RolloutState_ROLLOUT_STATE_ROLLED_BACK,
+	fleet.Aborted:     v1.RolloutState_ROLLOUT_STATE_ABORTED,
 }
 
 var rolloutPhases = map[fleet.Phase]v1.RolloutDevice_Phase{
-	fleet.DevicePending: v1.RolloutDevice_PHASE_PENDING,
-	fleet.DeviceWorking: v1.RolloutDevice_PHASE_WORKING,
-	fleet.DeviceReady:   v1.RolloutDevice_PHASE_READY,
-	fleet.DeviceFailed:  v1.RolloutDevice_PHASE_FAILED,
+	fleet.DevicePending:    v1.RolloutDevice_PHASE_PENDING,
+	fleet.DeviceWorking:    v1.RolloutDevice_PHASE_WORKING,
+	fleet.DeviceReady:      v1.RolloutDevice_PHASE_READY,
+	fleet.DeviceFailed:     v1.RolloutDevice_PHASE_FAILED,
+	fleet.DeviceWaiting:    v1.RolloutDevice_PHASE_WAITING,
+	fleet.DeviceRolledBack: v1.RolloutDevice_PHASE_ROLLED_BACK,
 }
 
-func rollout(r fleet.Rollout) *v1.Rollout {
-	return &v1.Rollout{
-		Id: r.ID(), Deployment: r.Deployment, Model: r.Model, FromVersion: r.From, ToVersion: r.To,
+// rollout gives a rollout with at most so many of its devices: those that are
+// most worth a look.
+func rollout(r fleet.Rollout, most int) *v1.Rollout {
+	m := &v1.Rollout{
+		Id: r.ID(), Deployment: r.Deployment, Model: r.Model, FromModel: r.FromModel, FromVersion: r.From, ToVersion: r.To,
 		State: rolloutStates[r.State], Reason: r.Reason, StartedAt: timestamp(r.StartedAt), EndedAt: timestamp(r.EndedAt),
-		Devices: convert(r.Devices, func(d fleet.RolloutDevice) *v1.RolloutDevice {
-			return &v1.RolloutDevice{Device: d.Device, Phase: rolloutPhases[d.Phase], Reason: d.Reason, BytesPresent: d.BytesPresent, BytesTotal: d.BytesTotal}
-		}),
+		Devices: convert(worthALook(r.Devices, most), rolloutDevice), DeviceCount: uint32(len(r.Devices)),
+		Wave: uint32(r.Wave), Waves: convert(r.Progress(), rolloutWave), Gates: convert(r.Gates, gateResult),
+	}
+	if !r.State.Ended() {
+		m.SoaksUntil = timestamp(r.SoaksUntil())
+	}
+	return m
+}
+
+// worthALook gives at most so many devices, by name: those that failed, then
+// those on their way, then those that are done, then those that wait.
+func worthALook(devices []fleet.RolloutDevice, most int) []fleet.RolloutDevice {
+	if len(devices) <= most {
+		return devices
+	}
+	rank := func(d fleet.RolloutDevice) int {
+		switch d.Phase {
+		case fleet.DeviceFailed:
+			return 0
+		case fleet.DevicePending, fleet.DeviceWorking:
+			return 1
+		case fleet.DeviceReady, fleet.DeviceRolledBack:
+			return 2
+		}
+		return 3
+	}
+	left := make([]int, 4) // of each rank
+	for _, d := range devices {
+		left[rank(d)]++
+	}
+	for i := range left {
+		left[i] = min(left[i], most)
+		most -= left[i]
+	}
+	var some []fleet.RolloutDevice
+	for _, d := range devices {
+		if r := rank(d); left[r] > 0 {
+			left[r]--
+			some = append(some, d)
+		}
+	}
+	return some
+}
+
+func rolloutDevice(d fleet.RolloutDevice) *v1.RolloutDevice {
+	return &v1.RolloutDevice{
+		Device: d.Device, Phase: rolloutPhases[d.Phase], Reason: d.Reason, BytesPresent: d.BytesPresent, BytesTotal: d.BytesTotal,
+		Class: d.Class, Wave: uint32(d.Wave), Excused: d.Excused, ReadyAt: timestamp(d.ReadyAt),
+	}
+}
+
+func rolloutWave(w fleet.WaveProgress) *v1.RolloutWave {
+	return &v1.RolloutWave{
+		Name: w.Wave.String(), Devices: uint32(w.Devices), Ready: uint32(w.Ready), Failed: uint32(w.Failed), Excused: uint32(w.Excused), StartedAt: timestamp(w.StartedAt),
+	}
+}
+
+var gateVerdicts = map[fleet.GateVerdict]v1.GateResult_Verdict{
+	fleet.Passed:     v1.GateResult_VERDICT_PASSED,
+	fleet.FailedGate: v1.GateResult_VERDICT_FAILED,
+	fleet.NoSample:   v1.GateResult_VERDICT_NO_SAMPLE,
+}
+
+func gateResult(g fleet.GateResult) *v1.GateResult {
+	return &v1.GateResult{
+		Gate: string(g.Gate), Class: g.Class, Verdict: gateVerdicts[g.Verdict], NewFigure: g.New, OldFigure: g.Old, Value: g.Value, Limit: g.Limit,
+		NewSamples: g.NewSamples, OldSamples: g.OldSamples, Reason: g.Reason,
+	}
+}
+
+func decision(d fleet.Decision) *v1.Decision {
+	return &v1.Decision{
+		At: timestamp(d.At), Kind: string(d.Kind), Wave: uint32(d.Wave), By: d.By, Reason: d.Reason, Devices: d.Devices, DeviceCount: uint32(d.DeviceCount),
+		Gates: convert(d.Gates, gateResult),
 	}
 }
 

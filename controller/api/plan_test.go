@@ -6,9 +6,11 @@ import (
 	"testing"
 
 	"connectrpc.com/connect"
+	"google.golang.org/protobuf/proto"
 
 	"github.com/dunlin/dunlin/controller/fleet"
 	"github.com/dunlin/dunlin/controller/store"
+	"github.com/dunlin/dunlin/internal/link"
 	"github.com/dunlin/dunlin/models"
 	v1 "github.com/dunlin/dunlin/proto/dunlin/v1"
 	v1connect "github.com/dunlin/dunlin/proto/dunlin/v1/dunlinv1connect"
@@ -87,6 +89,10 @@ func TestPlan(t *testing.T) {
 	if got := say(call(t, o.Apply, &v1.ApplyRequest{Documents: deploymentDoc(2)}).GetRefused()); got != "digits/small digits:2 DOES_NOT_FIT" {
 		t.Errorf("refused %s", got)
 	}
+	// One that is away is not given anything, nor refused.
+	hello, err := proto.Marshal(&v1.Hello{BootId: "b", Session: "s"})
+	must(t, err)
+	w.dispatch.Handle(link.Up("small", link.Hello), hello)
 	changed := w.dispatch.Changed()
 	for {
 		r := call(t, w.rollouts(viewer).GetRollout, &v1.GetRolloutRequest{Deployment: "digits"}).Rollout

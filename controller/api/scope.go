@@ -58,7 +58,10 @@ func (v view) rollout(r fleet.Rollout) (fleet.Rollout, bool) {
 	all := len(r.Devices)
 	r.Devices = slices.DeleteFunc(slices.Clone(r.Devices), func(d fleet.RolloutDevice) bool { return !v.sees(d.Device) })
 	if len(r.Devices) < all && r.Reason != "" {
-		r.Reason = "what it says is of devices outside the scope too" // it names them
+		r.Reason = outside // it names them
+	}
+	if len(r.Devices) < all {
+		r.Gates = nil // their figures are of all
 	}
 	selector, there := v.selectors[r.Deployment]
 	if there {
@@ -67,25 +70,62 @@ func (v view) rollout(r fleet.Rollout) (fleet.Rollout, bool) {
 	return r, there || len(r.Devices) > 0
 }
 
+// decision gives what the caller sees of a decision.
+func (v view) decision(d fleet.Decision) fleet.Decision {
+	if v.devices == nil {
+		return d
+	}
+	all := len(d.Devices)
+	d.Devices = slices.DeleteFunc(slices.Clone(d.Devices), func(name string) bool { return !v.sees(name) })
+	if len(d.Devices) < all || d.DeviceCount > all {
+		d.DeviceCount = len(d.Devices)
+	}
+	// Its words name devices, and its figures are of all.
+	if d.By == "controller" || d.By == "gate" {
+		d.Reason = outside
+	}
+	d.Gates = nil
+	return d
+}
+
+// outside stands for a reason that may name devices that the caller does not see.
+const outside = "what it says is of devices outside the scope too"
+
 // mayApply says whether the caller may make objects what they say, or change
 // what was there.
 func mayApply(p identity.Principal) store.Permit {
 	return func(o fleet.Object) error {
-		if o.Deployment == nil {
+		selector, ok := selectorOf(o)
+		if !ok {
 			return identity.Allow(p, identity.ApplyRoute)
 		}
-		return about(o, identity.Allow(p, v1connect.ObjectServiceApplyProcedure, o.Deployment.Selector))
+		return about(o, identity.Allow(p, v1connect.ObjectServiceApplyProcedure, selector))
 	}
 }
 
 // mayDelete says whether the caller may delete an object.
 func mayDelete(p identity.Principal) store.Permit {
 	return func(o fleet.Object) error {
-		if o.Deployment == nil {
+		selector, ok := selectorOf(o)
+		if !ok {
 			return identity.Allow(p, identity.DeleteRoute)
 		}
-		return about(o, identity.Allow(p, v1connect.ObjectServiceDeleteProcedure, o.Deployment.Selector))
+		return about(o, identity.Allow(p, v1connect.ObjectServiceDeleteProcedure, selector))
 	}
+}
+
+// selectorOf gives the selector of the devices that an object is about; false:
+// it is about all.
+func selectorOf(o fleet.Object) (map[string]string, bool) {
+	switch {
+	case o.Deployment != nil:
+		return o.Deployment.Selector, true
+	case o.Freeze != nil:
+		return o.Freeze.Selector, true
+	case o.Maintenance != nil:
+		return o.Maintenance.Selector, true
+	}
+	return nil, false
 }
 
 func about(o fleet.Object, err error) error {

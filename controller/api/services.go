@@ -5,7 +5,9 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"slices"
+	"strings"
 	"time"
 
 	"connectrpc.com/connect"
@@ -31,6 +33,9 @@ const (
 	defaultEvents   = 100
 	maxEvents       = 10000
 	maxRollouts     = 1000 // that one call lists
+	maxShown        = 1000 // devices of a rollout that is listed or watched
+	maxListed       = 20_000
+	watchEvery      = 250 * time.Millisecond
 )
 
 func invalid(format string, args ...any) error { return enrol.Invalid(format, args...) }
@@ -306,8 +311,8 @@ func (s *server) changed() {
 }
 
 func (s *server) Delete(ctx context.Context, req *connect.Request[v1.DeleteRequest]) (*connect.Response[v1.DeleteResponse], error) {
-	if k := req.Msg.GetKind(); k != fleet.KindDeployment && k != fleet.KindRoute {
-		return nil, invalid("kind %q is not %s or %s", k, fleet.KindDeployment, fleet.KindRoute)
+	if k := req.Msg.GetKind(); !slices.Contains(fleet.Kinds, k) {
+		return nil, invalid("kind %q is none of %s", k, strings.Join(fleet.Kinds, ", "))
 	}
 	c, err := s.Store.Delete(ctx, caller(ctx), req.Msg.GetKind(), req.Msg.GetName(), mayDelete(identity.FromContext(ctx)))
 	if err != nil {
@@ -377,9 +382,12 @@ func (s *server) ListRollouts(ctx context.Context, req *connect.Request[v1.ListR
 		return nil, err
 	}
 	resp := &v1.ListRolloutsResponse{}
+	left := maxListed
 	for _, r := range rollouts {
 		if r, ok := v.rollout(r); ok {
-			resp.Rollouts = append(resp.Rollouts, rollout(r))
+			m := rollout(r, min(maxShown, left))
+			left -= len(m.GetDevices())
+			resp.Rollouts = append(resp.Rollouts, m)
 		}
 	}
 	return connect.NewResponse(resp), nil
@@ -392,6 +400,19 @@ func (s *server) find(ctx context.Context, id, deployment string) (fleet.Rollout
 	if err != nil {
 		return r, err
 	}
+	return s.within(ctx, r)
+}
+
+// follow is find for those who look often: it does not ask the store while the
+// dispatcher has the rollout.
+func (s *server) follow(ctx context.Context, id string) (fleet.Rollout, error) {
+	if r, ok := s.Dispatch.Rollout(id); ok {
+		return s.within(ctx, r)
+	}
+	return s.find(ctx, id, "")
+}
+
+func (s *server) within(ctx context.Context, r fleet.Rollout) (fleet.Rollout, error) {
 	v, err := s.view(ctx)
 	if err != nil {
 		return r, err
@@ -405,8 +426,8 @@ func (s *server) find(ctx context.Context, id, deployment string) (fleet.Rollout
 
 // whole gives a rollout with all of its devices.
 func (s *server) whole(ctx context.Context, id, deployment string) (fleet.Rollout, error) {
-	if (id == "") == (deployment == "") {
-		return fleet.Rollout{}, invalid("give either id or deployment")
+	if err := eitherOf(id, deployment); err != nil {
+		return fleet.Rollout{}, err
 	}
 	if id != "" {
 		return s.Store.Rollout(ctx, id)
@@ -421,12 +442,19 @@ func (s *server) whole(ctx context.Context, id, deployment string) (fleet.Rollou
 	return newest[0], nil
 }
 
+func eitherOf(id, deployment string) error {
+	if (id == "") == (deployment == "") {
+		return invalid("give either id or deployment")
+	}
+	return nil
+}
+
 func (s *server) GetRollout(ctx context.Context, req *connect.Request[v1.GetRolloutRequest]) (*connect.Response[v1.GetRolloutResponse], error) {
 	r, err := s.find(ctx, req.Msg.GetId(), req.Msg.GetDeployment())
 	if err != nil {
 		return nil, err
 	}
-	return connect.NewResponse(&v1.GetRolloutResponse{Rollout: rollout(r)}), nil
+	return connect.NewResponse(&v1.GetRolloutResponse{Rollout: rollout(r, len(r.Devices))}), nil
 }
 
 func (s *server) WatchRollout(ctx context.Context, req *connect.Request[v1.WatchRolloutRequest], stream *connect.ServerStream[v1.WatchRolloutResponse]) error {
@@ -437,30 +465,99 @@ func (s *server) WatchRollout(ctx context.Context, req *connect.Request[v1.Watch
 	}
 	for sent := false; ; {
 		if !sent {
-			if err := stream.Send(&v1.WatchRolloutResponse{Rollout: rollout(r)}); err != nil {
+			if err := stream.Send(&v1.WatchRolloutResponse{Rollout: rollout(r, maxShown)}); err != nil {
 				return err
 			}
 		}
-		if r.State != fleet.Running {
+		if r.State.Ended() {
 			return nil
 		}
-		select {
-		case <-ctx.Done():
-			return ctx.Err()
-		case <-s.Stopping:
-			return connect.NewError(connect.CodeUnavailable, errors.New("the controller stops"))
-		case <-changed:
+		next := time.NewTimer(watchEvery)
+		if err := until(ctx, s.Stopping, changed); err != nil {
+			return err
+		}
+		if err := until(ctx, s.Stopping, next.C); err != nil {
+			return err
 		}
 		changed = s.Dispatch.Changed()
 		if ctx, err = s.again(ctx, v1connect.RolloutServiceWatchRolloutProcedure); err != nil {
 			return err
 		}
-		now, err := s.find(ctx, r.ID(), "")
+		now, err := s.follow(ctx, r.ID())
 		if err != nil {
 			return err
 		}
 		sent, r = now.Equal(r), now
 	}
+}
+
+// until waits for something.
+func until[T any](ctx context.Context, stopping <-chan struct{}, c <-chan T) error {
+	select {
+	case <-ctx.Done():
+		return ctx.Err()
+	case <-stopping:
+		return connect.NewError(connect.CodeUnavailable, errors.New("the controller stops"))
+	case <-c:
+		return nil
+	}
+}
+
+var commands = map[v1.ControlRolloutRequest_Action]fleet.Command{
+	v1.ControlRolloutRequest_ACTION_PAUSE:     fleet.CommandPause,
+	v1.ControlRolloutRequest_ACTION_RESUME:    fleet.CommandResume,
+	v1.ControlRolloutRequest_ACTION_PROMOTE:   fleet.CommandPromote,
+	v1.ControlRolloutRequest_ACTION_ABORT:     fleet.CommandAbort,
+	v1.ControlRolloutRequest_ACTION_ROLL_BACK: fleet.CommandRollBack,
+}
+
+func (s *server) ControlRollout(ctx context.Context, req *connect.Request[v1.ControlRolloutRequest]) (*connect.Response[v1.ControlRolloutResponse], error) {
+	m := req.Msg
+	command, ok := commands[m.GetAction()]
+	if !ok {
+		return nil, invalid("action %d is not known", m.GetAction())
+	}
+	if err := eitherOf(m.GetId(), m.GetDeployment()); err != nil {
+		return nil, err
+	}
+	if n := len(m.GetReason()); n > fleet.MaxCommandReason {
+		return nil, invalid("reason has %d bytes, the limit is %d", n, fleet.MaxCommandReason)
+	}
+	p := identity.FromContext(ctx)
+	// One that the caller does not see is not there for them.
+	if _, err := s.find(ctx, m.GetId(), m.GetDeployment()); err != nil {
+		return nil, err
+	}
+	r, err := s.Store.ControlRollout(ctx, caller(ctx), m.GetId(), m.GetDeployment(), command, m.GetReason(), func(o fleet.Object) error {
+		return about(o, identity.Allow(p, v1connect.RolloutServiceControlRolloutProcedure, o.Deployment.Selector))
+	})
+	if err != nil {
+		return nil, err
+	}
+	s.changed()
+	return connect.NewResponse(&v1.ControlRolloutResponse{Rollout: rollout(r, maxShown)}), nil
+}
+
+func (s *server) ListDecisions(ctx context.Context, req *connect.Request[v1.ListDecisionsRequest]) (*connect.Response[v1.ListDecisionsResponse], error) {
+	r, err := s.whole(ctx, req.Msg.GetId(), req.Msg.GetDeployment())
+	if err != nil {
+		return nil, err
+	}
+	v, err := s.view(ctx)
+	if err != nil {
+		return nil, err
+	}
+	if _, ok := v.rollout(r); !ok {
+		return nil, fmt.Errorf("rollout %s: %w", r.ID(), store.ErrNotFound)
+	}
+	decisions, err := s.Store.Decisions(ctx, r.ID())
+	if err != nil {
+		return nil, err
+	}
+	for i := range decisions {
+		decisions[i] = v.decision(decisions[i])
+	}
+	return connect.NewResponse(&v1.ListDecisionsResponse{Decisions: convert(decisions, decision)}), nil
 }
 
 func (s *server) ListDevices(ctx context.Context, req *connect.Request[v1.ListDevicesRequest]) (*connect.Response[v1.ListDevicesResponse], error) {
@@ -531,4 +628,29 @@ func (s *server) ListEvents(ctx context.Context, req *connect.Request[v1.ListEve
 		return nil, err
 	}
 	return connect.NewResponse(&v1.ListEventsResponse{Events: convert(events, deviceEvent)}), nil
+}
+
+func (s *server) ListDrift(ctx context.Context, req *connect.Request[v1.ListDriftRequest]) (*connect.Response[v1.ListDriftResponse], error) {
+	if name := req.Msg.GetDevice(); name != "" {
+		if _, err := s.seen(ctx, name); err != nil {
+			return nil, err
+		}
+	}
+	labels, err := s.Store.DeviceLabels(ctx)
+	if err != nil {
+		return nil, err
+	}
+	p := identity.FromContext(ctx)
+	resp := &v1.ListDriftResponse{}
+	drifts := s.Dispatch.Drifts()
+	for _, name := range slices.Sorted(maps.Keys(drifts)) {
+		l, ok := labels[name]
+		if !ok || !p.Covers(l) || req.Msg.GetDevice() != "" && req.Msg.GetDevice() != name || !fleet.Matches(req.Msg.GetSelector(), fleet.Device{Labels: l}) {
+			continue
+		}
+		for _, one := range drifts[name] {
+			resp.Drifts = append(resp.Drifts, &v1.DeviceDrift{Device: name, Drift: one})
+		}
+	}
+	return connect.NewResponse(resp), nil
 }

@@ -200,13 +200,13 @@ func testContract(t *testing.T, start func(t *testing.T, names ...string) *testB
 		a := mustDial(t, b.address, credentials{device: "a"})
 		a.mustSubscribe(link.Down("a", "+"), link.EpochTopic)
 		other := mustDial(t, b.address, credentials{device: "b"})
-		other.mustSubscribe(link.Down("b", link.Desired), link.Down("b", link.Command), link.Down("b", link.Block))
+		other.mustSubscribe(link.Down("b", link.Desired), link.Down("b", link.Command), link.Down("b", link.Block), link.Down("b", link.Data))
 
-		for _, kind := range []string{link.Hello, link.Reported, link.Events, link.Telemetry, link.Request, link.Gone} {
+		for _, kind := range []string{link.Hello, link.Reported, link.Events, link.Telemetry, link.Request, link.Fetch, link.Gone} {
 			a.publish(link.Up("a", kind), "this is "+kind)
 			b.inbox.want(t, link.Up("a", kind), "this is "+kind)
 		}
-		for _, kind := range []string{link.Desired, link.Command, link.Block} {
+		for _, kind := range []string{link.Desired, link.Command, link.Block, link.Data} {
 			for name, c := range map[string]*client{"a": a, "b": other} {
 				mustPublish(t, b.bus, link.Down(name, kind), kind+" for "+name)
 				c.inbox.want(t, link.Down(name, kind), kind+" for "+name)

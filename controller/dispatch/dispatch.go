@@ -51,7 +51,10 @@ const (
 	workers = 8
 	// queueLimit bounds the messages that wait for a worker. When its queue
 	// is full, Handle blocks, and the broker stops reading from the device.
-	queueLimit = 128
+	queueLimit = 256
+	// gather bounds the messages that a worker takes in with one transaction:
+	// those that have come while it was at the ones before.
+	gather = queueLimit
 )
 
 // timing is how often things happen.
@@ -62,12 +65,16 @@ type timing struct {
 	look               time.Duration // most time between two passes while a rollout runs
 	beat               time.Duration // between two epochs
 	silence            time.Duration // after which a device counts as away: it sends telemetry every minute
+	sample             time.Duration // between two steps of a rollout that counts figures
+	keep               time.Duration // between two times that figures are kept: so much of them is lost at most
+	drift              time.Duration // between two times that devices are held against their documents
 }
 
 var defaultTiming = timing{
 	resend: 2 * time.Second, resendMost: time.Minute, ask: 30 * time.Second,
 	pass: 20 * time.Millisecond, look: 10 * time.Second,
 	beat: time.Minute, silence: 3 * time.Minute,
+	sample: time.Second, keep: 3 * time.Second, drift: 2 * time.Second,
 }
 
 // Dispatcher is safe for concurrent use.
@@ -85,17 +92,21 @@ type Dispatcher struct {
 	queues  [workers]chan message
 	stopped chan struct{} // closed when Run ends: queued messages are dropped
 	kick    chan struct{} // capacity 1: the planner has something to do
-	objects atomic.Bool   // desired documents may have changed
-	running atomic.Bool   // rollouts may be running
-	newest  int64         // number of the newest rollout that was compiled for; the planner's own
+	objects atomic.Bool   // objects, versions or rollouts changed
+	planner planner
+	view    *view
 
 	sites            *sites
 	malformed, stale *prometheus.CounterVec
+	drifting         *prometheus.GaugeVec
 
 	mu      sync.Mutex // guards what follows; held for memory only
 	live    map[string]*live
 	twins   map[string]*twins
-	refused map[string][]fleet.Refusal // by device, as of the last documents; replaced, never changed
+	refused map[string][]fleet.Refusal // by device, as of the last documents; the slices are never changed
+	figures map[int64]*watched         // by rollout
+	drifts  map[string][]*dunlinv1.Drift
+	current map[string]fleet.Rollout // those that the planner has, by ID
 	bootID  string
 	changed chan struct{}
 }
@@ -116,6 +127,7 @@ type live struct {
 	telemetry *dunlinv1.Telemetry
 	kept      *dunlinv1.Telemetry // that Samples gave last
 	free      *uint64             // bytes on its disk as the store has it; nil: not saved yet
+	leased    time.Time           // until when it sends telemetry with figures
 	sent      uint64              // number of the generation that was sent since it last said hello; 0: none
 	// A generation that the device has not reported as observed.
 	pending uint64 // 0: none
@@ -137,9 +149,9 @@ func New(c Config) *Dispatcher {
 	d := &Dispatcher{
 		trusted: c.Trusted, superseded: c.Superseded, twins: map[string]*twins{},
 		store: c.Store, bus: c.Bus, log: c.Log, onStep: c.OnStep, timing: defaultTiming, now: time.Now,
-		stopped: make(chan struct{}), kick: make(chan struct{}, 1),
-		sites: newSites(),
-		live:  map[string]*live{}, bootID: rand.Text(), changed: make(chan struct{}),
+		stopped: make(chan struct{}), kick: make(chan struct{}, 1), view: newView(),
+		sites: newSites(), refused: map[string][]fleet.Refusal{}, figures: map[int64]*watched{}, drifts: map[string][]*dunlinv1.Drift{},
+		live: map[string]*live{}, bootID: rand.Text(), changed: make(chan struct{}),
 		malformed: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "dunlin_controller_malformed_total", Help: "Messages from devices that were dropped because they are malformed, by kind.",
 		}, []string{"kind"}),
@@ -147,11 +159,17 @@ func New(c Config) *Dispatcher {
 			Name: "dunlin_controller_ignored_total", Help: "Well-formed messages that were ignored: of an older session, out of order, or of an unknown device.",
 		}, []string{"kind"}),
 	}
+	d.drifting = prometheus.NewGaugeVec(prometheus.GaugeOpts{
+		Name: "dunlin_controller_drift", Help: "What of connected devices is other than it should be, by kind.",
+	}, []string{"kind"})
+	for _, kind := range driftKinds {
+		d.drifting.WithLabelValues(kind)
+	}
 	for i := range d.queues {
 		d.queues[i] = make(chan message, queueLimit)
 	}
 	if c.Metrics != nil {
-		c.Metrics.MustRegister(d.malformed, d.stale)
+		c.Metrics.MustRegister(d.malformed, d.stale, d.drifting)
 	}
 	return d
 }
@@ -209,13 +227,17 @@ func (d *Dispatcher) work(ctx context.Context, queue <-chan message) {
 		case <-ctx.Done():
 			return
 		case m := <-queue:
-			d.take(ctx, m)
+			all := []message{m}
+			for len(all) < gather && len(queue) > 0 { // this worker alone takes from it
+				all = append(all, <-queue)
+			}
+			d.take(ctx, all)
 		}
 	}
 }
 
-// Replan says that devices, objects or versions changed: desired documents
-// are compiled anew.
+// Replan says that objects, versions, rollouts or measurements changed: the
+// desired documents that this touches are compiled anew.
 func (d *Dispatcher) Replan() {
 	d.objects.Store(true)
 	d.wake()
@@ -228,6 +250,12 @@ func (d *Dispatcher) wake() {
 	}
 }
 
+// Joined says that a device is new, or was made anew.
+func (d *Dispatcher) Joined(device string) {
+	d.view.stale(device)
+	d.wake()
+}
+
 // Forget cuts a removed device off.
 func (d *Dispatcher) Forget(device string) {
 	d.mu.Lock()
@@ -235,7 +263,15 @@ func (d *Dispatcher) Forget(device string) {
 	delete(d.twins, device)
 	d.mu.Unlock()
 	d.bus.Disconnect(device)
-	d.Replan()
+	d.Joined(device) // the store says that it is not there
+}
+
+// dropped forgets what there was of a device that is gone from the store.
+func (d *Dispatcher) dropped(device string) {
+	d.mu.Lock()
+	delete(d.refused, device)
+	d.mu.Unlock()
+	d.found(device, nil)
 }
 
 // CutOff ends the session of a device whose certificates were revoked before.
@@ -257,6 +293,15 @@ func (d *Dispatcher) Refused(device string) []fleet.Refusal {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	return d.refused[device]
+}
+
+// Rollout gives a rollout by its ID as it is now, where it has not ended or is
+// the newest of its deployment. Its devices are not to be changed.
+func (d *Dispatcher) Rollout(id string) (fleet.Rollout, bool) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	r, ok := d.current[id]
+	return r, ok
 }
 
 // Changed gives a channel that is closed when a rollout changes next. To miss
@@ -335,7 +380,7 @@ func (d *Dispatcher) sweep(ctx context.Context) error {
 	heard := map[string]time.Time{}
 	away := map[string]time.Time{}
 	free := map[string]uint64{}
-	room := false // on the disk of a device that lacked it
+	room := map[string]bool{} // devices that lacked it on their disks
 	d.mu.Lock()
 	for device, l := range d.live {
 		if l.heard.After(l.saved) {
@@ -349,7 +394,7 @@ func (d *Dispatcher) sweep(ctx context.Context) error {
 			lacks := slices.ContainsFunc(d.refused[device], func(r fleet.Refusal) bool { return r.Disk })
 			if l.free == nil || lacks && now != *l.free || max(now, *l.free)-min(now, *l.free) > *l.free/freeStep {
 				free[device] = now
-				room = room || lacks && (l.free == nil || now > *l.free)
+				room[device] = lacks && (l.free == nil || now > *l.free)
 			}
 		}
 	}
@@ -358,8 +403,11 @@ func (d *Dispatcher) sweep(ctx context.Context) error {
 	if err := d.store.Heard(ctx, heard, away, free); err != nil {
 		return err
 	}
-	if room {
-		d.Replan()
+	for device, at := range away {
+		d.view.away(device, at)
+	}
+	for device, n := range free {
+		d.view.free(device, n, room[device])
 	}
 	d.mu.Lock()
 	for device, n := range free {
@@ -375,7 +423,7 @@ func (d *Dispatcher) sweep(ctx context.Context) error {
 		}
 	}
 	d.mu.Unlock()
-	if len(away) > 0 {
+	if len(away) > 0 || len(room) > 0 {
 		d.wake()
 	}
 	return d.store.Prune(ctx)

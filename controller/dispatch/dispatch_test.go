@@ -151,7 +151,7 @@ func (w *world) join(device string) {
 	_, err := w.store.CreateJoinToken(w.t.Context(), "user:test", hash, store.JoinToken{UsesLeft: 1, ExpiresAt: time.Now().Add(time.Hour)})
 	w.must(err)
 	w.must(joinDevice(w.t.Context(), w.store, hash, device))
-	w.d.Replan()
+	w.d.Joined(device)
 }
 
 func (w *world) push(model string) {
@@ -295,7 +295,8 @@ func TestRollout(t *testing.T) {
 	status := &dunlinv1.VersionStatus{Model: "digits", Version: 1, BytesPresent: 5, BytesTotal: 10}
 	w.up("dev", link.Reported, &dunlinv1.Reported{Session: "s1", Sequence: 1, Observed: m.Generation, Versions: []*dunlinv1.VersionStatus{status}})
 	w.rollout(id, func(r fleet.Rollout) bool {
-		return r.Devices[0] == fleet.RolloutDevice{Device: "dev", Phase: fleet.DeviceWorking, BytesPresent: 5, BytesTotal: 10}
+		d := r.Devices[0]
+		return d.Phase == fleet.DeviceWorking && d.BytesPresent == 5 && d.BytesTotal == 10 && d.Wave == 1 && !d.AdmittedAt.IsZero()
 	})
 	status.Serving = true
 	w.up("dev", link.Reported, &dunlinv1.Reported{Session: "s1", Sequence: 2, Observed: m.Generation, Versions: []*dunlinv1.VersionStatus{status}})
@@ -303,11 +304,13 @@ func TestRollout(t *testing.T) {
 
 	w.push("digits")
 	id = w.apply("digits", 2)
-	m, _ = w.desired("dev", at, hasVersion("digits", 2))
+	m, at = w.desired("dev", at, hasVersion("digits", 2))
 	w.up("dev", link.Reported, &dunlinv1.Reported{Session: "s1", Sequence: 3, Observed: m.Generation, Versions: []*dunlinv1.VersionStatus{
 		status, {Model: "digits", Version: 2, State: dunlinv1.VersionState_VERSION_STATE_QUARANTINED, Reason: "opset 99"},
 	}})
-	r = w.rollout(id, ended(fleet.Failed))
+	m, _ = w.desired("dev", at, hasVersion("digits", 1))
+	w.up("dev", link.Reported, &dunlinv1.Reported{Session: "s1", Sequence: 4, Observed: m.Generation, Versions: []*dunlinv1.VersionStatus{status}})
+	r = w.rollout(id, ended(fleet.RolledBack))
 	if !strings.Contains(r.Reason, "dev (opset 99)") {
 		t.Error(r.Reason)
 	}
@@ -331,9 +334,11 @@ func TestReportDuringPass(t *testing.T) {
 		if in.kind != link.Desired || proto.Unmarshal(in.payload, &m) != nil || proto.Unmarshal(m.Document, &doc) != nil || len(doc.Versions) == 0 {
 			return
 		}
-		reported <- w.d.reported(t.Context(), "dev", &dunlinv1.Reported{Session: "s1", Sequence: 1, Observed: m.Generation, Versions: []*dunlinv1.VersionStatus{
+		payload, err := proto.Marshal(&dunlinv1.Reported{Session: "s1", Sequence: 1, Observed: m.Generation, Versions: []*dunlinv1.VersionStatus{
 			{Model: "digits", Version: 1, Serving: true},
 		}})
+		w.d.take(t.Context(), []message{{"dev", link.Reported, payload}})
+		reported <- err
 	}
 	w.bus.mu.Unlock()
 	id := w.apply("digits", 1)
@@ -509,8 +514,8 @@ func TestHeardAgain(t *testing.T) {
 	}
 }
 
-// A pass that finds a rollout before it is told of it compiles first: the
-// rollout is not held against what follows from older objects.
+// Reports that come before the planner knows of a rollout are not held against
+// it: they follow from older objects.
 func TestRolloutBeforeReplan(t *testing.T) {
 	w := fresh(t, defaultTiming)
 	w.join("dev")
@@ -522,12 +527,16 @@ func TestRolloutBeforeReplan(t *testing.T) {
 	// It has taken the second version in, and still serves the first.
 	old := []*dunlinv1.VersionStatus{{Model: "digits", Version: 1, Serving: true}}
 	w.up("dev", link.Reported, &dunlinv1.Reported{Session: "s1", Sequence: 1, Observed: m.Generation, Versions: old})
-	waitFor(t, func() bool { return w.d.running.Load() }, "a rollout runs")
+	waitFor(t, func() bool {
+		r, err := w.store.Rollouts(t.Context(), "digits", 1)
+		return err == nil && len(r[0].Devices) == 1 && r[0].Devices[0].Phase == fleet.DeviceWorking
+	}, "the rollout has seen the report")
 	objects, err := fleet.Parse("apiVersion: dunlin/v1\nkind: Deployment\nmetadata: {name: digits}\nspec: {model: digits, version: 1, selector: {}}")
 	w.must(err)
 	changes, err := w.store.Apply(t.Context(), "user:test", objects, false)
 	w.must(err)
 	w.up("dev", link.Reported, &dunlinv1.Reported{Session: "s1", Sequence: 2, Observed: m.Generation, Versions: old})
+	w.d.Replan()
 	m, _ = w.desired("dev", at, hasVersion("digits", 1))
 	r, err := w.store.Rollout(t.Context(), changes[0].Rollout)
 	w.must(err)

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"math"
+	"time"
 
 	"github.com/opencontainers/go-digest"
 	"google.golang.org/protobuf/proto"
@@ -24,6 +25,7 @@ const (
 	maxKind     = 64   // characters of an event's kind
 	maxAlarms   = 256  // that are raised at a time
 	maxSamples  = 64   // that an alarm rests on
+	maxModels   = 1000 // of which telemetry tells
 	// Of a profile:
 	maxText    = 1024 // bytes of a text
 	maxBytes   = 1 << 48
@@ -105,6 +107,9 @@ func checkReported(r *dunlinv1.Reported) error {
 	if n := len(r.GetVersions()); n > maxVersions {
 		return fmt.Errorf("versions has %d entries, the limit is %d", n, maxVersions)
 	}
+	if n := len(r.GetDrifts()); n > maxVersions {
+		return fmt.Errorf("drifts has %d entries, the limit is %d", n, maxVersions)
+	}
 	for _, v := range r.GetVersions() {
 		if v.GetBytesPresent() > math.MaxInt64 || v.GetBytesTotal() > math.MaxInt64 {
 			return fmt.Errorf("version %d of model %q: bytes are above %d", v.GetVersion(), v.GetModel(), int64(math.MaxInt64))
@@ -139,6 +144,20 @@ func checkTelemetry(t *dunlinv1.Telemetry) error {
 			return fmt.Errorf("alarms[%d].samples has %d entries, the limit is %d", i, n, maxSamples)
 		}
 	}
+	if n := len(t.GetBootId()); n > maxID {
+		return fmt.Errorf("boot_id has %d characters, the limit is %d", n, maxID)
+	}
+	if n := len(t.GetModels()); n > maxModels {
+		return fmt.Errorf("models has %d entries, the limit is %d", n, maxModels)
+	}
+	for i, m := range t.GetModels() {
+		if m.GetSucceeded() > maxCounted || m.GetFailed() > maxCounted {
+			return fmt.Errorf("models[%d] counts more than %d requests", i, uint64(maxCounted))
+		}
+		if err := checkFigures(m.GetFigures()); err != nil {
+			return fmt.Errorf("models[%d].%w", i, err)
+		}
+	}
 	return CheckNumbers(t)
 }
 
@@ -169,6 +188,7 @@ func checkNumbers(m protoreflect.Message, path string) (err error) {
 		}
 		switch {
 		case f.IsMap(): // none of these messages has one with numbers
+		case f.Kind() != protoreflect.DoubleKind && f.Kind() != protoreflect.FloatKind && f.Kind() != protoreflect.MessageKind:
 		case f.IsList():
 			for i := 0; i < v.List().Len() && err == nil; i++ {
 				err = one(v.List().Get(i))
@@ -238,41 +258,73 @@ func checkProfile(p *dunlinv1.ModelProfile) error {
 	return CheckNumbers(p)
 }
 
-// take does what one message asks for.
-func (d *Dispatcher) take(ctx context.Context, in message) {
-	m, err := decode(in.kind, in.payload)
-	if err != nil {
-		d.drop(in.kind, in.device, err)
+// take does what messages ask for, in order. Those that are kept are kept in one
+// transaction, and answered after its commit only.
+func (d *Dispatcher) take(ctx context.Context, in []message) {
+	var kept []store.Inbound
+	var later []func(store.Taken) error // what follows for each of kept
+	var kinds []string
+	for _, m := range in {
+		decoded, err := decode(m.kind, m.payload)
+		if err != nil {
+			d.drop(m.kind, m.device, err)
+			continue
+		}
+		keep := func(i store.Inbound, then func(store.Taken) error) {
+			i.Device = m.device
+			kept, later, kinds = append(kept, i), append(later, then), append(kinds, m.kind)
+		}
+		switch v := decoded.(type) {
+		case *dunlinv1.Hello:
+			// Live first: a generation that the planner makes while the store is
+			// asked is then published by the planner.
+			d.touch(m.device, func(l *live) { l.sent, l.leased = 0, time.Time{} })
+			keep(store.Inbound{Hello: v}, func(t store.Taken) error { return d.hello(ctx, m.device, v, t) })
+		case *dunlinv1.Reported:
+			keep(store.Inbound{Report: v}, func(t store.Taken) error { return d.reported(ctx, m.device, v, t) })
+		case *dunlinv1.EventBatch:
+			d.checkBatch(m.device, v)
+			keep(store.Inbound{Events: v}, func(t store.Taken) error { return d.events(m.device, v, t) })
+		case *dunlinv1.Gone:
+			keep(store.Inbound{Gone: v}, func(t store.Taken) error { return d.gone(m.device, v, t) })
+		case *dunlinv1.Telemetry:
+			d.telemetry(m.device, v)
+		case *dunlinv1.BlockRequest:
+			d.failed(ctx, m.device, m.kind, d.request(ctx, m.device, v))
+		case *dunlinv1.SourcesRequest:
+			d.failed(ctx, m.device, m.kind, d.sources(ctx, m.device, v))
+		}
+	}
+	if len(kept) == 0 {
 		return
 	}
-	switch m := m.(type) {
-	case *dunlinv1.Hello:
-		err = d.hello(ctx, in.device, m)
-	case *dunlinv1.Reported:
-		err = d.reported(ctx, in.device, m)
-	case *dunlinv1.EventBatch:
-		err = d.events(ctx, in.device, m)
-	case *dunlinv1.Telemetry:
-		d.telemetry(in.device, m)
-	case *dunlinv1.BlockRequest:
-		err = d.request(ctx, in.device, m)
-	case *dunlinv1.SourcesRequest:
-		err = d.sources(ctx, in.device, m)
-	case *dunlinv1.Gone:
-		err = d.gone(ctx, in.device, m)
+	taken, err := d.store.Take(ctx, kept)
+	for i := range kept {
+		var t store.Taken
+		if err == nil {
+			t = taken[i]
+		} else {
+			t.Err = err
+		}
+		d.view.said(kept[i], t, d.now())
+		d.failed(ctx, kept[i].Device, kinds[i], later[i](t))
 	}
+}
+
+// failed says what came of a message that could not be taken in.
+func (d *Dispatcher) failed(ctx context.Context, device, kind string, err error) {
 	switch {
 	case err == nil || ctx.Err() != nil:
 	case errors.Is(err, store.ErrStale):
-		d.stale.WithLabelValues(in.kind).Inc()
-		d.log.Debug("ignored a message of an older session or out of order", "device", in.device, "kind", in.kind)
+		d.stale.WithLabelValues(kind).Inc()
+		d.log.Debug("ignored a message of an older session or out of order", "device", device, "kind", kind)
 	case errors.Is(err, store.ErrNotFound):
-		d.stale.WithLabelValues(in.kind).Inc()
-		d.log.Warn("message of a device that is not known", "device", in.device, "kind", in.kind)
-		d.bus.Disconnect(in.device)
+		d.stale.WithLabelValues(kind).Inc()
+		d.log.Warn("message of a device that is not known", "device", device, "kind", kind)
+		d.bus.Disconnect(device)
 	default:
 		// The device sends again what it has no answer to.
-		d.log.Error("cannot take a message in", "device", in.device, "kind", in.kind, "error", err)
+		d.log.Error("cannot take a message in", "device", device, "kind", kind, "error", err)
 	}
 }
 
@@ -289,18 +341,14 @@ func (d *Dispatcher) touch(device string, do func(l *live)) {
 	do(l)
 }
 
-func (d *Dispatcher) hello(ctx context.Context, device string, h *dunlinv1.Hello) error {
-	// Live first: a generation that the planner makes while the store is
-	// asked is then published by the planner.
-	d.touch(device, func(l *live) { l.sent = 0 })
-	dev, changed, err := d.store.Hello(ctx, device, h)
-	if errors.Is(err, store.ErrNotFound) {
+func (d *Dispatcher) hello(ctx context.Context, device string, h *dunlinv1.Hello, t store.Taken) error {
+	if errors.Is(t.Err, store.ErrNotFound) {
 		d.mu.Lock()
 		delete(d.live, device)
 		d.mu.Unlock()
 	}
-	if err != nil {
-		return err
+	if t.Err != nil {
+		return t.Err
 	}
 	if serve, err := d.identify(ctx, device, h); err != nil || !serve {
 		return err
@@ -308,13 +356,8 @@ func (d *Dispatcher) hello(ctx context.Context, device string, h *dunlinv1.Hello
 	// Heard not before the store has it: it counts as away by this time.
 	d.touch(device, func(l *live) { l.greeted = true })
 	d.log.Info("device connected", "device", device)
-	if changed {
-		d.Replan()
-	}
-	if d.running.Load() {
-		d.wake()
-	}
-	if dev.Desired == 0 {
+	d.wake()
+	if t.Device.Desired == 0 {
 		return nil // the planner makes its first generation and publishes it
 	}
 	g, err := d.store.Desired(ctx, device)
@@ -350,8 +393,8 @@ func (d *Dispatcher) expect(g store.Desired) (first bool) {
 	return first
 }
 
-func (d *Dispatcher) reported(ctx context.Context, device string, r *dunlinv1.Reported) error {
-	err := d.store.Report(ctx, device, r)
+func (d *Dispatcher) reported(ctx context.Context, device string, r *dunlinv1.Reported, t store.Taken) error {
+	err := t.Err
 	if err != nil && !errors.Is(err, store.ErrStale) {
 		return err
 	}
@@ -376,7 +419,7 @@ func (d *Dispatcher) reported(ctx context.Context, device string, r *dunlinv1.Re
 	if !greeted { // it counted as away
 		d.ask(device)
 	}
-	if err == nil && d.running.Load() {
+	if err == nil {
 		d.wake()
 	}
 	return err
@@ -398,7 +441,8 @@ func (d *Dispatcher) ask(device string) {
 	}
 }
 
-func (d *Dispatcher) events(ctx context.Context, device string, b *dunlinv1.EventBatch) error {
+// checkBatch leaves out what is wrong within events.
+func (d *Dispatcher) checkBatch(device string, b *dunlinv1.EventBatch) {
 	// What is wrong within an event is left out, and the event acknowledged all
 	// the same: sent again it would be no better.
 	for _, e := range b.GetEvents() {
@@ -421,15 +465,17 @@ func (d *Dispatcher) events(ctx context.Context, device string, b *dunlinv1.Even
 			}
 		}
 	}
-	stored, measured, err := d.store.AddEvents(ctx, device, b.GetOutboxId(), b.GetEvents())
-	if err != nil {
-		return err
+}
+
+func (d *Dispatcher) events(device string, b *dunlinv1.EventBatch, t store.Taken) error {
+	if t.Err != nil {
+		return t.Err
 	}
-	if measured && d.refuses() {
+	if t.Measured && d.refuses() {
 		d.Replan()
 	}
 	d.send(link.Down(device, link.Command), link.Command, &dunlinv1.Command{Command: &dunlinv1.Command_EventAck{
-		EventAck: &dunlinv1.EventAck{OutboxId: b.GetOutboxId(), Sequence: stored},
+		EventAck: &dunlinv1.EventAck{OutboxId: b.GetOutboxId(), Sequence: t.Stored},
 	}})
 	return nil
 }
@@ -438,7 +484,10 @@ func (d *Dispatcher) events(ctx context.Context, device string, b *dunlinv1.Even
 // counts as away to say hello.
 func (d *Dispatcher) telemetry(device string, t *dunlinv1.Telemetry) {
 	greeted := false
-	d.touch(device, func(l *live) { l.telemetry, greeted = t, l.greeted })
+	d.touch(device, func(l *live) {
+		l.telemetry, greeted = t, l.greeted
+		d.count(device, t)
+	})
 	if !greeted {
 		d.ask(device)
 	}
@@ -458,16 +507,14 @@ func (d *Dispatcher) request(ctx context.Context, device string, r *dunlinv1.Blo
 	return nil
 }
 
-func (d *Dispatcher) gone(ctx context.Context, device string, g *dunlinv1.Gone) error {
-	if err := d.store.Gone(ctx, device, g.GetSession()); err != nil {
-		return err
+func (d *Dispatcher) gone(device string, _ *dunlinv1.Gone, t store.Taken) error {
+	if t.Err != nil {
+		return t.Err
 	}
 	d.log.Info("device disconnected", "device", device)
 	d.mu.Lock()
 	delete(d.live, device)
 	d.mu.Unlock()
-	if d.running.Load() {
-		d.wake()
-	}
+	d.wake()
 	return nil
 }

@@ -279,7 +279,7 @@ func FuzzTake(f *testing.F) {
 		k := kinds[int(kind)%len(kinds)]
 		before := count(t, metrics, "dunlin_controller_malformed_total", k)
 		_, err := decode(k, payload)
-		d.take(t.Context(), message{"dev", k, payload})
+		d.take(t.Context(), []message{{"dev", k, payload}})
 		if counted := count(t, metrics, "dunlin_controller_malformed_total", k) > before; counted != (err != nil) {
 			t.Errorf("error %v, counted %v", err, counted)
 		}

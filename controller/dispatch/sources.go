@@ -11,6 +11,7 @@ import (
 
 	"github.com/dunlin/dunlin/controller/store"
 	"github.com/dunlin/dunlin/internal/link"
+	"github.com/dunlin/dunlin/models"
 	dunlinv1 "github.com/dunlin/dunlin/proto/dunlin/v1"
 )
 
@@ -30,10 +31,13 @@ const (
 type sites struct {
 	turn chan struct{} // held by who reads the store
 
-	mu     sync.Mutex // guards what follows
-	at     time.Time
-	bySite map[string][]*store.Device
-	site   map[string]string // by device
+	mu      sync.Mutex // guards what follows
+	at      time.Time
+	givers  map[string][]*store.Device // by site: connected, and with a URL
+	members map[string][]string        // by site
+	caches  map[string]bool            // by device
+	site    map[string]string          // by device
+	given   map[string]map[string]bool // by site: models that its devices are known to be given
 }
 
 func newSites() *sites { return &sites{turn: make(chan struct{}, 1)} }
@@ -52,38 +56,82 @@ func (d *Dispatcher) sources(ctx context.Context, device string, q *dunlinv1.Sou
 
 // near gives the connected devices of a device's site that give to others.
 func (s *sites) near(ctx context.Context, from *store.Store, device string, now time.Time) ([]*store.Device, error) {
+	if err := s.read(ctx, from, now); err != nil {
+		return nil, err
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.givers[s.site[device]], nil
+}
+
+// read reads the store where what is known is too old.
+func (s *sites) read(ctx context.Context, from *store.Store, now time.Time) error {
 	select {
 	case s.turn <- struct{}{}:
 		defer func() { <-s.turn }()
 	case <-ctx.Done():
-		return nil, ctx.Err()
+		return ctx.Err()
 	}
 	s.mu.Lock()
 	fresh := !s.at.IsZero() && now.Sub(s.at) < sitesFor
 	s.mu.Unlock()
-	if !fresh {
-		all, err := from.Devices(ctx)
-		if err != nil {
-			return nil, err
+	if fresh {
+		return nil
+	}
+	all, err := from.Devices(ctx)
+	if err != nil {
+		return err
+	}
+	givers, members, caches, site := map[string][]*store.Device{}, map[string][]string{}, map[string]bool{}, map[string]string{}
+	for _, d := range all {
+		at := d.Labels[siteLabel]
+		if at == "" {
+			continue
 		}
-		bySite, site := map[string][]*store.Device{}, map[string]string{}
-		for _, d := range all {
-			at := d.Labels[siteLabel]
-			if at == "" {
-				continue
-			}
-			site[d.Name] = at
-			if d.Connected && d.Info.GetSiteUrl() != "" {
-				bySite[at] = append(bySite[at], d)
-			}
+		site[d.Name] = at
+		members[at] = append(members[at], d.Name)
+		caches[d.Name] = d.Info.GetSiteCache()
+		if d.Connected && d.Info.GetSiteUrl() != "" {
+			givers[at] = append(givers[at], d)
 		}
-		s.mu.Lock()
-		s.at, s.bySite, s.site = now, bySite, site
-		s.mu.Unlock()
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return s.bySite[s.site[device]], nil
+	s.at, s.givers, s.members, s.caches, s.site, s.given = now, givers, members, caches, site, map[string]map[string]bool{}
+	return nil
+}
+
+// CachesFor says whether a device is a cache of a site of which a device is
+// given a model: it may then fetch it.
+func (d *Dispatcher) CachesFor(ctx context.Context, device, model string) (bool, error) {
+	s := d.sites
+	if err := s.read(ctx, d.store, d.now()); err != nil {
+		return false, err
+	}
+	s.mu.Lock()
+	at := s.site[device]
+	cache, known, members := s.caches[device], s.given[at][model], s.members[at]
+	s.mu.Unlock()
+	if !cache || known {
+		return cache, nil
+	}
+	documents, err := d.store.Documents(ctx, members)
+	if err != nil {
+		return false, err
+	}
+	given := map[string]bool{}
+	for _, doc := range documents {
+		for _, v := range doc.GetVersions() {
+			given[v.GetModel()] = true
+		}
+		if doc.GetAgent() != nil {
+			given[models.AgentModel] = true
+		}
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.given[at] = given
+	return given[model], nil
 }
 
 // pickSources gives those of a site that a device should ask for a bundle:

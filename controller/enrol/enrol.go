@@ -66,8 +66,8 @@ type Config struct {
 	// CutOff ends the session of a device whose place another one took; nil
 	// where there are none.
 	CutOff func(device string)
-	// Joined is called when there is a new device.
-	Joined   func()
+	// Joined is called when there is a new device, or one was made anew.
+	Joined   func(device string)
 	Refusals identity.Refusals
 	Now      func() time.Time
 	Log      *slog.Logger
@@ -162,7 +162,7 @@ func (s *Service) Join(ctx context.Context, m *v1.JoinRequest, registryURL strin
 	if err != nil {
 		return nil, err
 	}
-	s.Joined()
+	s.Joined(m.GetName())
 	issued, err := s.identity(ctx, cert, 0)
 	if err != nil {
 		return nil, err
@@ -342,6 +342,8 @@ func Code(err error) connect.Code {
 		return connect.CodeAlreadyExists
 	case errors.Is(err, store.ErrNotFound):
 		return connect.CodeNotFound
+	case errors.Is(err, store.ErrState):
+		return connect.CodeFailedPrecondition
 	case errors.Is(err, store.ErrLimit):
 		return connect.CodeResourceExhausted
 	}

@@ -55,7 +55,7 @@ func start(t *testing.T) *world {
 		Store: st, Authorities: authorities, Lifetime: year, Grace: year / 2,
 		BrokerURL: "mqtts://localhost:8883", RegistryURL: "https://localhost:8080", Roots: authorities.Roots,
 		Trust:    func(context.Context, uint64) ([]*v1.SignedTrust, error) { return nil, nil },
-		Joined:   func() {},
+		Joined:   func(string) {},
 		Refusals: w,
 		Now:      clock, Log: slog.New(slog.DiscardHandler),
 	})
@@ -379,7 +379,7 @@ func FuzzHandle(f *testing.F) {
 		f.Fatal(err)
 	}
 	s := New(Config{
-		Store: st, Authorities: authorities, Lifetime: year, Roots: authorities.Roots, Joined: func() {},
+		Store: st, Authorities: authorities, Lifetime: year, Roots: authorities.Roots, Joined: func(string) {},
 		Trust:    func(context.Context, uint64) ([]*v1.SignedTrust, error) { return nil, nil },
 		Refusals: st, Now: time.Now, Log: slog.New(slog.DiscardHandler),
 	})

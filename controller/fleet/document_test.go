@@ -272,7 +272,7 @@ func TestParseFaults(t *testing.T) {
 		{"freeze with a control character", freezeDoc(`{selector: {}, reason: "a\ab"}`), []string{"document 1, line 4:22: spec.reason: "}},
 		{"maintenance", maintenanceDoc("{selector: {}, windows: [], timezone: Mars/Olympus}"), []string{
 			"document 1, line 4:22: spec.windows: has 0 entries, allowed are 1 to 32", `document 1, line 4:35: spec.timezone: "Mars/Olympus" is not known, it must be an IANA name`}},
-		{"local time", maintenanceDoc("{selector: {}, windows: ["00:00-24:00"], timezone: Local}"), []string{`document 1, line 4:48: spec.timezone: "Local" is not known`}},
+		{"local time", maintenanceDoc("{selector: {}, windows: ['00:00-24:00'], timezone: Local}"), []string{`document 1, line 4:48: spec.timezone: "Local" is not known`}},
 		{"no targets", routeDoc("[]"), []string{"document 1, line 4:8: spec.targets: has 0 entries, allowed are 1 to 64"}},
 		{"too many targets", routeDoc("[" + many(65, "{model: m%d, weight: 1}") + "]"), []string{"document 1, line 4:8: spec.targets: has 65 entries, allowed are 1 to 64"}},
 		{"target twice", routeDoc("[{model: m, weight: 1}, {model: m, weight: 2}]"), []string{"document 1, line 4:42: spec.targets[1]: is the same target as spec.targets[0]"}},

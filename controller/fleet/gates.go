@@ -189,7 +189,7 @@ func (s *step) gate(g Gate, class string) (res GateResult, unmeasured bool) {
 			return res, !n.Energy && !o.Energy
 		}
 		res.compare(n.Joules/float64(n.Rows), o.Joules/float64(o.Rows))
-		res.ratio("%.4g J for a row, %.4g before")
+		res.ratio("%.4g J for a row, %.4g J before")
 	case Confidence:
 		if have, had := n.Confidence.Sum(), o.Confidence.Sum(); have < need || had < need {
 			res.Reason = fmt.Sprintf("%d of %d confidences of %s, %d of %s", have, need, newName, had, oldName)

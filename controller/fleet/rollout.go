@@ -120,7 +120,7 @@ func (r Rollout) Device(name string) (RolloutDevice, bool) {
 func (r Rollout) Changes(device string, now time.Time) bool {
 	d, ok := r.Device(device)
 	switch {
-	case !ok || d.AdmittedAt.IsZero() || d.Excused || d.Forgiven:
+	case !ok || d.AdmittedAt.IsZero() || d.BehindSince.IsZero():
 		return false
 	case r.State == Running:
 		return d.Phase != DeviceReady && d.Phase != DeviceFailed && !r.late(d, now)

@@ -131,6 +131,9 @@ func (s *step) lookAt(d *RolloutDevice, o *Observation) {
 	if away && d.Wave > 0 && !d.Excused {
 		d.Excused = s.awayFor(o)
 	}
+	if away && d.Excused { // when it is back, it has its time again
+		d.BehindSince = time.Time{}
+	}
 }
 
 func (s *step) progress(d *RolloutDevice, o *Observation) {
@@ -159,7 +162,7 @@ func (s *step) progress(d *RolloutDevice, o *Observation) {
 		d.ReadyAt, d.BehindSince = time.Time{}, time.Time{}
 	default:
 		d.ReadyAt = time.Time{}
-		if d.BehindSince.IsZero() {
+		if d.BehindSince.IsZero() && (o.Connected || !d.Excused) {
 			d.BehindSince = s.now
 		}
 	}
@@ -249,6 +252,16 @@ func (s *step) choose() {
 			}
 		}
 		return
+	}
+	// Where none is left of those from the beginning, those that joined are all
+	// there is.
+	if !slices.ContainsFunc(s.r.Devices, func(d RolloutDevice) bool {
+		o := s.seen[d.Device]
+		return !d.Joined && (o.Connected || d.Wave > 0 && !d.Excused || d.Wave == 0 && !s.awayFor(o))
+	}) {
+		for i := range s.r.Devices {
+			s.r.Devices[i].Joined = false
+		}
 	}
 	in, all, inClass := 0, 0, map[string]int{} // that are not excused
 	type candidate struct {
@@ -360,18 +373,21 @@ func (s *step) settle() bool {
 	var ready, away, inWave int
 	var failed, late, waiting []string
 	for _, d := range s.r.Devices {
+		if d.Wave > 0 && d.Phase == DeviceReady {
+			ready++
+		}
+	}
+	for _, d := range s.r.Devices {
 		if d.Wave == 0 {
 			continue
 		}
 		inWave++
 		o := s.seen[d.Device]
 		switch {
-		case d.Phase == DeviceReady:
-			ready++
-		case d.Forgiven:
+		case d.Phase == DeviceReady || d.Forgiven:
 		case d.Phase == DeviceFailed:
 			failed = append(failed, d.Device)
-		case d.Excused:
+		case d.Excused && !(ready == 0 && o.Connected): // one that is back may be all there is
 			away++
 		case d.behind() && o.Connected && s.r.late(d, s.now):
 			late = append(late, d.Device)

@@ -80,8 +80,8 @@ var rules = map[string]Rule{
 	v1connect.ModelServiceCreateVersionProcedure: {Least: Operator},
 	v1connect.ModelServiceListModelsProcedure:    {Least: Viewer},
 
-	v1connect.ObjectServiceApplyProcedure:           {Least: Operator, Scoping: Within, Note: "a Deployment whose selector, and that before, include the scope"},
-	v1connect.ObjectServiceDeleteProcedure:          {Least: Operator, Scoping: Within, Note: "a Deployment whose selector includes the scope"},
+	v1connect.ObjectServiceApplyProcedure:           {Least: Operator, Scoping: Within, Note: "what has a selector that, with that before, includes the scope"},
+	v1connect.ObjectServiceDeleteProcedure:          {Least: Operator, Scoping: Within, Note: "what has a selector that includes the scope"},
 	ApplyRoute:                                      {Least: Operator, Scoping: Whole},
 	DeleteRoute:                                     {Least: Operator, Scoping: Whole},
 	v1connect.ObjectServiceListDeploymentsProcedure: {Least: Viewer, Scoping: Within, Note: "those that can match a device within the scope"},
@@ -104,7 +104,7 @@ var rules = map[string]Rule{
 	v1connect.DeviceServiceListTelemetryProcedure: {Least: Viewer, Scoping: Within},
 
 	RegistryList: {Least: Viewer},
-	RegistryPull: {Least: Viewer, Devices: true, Note: "devices: the models that a deployment gives them"},
+	RegistryPull: {Least: Viewer, Devices: true, Note: "devices: the models that a deployment gives them, or, where they are its cache, a device of their site"},
 	RegistryPush: {Least: Operator},
 
 	Health:  {},

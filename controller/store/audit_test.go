@@ -86,7 +86,7 @@ func TestAuditOfEachChange(t *testing.T) {
 	must(t, err)
 	after := before
 	after.State, after.Reason = fleet.Failed, "too late"
-	must(t, s.SaveRollout(t.Context(), before, after))
+	must(t, s.SaveRollout(t.Context(), before, after, nil))
 	_, err = s.Delete(ctx, "user:op", fleet.KindDeployment, "a")
 	must(t, err)
 	must(t, s.RemoveDevice(ctx, "user:op", "cam-1"))
@@ -101,7 +101,7 @@ func TestAuditOfEachChange(t *testing.T) {
 		{Who: "user:op", Action: "rollout.start", Object: "rollout/a-1", After: "digits:1", From: from},
 		{Who: "user:op", Action: "object.apply", Object: "Deployment/a", Before: one[0].YAML(), After: two[0].YAML(), From: from},
 		{Who: "user:op", Action: "rollout.end", Object: "rollout/a-1", Before: "running", After: "superseded", Reason: "a newer rollout took over", From: from},
-		{Who: "user:op", Action: "rollout.start", Object: "rollout/a-2", Before: "digits:1", After: "digits:2", From: from},
+		{Who: "user:op", Action: "rollout.start", Object: "rollout/a-2", After: "digits:2", From: from},
 		{Who: "controller", Action: "rollout.end", Object: "rollout/a-2", Before: "running", After: "failed", Reason: "too late"},
 		{Who: "user:op", Action: "object.delete", Object: "Deployment/a", Before: two[0].YAML(), From: from},
 		{Who: "user:op", Action: "device.remove", Object: "device/cam-1", Before: `joined 2026-01-01T00:00:00Z, labels {"site":"x"}, its own {"a":"b"}`, From: from},

@@ -1,6 +1,8 @@
 package store
 
 import (
+	"bytes"
+	"cmp"
 	"context"
 	"crypto/sha256"
 	"database/sql"
@@ -67,12 +69,45 @@ func (d *Device) Observe(incarnation, model string, version int64) fleet.Observa
 		return o
 	}
 	o.Observed = true
+	if a := d.Reported.GetAgent(); model == fleet.AgentModel {
+		if a.GetVersion() == version {
+			switch a.GetState() {
+			case dunlinv1.AgentStatus_STATE_CURRENT:
+				o.Serving = true
+			case dunlinv1.AgentStatus_STATE_REVERTED, dunlinv1.AgentStatus_STATE_REFUSED:
+				o.Quarantined = true
+			}
+			o.Reason, o.BytesPresent, o.BytesTotal = a.GetReason(), a.GetBytesPresent(), a.GetBytesTotal()
+		}
+		return o
+	}
 	for _, v := range d.Reported.GetVersions() {
 		if v.GetModel() == model && v.GetVersion() == version {
 			o.Quarantined = v.GetState() == dunlinv1.VersionState_VERSION_STATE_QUARANTINED
 			o.Serving = v.GetServing() && !o.Quarantined
 			o.Reason, o.BytesPresent, o.BytesTotal = v.GetReason(), v.GetBytesPresent(), v.GetBytesTotal()
 		}
+	}
+	return o
+}
+
+// ObserveRollout gives what d is known to do of a rollout: whether it serves
+// the new version, or the one before again. What it reports counts only where
+// its document follows from the rollout: not before it is given the version.
+func (d *Device) ObserveRollout(incarnation string, r fleet.Rollout) fleet.Observation {
+	o := d.Observe(incarnation, r.Model, r.To)
+	o.Class, o.HeardAt = d.Info.GetFirmwareProfile(), d.LastHeardAt
+	if o.HeardAt.IsZero() {
+		o.HeardAt = d.JoinedAt
+	}
+	part, known := r.Device(d.Name)
+	if r.State != fleet.RollingBack && (!known || part.AdmittedAt.IsZero()) || r.Since.IsZero() {
+		return fleet.Observation{Device: o.Device, Class: o.Class, Connected: o.Connected, HeardAt: o.HeardAt}
+	}
+	if o.Observed && r.From > 0 {
+		o.RolledBack = d.Observe(incarnation, r.Back(), r.From).Serving
+	} else if o.Observed {
+		o.RolledBack = !o.Serving
 	}
 	return o
 }
@@ -142,46 +177,49 @@ func (s *Store) Device(ctx context.Context, name string) (*Device, error) {
 // whether anything changed that desired documents follow from: its labels, its
 // class, its limits or the size of its disk.
 func (s *Store) Hello(ctx context.Context, device string, h *dunlinv1.Hello) (d *Device, changed bool, err error) {
-	info, err := proto.Marshal(h.GetInfo())
-	if err != nil {
-		return nil, false, fmt.Errorf("encode device info: %w", err)
-	}
 	err = s.write(ctx, "hello", func(tx *sql.Tx) error {
-		var own, session string
-		var known []byte
-		err := tx.QueryRowContext(ctx, "SELECT own_labels, session, info FROM devices WHERE name = ?", device).Scan(&own, &session, &known)
-		if errors.Is(err, sql.ErrNoRows) {
-			return fmt.Errorf("device %s: %w", device, ErrNotFound)
-		}
-		if err != nil {
-			return err
-		}
-		if len(h.GetLabels()) > 0 {
-			labels := jsonText(h.GetLabels())
-			changed, own = labels != own, labels
-		}
-		if len(info) > 0 {
-			was := &dunlinv1.DeviceInfo{}
-			if err := proto.Unmarshal(known, was); err != nil {
-				return fmt.Errorf("info of device %s: %w", device, err)
-			}
-			now := h.GetInfo()
-			changed = changed || was.GetFirmwareProfile() != now.GetFirmwareProfile() || was.GetDiskBytes() != now.GetDiskBytes() || !proto.Equal(was.GetLimits(), now.GetLimits())
-		}
-		if _, err = tx.ExecContext(ctx, `UPDATE devices SET connected = 1, last_heard_at = ?, own_labels = ?, session = ?,
-			report_number = CASE WHEN session = ? THEN report_number ELSE 0 END,
-			info = CASE WHEN ? > 0 THEN ? ELSE info END, trust_version = ?, root_ids = ? WHERE name = ?`,
-			s.now().UnixNano(), own, h.GetSession(), h.GetSession(), len(info), append([]byte{}, info...),
-			int64(min(h.GetTrustVersion(), math.MaxInt64)), jsonText(hexes(h.GetRootIds())), device); err != nil {
-			return err
-		}
-		d, err = scanDevice(tx.QueryRowContext(ctx, selectDevices+"WHERE name = ?", device).Scan)
+		d, changed, err = s.hello(ctx, tx, device, h)
 		return err
 	})
 	if err != nil {
 		return nil, false, err
 	}
 	return d, changed, nil
+}
+
+func (s *Store) hello(ctx context.Context, tx *sql.Tx, device string, h *dunlinv1.Hello) (d *Device, changed bool, err error) {
+	info, err := proto.Marshal(h.GetInfo())
+	if err != nil {
+		return nil, false, fmt.Errorf("encode device info: %w", err)
+	}
+	var own, session string
+	var known []byte
+	err = s.prepared(ctx, tx, helloQuery).QueryRowContext(ctx, device).Scan(&own, &session, &known)
+	if errors.Is(err, sql.ErrNoRows) {
+		return nil, false, fmt.Errorf("device %s: %w", device, ErrNotFound)
+	}
+	if err != nil {
+		return nil, false, err
+	}
+	if len(h.GetLabels()) > 0 {
+		labels := jsonText(h.GetLabels())
+		changed, own = labels != own, labels
+	}
+	if len(info) > 0 && !bytes.Equal(info, known) {
+		was := &dunlinv1.DeviceInfo{}
+		if err := proto.Unmarshal(known, was); err != nil {
+			return nil, false, fmt.Errorf("info of device %s: %w", device, err)
+		}
+		now := h.GetInfo()
+		changed = changed || was.GetFirmwareProfile() != now.GetFirmwareProfile() || was.GetDiskBytes() != now.GetDiskBytes() || !proto.Equal(was.GetLimits(), now.GetLimits())
+	}
+	if _, err = s.prepared(ctx, tx, helloUpdate).ExecContext(ctx,
+		s.now().UnixNano(), own, h.GetSession(), h.GetSession(), len(info), append([]byte{}, info...),
+		int64(min(h.GetTrustVersion(), math.MaxInt64)), jsonText(hexes(h.GetRootIds())), device); err != nil {
+		return nil, false, err
+	}
+	d, err = scanDevice(s.prepared(ctx, tx, deviceQuery).QueryRowContext(ctx, device).Scan)
+	return d, changed, err
 }
 
 // hexes writes the fingerprints of a device's roots, as many as make sense.
@@ -198,6 +236,10 @@ func hexes(ids [][]byte) []string {
 // Report keeps what a device reports. One of another session than the
 // device's, or that is not newer than the last, is ErrStale.
 func (s *Store) Report(ctx context.Context, device string, r *dunlinv1.Reported) error {
+	return s.write(ctx, "report", func(tx *sql.Tx) error { return s.report(ctx, tx, device, r) })
+}
+
+func (s *Store) report(ctx context.Context, tx *sql.Tx, device string, r *dunlinv1.Reported) error {
 	blob, err := proto.Marshal(r)
 	if err != nil {
 		return fmt.Errorf("encode report: %w", err)
@@ -205,19 +247,17 @@ func (s *Store) Report(ctx context.Context, device string, r *dunlinv1.Reported)
 	if r.GetSequence() > math.MaxInt64 {
 		return fmt.Errorf("report of device %s: sequence %d: %w", device, r.GetSequence(), ErrStale)
 	}
-	return s.write(ctx, "report", func(tx *sql.Tx) error {
-		return changedOne(tx.ExecContext(ctx, `UPDATE devices SET connected = 1, last_heard_at = ?, reported = ?, report_number = ?
-			WHERE name = ? AND session = ? AND report_number < ?`,
-			s.now().UnixNano(), blob, int64(r.GetSequence()), device, r.GetSession(), int64(r.GetSequence())))
-	})
+	return changedOne(s.prepared(ctx, tx, reportUpdate).ExecContext(ctx,
+		s.now().UnixNano(), blob, int64(r.GetSequence()), device, r.GetSession(), int64(r.GetSequence())))
 }
 
 // Gone ends a device's session. Another one than the device's is ErrStale.
 func (s *Store) Gone(ctx context.Context, device, session string) error {
-	return s.write(ctx, "gone", func(tx *sql.Tx) error {
-		return changedOne(tx.ExecContext(ctx, "UPDATE devices SET connected = 0, last_heard_at = ? WHERE name = ? AND session = ? AND connected = 1",
-			s.now().UnixNano(), device, session))
-	})
+	return s.write(ctx, "gone", func(tx *sql.Tx) error { return s.gone(ctx, tx, device, session) })
+}
+
+func (s *Store) gone(ctx context.Context, tx *sql.Tx, device, session string) error {
+	return changedOne(s.prepared(ctx, tx, goneUpdate).ExecContext(ctx, s.now().UnixNano(), device, session))
 }
 
 // Heard keeps when devices were last heard, and which are away now for want of
@@ -271,28 +311,34 @@ type Desired struct {
 // one counter of the store, so that a device which is removed and joins again
 // never sees a number twice.
 func (s *Store) SaveDesired(ctx context.Context, documents []Desired) (saved []Desired, err error) {
+	inner := context.WithoutCancel(ctx)
 	err = s.write(ctx, "desired", func(tx *sql.Tx) error {
 		saved = nil
 		for _, d := range documents {
 			var known, same bool
-			if err := tx.QueryRowContext(ctx, "SELECT EXISTS (SELECT 1 FROM devices WHERE name = ?), EXISTS (SELECT 1 FROM desired WHERE device = ? AND sha256 = ?)",
-				d.Device, d.Device, d.SHA256[:]).Scan(&known, &same); err != nil {
+			if err := s.prepared(inner, tx, desiredQuery).QueryRowContext(inner, d.Device, d.SHA256[:]).Scan(&known, &same); err != nil {
 				return err
 			}
-			if !known || same {
-				continue
+			if known && !same {
+				saved = append(saved, d)
 			}
-			if err := tx.QueryRowContext(ctx, `INSERT INTO meta (key, value) VALUES ('generation', '1')
-				ON CONFLICT (key) DO UPDATE SET value = CAST(value AS INTEGER) + 1 RETURNING CAST(value AS INTEGER)`).Scan(&d.Number); err != nil {
-				return fmt.Errorf("next generation: %w", err)
-			}
-			if _, err := tx.ExecContext(ctx, "INSERT INTO desired (device, number, sha256, document) VALUES (?, ?, ?, ?) ON CONFLICT (device) DO UPDATE SET number = excluded.number, sha256 = excluded.sha256, document = excluded.document",
-				d.Device, d.Number, d.SHA256[:], append([]byte{}, d.Document...)); err != nil {
+		}
+		if len(saved) == 0 {
+			return ctx.Err()
+		}
+		var last uint64
+		if err := tx.QueryRowContext(ctx, `INSERT INTO meta (key, value) VALUES ('generation', CAST(?1 AS TEXT))
+			ON CONFLICT (key) DO UPDATE SET value = CAST(value AS INTEGER) + ?1 RETURNING CAST(value AS INTEGER)`, len(saved)).Scan(&last); err != nil {
+			return fmt.Errorf("next generation: %w", err)
+		}
+		for i := range saved {
+			d := &saved[i]
+			d.Number = last - uint64(len(saved)-1-i)
+			if _, err := s.prepared(inner, tx, desiredPut).ExecContext(inner, d.Device, d.Number, d.SHA256[:], append([]byte{}, d.Document...)); err != nil {
 				return fmt.Errorf("desired document of device %s: %w", d.Device, err)
 			}
-			saved = append(saved, d)
 		}
-		return nil
+		return ctx.Err()
 	})
 	return saved, err
 }
@@ -338,9 +384,11 @@ func (s *Store) Documents(ctx context.Context, names []string) (map[string]*dunl
 
 // Snapshot is one state of all that desired documents and rollouts follow from.
 type Snapshot struct {
-	Devices  []*Device
-	Objects  fleet.Objects
-	Rollouts []fleet.Rollout // that run
+	Devices []*Device
+	Objects fleet.Objects
+	// The newest rollout of each deployment, and all that have not ended, by
+	// number.
+	Rollouts []fleet.Rollout
 }
 
 // Snapshot reads one state of the store.
@@ -350,6 +398,43 @@ func (s *Store) Snapshot(ctx context.Context) (snap Snapshot, err error) {
 		return err
 	})
 	return snap, err
+}
+
+// Plans gives a snapshot without devices. Of rollouts that had knows, as they
+// are but for their devices, it gives those; it reads the others' devices.
+func (s *Store) Plans(ctx context.Context, had []fleet.Rollout) (snap Snapshot, err error) {
+	err = s.read(ctx, func(tx *sql.Tx) error {
+		if snap.Objects, err = plans(ctx, tx, nil); err != nil {
+			return err
+		}
+		if snap.Rollouts, err = rolloutHeads(ctx, tx, whereCurrent); err != nil {
+			return err
+		}
+		for i := range snap.Rollouts {
+			r := &snap.Rollouts[i]
+			if j, ok := slices.BinarySearchFunc(had, r.Number, func(h fleet.Rollout, n int64) int { return cmp.Compare(h.Number, n) }); ok {
+				r.Devices = had[j].Devices
+				if r.Equal(had[j]) {
+					continue
+				}
+				r.Devices = nil
+			}
+			if err := withDevices(ctx, tx, r); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+	return snap, err
+}
+
+// DevicesOf gives the devices of some names, those that there are, by name.
+func (s *Store) DevicesOf(ctx context.Context, names []string) (all []*Device, err error) {
+	err = s.read(ctx, func(tx *sql.Tx) error {
+		all, err = devices(ctx, tx, "WHERE name IN (SELECT value FROM json_each(?))", jsonText(names))
+		return err
+	})
+	return all, err
 }
 
 // Suppose gives the state that there would be once objects were applied; its
@@ -369,39 +454,74 @@ func (s *Store) Suppose(ctx context.Context, apply []fleet.Object) (snap Snapsho
 	return snap, err
 }
 
+// whereCurrent selects the rollouts that desired documents follow from.
+const whereCurrent = "WHERE state IN " + openStates + " OR number IN (SELECT max(number) FROM rollouts GROUP BY deployment) ORDER BY number"
+
 func snapshot(ctx context.Context, tx *sql.Tx, apply []fleet.Object) (snap Snapshot, err error) {
 	if snap.Devices, err = devices(ctx, tx, ""); err != nil {
 		return snap, err
 	}
+	if snap.Objects, err = plans(ctx, tx, apply); err != nil {
+		return snap, err
+	}
+	snap.Rollouts, err = rollouts(ctx, tx, whereCurrent)
+	return snap, err
+}
+
+// plans gives the objects as they would be once some were applied, with the
+// versions that they and the current rollouts name.
+func plans(ctx context.Context, tx *sql.Tx, apply []fleet.Object) (all fleet.Objects, err error) {
 	stored, err := objects(ctx, tx)
 	if err != nil {
-		return snap, err
+		return all, err
 	}
 	after := byName(stored)
 	for _, o := range apply {
 		after[[2]string{o.Kind(), o.Name()}] = o
 	}
 	for _, key := range slices.SortedFunc(maps.Keys(after), func(a, b [2]string) int { return slices.Compare(a[:], b[:]) }) {
-		if o := after[key]; o.Deployment != nil {
-			snap.Objects.Deployments = append(snap.Objects.Deployments, *o.Deployment)
-		} else {
-			snap.Objects.Routes = append(snap.Objects.Routes, *o.Route)
+		switch o := after[key]; {
+		case o.Deployment != nil:
+			all.Deployments = append(all.Deployments, *o.Deployment)
+		case o.Route != nil:
+			all.Routes = append(all.Routes, *o.Route)
+		case o.Freeze != nil:
+			all.Freezes = append(all.Freezes, *o.Freeze)
+		case o.Maintenance != nil:
+			all.Maintenances = append(all.Maintenances, *o.Maintenance)
 		}
 	}
-	for _, d := range snap.Objects.Deployments {
-		v, err := scanVersion(tx.QueryRowContext(ctx, selectVersions+"WHERE model = ? AND version = ?", d.Model, d.Version).Scan)
+	type wanted struct {
+		model   string
+		version int64
+	}
+	want := map[wanted]bool{} // true: it must be there
+	rollouts, err := rolloutHeads(ctx, tx, whereCurrent)
+	if err != nil {
+		return all, err
+	}
+	for _, r := range rollouts {
+		want[wanted{r.Back(), r.From}], want[wanted{r.Model, r.To}] = false, false
+	}
+	for _, d := range all.Deployments {
+		want[wanted{d.Model, d.Version}] = true
+	}
+	for _, w := range slices.SortedFunc(maps.Keys(want), func(a, b wanted) int { return cmp.Or(cmp.Compare(a.model, b.model), cmp.Compare(a.version, b.version)) }) {
+		v, err := scanVersion(tx.QueryRowContext(ctx, selectVersions+"WHERE model = ? AND version = ?", w.model, w.version).Scan)
+		if errors.Is(err, sql.ErrNoRows) && !want[w] {
+			continue
+		}
 		if err != nil {
-			return snap, fmt.Errorf("version %d of model %s: %w", d.Version, d.Model, err)
+			return all, fmt.Errorf("version %d of model %s: %w", w.version, w.model, err)
 		}
 		given := v.Fleet()
 		if given.Signatures, err = signaturesOf(ctx, tx, v.Model, v.Digest); err != nil {
-			return snap, err
+			return all, err
 		}
-		snap.Objects.Versions = append(snap.Objects.Versions, given)
-		if snap.Objects.Measured, err = measured(ctx, tx, v.Model, v.Digest, snap.Objects.Measured); err != nil {
-			return snap, err
+		all.Versions = append(all.Versions, given)
+		if all.Measured, err = measured(ctx, tx, v.Model, v.Digest, all.Measured); err != nil {
+			return all, err
 		}
 	}
-	snap.Rollouts, err = rollouts(ctx, tx, "WHERE state = 1 ORDER BY number")
-	return snap, err
+	return all, nil
 }

@@ -49,67 +49,7 @@ type DeviceEvent struct {
 // new of what a version needs.
 func (s *Store) AddEvents(ctx context.Context, device, outbox string, events []*dunlinv1.Event) (stored uint64, measured bool, err error) {
 	err = s.write(ctx, "events", func(tx *sql.Tx) error {
-		var known bool
-		if err := tx.QueryRowContext(ctx, "SELECT EXISTS (SELECT 1 FROM devices WHERE name = ?)", device).Scan(&known); err != nil {
-			return err
-		}
-		if !known {
-			return fmt.Errorf("device %s: %w", device, ErrNotFound)
-		}
-		var last sql.Null[int64]
-		var restored bool
-		if err := tx.QueryRowContext(ctx, `SELECT coalesce((SELECT last_sequence FROM outboxes WHERE device = ? AND outbox = ?),
-			(SELECT max(sequence) FROM events WHERE device = ? AND outbox = ?)), EXISTS (SELECT 1 FROM outboxes WHERE device = ? AND outbox = ? AND restored = 1)`,
-			device, outbox, device, outbox, device, outbox).Scan(&last, &restored); err != nil {
-			return err
-		}
-		if !last.Valid && len(events) > 0 {
-			last.V = int64(min(max(events[0].GetSequence(), 1), math.MaxInt64)) - 1
-		}
-		stored = uint64(last.V)
-		now, profiles := s.now().UnixNano(), false
-		if first := events; restored && len(first) > 0 && first[0].GetSequence() > stored+1 && first[0].GetKind() != GapKind {
-			events = append([]*dunlinv1.Event{restoredGap(stored+1, first[0].GetSequence()-1, now)}, events...)
-		}
-		for _, e := range events {
-			if e.GetSequence() <= stored {
-				continue
-			}
-			if e.GetSequence() > stored+1 && e.GetKind() != GapKind || e.GetSequence() > math.MaxInt64 {
-				break
-			}
-			if p := e.GetProfile(); p != nil {
-				news, err := s.putProfile(ctx, tx, device, p)
-				if err != nil {
-					return err
-				}
-				measured, profiles = measured || news, true
-				e = proto.CloneOf(e)
-				e.Profile = nil
-			}
-			blob, err := proto.Marshal(e)
-			if err != nil {
-				return fmt.Errorf("encode event %d: %w", e.GetSequence(), err)
-			}
-			if _, err := tx.ExecContext(ctx, "INSERT INTO events (device, outbox, sequence, received_at, event) VALUES (?, ?, ?, ?, ?)",
-				device, outbox, int64(e.GetSequence()), now, blob); err != nil {
-				return fmt.Errorf("add event %d of device %s: %w", e.GetSequence(), device, err)
-			}
-			stored = e.GetSequence()
-		}
-		if stored == uint64(last.V) {
-			return nil
-		}
-		if profiles {
-			if err := boundProfiles(ctx, tx, device); err != nil {
-				return err
-			}
-		}
-		if _, err := tx.ExecContext(ctx, "INSERT INTO outboxes (device, outbox, last_sequence, heard_at) VALUES (?, ?, ?, ?) ON CONFLICT (device, outbox) DO UPDATE SET last_sequence = excluded.last_sequence, heard_at = excluded.heard_at, restored = 0",
-			device, outbox, int64(stored), now); err != nil {
-			return err
-		}
-		_, err = tx.ExecContext(ctx, "DELETE FROM outboxes WHERE device = ? AND outbox IN (SELECT outbox FROM outboxes WHERE device = ? ORDER BY heard_at DESC, outbox LIMIT -1 OFFSET ?)", device, device, MaxOutboxes)
+		stored, measured, err = s.addEvents(ctx, tx, device, outbox, events)
 		return err
 	})
 	return stored, measured, err
@@ -121,6 +61,65 @@ func restoredGap(first, last uint64, at int64) *dunlinv1.Event {
 		Sequence: last, At: timestamppb.New(instant(at)), Kind: GapKind, Severity: dunlinv1.Severity_SEVERITY_WARNING,
 		Message: fmt.Sprintf("events %d to %d came after the copy was made from which the controller was restored", first, last),
 	}
+}
+
+func (s *Store) addEvents(ctx context.Context, tx *sql.Tx, device, outbox string, events []*dunlinv1.Event) (stored uint64, measured bool, err error) {
+	var known, kept, restored bool
+	var last sql.Null[int64]
+	if err := s.prepared(ctx, tx, outboxQuery).QueryRowContext(ctx, device, outbox).Scan(&known, &kept, &restored, &last); err != nil {
+		return 0, false, err
+	}
+	if !known {
+		return 0, false, fmt.Errorf("device %s: %w", device, ErrNotFound)
+	}
+	if !last.Valid && len(events) > 0 {
+		last.V = int64(min(max(events[0].GetSequence(), 1), math.MaxInt64)) - 1
+	}
+	stored = uint64(last.V)
+	now, profiles := s.now().UnixNano(), false
+	if restored && len(events) > 0 && events[0].GetSequence() > stored+1 && events[0].GetKind() != GapKind {
+		events = append([]*dunlinv1.Event{restoredGap(stored+1, events[0].GetSequence()-1, now)}, events...)
+	}
+	for _, e := range events {
+		if e.GetSequence() <= stored {
+			continue
+		}
+		if e.GetSequence() > stored+1 && e.GetKind() != GapKind || e.GetSequence() > math.MaxInt64 {
+			break
+		}
+		if p := e.GetProfile(); p != nil {
+			news, err := s.putProfile(ctx, tx, device, p)
+			if err != nil {
+				return 0, false, err
+			}
+			measured, profiles = measured || news, true
+			e = proto.CloneOf(e)
+			e.Profile = nil
+		}
+		blob, err := proto.Marshal(e)
+		if err != nil {
+			return 0, false, fmt.Errorf("encode event %d: %w", e.GetSequence(), err)
+		}
+		if _, err := s.prepared(ctx, tx, eventInsert).ExecContext(ctx, device, outbox, int64(e.GetSequence()), now, blob); err != nil {
+			return 0, false, fmt.Errorf("add event %d of device %s: %w", e.GetSequence(), device, err)
+		}
+		stored = e.GetSequence()
+	}
+	if stored == uint64(last.V) {
+		return stored, measured, nil
+	}
+	if profiles {
+		if err := boundProfiles(ctx, tx, device); err != nil {
+			return 0, false, err
+		}
+	}
+	if _, err := s.prepared(ctx, tx, outboxPut).ExecContext(ctx, device, outbox, int64(stored), now); err != nil {
+		return 0, false, err
+	}
+	if !kept { // there is one more
+		_, err = tx.ExecContext(ctx, "DELETE FROM outboxes WHERE device = ? AND outbox IN (SELECT outbox FROM outboxes WHERE device = ? ORDER BY heard_at DESC, outbox LIMIT -1 OFFSET ?)", device, device, MaxOutboxes)
+	}
+	return stored, measured, err
 }
 
 // Events gives the newest events first, of a device or, where device is

@@ -137,11 +137,21 @@ func (s *Store) put(ctx context.Context, tx *sql.Tx, by string, old, o fleet.Obj
 	}
 	r := fleet.Rollout{Deployment: d.Name, Model: d.Model, To: d.Version, Strategy: d.Rollout, State: fleet.Running, StartedAt: s.now().UTC()}
 	if was := old.Deployment; was != nil {
-		if was.Model == d.Model && was.Version == d.Version && maps.Equal(was.Selector, d.Selector) {
+		newest, err := rolloutHeads(ctx, tx, "WHERE deployment = ? ORDER BY number DESC LIMIT 1", d.Name)
+		if err != nil {
+			return "", err
+		}
+		if was.Model == d.Model && was.Version == d.Version && maps.Equal(was.Selector, d.Selector) && !stuck(newest) {
 			return "", nil
 		}
-		if was.Model == d.Model {
-			r.From = was.Version
+		var model string
+		if len(newest) == 0 {
+			model, r.From = was.Model, was.Version
+		} else {
+			model, r.From = fleet.LastGood(newest)
+		}
+		if r.From > 0 && model != d.Model {
+			r.FromModel = model
 		}
 	}
 	r, err = s.startRollout(ctx, tx, by, r)
@@ -149,6 +159,13 @@ func (s *Store) put(ctx context.Context, tx *sql.Tx, by string, old, o fleet.Obj
 		return "", err
 	}
 	return r.ID(), nil
+}
+
+// stuck says whether the newest rollout did not bring the devices to the
+// version, and will not by itself: a changed document then starts another one,
+// though it wants the same version. The same document again starts none.
+func stuck(newest []fleet.Rollout) bool {
+	return len(newest) > 0 && slices.Contains([]fleet.State{fleet.Failed, fleet.Halted, fleet.RollingBack, fleet.RolledBack, fleet.Aborted}, newest[0].State)
 }
 
 // check says how objects do not fit what there is.
@@ -179,6 +196,9 @@ func check(ctx context.Context, tx *sql.Tx, before map[[2]string]fleet.Object, a
 			if err := known(o, "spec", d.Model, d.Version); err != nil {
 				return err
 			}
+			continue
+		}
+		if o.Route == nil {
 			continue
 		}
 		for i, t := range o.Route.Targets {

@@ -10,8 +10,10 @@ DROP INDEX rollouts_running;
 -- At most one of a deployment has not ended.
 CREATE UNIQUE INDEX rollouts_open ON rollouts (deployment) WHERE state IN (1, 5, 6, 7);
 
--- Class, wave, times and figures of a device's part, as JSON.
+-- Class, wave and times of a device's part, as JSON.
 ALTER TABLE rollout_devices ADD COLUMN detail TEXT NOT NULL DEFAULT '{}';
+-- What was counted of both versions on the device, as JSON; '': nothing.
+ALTER TABLE rollout_devices ADD COLUMN figures TEXT NOT NULL DEFAULT '';
 
 CREATE TABLE decisions (
 	rollout  INTEGER NOT NULL REFERENCES rollouts (number) ON DELETE CASCADE,

@@ -25,6 +25,7 @@ var (
 	ErrLimit    = errors.New("too much for now")
 	ErrStale    = errors.New("stale") // an older session or sequence
 	ErrNewer    = errors.New("written by a newer version")
+	ErrState    = errors.New("not possible now") // as things are
 )
 
 // Options are what a Store needs beside its file.
@@ -45,6 +46,7 @@ type Store struct {
 	onStep      func(string)
 	now         func() time.Time
 	refusals    refusals
+	statements  map[string]*sql.Stmt // of writer
 	close       func() error
 }
 
@@ -84,6 +86,7 @@ func Open(ctx context.Context, path string, o Options) (*Store, error) {
 	if err := s.migrate(ctx); err != nil {
 		return nil, errors.Join(fmt.Errorf("open store %s: %w", path, err), s.Close())
 	}
+	s.prepare(ctx)
 	return s, nil
 }
 

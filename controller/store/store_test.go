@@ -248,13 +248,13 @@ func TestApply(t *testing.T) {
 	must(t, err)
 	rollouts, err := s.Rollouts(ctx, "a", 10)
 	must(t, err)
-	if len(rollouts) != 2 || rollouts[0].ID() != next[0].Rollout || rollouts[0].From != 1 || rollouts[0].To != 2 || rollouts[0].State != fleet.Running {
+	if len(rollouts) != 2 || rollouts[0].ID() != next[0].Rollout || rollouts[0].From != 0 || rollouts[0].To != 2 || rollouts[0].State != fleet.Running {
 		t.Errorf("got %+v", rollouts)
 	}
 	if rollouts[1].State != fleet.Superseded || rollouts[1].EndedAt.IsZero() {
 		t.Errorf("the older: %+v", rollouts[1])
 	}
-	is(t, s.SaveRollout(ctx, rollouts[1], rollouts[1]), ErrStale)
+	is(t, s.SaveRollout(ctx, rollouts[1], rollouts[1], nil), ErrStale)
 
 	before, err := s.Audit(ctx, 100)
 	must(t, err)
@@ -313,7 +313,7 @@ func TestRolloutDevices(t *testing.T) {
 	} {
 		after := before
 		after.Devices, after.Reason = devices, "because"
-		must(t, s.SaveRollout(ctx, before, after))
+		must(t, s.SaveRollout(ctx, before, after, nil))
 		got, err := s.Rollout(ctx, "a-1")
 		must(t, err)
 		if !got.Equal(after) {
@@ -323,9 +323,9 @@ func TestRolloutDevices(t *testing.T) {
 	}
 	after := before
 	after.State, after.EndedAt = fleet.Failed, clock.now
-	must(t, s.SaveRollout(ctx, before, after))
+	must(t, s.SaveRollout(ctx, before, after, nil))
 	after.State = fleet.Running
-	is(t, s.SaveRollout(ctx, before, after), ErrStale)
+	is(t, s.SaveRollout(ctx, before, after, nil), ErrStale)
 	_, err = s.Rollout(ctx, "a-2")
 	is(t, err, ErrNotFound)
 }

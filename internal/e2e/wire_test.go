@@ -179,7 +179,7 @@ func TestMalformedPayloads(t *testing.T) {
 			t.Fatal(err)
 		}
 		const each = 100
-		kinds := []string{link.Hello, link.Reported, link.Events, link.Telemetry, link.Request, link.Gone}
+		kinds := []string{link.Hello, link.Reported, link.Events, link.Telemetry, link.Request, link.Fetch, link.Gone}
 		for range each {
 			for _, kind := range kinds {
 				noise := make([]byte, 1+random.IntN(300))

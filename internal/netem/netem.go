@@ -15,6 +15,7 @@ import (
 	"math/rand/v2"
 	"net"
 	"sync"
+	"sync/atomic"
 	"time"
 )
 
@@ -259,7 +260,29 @@ const serveTimeout = time.Minute
 // plainConn is one over a plain link.
 type plainConn struct {
 	net.Conn
-	link *Link
+	link  *Link
+	reset atomic.Bool
+}
+
+// Read implements net.Conn.
+func (c *plainConn) Read(p []byte) (int, error) {
+	n, err := c.Conn.Read(p)
+	return n, c.failed(err)
+}
+
+// Write implements net.Conn.
+func (c *plainConn) Write(p []byte) (int, error) {
+	n, err := c.Conn.Write(p)
+	return n, c.failed(err)
+}
+
+// failed gives ErrReset in place of the error of a connection that was closed
+// here: others tell it from one that they have closed themselves.
+func (c *plainConn) failed(err error) error {
+	if err != nil && c.reset.Load() {
+		return ErrReset
+	}
+	return err
 }
 
 func (l *Link) dialPlain(ctx context.Context, dial func(ctx context.Context, network, address string) (net.Conn, error), network, address string) (net.Conn, error) {
@@ -271,9 +294,12 @@ func (l *Link) dialPlain(ctx context.Context, dial func(ctx context.Context, net
 	if err != nil {
 		return nil, err
 	}
-	c := &plainConn{below, l}
+	c := &plainConn{Conn: below, link: l}
 	l.mu.Lock()
-	l.open[c] = func(error) { c.Close() }
+	l.open[c] = func(error) {
+		c.reset.Store(true)
+		c.Close()
+	}
 	l.mu.Unlock()
 	return c, nil
 }

@@ -200,6 +200,48 @@ func TestDial(t *testing.T) {
 	})
 }
 
+// Over a plain link bytes pass as they do without, and a reset is told from an
+// end that the connection's owner has made.
+func TestPlain(t *testing.T) {
+	l := Plain()
+	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer listener.Close()
+	accepted := make(chan net.Conn, 1)
+	go func() {
+		c, _ := listener.Accept()
+		accepted <- c
+	}()
+	c, err := l.Dialer(nil)(t.Context(), "tcp", listener.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	there := <-accepted
+	defer there.Close()
+	if _, err := c.Write([]byte("x")); err != nil {
+		t.Fatal(err)
+	}
+	b := make([]byte, 1)
+	if _, err := io.ReadFull(there, b); err != nil || b[0] != 'x' {
+		t.Errorf("%q %v", b, err)
+	}
+	l.Reset()
+	if _, err := c.Read(b); !errors.Is(err, ErrReset) {
+		t.Errorf("after a reset: %v", err)
+	}
+	if l.Open() != 0 {
+		t.Errorf("%d connections are left", l.Open())
+	}
+	l.Set(Conditions{Down: true})
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	if _, err := l.Dialer(nil)(ctx, "tcp", listener.Addr().String()); !errors.Is(err, context.Canceled) {
+		t.Errorf("over a link that is down: %v", err)
+	}
+}
+
 // A connection whose other end is gone for good ends in the end.
 func TestGone(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {

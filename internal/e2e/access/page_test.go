@@ -8,6 +8,7 @@ import (
 	"testing"
 
 	agentaccess "github.com/dunlin/dunlin/agent/access"
+	"github.com/dunlin/dunlin/agent/site"
 	"github.com/dunlin/dunlin/controller/identity"
 	"github.com/dunlin/dunlin/internal/link"
 )
@@ -90,6 +91,17 @@ Of an agent with ` + "`--api-keys` or `--client-ca`" + `. A key, or the certific
 			need = "everybody but who shows a wrong key"
 		}
 		fmt.Fprintf(&page, "| %s | %s |\n", routeName(route), need)
+	}
+	page.WriteString(`
+## A site's port
+
+Of an agent with ` + "`--site-listen`" + `; see [delivery.md](delivery.md). It is tried in ` + "`agent/site`" + `.
+
+| route | who is answered |
+| --- | --- |
+`)
+	for _, route := range site.Routes {
+		fmt.Fprintf(&page, "| %s | every device of the fleet, by its certificate |\n", route)
 	}
 	page.WriteString("\nThis page is written by `go test ./internal/e2e/access -update`.\n")
 	if *update {

@@ -38,7 +38,7 @@ var topics = func() []topic {
 		all = append(all, topic{what: what, topic: f, filter: true})
 	}
 	constant := func(s string) func(_, _, _ string) string { return func(_, _, _ string) string { return s } }
-	for _, kind := range []string{link.Hello, link.Reported, link.Events, link.Telemetry, link.Request, link.Sources, link.Gone} {
+	for _, kind := range []string{link.Hello, link.Reported, link.Events, link.Telemetry, link.Request, link.Sources, link.Fetch, link.Gone} {
 		add("its own up/"+kind, func(d, _, _ string) string { return link.Up(d, kind) })
 		add("another device's up/"+kind, func(_, o, _ string) string { return link.Up(o, kind) })
 	}

@@ -4775,7 +4775,9 @@ type Rollout struct {
 	// As of the last look, for the wave that runs.
 	Gates []*GateResult `protobuf:"bytes,14,rep,name=gates,proto3" json:"gates,omitempty"`
 	// When the wave may be over at the earliest; unset: not known.
-	SoaksUntil    *timestamppb.Timestamp `protobuf:"bytes,15,opt,name=soaks_until,json=soaksUntil,proto3" json:"soaks_until,omitempty"`
+	SoaksUntil *timestamppb.Timestamp `protobuf:"bytes,15,opt,name=soaks_until,json=soaksUntil,proto3" json:"soaks_until,omitempty"`
+	// How many devices it has: devices may hold fewer of them.
+	DeviceCount   uint32 `protobuf:"varint,16,opt,name=device_count,json=deviceCount,proto3" json:"device_count,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -4913,6 +4915,13 @@ func (x *Rollout) GetSoaksUntil() *timestamppb.Timestamp {
 		return x.SoaksUntil
 	}
 	return nil
+}
+
+func (x *Rollout) GetDeviceCount() uint32 {
+	if x != nil {
+		return x.DeviceCount
+	}
+	return 0
 }
 
 // RolloutWave is one wave's devices by their number.
@@ -6459,7 +6468,7 @@ const file_dunlin_v1_api_proto_rawDesc = "" +
 	"deployment\x18\x02 \x01(\tR\n" +
 	"deployment\"D\n" +
 	"\x14WatchRolloutResponse\x12,\n" +
-	"\arollout\x18\x01 \x01(\v2\x12.dunlin.v1.RolloutR\arollout\"\xc9\x04\n" +
+	"\arollout\x18\x01 \x01(\v2\x12.dunlin.v1.RolloutR\arollout\"\xec\x04\n" +
 	"\aRollout\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x1e\n" +
 	"\n" +
@@ -6482,7 +6491,8 @@ const file_dunlin_v1_api_proto_rawDesc = "" +
 	"\x05waves\x18\r \x03(\v2\x16.dunlin.v1.RolloutWaveR\x05waves\x12+\n" +
 	"\x05gates\x18\x0e \x03(\v2\x15.dunlin.v1.GateResultR\x05gates\x12;\n" +
 	"\vsoaks_until\x18\x0f \x01(\v2\x1a.google.protobuf.TimestampR\n" +
-	"soaksUntil\"\xbe\x01\n" +
+	"soaksUntil\x12!\n" +
+	"\fdevice_count\x18\x10 \x01(\rR\vdeviceCount\"\xbe\x01\n" +
 	"\vRolloutWave\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x18\n" +
 	"\adevices\x18\x02 \x01(\rR\adevices\x12\x14\n" +

@@ -1010,7 +1010,7 @@ type DesiredDocument struct {
 	state    protoimpl.MessageState `protogen:"open.v1"`
 	Versions []*DesiredVersion      `protobuf:"bytes,1,rep,name=versions,proto3" json:"versions,omitempty"`
 	Routes   []*DesiredRoute        `protobuf:"bytes,2,rep,name=routes,proto3" json:"routes,omitempty"`
-	// The agent program that the device should run; unset: the one it has.
+	// The agent program that the device should run; unset: the installed one.
 	Agent         *DesiredAgent `protobuf:"bytes,3,opt,name=agent,proto3" json:"agent,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache

@@ -1348,9 +1348,13 @@ func (UnimplementedProfileServiceHandler) Plan(context.Context, *connect.Request
 
 // RolloutServiceClient is a client for the dunlin.v1.RolloutService service.
 type RolloutServiceClient interface {
+	// ListRollouts gives rollouts as WatchRollout does, together with at most
+	// 20,000 devices, the newest rollouts' first.
 	ListRollouts(context.Context, *connect.Request[v1.ListRolloutsRequest]) (*connect.Response[v1.ListRolloutsResponse], error)
 	GetRollout(context.Context, *connect.Request[v1.GetRolloutRequest]) (*connect.Response[v1.GetRolloutResponse], error)
-	// WatchRollout sends the rollout now, at each change, and ends with it.
+	// WatchRollout sends the rollout now, at each change, at most four times a
+	// second, and ends with it. Of more than 1,000 devices it sends those that
+	// failed, then those on their way, up to that many; waves count all.
 	WatchRollout(context.Context, *connect.Request[v1.WatchRolloutRequest]) (*connect.ServerStreamForClient[v1.WatchRolloutResponse], error)
 	// ControlRollout does what an operator asks of a rollout that has not ended.
 	ControlRollout(context.Context, *connect.Request[v1.ControlRolloutRequest]) (*connect.Response[v1.ControlRolloutResponse], error)
@@ -1438,9 +1442,13 @@ func (c *rolloutServiceClient) ListDecisions(ctx context.Context, req *connect.R
 
 // RolloutServiceHandler is an implementation of the dunlin.v1.RolloutService service.
 type RolloutServiceHandler interface {
+	// ListRollouts gives rollouts as WatchRollout does, together with at most
+	// 20,000 devices, the newest rollouts' first.
 	ListRollouts(context.Context, *connect.Request[v1.ListRolloutsRequest]) (*connect.Response[v1.ListRolloutsResponse], error)
 	GetRollout(context.Context, *connect.Request[v1.GetRolloutRequest]) (*connect.Response[v1.GetRolloutResponse], error)
-	// WatchRollout sends the rollout now, at each change, and ends with it.
+	// WatchRollout sends the rollout now, at each change, at most four times a
+	// second, and ends with it. Of more than 1,000 devices it sends those that
+	// failed, then those on their way, up to that many; waves count all.
 	WatchRollout(context.Context, *connect.Request[v1.WatchRolloutRequest], *connect.ServerStream[v1.WatchRolloutResponse]) error
 	// ControlRollout does what an operator asks of a rollout that has not ended.
 	ControlRollout(context.Context, *connect.Request[v1.ControlRolloutRequest]) (*connect.Response[v1.ControlRolloutResponse], error)
