@@ -30,7 +30,7 @@ func TestParseScript(t *testing.T) {
 		`f:1:7: at: is "1x", it must be a duration like 90s or 1h30m, from 0s to`,
 		"f:2:8: xid: is 0, allowed are 1 to 1000",
 		"f:3:8: xid: is 1.5, it must be whole",
-		"f:4:3: teapot: is not known, known are at, version, ambient_celsius, confidence, crashing_fraction",
+		"f:4:3: teapot: is not known, known are at, version, ",
 		"f:3:3: at: is missing",
 		"f:5:3: no fault is named",
 		"f:6:3: each entry must be a mapping",
