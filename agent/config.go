@@ -174,12 +174,12 @@ type Config struct {
 	Name       string            `yaml:"name"`       // of the device; the host's where empty
 	Labels     map[string]string `yaml:"labels"`     // of the device
 
-	file            string // that settings were read from; "": none
 	SiteListen      string `yaml:"site-listen"`      // host:port at which other devices of the site fetch bundles; "": they cannot
 	SiteCacheMiB    int    `yaml:"site-cache"`       // MiB of bundles that are kept for the site; 0: none
 	Metered         string `yaml:"metered"`          // whether bytes cost money: on, off, or auto: as the firmware profile says
 	UpdateProbation int    `yaml:"update-probation"` // seconds for which a new release of the agent must be healthy to stay
 
+	file       string              // that settings were read from; "": none
 	roots      []*x509.Certificate // of CA
 	maxBackoff time.Duration       // of the link, see link.Config; for tests
 }
@@ -238,7 +238,7 @@ func tune(getenv func(string) string) {
 const gcPercent = 200
 
 // commands is what every help says of the others.
-const commands = "Commands: dunlin-agent run, the default; dunlin-agent serve; dunlin-agent doctor; dunlin-agent verify; dunlin-agent import; dunlin-agent version."
+const commands = "Commands: dunlin-agent run, the default; dunlin-agent serve; dunlin-agent simulate; dunlin-agent doctor; dunlin-agent verify; dunlin-agent import; dunlin-agent version."
 
 func parseInto(cfg *Config, name string, args []string, getenv func(string) string, help io.Writer, more func(*flag.FlagSet)) error {
 	*cfg = Config{Data: defaultData(getenv), KeyStore: "file", TPM: "/dev/tpmrm0", Delivery: string(inband.Auto), Metered: "auto", UpdateProbation: defaultProbation}

@@ -114,8 +114,13 @@ func (d *testDevice) untilRefused(model string, version int64, reason string) {
 	})
 	d.simulated.mu.Lock()
 	defer d.simulated.mu.Unlock()
-	last := d.events[len(d.events)-1]
-	if last.Kind != "bundle.refused" || last.Severity != dunlinv1.Severity_SEVERITY_ERROR || !strings.Contains(last.Message, reason) {
+	var last *dunlinv1.Event // of the version
+	for _, e := range d.events {
+		if e.Model == model && e.Version == version {
+			last = e
+		}
+	}
+	if last.GetKind() != "bundle.refused" || last.Severity != dunlinv1.Severity_SEVERITY_ERROR || !strings.Contains(last.Message, reason) {
 		d.t.Errorf("last event %v", last)
 	}
 }

@@ -373,7 +373,7 @@ func (s *server) ListRoutes(ctx context.Context, _ *connect.Request[v1.ListRoute
 }
 
 func (s *server) ListRollouts(ctx context.Context, req *connect.Request[v1.ListRolloutsRequest]) (*connect.Response[v1.ListRolloutsResponse], error) {
-	rollouts, err := s.Store.Rollouts(ctx, req.Msg.GetDeployment(), maxRollouts)
+	rollouts, err := s.Store.RolloutsWithin(ctx, req.Msg.GetDeployment(), maxRollouts, maxListed)
 	if err != nil {
 		return nil, err
 	}

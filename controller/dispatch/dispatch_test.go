@@ -1,13 +1,12 @@
 package dispatch
 
 import (
-	"context"
 	"fmt"
-	"log/slog"
 	"path/filepath"
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -102,11 +101,13 @@ type world struct {
 	d       *Dispatcher
 	metrics *prometheus.Registry
 	stop    func()
+	ahead   atomic.Int64 // of the clock, nanoseconds
 }
 
 var fast = timing{
 	resend: 20 * time.Millisecond, resendMost: 50 * time.Millisecond, ask: 20 * time.Millisecond, pass: time.Millisecond,
 	look: 20 * time.Millisecond, beat: 20 * time.Millisecond, silence: time.Hour,
+	sample: 20 * time.Millisecond, keep: 20 * time.Millisecond, drift: 20 * time.Millisecond,
 }
 
 func start(t *testing.T, path string, timing timing) *world {
@@ -116,21 +117,7 @@ func start(t *testing.T, path string, timing timing) *world {
 		t.Fatal(err)
 	}
 	w := &world{t: t, path: path, store: s, bus: newRecorder(), metrics: prometheus.NewRegistry()}
-	w.d = New(Config{Store: s, Bus: w.bus, Log: slog.New(slog.DiscardHandler), Metrics: w.metrics})
-	w.d.timing = timing
-	ctx, cancel := context.WithCancel(context.Background())
-	done := make(chan error, 1)
-	go func() { done <- w.d.Run(ctx) }()
-	w.stop = sync.OnceFunc(func() {
-		cancel()
-		if err := <-done; err != nil {
-			t.Error(err)
-		}
-		if err := s.Close(); err != nil {
-			t.Error(err)
-		}
-	})
-	t.Cleanup(w.stop)
+	w.run(timing)
 	return w
 }
 

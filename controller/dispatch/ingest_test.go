@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"log/slog"
+	"math"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -188,6 +189,20 @@ func TestMalformed(t *testing.T) {
 		{link.Telemetry, []byte{0x09}}, {link.Request, nil}, {link.Request, marshal(&dunlinv1.BlockRequest{Sha256: make([]byte, 32), Length: link.MaxBlock + 1})},
 		{link.Request, marshal(&dunlinv1.BlockRequest{Sha256: make([]byte, 31), Length: 1})},
 		{link.Gone, nil},
+		{link.Reported, marshal(&dunlinv1.Reported{Session: "s", Sequence: 1, Drifts: make([]*dunlinv1.Drift, maxVersions+1)})},
+		{link.Telemetry, marshal(&dunlinv1.Telemetry{BootId: id})},
+		{link.Telemetry, marshal(&dunlinv1.Telemetry{Models: make([]*dunlinv1.ModelTelemetry, maxModels+1)})},
+		{link.Telemetry, marshal(&dunlinv1.Telemetry{Models: []*dunlinv1.ModelTelemetry{{Succeeded: maxCounted + 1}}})},
+	}
+	for _, f := range []*dunlinv1.VersionFigures{
+		{Rows: maxCounted + 1}, {Joules: new(-1.)}, {Joules: new(math.Inf(1))}, {Latency: &dunlinv1.Buckets{First: 128, Counts: []uint64{1}}},
+		{Latency: &dunlinv1.Buckets{First: math.MaxUint32, Counts: []uint64{1}}}, {Confidence: &dunlinv1.Buckets{Counts: make([]uint64, 21)}},
+		{Confidence: &dunlinv1.Buckets{Counts: []uint64{maxCounted, 1}}}, {Latency: &dunlinv1.Buckets{Counts: []uint64{math.MaxUint64}}},
+	} {
+		tests = append(tests, struct {
+			kind    string
+			payload []byte
+		}{link.Telemetry, marshal(&dunlinv1.Telemetry{Models: []*dunlinv1.ModelTelemetry{{Model: "digits", Version: 1, Figures: f}}})})
 	}
 	want := map[string]float64{}
 	for _, tt := range tests {
@@ -249,7 +264,7 @@ func FuzzTake(f *testing.F) {
 		&dunlinv1.Hello{BootId: "b", Session: "s", Labels: map[string]string{"a": "b"}, HaveGeneration: &dunlinv1.Generation{Incarnation: "i", Number: 3}},
 		&dunlinv1.Reported{Session: "s", Sequence: 1, Observed: &dunlinv1.Generation{Number: 1}, Versions: []*dunlinv1.VersionStatus{{Model: "m", Version: 1, Serving: true}}},
 		&dunlinv1.EventBatch{OutboxId: "o", Events: []*dunlinv1.Event{{Sequence: 1, Kind: "gap"}}},
-		&dunlinv1.Telemetry{CpuUtilisation: new(0.5)},
+		&dunlinv1.Telemetry{CpuUtilisation: new(0.5), BootId: "b", Models: []*dunlinv1.ModelTelemetry{{Model: "m", Version: 1, Succeeded: 3, Figures: &dunlinv1.VersionFigures{Rows: 3, Latency: &dunlinv1.Buckets{First: 9, Counts: []uint64{3}}, Joules: new(1.5)}}}},
 		&dunlinv1.BlockRequest{Sha256: make([]byte, 32), Length: 1},
 		&dunlinv1.Gone{Session: "s"},
 	}

@@ -157,9 +157,26 @@ func withDevices(ctx context.Context, tx *sql.Tx, r *fleet.Rollout) error {
 // Rollouts gives the rollouts of a deployment, or of all where deployment is
 // empty, newest first.
 func (s *Store) Rollouts(ctx context.Context, deployment string, limit int) (all []fleet.Rollout, err error) {
+	return s.RolloutsWithin(ctx, deployment, limit, math.MaxInt)
+}
+
+// RolloutsWithin gives rollouts as Rollouts does, yet only the newest with
+// their devices: those that begin before so many devices are read.
+func (s *Store) RolloutsWithin(ctx context.Context, deployment string, limit, devices int) (all []fleet.Rollout, err error) {
 	err = s.read(ctx, func(tx *sql.Tx) error {
-		all, err = rollouts(ctx, tx, "WHERE ? IN ('', deployment) ORDER BY number DESC LIMIT ?", deployment, limit)
-		return err
+		if all, err = rolloutHeads(ctx, tx, "WHERE ? IN ('', deployment) ORDER BY number DESC LIMIT ?", deployment, limit); err != nil {
+			return err
+		}
+		for i := range all {
+			if devices <= 0 {
+				break
+			}
+			if err := withDevices(ctx, tx, &all[i]); err != nil {
+				return err
+			}
+			devices -= len(all[i].Devices)
+		}
+		return nil
 	})
 	return all, err
 }

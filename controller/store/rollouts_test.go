@@ -267,6 +267,9 @@ func TestRolloutsOfOlderStore(t *testing.T) {
 		Number: 2, Deployment: "a", Model: "digits", From: 1, To: 2, Strategy: fleet.Strategy{MaxFailed: 2, Deadline: 3 * time.Second}, State: fleet.Running,
 		Reason: "waits", StartedAt: time.Unix(0, 7).UTC(), Devices: []fleet.RolloutDevice{{Device: "x", Phase: fleet.DeviceWorking, BytesPresent: 1, BytesTotal: 9}},
 	}
+	if some, err := s.RolloutsWithin(t.Context(), "a", 10, 0); err != nil || len(some) != 2 || some[0].Devices != nil {
+		t.Errorf("got %+v, %v", some, err)
+	}
 	if len(all) != 2 || all[1].State != fleet.Succeeded || !reflect.DeepEqual(all[0], want) {
 		t.Errorf("got %+v\nwant %+v", all[0], want)
 	}
