@@ -30,7 +30,11 @@ func TestDrift(t *testing.T) {
 	model := filepath.Join(folder, filesFolder, "m.onnx")
 	write := func(t *testing.T, path string, raw []byte) {
 		t.Helper()
-		if err := os.WriteFile(path, raw, 0o600); err != nil {
+		other := filepath.Join(t.TempDir(), "new")
+		if err := os.WriteFile(other, raw, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.Rename(other, path); err != nil { // at once: it may be looked at meanwhile
 			t.Fatal(err)
 		}
 	}
@@ -68,10 +72,10 @@ func TestDrift(t *testing.T) {
 		{"replaced by a link", func(t *testing.T) {
 			other := filepath.Join(t.TempDir(), "other")
 			write(t, other, b.files["m.onnx"])
-			if err := os.Remove(model); err != nil {
+			if err := os.Symlink(other, other+".link"); err != nil {
 				t.Fatal(err)
 			}
-			if err := os.Symlink(other, model); err != nil {
+			if err := os.Rename(other+".link", model); err != nil { // at once, else it is missing first
 				t.Fatal(err)
 			}
 		}, "digits:1 m.onnx", "not a file", 2 * half},
