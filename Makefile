@@ -106,6 +106,10 @@ bench-activate: ## Measure the first answer of models whose weights are out
 bench-crash: ## Measure how long callers wait when the worker process is killed
 	@$(WITH_RUNTIME) go run ./bench/crash
 
+.PHONY: bench-delta
+bench-delta: ## Measure what travels when a model changes, and how fast a whole one comes, against curl
+	@go run ./bench/delta
+
 .PHONY: bench-identity
 bench-identity: ## Measure devices that join, connect, are revoked and change authority; try who may do what
 	@go run ./bench/identity

@@ -76,6 +76,7 @@ func Run(ctx context.Context, cfg Config) (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, store.Close()) }()
+	files := watchedFiles(cfg.file, cfg.RuntimeLib)
 	a, err := newAgent(ctx, cfg, profile, info, store, l.url())
 	if err != nil {
 		return err
@@ -83,7 +84,8 @@ func Run(ctx context.Context, cfg Config) (err error) {
 	if l.had {
 		a.hold = a.awaitServed
 	}
-	return a.run(ctx, l, a.metrics(l), part{"alarms", a.watch.run}, part{"imports", a.followImports}, part{"site", a.giver.run}, part{"reconcile", a.follow.Reconcile.Run}, part{"controller", a.follow.Run}, part{"update", a.runUpdates})
+	return a.run(ctx, l, a.metrics(l), part{"alarms", a.watch.run}, part{"imports", a.followImports}, part{"site", a.giver.run}, part{"reconcile", a.follow.Reconcile.Run}, part{"controller", a.follow.Run}, part{"update", a.runUpdates},
+		part{"drift", func(ctx context.Context) error { return a.watchDrift(ctx, files) }})
 }
 
 // newAgent puts the parts together; info describes the device, and url is where
@@ -126,7 +128,7 @@ func newAgent(ctx context.Context, cfg Config, profile profiles.Profile, info *d
 		Reconcile: reconcile.Config{
 			Dir: filepath.Join(cfg.Data, bundlesFolder), Reserve: uint64(profile.Storage.ReserveBytes),
 			Link: func() reconcile.Link { return travels }, Shelf: a.giver.of(),
-			Engine: a.engine, Check: a.check, Passing: passing, Front: a.front, Log: cfg.Log,
+			Engine: a.engine, Check: a.check, Passing: passing, Front: a.front, Standby: a.front.SetStandby, Log: cfg.Log,
 		},
 	})
 	if err == nil {

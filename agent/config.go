@@ -179,6 +179,7 @@ type Config struct {
 	Metered         string `yaml:"metered"`          // whether bytes cost money: on, off, or auto: as the firmware profile says
 	UpdateProbation int    `yaml:"update-probation"` // seconds for which a new release of the agent must be healthy to stay
 
+	file       string              // that settings were read from; "": none
 	roots      []*x509.Certificate // of CA
 	maxBackoff time.Duration       // of the link, see link.Config; for tests
 }
@@ -237,14 +238,14 @@ func tune(getenv func(string) string) {
 const gcPercent = 200
 
 // commands is what every help says of the others.
-const commands = "Commands: dunlin-agent run, the default; dunlin-agent serve; dunlin-agent doctor; dunlin-agent verify; dunlin-agent import; dunlin-agent version."
+const commands = "Commands: dunlin-agent run, the default; dunlin-agent serve; dunlin-agent simulate; dunlin-agent doctor; dunlin-agent verify; dunlin-agent import; dunlin-agent version."
 
 func parseInto(cfg *Config, name string, args []string, getenv func(string) string, help io.Writer, more func(*flag.FlagSet)) error {
 	*cfg = Config{Data: defaultData(getenv), KeyStore: "file", TPM: "/dev/tpmrm0", Delivery: string(inband.Auto), Metered: "auto", UpdateProbation: defaultProbation}
 	labels := map[string]string{}
 	err := program.Source{
 		Program: name, Notes: commands, Prefix: "DUNLIN_AGENT_",
-		Args: args, Getenv: getenv, Help: help,
+		Args: args, Getenv: getenv, Help: help, File: &cfg.file,
 	}.Load(append([]program.Setting{
 		{Name: "data", Usage: "`folder` of everything that the agent keeps", Value: &cfg.Data},
 		{Name: "controller", Usage: "base `URL` of the controller, or mqtts://host:port of its broker; without one, serve what is there", Value: &cfg.Controller},

@@ -180,7 +180,12 @@ func (c *control) registry(w http.ResponseWriter, r *http.Request) {
 // push puts an ONNX file into the registry and gives its version.
 func (c *control) push(onnx, model string, version int64) *dunlinv1.DesiredVersion {
 	c.t.Helper()
-	b, err := models.Pack(c.t.Context(), onnx, models.PackOptions{})
+	return c.pushWith(onnx, model, version, models.PackOptions{})
+}
+
+func (c *control) pushWith(onnx, model string, version int64, options models.PackOptions) *dunlinv1.DesiredVersion {
+	c.t.Helper()
+	b, err := models.Pack(c.t.Context(), onnx, options)
 	if err != nil {
 		c.t.Fatal(err)
 	}

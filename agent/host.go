@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
+	"os"
 	"path/filepath"
 	"sync"
 	"sync/atomic"
@@ -23,10 +24,12 @@ import (
 	"github.com/dunlin/dunlin/agent/oip"
 	"github.com/dunlin/dunlin/agent/oip/rpc"
 	"github.com/dunlin/dunlin/agent/ort"
+	"github.com/dunlin/dunlin/agent/profile"
 	"github.com/dunlin/dunlin/agent/serve"
 	"github.com/dunlin/dunlin/agent/worker"
 	profiles "github.com/dunlin/dunlin/firmware-profiles"
 	"github.com/dunlin/dunlin/internal/program"
+	"github.com/dunlin/dunlin/models"
 )
 
 const (
@@ -239,7 +242,9 @@ func (s *Serving) workerConfig(threads int) worker.Config {
 }
 
 // check compiles a version in a process of its own, on one thread: its load
-// then finds it compiled. One that cannot be is loaded there.
+// then finds it compiled. One that cannot be is loaded there. Then it is asked
+// what the bundle's reference asks, and must not be out of all proportion to
+// the version that it is to follow.
 func (h *host) check(ctx context.Context, spec engine.Spec) (engine.Info, error) {
 	found, err := h.worker.Runtime(ctx)
 	if err != nil {
@@ -250,17 +255,76 @@ func (h *host) check(ctx context.Context, spec engine.Spec) (engine.Info, error)
 	}
 	image, err := h.compile(ctx, found, spec)
 	if err == nil {
-		image.Release()
-		return image.Info, nil
+		defer image.Release()
+		if err := h.verify(ctx, spec, image.File); err != nil {
+			return engine.Info{}, err
+		}
+		return image.Info, slower(spec.ID, image.Info.Run, h.engine.Versions())
 	}
 	if !errors.Is(err, ort.ErrNotCompilable) {
 		return engine.Info{}, err
 	}
 	h.compiling.Add(1)
 	defer h.compiling.Add(-1)
+	info, err := worker.Check(ctx, h.checkConfig(), spec)
+	if err == nil {
+		err = h.verify(ctx, spec, "")
+	}
+	return info, err
+}
+
+// checkConfig is that of children that look at a version.
+func (h *host) checkConfig() worker.Config {
 	cfg := h.serving.workerConfig(1)
 	cfg.Threads = 1 // whatever the settings say: others are being served
-	return worker.Check(ctx, cfg, spec)
+	return cfg
+}
+
+// verify compares the answers of a version, as compiled in a file or as it is,
+// with the reference that its bundle brings along; one that has none passes.
+// It runs on the CPU, in a process of its own.
+func (h *host) verify(ctx context.Context, spec engine.Spec, file string) error {
+	if _, err := os.Stat(filepath.Join(spec.Dir, models.ReferenceFile)); err != nil || h.serving.sim != nil {
+		return nil // a simulated device computes nothing
+	}
+	cfg := h.checkConfig()
+	cfg.Eager, cfg.CheckMemory = true, h.serving.compileMemory
+	return worker.Measure(ctx, cfg, spec, file, func(ctx context.Context, m *worker.Measuring) error {
+		found, err := m.Check(ctx, profile.CPU)
+		if err == nil && !found.Accepted {
+			err = fmt.Errorf("its answer to the reference input is wrong: %s", found.Reason)
+		}
+		return err
+	})
+}
+
+// A version is refused whose run, on one thread, takes longer than absurdRun and
+// than absurdFactor times the mean run of the version of its model that has run
+// longest. That is far beyond what a larger model of the same kind takes, and
+// what threads make up for: such a version would keep all others waiting.
+const (
+	absurdRun     = time.Second
+	absurdFactor  = 20
+	comparedAfter = 10 // runs
+)
+
+// slower says why a version whose run takes so long is not to follow the loaded
+// ones; a time of 0 is not known.
+func slower(id engine.VersionID, run time.Duration, loaded []engine.Status) error {
+	var most engine.Status
+	for _, v := range loaded {
+		if v.ID.Model == id.Model && v.ID.Version != id.Version && v.Figures.Run.Count >= comparedAfter && v.Figures.Run.Count > most.Figures.Run.Count {
+			most = v
+		}
+	}
+	if most.Figures.Run.Count == 0 || run <= absurdRun {
+		return nil
+	}
+	mean := most.Figures.Run.Time / time.Duration(most.Figures.Run.Count)
+	if run <= absurdFactor*mean {
+		return nil
+	}
+	return fmt.Errorf("a run of one row takes %v, one of %s takes %v: allowed are %v and %d times that", run.Round(time.Millisecond), most.ID, mean.Round(time.Microsecond), absurdRun, absurdFactor)
 }
 
 // counted counts what is compiled.

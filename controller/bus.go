@@ -117,6 +117,27 @@ func openBus(ctx context.Context, c Config, t brokerTrust, log *slog.Logger) (*b
 	return b, nil
 }
 
+// wire is a bus whose messages arrive as change has them.
+type wire struct {
+	broker.Bus
+	change func(topic string, payload []byte) []byte
+}
+
+func (w wire) Run(ctx context.Context, handle broker.Handler) error {
+	return w.Bus.Run(ctx, func(topic string, payload []byte) {
+		if payload = w.change(topic, payload); payload != nil {
+			handle(topic, payload)
+		}
+	})
+}
+
+func (w wire) Publish(topic string, payload []byte) error {
+	if payload = w.change(topic, payload); payload == nil {
+		return nil
+	}
+	return w.Bus.Publish(topic, payload)
+}
+
 // run carries messages, and keeps Mosquitto's files.
 func (b *bus) run(ctx context.Context, handle broker.Handler) error {
 	var keeping sync.WaitGroup

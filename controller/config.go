@@ -42,6 +42,8 @@ type Config struct {
 	DeviceCertDays  int    `yaml:"device-cert-days"`  // how long a device's certificate counts
 	DeviceGraceDays int    `yaml:"device-grace-days"` // how long after that it can be renewed
 
+	RegistryGraceDays int `yaml:"registry-grace-days"` // for which what no version refers to stays in the registry; 0: for ever
+
 	TelemetryHours    int `yaml:"telemetry-hours"`     // for which a sample a minute of each device is kept
 	TelemetryDays     int `yaml:"telemetry-days"`      // for which one each 10 minutes is kept
 	TelemetryLongDays int `yaml:"telemetry-long-days"` // for which one an hour is kept
@@ -68,6 +70,9 @@ type Config struct {
 	// OnStep is called before and after each step that is persisted or
 	// published, with its name: a test ends the process there.
 	OnStep func(step string) `yaml:"-"`
+	// Wire gives what is to arrive of each message between the controller and
+	// its devices: a test has them speak as another release does. nil drops it.
+	Wire func(topic string, payload []byte) []byte `yaml:"-"`
 	// OnReady is called when everything listens.
 	OnReady func(Addresses) `yaml:"-"`
 }
@@ -96,6 +101,7 @@ func (c *Config) settings() []program.Setting {
 		{Name: "acme-ca", Usage: "PEM `file` of the roots by which a private ACME server is known, instead of the system's", Value: &c.ACMECA},
 		{Name: "device-cert-days", Usage: "`days` that a device's certificate counts; it is renewed when half of them are over", Value: &c.DeviceCertDays},
 		{Name: "device-grace-days", Usage: "`days` after its end in which a device's certificate can still be renewed", Value: &c.DeviceGraceDays},
+		{Name: "registry-grace-days", Usage: "`days` for which what no version refers to stays in the registry, before it is deleted; 0: for ever", Value: &c.RegistryGraceDays},
 		{Name: "telemetry-hours", Usage: "`hours` for which one sample a minute of each device's figures is kept", Value: &c.TelemetryHours},
 		{Name: "telemetry-days", Usage: "`days` for which one sample each 10 minutes is kept", Value: &c.TelemetryDays},
 		{Name: "telemetry-long-days", Usage: "`days` for which one sample an hour is kept", Value: &c.TelemetryLongDays},
@@ -121,7 +127,8 @@ func DefaultConfig() Config {
 		Data: "dunlin-controller", Listen: "127.0.0.1:8080", MQTTListen: "127.0.0.1:8883",
 		ACMEDirectory:  acme.LetsEncryptURL,
 		DeviceCertDays: int(identity.DeviceLifetime / day), DeviceGraceDays: int(identity.Grace / day),
-		TelemetryHours: int(store.DefaultTelemetryKeep[0] / time.Hour), TelemetryDays: int(store.DefaultTelemetryKeep[1] / day), TelemetryLongDays: int(store.DefaultTelemetryKeep[2] / day),
+		RegistryGraceDays: 7,
+		TelemetryHours:    int(store.DefaultTelemetryKeep[0] / time.Hour), TelemetryDays: int(store.DefaultTelemetryKeep[1] / day), TelemetryLongDays: int(store.DefaultTelemetryKeep[2] / day),
 		EventDays:     400,
 		OIDCNameClaim: "sub", OIDCRoleClaim: "dunlin_role", OIDCScopeClaim: "dunlin_scope",
 		BrokerUsername: broker.ControllerUser, LogLevel: "info", LogFormat: "text",
@@ -237,6 +244,7 @@ func (c *Config) check() error {
 		name               string
 		value, least, most int
 	}{
+		{"registry-grace-days", c.RegistryGraceDays, 0, maxKeepDays},
 		{"telemetry-hours", c.TelemetryHours, minTelemetryHours, maxTelemetryHours},
 		{"telemetry-days", c.TelemetryDays, 1, maxTelemetryDays},
 		{"telemetry-long-days", c.TelemetryLongDays, 1, maxKeepDays},

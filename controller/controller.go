@@ -95,6 +95,9 @@ func Run(ctx context.Context, c Config) (err error) {
 		return err
 	}
 	defer bus.close()
+	if c.Wire != nil {
+		bus.bus = wire{bus.bus, c.Wire}
+	}
 	dispatcher := dispatch.New(dispatch.Config{
 		Store: st, Bus: bus.bus, Log: log, Metrics: metrics, OnStep: c.OnStep,
 		Trusted: t.trusted, Superseded: func() {
@@ -109,7 +112,7 @@ func Run(ctx context.Context, c Config) (err error) {
 	if err != nil {
 		return err
 	}
-	reg, err := registry.New(registry.Config{Root: filepath.Join(c.Data, registryFolder), Auth: auth, Refusals: st, Versions: versions{st, dispatcher.CachesFor}, Signatures: signer, Trust: signer.trust, Log: log})
+	reg, err := registry.New(registry.Config{Root: filepath.Join(c.Data, registryFolder), Auth: auth, Refusals: st, Versions: versions{st, dispatcher.CachesFor}, Grace: time.Duration(c.RegistryGraceDays) * day, Signatures: signer, Trust: signer.trust, Log: log})
 	if err != nil {
 		return err
 	}
@@ -344,6 +347,15 @@ func (b blobs) Open(ctx context.Context, device, model string, d digest.Digest, 
 		err = fmt.Errorf("%w: %w", inband.ErrUnknown, err)
 	}
 	return nil, 0, err
+}
+
+func (v versions) Manifests(ctx context.Context) ([]registry.Manifest, error) {
+	kept, err := v.store.Manifests(ctx)
+	all := make([]registry.Manifest, len(kept))
+	for i, m := range kept {
+		all[i] = registry.Manifest{Model: m.Model, Digest: digest.Digest(m.Digest)}
+	}
+	return all, err
 }
 
 // password gives the controller's own for an external broker.

@@ -235,6 +235,11 @@ func (s *signer) AddSignature(ctx context.Context, n registry.NewSignature) erro
 	return err
 }
 
+// RemoveSignature implements registry.Signatures.
+func (s *signer) RemoveSignature(ctx context.Context, model string, manifest digest.Digest) error {
+	return s.store.RemoveSignature(ctx, model, manifest.String())
+}
+
 // ListSignatures implements registry.Signatures.
 func (s *signer) ListSignatures(ctx context.Context, model, bundle string) ([]registry.Signature, error) {
 	found, err := s.store.Signatures(ctx, model, bundle)

@@ -69,6 +69,8 @@ type Model struct {
 	Need    engine.Need
 	// Prepack says that a prepacked session runs faster.
 	Prepack bool
+	// Run is how long a run of one row takes on one thread; 0: not known.
+	Run time.Duration
 }
 
 // Entry is a compiled model that its holder may use until Release.

@@ -61,6 +61,9 @@ type Info struct {
 	Batch bool
 	// Need is what it takes of the memory, measured or estimated.
 	Need Need
+	// Run is how long a run of one row took on one thread, before it was loaded;
+	// 0: not known.
+	Run time.Duration
 	// Options and Labels are those of the Spec, and ID is the one that the
 	// Runtime has the version by; the engine fills them in.
 	Options serving.Options

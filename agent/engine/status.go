@@ -60,6 +60,7 @@ type Figures struct {
 	Inferences uint64 // rows that ran
 	Executions uint64 // runs
 	Run        Total  // of each run
+	Stalled    uint64 // runs that were ended for want of progress
 	Last       time.Time
 	Batches    []BatchFigures // by size, the first 256 that occurred
 
@@ -147,6 +148,9 @@ func (f *Figures) ran(r *run, now time.Time) {
 	f.Inferences += uint64(r.rows)
 	f.Executions++
 	f.Run.add(r.outcome.Infer)
+	if r.stalled && r.err != nil {
+		f.Stalled++
+	}
 	f.Last = now
 	f.Size.observe(float64(r.rows))
 	i, found := slices.BinarySearchFunc(f.Batches, r.rows, func(b BatchFigures, rows int) int { return b.Size - rows })

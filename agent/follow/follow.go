@@ -47,7 +47,7 @@ type Config struct {
 	// and Dial, and State is Store.
 	Identity identity.Config
 	// Reconcile says how the device is driven to what the controller wants. New
-	// sets State, Registry, Near, Now, Trust and Event.
+	// sets State, Registry, Near, Now, Trust, Counts and Event.
 	Reconcile reconcile.Config
 	// Info is what the device says of itself at first, and Ready is closed when
 	// that, or what Describe has made of it, is worth saying.
@@ -130,7 +130,7 @@ func New(ctx context.Context, cfg Config) (*Follower, error) {
 		f.Identity, f.lacks = identity.New(f.identityConfig()), err
 	}
 	r := cfg.Reconcile
-	r.State, r.Registry, r.Now, r.Trust, r.Event = f.store, f.registry, f.Identity.Now, f.trust.Load, f.Event
+	r.State, r.Registry, r.Now, r.Trust, r.Counts, r.Event = f.store, f.registry, f.Identity.Now, f.trust.Load, f.counts, f.Event
 	if r.Disk == nil { // simulated devices have no site
 		r.Near = f.near
 	}
@@ -269,6 +269,16 @@ func (f *Follower) Describe(change func(*dunlinv1.DeviceInfo)) {
 // Retired takes in the figures of a version that is not loaded any more: it is
 // an engine.Config.Retired.
 func (f *Follower) Retired(id engine.VersionID, last engine.Figures) { f.figures.retire(id, last) }
+
+// counts gives those of a loaded version.
+func (f *Follower) counts(id engine.VersionID) (reconcile.Counts, bool) {
+	for _, v := range f.cfg.Versions() {
+		if n := &v.Figures; v.ID == id {
+			return reconcile.Counts{Succeeded: n.Success.Count, Failed: n.Failure.Count, Stalled: n.Stalled}, true
+		}
+	}
+	return reconcile.Counts{}, false
+}
 
 // Append keeps an event for the controller.
 func (f *Follower) Append(e *dunlinv1.Event) error {

@@ -254,6 +254,11 @@ func leaseOf(l *dunlinv1.TelemetryLease) lease {
 	}
 }
 
+// swapsEvery says in which samples without a lease the counts of swaps are: in
+// one of so many. They are sums, so that nothing is lost, and would be the most
+// of what a quiet device has to say.
+const swapsEvery = 10
+
 // telemetry sends a sample at the begin of a session and every minute, and
 // more often while a lease lasts.
 func (s *session) telemetry(ctx context.Context) {
@@ -262,14 +267,15 @@ func (s *session) telemetry(ctx context.Context) {
 	over := time.NewTimer(0)
 	<-over.C
 	defer over.Stop()
+	sender := sender{session: s}
 	leased := false
-	var dropped uint64
-	var requests traffic
 	for {
+		full := leased
 		select {
 		case <-ctx.Done():
 			return
 		case <-s.sample:
+			sender.sent = 0
 		case l := <-s.leases:
 			if leased = l.lasts > 0; leased {
 				tick.Reset(l.every)
@@ -278,35 +284,48 @@ func (s *session) telemetry(ctx context.Context) {
 				tick.Reset(telemetryEvery)
 				over.Stop()
 			}
-		case <-over.C: // with a last sample
+			full = leased
+		case <-over.C: // with a last sample in full
 			leased = false
 			tick.Reset(telemetryEvery)
-			if !s.sendTelemetry(ctx, &requests, &dropped, true) {
-				return
-			}
-			continue
 		case <-tick.C:
 		}
-		if !s.sendTelemetry(ctx, &requests, &dropped, leased) {
+		if !sender.send(ctx, full) {
 			return
 		}
 	}
 }
 
-// sendTelemetry sends a sample, in full with the figures of versions, and says
-// whether ctx lasted that long.
-func (s *session) sendTelemetry(ctx context.Context, requests *traffic, dropped *uint64, full bool) bool {
+// sender sends the samples of a session.
+type sender struct {
+	*session
+	requests traffic
+	dropped  uint64
+	sent     int // without a lease, since the session began
+}
+
+// send sends a sample, in full with the figures of versions, and says whether
+// ctx lasted that long.
+func (s *sender) send(ctx context.Context, full bool) bool {
 	t := s.cfg.Sample(ctx)
 	if t == nil {
 		return false
 	}
 	versions := s.cfg.Versions()
-	requests.fill(t, time.Now(), versions)
+	s.requests.fill(t, time.Now(), versions)
 	s.figures.observe(t, versions)
-	t.Models, t.BootId, t.Dropped = s.figures.telemetry(versions, full), s.boot, *dropped
+	t.Models, t.BootId, t.Dropped = s.figures.telemetry(versions, full), s.boot, s.dropped
+	if !full {
+		if s.sent%swapsEvery != 0 {
+			for _, m := range t.Models {
+				m.Activations, m.Evictions = nil, nil
+			}
+		}
+		s.sent++
+	}
 	fit(t, link.MaxPayload/2)
-	if *dropped++; s.link.Send(link.Telemetry, t) == nil {
-		*dropped = 0
+	if s.dropped++; s.link.Send(link.Telemetry, t) == nil {
+		s.dropped = 0
 	}
 	return true
 }

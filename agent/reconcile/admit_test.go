@@ -114,8 +114,13 @@ func (d *testDevice) untilRefused(model string, version int64, reason string) {
 	})
 	d.simulated.mu.Lock()
 	defer d.simulated.mu.Unlock()
-	last := d.events[len(d.events)-1]
-	if last.Kind != "bundle.refused" || last.Severity != dunlinv1.Severity_SEVERITY_ERROR || !strings.Contains(last.Message, reason) {
+	var last *dunlinv1.Event // of the version
+	for _, e := range d.events {
+		if e.Model == model && e.Version == version {
+			last = e
+		}
+	}
+	if last.GetKind() != "bundle.refused" || last.Severity != dunlinv1.Severity_SEVERITY_ERROR || !strings.Contains(last.Message, reason) {
 		d.t.Errorf("last event %v", last)
 	}
 }
@@ -394,6 +399,31 @@ func TestFloorRises(t *testing.T) {
 	d.untilRefused("digits", 1, "version 1 of model digits is below the floor 2")
 	if got := d.answers("digits"); got != 2 {
 		t.Errorf("version %d answers", got)
+	}
+}
+
+// What stands by for a version on probation is not served below a floor because
+// it is loaded.
+func TestFloorOfWhatStandsBy(t *testing.T) {
+	rng := seeded(t)
+	b1, b2 := pack(t, map[string][][]byte{"m.onnx": blocks(rng, 2)}), pack(t, map[string][][]byte{"m.onnx": blocks(rng, 2)})
+	s, reg := newSite(t), serveBundles(t, b1, b2)
+	one, _ := reg.sign(s.key, b1, "digits", 1)
+	two, _ := reg.sign(s.key, b2, "digits", 2)
+	d := trusting(t, reg, s)
+	d.try(Probation{Runs: 1, Most: time.Hour})
+	d.Desire(desired(1, nil, b1.wantSigned("digits", 1, one)))
+	d.untilServing("digits", 1)
+	d.Desire(desired(2, nil, b2.wantSigned("digits", 2, two)))
+	d.untilServing("digits", 2)
+	d.trust.Store(s.next(func(d *dunlinv1.TrustDocument) { d.ModelFloors = []*dunlinv1.ModelFloor{{Model: "digits", Version: 2}} }))
+	for n := range uint64(2) {
+		d.TrustChanged()
+		d.Desire(desired(3+n, nil, b1.wantSigned("digits", 1, one)))
+		d.untilRefused("digits", 1, "version 1 of model digits is below the floor 2")
+		if got := d.answers("digits"); got != 2 {
+			t.Errorf("version %d answers", got)
+		}
 	}
 }
 

@@ -44,6 +44,7 @@ const (
 	loading
 	unloading
 	removing
+	repairing   // fetching again what is wrong on the disk
 	serving     // requests for the model go to this version from now on
 	withdrawing // requests for the model are refused from now on
 	routing     // the routes in force have changed
@@ -51,11 +52,11 @@ const (
 )
 
 func (o op) String() string {
-	return [...]string{"idle", "fetch", "check", "load", "unload", "remove", "serve", "withdraw", "route", "cancel"}[o]
+	return [...]string{"idle", "fetch", "check", "load", "unload", "remove", "repair", "serve", "withdraw", "route", "cancel"}[o]
 }
 
 // How many versions may be busy with one thing at a time; the others wait.
-var busyLimit = map[op]int{fetching: 2, checking: 1, loading: 2}
+var busyLimit = map[op]int{fetching: 2, checking: 1, loading: 2, repairing: 1}
 
 // action is an op on a version.
 type action struct {
@@ -74,12 +75,21 @@ type version struct {
 	busy       op
 	cancelled  bool            // what it is busy with has been cancelled
 	checked    bool            // has passed the check in this run of the agent
-	good       bool            // served last of its model
+	good       bool            // the last of its model that has proven itself, or the best there is
+	doubtful   bool            // is checked before it is loaded again, though it is good
+	serves     time.Time       // since when, while it serves
+	trials     int             // starts of the agent in which it was on probation
+	resumes    bool            // it was when the agent ended as it was asked to
+	inPlace    bool            // may have the version before it unloaded first
+	swaps      bool            // does so: the one before is unloaded, and it is not loaded yet
+	swapped    bool            // has done so: the one before does not fit beside it
 	broken     bool            // was loaded, and cannot run any more
 	admitted   bool            // its signatures have been verified, as those of this name
 	signatures []digest.Digest // of the manifests that hold them
+	damage     *damage         // of its bundle; nil: it is whole
 	quarantine string
 	refused    bool   // the quarantine is for its signatures
+	reverted   bool   // the quarantine is for what it did in the place of a good one
 	failure    string // what the last try failed with
 	failures   int    // in a row
 	notBefore  time.Time
@@ -99,10 +109,15 @@ type core struct {
 	inForce  map[string]*dunlinv1.DesiredRoute
 	cramped  bool       // the last fetch that ended found too little room on disk
 	waiting  []*version // to be fetched, in this call of next
+	// changing has the models that nothing serves just now, since one version
+	// takes the place of another.
+	changing  map[string]bool
+	probation Probation
 }
 
 func newCore() *core {
 	return &core{
+		changing: map[string]bool{}, probation: DefaultProbation,
 		versions: map[key]*version{}, desired: map[string]*version{}, serving: map[string]*version{},
 		routes: map[string]*dunlinv1.DesiredRoute{}, inForce: map[string]*dunlinv1.DesiredRoute{},
 	}
@@ -134,6 +149,7 @@ func (c *core) setDesired(doc *dunlinv1.DesiredDocument, now time.Time) {
 			v.forgive()
 		}
 		v.signatures = signatures
+		v.inPlace = w.InPlace
 		if !proto.Equal(v.delivery, w.Delivery) && v.waitsFor != "" {
 			v.waitsFor, v.notBefore = "", time.Time{}
 		}
@@ -158,7 +174,8 @@ func (c *core) setDesired(doc *dunlinv1.DesiredDocument, now time.Time) {
 
 // forgive forgets what the version has failed with.
 func (v *version) forgive() {
-	v.quarantine, v.refused, v.failure, v.failures, v.notBefore, v.waitsFor = "", false, "", 0, time.Time{}, ""
+	v.quarantine, v.refused, v.reverted, v.failure, v.failures, v.notBefore, v.waitsFor = "", false, false, "", 0, time.Time{}, ""
+	v.trials, v.resumes, v.swaps = 0, false, false
 }
 
 // reconsider gives what was refused another try: other signatures count.
@@ -189,7 +206,7 @@ func (c *core) next(now time.Time) []action {
 	var acts []action
 	for _, m := range models {
 		acts = c.withdrawBroken(acts, m)
-		acts = c.serve(acts, m, byModel[m])
+		acts = c.serve(acts, m, byModel[m], now)
 	}
 	if c.settleRoutes() {
 		acts = append(acts, action{op: routing})
@@ -200,11 +217,20 @@ func (c *core) next(now time.Time) []action {
 			acts = append(acts, action{op: withdrawing, key: have.key})
 		}
 		acts = c.advance(acts, m, byModel[m], now)
+		acts = c.repair(acts, byModel[m], now)
 		acts = c.discard(acts, m, byModel[m], now)
+		if c.changing[m] && (c.desired[m] == nil || c.serving[m] != nil || !slices.ContainsFunc(byModel[m], (*version).coming)) {
+			delete(c.changing, m)
+		}
 	}
 	acts = c.admitFetches(acts, c.waiting)
 	c.waiting = nil
 	return acts
+}
+
+// coming says whether something goes on that may end with the version serving.
+func (v *version) coming() bool {
+	return v.busy == checking || v.busy == loading || v.busy == unloading || v.stage == stored && v.quarantine == "" && (v.swaps || v.good || v.resumes)
 }
 
 func (c *core) sorted() []*version {
@@ -212,14 +238,20 @@ func (c *core) sorted() []*version {
 }
 
 // lost takes in that a loaded version cannot run any more. It is unloaded,
-// and checked before it is loaded again, or it goes into quarantine where a
-// reason for that is given. That may be heard of before the end of its load.
-func (c *core) lost(id engine.VersionID, quarantine string, now time.Time) (condemned *version) {
+// and checked before it is loaded again, or it goes into quarantine. That may be heard of before the end of its load.
+//
+// From one on probation the device goes back, whatever the reason.
+func (c *core) lost(id engine.VersionID, reason string, quarantine bool, now time.Time) (condemned *version) {
 	for _, v := range c.versions {
 		if v.id == id && (v.stage == resident || v.busy == loading) {
 			v.broken = true
-			if quarantine != "" {
-				v.quarantine, v.failure, v.since = quarantine, "", now
+			switch {
+			case v.quarantine != "":
+			case c.serving[id.Model] == v && !v.good && c.fallback(v) != nil:
+				c.revert(v, reason, now)
+				condemned = v
+			case quarantine:
+				v.quarantine, v.failure, v.since = reason, "", now
 				condemned = v
 			}
 		}
@@ -232,41 +264,62 @@ func (c *core) withdrawBroken(acts []action, model string) []action {
 	if have == nil || !have.broken {
 		return acts
 	}
-	delete(c.serving, model)
+	return c.withdraw(acts, have)
+}
+
+// withdraw has nothing serve a model, for as long as it takes to bring in
+// another version where that is on its way.
+func (c *core) withdraw(acts []action, have *version) []action {
+	delete(c.serving, have.id.Model)
+	c.changing[have.id.Model] = true
 	return append(acts, action{op: withdrawing, key: have.key})
 }
 
-// serve switches a model over to the version that it should be answered by,
-// of those that can run: the wanted one, else whichever serves already, else
-// whichever there is.
-func (c *core) serve(acts []action, model string, versions []*version) []action {
+// serve switches a model over to the version that it should be answered by, of
+// those that can run: the wanted one, else whichever serves already, else the
+// good one, else whichever there is. One in quarantine only goes on serving
+// while there is no other.
+func (c *core) serve(acts []action, model string, versions []*version, now time.Time) []action {
 	want, have := c.desired[model], c.serving[model]
-	if want == nil || have == want {
+	if want == nil || have == want && want.quarantine == "" {
 		return acts
 	}
 	to := want
-	if !want.ready() {
-		if have != nil {
+	if !want.ready() || want.quarantine != "" {
+		if have != nil && have.quarantine == "" {
 			return acts
 		}
-		i := slices.IndexFunc(versions, (*version).ready)
-		if i < 0 {
+		to = nil
+		for _, v := range versions {
+			if v != have && v.ready() && v.quarantine == "" && (to == nil || v.resumes || v.good && !to.good && !to.resumes) {
+				to = v
+			}
+		}
+		if to == nil {
 			return acts
 		}
-		to = versions[i]
+	}
+	if !to.good && c.fallback(to) == nil {
+		c.prove(to) // it is the best there is
 	}
 	c.serving[model] = to
+	to.serves, to.swapped, to.swaps = now, to.swaps, false
 	for _, v := range versions {
-		v.good = v == to
+		v.resumes = false // what comes next may be a power cut
+	}
+	if !to.good {
+		to.trials++
 	}
 	return append(acts, action{op: serving, key: to.key})
 }
 
 // ready says whether requests can be given to the version.
-func (v *version) ready() bool { return v.stage == resident && v.busy == idle && !v.broken }
+func (v *version) ready() bool {
+	return v.stage == resident && (v.busy == idle || v.busy == repairing) && !v.broken
+}
 
 // advance takes a model's wanted version one step further, or brings back
-// the one that served last while that takes time.
+// the good one while that takes time, or where it has failed.
 func (c *core) advance(acts []action, model string, versions []*version, now time.Time) []action {
 	want, have := c.desired[model], c.serving[model]
 	for _, v := range versions {
@@ -274,39 +327,56 @@ func (c *core) advance(acts []action, model string, versions []*version, now tim
 			continue
 		}
 		// One at a time for a model; one that is not wanted is given up.
-		if v != want && !(v.good && want != nil && have == nil) && !v.cancelled {
+		if v != want && !((v.good || v.resumes) && want != nil && (have == nil || have.quarantine != "")) && !v.cancelled {
 			v.cancelled = true
 			acts = append(acts, action{op: cancelling, key: v.key})
 		}
 		return acts
 	}
-	if want == nil || want.busy != idle || (want.stage == resident && !want.broken) {
+	if want == nil || want.busy != idle && want.busy != repairing || want.stage == resident && !want.broken && want.quarantine == "" {
 		return acts
 	}
-	if want.broken {
+	if want.broken && want.busy == idle {
 		if now.Before(want.notBefore) {
 			return acts
 		}
 		return c.begin(acts, unloading, want)
 	}
 	due := want.due(now)
-	if due && want.stage == stored && (want.checked || want.good) {
+	certain := want.checked || (want.good || want.resumes) && !want.doubtful
+	if due && want.stage == stored && (certain || want.swaps) {
 		if other := c.inTheWay(want, versions); other == nil {
+			if !certain {
+				return c.begin(acts, checking, want)
+			}
 			return c.begin(acts, loading, want)
 		} else if other.busy == idle {
-			// The same name for other bytes: both cannot be loaded.
 			if other == have {
-				delete(c.serving, model)
-				acts = append(acts, action{op: withdrawing, key: other.key})
+				acts = c.withdraw(acts, other)
 			}
 			return c.begin(acts, unloading, other)
 		}
 		return acts
 	}
-	if have == nil {
-		for _, v := range versions {
-			if v != want && v.good && v.stage == stored && v.busy == idle && v.due(now) && c.inTheWay(v, versions) == nil {
+	if have == nil || have.quarantine != "" {
+		for _, v := range slices.SortedStableFunc(slices.Values(versions), resumesFirst) {
+			if v == want || !v.good && !v.resumes || v.stage != stored || v.busy != idle || !v.due(now) {
+				continue
+			}
+			other := c.inTheWay(v, versions)
+			if other == nil && have != nil && have.swapped {
+				other = have // both do not fit
+			}
+			switch {
+			case other == nil && v.doubtful && !v.checked:
+				return c.begin(acts, checking, v)
+			case other == nil:
 				return c.begin(acts, loading, v)
+			case other.busy == idle && other.quarantine != "" && !now.Before(other.notBefore):
+				if other == have {
+					acts = c.withdraw(acts, other)
+				}
+				return c.begin(acts, unloading, other)
 			}
 		}
 	}
@@ -320,13 +390,26 @@ func (c *core) advance(acts []action, model string, versions []*version, now tim
 	return acts
 }
 
-// due says whether a try may be made.
-func (v *version) due(now time.Time) bool { return v.quarantine == "" && !now.Before(v.notBefore) }
+func resumesFirst(a, b *version) int {
+	switch {
+	case a.resumes == b.resumes:
+		return 0
+	case a.resumes:
+		return -1
+	}
+	return 1
+}
 
-// inTheWay gives a loaded version of the same name.
+// due says whether a try may be made.
+func (v *version) due(now time.Time) bool {
+	return v.quarantine == "" && v.damage == nil && !now.Before(v.notBefore)
+}
+
+// inTheWay gives a loaded version of the same name, as both cannot be loaded, or
+// any loaded one where v is to be loaded in place of it.
 func (c *core) inTheWay(v *version, versions []*version) *version {
 	i := slices.IndexFunc(versions, func(o *version) bool {
-		return o != v && o.id == v.id && (o.stage == resident || o.busy == loading)
+		return o != v && (o.id == v.id || v.swaps && !c.pinned(o.id)) && (o.stage == resident || o.busy == loading)
 	})
 	if i < 0 {
 		return nil
@@ -338,7 +421,7 @@ func (c *core) inTheWay(v *version, versions []*version) *version {
 // being written or removed.
 func (c *core) bundleBusy(v *version) bool {
 	for _, o := range c.versions {
-		if o != v && o.digest == v.digest && (o.busy == fetching || o.busy == removing) {
+		if o != v && o.digest == v.digest && (o.busy == fetching || o.busy == removing || o.busy == repairing) {
 			return true
 		}
 	}
@@ -365,7 +448,7 @@ func (c *core) begin(acts []action, o op, v *version) []action {
 // runs, or is what the model falls back to.
 func (c *core) needed(v *version) bool {
 	want := c.desired[v.id.Model]
-	return v == want || v == c.serving[v.id.Model] || v.stage == resident || v.busy != idle || (v.good && want != nil)
+	return v == want || v == c.serving[v.id.Model] || v.stage == resident || v.busy != idle || (v.good || v.resumes) && want != nil
 }
 
 // discard unloads what neither serves nor should, and removes what is not
@@ -376,9 +459,9 @@ func (c *core) discard(acts []action, model string, versions []*version, now tim
 	settled := want == nil || want == have || want.quarantine != "" || c.cramped
 	for _, v := range versions {
 		switch {
-		case v.busy != idle || v == want || v == have || now.Before(v.notBefore):
+		case v.busy != idle || v == want && v.quarantine == "" || v == have || now.Before(v.notBefore):
 		case v.stage == resident:
-			if !c.pinned(v.id) {
+			if !c.pinned(v.id) && !c.standsBy(v) || v.broken {
 				acts = c.begin(acts, unloading, v)
 			}
 		case settled && !c.needed(v) && !c.bundleBusy(v):
@@ -408,6 +491,7 @@ type outcome struct {
 	progress  bool // something was achieved before the error
 	lost      bool // the bundle is not on disk any more
 	noRoom    bool // the disk has too little room
+	noMemory  bool // there is too little memory for it beside what is loaded
 	wait      time.Duration
 	waits     *WaitError // the download waits for this, and nothing has failed
 }
@@ -419,21 +503,37 @@ func (c *core) done(k key, result outcome, now time.Time) {
 	was, cancelled := v.busy, v.cancelled
 	v.busy, v.cancelled = idle, false
 	switch {
-	case was == fetching:
+	case was == fetching || was == repairing:
 		c.cramped = result.noRoom
 	case was == loading && result.err != nil:
 		v.broken = false
 	}
 	if result.lost {
-		v.stage, v.since, v.checked, v.good = absent, now, false, false
+		v.damage = nil // there is nothing of it
+		v.stage, v.since, v.checked, v.good, v.resumes = absent, now, false, false, false
 	}
 	if result.err != nil {
 		if cancelled {
+			v.swaps = false
 			return
 		}
 		if result.waits != nil {
 			v.hold(result.waits, now)
 			return
+		}
+		back := c.fallback(v)
+		switch {
+		case !v.swaps && v.inPlace && result.noMemory && back != nil && c.desired[k.id.Model] == v:
+			// The one before is unloaded first; there is nothing to wait for.
+			v.swaps = true
+			return
+		case v.swaps:
+			v.swaps = false
+			if result.noMemory && back != nil {
+				c.revert(v, "also in the place of the version before it: "+result.err.Error(), now)
+				return
+			}
+			v.reverted = result.permanent && back != nil
 		}
 		v.failures++
 		if result.progress {
@@ -450,16 +550,20 @@ func (c *core) done(k key, result outcome, now time.Time) {
 	switch was {
 	case unloading:
 		if v.broken {
-			v.broken, v.checked, v.good = false, false, false
+			v.broken, v.checked, v.doubtful = false, false, true
 		}
+		v.swapped = false
 		v.stage, v.since = stored, now
 	case fetching:
 		v.stage, v.since, v.admitted = stored, now, true
+	case repairing:
+		c.repaired(v.digest)
 	case checking:
-		v.checked = true
+		v.checked, v.doubtful = true, false
 	case loading:
 		v.stage, v.since = resident, now
 	case removing:
+		v.damage = nil
 		if c.cramped {
 			c.retry() // there is more room now
 		}
@@ -471,10 +575,10 @@ func (c *core) done(k key, result outcome, now time.Time) {
 	}
 }
 
-// wake gives when something that waits after a failure becomes due; zero for
-// never.
+// wake gives when something that waits after a failure becomes due, or a
+// version has proven itself; zero for never.
 func (c *core) wake(now time.Time) time.Time {
-	var at time.Time
+	at := c.proved()
 	for _, v := range c.versions {
 		if v.busy == idle && v.notBefore.After(now) && (at.IsZero() || v.notBefore.Before(at)) {
 			at = v.notBefore

@@ -22,6 +22,7 @@ type world struct {
 	loaded   map[engine.VersionID]digest.Digest
 	serving  map[string]key
 	busy     map[key]action
+	counts   map[engine.VersionID]Counts
 	complain func(format string, args ...any)
 	log      []string
 }
@@ -29,7 +30,7 @@ type world struct {
 func newWorld(complain func(string, ...any)) *world {
 	return &world{
 		core: newCore(), now: time.Unix(1e9, 0), onDisk: map[digest.Digest]bool{}, loaded: map[engine.VersionID]digest.Digest{},
-		serving: map[string]key{}, busy: map[key]action{}, complain: complain,
+		serving: map[string]key{}, busy: map[key]action{}, counts: map[engine.VersionID]Counts{}, complain: complain,
 	}
 }
 
@@ -49,6 +50,7 @@ func target(model string, version int64) *dunlinv1.RouteTarget {
 
 // begin takes what the core wants done and checks that it may be.
 func (w *world) begin() {
+	w.core.judge(func(id engine.VersionID) (Counts, bool) { n, ok := w.counts[id]; return n, ok }, w.now)
 	for again := true; again; {
 		acts := w.core.next(w.now)
 		again = len(acts) > 0
@@ -69,7 +71,7 @@ func (w *world) check(a action) {
 		w.serving[model] = a.key
 	case withdrawing:
 		want := w.core.desired[model]
-		if want != nil && want.id != w.serving[model].id && !w.core.versions[a.key].broken {
+		if v := w.core.versions[a.key]; want != nil && want.id != v.id && !v.broken && !want.swaps && !v.swapped {
 			w.complain("withdraw %v, which is wanted", a.key)
 		}
 		delete(w.serving, model)
@@ -91,7 +93,7 @@ func (w *world) check(a action) {
 			if w.serving[model] == a.key {
 				w.complain("%v %v, which serves", a.op, a.key)
 			}
-			if w.core.desired[model] == w.core.versions[a.key] && !w.core.versions[a.key].broken {
+			if v := w.core.versions[a.key]; w.core.desired[model] == v && !v.broken && v.quarantine == "" {
 				w.complain("%v %v, which is wanted", a.op, a.key)
 			}
 			if a.op == removing && w.core.versions[a.key].good && w.core.desired[model] != nil {
@@ -123,6 +125,7 @@ func (w *world) end(k key, o outcome) {
 			}
 		case unloading:
 			delete(w.loaded, k.id)
+			delete(w.counts, k.id)
 		case removing:
 			if !a.keepFiles {
 				delete(w.onDisk, k.digest)
@@ -296,14 +299,14 @@ func TestCoreSteps(t *testing.T) {
 			w.desire(doc(v1))
 			w.settle()
 			w.log = nil
-			w.core.lost(keyOf(v1).id, "", w.now)
+			w.core.lost(keyOf(v1).id, "the child could not open it", false, w.now)
 			w.settle()
 		}, "withdraw m:1, unload m:1, check m:1, load m:1, serve m:1"},
 		{"has harmed the process that ran it", func(w *world) {
 			w.desire(doc(v1))
 			w.settle()
 			w.log = nil
-			w.core.lost(keyOf(v1).id, "it crashed twice", w.now)
+			w.core.lost(keyOf(v1).id, "it crashed twice", true, w.now)
 			w.settle()
 			if v := w.core.versions[keyOf(v1)]; v.wire() != dunlinv1.VersionState_VERSION_STATE_QUARANTINED || v.reason() != "it crashed twice" {
 				w.complain("%s: %s", v.wire(), v.reason())
@@ -316,7 +319,7 @@ func TestCoreSteps(t *testing.T) {
 			w.begin()
 			w.end(keyOf(v1), outcome{})
 			w.begin()
-			w.core.lost(keyOf(v1).id, "", w.now)
+			w.core.lost(keyOf(v1).id, "the child could not open it", false, w.now)
 			w.settle()
 		}, "fetch m:1, check m:1, load m:1, unload m:1, check m:1, load m:1, serve m:1"},
 		{"lost, and then its load fails", func(w *world) {
@@ -326,7 +329,7 @@ func TestCoreSteps(t *testing.T) {
 			w.begin()
 			w.end(keyOf(v1), outcome{})
 			w.begin()
-			w.core.lost(keyOf(v1).id, "", w.now)
+			w.core.lost(keyOf(v1).id, "the child could not open it", false, w.now)
 			w.end(keyOf(v1), outcome{err: errors.New("passing")})
 			w.settle()
 		}, "fetch m:1, check m:1, load m:1, load m:1, serve m:1"},
@@ -376,7 +379,7 @@ func TestCoreConverges(t *testing.T) {
 			case 2:
 				m := rapid.SampledFrom(models).Draw(t, "breaks")
 				if k, ok := w.serving[m]; ok {
-					w.core.lost(k.id, "", w.now)
+					w.core.lost(k.id, "its process could not open it", false, w.now)
 				}
 			case 0:
 				doc := &dunlinv1.DesiredDocument{}

@@ -84,6 +84,7 @@ func (p *Depot) get(ctx context.Context, d *download) (*deposit, error) {
 		if _, err := p.bundles.open(d.digest); err != nil {
 			all := func() *signing.Trust { return signing.TrustAll }
 			real := &download{store: p.bundles, remote: d.remote, id: d.id, digest: d.digest, trust: all, now: d.now, free: freeSpace, log: d.log}
+			real.prepare()
 			if err := real.run(ctx); err != nil {
 				return err
 			}
@@ -262,6 +263,9 @@ func (k *Disk) fetch(ctx context.Context, d *download) error {
 		return fmt.Errorf("%w: the download needs %d bytes, %d are free, and %d of them are kept in reserve", errNoRoom, left, free, d.reserve)
 	}
 	for left > 0 {
+		if err := d.gate.pass(ctx, left); err != nil {
+			return err
+		}
 		n := min(left, transferStep)
 		if k.cfg.Transfer != nil {
 			if err := k.cfg.Transfer(ctx, n); err != nil {
@@ -272,6 +276,8 @@ func (k *Disk) fetch(ctx context.Context, d *download) error {
 		}
 		left -= n
 		d.present.Add(n)
+		d.fetched.Add(n)
+		d.gate.count(int(n))
 		d.fetched.Add(n)
 		if err := d.gate.take(ctx, int(n)); err != nil {
 			return err

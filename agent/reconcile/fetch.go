@@ -42,6 +42,8 @@ type fetcher struct {
 	spare   [][]byte                   // buffers
 	passed  bool                       // remote may be asked
 	turn    int                        // of the sources near
+	last    Source                     // that was asked
+	single  bool                       // a source has answered with a whole file: there is one job at a time
 }
 
 // fetch asks for what is missing, until it is there or an error comes of the
@@ -74,6 +76,7 @@ func (d *download) fetch(ctx context.Context) error {
 		if n.began {
 			f.pace.began(time.Since(n.job.asked))
 			if n.whole {
+				f.single = true
 				f.pace.streams, f.pace.most = 1, 1
 				f.extend(n.job)
 			} else {
@@ -124,7 +127,11 @@ func (f *fetcher) next(ctx context.Context) (*job, error) {
 			most = max(most, min(len(f.near), streams))
 		}
 		f.pace = newPacer(most, need, f.gate.thrifty(), time.Now())
+	} else if s == f.remote && f.last != s && !f.single {
+		f.pace.most = max(s.Streams(), 1) // those near are given up
+		f.pace.streams = min(f.pace.streams, f.pace.most)
 	}
+	f.last = s
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	for file := range f.manifest.Files {

@@ -89,6 +89,9 @@ func (r *Reconciler) FetchProgram(ctx context.Context, want *dunlinv1.DesiredAge
 		store: store, remote: newRemote(registry, r.cfg.Stall), gate: r.gates.of(want.Delivery), id: engine.VersionID{Model: models.AgentModel, Version: want.Version}, digest: of,
 		trust: r.cfg.Trust, now: r.cfg.Now, reserve: r.cfg.Reserve, free: freeSpace, log: r.cfg.Log, program: &programOf{platform, append(reuse, filepath.Join(folder, models.ReleaseFile))},
 	}
+	if r.cfg.Near != nil {
+		d.near = r.cfg.Near(ctx, models.AgentModel, of)
+	}
 	d.total.Store(int64(want.SizeBytes))
 	files := filepath.Join(store.path(of), filesFolder, platform)
 	if _, err := os.Stat(files); errors.Is(err, fs.ErrNotExist) {
@@ -110,6 +113,7 @@ func (r *Reconciler) FetchProgram(ctx context.Context, want *dunlinv1.DesiredAge
 		err := d.run(ctx)
 		close(ended)
 		<-told
+		progress(uint64(d.present.Load()), uint64(d.total.Load()))
 		r.gates.meter.store(ctx)
 		if isVerify(err) {
 			return errors.Join(&signing.RefusedError{Reason: err.Error()}, store.remove(of))

@@ -6,8 +6,9 @@
 // Signatures are verified before anything but the manifest is fetched: see
 // package signing. A version that fails verification, its check or its load is in quarantine
 // until another digest is wanted of its model, or the agent starts again: it
-// then gets one more try, behind the version that served last. Everything
-// else that fails is tried again, with growing waits.
+// then gets one more try, behind the good version. One that the device went back
+// from gets none: see Probation. Everything else that fails is tried again, with
+// growing waits.
 package reconcile
 
 import (
@@ -18,6 +19,7 @@ import (
 	"fmt"
 	"io/fs"
 	"log/slog"
+	"maps"
 	"math/rand/v2"
 	"path/filepath"
 	"slices"
@@ -88,6 +90,16 @@ type Config struct {
 	// version's fault: it is tried again, and not put into quarantine.
 	Passing func(error) bool
 	Front   Front
+	// Standby, where not nil, is told which loaded versions stand by for those
+	// that serve, by model, and of which models nothing serves for the moment
+	// that one version takes the place of another. It takes effect as Front's
+	// calls do.
+	Standby func(fallback map[string]int64, changing map[string]bool)
+	// Counts, where not nil, gives those of a loaded version; without, only time
+	// tells whether a version has proven itself.
+	Counts    func(engine.VersionID) (Counts, bool)
+	Probation Probation     // DefaultProbation where it is zero
+	Inspect   time.Duration // how often installed bundles are looked at; 30 s where 0
 	// Agent is told which release of the agent is wanted, nil for none, at the
 	// start and with each document; it must not wait. nil: nobody is.
 	Agent func(*dunlinv1.DesiredAgent)
@@ -99,16 +111,19 @@ type Config struct {
 // Reconciler is the one owner of what a device runs. Run runs it; the other
 // methods may be called concurrently with it and never wait for it.
 type Reconciler struct {
-	cfg     Config
-	folder  *bundles // Config.Dir; nil where the disk is simulated
-	bundles storage  // folder, or Config.Disk
-	desires chan *dunlinv1.Desired
-	retries chan struct{}
-	trusted chan struct{}
-	lost    chan lost
-	changed chan struct{}
-	report  atomic.Pointer[dunlinv1.Reported]
-	have    atomic.Pointer[dunlinv1.Generation]
+	cfg       Config
+	folder    *bundles // Config.Dir; nil where the disk is simulated
+	bundles   storage  // folder, or Config.Disk
+	desires   chan *dunlinv1.Desired
+	retries   chan struct{}
+	trusted   chan struct{}
+	lost      chan lost
+	changed   chan struct{}
+	found     chan finding // by inspect
+	outsides  chan []*dunlinv1.Drift
+	installed atomic.Pointer[[]digest.Digest] // for inspect
+	report    atomic.Pointer[dunlinv1.Reported]
+	have      atomic.Pointer[dunlinv1.Generation]
 
 	// What follows is Run's.
 	core      *core
@@ -120,7 +135,10 @@ type Reconciler struct {
 	running   sync.WaitGroup
 	refused   [sha256.Size]byte // the last document that was refused
 	saved     map[key]state.Version
-	unsaved   bool // the state file could not be written
+	unsaved   bool              // the state file could not be written
+	outside   []*dunlinv1.Drift // what others have found
+	fallback  map[string]int64
+	changing  map[string]bool
 }
 
 // ending is how an op of a version ended.
@@ -158,12 +176,17 @@ func New(cfg Config) (*Reconciler, error) {
 	if cfg.Now == nil {
 		cfg.Now = time.Now
 	}
+	core := newCore()
+	if cfg.Probation != (Probation{}) {
+		core.probation = cfg.Probation
+	}
 	g := &gates{link: cfg.Link, meter: &meter{kept: cfg.State, log: cfg.Log, pending: map[string]int64{}}, now: func() time.Time { return cfg.Now().Local() }}
 	if cfg.Shelf != nil {
 		cfg.Shelf.gates = g
 	}
 	return &Reconciler{
-		cfg: cfg, folder: folder, bundles: held, gates: g, core: newCore(),
+		cfg: cfg, folder: folder, bundles: held, gates: g, core: core,
+		found: make(chan finding), outsides: make(chan []*dunlinv1.Drift, 1),
 		desires: make(chan *dunlinv1.Desired, 1), retries: make(chan struct{}, 1), trusted: make(chan struct{}, 1), changed: make(chan struct{}, 1), lost: make(chan lost, maxLost),
 		downloads: map[key]*download{}, cancels: map[key]context.CancelFunc{}, ended: make(chan ending),
 		saved: map[key]state.Version{},
@@ -228,9 +251,13 @@ func (r *Reconciler) Run(ctx context.Context) error {
 		return fmt.Errorf("restore what the device ran: %w", err)
 	}
 	defer r.running.Wait()
+	if r.folder != nil {
+		r.running.Go(func() { r.inspect(ctx) })
+	}
 	wake := time.NewTimer(0)
 	defer wake.Stop()
 	for {
+		r.judge()
 		r.act(ctx)
 		r.publish()
 		wake.Reset(r.pause())
@@ -241,6 +268,10 @@ func (r *Reconciler) Run(ctx context.Context) error {
 			r.finish(ctx, e)
 		case l := <-r.lost:
 			r.condemn(l)
+		case f := <-r.found:
+			r.discover(f)
+		case all := <-r.outsides:
+			r.outsideChanged(all)
 		case <-r.retries:
 			r.core.retry()
 		case <-r.trusted:
@@ -254,6 +285,8 @@ func (r *Reconciler) Run(ctx context.Context) error {
 			}()
 			for range r.ended { // what was begun ends with ctx; the next start finds out how far it came
 			}
+			r.core.stopped()
+			r.save(context.WithoutCancel(ctx))
 			return nil
 		}
 	}
@@ -273,6 +306,9 @@ func (r *Reconciler) pause() time.Duration {
 	}
 	if r.unsaved {
 		pause = min(pause, firstRetry)
+	}
+	if r.cfg.Counts != nil && len(r.core.onProbation()) > 0 {
+		pause = min(pause, judgeEvery)
 	}
 	return pause
 }
@@ -302,7 +338,11 @@ func (r *Reconciler) restore(ctx context.Context) error {
 			continue
 		}
 		v := r.core.add(k, row.Since)
-		v.good, v.since, v.admitted = row.LastGood, row.Since, row.Admitted
+		v.good, v.since, v.admitted, v.trials = row.LastGood, row.Since, row.Admitted, row.Trials
+		v.resumes = row.Resumes && row.Admitted
+		if row.Reverted {
+			v.quarantine, v.reverted = row.Reason, true
+		}
 		r.saved[k] = row
 	}
 	known := map[digest.Digest]bool{}
@@ -334,16 +374,96 @@ func (r *Reconciler) restore(ctx context.Context) error {
 			}
 		}
 	}
+	for _, v := range r.core.interrupted(now) {
+		r.tellReverted(v)
+	}
 	return nil
+}
+
+// judge looks at the versions on probation.
+func (r *Reconciler) judge() {
+	counts := r.cfg.Counts
+	if counts == nil {
+		counts = func(engine.VersionID) (Counts, bool) { return Counts{}, false }
+	}
+	reverted, proven := r.core.judge(counts, time.Now())
+	for _, v := range reverted {
+		r.tellReverted(v)
+	}
+	for _, v := range proven {
+		r.cfg.Log.Info("version has proven itself", "model", v.id.Model, "version", v.id.Version)
+	}
+}
+
+// tellReverted says that the device goes back from a version.
+func (r *Reconciler) tellReverted(v *version) {
+	back := "none"
+	if to := r.core.fallback(v); to != nil {
+		back = to.id.String()
+	}
+	r.cfg.Log.Error("the device goes back from a version, which is put into quarantine",
+		"model", v.id.Model, "version", v.id.Version, "digest", v.digest, "back_to", back, "reason", v.quarantine)
+	r.event("version.reverted", dunlinv1.Severity_SEVERITY_ERROR, v.key, fmt.Sprintf("back to %s: %s", back, v.quarantine))
+}
+
+// standby tells who answers requests what stands by.
+func (r *Reconciler) standby() {
+	if r.cfg.Standby == nil {
+		return
+	}
+	fallback := map[string]int64{}
+	for _, v := range r.core.onProbation() {
+		if back := r.core.fallback(v); back != nil && back.ready() && back.id != v.id {
+			fallback[v.id.Model] = back.id.Version
+		}
+	}
+	if !maps.Equal(fallback, r.fallback) || !maps.Equal(r.core.changing, r.changing) {
+		r.fallback, r.changing = fallback, maps.Clone(r.core.changing)
+		r.cfg.Standby(fallback, r.changing)
+	}
+}
+
+// floors refuses what stands by, or has been loaded otherwise, and is wanted
+// below its model's floor: it would come to serve without another load.
+func (r *Reconciler) floors() {
+	trust := r.cfg.Trust()
+	if trust == nil {
+		return
+	}
+	for _, model := range sortedKeys(r.core.desired) {
+		want, have := r.core.desired[model], r.core.serving[model]
+		if have == nil || have == want || !want.ready() || want.quarantine != "" {
+			continue
+		}
+		if err := trust.CheckFloor(want.id.Model, want.id.Version); err != nil {
+			want.quarantine, want.refused, want.since = err.Error(), true, time.Now()
+			r.tellQuarantined(want)
+		}
+	}
+}
+
+// tellQuarantined says that a version is in quarantine.
+func (r *Reconciler) tellQuarantined(v *version) {
+	r.cfg.Log.Error("version put into quarantine", "model", v.id.Model, "version", v.id.Version, "digest", v.digest, "reason", v.quarantine)
+	kind := "version.quarantined"
+	if v.refused {
+		kind = "bundle.refused"
+	}
+	r.event(kind, dunlinv1.Severity_SEVERITY_ERROR, v.key, v.quarantine)
 }
 
 // act does what is to be done now, and begins what takes time.
 func (r *Reconciler) act(ctx context.Context) {
+	r.floors()
 	for {
 		acts := r.core.next(time.Now())
 		for _, a := range acts {
 			switch a.op {
 			case serving, withdrawing:
+				r.save(ctx) // that it is tried, before it is
+				if a.op == withdrawing {
+					r.standby()
+				}
 				r.cfg.Front.SetServing(r.serving())
 				if a.op == serving {
 					r.cfg.Log.Info("serving", "model", a.key.id.Model, "version", a.key.id.Version)
@@ -359,6 +479,7 @@ func (r *Reconciler) act(ctx context.Context) {
 			}
 		}
 		r.save(ctx)
+		r.standby()
 		if len(acts) == 0 {
 			return
 		}
@@ -405,8 +526,16 @@ func (r *Reconciler) begin(ctx context.Context, a action) {
 			err := r.fetch(ctx, d)
 			return d.present.Load() > before, err
 		}
+	case repairing:
+		delete(r.downloads, a.key) // what it knows of the files is not so any more
+		d := r.download(a.key)
+		work = func() (bool, error) {
+			err := r.mend(ctx, d)
+			return d.fetched.Load() > 0, err
+		}
 	case checking, loading:
-		good := r.core.versions[a.key].good
+		v := r.core.versions[a.key]
+		good := v.good || v.resumes
 		work = func() (bool, error) { return false, r.load(ctx, a, good) }
 	case unloading:
 		work = func() (bool, error) {
@@ -547,7 +676,7 @@ func (r *Reconciler) finish(ctx context.Context, e ending) {
 	delete(r.cancels, e.key)
 	v := r.core.versions[e.key]
 	log := r.cfg.Log.With("model", e.key.id.Model, "version", e.key.id.Version)
-	o := outcome{err: e.err, progress: e.progress, lost: errors.Is(e.err, errLost), noRoom: errors.Is(e.err, errNoRoom)}
+	o := outcome{err: e.err, progress: e.progress, lost: errors.Is(e.err, errLost), noRoom: errors.Is(e.err, errNoRoom), noMemory: errors.Is(e.err, engine.ErrOutOfMemory)}
 	if e.err != nil {
 		bound := min(firstRetry<<min(v.failures, 10), lastRetry)
 		if e.progress {
@@ -560,17 +689,18 @@ func (r *Reconciler) finish(ctx context.Context, e ending) {
 	}
 	r.core.done(e.key, o, time.Now())
 	switch {
+	case e.err != nil && v.reverted:
+		r.tellReverted(v)
 	case e.err != nil && v.quarantine != "":
-		log.Error("version put into quarantine", "digest", e.key.digest, "reason", v.quarantine)
-		kind := "version.quarantined"
-		if v.refused {
-			kind = "bundle.refused"
-		}
-		r.event(kind, dunlinv1.Severity_SEVERITY_ERROR, e.key, v.quarantine)
+		r.tellQuarantined(v)
 	case e.err != nil && v.waitsFor != "":
 		log.Info("download waits", "for", v.waitsFor, "until", v.notBefore.Round(time.Second))
 	case e.err != nil && v.failure != "":
 		log.Warn("failed, trying again", "op", e.op, "error", e.err, "in", o.wait.Round(time.Millisecond))
+	case e.err == nil && e.op == repairing:
+		delete(r.downloads, e.key)
+		log.Info("repaired")
+		r.event("drift.repaired", dunlinv1.Severity_SEVERITY_INFO, e.key, "")
 	case e.err == nil && e.op == fetching:
 		v.size = cmp.Or(uint64(r.downloads[e.key].total.Load()), v.size)
 		d := r.downloads[e.key]
@@ -591,13 +721,13 @@ func (r *Reconciler) finish(ctx context.Context, e ending) {
 
 // condemn takes in a version that is lost.
 func (r *Reconciler) condemn(l lost) {
-	quarantine := ""
-	if errors.Is(l.reason, engine.ErrQuarantined) {
-		quarantine = l.reason.Error()
-	}
-	if v := r.core.lost(l.id, quarantine, time.Now()); v != nil {
-		r.cfg.Log.Error("version put into quarantine", "model", l.id.Model, "version", l.id.Version, "digest", v.digest, "reason", quarantine)
-		r.event("version.quarantined", dunlinv1.Severity_SEVERITY_ERROR, v.key, quarantine)
+	v := r.core.lost(l.id, l.reason.Error(), errors.Is(l.reason, engine.ErrQuarantined), time.Now())
+	switch {
+	case v == nil:
+	case v.reverted:
+		r.tellReverted(v)
+	default:
+		r.tellQuarantined(v)
 	}
 }
 
@@ -605,7 +735,7 @@ func (r *Reconciler) condemn(l lost) {
 // signatures, that have changed since it began.
 func (r *Reconciler) outdated(e ending) bool {
 	d := r.downloads[e.key]
-	return e.op == fetching && (d.judged != r.cfg.Trust() || !slices.Equal(d.signatures, r.core.versions[e.key].signatures))
+	return (e.op == fetching || e.op == repairing) && (d.judged != r.cfg.Trust() || !slices.Equal(d.signatures, r.core.versions[e.key].signatures))
 }
 
 // permanent says whether an op that failed would fail again.

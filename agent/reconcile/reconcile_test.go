@@ -10,6 +10,7 @@ import (
 	"math/rand/v2"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -35,11 +36,33 @@ type simulated struct {
 	serving map[string]int64
 	routes  []*dunlinv1.DesiredRoute
 	events  []*dunlinv1.Event
-	faults  []error // of the next loads
+	faults  []error          // of the next loads
+	behind  map[string]int64 // what stands by
+	counts  map[engine.VersionID]Counts
+}
+
+func (s *simulated) standby(fallback map[string]int64, _ map[string]bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.behind = fallback
+}
+
+// count gives the counts of a loaded version.
+func (s *simulated) count(id engine.VersionID) (Counts, bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.counts[id], s.loaded[id]
+}
+
+// answered has a version have answered so many requests.
+func (s *simulated) answered(id engine.VersionID, n Counts) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.counts[id] = n
 }
 
 func newSimulated(t testing.TB) *simulated {
-	return &simulated{t: t, loaded: map[engine.VersionID]bool{}, serving: map[string]int64{}}
+	return &simulated{t: t, loaded: map[engine.VersionID]bool{}, serving: map[string]int64{}, counts: map[engine.VersionID]Counts{}}
 }
 
 var errNotAModel = errors.New("not a model")
@@ -130,6 +153,9 @@ type testDevice struct {
 	trust    atomic.Pointer[signing.Trust]
 	disk     *Disk // nil: a folder
 	stop     func()
+	// probation is short where a test does not say otherwise.
+	probation Probation
+	inspect   time.Duration // 0: as rarely as devices do
 }
 
 func trustAll() *signing.Trust { return signing.TrustAll }
@@ -146,7 +172,7 @@ func (d *testDevice) start() {
 	d.Reconciler, err = New(Config{
 		Dir: filepath.Join(d.dir, "bundles"), Disk: d.disk, Registry: d.registry.registry, Stall: 200 * time.Millisecond, State: store, Trust: d.trusts,
 		Engine: d.simulated, Check: d.Check, Passing: func(err error) bool { return !errors.Is(err, errNotAModel) },
-		Front: d.simulated, Event: d.simulated.event, Log: testLog(d.t),
+		Front: d.simulated, Probation: d.probation, Inspect: d.inspect, Standby: d.simulated.standby, Counts: d.simulated.count, Event: d.simulated.event, Log: testLog(d.t),
 	})
 	if err != nil {
 		d.t.Fatal(err)
@@ -174,11 +200,19 @@ func startDeviceOn(t testing.TB, reg *testRegistry, disk *Disk) *testDevice {
 	t.Cleanup(func() {
 		goleak.VerifyNone(t, ignore, goleak.IgnoreAnyFunction("net/http.(*persistConn).readLoop"), goleak.IgnoreAnyFunction("net/http.(*persistConn).writeLoop"), goleak.IgnoreAnyFunction("net/http.(*conn).serve"))
 	})
-	d := &testDevice{t: t, dir: t.TempDir(), registry: reg, disk: disk}
+	d := &testDevice{t: t, dir: t.TempDir(), registry: reg, disk: disk, probation: Probation{Most: 20 * time.Millisecond}}
 	d.trust.Store(signing.TrustAll)
 	d.start()
 	t.Cleanup(func() { d.stop() })
 	return d
+}
+
+// try starts it again, with another probation.
+func (d *testDevice) try(p Probation) {
+	d.t.Helper()
+	d.until("is up", func(*dunlinv1.Reported) bool { return true })
+	d.probation = p
+	d.restart()
 }
 
 func (d *testDevice) restart() {
@@ -464,4 +498,90 @@ func FuzzParseDesired(f *testing.F) {
 		}
 		c.next(time.Unix(0, 0))
 	})
+}
+
+// A version on probation whose requests fail is left for the one before, which
+// stood by, without the controller; the document that wants it, and another
+// start, do not bring it back. A power cut during a probation brings the good one
+// back first, and a stop does not.
+func TestGoesBackByItself(t *testing.T) {
+	rng := seeded(t)
+	b1, b2, b3 := pack(t, map[string][][]byte{"m.onnx": blocks(rng, 2)}), pack(t, map[string][][]byte{"m.onnx": blocks(rng, 2)}), pack(t, map[string][][]byte{"m.onnx": blocks(rng, 2)})
+	reg := serveBundles(t, b1, b2, b3)
+	d := startDevice(t, reg)
+	d.try(Probation{Runs: 100, Most: time.Hour})
+	d.Desire(desired(1, nil, b1.want("digits", 1)))
+	d.untilServing("digits", 1)
+	d.Desire(desired(2, nil, b2.want("digits", 2)))
+	d.untilServing("digits", 2)
+	d.mu.Lock()
+	if d.behind["digits"] != 1 || !d.loaded[engine.VersionID{Model: "digits", Version: 1}] {
+		t.Errorf("what stands by is %v", d.behind)
+	}
+	d.mu.Unlock()
+	d.answered(engine.VersionID{Model: "digits", Version: 2}, Counts{Succeeded: 3, Failed: 7})
+	back := func(r *dunlinv1.Reported) bool {
+		return slices.ContainsFunc(r.Versions, func(v *dunlinv1.VersionStatus) bool {
+			return v.Version == 2 && v.Reverted && v.State == dunlinv1.VersionState_VERSION_STATE_QUARANTINED && strings.Contains(v.Reason, "7 of 10 requests failed")
+		}) && slices.ContainsFunc(r.Versions, func(v *dunlinv1.VersionStatus) bool { return v.Version == 1 && v.Serving })
+	}
+	d.until("goes back", back)
+	if kinds := d.kinds(); !strings.HasSuffix(kinds, "version.serving version.reverted version.serving") {
+		t.Errorf("events %s", kinds)
+	}
+	d.restart()
+	d.until("is back after a start", back)
+	d.Desire(desired(3, nil, b2.want("digits", 2)))
+	d.until("is back with another document", func(r *dunlinv1.Reported) bool { return r.Observed.GetNumber() == 3 && back(r) })
+
+	// Another version: its probation is cut short, and then it proves itself.
+	d.Desire(desired(4, nil, b3.want("digits", 3)))
+	d.untilServing("digits", 3)
+	d.restart()
+	if first := d.first("digits"); first != 3 {
+		t.Errorf("after a stop during a probation version %d serves first", first)
+	}
+	d.untilServing("digits", 3)
+	d.cut()
+	if first := d.first("digits"); first != 1 {
+		t.Errorf("after a power cut during a probation version %d serves first", first)
+	}
+	d.untilServing("digits", 3)
+	d.answered(engine.VersionID{Model: "digits", Version: 3}, Counts{Succeeded: 100})
+	d.until("has the new one only", func(r *dunlinv1.Reported) bool { return len(r.Versions) == 1 && r.Versions[0].Version == 3 })
+	d.restart()
+	if first := d.first("digits"); first != 3 {
+		t.Errorf("after its probation version %d serves first", first)
+	}
+}
+
+// cut starts the device again with what was on disk before it was stopped.
+func (d *testDevice) cut() {
+	d.t.Helper()
+	was := map[string][]byte{}
+	for _, suffix := range []string{"", "-wal", "-shm"} {
+		path := filepath.Join(d.dir, "state.db"+suffix)
+		raw, err := os.ReadFile(path)
+		if err != nil {
+			d.t.Fatal(err)
+		}
+		was[path] = raw
+	}
+	d.stop()
+	for path, raw := range was {
+		if err := os.WriteFile(path, raw, 0o600); err != nil {
+			d.t.Fatal(err)
+		}
+	}
+	d.start()
+}
+
+// first waits for a version to serve and gives it.
+func (d *testDevice) first(model string) (version int64) {
+	d.t.Helper()
+	d.until("serves", func(*dunlinv1.Reported) bool {
+		version = d.answers(model)
+		return version != 0
+	})
+	return version
 }

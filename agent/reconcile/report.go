@@ -8,6 +8,7 @@ import (
 	"slices"
 	"time"
 
+	"github.com/opencontainers/go-digest"
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
@@ -48,6 +49,7 @@ func (r *Reconciler) publish() {
 		s := &dunlinv1.VersionStatus{
 			Model: v.id.Model, Version: v.id.Version, Digest: v.digest.String(), State: v.wire(), Reason: v.reason(),
 			Serving: r.core.serving[v.id.Model] == v, BytesTotal: v.size, Since: timestamppb.New(v.since), Deployment: v.deployment,
+			Reverted: v.reverted,
 		}
 		if d := r.downloads[v.key]; d != nil {
 			s.BytesPresent, s.BytesTotal = uint64(d.present.Load()), uint64(d.total.Load())
@@ -64,9 +66,25 @@ func (r *Reconciler) publish() {
 		s.Ready = s.Reason == ""
 		rep.Routes = append(rep.Routes, s)
 	}
+	rep.Drifts = r.drifts()
+	r.list()
 	if old := r.report.Load(); old == nil || !proto.Equal(old, rep) {
 		r.report.Store(rep)
 		signal(r.changed)
+	}
+}
+
+// list says which bundles inspect looks at.
+func (r *Reconciler) list() {
+	var all []digest.Digest
+	for _, v := range r.core.sorted() {
+		whole := v.stage != absent && v.damage == nil && v.busy != fetching && v.busy != removing && v.busy != repairing
+		if i := slices.Index(all, v.digest); whole && i < 0 && !r.core.bundleBusy(v) {
+			all = append(all, v.digest)
+		}
+	}
+	if old := r.installed.Load(); old == nil || !slices.Equal(*old, all) {
+		r.installed.Store(&all)
 	}
 }
 
@@ -78,7 +96,7 @@ func (r *Reconciler) save(ctx context.Context) {
 	for _, v := range r.core.sorted() {
 		row := state.Version{
 			Model: v.id.Model, Version: v.id.Version, Digest: v.digest.String(), State: v.wire(), Reason: v.quarantine,
-			Since: v.since.UTC(), LastGood: v.good, Admitted: v.admitted,
+			Since: v.since.UTC(), LastGood: v.good, Admitted: v.admitted, Trials: v.trials, Resumes: v.resumes, Reverted: v.reverted,
 		}
 		if v.busy == unloading {
 			row.State = dunlinv1.VersionState_VERSION_STATE_RESIDENT
@@ -127,7 +145,7 @@ func rank(v state.Version) int {
 }
 
 func same(a, b state.Version) bool {
-	return a.Digest == b.Digest && a.State == b.State && a.Reason == b.Reason && a.LastGood == b.LastGood && a.Admitted == b.Admitted && a.Since.Equal(b.Since)
+	return a.Digest == b.Digest && a.State == b.State && a.Reason == b.Reason && a.LastGood == b.LastGood && a.Admitted == b.Admitted && a.Trials == b.Trials && a.Resumes == b.Resumes && a.Reverted == b.Reverted && a.Since.Equal(b.Since)
 }
 
 // forget deletes a version that was removed.

@@ -5,6 +5,7 @@ import (
 	"crypto/tls"
 	"crypto/x509"
 	"io"
+	"os"
 	"path/filepath"
 	"slices"
 	"sync"
@@ -81,7 +82,7 @@ func (s testSite) shelf(name string, own *bundles, bytes int64, reg *testRegistr
 // over the link of the site, though half of them ask while it is on its way.
 func TestSiteFetchesOnce(t *testing.T) {
 	rng := seeded(t)
-	b := pack(t, map[string][][]byte{"model.onnx": blocks(rng, 8), "model.data": blocks(rng, 2)})
+	b := pack(t, map[string][][]byte{"model.onnx": blocks(rng, 4), "model.data": blocks(rng, 1)})
 	reg := serveBundles(t, b)
 	s := newFleet(t)
 	_, url := s.shelf("cache", testStore(t), 64<<20, reg)
@@ -101,7 +102,7 @@ func TestSiteFetchesOnce(t *testing.T) {
 		})
 	}
 	wg.Wait()
-	if got := reg.servedBytes(); got > b.size+b.size/10 {
+	if got := reg.servedBytes(); got > b.size+b.size/5 {
 		t.Errorf("the registry gave %d bytes for bundles of %d", got, b.size)
 	}
 }
@@ -281,6 +282,10 @@ func TestCacheIsBounded(t *testing.T) {
 	if d := fetch(large); len(d.near) != 0 {
 		t.Error("a bundle that does not fit came from the cache")
 	}
+	left := shelf.cache.path(large.digest) + partSuffix // as by a crash
+	if err := os.MkdirAll(left, 0o700); err != nil {
+		t.Fatal(err)
+	}
 	again, err := NewShelf(shelf.cfg)
 	if err != nil {
 		t.Fatal(err)
@@ -289,6 +294,9 @@ func TestCacheIsBounded(t *testing.T) {
 		t.Errorf("after a start: %v", err)
 	} else {
 		c.Close()
+	}
+	if _, err := os.Stat(left); err == nil {
+		t.Error("a part is left over after a start")
 	}
 }
 

@@ -12,6 +12,7 @@ import (
 	"slices"
 	"sync"
 	"sync/atomic"
+	"time"
 
 	"github.com/dunlin/dunlin/agent/engine"
 	"github.com/dunlin/dunlin/agent/oip"
@@ -30,6 +31,15 @@ const (
 // version it was sent to had just left.
 const maxResolves = 4
 
+// Requests for a model of which one version takes the place of another, and
+// nothing serves meanwhile, wait: so many at a time, so long at most. Who is
+// refused is told to come back after changeRetry.
+const (
+	maxWaiting  = 1024
+	maxWait     = 30 * time.Second
+	changeRetry = time.Second
+)
+
 // Engine runs versions.
 type Engine interface {
 	Infer(ctx context.Context, id engine.VersionID, q engine.Request) (engine.Result, error)
@@ -47,6 +57,7 @@ type Server struct {
 	engine Engine
 	change sync.Mutex // held to replace the table
 	table  atomic.Pointer[table]
+	places chan struct{} // holds one for each request that waits for a version
 }
 
 // table says where requests go. It never changes, but for what it remembers.
@@ -55,6 +66,9 @@ type table struct {
 	routes     map[string]route
 	targets    map[string]bool  // the models that routes ask for
 	serving    map[string]int64 // version by model
+	fallback   map[string]int64 // what stands by for it, by model
+	changing   map[string]bool  // models that nothing serves just now
+	changed    chan struct{}    // closed when another table takes its place
 	headers    *sync.Map        // of answers, by version; its values never change
 }
 
@@ -80,14 +94,21 @@ type route struct {
 
 // New gives a server that knows no names yet.
 func New(e Engine) *Server {
-	s := &Server{engine: e}
-	s.table.Store(&table{headers: new(sync.Map)})
+	s := &Server{engine: e, places: make(chan struct{}, maxWaiting)}
+	s.table.Store(&table{changed: make(chan struct{}), headers: new(sync.Map)})
 	return s
 }
 
 // SetServing replaces the versions that answer for their models.
 func (s *Server) SetServing(versions map[string]int64) {
 	s.replace(func(t *table) { t.serving = maps.Clone(versions) })
+}
+
+// SetStandby says which loaded versions stand by for those that serve, by model:
+// a request whose run fails is run once more, by what stands by. Of the models
+// that are changing nothing serves for the moment; their requests wait.
+func (s *Server) SetStandby(fallback map[string]int64, changing map[string]bool) {
+	s.replace(func(t *table) { t.fallback, t.changing = maps.Clone(fallback), maps.Clone(changing) })
 }
 
 // SetRoutes replaces all routes. One that is not valid is kept as a name
@@ -112,10 +133,12 @@ func (s *Server) SetRoutes(generation string, routes []*dunlinv1.DesiredRoute) {
 func (s *Server) replace(change func(*table)) {
 	s.change.Lock()
 	defer s.change.Unlock()
-	next := *s.table.Load()
-	next.headers = new(sync.Map)
+	last := s.table.Load()
+	next := *last
+	next.headers, next.changed = new(sync.Map), make(chan struct{})
 	change(&next)
 	s.table.Store(&next)
+	close(last.changed)
 }
 
 // Ready says that the engine takes in no requests, or which route or serving
@@ -183,8 +206,11 @@ func unknown(name string) error {
 	return oip.Errorf(oip.NotFound, "unknown model %q: no route and no model on this device has this name", name)
 }
 
-// knows says whether a model of this name serves, or a route asks for it.
-func (t *table) knows(model string) bool { return t.serving[model] != 0 || t.targets[model] }
+// knows says whether a model of this name serves, or did just now, or a route
+// asks for it.
+func (t *table) knows(model string) bool {
+	return t.serving[model] != 0 || t.targets[model] || t.changing[model]
+}
 
 // Model describes what answers to a name: a route's model, or the model
 // itself with all of its loaded versions. The inputs of a route are those of
@@ -256,29 +282,87 @@ func missing(t *table, id engine.VersionID) error {
 }
 
 // Infer runs a request on the version that its name resolves to. Where that
-// version has just left, the request is resolved again: a switch to another
-// version fails no request.
+// version has just left, the request is resolved again, and where one is on its
+// way, it waits for that: a switch to another version fails no request. Nor does
+// a version that another one stands by for.
 func (s *Server) Infer(ctx context.Context, c oip.Call) (oip.Answer, error) {
 	random := rand.Uint64()
+	waited := time.Now()
 	for try := 1; ; try++ {
 		t := s.table.Load()
 		id, err := t.resolve(c, random)
+		if errors.Is(err, errNoVersion) && t.changing[id.Model] {
+			if err := s.wait(ctx, t, id.Model, waited.Add(maxWait)); err != nil {
+				return oip.Answer{}, err
+			}
+			try--
+			continue
+		}
 		if err != nil {
 			return oip.Answer{}, err
 		}
 		r, err := s.engine.Infer(ctx, id, engine.Request{Inputs: c.Inputs, Outputs: c.Outputs, Priority: c.Priority, Timeout: c.Timeout})
 		if err == nil {
-			return oip.Answer{
-				Model: id.Model, Version: id.Version, Outputs: r.Outputs, Labels: r.Labels,
-				Header:  t.header(id),
-				Times:   oip.Times{Queue: r.Queue, Input: r.Input, Infer: r.Infer, Output: r.Output},
-				Release: r.Release,
-			}, nil
+			return t.answer(id, r), nil
+		}
+		if back := t.standby(c, id); back != id && broken(err) && ctx.Err() == nil {
+			if r, err := s.engine.Infer(ctx, back, engine.Request{Inputs: c.Inputs, Outputs: c.Outputs, Priority: c.Priority, Timeout: c.Timeout}); err == nil {
+				return t.answer(back, r), nil
+			}
 		}
 		left := errors.Is(err, engine.ErrDraining) || errors.Is(err, engine.ErrNotLoaded)
 		if !left || try == maxResolves || s.table.Load() == t {
 			return oip.Answer{}, classify(t, c, id, err)
 		}
+	}
+}
+
+func (t *table) answer(id engine.VersionID, r engine.Result) oip.Answer {
+	return oip.Answer{
+		Model: id.Model, Version: id.Version, Outputs: r.Outputs, Labels: r.Labels,
+		Header:  t.header(id),
+		Times:   oip.Times{Queue: r.Queue, Input: r.Input, Infer: r.Infer, Output: r.Output},
+		Release: r.Release,
+	}
+}
+
+// standby gives the version that stands by for one; where none does, or the
+// request has named the version, it gives id.
+func (t *table) standby(c oip.Call, id engine.VersionID) engine.VersionID {
+	if back := t.fallback[id.Model]; back != 0 && c.Version == 0 && id.Version == t.serving[id.Model] {
+		id.Version = back
+	}
+	return id
+}
+
+// broken says whether an error is one of the version, and not of the request,
+// or of how much there is to do.
+func broken(err error) bool {
+	if _, refused := errors.AsType[*engine.RefusedError](err); refused {
+		return false
+	}
+	return !errors.Is(err, engine.ErrInvalidInput) && !errors.Is(err, engine.ErrDraining) && !errors.Is(err, engine.ErrStopped) &&
+		!errors.Is(err, context.Canceled) && !errors.Is(err, context.DeadlineExceeded)
+}
+
+// wait waits for another table, as nothing serves the model just now.
+func (s *Server) wait(ctx context.Context, t *table, model string, until time.Time) error {
+	refused := &oip.Error{Code: oip.Unavailable, Err: fmt.Errorf("model %s: one version takes the place of another", model), RetryAfter: changeRetry}
+	select {
+	case s.places <- struct{}{}:
+	default:
+		return refused
+	}
+	defer func() { <-s.places }()
+	timer := time.NewTimer(time.Until(until))
+	defer timer.Stop()
+	select {
+	case <-t.changed:
+		return nil
+	case <-timer.C:
+		return refused
+	case <-ctx.Done():
+		return context.Cause(ctx)
 	}
 }
 

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"net/http"
 	"net/http/httptest"
+	"runtime"
 	"strings"
 	"sync"
 	"testing"
@@ -383,5 +384,91 @@ func BenchmarkResolve(b *testing.B) {
 		if _, err := t.resolve(req, 1); err != nil {
 			b.Fatal(err)
 		}
+	}
+}
+
+// What stands by for a version answers where that fails, unless the request is
+// at fault or has named the version; and a model between two versions keeps its
+// requests waiting.
+func TestStandby(t *testing.T) {
+	bad := engine.VersionID{Model: "m", Version: 2}
+	e := startEngine(t, adder{fail: func(id engine.VersionID) error {
+		if id == bad {
+			return errors.New("it fails")
+		}
+		return nil
+	}})
+	load(t, e, "m", 1)
+	load(t, e, "m", 2)
+	s := New(e)
+	s.SetServing(map[string]int64{"m": 2})
+	if _, err := s.Infer(t.Context(), request("m", 0)); err == nil {
+		t.Error("it does not fail")
+	}
+	s.SetStandby(map[string]int64{"m": 1}, nil)
+	a, err := s.Infer(t.Context(), request("m", 0))
+	if err != nil || a.Version != 1 || a.Outputs[0].Data[0] != 11 || a.Header[HeaderVersion] != "m:1" {
+		t.Errorf("%+v, %v", a, err)
+	}
+	if _, err := s.Infer(t.Context(), request("m", 2)); err == nil {
+		t.Error("version 2 was asked for, and another answered")
+	}
+	wrong := request("m", 0)
+	wrong.Inputs[0].Name = "z"
+	if _, err := s.Infer(t.Context(), wrong); codeOf(err) != oip.InvalidArgument {
+		t.Errorf("a wrong request: %v", err)
+	}
+	if failed := e.Versions()[1].Figures.Failure.Count; failed != 3 {
+		t.Errorf("%d failures are counted of version 2, want 3", failed)
+	}
+}
+
+func TestWaitsForVersion(t *testing.T) {
+	e := startEngine(t, adder{})
+	load(t, e, "m", 1)
+	s := New(e)
+	s.SetStandby(nil, map[string]bool{"m": true})
+	answers := make(chan int64, 10)
+	var wg sync.WaitGroup
+	for range 10 {
+		wg.Go(func() {
+			a, err := s.Infer(t.Context(), request("m", 0))
+			if err != nil {
+				t.Error(err)
+			}
+			answers <- a.Version
+		})
+	}
+	for len(s.places) < 10 { // all wait
+		runtime.Gosched()
+	}
+	s.SetStandby(nil, map[string]bool{"m": true, "other": true}) // no news for them
+	s.SetServing(map[string]int64{"m": 1})
+	s.SetStandby(nil, nil)
+	wg.Wait()
+	for range 10 {
+		if v := <-answers; v != 1 {
+			t.Errorf("version %d answers", v)
+		}
+	}
+	// One whose time is out goes, and one for whom there is no place is told to
+	// come again.
+	s.SetServing(nil)
+	s.SetStandby(nil, map[string]bool{"m": true})
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	if _, err := s.Infer(ctx, request("m", 0)); !errors.Is(err, context.Canceled) {
+		t.Error(err)
+	}
+	for range maxWaiting {
+		s.places <- struct{}{}
+	}
+	_, err := s.Infer(t.Context(), request("m", 0))
+	if refused, ok := errors.AsType[*oip.Error](err); !ok || refused.Code != oip.Unavailable || refused.RetryAfter != changeRetry {
+		t.Errorf("%v", err)
+	}
+	s.SetStandby(nil, nil)
+	if _, err := s.Infer(t.Context(), request("m", 0)); codeOf(err) != oip.NotFound {
+		t.Errorf("nothing serves it, and nothing comes: %v", err)
 	}
 }

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"path/filepath"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -33,7 +34,7 @@ type Device struct {
 	profile profiles.Profile
 	seed    uint64
 	keys    identity.Keys
-	disk    *reconcile.Disk
+	disk    *reconcile.Disk // nil: bundles are in a folder
 	net     *netem.Link
 	slow    atomic.Int64  // nanoseconds that a write to the disk takes
 	full    atomic.Bool   // nothing can be written to the disk
@@ -42,6 +43,7 @@ type Device struct {
 	running atomic.Uint64 // how often it has started
 
 	answered, failed atomic.Uint64 // requests
+	since, took      atomic.Int64  // nanoseconds: when a document came, and until it served what that wants
 
 	mu    sync.Mutex // guards what follows
 	store *state.Memory
@@ -156,7 +158,9 @@ const (
 // not taken is lost.
 func (d *Device) crash() {
 	d.net.Reset()
-	d.disk.Crash()
+	if d.disk != nil {
+		d.disk.Crash()
+	}
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	d.store = d.store.Crash()
@@ -183,7 +187,7 @@ func (d *Device) start(ctx context.Context) (*agent, error) {
 		return nil, err
 	}
 	budget := modelBytes(a.device)
-	a.engine = engine.New(engine.Config{Runtime: a.device, Memory: budget, Log: log})
+	a.engine = engine.New(engine.Config{Runtime: a.device, Memory: budget, Log: log, Retired: func(id engine.VersionID, f engine.Figures) { a.follow.Retired(id, f) }})
 	a.front = &front{Server: serve.New(a.engine), device: d}
 	ready := make(chan struct{})
 	close(ready)
@@ -197,24 +201,32 @@ func (d *Device) start(ctx context.Context) (*agent, error) {
 			Labels: f.labels(d), Roots: f.cfg.Roots, System: f.cfg.System, Log: log, Now: d.now,
 		},
 		Reconcile: reconcile.Config{
-			Disk: d.disk, Reserve: uint64(d.profile.Storage.ReserveBytes), Engine: a.engine,
+			Disk: d.disk, Dir: filepath.Join(f.cfg.Dir, d.Name), Reserve: uint64(d.profile.Storage.ReserveBytes), Engine: a.engine,
 			Check: func(_ context.Context, s engine.Spec) (engine.Info, error) { return a.device.Inspect(s) },
 			Passing: func(err error) bool {
 				return errors.Is(err, engine.ErrUnavailable) || errors.Is(err, engine.ErrOutOfMemory)
 			},
-			Front: a.front, Log: log,
+			Front: a.front, Standby: a.front.SetStandby, Log: log,
 		},
 		Sample:   func(context.Context) *dunlinv1.Telemetry { return a.device.Sample() },
-		Versions: a.engine.Versions, Dial: d.net.Dialer(f.cfg.Dial),
+		Versions: a.engine.Versions, IdleWatts: d.profile.Power.IdleWatts, Dial: d.net.Dialer(f.cfg.Dial),
 	})
 	if err != nil {
 		a.device.Close()
 		return nil, err
 	}
+	a.device.OnLost(func(id engine.VersionID, reason error) {
+		a.follow.Event(&dunlinv1.Event{Kind: "version.lost", Severity: dunlinv1.Severity_SEVERITY_ERROR, Model: id.Model, Version: id.Version, Message: reason.Error()})
+		a.follow.Reconcile.Lost(id, reason)
+	})
 	a.device.OnCrash(func(running []engine.VersionID) {
 		for _, id := range append(running, engine.VersionID{})[:max(len(running), 1)] {
 			a.follow.Event(&dunlinv1.Event{Kind: "worker.died", Severity: dunlinv1.Severity_SEVERITY_ERROR, Model: id.Model, Version: id.Version, Message: "the simulated worker crashed"})
 		}
+	})
+	a.device.OnLost(func(id engine.VersionID, reason error) {
+		a.follow.Event(&dunlinv1.Event{Kind: "version.lost", Severity: dunlinv1.Severity_SEVERITY_ERROR, Model: id.Model, Version: id.Version, Message: reason.Error()})
+		a.follow.Reconcile.Lost(id, reason)
 	})
 	return a, nil
 }
@@ -257,6 +269,7 @@ type watched struct {
 // SetDesired is state.Store's.
 func (w *watched) SetDesired(ctx context.Context, d state.Desired) error {
 	err := w.Memory.SetDesired(ctx, d)
+	w.device.since.Store(time.Now().UnixNano())
 	if on := w.device.fleet.cfg.OnDesired; on != nil && err == nil {
 		on(w.device, d)
 	}
@@ -272,6 +285,7 @@ type front struct {
 // SetServing implements reconcile.Front.
 func (f *front) SetServing(versions map[string]int64) {
 	f.Server.SetServing(versions)
+	f.device.took.Store(time.Now().UnixNano() - f.device.since.Load())
 	if on := f.device.fleet.cfg.OnServing; on != nil {
 		on(f.device, versions)
 	}

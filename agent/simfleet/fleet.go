@@ -58,8 +58,10 @@ type Config struct {
 	AtOnce int
 	// Net is what the devices' links are like until the faults change it.
 	Net netem.Conditions
-	// Dir holds the bundles, once for all devices.
-	Dir string
+	// Dir holds the bundles, once for all devices. With Download each device
+	// downloads them by itself, over its own link, into a folder of its own.
+	Dir      string
+	Download bool
 	// Dial opens connections; nil: TCP.
 	Dial func(ctx context.Context, network, address string) (net.Conn, error)
 	// OnDesired is called when a device has stored a desired document, and
@@ -126,7 +128,9 @@ func New(cfg Config) (*Fleet, error) {
 		if d.net = netem.Plain(); emulated {
 			d.net = netem.NewLink(cfg.Net, d.seed)
 		}
-		d.disk = depot.Disk(reconcile.DiskConfig{Bytes: diskBytes, Transfer: d.transfer})
+		if !cfg.Download {
+			d.disk = depot.Disk(reconcile.DiskConfig{Bytes: diskBytes, Transfer: d.transfer})
+		}
 		if d.store, err = state.NewMemory(state.Limits{Events: d.profile.Storage.OutboxEvents}, d.write); err != nil {
 			return nil, err
 		}
@@ -213,6 +217,10 @@ func (d *Device) transfer(ctx context.Context, bytes int64) error {
 // Status counts the devices of a fleet.
 type Status struct {
 	Devices, Joined, Connected, Converged, Failed int
+	Starts, Answered, Unanswered                  uint64 // of agents; requests
+	// From the newest document to what it wants to be served, of half of the
+	// devices that have switched, and of all but one in a hundred.
+	SwitchP50, SwitchP99 time.Duration
 	// Reason is why one of those that have not converged has not.
 	Reason string
 }
@@ -231,7 +239,13 @@ func (f *Fleet) Connected() int {
 // Status looks at all devices.
 func (f *Fleet) Status() Status {
 	s := Status{Devices: len(f.devices)}
+	var took []time.Duration
 	for _, d := range f.devices {
+		answered, failed := d.Requests()
+		s.Starts, s.Answered, s.Unanswered = s.Starts+d.Starts(), s.Answered+answered, s.Unanswered+failed
+		if t := time.Duration(d.took.Load()); t > 0 {
+			took = append(took, t)
+		}
 		if d.Joined() {
 			s.Joined++
 		}
@@ -249,6 +263,10 @@ func (f *Fleet) Status() Status {
 				s.Reason += fmt.Sprintf(" (its agent ended: %v)", err)
 			}
 		}
+	}
+	if n := len(took); n > 0 {
+		slices.Sort(took)
+		s.SwitchP50, s.SwitchP99 = took[n/2], took[min(n*99/100, n-1)]
 	}
 	return s
 }

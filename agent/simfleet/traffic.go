@@ -70,8 +70,14 @@ func (d *Device) ask(ctx context.Context, a *agent, model string) {
 			return
 		}
 	}
+	if oip.CodeOf(err) == oip.NotFound { // it is not wanted any more
+		return
+	}
 	if ctx.Err() == nil {
 		d.failed.Add(1)
+		if d.fleet.cfg.Agents != nil {
+			d.fleet.cfg.Agents.Warn("a request failed", "device", d.Name, "model", model, "error", err, "not_ready", m.NotReady)
+		}
 	}
 }
 

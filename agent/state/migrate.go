@@ -73,6 +73,9 @@ var migrations = []string{
 		day   TEXT PRIMARY KEY, -- "2006-01-02", in the device's zone
 		bytes INTEGER NOT NULL  -- that travelled over its link
 	) STRICT, WITHOUT ROWID;`,
+	`ALTER TABLE versions ADD COLUMN trials INTEGER NOT NULL DEFAULT 0;
+	ALTER TABLE versions ADD COLUMN resumes INTEGER NOT NULL DEFAULT 0;
+	ALTER TABLE versions ADD COLUMN reverted INTEGER NOT NULL DEFAULT 0;`,
 }
 
 // readable is the schema version that a program must know to work with a file

@@ -66,11 +66,20 @@ type Version struct {
 	State   dunlinv1.VersionState
 	Reason  string
 	Since   time.Time
-	// LastGood marks the version of its model that served last without fault;
+	// LastGood marks the version of its model that has proven itself last;
 	// at most one of a model has it.
 	LastGood bool
 	// Admitted says that its bundle's signatures have been verified.
 	Admitted bool
+	// Trials is in how many starts of the agent it began a probation that it has
+	// not come to the end of.
+	Trials int
+	// Resumes says that the agent ended as it was asked to while the version was
+	// on probation: it serves first at the next start.
+	Resumes bool
+	// Reverted says that the device went back from it, and will not try it again
+	// by itself.
+	Reverted bool
 }
 
 // Open opens the state file at path, and creates it (mode 0600) where there
@@ -221,7 +230,7 @@ func (s *Store) SetDesired(ctx context.Context, d Desired) error {
 // Versions gives all stored versions, by model and version.
 func (s *Store) Versions(ctx context.Context) ([]Version, error) {
 	rows, err := s.db.QueryContext(ctx,
-		`SELECT model, version, digest, state, reason, since, last_good, admitted FROM versions ORDER BY model, version`)
+		`SELECT model, version, digest, state, reason, since, last_good, admitted, trials, resumes, reverted FROM versions ORDER BY model, version`)
 	if err != nil {
 		return nil, fmt.Errorf("read versions: %w", err)
 	}
@@ -230,7 +239,7 @@ func (s *Store) Versions(ctx context.Context) ([]Version, error) {
 	for rows.Next() {
 		var v Version
 		var since int64
-		if err := rows.Scan(&v.Model, &v.Version, &v.Digest, &v.State, &v.Reason, &since, &v.LastGood, &v.Admitted); err != nil {
+		if err := rows.Scan(&v.Model, &v.Version, &v.Digest, &v.State, &v.Reason, &since, &v.LastGood, &v.Admitted, &v.Trials, &v.Resumes, &v.Reverted); err != nil {
 			return nil, fmt.Errorf("read versions: %w", err)
 		}
 		v.Since = time.Unix(0, since).UTC()
@@ -248,8 +257,8 @@ func (s *Store) PutVersion(ctx context.Context, v Version) error {
 				return err
 			}
 		}
-		_, err := tx.ExecContext(ctx, `INSERT OR REPLACE INTO versions (model, version, digest, state, reason, since, last_good, admitted) VALUES (?, ?, ?, ?, ?, ?, ?, ?)`,
-			v.Model, v.Version, v.Digest, int32(v.State), v.Reason, v.Since.UnixNano(), v.LastGood, v.Admitted)
+		_, err := tx.ExecContext(ctx, `INSERT OR REPLACE INTO versions (model, version, digest, state, reason, since, last_good, admitted, trials, resumes, reverted) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)`,
+			v.Model, v.Version, v.Digest, int32(v.State), v.Reason, v.Since.UnixNano(), v.LastGood, v.Admitted, v.Trials, v.Resumes, v.Reverted)
 		return err
 	})
 }

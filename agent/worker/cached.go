@@ -44,7 +44,7 @@ func Cached(cache *compiled.Cache, cfg Config) func(context.Context, Runtime, en
 				c, err := Compile(ctx, cfg, s, filepath.Join(dir, compiled.FileName))
 				made = err == nil
 				return compiled.Model{
-					Inputs: c.Info.Inputs, Outputs: c.Info.Outputs, Batch: c.Info.Batch, Need: c.Need, Prepack: c.Prepack,
+					Inputs: c.Info.Inputs, Outputs: c.Info.Outputs, Batch: c.Info.Batch, Need: c.Need, Prepack: c.Prepack, Run: c.Run,
 				}, err
 			})
 			if err != nil && made && ctx.Err() == nil {
@@ -54,7 +54,7 @@ func Cached(cache *compiled.Cache, cfg Config) func(context.Context, Runtime, en
 		if err != nil {
 			return Image{}, err
 		}
-		info := engine.Info{Inputs: e.Inputs, Outputs: e.Outputs, Batch: e.Batch, Need: e.Need}
+		info := engine.Info{Inputs: e.Inputs, Outputs: e.Outputs, Batch: e.Batch, Need: e.Need, Run: e.Run}
 		info.Need.Mapped = true
 		return Image{File: e.File, Info: info, Release: e.Release}, nil
 	}

@@ -52,6 +52,8 @@ type Compiled struct {
 	// and Unmeasured says why.
 	Speedup    float64
 	Unmeasured string
+	// Run is the median time of a run of one row, on one thread; 0: not known.
+	Run time.Duration
 }
 
 // Compile compiles a version for this machine into the new file out, in a
@@ -95,6 +97,7 @@ type findings struct {
 	Prepack    bool
 	Speedup    float64
 	Unmeasured string
+	Run        time.Duration
 }
 
 // compile has the child compile a version.
@@ -117,7 +120,7 @@ func (p *process) compile(ctx context.Context, s engine.Spec, out string) (Compi
 	}
 	return Compiled{
 		Info: engine.Info{Inputs: m.inputs, Outputs: m.outputs, Batch: m.batch, LoadTime: time.Duration(m.number)},
-		Need: f.Need, Prepack: f.Prepack, Speedup: f.Speedup, Unmeasured: f.Unmeasured,
+		Need: f.Need, Prepack: f.Prepack, Speedup: f.Speedup, Unmeasured: f.Unmeasured, Run: max(f.Run, 0),
 	}, nil
 }
 
@@ -212,6 +215,7 @@ func (f *findings) run(ctx context.Context, plain, packed *ort.Session, prepacke
 		return err
 	}
 	var speedups []float64
+	var times []time.Duration
 	for began := time.Now(); len(speedups) < measurePairs && (len(speedups) == 0 || time.Since(began) < measureTime); {
 		a, err := timed(ctx, plain, in)
 		if err != nil {
@@ -222,9 +226,11 @@ func (f *findings) run(ctx context.Context, plain, packed *ort.Session, prepacke
 			return err
 		}
 		speedups = append(speedups, float64(a)/float64(max(b, 1)))
+		times = append(times, a)
 	}
 	slices.Sort(speedups)
-	f.Speedup = speedups[len(speedups)/2]
+	slices.Sort(times)
+	f.Speedup, f.Run = speedups[len(speedups)/2], times[len(times)/2]
 	f.Prepack = prepacked > 0 && f.Speedup > faster
 	// What a run takes: it is kept for the next one until it is trimmed. Runs
 	// of other shapes take more the first time.

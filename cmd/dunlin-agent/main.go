@@ -11,6 +11,7 @@ import (
 	"syscall"
 
 	"github.com/dunlin/dunlin/agent"
+	"github.com/dunlin/dunlin/agent/simfleet"
 	"github.com/dunlin/dunlin/agent/worker"
 	"github.com/dunlin/dunlin/internal/program"
 )
@@ -29,7 +30,7 @@ func main() {
 	}
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
-	err := fmt.Errorf("%w: unknown command %q; there are run (the default), serve, doctor, verify, import and version\nrun: dunlin-agent --help", program.ErrUsage, verb)
+	err := fmt.Errorf("%w: unknown command %q; there are run (the default), serve, simulate, doctor, verify, import and version\nrun: dunlin-agent --help", program.ErrUsage, verb)
 	if strings.HasSuffix(verb, ".onnx") {
 		err = fmt.Errorf("%w: %q is not a command; to serve it: dunlin-agent serve %s", program.ErrUsage, verb, verb)
 	}
@@ -40,6 +41,8 @@ func main() {
 		err = agent.Main(ctx, args, os.Getenv, os.Stdout)
 	case "serve":
 		err = agent.ServeMain(ctx, args, os.Getenv, os.Stdout)
+	case "simulate":
+		err = simfleet.Main(ctx, args, os.Getenv, os.Stdout)
 	case "doctor":
 		err = agent.Doctor(ctx, args, os.Getenv, os.Stdout, os.Stdout)
 	case "verify":

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"errors"
 	"flag"
 	"io"
@@ -16,6 +17,7 @@ import (
 
 	"github.com/dunlin/dunlin/agent"
 	"github.com/dunlin/dunlin/agent/sim"
+	"github.com/dunlin/dunlin/agent/simfleet"
 	"github.com/dunlin/dunlin/controller"
 	"github.com/dunlin/dunlin/controller/broker"
 	"github.com/dunlin/dunlin/controller/fleet"
@@ -70,6 +72,9 @@ func TestDocsCommands(t *testing.T) {
 	// Where the documents put the join token.
 	t.Chdir(t.TempDir())
 	if err := os.WriteFile("token", []byte("dunlin_join_x\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile("faults.yaml", []byte("- {at: 1m, network: cut}\n"), 0o600); err != nil {
 		t.Fatal(err)
 	}
 	for _, p := range pages {
@@ -142,11 +147,17 @@ func (c commands) check(line string, whole bool) error {
 			_, err := agent.ParseAlone(args[1:], none, io.Discard)
 			return err
 		}
+		if len(args) > 0 && args[0] == "simulate" {
+			if !whole && len(args) == 1 {
+				return nil
+			}
+			return simfleet.Check(words[2:], none)
+		}
 		if len(args) > 0 && slices.Contains([]string{"run", "doctor", "version"}, args[0]) {
 			args = args[1:]
 		}
-		if n := len(args) - 1; n > 0 && args[0] == "verify" && !strings.HasPrefix(args[n], "-") {
-			args = args[1:n] // the file
+		if n := len(args) - 1; n > 0 && (args[0] == "verify" || args[0] == "import") && !strings.HasPrefix(args[n], "-") {
+			args = args[1:n] // the file or folder
 		}
 		_, err := agent.ParseConfig(args, none, io.Discard)
 		return err
@@ -218,6 +229,9 @@ func (c commands) flag(name string) bool {
 	if _, err := agent.ParseAlone([]string{"--help"}, none, &help); err == nil {
 		return false
 	}
+	if err := simfleet.Main(context.Background(), []string{"--help"}, none, &help); err != nil {
+		return false
+	}
 	if _, err := controller.LoadMosquittoConfig([]string{"--help"}, none, &help); err == nil {
 		return false
 	}
@@ -253,6 +267,8 @@ func TestDocsYAML(t *testing.T) {
 				}
 			case "# dunlin-agent --sim-script":
 				_, err = sim.ParseScript(file, []byte(b.text))
+			case "# dunlin-agent simulate --script":
+				_, err = simfleet.ParseScript(file, []byte(b.text))
 			default:
 				first = "document"
 				_, err = fleet.Parse(b.text)
@@ -263,7 +279,7 @@ func TestDocsYAML(t *testing.T) {
 			}
 		}
 	}
-	if len(kinds) != 5 || kinds["document"] < 2 {
+	if len(kinds) != 6 || kinds["document"] < 2 {
 		t.Errorf("found only %v", kinds)
 	}
 }

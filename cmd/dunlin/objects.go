@@ -88,7 +88,7 @@ func (c *cli) deleteCommand() *cobra.Command {
 			kinds := map[string]string{"deployment": "Deployment", "deployments": "Deployment", "route": "Route", "routes": "Route"}
 			kind, ok := kinds[strings.ToLower(args[0])]
 			if !ok {
-				return usagef("cannot delete a %q: kinds are deployment and route (devices: dunlin device remove NAME; model versions are immutable)", args[0])
+				return usagef("cannot delete a %q: kinds are deployment and route (devices: dunlin device remove NAME; versions: dunlin model delete NAME:VERSION)", args[0])
 			}
 			ctl, err := connectClient()
 			if err != nil {

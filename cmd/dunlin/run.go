@@ -185,7 +185,7 @@ Environment: DUNLIN_URL, DUNLIN_TOKEN and DUNLIN_CA, a PEM file, override what
 	}
 	root.AddCommand(
 		c.loginCommand(), c.logoutCommand(), c.whoamiCommand(), c.userCommand(), c.tokenCommand(), c.pushCommand(), c.applyCommand(), c.diffCommand(), c.planCommand(), c.deleteCommand(),
-		c.getCommand(), c.profileCommand(), c.joinTokenCommand(), c.deviceCommand(), c.authorityCommand(), c.rolloutCommand(), c.driftCommand(), c.telemetryCommand(), c.inferCommand(),
+		c.getCommand(), c.modelCommand(), c.profileCommand(), c.joinTokenCommand(), c.deviceCommand(), c.authorityCommand(), c.rolloutCommand(), c.driftCommand(), c.telemetryCommand(), c.inferCommand(),
 		c.bundleCommand(), c.auditCommand(), c.keysCommand(), c.trustCommand(), c.signAgentCommand(), c.pushAgentCommand(), c.versionCommand(),
 		&cobra.Command{Use: "exit-codes", Short: "What the exit codes mean", Long: exitCodesHelp},
 	)

@@ -10,6 +10,7 @@ import (
 	"strings"
 
 	"connectrpc.com/connect"
+	"github.com/opencontainers/go-digest"
 
 	"github.com/dunlin/dunlin/controller/dispatch"
 	"github.com/dunlin/dunlin/controller/enrol"
@@ -23,9 +24,11 @@ import (
 // maxRequest bounds a request: the documents of one Apply and their envelope.
 const maxRequest = fleet.MaxDocumentsBytes + 64<<10
 
-// Registry makes pushed bundles versions.
+// Registry makes pushed bundles versions, and keeps what they hold.
 type Registry interface {
 	Ingest(ctx context.Context, model, digest string, want int64, by string) (version int64, created bool, err error)
+	LetGo(ctx context.Context, model string, manifest digest.Digest) error
+	Untag(ctx context.Context, model string, manifest digest.Digest) error
 }
 
 // Config is what the services work with.

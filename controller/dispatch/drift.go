@@ -7,8 +7,11 @@ import (
 	"slices"
 	"time"
 
+	"google.golang.org/protobuf/proto"
+
 	"github.com/dunlin/dunlin/controller/fleet"
 	"github.com/dunlin/dunlin/controller/store"
+	"github.com/dunlin/dunlin/internal/program"
 	dunlinv1 "github.com/dunlin/dunlin/proto/dunlin/v1"
 )
 
@@ -88,7 +91,15 @@ func (d *Dispatcher) drifted(dev *store.Device, doc *dunlinv1.DesiredDocument, o
 	d.mu.Lock()
 	before := d.drifts[dev.Name]
 	d.mu.Unlock()
-	return fleet.Drifts(dev.Info, doc, dev.Reported, observed, now, before)
+	reported := dev.Reported
+	if made, outside := fleet.Skew(program.Version(), dev.Info.GetAgentVersion()); outside {
+		reported = proto.CloneOf(reported)
+		if reported == nil {
+			reported = &dunlinv1.Reported{}
+		}
+		reported.Drifts = append(reported.Drifts, &dunlinv1.Drift{Kind: "agent", Subject: "controller", Want: made, Have: dev.Info.GetAgentVersion()})
+	}
+	return fleet.Drifts(dev.Info, doc, reported, observed, now, before)
 }
 
 // found keeps what of a device is other than it should be.

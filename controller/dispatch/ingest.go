@@ -14,6 +14,7 @@ import (
 	"github.com/dunlin/dunlin/controller/fleet"
 	"github.com/dunlin/dunlin/controller/store"
 	"github.com/dunlin/dunlin/internal/link"
+	"github.com/dunlin/dunlin/internal/program"
 	"github.com/dunlin/dunlin/models"
 	dunlinv1 "github.com/dunlin/dunlin/proto/dunlin/v1"
 )
@@ -356,6 +357,9 @@ func (d *Dispatcher) hello(ctx context.Context, device string, h *dunlinv1.Hello
 	// Heard not before the store has it: it counts as away by this time.
 	d.touch(device, func(l *live) { l.greeted = true })
 	d.log.Info("device connected", "device", device)
+	if made, outside := fleet.Skew(program.Version(), h.GetInfo().GetAgentVersion()); outside {
+		d.log.Warn("this controller is not made for the device's agent: update the older one of the two", "device", device, "agent_version", h.GetInfo().GetAgentVersion(), "made_for", made)
+	}
 	d.wake()
 	if t.Device.Desired == 0 {
 		return nil // the planner makes its first generation and publishes it

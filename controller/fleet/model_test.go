@@ -312,7 +312,7 @@ func (w *world) checkStep(before, after Rollout, observations []Observation, act
 	if failed && after.State == Running && !before.Promoted {
 		at("goes on past a failed gate: %+v", after.Gates)
 	}
-	bad := w.behaviour[versionKey{after.Model, after.To}] == errs && slices.ContainsFunc(after.Strategy.Gates, func(g Gate) bool { return g.Kind == ErrorRate })
+	bad := w.behaviour[versionKey{after.Model, after.To}] == errs && w.behaviour[versionKey{after.Back(), after.From}] != errs && slices.ContainsFunc(after.Strategy.Gates, func(g Gate) bool { return g.Kind == ErrorRate })
 	if bad && !after.same() && !w.operator[after.ID()] && (after.State == Succeeded || after.Wave > 1) {
 		at("a version whose requests fail has passed its first wave")
 	}
@@ -320,9 +320,11 @@ func (w *world) checkStep(before, after Rollout, observations []Observation, act
 	for _, o := range observations {
 		byName[o.Device] = o
 	}
+	refusedBefore := false // by the document that a device had when it was admitted
 	for _, d := range after.Devices {
 		was, _ := before.Device(d.Device)
 		o := byName[d.Device]
+		refusedBefore = refusedBefore || was.AdmittedAt.IsZero() && !d.AdmittedAt.IsZero() && o.Quarantined
 		if was.AdmittedAt.IsZero() && !d.AdmittedAt.IsZero() && after.State != RollingBack && before.State != RollingBack && (o.Closed != "" || o.Busy != "" || before.State != Running) {
 			at("%s was admitted though %q, %q", d.Device, o.Closed, o.Busy)
 		}
@@ -337,7 +339,7 @@ func (w *world) checkStep(before, after Rollout, observations []Observation, act
 	if !one.Equal(two) || !sameActions(did, same) {
 		at("once it is kept, another step is\n%+v %v\nand not\n%+v %v", two, same, one, did)
 	}
-	if after.State == before.State && slices.ContainsFunc(did, func(a Action) bool { return a.Kind == Decide }) {
+	if after.State == before.State && !refusedBefore && slices.ContainsFunc(did, func(a Action) bool { return a.Kind == Decide }) {
 		at("the same step again decides anew: %+v", did)
 	}
 }

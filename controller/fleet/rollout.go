@@ -148,8 +148,10 @@ func (r Rollout) dueAt(d RolloutDevice) time.Time {
 // way. That is the version of its newest rollout where that succeeded, and
 // else the one before that: of a rollout that is given up midway, the new
 // version is not proven, and its devices get the last good one until their
-// wave comes. history holds the deployment's rollouts since it was made, in
-// any order; 0: there is none.
+// wave comes. Where there is none before, and the rollout was giving its
+// version to all devices, it is that one all the same: they have no other.
+// history holds the deployment's rollouts since it was made, in any order; 0:
+// there is none.
 func LastGood(history []Rollout) (model string, version int64) {
 	if len(history) == 0 {
 		return "", 0
@@ -158,10 +160,13 @@ func LastGood(history []Rollout) (model string, version int64) {
 	if newest.State == Succeeded {
 		return newest.Model, newest.To
 	}
-	if newest.From == 0 {
-		return "", 0
+	switch {
+	case newest.From > 0:
+		return newest.Back(), newest.From
+	case newest.State != RollingBack && newest.State != RolledBack && newest.Wave == len(newest.Strategy.AllWaves()):
+		return newest.Model, newest.To
 	}
-	return newest.Back(), newest.From
+	return "", 0
 }
 
 // WaveProgress is how far a wave is.

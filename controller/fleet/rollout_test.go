@@ -116,7 +116,12 @@ func TestRolloutSuperseded(t *testing.T) {
 	}
 	failed := rolloutOf(0)
 	failed.From = 0
-	failed, _ = failed.Step(begin, []Observation{refused("a")})
+	for range 2 { // what it refused before it was given the version does not count
+		if failed.State != Running {
+			t.Errorf("%s", failed.State)
+		}
+		failed, _ = failed.Step(begin, []Observation{refused("a")})
+	}
 	if after := failed.Supersede(begin, "x"); failed.State != Failed || !after.Equal(failed) {
 		t.Errorf("a failed rollout was superseded: %+v", after)
 	}

@@ -14,7 +14,7 @@ import (
 //
 // Devices are given the version in waves, each of which includes those before.
 // A wave takes the devices that it is short of when it begins, and others for
-// those that were excused: connected ones first, then those on which the
+// those that were excused or forgiven: connected ones first, then those on which the
 // version fits and a change may begin, then by the hash of their names, so
 // that the same rollout chooses the same devices and neighbours by name are not
 // chosen together. A device that has been away for AwayAfter is chosen by the
@@ -263,7 +263,7 @@ func (s *step) choose() {
 			s.r.Devices[i].Joined = false
 		}
 	}
-	in, all, inClass := 0, 0, map[string]int{} // that are not excused
+	in, all, inClass := 0, 0, map[string]int{} // that are neither excused nor forgiven
 	type candidate struct {
 		*RolloutDevice
 		bad  int // what speaks against it
@@ -276,7 +276,7 @@ func (s *step) choose() {
 		switch {
 		case d.Wave > 0:
 			all++
-			if !d.Excused {
+			if !d.Excused && !d.Forgiven {
 				in++
 				inClass[d.Class]++
 			}
@@ -343,8 +343,12 @@ func (s *step) admit() {
 				s.base = cmp.Or(s.base, d.Reason)
 				continue
 			}
+			// What it reports follows from the document that it had: that it refused
+			// the version then says nothing of now.
 			d.AdmittedAt = s.now
-			s.progress(d, o)
+			reported := *o
+			reported.Quarantined = false
+			s.progress(d, &reported)
 			names = append(names, d.Device)
 		}
 	}
@@ -440,7 +444,11 @@ func (s *step) settle() bool {
 		s.nobody(fmt.Sprintf("waits for a device: none of %s that match is connected", count(len(s.r.Devices))))
 		return s.r.State != Running
 	case ready == 0:
-		s.fail("controller", "no device serves the version: "+refused())
+		cause := "no device serves the version"
+		if len(failed) > 0 {
+			cause += ": " + refused()
+		}
+		s.fail("controller", cause)
 		return true
 	}
 	if s.r.WaveReadyAt.IsZero() {
@@ -645,8 +653,12 @@ func (s *step) watch() {
 func byTurns(classes map[string][]string, n int) []string {
 	var names []string
 	order := make([]string, 0, len(classes))
+	hashes := map[string]uint64{}
 	for class, all := range classes {
-		slices.SortFunc(all, func(a, b string) int { return cmp.Or(cmp.Compare(hash(a), hash(b)), strings.Compare(a, b)) })
+		for _, name := range all {
+			hashes[name] = hash(name)
+		}
+		slices.SortFunc(all, func(a, b string) int { return cmp.Or(cmp.Compare(hashes[a], hashes[b]), strings.Compare(a, b)) })
 		order = append(order, class)
 	}
 	slices.Sort(order)

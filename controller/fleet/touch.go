@@ -98,7 +98,7 @@ func (t *touched) rollouts(before, after map[string]*Rollout, deployments []Depl
 	all := map[string]bool{} // deployments
 	for name, now := range after {
 		old := before[name]
-		if old == nil || old.Number != now.Number || old.State != now.State {
+		if old == nil || old.Number != now.Number || old.State != now.State || old.Model != now.Model || old.To != now.To || old.Back() != now.Back() || old.From != now.From {
 			all[name] = true
 			continue
 		}

@@ -40,12 +40,12 @@ var dayNames = [...]string{"sun", "mon", "tue", "wed", "thu", "fri", "sat"}
 func ParseWindow(text string) (*dunlinv1.TimeWindow, error) {
 	const form = "it must be like mon-fri 22:00-05:00"
 	w := &dunlinv1.TimeWindow{}
-	days, times, ok := strings.Cut(text, " ")
-	if !ok {
+	days, times, some := strings.Cut(text, " ")
+	if !some {
 		days, times = "", text
 	}
 	for part := range strings.SplitSeq(days, ",") {
-		if days == "" {
+		if !some {
 			break
 		}
 		first, last, isRange := strings.Cut(part, "-")

@@ -79,6 +79,7 @@ var rules = map[string]Rule{
 
 	v1connect.ModelServiceCreateVersionProcedure: {Least: Operator},
 	v1connect.ModelServiceListModelsProcedure:    {Least: Viewer},
+	v1connect.ModelServiceDeleteVersionProcedure: {Least: Admin, Scoping: Whole},
 
 	v1connect.ObjectServiceApplyProcedure:           {Least: Operator, Scoping: Within, Note: "what has a selector that, with that before, includes the scope"},
 	v1connect.ObjectServiceDeleteProcedure:          {Least: Operator, Scoping: Within, Note: "what has a selector that includes the scope"},

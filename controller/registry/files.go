@@ -65,10 +65,6 @@ func blobsOf(manifest []byte) ([]digest.Digest, error) {
 	return blobs, nil
 }
 
-func (r *Registry) blobsOfManifest(d digest.Digest) ([]digest.Digest, error) {
-	return readBlobsOf(r.root, d)
-}
-
 func readBlobsOf(root string, d digest.Digest) ([]digest.Digest, error) {
 	if err := d.Validate(); err != nil {
 		return nil, fmt.Errorf("digest %.100q: %w", d, err)

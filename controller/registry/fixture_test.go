@@ -62,11 +62,13 @@ func device(name string) func(*http.Request) {
 
 // versions keeps versions in memory, under the rules of Versions.
 type versions struct {
-	mu      sync.Mutex
-	digests map[string][]string // by model; version N at N-1
-	last    NewVersion
-	crash   error             // what the next CreateVersion fails with
-	given   map[string]string // a model for each device; nil: everything
+	mu         sync.Mutex
+	digests    map[string][]string // by model; version N at N-1
+	last       NewVersion
+	sources    map[string]string // by bundle, what it was made from
+	signatures *signatures
+	crash      error             // what the next CreateVersion fails with
+	given      map[string]string // a model for each device; nil: everything
 }
 
 func (v *versions) Given(_ context.Context, device, model string) (bool, error) {
@@ -97,6 +99,10 @@ func (v *versions) CreateVersion(_ context.Context, n NewVersion) (int64, bool, 
 	}
 	have[n.Want-1] = n.Digest
 	v.digests[n.Model] = have
+	if v.sources == nil {
+		v.sources = map[string]string{}
+	}
+	v.sources[n.Digest] = n.Source
 	v.last = n
 	return n.Want, true, nil
 }
@@ -109,6 +115,26 @@ func (v *versions) VersionDigest(_ context.Context, model string, version int64)
 		return "", false, nil
 	}
 	return have[version-1], true, nil
+}
+
+func (v *versions) Manifests(ctx context.Context) (all []Manifest, err error) {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	for model, digests := range v.digests {
+		for _, d := range digests {
+			if d != "" {
+				all = append(all, Manifest{model, digest.Digest(d)}, Manifest{model, digest.Digest(v.sources[d])})
+				kept, err := v.signatures.ListSignatures(ctx, model, d)
+				if err != nil {
+					return nil, err
+				}
+				for _, s := range kept {
+					all = append(all, Manifest{model, s.Manifest})
+				}
+			}
+		}
+	}
+	return all, nil
 }
 
 func (v *versions) count() (n int) {
@@ -148,6 +174,7 @@ func (r *refusals) Refused(ctx context.Context, one identity.Refusal) {
 
 func start(t testing.TB) *fixture {
 	f := &fixture{t: t, versions: &versions{digests: map[string][]string{}}, signatures: newSignatures(t), root: t.TempDir(), log: &bytes.Buffer{}}
+	f.versions.signatures = f.signatures
 	f.open()
 	return f
 }

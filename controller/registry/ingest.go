@@ -79,6 +79,11 @@ func (r *Registry) Ingest(ctx context.Context, model, manifestDigest string, wan
 	if err != nil {
 		return 0, false, err
 	}
+	release, err := r.relyOnManifest(ctx, model, d)
+	if err != nil {
+		return 0, false, err
+	}
+	defer release()
 	mediaType, payload, err := readManifest(ctx, repo, d)
 	if err != nil {
 		return 0, false, err
@@ -131,9 +136,21 @@ func (r *Registry) ingest(ctx context.Context, p pushed) (version, error) {
 	if t, _, err := mime.ParseMediaType(p.mediaType); p.mediaType != "" && (err != nil || t == ocispec.MediaTypeImageIndex) {
 		return version{}, fmt.Errorf("%w: media type %q is not that of an OCI image manifest", ErrInvalid, p.mediaType)
 	}
+	release, err := r.relyOnPushed(ctx, p.model, p.manifest)
+	if err != nil {
+		return version{}, err
+	}
+	defer release()
 	c, err := r.check(ctx, repo, p.manifest)
 	if err != nil {
 		return version{}, err
+	}
+	if c.manifestBytes != nil {
+		made, err := r.relyOnPushed(ctx, p.model, c.manifestBytes)
+		if err != nil {
+			return version{}, err
+		}
+		defer made()
 	}
 	if release := c.config.Release != nil; release != (p.model == models.AgentModel) {
 		if release {
@@ -179,6 +196,11 @@ func (r *Registry) tag(ctx context.Context, model, tag string, d digest.Digest) 
 	if err != nil {
 		return err
 	}
+	release, err := r.claims.hold(ctx, tagsName(model), d.String())
+	if err != nil {
+		return err
+	}
+	defer release()
 	if err := repo.Tags(ctx).Tag(ctx, tag, ocispec.Descriptor{Digest: d}); err != nil {
 		return fmt.Errorf("tag %s of model %s as %s: %w", d, model, tag, err)
 	}

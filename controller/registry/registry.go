@@ -56,6 +56,8 @@ type Config struct {
 	// Trust gives the trust document by which binaries of the agent count; nil
 	// refuses all of them.
 	Trust func(context.Context) (*signing.Trust, error)
+	// Grace is how long what no version refers to stays; 0: for ever.
+	Grace time.Duration
 	Log   *slog.Logger
 }
 
@@ -72,6 +74,8 @@ type Registry struct {
 	app        http.Handler // the embedded registry's own API
 	driver     *filesystem.Driver
 	namespace  distribution.Namespace // the same storage, for our own use
+	grace      time.Duration
+	claims     claims
 }
 
 // New opens the registry in cfg.Root.
@@ -113,7 +117,7 @@ func New(cfg Config) (*Registry, error) {
 			RelativeURLs: true,
 		},
 	})
-	return &Registry{root: root, auth: cfg.Auth, refusals: cfg.Refusals, versions: cfg.Versions, signatures: cfg.Signatures, trust: cfg.Trust, log: cfg.Log, app: app, driver: driver, namespace: namespace}, nil
+	return &Registry{root: root, auth: cfg.Auth, refusals: cfg.Refusals, versions: cfg.Versions, signatures: cfg.Signatures, trust: cfg.Trust, grace: cfg.Grace, log: cfg.Log, app: app, driver: driver, namespace: namespace}, nil
 }
 
 // uploadSecret gives the key that the state of an upload is signed with. It
@@ -139,17 +143,32 @@ func uploadSecret(path string) (string, error) {
 	return s, nil
 }
 
-// Run deletes uploads that were given up, now and every hour, until ctx ends.
+// Run deletes uploads that were given up, and garbage, now and every hour,
+// until ctx ends.
 func (r *Registry) Run(ctx context.Context) error {
 	t := time.NewTicker(purgeInterval)
 	defer t.Stop()
 	for {
 		r.purge(ctx, time.Now().Add(-uploadAge))
+		r.collect(ctx)
 		select {
 		case <-ctx.Done():
 			return nil
 		case <-t.C:
 		}
+	}
+}
+
+func (r *Registry) collect(ctx context.Context) {
+	if r.grace <= 0 {
+		return
+	}
+	c, err := r.Collect(ctx, time.Now().Add(-r.grace))
+	if c != (Collected{}) {
+		r.log.InfoContext(ctx, "deleted what no version refers to", slog.Int("manifests", c.Manifests), slog.Int("links", c.Links), slog.Int("blobs", c.Blobs), slog.Int64("bytes", c.Bytes))
+	}
+	if err != nil && ctx.Err() == nil {
+		r.log.WarnContext(ctx, "cannot delete what no version refers to", slog.Any("error", err))
 	}
 }
 
@@ -229,12 +248,35 @@ func (r *Registry) ServeHTTP(w http.ResponseWriter, req *http.Request) {
 	case t.kind == "referrers":
 		r.fail(w, req, apiError{http.StatusMethodNotAllowed, "UNSUPPORTED", "referrers are only read; a manifest with a subject is one"})
 	case t.kind != "manifests":
+		release, err := r.relyOnBlobs(req, t)
+		if err != nil {
+			r.fail(w, req, err)
+			return
+		}
+		defer release()
 		r.app.ServeHTTP(w, req)
 	case req.Method == http.MethodPut:
 		r.putManifest(w, req, t, p)
 	default:
 		r.getManifest(w, req, t)
 	}
+}
+
+// relyOnBlobs keeps the collector off the blobs that a request makes, links or
+// looks for, until release is called.
+func (r *Registry) relyOnBlobs(req *http.Request, t target) (release func(), err error) {
+	var blobs []digest.Digest
+	switch query := req.URL.Query(); {
+	case t.kind == "uploads":
+		for _, key := range []string{"digest", "mount"} {
+			if d := query.Get(key); d != "" {
+				blobs = append(blobs, digest.Digest(d))
+			}
+		}
+	case t.kind == "blobs" && req.Method == http.MethodHead: // who finds it does not push it
+		blobs = append(blobs, digest.Digest(t.ref))
+	}
+	return r.rely(req.Context(), t.model, blobs...)
 }
 
 // authorize asks the rules whether p may pull or push; nobody deletes. A device
@@ -305,6 +347,14 @@ func (r *Registry) getManifest(w http.ResponseWriter, req *http.Request, t targe
 			req.URL = &u
 		}
 	}
+	if req.Method == http.MethodHead && isDigest(t.ref) { // who finds it does not push it
+		release, err := r.relyOnManifest(req.Context(), t.model, digest.Digest(t.ref))
+		if err != nil {
+			r.fail(w, req, err)
+			return
+		}
+		defer release()
+	}
 	// The embedded registry hides OCI manifests from clients that do not
 	// list their type.
 	if a := req.Header.Get("Accept"); a == "" || strings.Contains(a, "*/*") {
@@ -341,6 +391,12 @@ func (r *Registry) putManifest(w http.ResponseWriter, req *http.Request, t targe
 		return
 	}
 	if isDigest(t.ref) {
+		release, err := r.relyOnPushed(req.Context(), t.model, body)
+		if err != nil {
+			r.fail(w, req, err)
+			return
+		}
+		defer release()
 		req.Body = io.NopCloser(bytes.NewReader(body))
 		r.app.ServeHTTP(w, req)
 		return

@@ -31,6 +31,8 @@ type Signatures interface {
 	AddSignature(ctx context.Context, s NewSignature) error
 	// ListSignatures gives those of a bundle, oldest first.
 	ListSignatures(ctx context.Context, model, bundle string) ([]Signature, error)
+	// RemoveSignature forgets the signature that a manifest is, if it is one.
+	RemoveSignature(ctx context.Context, model string, manifest digest.Digest) error
 }
 
 // Signature is a signature as the registry holds it.
@@ -79,6 +81,11 @@ func (r *Registry) countersign(ctx context.Context, repo distribution.Repository
 	if err != nil {
 		return err
 	}
+	release, err := r.relyOnPushed(ctx, model, manifest)
+	if err != nil {
+		return err
+	}
+	defer release()
 	blobs := repo.Blobs(ctx)
 	if _, err := blobs.Put(ctx, ocispec.MediaTypeEmptyJSON, ocispec.DescriptorEmptyJSON.Data); err != nil {
 		return err
@@ -130,6 +137,16 @@ func (r *Registry) putSignature(ctx context.Context, t target, manifest []byte, 
 	repo, err := r.repository(ctx, t.model)
 	if err != nil {
 		return "", err
+	}
+	for _, rely := range []func() (func(), error){
+		func() (func(), error) { return r.relyOnManifest(ctx, t.model, subject.Digest) },
+		func() (func(), error) { return r.relyOnPushed(ctx, t.model, manifest) },
+	} {
+		release, err := rely()
+		if err != nil {
+			return "", err
+		}
+		defer release()
 	}
 	m, _, err := bundleManifest(ctx, repo, subject.Digest)
 	if err != nil {

@@ -63,6 +63,13 @@ func (s *signatures) AddSignature(_ context.Context, n NewSignature) error {
 	return nil
 }
 
+func (s *signatures) RemoveSignature(_ context.Context, model string, manifest digest.Digest) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.kept = slices.DeleteFunc(s.kept, func(k NewSignature) bool { return k.Model == model && k.Manifest == manifest })
+	return nil
+}
+
 func (s *signatures) ListSignatures(_ context.Context, model, bundle string) (all []Signature, err error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()

@@ -22,6 +22,9 @@ type Versions interface {
 	// Given says whether a device is to have a version of a model: only then it
 	// reads that model's repository.
 	Given(ctx context.Context, device, model string) (bool, error)
+	// Manifests gives all that must stay: the manifests of versions, those that
+	// bundles were made from, and those of the versions' signatures.
+	Manifests(ctx context.Context) ([]Manifest, error)
 }
 
 // NewVersion is a checked bundle whose blobs and manifest are stored.

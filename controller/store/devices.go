@@ -79,6 +79,9 @@ func (d *Device) Observe(incarnation, model string, version int64) fleet.Observa
 			}
 			o.Reason, o.BytesPresent, o.BytesTotal = a.GetReason(), a.GetBytesPresent(), a.GetBytesTotal()
 		}
+		if a == nil {
+			o.Quarantined, o.Reason = true, fmt.Sprintf("its agent, %s, is from before agents update themselves", cmp.Or(d.Info.GetAgentVersion(), "of no version"))
+		}
 		return o
 	}
 	for _, v := range d.Reported.GetVersions() {

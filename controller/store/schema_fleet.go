@@ -35,6 +35,14 @@ CREATE TABLE telemetry (
 	PRIMARY KEY (span, slot, device)
 ) STRICT, WITHOUT ROWID;
 
+-- Numbers of versions that were deleted: they are never given again.
+CREATE TABLE deleted_versions (
+	model   TEXT NOT NULL,
+	version INTEGER NOT NULL,
+	digest  TEXT NOT NULL,
+	PRIMARY KEY (model, version)
+) STRICT, WITHOUT ROWID;
+
 -- 1: the store was restored from a copy, and the outbox may go on beyond what
 -- the copy has of it.
 ALTER TABLE outboxes ADD COLUMN restored INTEGER NOT NULL DEFAULT 0;

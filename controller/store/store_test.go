@@ -14,9 +14,11 @@ import (
 	"time"
 
 	"go.uber.org/goleak"
+	"google.golang.org/protobuf/proto"
 
 	"github.com/dunlin/dunlin/controller/fleet"
 	"github.com/dunlin/dunlin/controller/identity"
+	dunlinv1 "github.com/dunlin/dunlin/proto/dunlin/v1"
 )
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
@@ -165,7 +167,7 @@ func TestSchemaTables(t *testing.T) {
 			return err
 		})
 	}))
-	want := "audit_log authorities certificates decisions desired devices events join_tokens meta objects outboxes profiles rollout_devices rollouts signatures telemetry tokens trust users versions"
+	want := "audit_log authorities certificates decisions deleted_versions desired devices events join_tokens meta objects outboxes profiles rollout_devices rollouts signatures telemetry tokens trust users versions"
 	if got := strings.Join(tables, " "); got != want {
 		t.Errorf("got %s", got)
 	}
@@ -424,4 +426,74 @@ func TestPanic(t *testing.T) {
 	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
 	defer cancel()
 	must(t, s.AddToken(ctx, "ada", identity.Admin, identity.Hash("x")))
+}
+
+// TestDeleteVersion: what something may come back to stays, and a number is
+// never given to other bytes.
+func TestDeleteVersion(t *testing.T) {
+	s, _ := fresh(t)
+	join(t, s, "dev", nil)
+	for n := range 5 {
+		push(t, s, "m", fmt.Sprint("sha256:", n+1))
+	}
+	apply := func(text string) {
+		t.Helper()
+		_, err := s.Apply(t.Context(), "user:test", parse(t, text), false)
+		must(t, err)
+	}
+	deployment := func(version int) string {
+		return fmt.Sprintf("apiVersion: dunlin/v1\nkind: Deployment\nmetadata: {name: d}\nspec: {model: m, version: %d, selector: {}}\n", version)
+	}
+	apply(deployment(1))
+	first, err := s.Rollouts(t.Context(), "d", 1)
+	must(t, err)
+	succeeded := first[0]
+	succeeded.State, succeeded.Reason, succeeded.EndedAt = fleet.Succeeded, "1 device of 1 ready", time.Now().UTC()
+	must(t, s.SaveRollout(t.Context(), first[0], succeeded, nil))
+	apply(deployment(2))
+	apply("apiVersion: dunlin/v1\nkind: Route\nmetadata: {name: r}\nspec: {targets: [{model: m, version: 3, weight: 1}]}\n")
+	doc, err := proto.Marshal(&dunlinv1.DesiredDocument{Versions: []*dunlinv1.DesiredVersion{{Model: "m", Version: 4}}})
+	must(t, err)
+	_, err = s.SaveDesired(t.Context(), []Desired{{Device: "dev", Document: doc}})
+	must(t, err)
+	refused := func(version int64, why string) {
+		t.Helper()
+		if _, err := s.DeleteVersion(t.Context(), "user:test", "m", version); !errors.Is(err, ErrState) || !strings.Contains(err.Error(), why) {
+			t.Errorf("version %d: %v, want %q", version, err, why)
+		}
+	}
+	refused(1, "rollout d-2 may come back to it")
+	refused(2, "Deployment d names it")
+	refused(3, "Route r names it")
+	refused(4, "device dev should have it")
+	_, err = s.DeleteVersion(t.Context(), "user:test", "m", 9)
+	is(t, err, ErrNotFound)
+	gone, err := s.DeleteVersion(t.Context(), "user:ada", "m", 5)
+	must(t, err)
+	if gone.Digest != "sha256:5" {
+		t.Errorf("deleted %+v", gone)
+	}
+	_, err = s.Version(t.Context(), "m", 5)
+	is(t, err, ErrNotFound)
+	if got := push(t, s, "m", "sha256:6"); got.Version != 6 {
+		t.Errorf("the next version is %d", got.Version)
+	}
+	_, _, err = s.CreateVersion(t.Context(), Version{Model: "m", Version: 5, Digest: "sha256:7", CreatedBy: "user:test"})
+	is(t, err, ErrExists)
+	back, created, err := s.CreateVersion(t.Context(), Version{Model: "m", Version: 5, Digest: "sha256:5", CreatedBy: "user:test"})
+	if err != nil || !created || back.Version != 5 {
+		t.Errorf("the same bytes again: %+v, %v", back, err)
+	}
+	page, err := s.ListAudit(t.Context(), 0, 1000, false)
+	must(t, err)
+	if !slices.ContainsFunc(page.Records, func(r *dunlinv1.AuditRecord) bool {
+		return r.GetAction() == "version.delete" && r.GetWho() == "user:ada" && r.GetObject() == "model/m:5"
+	}) {
+		t.Error("the deletion is not in the audit log")
+	}
+	// Once the deployment is gone, nothing comes back to its versions.
+	_, err = s.Delete(t.Context(), "user:test", fleet.KindDeployment, "d")
+	must(t, err)
+	_, err = s.DeleteVersion(t.Context(), "user:test", "m", 1)
+	must(t, err)
 }

@@ -122,6 +122,14 @@ func (s *Store) AddSignature(ctx context.Context, by string, sig Signature) erro
 	})
 }
 
+// RemoveSignature forgets the signature that a manifest is, if it is one.
+func (s *Store) RemoveSignature(ctx context.Context, model, manifest string) error {
+	return s.write(ctx, "remove signature", func(tx *sql.Tx) error {
+		_, err := tx.ExecContext(ctx, "DELETE FROM signatures WHERE model = ? AND manifest = ?", model, manifest)
+		return err
+	})
+}
+
 // Signatures gives the signatures of a bundle, or of all of a model's, or of
 // all where both are empty, oldest first.
 func (s *Store) Signatures(ctx context.Context, model, digest string) (all []Signature, err error) {

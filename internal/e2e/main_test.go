@@ -27,6 +27,9 @@ func TestMain(m *testing.M) {
 	if os.Getenv(crashEnv) != "" {
 		os.Exit(crashingController())
 	}
+	if os.Getenv(wireEnv) != "" {
+		os.Exit(controllerOfAnotherRelease())
+	}
 	code, err := setup(m)
 	if err != nil {
 		fmt.Fprintln(os.Stderr, err)

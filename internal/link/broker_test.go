@@ -106,7 +106,7 @@ func (r *rules) OnConnectAuthenticate(cl *mochi.Client, p brokerpackets.Packet) 
 		return !r.refused && string(p.Connect.Username) == RenewUser && string(p.Connect.Password) == RenewUser
 	}
 	device, ok := pki.DeviceOf(certs[0])
-	return ok && !r.refused && string(p.Connect.Username) == device && p.Connect.ClientIdentifier == device && !p.Connect.PasswordFlag
+	return ok && !r.refused && string(p.Connect.Username) == device && (p.Connect.ClientIdentifier == device || p.Connect.ClientIdentifier == DataClient(device)) && !p.Connect.PasswordFlag
 }
 func (r *rules) OnACLCheck(_ *mochi.Client, topic string, write bool) bool {
 	r.mu.Lock()

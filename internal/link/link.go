@@ -179,7 +179,7 @@ func (l *Link) signalWake() {
 }
 
 // Inbox gives the controller's messages: *dunlinv1.Desired, *dunlinv1.Block,
-// and *dunlinv1.Command with an EventAck or RenewNow. Epoch and HelloAgain are
+// and *dunlinv1.Command with an EventAck, RenewNow or TelemetryLease. Epoch and HelloAgain are
 // answered here (see Connected), and StandDown, too. Of several Desired only the newest waits; when too
 // many others wait, new ones are dropped (see Dropped). The channel is never
 // closed.

@@ -166,6 +166,8 @@ type Source struct {
 	Help     io.Writer // where help goes when it is asked for
 	// Arguments takes what are not flags; nil: there may be nothing.
 	Arguments func([]string) error
+	// File, where not nil, is told the path of the YAML file; "": there is none.
+	File *string
 }
 
 // Load gives the settings their values: their defaults, overridden by a YAML
@@ -203,6 +205,9 @@ func (s Source) Load(settings []Setting, file any, more func(*flag.FlagSet)) err
 		faults = append(faults, s.Arguments(arguments))
 	} else if len(arguments) > 0 {
 		faults = append(faults, fmt.Errorf("unexpected argument %q", arguments[0]))
+	}
+	if s.File != nil {
+		*s.File = *path
 	}
 	if *path != "" {
 		if err := readFile(*path, file); err != nil {

@@ -158,7 +158,7 @@ func (x ObjectChange_Action) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use ObjectChange_Action.Descriptor instead.
 func (ObjectChange_Action) EnumDescriptor() ([]byte, []int) {
-	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{49, 0}
+	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{51, 0}
 }
 
 type DevicePlan_Verdict int32
@@ -212,7 +212,7 @@ func (x DevicePlan_Verdict) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use DevicePlan_Verdict.Descriptor instead.
 func (DevicePlan_Verdict) EnumDescriptor() ([]byte, []int) {
-	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{63, 0}
+	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{65, 0}
 }
 
 type DevicePlan_Source int32
@@ -268,7 +268,7 @@ func (x DevicePlan_Source) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use DevicePlan_Source.Descriptor instead.
 func (DevicePlan_Source) EnumDescriptor() ([]byte, []int) {
-	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{63, 1}
+	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{65, 1}
 }
 
 type ControlRolloutRequest_Action int32
@@ -331,7 +331,7 @@ func (x ControlRolloutRequest_Action) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use ControlRolloutRequest_Action.Descriptor instead.
 func (ControlRolloutRequest_Action) EnumDescriptor() ([]byte, []int) {
-	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{64, 0}
+	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{66, 0}
 }
 
 type GateResult_Verdict int32
@@ -384,7 +384,7 @@ func (x GateResult_Verdict) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use GateResult_Verdict.Descriptor instead.
 func (GateResult_Verdict) EnumDescriptor() ([]byte, []int) {
-	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{69, 0}
+	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{71, 0}
 }
 
 type RolloutDevice_Phase int32
@@ -447,7 +447,7 @@ func (x RolloutDevice_Phase) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use RolloutDevice_Phase.Descriptor instead.
 func (RolloutDevice_Phase) EnumDescriptor() ([]byte, []int) {
-	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{78, 0}
+	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{80, 0}
 }
 
 type LoginRequest struct {
@@ -2662,6 +2662,94 @@ func (x *JoinToken) GetDevice() string {
 	return ""
 }
 
+type DeleteVersionRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Model         string                 `protobuf:"bytes,1,opt,name=model,proto3" json:"model,omitempty"`
+	Version       int64                  `protobuf:"varint,2,opt,name=version,proto3" json:"version,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DeleteVersionRequest) Reset() {
+	*x = DeleteVersionRequest{}
+	mi := &file_dunlin_v1_api_proto_msgTypes[42]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DeleteVersionRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DeleteVersionRequest) ProtoMessage() {}
+
+func (x *DeleteVersionRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_dunlin_v1_api_proto_msgTypes[42]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DeleteVersionRequest.ProtoReflect.Descriptor instead.
+func (*DeleteVersionRequest) Descriptor() ([]byte, []int) {
+	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{42}
+}
+
+func (x *DeleteVersionRequest) GetModel() string {
+	if x != nil {
+		return x.Model
+	}
+	return ""
+}
+
+func (x *DeleteVersionRequest) GetVersion() int64 {
+	if x != nil {
+		return x.Version
+	}
+	return 0
+}
+
+type DeleteVersionResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DeleteVersionResponse) Reset() {
+	*x = DeleteVersionResponse{}
+	mi := &file_dunlin_v1_api_proto_msgTypes[43]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DeleteVersionResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DeleteVersionResponse) ProtoMessage() {}
+
+func (x *DeleteVersionResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_dunlin_v1_api_proto_msgTypes[43]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DeleteVersionResponse.ProtoReflect.Descriptor instead.
+func (*DeleteVersionResponse) Descriptor() ([]byte, []int) {
+	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{43}
+}
+
 type CreateVersionRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	Model string                 `protobuf:"bytes,1,opt,name=model,proto3" json:"model,omitempty"`
@@ -2675,7 +2763,7 @@ type CreateVersionRequest struct {
 
 func (x *CreateVersionRequest) Reset() {
 	*x = CreateVersionRequest{}
-	mi := &file_dunlin_v1_api_proto_msgTypes[42]
+	mi := &file_dunlin_v1_api_proto_msgTypes[44]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2687,7 +2775,7 @@ func (x *CreateVersionRequest) String() string {
 func (*CreateVersionRequest) ProtoMessage() {}
 
 func (x *CreateVersionRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_api_proto_msgTypes[42]
+	mi := &file_dunlin_v1_api_proto_msgTypes[44]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2700,7 +2788,7 @@ func (x *CreateVersionRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateVersionRequest.ProtoReflect.Descriptor instead.
 func (*CreateVersionRequest) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{42}
+	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{44}
 }
 
 func (x *CreateVersionRequest) GetModel() string {
@@ -2735,7 +2823,7 @@ type CreateVersionResponse struct {
 
 func (x *CreateVersionResponse) Reset() {
 	*x = CreateVersionResponse{}
-	mi := &file_dunlin_v1_api_proto_msgTypes[43]
+	mi := &file_dunlin_v1_api_proto_msgTypes[45]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2747,7 +2835,7 @@ func (x *CreateVersionResponse) String() string {
 func (*CreateVersionResponse) ProtoMessage() {}
 
 func (x *CreateVersionResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_api_proto_msgTypes[43]
+	mi := &file_dunlin_v1_api_proto_msgTypes[45]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2760,7 +2848,7 @@ func (x *CreateVersionResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateVersionResponse.ProtoReflect.Descriptor instead.
 func (*CreateVersionResponse) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{43}
+	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{45}
 }
 
 func (x *CreateVersionResponse) GetVersion() *ModelVersion {
@@ -2787,7 +2875,7 @@ type ListModelsRequest struct {
 
 func (x *ListModelsRequest) Reset() {
 	*x = ListModelsRequest{}
-	mi := &file_dunlin_v1_api_proto_msgTypes[44]
+	mi := &file_dunlin_v1_api_proto_msgTypes[46]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2799,7 +2887,7 @@ func (x *ListModelsRequest) String() string {
 func (*ListModelsRequest) ProtoMessage() {}
 
 func (x *ListModelsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_api_proto_msgTypes[44]
+	mi := &file_dunlin_v1_api_proto_msgTypes[46]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2812,7 +2900,7 @@ func (x *ListModelsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListModelsRequest.ProtoReflect.Descriptor instead.
 func (*ListModelsRequest) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{44}
+	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{46}
 }
 
 func (x *ListModelsRequest) GetModel() string {
@@ -2832,7 +2920,7 @@ type ListModelsResponse struct {
 
 func (x *ListModelsResponse) Reset() {
 	*x = ListModelsResponse{}
-	mi := &file_dunlin_v1_api_proto_msgTypes[45]
+	mi := &file_dunlin_v1_api_proto_msgTypes[47]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2844,7 +2932,7 @@ func (x *ListModelsResponse) String() string {
 func (*ListModelsResponse) ProtoMessage() {}
 
 func (x *ListModelsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_api_proto_msgTypes[45]
+	mi := &file_dunlin_v1_api_proto_msgTypes[47]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2857,7 +2945,7 @@ func (x *ListModelsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListModelsResponse.ProtoReflect.Descriptor instead.
 func (*ListModelsResponse) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{45}
+	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{47}
 }
 
 func (x *ListModelsResponse) GetVersions() []*ModelVersion {
@@ -2887,7 +2975,7 @@ type ModelVersion struct {
 
 func (x *ModelVersion) Reset() {
 	*x = ModelVersion{}
-	mi := &file_dunlin_v1_api_proto_msgTypes[46]
+	mi := &file_dunlin_v1_api_proto_msgTypes[48]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2899,7 +2987,7 @@ func (x *ModelVersion) String() string {
 func (*ModelVersion) ProtoMessage() {}
 
 func (x *ModelVersion) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_api_proto_msgTypes[46]
+	mi := &file_dunlin_v1_api_proto_msgTypes[48]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2912,7 +3000,7 @@ func (x *ModelVersion) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ModelVersion.ProtoReflect.Descriptor instead.
 func (*ModelVersion) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{46}
+	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{48}
 }
 
 func (x *ModelVersion) GetModel() string {
@@ -2996,7 +3084,7 @@ type ApplyRequest struct {
 
 func (x *ApplyRequest) Reset() {
 	*x = ApplyRequest{}
-	mi := &file_dunlin_v1_api_proto_msgTypes[47]
+	mi := &file_dunlin_v1_api_proto_msgTypes[49]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3008,7 +3096,7 @@ func (x *ApplyRequest) String() string {
 func (*ApplyRequest) ProtoMessage() {}
 
 func (x *ApplyRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_api_proto_msgTypes[47]
+	mi := &file_dunlin_v1_api_proto_msgTypes[49]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3021,7 +3109,7 @@ func (x *ApplyRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ApplyRequest.ProtoReflect.Descriptor instead.
 func (*ApplyRequest) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{47}
+	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{49}
 }
 
 func (x *ApplyRequest) GetDocuments() string {
@@ -3050,7 +3138,7 @@ type ApplyResponse struct {
 
 func (x *ApplyResponse) Reset() {
 	*x = ApplyResponse{}
-	mi := &file_dunlin_v1_api_proto_msgTypes[48]
+	mi := &file_dunlin_v1_api_proto_msgTypes[50]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3062,7 +3150,7 @@ func (x *ApplyResponse) String() string {
 func (*ApplyResponse) ProtoMessage() {}
 
 func (x *ApplyResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_api_proto_msgTypes[48]
+	mi := &file_dunlin_v1_api_proto_msgTypes[50]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3075,7 +3163,7 @@ func (x *ApplyResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ApplyResponse.ProtoReflect.Descriptor instead.
 func (*ApplyResponse) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{48}
+	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{50}
 }
 
 func (x *ApplyResponse) GetChanges() []*ObjectChange {
@@ -3109,7 +3197,7 @@ type ObjectChange struct {
 
 func (x *ObjectChange) Reset() {
 	*x = ObjectChange{}
-	mi := &file_dunlin_v1_api_proto_msgTypes[49]
+	mi := &file_dunlin_v1_api_proto_msgTypes[51]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3121,7 +3209,7 @@ func (x *ObjectChange) String() string {
 func (*ObjectChange) ProtoMessage() {}
 
 func (x *ObjectChange) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_api_proto_msgTypes[49]
+	mi := &file_dunlin_v1_api_proto_msgTypes[51]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3134,7 +3222,7 @@ func (x *ObjectChange) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ObjectChange.ProtoReflect.Descriptor instead.
 func (*ObjectChange) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{49}
+	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{51}
 }
 
 func (x *ObjectChange) GetKind() string {
@@ -3189,7 +3277,7 @@ type DeleteRequest struct {
 
 func (x *DeleteRequest) Reset() {
 	*x = DeleteRequest{}
-	mi := &file_dunlin_v1_api_proto_msgTypes[50]
+	mi := &file_dunlin_v1_api_proto_msgTypes[52]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3201,7 +3289,7 @@ func (x *DeleteRequest) String() string {
 func (*DeleteRequest) ProtoMessage() {}
 
 func (x *DeleteRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_api_proto_msgTypes[50]
+	mi := &file_dunlin_v1_api_proto_msgTypes[52]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3214,7 +3302,7 @@ func (x *DeleteRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeleteRequest.ProtoReflect.Descriptor instead.
 func (*DeleteRequest) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{50}
+	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{52}
 }
 
 func (x *DeleteRequest) GetKind() string {
@@ -3240,7 +3328,7 @@ type DeleteResponse struct {
 
 func (x *DeleteResponse) Reset() {
 	*x = DeleteResponse{}
-	mi := &file_dunlin_v1_api_proto_msgTypes[51]
+	mi := &file_dunlin_v1_api_proto_msgTypes[53]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3252,7 +3340,7 @@ func (x *DeleteResponse) String() string {
 func (*DeleteResponse) ProtoMessage() {}
 
 func (x *DeleteResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_api_proto_msgTypes[51]
+	mi := &file_dunlin_v1_api_proto_msgTypes[53]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3265,7 +3353,7 @@ func (x *DeleteResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeleteResponse.ProtoReflect.Descriptor instead.
 func (*DeleteResponse) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{51}
+	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{53}
 }
 
 func (x *DeleteResponse) GetChange() *ObjectChange {
@@ -3283,7 +3371,7 @@ type ListDeploymentsRequest struct {
 
 func (x *ListDeploymentsRequest) Reset() {
 	*x = ListDeploymentsRequest{}
-	mi := &file_dunlin_v1_api_proto_msgTypes[52]
+	mi := &file_dunlin_v1_api_proto_msgTypes[54]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3295,7 +3383,7 @@ func (x *ListDeploymentsRequest) String() string {
 func (*ListDeploymentsRequest) ProtoMessage() {}
 
 func (x *ListDeploymentsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_api_proto_msgTypes[52]
+	mi := &file_dunlin_v1_api_proto_msgTypes[54]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3308,7 +3396,7 @@ func (x *ListDeploymentsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListDeploymentsRequest.ProtoReflect.Descriptor instead.
 func (*ListDeploymentsRequest) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{52}
+	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{54}
 }
 
 type ListDeploymentsResponse struct {
@@ -3320,7 +3408,7 @@ type ListDeploymentsResponse struct {
 
 func (x *ListDeploymentsResponse) Reset() {
 	*x = ListDeploymentsResponse{}
-	mi := &file_dunlin_v1_api_proto_msgTypes[53]
+	mi := &file_dunlin_v1_api_proto_msgTypes[55]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3332,7 +3420,7 @@ func (x *ListDeploymentsResponse) String() string {
 func (*ListDeploymentsResponse) ProtoMessage() {}
 
 func (x *ListDeploymentsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_api_proto_msgTypes[53]
+	mi := &file_dunlin_v1_api_proto_msgTypes[55]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3345,7 +3433,7 @@ func (x *ListDeploymentsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListDeploymentsResponse.ProtoReflect.Descriptor instead.
 func (*ListDeploymentsResponse) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{53}
+	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{55}
 }
 
 func (x *ListDeploymentsResponse) GetDeployments() []*Deployment {
@@ -3373,7 +3461,7 @@ type Deployment struct {
 
 func (x *Deployment) Reset() {
 	*x = Deployment{}
-	mi := &file_dunlin_v1_api_proto_msgTypes[54]
+	mi := &file_dunlin_v1_api_proto_msgTypes[56]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3385,7 +3473,7 @@ func (x *Deployment) String() string {
 func (*Deployment) ProtoMessage() {}
 
 func (x *Deployment) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_api_proto_msgTypes[54]
+	mi := &file_dunlin_v1_api_proto_msgTypes[56]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3398,7 +3486,7 @@ func (x *Deployment) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Deployment.ProtoReflect.Descriptor instead.
 func (*Deployment) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{54}
+	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{56}
 }
 
 func (x *Deployment) GetName() string {
@@ -3472,7 +3560,7 @@ type ListRoutesRequest struct {
 
 func (x *ListRoutesRequest) Reset() {
 	*x = ListRoutesRequest{}
-	mi := &file_dunlin_v1_api_proto_msgTypes[55]
+	mi := &file_dunlin_v1_api_proto_msgTypes[57]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3484,7 +3572,7 @@ func (x *ListRoutesRequest) String() string {
 func (*ListRoutesRequest) ProtoMessage() {}
 
 func (x *ListRoutesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_api_proto_msgTypes[55]
+	mi := &file_dunlin_v1_api_proto_msgTypes[57]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3497,7 +3585,7 @@ func (x *ListRoutesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListRoutesRequest.ProtoReflect.Descriptor instead.
 func (*ListRoutesRequest) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{55}
+	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{57}
 }
 
 type ListRoutesResponse struct {
@@ -3509,7 +3597,7 @@ type ListRoutesResponse struct {
 
 func (x *ListRoutesResponse) Reset() {
 	*x = ListRoutesResponse{}
-	mi := &file_dunlin_v1_api_proto_msgTypes[56]
+	mi := &file_dunlin_v1_api_proto_msgTypes[58]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3521,7 +3609,7 @@ func (x *ListRoutesResponse) String() string {
 func (*ListRoutesResponse) ProtoMessage() {}
 
 func (x *ListRoutesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_api_proto_msgTypes[56]
+	mi := &file_dunlin_v1_api_proto_msgTypes[58]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3534,7 +3622,7 @@ func (x *ListRoutesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListRoutesResponse.ProtoReflect.Descriptor instead.
 func (*ListRoutesResponse) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{56}
+	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{58}
 }
 
 func (x *ListRoutesResponse) GetRoutes() []*Route {
@@ -3556,7 +3644,7 @@ type Route struct {
 
 func (x *Route) Reset() {
 	*x = Route{}
-	mi := &file_dunlin_v1_api_proto_msgTypes[57]
+	mi := &file_dunlin_v1_api_proto_msgTypes[59]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3568,7 +3656,7 @@ func (x *Route) String() string {
 func (*Route) ProtoMessage() {}
 
 func (x *Route) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_api_proto_msgTypes[57]
+	mi := &file_dunlin_v1_api_proto_msgTypes[59]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3581,7 +3669,7 @@ func (x *Route) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Route.ProtoReflect.Descriptor instead.
 func (*Route) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{57}
+	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{59}
 }
 
 func (x *Route) GetName() string {
@@ -3625,7 +3713,7 @@ type ListProfilesRequest struct {
 
 func (x *ListProfilesRequest) Reset() {
 	*x = ListProfilesRequest{}
-	mi := &file_dunlin_v1_api_proto_msgTypes[58]
+	mi := &file_dunlin_v1_api_proto_msgTypes[60]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3637,7 +3725,7 @@ func (x *ListProfilesRequest) String() string {
 func (*ListProfilesRequest) ProtoMessage() {}
 
 func (x *ListProfilesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_api_proto_msgTypes[58]
+	mi := &file_dunlin_v1_api_proto_msgTypes[60]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3650,7 +3738,7 @@ func (x *ListProfilesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListProfilesRequest.ProtoReflect.Descriptor instead.
 func (*ListProfilesRequest) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{58}
+	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{60}
 }
 
 func (x *ListProfilesRequest) GetModel() string {
@@ -3691,7 +3779,7 @@ type ListProfilesResponse struct {
 
 func (x *ListProfilesResponse) Reset() {
 	*x = ListProfilesResponse{}
-	mi := &file_dunlin_v1_api_proto_msgTypes[59]
+	mi := &file_dunlin_v1_api_proto_msgTypes[61]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3703,7 +3791,7 @@ func (x *ListProfilesResponse) String() string {
 func (*ListProfilesResponse) ProtoMessage() {}
 
 func (x *ListProfilesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_api_proto_msgTypes[59]
+	mi := &file_dunlin_v1_api_proto_msgTypes[61]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3716,7 +3804,7 @@ func (x *ListProfilesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListProfilesResponse.ProtoReflect.Descriptor instead.
 func (*ListProfilesResponse) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{59}
+	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{61}
 }
 
 func (x *ListProfilesResponse) GetProfiles() []*DeviceProfile {
@@ -3736,7 +3824,7 @@ type DeviceProfile struct {
 
 func (x *DeviceProfile) Reset() {
 	*x = DeviceProfile{}
-	mi := &file_dunlin_v1_api_proto_msgTypes[60]
+	mi := &file_dunlin_v1_api_proto_msgTypes[62]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3748,7 +3836,7 @@ func (x *DeviceProfile) String() string {
 func (*DeviceProfile) ProtoMessage() {}
 
 func (x *DeviceProfile) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_api_proto_msgTypes[60]
+	mi := &file_dunlin_v1_api_proto_msgTypes[62]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3761,7 +3849,7 @@ func (x *DeviceProfile) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeviceProfile.ProtoReflect.Descriptor instead.
 func (*DeviceProfile) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{60}
+	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{62}
 }
 
 func (x *DeviceProfile) GetDevice() string {
@@ -3789,7 +3877,7 @@ type PlanRequest struct {
 
 func (x *PlanRequest) Reset() {
 	*x = PlanRequest{}
-	mi := &file_dunlin_v1_api_proto_msgTypes[61]
+	mi := &file_dunlin_v1_api_proto_msgTypes[63]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3801,7 +3889,7 @@ func (x *PlanRequest) String() string {
 func (*PlanRequest) ProtoMessage() {}
 
 func (x *PlanRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_api_proto_msgTypes[61]
+	mi := &file_dunlin_v1_api_proto_msgTypes[63]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3814,7 +3902,7 @@ func (x *PlanRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PlanRequest.ProtoReflect.Descriptor instead.
 func (*PlanRequest) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{61}
+	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{63}
 }
 
 func (x *PlanRequest) GetDocuments() string {
@@ -3834,7 +3922,7 @@ type PlanResponse struct {
 
 func (x *PlanResponse) Reset() {
 	*x = PlanResponse{}
-	mi := &file_dunlin_v1_api_proto_msgTypes[62]
+	mi := &file_dunlin_v1_api_proto_msgTypes[64]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3846,7 +3934,7 @@ func (x *PlanResponse) String() string {
 func (*PlanResponse) ProtoMessage() {}
 
 func (x *PlanResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_api_proto_msgTypes[62]
+	mi := &file_dunlin_v1_api_proto_msgTypes[64]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3859,7 +3947,7 @@ func (x *PlanResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PlanResponse.ProtoReflect.Descriptor instead.
 func (*PlanResponse) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{62}
+	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{64}
 }
 
 func (x *PlanResponse) GetDevices() []*DevicePlan {
@@ -3899,7 +3987,7 @@ type DevicePlan struct {
 
 func (x *DevicePlan) Reset() {
 	*x = DevicePlan{}
-	mi := &file_dunlin_v1_api_proto_msgTypes[63]
+	mi := &file_dunlin_v1_api_proto_msgTypes[65]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3911,7 +3999,7 @@ func (x *DevicePlan) String() string {
 func (*DevicePlan) ProtoMessage() {}
 
 func (x *DevicePlan) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_api_proto_msgTypes[63]
+	mi := &file_dunlin_v1_api_proto_msgTypes[65]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3924,7 +4012,7 @@ func (x *DevicePlan) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DevicePlan.ProtoReflect.Descriptor instead.
 func (*DevicePlan) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{63}
+	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{65}
 }
 
 func (x *DevicePlan) GetDeployment() string {
@@ -4046,7 +4134,7 @@ type ControlRolloutRequest struct {
 
 func (x *ControlRolloutRequest) Reset() {
 	*x = ControlRolloutRequest{}
-	mi := &file_dunlin_v1_api_proto_msgTypes[64]
+	mi := &file_dunlin_v1_api_proto_msgTypes[66]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4058,7 +4146,7 @@ func (x *ControlRolloutRequest) String() string {
 func (*ControlRolloutRequest) ProtoMessage() {}
 
 func (x *ControlRolloutRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_api_proto_msgTypes[64]
+	mi := &file_dunlin_v1_api_proto_msgTypes[66]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4071,7 +4159,7 @@ func (x *ControlRolloutRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ControlRolloutRequest.ProtoReflect.Descriptor instead.
 func (*ControlRolloutRequest) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{64}
+	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{66}
 }
 
 func (x *ControlRolloutRequest) GetId() string {
@@ -4111,7 +4199,7 @@ type ControlRolloutResponse struct {
 
 func (x *ControlRolloutResponse) Reset() {
 	*x = ControlRolloutResponse{}
-	mi := &file_dunlin_v1_api_proto_msgTypes[65]
+	mi := &file_dunlin_v1_api_proto_msgTypes[67]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4123,7 +4211,7 @@ func (x *ControlRolloutResponse) String() string {
 func (*ControlRolloutResponse) ProtoMessage() {}
 
 func (x *ControlRolloutResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_api_proto_msgTypes[65]
+	mi := &file_dunlin_v1_api_proto_msgTypes[67]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4136,7 +4224,7 @@ func (x *ControlRolloutResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ControlRolloutResponse.ProtoReflect.Descriptor instead.
 func (*ControlRolloutResponse) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{65}
+	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{67}
 }
 
 func (x *ControlRolloutResponse) GetRollout() *Rollout {
@@ -4157,7 +4245,7 @@ type ListDecisionsRequest struct {
 
 func (x *ListDecisionsRequest) Reset() {
 	*x = ListDecisionsRequest{}
-	mi := &file_dunlin_v1_api_proto_msgTypes[66]
+	mi := &file_dunlin_v1_api_proto_msgTypes[68]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4169,7 +4257,7 @@ func (x *ListDecisionsRequest) String() string {
 func (*ListDecisionsRequest) ProtoMessage() {}
 
 func (x *ListDecisionsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_api_proto_msgTypes[66]
+	mi := &file_dunlin_v1_api_proto_msgTypes[68]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4182,7 +4270,7 @@ func (x *ListDecisionsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListDecisionsRequest.ProtoReflect.Descriptor instead.
 func (*ListDecisionsRequest) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{66}
+	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{68}
 }
 
 func (x *ListDecisionsRequest) GetId() string {
@@ -4209,7 +4297,7 @@ type ListDecisionsResponse struct {
 
 func (x *ListDecisionsResponse) Reset() {
 	*x = ListDecisionsResponse{}
-	mi := &file_dunlin_v1_api_proto_msgTypes[67]
+	mi := &file_dunlin_v1_api_proto_msgTypes[69]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4221,7 +4309,7 @@ func (x *ListDecisionsResponse) String() string {
 func (*ListDecisionsResponse) ProtoMessage() {}
 
 func (x *ListDecisionsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_api_proto_msgTypes[67]
+	mi := &file_dunlin_v1_api_proto_msgTypes[69]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4234,7 +4322,7 @@ func (x *ListDecisionsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListDecisionsResponse.ProtoReflect.Descriptor instead.
 func (*ListDecisionsResponse) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{67}
+	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{69}
 }
 
 func (x *ListDecisionsResponse) GetDecisions() []*Decision {
@@ -4266,7 +4354,7 @@ type Decision struct {
 
 func (x *Decision) Reset() {
 	*x = Decision{}
-	mi := &file_dunlin_v1_api_proto_msgTypes[68]
+	mi := &file_dunlin_v1_api_proto_msgTypes[70]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4278,7 +4366,7 @@ func (x *Decision) String() string {
 func (*Decision) ProtoMessage() {}
 
 func (x *Decision) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_api_proto_msgTypes[68]
+	mi := &file_dunlin_v1_api_proto_msgTypes[70]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4291,7 +4379,7 @@ func (x *Decision) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Decision.ProtoReflect.Descriptor instead.
 func (*Decision) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{68}
+	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{70}
 }
 
 func (x *Decision) GetAt() *timestamppb.Timestamp {
@@ -4374,7 +4462,7 @@ type GateResult struct {
 
 func (x *GateResult) Reset() {
 	*x = GateResult{}
-	mi := &file_dunlin_v1_api_proto_msgTypes[69]
+	mi := &file_dunlin_v1_api_proto_msgTypes[71]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4386,7 +4474,7 @@ func (x *GateResult) String() string {
 func (*GateResult) ProtoMessage() {}
 
 func (x *GateResult) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_api_proto_msgTypes[69]
+	mi := &file_dunlin_v1_api_proto_msgTypes[71]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4399,7 +4487,7 @@ func (x *GateResult) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GateResult.ProtoReflect.Descriptor instead.
 func (*GateResult) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{69}
+	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{71}
 }
 
 func (x *GateResult) GetGate() string {
@@ -4482,7 +4570,7 @@ type ListRolloutsRequest struct {
 
 func (x *ListRolloutsRequest) Reset() {
 	*x = ListRolloutsRequest{}
-	mi := &file_dunlin_v1_api_proto_msgTypes[70]
+	mi := &file_dunlin_v1_api_proto_msgTypes[72]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4494,7 +4582,7 @@ func (x *ListRolloutsRequest) String() string {
 func (*ListRolloutsRequest) ProtoMessage() {}
 
 func (x *ListRolloutsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_api_proto_msgTypes[70]
+	mi := &file_dunlin_v1_api_proto_msgTypes[72]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4507,7 +4595,7 @@ func (x *ListRolloutsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListRolloutsRequest.ProtoReflect.Descriptor instead.
 func (*ListRolloutsRequest) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{70}
+	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{72}
 }
 
 func (x *ListRolloutsRequest) GetDeployment() string {
@@ -4527,7 +4615,7 @@ type ListRolloutsResponse struct {
 
 func (x *ListRolloutsResponse) Reset() {
 	*x = ListRolloutsResponse{}
-	mi := &file_dunlin_v1_api_proto_msgTypes[71]
+	mi := &file_dunlin_v1_api_proto_msgTypes[73]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4539,7 +4627,7 @@ func (x *ListRolloutsResponse) String() string {
 func (*ListRolloutsResponse) ProtoMessage() {}
 
 func (x *ListRolloutsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_api_proto_msgTypes[71]
+	mi := &file_dunlin_v1_api_proto_msgTypes[73]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4552,7 +4640,7 @@ func (x *ListRolloutsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListRolloutsResponse.ProtoReflect.Descriptor instead.
 func (*ListRolloutsResponse) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{71}
+	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{73}
 }
 
 func (x *ListRolloutsResponse) GetRollouts() []*Rollout {
@@ -4573,7 +4661,7 @@ type GetRolloutRequest struct {
 
 func (x *GetRolloutRequest) Reset() {
 	*x = GetRolloutRequest{}
-	mi := &file_dunlin_v1_api_proto_msgTypes[72]
+	mi := &file_dunlin_v1_api_proto_msgTypes[74]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4585,7 +4673,7 @@ func (x *GetRolloutRequest) String() string {
 func (*GetRolloutRequest) ProtoMessage() {}
 
 func (x *GetRolloutRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_api_proto_msgTypes[72]
+	mi := &file_dunlin_v1_api_proto_msgTypes[74]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4598,7 +4686,7 @@ func (x *GetRolloutRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetRolloutRequest.ProtoReflect.Descriptor instead.
 func (*GetRolloutRequest) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{72}
+	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{74}
 }
 
 func (x *GetRolloutRequest) GetId() string {
@@ -4624,7 +4712,7 @@ type GetRolloutResponse struct {
 
 func (x *GetRolloutResponse) Reset() {
 	*x = GetRolloutResponse{}
-	mi := &file_dunlin_v1_api_proto_msgTypes[73]
+	mi := &file_dunlin_v1_api_proto_msgTypes[75]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4636,7 +4724,7 @@ func (x *GetRolloutResponse) String() string {
 func (*GetRolloutResponse) ProtoMessage() {}
 
 func (x *GetRolloutResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_api_proto_msgTypes[73]
+	mi := &file_dunlin_v1_api_proto_msgTypes[75]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4649,7 +4737,7 @@ func (x *GetRolloutResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetRolloutResponse.ProtoReflect.Descriptor instead.
 func (*GetRolloutResponse) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{73}
+	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{75}
 }
 
 func (x *GetRolloutResponse) GetRollout() *Rollout {
@@ -4669,7 +4757,7 @@ type WatchRolloutRequest struct {
 
 func (x *WatchRolloutRequest) Reset() {
 	*x = WatchRolloutRequest{}
-	mi := &file_dunlin_v1_api_proto_msgTypes[74]
+	mi := &file_dunlin_v1_api_proto_msgTypes[76]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4681,7 +4769,7 @@ func (x *WatchRolloutRequest) String() string {
 func (*WatchRolloutRequest) ProtoMessage() {}
 
 func (x *WatchRolloutRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_api_proto_msgTypes[74]
+	mi := &file_dunlin_v1_api_proto_msgTypes[76]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4694,7 +4782,7 @@ func (x *WatchRolloutRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchRolloutRequest.ProtoReflect.Descriptor instead.
 func (*WatchRolloutRequest) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{74}
+	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{76}
 }
 
 func (x *WatchRolloutRequest) GetId() string {
@@ -4720,7 +4808,7 @@ type WatchRolloutResponse struct {
 
 func (x *WatchRolloutResponse) Reset() {
 	*x = WatchRolloutResponse{}
-	mi := &file_dunlin_v1_api_proto_msgTypes[75]
+	mi := &file_dunlin_v1_api_proto_msgTypes[77]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4732,7 +4820,7 @@ func (x *WatchRolloutResponse) String() string {
 func (*WatchRolloutResponse) ProtoMessage() {}
 
 func (x *WatchRolloutResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_api_proto_msgTypes[75]
+	mi := &file_dunlin_v1_api_proto_msgTypes[77]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4745,7 +4833,7 @@ func (x *WatchRolloutResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchRolloutResponse.ProtoReflect.Descriptor instead.
 func (*WatchRolloutResponse) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{75}
+	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{77}
 }
 
 func (x *WatchRolloutResponse) GetRollout() *Rollout {
@@ -4784,7 +4872,7 @@ type Rollout struct {
 
 func (x *Rollout) Reset() {
 	*x = Rollout{}
-	mi := &file_dunlin_v1_api_proto_msgTypes[76]
+	mi := &file_dunlin_v1_api_proto_msgTypes[78]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4796,7 +4884,7 @@ func (x *Rollout) String() string {
 func (*Rollout) ProtoMessage() {}
 
 func (x *Rollout) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_api_proto_msgTypes[76]
+	mi := &file_dunlin_v1_api_proto_msgTypes[78]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4809,7 +4897,7 @@ func (x *Rollout) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Rollout.ProtoReflect.Descriptor instead.
 func (*Rollout) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{76}
+	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{78}
 }
 
 func (x *Rollout) GetId() string {
@@ -4941,7 +5029,7 @@ type RolloutWave struct {
 
 func (x *RolloutWave) Reset() {
 	*x = RolloutWave{}
-	mi := &file_dunlin_v1_api_proto_msgTypes[77]
+	mi := &file_dunlin_v1_api_proto_msgTypes[79]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4953,7 +5041,7 @@ func (x *RolloutWave) String() string {
 func (*RolloutWave) ProtoMessage() {}
 
 func (x *RolloutWave) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_api_proto_msgTypes[77]
+	mi := &file_dunlin_v1_api_proto_msgTypes[79]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4966,7 +5054,7 @@ func (x *RolloutWave) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RolloutWave.ProtoReflect.Descriptor instead.
 func (*RolloutWave) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{77}
+	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{79}
 }
 
 func (x *RolloutWave) GetName() string {
@@ -5030,7 +5118,7 @@ type RolloutDevice struct {
 
 func (x *RolloutDevice) Reset() {
 	*x = RolloutDevice{}
-	mi := &file_dunlin_v1_api_proto_msgTypes[78]
+	mi := &file_dunlin_v1_api_proto_msgTypes[80]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5042,7 +5130,7 @@ func (x *RolloutDevice) String() string {
 func (*RolloutDevice) ProtoMessage() {}
 
 func (x *RolloutDevice) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_api_proto_msgTypes[78]
+	mi := &file_dunlin_v1_api_proto_msgTypes[80]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5055,7 +5143,7 @@ func (x *RolloutDevice) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RolloutDevice.ProtoReflect.Descriptor instead.
 func (*RolloutDevice) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{78}
+	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{80}
 }
 
 func (x *RolloutDevice) GetDevice() string {
@@ -5132,7 +5220,7 @@ type ListDriftRequest struct {
 
 func (x *ListDriftRequest) Reset() {
 	*x = ListDriftRequest{}
-	mi := &file_dunlin_v1_api_proto_msgTypes[79]
+	mi := &file_dunlin_v1_api_proto_msgTypes[81]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5144,7 +5232,7 @@ func (x *ListDriftRequest) String() string {
 func (*ListDriftRequest) ProtoMessage() {}
 
 func (x *ListDriftRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_api_proto_msgTypes[79]
+	mi := &file_dunlin_v1_api_proto_msgTypes[81]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5157,7 +5245,7 @@ func (x *ListDriftRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListDriftRequest.ProtoReflect.Descriptor instead.
 func (*ListDriftRequest) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{79}
+	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{81}
 }
 
 func (x *ListDriftRequest) GetDevice() string {
@@ -5183,7 +5271,7 @@ type ListDriftResponse struct {
 
 func (x *ListDriftResponse) Reset() {
 	*x = ListDriftResponse{}
-	mi := &file_dunlin_v1_api_proto_msgTypes[80]
+	mi := &file_dunlin_v1_api_proto_msgTypes[82]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5195,7 +5283,7 @@ func (x *ListDriftResponse) String() string {
 func (*ListDriftResponse) ProtoMessage() {}
 
 func (x *ListDriftResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_api_proto_msgTypes[80]
+	mi := &file_dunlin_v1_api_proto_msgTypes[82]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5208,7 +5296,7 @@ func (x *ListDriftResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListDriftResponse.ProtoReflect.Descriptor instead.
 func (*ListDriftResponse) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{80}
+	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{82}
 }
 
 func (x *ListDriftResponse) GetDrifts() []*DeviceDrift {
@@ -5228,7 +5316,7 @@ type DeviceDrift struct {
 
 func (x *DeviceDrift) Reset() {
 	*x = DeviceDrift{}
-	mi := &file_dunlin_v1_api_proto_msgTypes[81]
+	mi := &file_dunlin_v1_api_proto_msgTypes[83]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5240,7 +5328,7 @@ func (x *DeviceDrift) String() string {
 func (*DeviceDrift) ProtoMessage() {}
 
 func (x *DeviceDrift) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_api_proto_msgTypes[81]
+	mi := &file_dunlin_v1_api_proto_msgTypes[83]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5253,7 +5341,7 @@ func (x *DeviceDrift) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeviceDrift.ProtoReflect.Descriptor instead.
 func (*DeviceDrift) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{81}
+	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{83}
 }
 
 func (x *DeviceDrift) GetDevice() string {
@@ -5285,7 +5373,7 @@ type ListTelemetryRequest struct {
 
 func (x *ListTelemetryRequest) Reset() {
 	*x = ListTelemetryRequest{}
-	mi := &file_dunlin_v1_api_proto_msgTypes[82]
+	mi := &file_dunlin_v1_api_proto_msgTypes[84]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5297,7 +5385,7 @@ func (x *ListTelemetryRequest) String() string {
 func (*ListTelemetryRequest) ProtoMessage() {}
 
 func (x *ListTelemetryRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_api_proto_msgTypes[82]
+	mi := &file_dunlin_v1_api_proto_msgTypes[84]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5310,7 +5398,7 @@ func (x *ListTelemetryRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListTelemetryRequest.ProtoReflect.Descriptor instead.
 func (*ListTelemetryRequest) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{82}
+	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{84}
 }
 
 func (x *ListTelemetryRequest) GetDevice() string {
@@ -5350,7 +5438,7 @@ type ListTelemetryResponse struct {
 
 func (x *ListTelemetryResponse) Reset() {
 	*x = ListTelemetryResponse{}
-	mi := &file_dunlin_v1_api_proto_msgTypes[83]
+	mi := &file_dunlin_v1_api_proto_msgTypes[85]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5362,7 +5450,7 @@ func (x *ListTelemetryResponse) String() string {
 func (*ListTelemetryResponse) ProtoMessage() {}
 
 func (x *ListTelemetryResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_api_proto_msgTypes[83]
+	mi := &file_dunlin_v1_api_proto_msgTypes[85]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5375,7 +5463,7 @@ func (x *ListTelemetryResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListTelemetryResponse.ProtoReflect.Descriptor instead.
 func (*ListTelemetryResponse) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{83}
+	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{85}
 }
 
 func (x *ListTelemetryResponse) GetSamples() []*Telemetry {
@@ -5397,7 +5485,7 @@ type ListDevicesRequest struct {
 
 func (x *ListDevicesRequest) Reset() {
 	*x = ListDevicesRequest{}
-	mi := &file_dunlin_v1_api_proto_msgTypes[84]
+	mi := &file_dunlin_v1_api_proto_msgTypes[86]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5409,7 +5497,7 @@ func (x *ListDevicesRequest) String() string {
 func (*ListDevicesRequest) ProtoMessage() {}
 
 func (x *ListDevicesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_api_proto_msgTypes[84]
+	mi := &file_dunlin_v1_api_proto_msgTypes[86]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5422,7 +5510,7 @@ func (x *ListDevicesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListDevicesRequest.ProtoReflect.Descriptor instead.
 func (*ListDevicesRequest) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{84}
+	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{86}
 }
 
 func (x *ListDevicesRequest) GetDevice() string {
@@ -5449,7 +5537,7 @@ type ListDevicesResponse struct {
 
 func (x *ListDevicesResponse) Reset() {
 	*x = ListDevicesResponse{}
-	mi := &file_dunlin_v1_api_proto_msgTypes[85]
+	mi := &file_dunlin_v1_api_proto_msgTypes[87]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5461,7 +5549,7 @@ func (x *ListDevicesResponse) String() string {
 func (*ListDevicesResponse) ProtoMessage() {}
 
 func (x *ListDevicesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_api_proto_msgTypes[85]
+	mi := &file_dunlin_v1_api_proto_msgTypes[87]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5474,7 +5562,7 @@ func (x *ListDevicesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListDevicesResponse.ProtoReflect.Descriptor instead.
 func (*ListDevicesResponse) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{85}
+	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{87}
 }
 
 func (x *ListDevicesResponse) GetDevices() []*Device {
@@ -5502,7 +5590,7 @@ type Device struct {
 
 func (x *Device) Reset() {
 	*x = Device{}
-	mi := &file_dunlin_v1_api_proto_msgTypes[86]
+	mi := &file_dunlin_v1_api_proto_msgTypes[88]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5514,7 +5602,7 @@ func (x *Device) String() string {
 func (*Device) ProtoMessage() {}
 
 func (x *Device) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_api_proto_msgTypes[86]
+	mi := &file_dunlin_v1_api_proto_msgTypes[88]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5527,7 +5615,7 @@ func (x *Device) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Device.ProtoReflect.Descriptor instead.
 func (*Device) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{86}
+	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{88}
 }
 
 func (x *Device) GetName() string {
@@ -5619,7 +5707,7 @@ type DeviceIdentity struct {
 
 func (x *DeviceIdentity) Reset() {
 	*x = DeviceIdentity{}
-	mi := &file_dunlin_v1_api_proto_msgTypes[87]
+	mi := &file_dunlin_v1_api_proto_msgTypes[89]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5631,7 +5719,7 @@ func (x *DeviceIdentity) String() string {
 func (*DeviceIdentity) ProtoMessage() {}
 
 func (x *DeviceIdentity) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_api_proto_msgTypes[87]
+	mi := &file_dunlin_v1_api_proto_msgTypes[89]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5644,7 +5732,7 @@ func (x *DeviceIdentity) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeviceIdentity.ProtoReflect.Descriptor instead.
 func (*DeviceIdentity) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{87}
+	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{89}
 }
 
 func (x *DeviceIdentity) GetSerial() string {
@@ -5703,7 +5791,7 @@ type Twin struct {
 
 func (x *Twin) Reset() {
 	*x = Twin{}
-	mi := &file_dunlin_v1_api_proto_msgTypes[88]
+	mi := &file_dunlin_v1_api_proto_msgTypes[90]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5715,7 +5803,7 @@ func (x *Twin) String() string {
 func (*Twin) ProtoMessage() {}
 
 func (x *Twin) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_api_proto_msgTypes[88]
+	mi := &file_dunlin_v1_api_proto_msgTypes[90]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5728,7 +5816,7 @@ func (x *Twin) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Twin.ProtoReflect.Descriptor instead.
 func (*Twin) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{88}
+	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{90}
 }
 
 func (x *Twin) GetBootId() string {
@@ -5769,7 +5857,7 @@ type RevokeDeviceRequest struct {
 
 func (x *RevokeDeviceRequest) Reset() {
 	*x = RevokeDeviceRequest{}
-	mi := &file_dunlin_v1_api_proto_msgTypes[89]
+	mi := &file_dunlin_v1_api_proto_msgTypes[91]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5781,7 +5869,7 @@ func (x *RevokeDeviceRequest) String() string {
 func (*RevokeDeviceRequest) ProtoMessage() {}
 
 func (x *RevokeDeviceRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_api_proto_msgTypes[89]
+	mi := &file_dunlin_v1_api_proto_msgTypes[91]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5794,7 +5882,7 @@ func (x *RevokeDeviceRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RevokeDeviceRequest.ProtoReflect.Descriptor instead.
 func (*RevokeDeviceRequest) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{89}
+	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{91}
 }
 
 func (x *RevokeDeviceRequest) GetDevice() string {
@@ -5819,7 +5907,7 @@ type RevokeDeviceResponse struct {
 
 func (x *RevokeDeviceResponse) Reset() {
 	*x = RevokeDeviceResponse{}
-	mi := &file_dunlin_v1_api_proto_msgTypes[90]
+	mi := &file_dunlin_v1_api_proto_msgTypes[92]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5831,7 +5919,7 @@ func (x *RevokeDeviceResponse) String() string {
 func (*RevokeDeviceResponse) ProtoMessage() {}
 
 func (x *RevokeDeviceResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_api_proto_msgTypes[90]
+	mi := &file_dunlin_v1_api_proto_msgTypes[92]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5844,7 +5932,7 @@ func (x *RevokeDeviceResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RevokeDeviceResponse.ProtoReflect.Descriptor instead.
 func (*RevokeDeviceResponse) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{90}
+	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{92}
 }
 
 type RemoveDeviceRequest struct {
@@ -5856,7 +5944,7 @@ type RemoveDeviceRequest struct {
 
 func (x *RemoveDeviceRequest) Reset() {
 	*x = RemoveDeviceRequest{}
-	mi := &file_dunlin_v1_api_proto_msgTypes[91]
+	mi := &file_dunlin_v1_api_proto_msgTypes[93]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5868,7 +5956,7 @@ func (x *RemoveDeviceRequest) String() string {
 func (*RemoveDeviceRequest) ProtoMessage() {}
 
 func (x *RemoveDeviceRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_api_proto_msgTypes[91]
+	mi := &file_dunlin_v1_api_proto_msgTypes[93]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5881,7 +5969,7 @@ func (x *RemoveDeviceRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveDeviceRequest.ProtoReflect.Descriptor instead.
 func (*RemoveDeviceRequest) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{91}
+	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{93}
 }
 
 func (x *RemoveDeviceRequest) GetDevice() string {
@@ -5899,7 +5987,7 @@ type RemoveDeviceResponse struct {
 
 func (x *RemoveDeviceResponse) Reset() {
 	*x = RemoveDeviceResponse{}
-	mi := &file_dunlin_v1_api_proto_msgTypes[92]
+	mi := &file_dunlin_v1_api_proto_msgTypes[94]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5911,7 +5999,7 @@ func (x *RemoveDeviceResponse) String() string {
 func (*RemoveDeviceResponse) ProtoMessage() {}
 
 func (x *RemoveDeviceResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_api_proto_msgTypes[92]
+	mi := &file_dunlin_v1_api_proto_msgTypes[94]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5924,7 +6012,7 @@ func (x *RemoveDeviceResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveDeviceResponse.ProtoReflect.Descriptor instead.
 func (*RemoveDeviceResponse) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{92}
+	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{94}
 }
 
 type ListEventsRequest struct {
@@ -5939,7 +6027,7 @@ type ListEventsRequest struct {
 
 func (x *ListEventsRequest) Reset() {
 	*x = ListEventsRequest{}
-	mi := &file_dunlin_v1_api_proto_msgTypes[93]
+	mi := &file_dunlin_v1_api_proto_msgTypes[95]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5951,7 +6039,7 @@ func (x *ListEventsRequest) String() string {
 func (*ListEventsRequest) ProtoMessage() {}
 
 func (x *ListEventsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_api_proto_msgTypes[93]
+	mi := &file_dunlin_v1_api_proto_msgTypes[95]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5964,7 +6052,7 @@ func (x *ListEventsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListEventsRequest.ProtoReflect.Descriptor instead.
 func (*ListEventsRequest) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{93}
+	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{95}
 }
 
 func (x *ListEventsRequest) GetDevice() string {
@@ -5990,7 +6078,7 @@ type ListEventsResponse struct {
 
 func (x *ListEventsResponse) Reset() {
 	*x = ListEventsResponse{}
-	mi := &file_dunlin_v1_api_proto_msgTypes[94]
+	mi := &file_dunlin_v1_api_proto_msgTypes[96]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6002,7 +6090,7 @@ func (x *ListEventsResponse) String() string {
 func (*ListEventsResponse) ProtoMessage() {}
 
 func (x *ListEventsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_api_proto_msgTypes[94]
+	mi := &file_dunlin_v1_api_proto_msgTypes[96]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6015,7 +6103,7 @@ func (x *ListEventsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListEventsResponse.ProtoReflect.Descriptor instead.
 func (*ListEventsResponse) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{94}
+	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{96}
 }
 
 func (x *ListEventsResponse) GetEvents() []*DeviceEvent {
@@ -6037,7 +6125,7 @@ type DeviceEvent struct {
 
 func (x *DeviceEvent) Reset() {
 	*x = DeviceEvent{}
-	mi := &file_dunlin_v1_api_proto_msgTypes[95]
+	mi := &file_dunlin_v1_api_proto_msgTypes[97]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6049,7 +6137,7 @@ func (x *DeviceEvent) String() string {
 func (*DeviceEvent) ProtoMessage() {}
 
 func (x *DeviceEvent) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_api_proto_msgTypes[95]
+	mi := &file_dunlin_v1_api_proto_msgTypes[97]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6062,7 +6150,7 @@ func (x *DeviceEvent) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeviceEvent.ProtoReflect.Descriptor instead.
 func (*DeviceEvent) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{95}
+	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{97}
 }
 
 func (x *DeviceEvent) GetDevice() string {
@@ -6265,7 +6353,11 @@ const file_dunlin_v1_api_proto_rawDesc = "" +
 	"\x06device\x18\x05 \x01(\tR\x06device\x1a9\n" +
 	"\vLabelsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
-	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"^\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"F\n" +
+	"\x14DeleteVersionRequest\x12\x14\n" +
+	"\x05model\x18\x01 \x01(\tR\x05model\x12\x18\n" +
+	"\aversion\x18\x02 \x01(\x03R\aversion\"\x17\n" +
+	"\x15DeleteVersionResponse\"^\n" +
 	"\x14CreateVersionRequest\x12\x14\n" +
 	"\x05model\x18\x01 \x01(\tR\x05model\x12\x16\n" +
 	"\x06digest\x18\x02 \x01(\tR\x06digest\x12\x18\n" +
@@ -6633,11 +6725,12 @@ const file_dunlin_v1_api_proto_rawDesc = "" +
 	"\aGetTime\x12\x19.dunlin.v1.GetTimeRequest\x1a\x1a.dunlin.v1.GetTimeResponse\x12X\n" +
 	"\x0fCreateJoinToken\x12!.dunlin.v1.CreateJoinTokenRequest\x1a\".dunlin.v1.CreateJoinTokenResponse\x12U\n" +
 	"\x0eListJoinTokens\x12 .dunlin.v1.ListJoinTokensRequest\x1a!.dunlin.v1.ListJoinTokensResponse\x12X\n" +
-	"\x0fDeleteJoinToken\x12!.dunlin.v1.DeleteJoinTokenRequest\x1a\".dunlin.v1.DeleteJoinTokenResponse2\xad\x01\n" +
+	"\x0fDeleteJoinToken\x12!.dunlin.v1.DeleteJoinTokenRequest\x1a\".dunlin.v1.DeleteJoinTokenResponse2\x81\x02\n" +
 	"\fModelService\x12R\n" +
 	"\rCreateVersion\x12\x1f.dunlin.v1.CreateVersionRequest\x1a .dunlin.v1.CreateVersionResponse\x12I\n" +
 	"\n" +
-	"ListModels\x12\x1c.dunlin.v1.ListModelsRequest\x1a\x1d.dunlin.v1.ListModelsResponse2\xaf\x02\n" +
+	"ListModels\x12\x1c.dunlin.v1.ListModelsRequest\x1a\x1d.dunlin.v1.ListModelsResponse\x12R\n" +
+	"\rDeleteVersion\x12\x1f.dunlin.v1.DeleteVersionRequest\x1a .dunlin.v1.DeleteVersionResponse2\xaf\x02\n" +
 	"\rObjectService\x12:\n" +
 	"\x05Apply\x12\x17.dunlin.v1.ApplyRequest\x1a\x18.dunlin.v1.ApplyResponse\x12=\n" +
 	"\x06Delete\x12\x18.dunlin.v1.DeleteRequest\x1a\x19.dunlin.v1.DeleteResponse\x12X\n" +
@@ -6676,7 +6769,7 @@ func file_dunlin_v1_api_proto_rawDescGZIP() []byte {
 }
 
 var file_dunlin_v1_api_proto_enumTypes = make([]protoimpl.EnumInfo, 7)
-var file_dunlin_v1_api_proto_msgTypes = make([]protoimpl.MessageInfo, 108)
+var file_dunlin_v1_api_proto_msgTypes = make([]protoimpl.MessageInfo, 110)
 var file_dunlin_v1_api_proto_goTypes = []any{
 	(RolloutState)(0),                 // 0: dunlin.v1.RolloutState
 	(ObjectChange_Action)(0),          // 1: dunlin.v1.ObjectChange.Action
@@ -6727,183 +6820,185 @@ var file_dunlin_v1_api_proto_goTypes = []any{
 	(*ListJoinTokensRequest)(nil),     // 46: dunlin.v1.ListJoinTokensRequest
 	(*ListJoinTokensResponse)(nil),    // 47: dunlin.v1.ListJoinTokensResponse
 	(*JoinToken)(nil),                 // 48: dunlin.v1.JoinToken
-	(*CreateVersionRequest)(nil),      // 49: dunlin.v1.CreateVersionRequest
-	(*CreateVersionResponse)(nil),     // 50: dunlin.v1.CreateVersionResponse
-	(*ListModelsRequest)(nil),         // 51: dunlin.v1.ListModelsRequest
-	(*ListModelsResponse)(nil),        // 52: dunlin.v1.ListModelsResponse
-	(*ModelVersion)(nil),              // 53: dunlin.v1.ModelVersion
-	(*ApplyRequest)(nil),              // 54: dunlin.v1.ApplyRequest
-	(*ApplyResponse)(nil),             // 55: dunlin.v1.ApplyResponse
-	(*ObjectChange)(nil),              // 56: dunlin.v1.ObjectChange
-	(*DeleteRequest)(nil),             // 57: dunlin.v1.DeleteRequest
-	(*DeleteResponse)(nil),            // 58: dunlin.v1.DeleteResponse
-	(*ListDeploymentsRequest)(nil),    // 59: dunlin.v1.ListDeploymentsRequest
-	(*ListDeploymentsResponse)(nil),   // 60: dunlin.v1.ListDeploymentsResponse
-	(*Deployment)(nil),                // 61: dunlin.v1.Deployment
-	(*ListRoutesRequest)(nil),         // 62: dunlin.v1.ListRoutesRequest
-	(*ListRoutesResponse)(nil),        // 63: dunlin.v1.ListRoutesResponse
-	(*Route)(nil),                     // 64: dunlin.v1.Route
-	(*ListProfilesRequest)(nil),       // 65: dunlin.v1.ListProfilesRequest
-	(*ListProfilesResponse)(nil),      // 66: dunlin.v1.ListProfilesResponse
-	(*DeviceProfile)(nil),             // 67: dunlin.v1.DeviceProfile
-	(*PlanRequest)(nil),               // 68: dunlin.v1.PlanRequest
-	(*PlanResponse)(nil),              // 69: dunlin.v1.PlanResponse
-	(*DevicePlan)(nil),                // 70: dunlin.v1.DevicePlan
-	(*ControlRolloutRequest)(nil),     // 71: dunlin.v1.ControlRolloutRequest
-	(*ControlRolloutResponse)(nil),    // 72: dunlin.v1.ControlRolloutResponse
-	(*ListDecisionsRequest)(nil),      // 73: dunlin.v1.ListDecisionsRequest
-	(*ListDecisionsResponse)(nil),     // 74: dunlin.v1.ListDecisionsResponse
-	(*Decision)(nil),                  // 75: dunlin.v1.Decision
-	(*GateResult)(nil),                // 76: dunlin.v1.GateResult
-	(*ListRolloutsRequest)(nil),       // 77: dunlin.v1.ListRolloutsRequest
-	(*ListRolloutsResponse)(nil),      // 78: dunlin.v1.ListRolloutsResponse
-	(*GetRolloutRequest)(nil),         // 79: dunlin.v1.GetRolloutRequest
-	(*GetRolloutResponse)(nil),        // 80: dunlin.v1.GetRolloutResponse
-	(*WatchRolloutRequest)(nil),       // 81: dunlin.v1.WatchRolloutRequest
-	(*WatchRolloutResponse)(nil),      // 82: dunlin.v1.WatchRolloutResponse
-	(*Rollout)(nil),                   // 83: dunlin.v1.Rollout
-	(*RolloutWave)(nil),               // 84: dunlin.v1.RolloutWave
-	(*RolloutDevice)(nil),             // 85: dunlin.v1.RolloutDevice
-	(*ListDriftRequest)(nil),          // 86: dunlin.v1.ListDriftRequest
-	(*ListDriftResponse)(nil),         // 87: dunlin.v1.ListDriftResponse
-	(*DeviceDrift)(nil),               // 88: dunlin.v1.DeviceDrift
-	(*ListTelemetryRequest)(nil),      // 89: dunlin.v1.ListTelemetryRequest
-	(*ListTelemetryResponse)(nil),     // 90: dunlin.v1.ListTelemetryResponse
-	(*ListDevicesRequest)(nil),        // 91: dunlin.v1.ListDevicesRequest
-	(*ListDevicesResponse)(nil),       // 92: dunlin.v1.ListDevicesResponse
-	(*Device)(nil),                    // 93: dunlin.v1.Device
-	(*DeviceIdentity)(nil),            // 94: dunlin.v1.DeviceIdentity
-	(*Twin)(nil),                      // 95: dunlin.v1.Twin
-	(*RevokeDeviceRequest)(nil),       // 96: dunlin.v1.RevokeDeviceRequest
-	(*RevokeDeviceResponse)(nil),      // 97: dunlin.v1.RevokeDeviceResponse
-	(*RemoveDeviceRequest)(nil),       // 98: dunlin.v1.RemoveDeviceRequest
-	(*RemoveDeviceResponse)(nil),      // 99: dunlin.v1.RemoveDeviceResponse
-	(*ListEventsRequest)(nil),         // 100: dunlin.v1.ListEventsRequest
-	(*ListEventsResponse)(nil),        // 101: dunlin.v1.ListEventsResponse
-	(*DeviceEvent)(nil),               // 102: dunlin.v1.DeviceEvent
-	nil,                               // 103: dunlin.v1.WhoAmIResponse.ScopeEntry
-	nil,                               // 104: dunlin.v1.User.ScopeEntry
-	nil,                               // 105: dunlin.v1.CreateUserRequest.ScopeEntry
-	nil,                               // 106: dunlin.v1.UpdateUserRequest.ScopeEntry
-	nil,                               // 107: dunlin.v1.Token.ScopeEntry
-	nil,                               // 108: dunlin.v1.CreateTokenRequest.ScopeEntry
-	nil,                               // 109: dunlin.v1.CreateJoinTokenRequest.LabelsEntry
-	nil,                               // 110: dunlin.v1.JoinToken.LabelsEntry
-	nil,                               // 111: dunlin.v1.Deployment.SelectorEntry
-	nil,                               // 112: dunlin.v1.ListDriftRequest.SelectorEntry
-	nil,                               // 113: dunlin.v1.ListDevicesRequest.SelectorEntry
-	nil,                               // 114: dunlin.v1.Device.LabelsEntry
-	(*timestamppb.Timestamp)(nil),     // 115: google.protobuf.Timestamp
-	(*durationpb.Duration)(nil),       // 116: google.protobuf.Duration
-	(*AuditRecord)(nil),               // 117: dunlin.v1.AuditRecord
-	(*SignedTrust)(nil),               // 118: dunlin.v1.SignedTrust
-	(*RouteTarget)(nil),               // 119: dunlin.v1.RouteTarget
-	(*ModelProfile)(nil),              // 120: dunlin.v1.ModelProfile
-	(*Drift)(nil),                     // 121: dunlin.v1.Drift
-	(*Telemetry)(nil),                 // 122: dunlin.v1.Telemetry
-	(*DeviceInfo)(nil),                // 123: dunlin.v1.DeviceInfo
-	(*Generation)(nil),                // 124: dunlin.v1.Generation
-	(*Reported)(nil),                  // 125: dunlin.v1.Reported
-	(*Event)(nil),                     // 126: dunlin.v1.Event
-	(*JoinRequest)(nil),               // 127: dunlin.v1.JoinRequest
-	(*RenewRequest)(nil),              // 128: dunlin.v1.RenewRequest
-	(*GetTimeRequest)(nil),            // 129: dunlin.v1.GetTimeRequest
-	(*JoinResponse)(nil),              // 130: dunlin.v1.JoinResponse
-	(*RenewResponse)(nil),             // 131: dunlin.v1.RenewResponse
-	(*GetTimeResponse)(nil),           // 132: dunlin.v1.GetTimeResponse
+	(*DeleteVersionRequest)(nil),      // 49: dunlin.v1.DeleteVersionRequest
+	(*DeleteVersionResponse)(nil),     // 50: dunlin.v1.DeleteVersionResponse
+	(*CreateVersionRequest)(nil),      // 51: dunlin.v1.CreateVersionRequest
+	(*CreateVersionResponse)(nil),     // 52: dunlin.v1.CreateVersionResponse
+	(*ListModelsRequest)(nil),         // 53: dunlin.v1.ListModelsRequest
+	(*ListModelsResponse)(nil),        // 54: dunlin.v1.ListModelsResponse
+	(*ModelVersion)(nil),              // 55: dunlin.v1.ModelVersion
+	(*ApplyRequest)(nil),              // 56: dunlin.v1.ApplyRequest
+	(*ApplyResponse)(nil),             // 57: dunlin.v1.ApplyResponse
+	(*ObjectChange)(nil),              // 58: dunlin.v1.ObjectChange
+	(*DeleteRequest)(nil),             // 59: dunlin.v1.DeleteRequest
+	(*DeleteResponse)(nil),            // 60: dunlin.v1.DeleteResponse
+	(*ListDeploymentsRequest)(nil),    // 61: dunlin.v1.ListDeploymentsRequest
+	(*ListDeploymentsResponse)(nil),   // 62: dunlin.v1.ListDeploymentsResponse
+	(*Deployment)(nil),                // 63: dunlin.v1.Deployment
+	(*ListRoutesRequest)(nil),         // 64: dunlin.v1.ListRoutesRequest
+	(*ListRoutesResponse)(nil),        // 65: dunlin.v1.ListRoutesResponse
+	(*Route)(nil),                     // 66: dunlin.v1.Route
+	(*ListProfilesRequest)(nil),       // 67: dunlin.v1.ListProfilesRequest
+	(*ListProfilesResponse)(nil),      // 68: dunlin.v1.ListProfilesResponse
+	(*DeviceProfile)(nil),             // 69: dunlin.v1.DeviceProfile
+	(*PlanRequest)(nil),               // 70: dunlin.v1.PlanRequest
+	(*PlanResponse)(nil),              // 71: dunlin.v1.PlanResponse
+	(*DevicePlan)(nil),                // 72: dunlin.v1.DevicePlan
+	(*ControlRolloutRequest)(nil),     // 73: dunlin.v1.ControlRolloutRequest
+	(*ControlRolloutResponse)(nil),    // 74: dunlin.v1.ControlRolloutResponse
+	(*ListDecisionsRequest)(nil),      // 75: dunlin.v1.ListDecisionsRequest
+	(*ListDecisionsResponse)(nil),     // 76: dunlin.v1.ListDecisionsResponse
+	(*Decision)(nil),                  // 77: dunlin.v1.Decision
+	(*GateResult)(nil),                // 78: dunlin.v1.GateResult
+	(*ListRolloutsRequest)(nil),       // 79: dunlin.v1.ListRolloutsRequest
+	(*ListRolloutsResponse)(nil),      // 80: dunlin.v1.ListRolloutsResponse
+	(*GetRolloutRequest)(nil),         // 81: dunlin.v1.GetRolloutRequest
+	(*GetRolloutResponse)(nil),        // 82: dunlin.v1.GetRolloutResponse
+	(*WatchRolloutRequest)(nil),       // 83: dunlin.v1.WatchRolloutRequest
+	(*WatchRolloutResponse)(nil),      // 84: dunlin.v1.WatchRolloutResponse
+	(*Rollout)(nil),                   // 85: dunlin.v1.Rollout
+	(*RolloutWave)(nil),               // 86: dunlin.v1.RolloutWave
+	(*RolloutDevice)(nil),             // 87: dunlin.v1.RolloutDevice
+	(*ListDriftRequest)(nil),          // 88: dunlin.v1.ListDriftRequest
+	(*ListDriftResponse)(nil),         // 89: dunlin.v1.ListDriftResponse
+	(*DeviceDrift)(nil),               // 90: dunlin.v1.DeviceDrift
+	(*ListTelemetryRequest)(nil),      // 91: dunlin.v1.ListTelemetryRequest
+	(*ListTelemetryResponse)(nil),     // 92: dunlin.v1.ListTelemetryResponse
+	(*ListDevicesRequest)(nil),        // 93: dunlin.v1.ListDevicesRequest
+	(*ListDevicesResponse)(nil),       // 94: dunlin.v1.ListDevicesResponse
+	(*Device)(nil),                    // 95: dunlin.v1.Device
+	(*DeviceIdentity)(nil),            // 96: dunlin.v1.DeviceIdentity
+	(*Twin)(nil),                      // 97: dunlin.v1.Twin
+	(*RevokeDeviceRequest)(nil),       // 98: dunlin.v1.RevokeDeviceRequest
+	(*RevokeDeviceResponse)(nil),      // 99: dunlin.v1.RevokeDeviceResponse
+	(*RemoveDeviceRequest)(nil),       // 100: dunlin.v1.RemoveDeviceRequest
+	(*RemoveDeviceResponse)(nil),      // 101: dunlin.v1.RemoveDeviceResponse
+	(*ListEventsRequest)(nil),         // 102: dunlin.v1.ListEventsRequest
+	(*ListEventsResponse)(nil),        // 103: dunlin.v1.ListEventsResponse
+	(*DeviceEvent)(nil),               // 104: dunlin.v1.DeviceEvent
+	nil,                               // 105: dunlin.v1.WhoAmIResponse.ScopeEntry
+	nil,                               // 106: dunlin.v1.User.ScopeEntry
+	nil,                               // 107: dunlin.v1.CreateUserRequest.ScopeEntry
+	nil,                               // 108: dunlin.v1.UpdateUserRequest.ScopeEntry
+	nil,                               // 109: dunlin.v1.Token.ScopeEntry
+	nil,                               // 110: dunlin.v1.CreateTokenRequest.ScopeEntry
+	nil,                               // 111: dunlin.v1.CreateJoinTokenRequest.LabelsEntry
+	nil,                               // 112: dunlin.v1.JoinToken.LabelsEntry
+	nil,                               // 113: dunlin.v1.Deployment.SelectorEntry
+	nil,                               // 114: dunlin.v1.ListDriftRequest.SelectorEntry
+	nil,                               // 115: dunlin.v1.ListDevicesRequest.SelectorEntry
+	nil,                               // 116: dunlin.v1.Device.LabelsEntry
+	(*timestamppb.Timestamp)(nil),     // 117: google.protobuf.Timestamp
+	(*durationpb.Duration)(nil),       // 118: google.protobuf.Duration
+	(*AuditRecord)(nil),               // 119: dunlin.v1.AuditRecord
+	(*SignedTrust)(nil),               // 120: dunlin.v1.SignedTrust
+	(*RouteTarget)(nil),               // 121: dunlin.v1.RouteTarget
+	(*ModelProfile)(nil),              // 122: dunlin.v1.ModelProfile
+	(*Drift)(nil),                     // 123: dunlin.v1.Drift
+	(*Telemetry)(nil),                 // 124: dunlin.v1.Telemetry
+	(*DeviceInfo)(nil),                // 125: dunlin.v1.DeviceInfo
+	(*Generation)(nil),                // 126: dunlin.v1.Generation
+	(*Reported)(nil),                  // 127: dunlin.v1.Reported
+	(*Event)(nil),                     // 128: dunlin.v1.Event
+	(*JoinRequest)(nil),               // 129: dunlin.v1.JoinRequest
+	(*RenewRequest)(nil),              // 130: dunlin.v1.RenewRequest
+	(*GetTimeRequest)(nil),            // 131: dunlin.v1.GetTimeRequest
+	(*JoinResponse)(nil),              // 132: dunlin.v1.JoinResponse
+	(*RenewResponse)(nil),             // 133: dunlin.v1.RenewResponse
+	(*GetTimeResponse)(nil),           // 134: dunlin.v1.GetTimeResponse
 }
 var file_dunlin_v1_api_proto_depIdxs = []int32{
-	115, // 0: dunlin.v1.LoginResponse.expires_at:type_name -> google.protobuf.Timestamp
-	103, // 1: dunlin.v1.WhoAmIResponse.scope:type_name -> dunlin.v1.WhoAmIResponse.ScopeEntry
-	115, // 2: dunlin.v1.WhoAmIResponse.expires_at:type_name -> google.protobuf.Timestamp
-	104, // 3: dunlin.v1.User.scope:type_name -> dunlin.v1.User.ScopeEntry
-	115, // 4: dunlin.v1.User.created_at:type_name -> google.protobuf.Timestamp
-	105, // 5: dunlin.v1.CreateUserRequest.scope:type_name -> dunlin.v1.CreateUserRequest.ScopeEntry
+	117, // 0: dunlin.v1.LoginResponse.expires_at:type_name -> google.protobuf.Timestamp
+	105, // 1: dunlin.v1.WhoAmIResponse.scope:type_name -> dunlin.v1.WhoAmIResponse.ScopeEntry
+	117, // 2: dunlin.v1.WhoAmIResponse.expires_at:type_name -> google.protobuf.Timestamp
+	106, // 3: dunlin.v1.User.scope:type_name -> dunlin.v1.User.ScopeEntry
+	117, // 4: dunlin.v1.User.created_at:type_name -> google.protobuf.Timestamp
+	107, // 5: dunlin.v1.CreateUserRequest.scope:type_name -> dunlin.v1.CreateUserRequest.ScopeEntry
 	13,  // 6: dunlin.v1.CreateUserResponse.user:type_name -> dunlin.v1.User
-	106, // 7: dunlin.v1.UpdateUserRequest.scope:type_name -> dunlin.v1.UpdateUserRequest.ScopeEntry
+	108, // 7: dunlin.v1.UpdateUserRequest.scope:type_name -> dunlin.v1.UpdateUserRequest.ScopeEntry
 	13,  // 8: dunlin.v1.UpdateUserResponse.user:type_name -> dunlin.v1.User
 	13,  // 9: dunlin.v1.ListUsersResponse.users:type_name -> dunlin.v1.User
-	107, // 10: dunlin.v1.Token.scope:type_name -> dunlin.v1.Token.ScopeEntry
-	115, // 11: dunlin.v1.Token.created_at:type_name -> google.protobuf.Timestamp
-	115, // 12: dunlin.v1.Token.expires_at:type_name -> google.protobuf.Timestamp
-	115, // 13: dunlin.v1.Token.last_used_at:type_name -> google.protobuf.Timestamp
-	108, // 14: dunlin.v1.CreateTokenRequest.scope:type_name -> dunlin.v1.CreateTokenRequest.ScopeEntry
-	116, // 15: dunlin.v1.CreateTokenRequest.valid_for:type_name -> google.protobuf.Duration
+	109, // 10: dunlin.v1.Token.scope:type_name -> dunlin.v1.Token.ScopeEntry
+	117, // 11: dunlin.v1.Token.created_at:type_name -> google.protobuf.Timestamp
+	117, // 12: dunlin.v1.Token.expires_at:type_name -> google.protobuf.Timestamp
+	117, // 13: dunlin.v1.Token.last_used_at:type_name -> google.protobuf.Timestamp
+	110, // 14: dunlin.v1.CreateTokenRequest.scope:type_name -> dunlin.v1.CreateTokenRequest.ScopeEntry
+	118, // 15: dunlin.v1.CreateTokenRequest.valid_for:type_name -> google.protobuf.Duration
 	22,  // 16: dunlin.v1.CreateTokenResponse.info:type_name -> dunlin.v1.Token
 	22,  // 17: dunlin.v1.ListTokensResponse.tokens:type_name -> dunlin.v1.Token
-	117, // 18: dunlin.v1.ListAuditResponse.records:type_name -> dunlin.v1.AuditRecord
-	118, // 19: dunlin.v1.GetTrustResponse.trust:type_name -> dunlin.v1.SignedTrust
-	118, // 20: dunlin.v1.PutTrustRequest.trust:type_name -> dunlin.v1.SignedTrust
+	119, // 18: dunlin.v1.ListAuditResponse.records:type_name -> dunlin.v1.AuditRecord
+	120, // 19: dunlin.v1.GetTrustResponse.trust:type_name -> dunlin.v1.SignedTrust
+	120, // 20: dunlin.v1.PutTrustRequest.trust:type_name -> dunlin.v1.SignedTrust
 	37,  // 21: dunlin.v1.GetAuthoritiesResponse.authorities:type_name -> dunlin.v1.Authority
 	37,  // 22: dunlin.v1.RotateAuthorityResponse.authority:type_name -> dunlin.v1.Authority
-	116, // 23: dunlin.v1.CreateJoinTokenRequest.valid_for:type_name -> google.protobuf.Duration
-	109, // 24: dunlin.v1.CreateJoinTokenRequest.labels:type_name -> dunlin.v1.CreateJoinTokenRequest.LabelsEntry
+	118, // 23: dunlin.v1.CreateJoinTokenRequest.valid_for:type_name -> google.protobuf.Duration
+	111, // 24: dunlin.v1.CreateJoinTokenRequest.labels:type_name -> dunlin.v1.CreateJoinTokenRequest.LabelsEntry
 	48,  // 25: dunlin.v1.CreateJoinTokenResponse.info:type_name -> dunlin.v1.JoinToken
 	48,  // 26: dunlin.v1.ListJoinTokensResponse.join_tokens:type_name -> dunlin.v1.JoinToken
-	115, // 27: dunlin.v1.JoinToken.expires_at:type_name -> google.protobuf.Timestamp
-	110, // 28: dunlin.v1.JoinToken.labels:type_name -> dunlin.v1.JoinToken.LabelsEntry
-	53,  // 29: dunlin.v1.CreateVersionResponse.version:type_name -> dunlin.v1.ModelVersion
-	53,  // 30: dunlin.v1.ListModelsResponse.versions:type_name -> dunlin.v1.ModelVersion
-	115, // 31: dunlin.v1.ModelVersion.created_at:type_name -> google.protobuf.Timestamp
-	56,  // 32: dunlin.v1.ApplyResponse.changes:type_name -> dunlin.v1.ObjectChange
-	70,  // 33: dunlin.v1.ApplyResponse.refused:type_name -> dunlin.v1.DevicePlan
+	117, // 27: dunlin.v1.JoinToken.expires_at:type_name -> google.protobuf.Timestamp
+	112, // 28: dunlin.v1.JoinToken.labels:type_name -> dunlin.v1.JoinToken.LabelsEntry
+	55,  // 29: dunlin.v1.CreateVersionResponse.version:type_name -> dunlin.v1.ModelVersion
+	55,  // 30: dunlin.v1.ListModelsResponse.versions:type_name -> dunlin.v1.ModelVersion
+	117, // 31: dunlin.v1.ModelVersion.created_at:type_name -> google.protobuf.Timestamp
+	58,  // 32: dunlin.v1.ApplyResponse.changes:type_name -> dunlin.v1.ObjectChange
+	72,  // 33: dunlin.v1.ApplyResponse.refused:type_name -> dunlin.v1.DevicePlan
 	1,   // 34: dunlin.v1.ObjectChange.action:type_name -> dunlin.v1.ObjectChange.Action
-	56,  // 35: dunlin.v1.DeleteResponse.change:type_name -> dunlin.v1.ObjectChange
-	61,  // 36: dunlin.v1.ListDeploymentsResponse.deployments:type_name -> dunlin.v1.Deployment
-	111, // 37: dunlin.v1.Deployment.selector:type_name -> dunlin.v1.Deployment.SelectorEntry
-	115, // 38: dunlin.v1.Deployment.updated_at:type_name -> google.protobuf.Timestamp
-	64,  // 39: dunlin.v1.ListRoutesResponse.routes:type_name -> dunlin.v1.Route
-	119, // 40: dunlin.v1.Route.targets:type_name -> dunlin.v1.RouteTarget
-	115, // 41: dunlin.v1.Route.updated_at:type_name -> google.protobuf.Timestamp
-	67,  // 42: dunlin.v1.ListProfilesResponse.profiles:type_name -> dunlin.v1.DeviceProfile
-	120, // 43: dunlin.v1.DeviceProfile.profile:type_name -> dunlin.v1.ModelProfile
-	70,  // 44: dunlin.v1.PlanResponse.devices:type_name -> dunlin.v1.DevicePlan
+	58,  // 35: dunlin.v1.DeleteResponse.change:type_name -> dunlin.v1.ObjectChange
+	63,  // 36: dunlin.v1.ListDeploymentsResponse.deployments:type_name -> dunlin.v1.Deployment
+	113, // 37: dunlin.v1.Deployment.selector:type_name -> dunlin.v1.Deployment.SelectorEntry
+	117, // 38: dunlin.v1.Deployment.updated_at:type_name -> google.protobuf.Timestamp
+	66,  // 39: dunlin.v1.ListRoutesResponse.routes:type_name -> dunlin.v1.Route
+	121, // 40: dunlin.v1.Route.targets:type_name -> dunlin.v1.RouteTarget
+	117, // 41: dunlin.v1.Route.updated_at:type_name -> google.protobuf.Timestamp
+	69,  // 42: dunlin.v1.ListProfilesResponse.profiles:type_name -> dunlin.v1.DeviceProfile
+	122, // 43: dunlin.v1.DeviceProfile.profile:type_name -> dunlin.v1.ModelProfile
+	72,  // 44: dunlin.v1.PlanResponse.devices:type_name -> dunlin.v1.DevicePlan
 	2,   // 45: dunlin.v1.DevicePlan.verdict:type_name -> dunlin.v1.DevicePlan.Verdict
 	3,   // 46: dunlin.v1.DevicePlan.memory_source:type_name -> dunlin.v1.DevicePlan.Source
 	3,   // 47: dunlin.v1.DevicePlan.latency_source:type_name -> dunlin.v1.DevicePlan.Source
 	3,   // 48: dunlin.v1.DevicePlan.energy_source:type_name -> dunlin.v1.DevicePlan.Source
 	4,   // 49: dunlin.v1.ControlRolloutRequest.action:type_name -> dunlin.v1.ControlRolloutRequest.Action
-	83,  // 50: dunlin.v1.ControlRolloutResponse.rollout:type_name -> dunlin.v1.Rollout
-	75,  // 51: dunlin.v1.ListDecisionsResponse.decisions:type_name -> dunlin.v1.Decision
-	115, // 52: dunlin.v1.Decision.at:type_name -> google.protobuf.Timestamp
-	76,  // 53: dunlin.v1.Decision.gates:type_name -> dunlin.v1.GateResult
+	85,  // 50: dunlin.v1.ControlRolloutResponse.rollout:type_name -> dunlin.v1.Rollout
+	77,  // 51: dunlin.v1.ListDecisionsResponse.decisions:type_name -> dunlin.v1.Decision
+	117, // 52: dunlin.v1.Decision.at:type_name -> google.protobuf.Timestamp
+	78,  // 53: dunlin.v1.Decision.gates:type_name -> dunlin.v1.GateResult
 	5,   // 54: dunlin.v1.GateResult.verdict:type_name -> dunlin.v1.GateResult.Verdict
-	83,  // 55: dunlin.v1.ListRolloutsResponse.rollouts:type_name -> dunlin.v1.Rollout
-	83,  // 56: dunlin.v1.GetRolloutResponse.rollout:type_name -> dunlin.v1.Rollout
-	83,  // 57: dunlin.v1.WatchRolloutResponse.rollout:type_name -> dunlin.v1.Rollout
+	85,  // 55: dunlin.v1.ListRolloutsResponse.rollouts:type_name -> dunlin.v1.Rollout
+	85,  // 56: dunlin.v1.GetRolloutResponse.rollout:type_name -> dunlin.v1.Rollout
+	85,  // 57: dunlin.v1.WatchRolloutResponse.rollout:type_name -> dunlin.v1.Rollout
 	0,   // 58: dunlin.v1.Rollout.state:type_name -> dunlin.v1.RolloutState
-	115, // 59: dunlin.v1.Rollout.started_at:type_name -> google.protobuf.Timestamp
-	115, // 60: dunlin.v1.Rollout.ended_at:type_name -> google.protobuf.Timestamp
-	85,  // 61: dunlin.v1.Rollout.devices:type_name -> dunlin.v1.RolloutDevice
-	84,  // 62: dunlin.v1.Rollout.waves:type_name -> dunlin.v1.RolloutWave
-	76,  // 63: dunlin.v1.Rollout.gates:type_name -> dunlin.v1.GateResult
-	115, // 64: dunlin.v1.Rollout.soaks_until:type_name -> google.protobuf.Timestamp
-	115, // 65: dunlin.v1.RolloutWave.started_at:type_name -> google.protobuf.Timestamp
+	117, // 59: dunlin.v1.Rollout.started_at:type_name -> google.protobuf.Timestamp
+	117, // 60: dunlin.v1.Rollout.ended_at:type_name -> google.protobuf.Timestamp
+	87,  // 61: dunlin.v1.Rollout.devices:type_name -> dunlin.v1.RolloutDevice
+	86,  // 62: dunlin.v1.Rollout.waves:type_name -> dunlin.v1.RolloutWave
+	78,  // 63: dunlin.v1.Rollout.gates:type_name -> dunlin.v1.GateResult
+	117, // 64: dunlin.v1.Rollout.soaks_until:type_name -> google.protobuf.Timestamp
+	117, // 65: dunlin.v1.RolloutWave.started_at:type_name -> google.protobuf.Timestamp
 	6,   // 66: dunlin.v1.RolloutDevice.phase:type_name -> dunlin.v1.RolloutDevice.Phase
-	115, // 67: dunlin.v1.RolloutDevice.ready_at:type_name -> google.protobuf.Timestamp
-	112, // 68: dunlin.v1.ListDriftRequest.selector:type_name -> dunlin.v1.ListDriftRequest.SelectorEntry
-	88,  // 69: dunlin.v1.ListDriftResponse.drifts:type_name -> dunlin.v1.DeviceDrift
-	121, // 70: dunlin.v1.DeviceDrift.drift:type_name -> dunlin.v1.Drift
-	115, // 71: dunlin.v1.ListTelemetryRequest.from:type_name -> google.protobuf.Timestamp
-	115, // 72: dunlin.v1.ListTelemetryRequest.until:type_name -> google.protobuf.Timestamp
-	122, // 73: dunlin.v1.ListTelemetryResponse.samples:type_name -> dunlin.v1.Telemetry
-	113, // 74: dunlin.v1.ListDevicesRequest.selector:type_name -> dunlin.v1.ListDevicesRequest.SelectorEntry
-	93,  // 75: dunlin.v1.ListDevicesResponse.devices:type_name -> dunlin.v1.Device
-	114, // 76: dunlin.v1.Device.labels:type_name -> dunlin.v1.Device.LabelsEntry
-	123, // 77: dunlin.v1.Device.info:type_name -> dunlin.v1.DeviceInfo
-	115, // 78: dunlin.v1.Device.last_heard_at:type_name -> google.protobuf.Timestamp
-	115, // 79: dunlin.v1.Device.joined_at:type_name -> google.protobuf.Timestamp
-	124, // 80: dunlin.v1.Device.desired:type_name -> dunlin.v1.Generation
-	125, // 81: dunlin.v1.Device.reported:type_name -> dunlin.v1.Reported
-	122, // 82: dunlin.v1.Device.telemetry:type_name -> dunlin.v1.Telemetry
-	94,  // 83: dunlin.v1.Device.identity:type_name -> dunlin.v1.DeviceIdentity
-	115, // 84: dunlin.v1.DeviceIdentity.not_after:type_name -> google.protobuf.Timestamp
-	115, // 85: dunlin.v1.DeviceIdentity.revoked_at:type_name -> google.protobuf.Timestamp
-	95,  // 86: dunlin.v1.DeviceIdentity.twins:type_name -> dunlin.v1.Twin
-	115, // 87: dunlin.v1.Twin.last_heard_at:type_name -> google.protobuf.Timestamp
-	102, // 88: dunlin.v1.ListEventsResponse.events:type_name -> dunlin.v1.DeviceEvent
-	126, // 89: dunlin.v1.DeviceEvent.event:type_name -> dunlin.v1.Event
-	115, // 90: dunlin.v1.DeviceEvent.received_at:type_name -> google.protobuf.Timestamp
+	117, // 67: dunlin.v1.RolloutDevice.ready_at:type_name -> google.protobuf.Timestamp
+	114, // 68: dunlin.v1.ListDriftRequest.selector:type_name -> dunlin.v1.ListDriftRequest.SelectorEntry
+	90,  // 69: dunlin.v1.ListDriftResponse.drifts:type_name -> dunlin.v1.DeviceDrift
+	123, // 70: dunlin.v1.DeviceDrift.drift:type_name -> dunlin.v1.Drift
+	117, // 71: dunlin.v1.ListTelemetryRequest.from:type_name -> google.protobuf.Timestamp
+	117, // 72: dunlin.v1.ListTelemetryRequest.until:type_name -> google.protobuf.Timestamp
+	124, // 73: dunlin.v1.ListTelemetryResponse.samples:type_name -> dunlin.v1.Telemetry
+	115, // 74: dunlin.v1.ListDevicesRequest.selector:type_name -> dunlin.v1.ListDevicesRequest.SelectorEntry
+	95,  // 75: dunlin.v1.ListDevicesResponse.devices:type_name -> dunlin.v1.Device
+	116, // 76: dunlin.v1.Device.labels:type_name -> dunlin.v1.Device.LabelsEntry
+	125, // 77: dunlin.v1.Device.info:type_name -> dunlin.v1.DeviceInfo
+	117, // 78: dunlin.v1.Device.last_heard_at:type_name -> google.protobuf.Timestamp
+	117, // 79: dunlin.v1.Device.joined_at:type_name -> google.protobuf.Timestamp
+	126, // 80: dunlin.v1.Device.desired:type_name -> dunlin.v1.Generation
+	127, // 81: dunlin.v1.Device.reported:type_name -> dunlin.v1.Reported
+	124, // 82: dunlin.v1.Device.telemetry:type_name -> dunlin.v1.Telemetry
+	96,  // 83: dunlin.v1.Device.identity:type_name -> dunlin.v1.DeviceIdentity
+	117, // 84: dunlin.v1.DeviceIdentity.not_after:type_name -> google.protobuf.Timestamp
+	117, // 85: dunlin.v1.DeviceIdentity.revoked_at:type_name -> google.protobuf.Timestamp
+	97,  // 86: dunlin.v1.DeviceIdentity.twins:type_name -> dunlin.v1.Twin
+	117, // 87: dunlin.v1.Twin.last_heard_at:type_name -> google.protobuf.Timestamp
+	104, // 88: dunlin.v1.ListEventsResponse.events:type_name -> dunlin.v1.DeviceEvent
+	128, // 89: dunlin.v1.DeviceEvent.event:type_name -> dunlin.v1.Event
+	117, // 90: dunlin.v1.DeviceEvent.received_at:type_name -> google.protobuf.Timestamp
 	11,  // 91: dunlin.v1.AuthService.WhoAmI:input_type -> dunlin.v1.WhoAmIRequest
 	7,   // 92: dunlin.v1.AuthService.Login:input_type -> dunlin.v1.LoginRequest
 	9,   // 93: dunlin.v1.AuthService.GetLoginMethods:input_type -> dunlin.v1.GetLoginMethodsRequest
@@ -6920,74 +7015,76 @@ var file_dunlin_v1_api_proto_depIdxs = []int32{
 	35,  // 104: dunlin.v1.TrustService.GetAuthorities:input_type -> dunlin.v1.GetAuthoritiesRequest
 	38,  // 105: dunlin.v1.TrustService.RotateAuthority:input_type -> dunlin.v1.RotateAuthorityRequest
 	40,  // 106: dunlin.v1.TrustService.RetireAuthority:input_type -> dunlin.v1.RetireAuthorityRequest
-	127, // 107: dunlin.v1.EnrollmentService.Join:input_type -> dunlin.v1.JoinRequest
-	128, // 108: dunlin.v1.EnrollmentService.Renew:input_type -> dunlin.v1.RenewRequest
-	129, // 109: dunlin.v1.EnrollmentService.GetTime:input_type -> dunlin.v1.GetTimeRequest
+	129, // 107: dunlin.v1.EnrollmentService.Join:input_type -> dunlin.v1.JoinRequest
+	130, // 108: dunlin.v1.EnrollmentService.Renew:input_type -> dunlin.v1.RenewRequest
+	131, // 109: dunlin.v1.EnrollmentService.GetTime:input_type -> dunlin.v1.GetTimeRequest
 	44,  // 110: dunlin.v1.EnrollmentService.CreateJoinToken:input_type -> dunlin.v1.CreateJoinTokenRequest
 	46,  // 111: dunlin.v1.EnrollmentService.ListJoinTokens:input_type -> dunlin.v1.ListJoinTokensRequest
 	42,  // 112: dunlin.v1.EnrollmentService.DeleteJoinToken:input_type -> dunlin.v1.DeleteJoinTokenRequest
-	49,  // 113: dunlin.v1.ModelService.CreateVersion:input_type -> dunlin.v1.CreateVersionRequest
-	51,  // 114: dunlin.v1.ModelService.ListModels:input_type -> dunlin.v1.ListModelsRequest
-	54,  // 115: dunlin.v1.ObjectService.Apply:input_type -> dunlin.v1.ApplyRequest
-	57,  // 116: dunlin.v1.ObjectService.Delete:input_type -> dunlin.v1.DeleteRequest
-	59,  // 117: dunlin.v1.ObjectService.ListDeployments:input_type -> dunlin.v1.ListDeploymentsRequest
-	62,  // 118: dunlin.v1.ObjectService.ListRoutes:input_type -> dunlin.v1.ListRoutesRequest
-	65,  // 119: dunlin.v1.ProfileService.ListProfiles:input_type -> dunlin.v1.ListProfilesRequest
-	68,  // 120: dunlin.v1.ProfileService.Plan:input_type -> dunlin.v1.PlanRequest
-	77,  // 121: dunlin.v1.RolloutService.ListRollouts:input_type -> dunlin.v1.ListRolloutsRequest
-	79,  // 122: dunlin.v1.RolloutService.GetRollout:input_type -> dunlin.v1.GetRolloutRequest
-	81,  // 123: dunlin.v1.RolloutService.WatchRollout:input_type -> dunlin.v1.WatchRolloutRequest
-	71,  // 124: dunlin.v1.RolloutService.ControlRollout:input_type -> dunlin.v1.ControlRolloutRequest
-	73,  // 125: dunlin.v1.RolloutService.ListDecisions:input_type -> dunlin.v1.ListDecisionsRequest
-	91,  // 126: dunlin.v1.DeviceService.ListDevices:input_type -> dunlin.v1.ListDevicesRequest
-	98,  // 127: dunlin.v1.DeviceService.RemoveDevice:input_type -> dunlin.v1.RemoveDeviceRequest
-	96,  // 128: dunlin.v1.DeviceService.RevokeDevice:input_type -> dunlin.v1.RevokeDeviceRequest
-	100, // 129: dunlin.v1.DeviceService.ListEvents:input_type -> dunlin.v1.ListEventsRequest
-	86,  // 130: dunlin.v1.DeviceService.ListDrift:input_type -> dunlin.v1.ListDriftRequest
-	89,  // 131: dunlin.v1.DeviceService.ListTelemetry:input_type -> dunlin.v1.ListTelemetryRequest
-	12,  // 132: dunlin.v1.AuthService.WhoAmI:output_type -> dunlin.v1.WhoAmIResponse
-	8,   // 133: dunlin.v1.AuthService.Login:output_type -> dunlin.v1.LoginResponse
-	10,  // 134: dunlin.v1.AuthService.GetLoginMethods:output_type -> dunlin.v1.GetLoginMethodsResponse
-	15,  // 135: dunlin.v1.UserService.CreateUser:output_type -> dunlin.v1.CreateUserResponse
-	17,  // 136: dunlin.v1.UserService.UpdateUser:output_type -> dunlin.v1.UpdateUserResponse
-	19,  // 137: dunlin.v1.UserService.DeleteUser:output_type -> dunlin.v1.DeleteUserResponse
-	21,  // 138: dunlin.v1.UserService.ListUsers:output_type -> dunlin.v1.ListUsersResponse
-	24,  // 139: dunlin.v1.UserService.CreateToken:output_type -> dunlin.v1.CreateTokenResponse
-	26,  // 140: dunlin.v1.UserService.ListTokens:output_type -> dunlin.v1.ListTokensResponse
-	28,  // 141: dunlin.v1.UserService.DeleteToken:output_type -> dunlin.v1.DeleteTokenResponse
-	30,  // 142: dunlin.v1.AuditService.ListAudit:output_type -> dunlin.v1.ListAuditResponse
-	32,  // 143: dunlin.v1.TrustService.GetTrust:output_type -> dunlin.v1.GetTrustResponse
-	34,  // 144: dunlin.v1.TrustService.PutTrust:output_type -> dunlin.v1.PutTrustResponse
-	36,  // 145: dunlin.v1.TrustService.GetAuthorities:output_type -> dunlin.v1.GetAuthoritiesResponse
-	39,  // 146: dunlin.v1.TrustService.RotateAuthority:output_type -> dunlin.v1.RotateAuthorityResponse
-	41,  // 147: dunlin.v1.TrustService.RetireAuthority:output_type -> dunlin.v1.RetireAuthorityResponse
-	130, // 148: dunlin.v1.EnrollmentService.Join:output_type -> dunlin.v1.JoinResponse
-	131, // 149: dunlin.v1.EnrollmentService.Renew:output_type -> dunlin.v1.RenewResponse
-	132, // 150: dunlin.v1.EnrollmentService.GetTime:output_type -> dunlin.v1.GetTimeResponse
-	45,  // 151: dunlin.v1.EnrollmentService.CreateJoinToken:output_type -> dunlin.v1.CreateJoinTokenResponse
-	47,  // 152: dunlin.v1.EnrollmentService.ListJoinTokens:output_type -> dunlin.v1.ListJoinTokensResponse
-	43,  // 153: dunlin.v1.EnrollmentService.DeleteJoinToken:output_type -> dunlin.v1.DeleteJoinTokenResponse
-	50,  // 154: dunlin.v1.ModelService.CreateVersion:output_type -> dunlin.v1.CreateVersionResponse
-	52,  // 155: dunlin.v1.ModelService.ListModels:output_type -> dunlin.v1.ListModelsResponse
-	55,  // 156: dunlin.v1.ObjectService.Apply:output_type -> dunlin.v1.ApplyResponse
-	58,  // 157: dunlin.v1.ObjectService.Delete:output_type -> dunlin.v1.DeleteResponse
-	60,  // 158: dunlin.v1.ObjectService.ListDeployments:output_type -> dunlin.v1.ListDeploymentsResponse
-	63,  // 159: dunlin.v1.ObjectService.ListRoutes:output_type -> dunlin.v1.ListRoutesResponse
-	66,  // 160: dunlin.v1.ProfileService.ListProfiles:output_type -> dunlin.v1.ListProfilesResponse
-	69,  // 161: dunlin.v1.ProfileService.Plan:output_type -> dunlin.v1.PlanResponse
-	78,  // 162: dunlin.v1.RolloutService.ListRollouts:output_type -> dunlin.v1.ListRolloutsResponse
-	80,  // 163: dunlin.v1.RolloutService.GetRollout:output_type -> dunlin.v1.GetRolloutResponse
-	82,  // 164: dunlin.v1.RolloutService.WatchRollout:output_type -> dunlin.v1.WatchRolloutResponse
-	72,  // 165: dunlin.v1.RolloutService.ControlRollout:output_type -> dunlin.v1.ControlRolloutResponse
-	74,  // 166: dunlin.v1.RolloutService.ListDecisions:output_type -> dunlin.v1.ListDecisionsResponse
-	92,  // 167: dunlin.v1.DeviceService.ListDevices:output_type -> dunlin.v1.ListDevicesResponse
-	99,  // 168: dunlin.v1.DeviceService.RemoveDevice:output_type -> dunlin.v1.RemoveDeviceResponse
-	97,  // 169: dunlin.v1.DeviceService.RevokeDevice:output_type -> dunlin.v1.RevokeDeviceResponse
-	101, // 170: dunlin.v1.DeviceService.ListEvents:output_type -> dunlin.v1.ListEventsResponse
-	87,  // 171: dunlin.v1.DeviceService.ListDrift:output_type -> dunlin.v1.ListDriftResponse
-	90,  // 172: dunlin.v1.DeviceService.ListTelemetry:output_type -> dunlin.v1.ListTelemetryResponse
-	132, // [132:173] is the sub-list for method output_type
-	91,  // [91:132] is the sub-list for method input_type
+	51,  // 113: dunlin.v1.ModelService.CreateVersion:input_type -> dunlin.v1.CreateVersionRequest
+	53,  // 114: dunlin.v1.ModelService.ListModels:input_type -> dunlin.v1.ListModelsRequest
+	49,  // 115: dunlin.v1.ModelService.DeleteVersion:input_type -> dunlin.v1.DeleteVersionRequest
+	56,  // 116: dunlin.v1.ObjectService.Apply:input_type -> dunlin.v1.ApplyRequest
+	59,  // 117: dunlin.v1.ObjectService.Delete:input_type -> dunlin.v1.DeleteRequest
+	61,  // 118: dunlin.v1.ObjectService.ListDeployments:input_type -> dunlin.v1.ListDeploymentsRequest
+	64,  // 119: dunlin.v1.ObjectService.ListRoutes:input_type -> dunlin.v1.ListRoutesRequest
+	67,  // 120: dunlin.v1.ProfileService.ListProfiles:input_type -> dunlin.v1.ListProfilesRequest
+	70,  // 121: dunlin.v1.ProfileService.Plan:input_type -> dunlin.v1.PlanRequest
+	79,  // 122: dunlin.v1.RolloutService.ListRollouts:input_type -> dunlin.v1.ListRolloutsRequest
+	81,  // 123: dunlin.v1.RolloutService.GetRollout:input_type -> dunlin.v1.GetRolloutRequest
+	83,  // 124: dunlin.v1.RolloutService.WatchRollout:input_type -> dunlin.v1.WatchRolloutRequest
+	73,  // 125: dunlin.v1.RolloutService.ControlRollout:input_type -> dunlin.v1.ControlRolloutRequest
+	75,  // 126: dunlin.v1.RolloutService.ListDecisions:input_type -> dunlin.v1.ListDecisionsRequest
+	93,  // 127: dunlin.v1.DeviceService.ListDevices:input_type -> dunlin.v1.ListDevicesRequest
+	100, // 128: dunlin.v1.DeviceService.RemoveDevice:input_type -> dunlin.v1.RemoveDeviceRequest
+	98,  // 129: dunlin.v1.DeviceService.RevokeDevice:input_type -> dunlin.v1.RevokeDeviceRequest
+	102, // 130: dunlin.v1.DeviceService.ListEvents:input_type -> dunlin.v1.ListEventsRequest
+	88,  // 131: dunlin.v1.DeviceService.ListDrift:input_type -> dunlin.v1.ListDriftRequest
+	91,  // 132: dunlin.v1.DeviceService.ListTelemetry:input_type -> dunlin.v1.ListTelemetryRequest
+	12,  // 133: dunlin.v1.AuthService.WhoAmI:output_type -> dunlin.v1.WhoAmIResponse
+	8,   // 134: dunlin.v1.AuthService.Login:output_type -> dunlin.v1.LoginResponse
+	10,  // 135: dunlin.v1.AuthService.GetLoginMethods:output_type -> dunlin.v1.GetLoginMethodsResponse
+	15,  // 136: dunlin.v1.UserService.CreateUser:output_type -> dunlin.v1.CreateUserResponse
+	17,  // 137: dunlin.v1.UserService.UpdateUser:output_type -> dunlin.v1.UpdateUserResponse
+	19,  // 138: dunlin.v1.UserService.DeleteUser:output_type -> dunlin.v1.DeleteUserResponse
+	21,  // 139: dunlin.v1.UserService.ListUsers:output_type -> dunlin.v1.ListUsersResponse
+	24,  // 140: dunlin.v1.UserService.CreateToken:output_type -> dunlin.v1.CreateTokenResponse
+	26,  // 141: dunlin.v1.UserService.ListTokens:output_type -> dunlin.v1.ListTokensResponse
+	28,  // 142: dunlin.v1.UserService.DeleteToken:output_type -> dunlin.v1.DeleteTokenResponse
+	30,  // 143: dunlin.v1.AuditService.ListAudit:output_type -> dunlin.v1.ListAuditResponse
+	32,  // 144: dunlin.v1.TrustService.GetTrust:output_type -> dunlin.v1.GetTrustResponse
+	34,  // 145: dunlin.v1.TrustService.PutTrust:output_type -> dunlin.v1.PutTrustResponse
+	36,  // 146: dunlin.v1.TrustService.GetAuthorities:output_type -> dunlin.v1.GetAuthoritiesResponse
+	39,  // 147: dunlin.v1.TrustService.RotateAuthority:output_type -> dunlin.v1.RotateAuthorityResponse
+	41,  // 148: dunlin.v1.TrustService.RetireAuthority:output_type -> dunlin.v1.RetireAuthorityResponse
+	132, // 149: dunlin.v1.EnrollmentService.Join:output_type -> dunlin.v1.JoinResponse
+	133, // 150: dunlin.v1.EnrollmentService.Renew:output_type -> dunlin.v1.RenewResponse
+	134, // 151: dunlin.v1.EnrollmentService.GetTime:output_type -> dunlin.v1.GetTimeResponse
+	45,  // 152: dunlin.v1.EnrollmentService.CreateJoinToken:output_type -> dunlin.v1.CreateJoinTokenResponse
+	47,  // 153: dunlin.v1.EnrollmentService.ListJoinTokens:output_type -> dunlin.v1.ListJoinTokensResponse
+	43,  // 154: dunlin.v1.EnrollmentService.DeleteJoinToken:output_type -> dunlin.v1.DeleteJoinTokenResponse
+	52,  // 155: dunlin.v1.ModelService.CreateVersion:output_type -> dunlin.v1.CreateVersionResponse
+	54,  // 156: dunlin.v1.ModelService.ListModels:output_type -> dunlin.v1.ListModelsResponse
+	50,  // 157: dunlin.v1.ModelService.DeleteVersion:output_type -> dunlin.v1.DeleteVersionResponse
+	57,  // 158: dunlin.v1.ObjectService.Apply:output_type -> dunlin.v1.ApplyResponse
+	60,  // 159: dunlin.v1.ObjectService.Delete:output_type -> dunlin.v1.DeleteResponse
+	62,  // 160: dunlin.v1.ObjectService.ListDeployments:output_type -> dunlin.v1.ListDeploymentsResponse
+	65,  // 161: dunlin.v1.ObjectService.ListRoutes:output_type -> dunlin.v1.ListRoutesResponse
+	68,  // 162: dunlin.v1.ProfileService.ListProfiles:output_type -> dunlin.v1.ListProfilesResponse
+	71,  // 163: dunlin.v1.ProfileService.Plan:output_type -> dunlin.v1.PlanResponse
+	80,  // 164: dunlin.v1.RolloutService.ListRollouts:output_type -> dunlin.v1.ListRolloutsResponse
+	82,  // 165: dunlin.v1.RolloutService.GetRollout:output_type -> dunlin.v1.GetRolloutResponse
+	84,  // 166: dunlin.v1.RolloutService.WatchRollout:output_type -> dunlin.v1.WatchRolloutResponse
+	74,  // 167: dunlin.v1.RolloutService.ControlRollout:output_type -> dunlin.v1.ControlRolloutResponse
+	76,  // 168: dunlin.v1.RolloutService.ListDecisions:output_type -> dunlin.v1.ListDecisionsResponse
+	94,  // 169: dunlin.v1.DeviceService.ListDevices:output_type -> dunlin.v1.ListDevicesResponse
+	101, // 170: dunlin.v1.DeviceService.RemoveDevice:output_type -> dunlin.v1.RemoveDeviceResponse
+	99,  // 171: dunlin.v1.DeviceService.RevokeDevice:output_type -> dunlin.v1.RevokeDeviceResponse
+	103, // 172: dunlin.v1.DeviceService.ListEvents:output_type -> dunlin.v1.ListEventsResponse
+	89,  // 173: dunlin.v1.DeviceService.ListDrift:output_type -> dunlin.v1.ListDriftResponse
+	92,  // 174: dunlin.v1.DeviceService.ListTelemetry:output_type -> dunlin.v1.ListTelemetryResponse
+	133, // [133:175] is the sub-list for method output_type
+	91,  // [91:133] is the sub-list for method input_type
 	91,  // [91:91] is the sub-list for extension type_name
 	91,  // [91:91] is the sub-list for extension extendee
 	0,   // [0:91] is the sub-list for field type_name
@@ -7001,15 +7098,15 @@ func file_dunlin_v1_api_proto_init() {
 	file_dunlin_v1_identity_proto_init()
 	file_dunlin_v1_wire_proto_init()
 	file_dunlin_v1_api_proto_msgTypes[9].OneofWrappers = []any{}
-	file_dunlin_v1_api_proto_msgTypes[63].OneofWrappers = []any{}
-	file_dunlin_v1_api_proto_msgTypes[69].OneofWrappers = []any{}
+	file_dunlin_v1_api_proto_msgTypes[65].OneofWrappers = []any{}
+	file_dunlin_v1_api_proto_msgTypes[71].OneofWrappers = []any{}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_dunlin_v1_api_proto_rawDesc), len(file_dunlin_v1_api_proto_rawDesc)),
 			NumEnums:      7,
-			NumMessages:   108,
+			NumMessages:   110,
 			NumExtensions: 0,
 			NumServices:   10,
 		},

@@ -117,6 +117,9 @@ const (
 	ModelServiceCreateVersionProcedure = "/dunlin.v1.ModelService/CreateVersion"
 	// ModelServiceListModelsProcedure is the fully-qualified name of the ModelService's ListModels RPC.
 	ModelServiceListModelsProcedure = "/dunlin.v1.ModelService/ListModels"
+	// ModelServiceDeleteVersionProcedure is the fully-qualified name of the ModelService's
+	// DeleteVersion RPC.
+	ModelServiceDeleteVersionProcedure = "/dunlin.v1.ModelService/DeleteVersion"
 	// ObjectServiceApplyProcedure is the fully-qualified name of the ObjectService's Apply RPC.
 	ObjectServiceApplyProcedure = "/dunlin.v1.ObjectService/Apply"
 	// ObjectServiceDeleteProcedure is the fully-qualified name of the ObjectService's Delete RPC.
@@ -999,6 +1002,10 @@ type ModelServiceClient interface {
 	// existing version is already_exists.
 	CreateVersion(context.Context, *connect.Request[v1.CreateVersionRequest]) (*connect.Response[v1.CreateVersionResponse], error)
 	ListModels(context.Context, *connect.Request[v1.ListModelsRequest]) (*connect.Response[v1.ListModelsResponse], error)
+	// DeleteVersion takes a version away; its number is not given again. It is
+	// failed_precondition while something may come back to it: a deployment, a
+	// route, the newest rollout of a deployment, or what a device should have.
+	DeleteVersion(context.Context, *connect.Request[v1.DeleteVersionRequest]) (*connect.Response[v1.DeleteVersionResponse], error)
 }
 
 // NewModelServiceClient constructs a client for the dunlin.v1.ModelService service. By default, it
@@ -1024,6 +1031,12 @@ func NewModelServiceClient(httpClient connect.HTTPClient, baseURL string, opts .
 			connect.WithSchema(modelServiceMethods.ByName("ListModels")),
 			connect.WithClientOptions(opts...),
 		),
+		deleteVersion: connect.NewClient[v1.DeleteVersionRequest, v1.DeleteVersionResponse](
+			httpClient,
+			baseURL+ModelServiceDeleteVersionProcedure,
+			connect.WithSchema(modelServiceMethods.ByName("DeleteVersion")),
+			connect.WithClientOptions(opts...),
+		),
 	}
 }
 
@@ -1031,6 +1044,7 @@ func NewModelServiceClient(httpClient connect.HTTPClient, baseURL string, opts .
 type modelServiceClient struct {
 	createVersion *connect.Client[v1.CreateVersionRequest, v1.CreateVersionResponse]
 	listModels    *connect.Client[v1.ListModelsRequest, v1.ListModelsResponse]
+	deleteVersion *connect.Client[v1.DeleteVersionRequest, v1.DeleteVersionResponse]
 }
 
 // CreateVersion calls dunlin.v1.ModelService.CreateVersion.
@@ -1043,6 +1057,11 @@ func (c *modelServiceClient) ListModels(ctx context.Context, req *connect.Reques
 	return c.listModels.CallUnary(ctx, req)
 }
 
+// DeleteVersion calls dunlin.v1.ModelService.DeleteVersion.
+func (c *modelServiceClient) DeleteVersion(ctx context.Context, req *connect.Request[v1.DeleteVersionRequest]) (*connect.Response[v1.DeleteVersionResponse], error) {
+	return c.deleteVersion.CallUnary(ctx, req)
+}
+
 // ModelServiceHandler is an implementation of the dunlin.v1.ModelService service.
 type ModelServiceHandler interface {
 	// CreateVersion makes the bundle under digest a version of the model. The
@@ -1050,6 +1069,10 @@ type ModelServiceHandler interface {
 	// existing version is already_exists.
 	CreateVersion(context.Context, *connect.Request[v1.CreateVersionRequest]) (*connect.Response[v1.CreateVersionResponse], error)
 	ListModels(context.Context, *connect.Request[v1.ListModelsRequest]) (*connect.Response[v1.ListModelsResponse], error)
+	// DeleteVersion takes a version away; its number is not given again. It is
+	// failed_precondition while something may come back to it: a deployment, a
+	// route, the newest rollout of a deployment, or what a device should have.
+	DeleteVersion(context.Context, *connect.Request[v1.DeleteVersionRequest]) (*connect.Response[v1.DeleteVersionResponse], error)
 }
 
 // NewModelServiceHandler builds an HTTP handler from the service implementation. It returns the
@@ -1071,12 +1094,20 @@ func NewModelServiceHandler(svc ModelServiceHandler, opts ...connect.HandlerOpti
 		connect.WithSchema(modelServiceMethods.ByName("ListModels")),
 		connect.WithHandlerOptions(opts...),
 	)
+	modelServiceDeleteVersionHandler := connect.NewUnaryHandler(
+		ModelServiceDeleteVersionProcedure,
+		svc.DeleteVersion,
+		connect.WithSchema(modelServiceMethods.ByName("DeleteVersion")),
+		connect.WithHandlerOptions(opts...),
+	)
 	return "/dunlin.v1.ModelService/", http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		switch r.URL.Path {
 		case ModelServiceCreateVersionProcedure:
 			modelServiceCreateVersionHandler.ServeHTTP(w, r)
 		case ModelServiceListModelsProcedure:
 			modelServiceListModelsHandler.ServeHTTP(w, r)
+		case ModelServiceDeleteVersionProcedure:
+			modelServiceDeleteVersionHandler.ServeHTTP(w, r)
 		default:
 			http.NotFound(w, r)
 		}
@@ -1092,6 +1123,10 @@ func (UnimplementedModelServiceHandler) CreateVersion(context.Context, *connect.
 
 func (UnimplementedModelServiceHandler) ListModels(context.Context, *connect.Request[v1.ListModelsRequest]) (*connect.Response[v1.ListModelsResponse], error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("dunlin.v1.ModelService.ListModels is not implemented"))
+}
+
+func (UnimplementedModelServiceHandler) DeleteVersion(context.Context, *connect.Request[v1.DeleteVersionRequest]) (*connect.Response[v1.DeleteVersionResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("dunlin.v1.ModelService.DeleteVersion is not implemented"))
 }
 
 // ObjectServiceClient is a client for the dunlin.v1.ObjectService service.
