@@ -84,7 +84,7 @@ var rules = []rule{
 		"decisions are pure functions that run in simulated time"},
 	{[]string{"agent/engine", "agent/alarm", "agent/profile", "internal/policy", "internal/estimate", "internal/sketch", "internal/audit", "controller/fleet"}, netOrSQL, "net or SQL",
 		"decisions are pure functions that run in simulated time"},
-	{[]string{"agent/follow", "agent/identity", "agent/inband", "agent/reconcile", "agent/state", "agent/sim", "agent/simfleet", "internal/link", "internal/netem"}, cgo, "cgo",
+	{[]string{"agent/follow", "agent/identity", "agent/inband", "agent/reconcile", "agent/site", "agent/state", "agent/sim", "agent/simfleet", "internal/link", "internal/netem"}, cgo, "cgo",
 		"the control half of an agent runs by the thousand in one process of a simulated fleet"},
 	{[]string{"agent/compiled"}, cgo, "cgo",
 		"the process that keeps compiled models never opens one"},

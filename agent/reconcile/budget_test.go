@@ -169,3 +169,18 @@ func TestParseWindow(t *testing.T) {
 		}
 	}
 }
+
+func FuzzParseWindow(f *testing.F) {
+	for _, s := range []string{"22:00-05:00", "00:00-23:59", "", "24:00-01:00", "01:00-", "-"} {
+		f.Add(s)
+	}
+	f.Fuzz(func(t *testing.T, s string) {
+		w, err := ParseWindow(s)
+		if err == nil {
+			err = checkDelivery(&dunlinv1.Delivery{Windows: []*dunlinv1.TimeWindow{w}})
+			if err != nil || len(s) != len("22:00-05:00") {
+				t.Errorf("%q is %v: %v", s, w, err)
+			}
+		}
+	})
+}

@@ -151,14 +151,9 @@ var counter int
 
 func rnd() string { counter++; return fmt.Sprintf("sha256:%064d", counter) }
 
-func (w *world) apply(model string, version int) string {
+func (w *world) apply(model string, version int, rollout ...string) string {
 	w.t.Helper()
-	return w.applyAs(model, version, "maxFailed: 0")
-}
-
-func (w *world) applyAs(model string, version int, rollout string) string {
-	w.t.Helper()
-	objects, err := fleet.Parse(fmt.Sprintf("apiVersion: dunlin/v1\nkind: Deployment\nmetadata: {name: %s}\nspec: {model: %s, version: %d, selector: {}, rollout: {%s}}", model, model, version, rollout))
+	objects, err := fleet.Parse(fmt.Sprintf("apiVersion: dunlin/v1\nkind: Deployment\nmetadata: {name: %s}\nspec: {model: %s, version: %d, selector: {}, rollout: {%s}}", model, model, version, strings.Join(rollout, ", ")))
 	w.must(err)
 	changes, err := w.store.Apply(w.t.Context(), "user:test", objects, false)
 	w.must(err)

@@ -259,7 +259,7 @@ func TestOrder(t *testing.T) {
 }
 
 func FuzzTake(f *testing.F) {
-	kinds := []string{link.Hello, link.Reported, link.Events, link.Telemetry, link.Request, link.Gone}
+	kinds := []string{link.Hello, link.Reported, link.Events, link.Telemetry, link.Request, link.Gone, link.Sources}
 	seeds := []proto.Message{
 		&dunlinv1.Hello{BootId: "b", Session: "s", Labels: map[string]string{"a": "b"}, HaveGeneration: &dunlinv1.Generation{Incarnation: "i", Number: 3}},
 		&dunlinv1.Reported{Session: "s", Sequence: 1, Observed: &dunlinv1.Generation{Number: 1}, Versions: []*dunlinv1.VersionStatus{{Model: "m", Version: 1, Serving: true}}},
@@ -267,6 +267,7 @@ func FuzzTake(f *testing.F) {
 		&dunlinv1.Telemetry{CpuUtilisation: new(0.5), BootId: "b", Models: []*dunlinv1.ModelTelemetry{{Model: "m", Version: 1, Succeeded: 3, Figures: &dunlinv1.VersionFigures{Rows: 3, Latency: &dunlinv1.Buckets{First: 9, Counts: []uint64{3}}, Joules: new(1.5)}}}},
 		&dunlinv1.BlockRequest{Sha256: make([]byte, 32), Length: 1},
 		&dunlinv1.Gone{Session: "s"},
+		&dunlinv1.SourcesRequest{Model: "m", Digest: "sha256:" + strings.Repeat("0", 64)},
 	}
 	for i, m := range seeds {
 		b, err := proto.Marshal(m)

@@ -79,7 +79,7 @@ func (o *obedient) served(device string) []int64 {
 
 func (w *world) applyWaves(version int, rollout string) string {
 	w.t.Helper()
-	return w.applyAs("digits", version, rollout)
+	return w.apply("digits", version, rollout)
 }
 
 func (w *world) devices(n int) (names []string) {

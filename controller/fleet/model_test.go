@@ -332,6 +332,11 @@ func (w *world) checkStep(before, after Rollout, observations []Observation, act
 			at("%s is admitted no more", d.Device)
 		}
 	}
+	for _, d := range after.Devices {
+		if o := byName[d.Device]; after.State == RolledBack && !d.AdmittedAt.IsZero() && o.Connected && !o.RolledBack {
+			at("%s is there and does not have the version before", d.Device)
+		}
+	}
 	// What is kept is all that counts, and once is enough.
 	w.keep(after)
 	one, did := after.Step(w.now, observations)

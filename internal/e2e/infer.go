@@ -28,7 +28,6 @@ func Classify(ctx context.Context, url, name string, images [][64]float32) (Answ
 	header, err := json.Marshal(map[string]any{
 		"inputs": []any{map[string]any{"name": "image", "datatype": "FP32", "shape": []int{len(images), 1, 8, 8},
 			"parameters": map[string]any{"binary_data_size": len(data)}}},
-		"outputs": []any{map[string]any{"name": "label"}},
 	})
 	if err != nil {
 		return Answer{}, err
@@ -54,17 +53,27 @@ func Classify(ctx context.Context, url, name string, images [][64]float32) (Answ
 		ModelName    string `json:"model_name"`
 		ModelVersion string `json:"model_version"`
 		Outputs      []struct {
-			Name string  `json:"name"`
-			Data []int64 `json:"data"`
+			Name string          `json:"name"`
+			Data json.RawMessage `json:"data"`
 		} `json:"outputs"`
 	}
 	if err := json.Unmarshal(body, &v); err != nil {
 		return Answer{}, fmt.Errorf("infer %s: %w", name, err)
 	}
-	if len(v.Outputs) != 1 || len(v.Outputs[0].Data) != len(images) {
+	// Probabilities come, too: they tell how sure the version is.
+	answer := Answer{Model: v.ModelName, Version: v.ModelVersion}
+	for _, o := range v.Outputs {
+		if o.Name != "label" {
+			continue
+		}
+		if err := json.Unmarshal(o.Data, &answer.Labels); err != nil {
+			return Answer{}, fmt.Errorf("infer %s: labels: %w", name, err)
+		}
+	}
+	if len(answer.Labels) != len(images) {
 		return Answer{}, fmt.Errorf("infer %s: want %d labels, got %s", name, len(images), body)
 	}
-	return Answer{Model: v.ModelName, Version: v.ModelVersion, Labels: v.Outputs[0].Data}, nil
+	return answer, nil
 }
 
 func appendFloats(b []byte, values []float32) []byte {

@@ -121,7 +121,11 @@ func TestBadVersionIsRolledBack(t *testing.T) {
 	deadline := time.Now().Add(2 * limit)
 	for {
 		var got struct{ Rollout rollout }
-		decode(t, cli(t, f, "rollout", "status", "digits", "-o", "json"), &got)
+		out, err := f.CLI(within(t), "rollout", "status", "digits", "-o", "json")
+		if out == "" { // the exit code says how the rollout is
+			t.Fatal(err)
+		}
+		decode(t, out, &got)
 		if r = got.Rollout; r.State == "ROLLOUT_STATE_ROLLED_BACK" {
 			break
 		}
