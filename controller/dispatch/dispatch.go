@@ -60,6 +60,7 @@ const (
 // timing is how often things happen.
 type timing struct {
 	resend, resendMost time.Duration // backoff of an unobserved generation
+	share              time.Duration // one device's share of the time that many have to answer before it is sent again
 	ask                time.Duration // between two HelloAgain to a device
 	pass               time.Duration // least time between two passes of the planner
 	look               time.Duration // most time between two passes while a rollout runs
@@ -71,7 +72,7 @@ type timing struct {
 }
 
 var defaultTiming = timing{
-	resend: 2 * time.Second, resendMost: time.Minute, ask: 30 * time.Second,
+	resend: 2 * time.Second, resendMost: time.Minute, share: time.Millisecond / 2, ask: 30 * time.Second,
 	pass: 20 * time.Millisecond, look: 10 * time.Second,
 	beat: time.Minute, silence: 3 * time.Minute,
 	sample: time.Second, keep: 3 * time.Second, drift: 2 * time.Second,
@@ -106,6 +107,7 @@ type Dispatcher struct {
 	refused map[string][]fleet.Refusal // by device, as of the last documents; the slices are never changed
 	figures map[int64]*watched         // by rollout
 	drifts  map[string][]*dunlinv1.Drift
+	crowd   int                      // generations that were published together last, while any is not observed
 	current map[string]fleet.Rollout // those that the planner has, by ID
 	bootID  string
 	changed chan struct{}

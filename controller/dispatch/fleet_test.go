@@ -3,6 +3,7 @@ package dispatch
 import (
 	"context"
 	"fmt"
+	"log/slog"
 	"path/filepath"
 	"runtime"
 	"sync"
@@ -11,8 +12,6 @@ import (
 	"time"
 
 	"google.golang.org/protobuf/proto"
-
-	"log/slog"
 
 	"github.com/dunlin/dunlin/controller/fleet"
 	"github.com/dunlin/dunlin/controller/identity"
@@ -184,4 +183,29 @@ func BenchmarkChange(b *testing.B) {
 	b.ReportMetric(reported.Seconds()/float64(change), "s/reported")
 	b.ReportMetric(succeeded.Seconds()/float64(change), "s/succeeded")
 	b.ReportMetric(float64(m.HeapInuse)/1e6, "heap-MB")
+}
+
+// BenchmarkReconnect is 10,000 devices that say hello anew at once and have
+// their documents, as after a restart of the broker.
+func BenchmarkReconnect(b *testing.B) {
+	const devices = 10_000
+	s, a, stop := fleetOf(b, devices)
+	defer stop()
+	a.wait(b, "first documents", func() bool { return a.acked.Load() >= devices })
+	have := map[string]*dunlinv1.Generation{}
+	all, err := s.Devices(b.Context())
+	if err != nil {
+		b.Fatal(err)
+	}
+	for _, d := range all {
+		have[d.Name] = &dunlinv1.Generation{Incarnation: s.Incarnation(), Number: d.Desired}
+	}
+	for n := 0; b.Loop(); n++ {
+		acked := a.acked.Load()
+		for name, g := range have {
+			a.up(name, link.Hello, &dunlinv1.Hello{BootId: "b", Session: fmt.Sprint("s", n), HaveGeneration: g, Labels: map[string]string{"site": "demo"}})
+			a.up(name, link.Events, &dunlinv1.EventBatch{OutboxId: "o"})
+		}
+		a.wait(b, "all acknowledged", func() bool { return a.acked.Load() >= acked+devices })
+	}
 }

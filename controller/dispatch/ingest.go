@@ -364,14 +364,17 @@ func (d *Dispatcher) hello(ctx context.Context, device string, h *dunlinv1.Hello
 	if t.Device.Desired == 0 {
 		return nil // the planner makes its first generation and publishes it
 	}
+	// Expected though it may have it: its report may get lost.
+	first := d.expect(store.Desired{Device: device, Number: t.Device.Desired})
+	have := h.GetHaveGeneration()
+	if !first || have.GetIncarnation() == d.store.Incarnation() && have.GetNumber() == t.Device.Desired {
+		return nil
+	}
 	g, err := d.store.Desired(ctx, device)
 	if err != nil {
 		return err
 	}
-	// Expected though it may have it: its report may get lost.
-	first := d.expect(g)
-	have := h.GetHaveGeneration()
-	if first && (have.GetIncarnation() != d.store.Incarnation() || have.GetNumber() != g.Number) {
+	if g.Number == t.Device.Desired || d.expect(g) { // else the planner sends the newer one
 		d.sendDesired(g)
 	}
 	return nil
@@ -395,7 +398,9 @@ func (d *Dispatcher) expect(g store.Desired) (first bool) {
 		l.pending, l.attempt = g.Number, 0
 	}
 	l.asked = d.now()
-	l.next = l.asked.Add(d.backoff(l.attempt))
+	// What is slow because many answer at once is not made faster by sending
+	// it again.
+	l.next = l.asked.Add(d.backoff(l.attempt) + time.Duration(d.crowd)*d.timing.share)
 	l.attempt++
 	return first
 }

@@ -315,6 +315,9 @@ func (d *Dispatcher) compile(ctx context.Context, names map[string]bool) error {
 		}
 	}
 	d.refuse(devices, refused)
+	d.mu.Lock()
+	d.crowd = max(d.crowd, len(changed))
+	d.mu.Unlock()
 	for some := range slices.Chunk(changed, batch) {
 		saved, err := d.store.SaveDesired(ctx, some)
 		if err != nil {
@@ -386,7 +389,7 @@ func (d *Dispatcher) resume(devices []*store.Device) {
 // devices that are to have another version because of it.
 func (d *Dispatcher) step(ctx context.Context, compile map[string]bool, which func(fleet.Rollout) bool) error {
 	p := &d.planner
-	watched := 0
+	watched, ended := 0, false
 	for i := range p.rollouts {
 		before := p.rollouts[i]
 		if before.State.Ended() || !which(before) {
@@ -429,6 +432,7 @@ func (d *Dispatcher) step(ctx context.Context, compile map[string]bool, which fu
 					watch = append(watch, a.Device)
 				}
 			case fleet.End:
+				ended = true
 				d.log.Info("rollout ended", "rollout", after.ID(), "state", after.State.String(), "reason", after.Reason)
 			}
 		}
@@ -436,6 +440,9 @@ func (d *Dispatcher) step(ctx context.Context, compile map[string]bool, which fu
 		if len(watch) > 0 {
 			p.wake = earlier(p.wake, now.Add(d.timing.sample))
 		}
+	}
+	if ended {
+		return d.loadFigures(ctx)
 	}
 	return nil
 }
@@ -530,7 +537,9 @@ func (d *Dispatcher) resend(ctx context.Context) (next time.Time, err error) {
 	now := d.now()
 	var due []string
 	d.mu.Lock()
+	waiting := false
 	for device, l := range d.live {
+		waiting = waiting || l.pending != 0
 		switch {
 		case l.pending == 0:
 		case !l.next.After(now):
@@ -538,6 +547,9 @@ func (d *Dispatcher) resend(ctx context.Context) (next time.Time, err error) {
 		default:
 			next = earlier(l.next, next)
 		}
+	}
+	if !waiting {
+		d.crowd = 0
 	}
 	d.mu.Unlock()
 	for _, device := range due {

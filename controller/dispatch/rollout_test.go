@@ -79,12 +79,7 @@ func (o *obedient) served(device string) []int64 {
 
 func (w *world) applyWaves(version int, rollout string) string {
 	w.t.Helper()
-	objects, err := fleet.Parse(fmt.Sprintf("apiVersion: dunlin/v1\nkind: Deployment\nmetadata: {name: digits}\nspec: {model: digits, version: %d, selector: {}, rollout: {%s}}", version, rollout))
-	w.must(err)
-	changes, err := w.store.Apply(w.t.Context(), "user:test", objects, false)
-	w.must(err)
-	w.d.Replan()
-	return changes[0].Rollout
+	return w.apply("digits", version, rollout)
 }
 
 func (w *world) devices(n int) (names []string) {
