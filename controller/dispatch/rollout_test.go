@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"log/slog"
+	"math"
 	"os"
 	"path/filepath"
 	"slices"
@@ -277,6 +278,43 @@ func TestRolledBackByFigures(t *testing.T) {
 	for _, name := range names {
 		if got := o.served(name); name == canary != slices.Equal(got, []int64{1, 2, 1}) {
 			t.Errorf("%s was told to serve %v", name, got)
+		}
+	}
+}
+
+// A device of which something is heard each time that it is read is not taken
+// for one that is gone: a controller that starts while all devices say hello
+// keeps to what it gave them.
+func TestHeardWhileRead(t *testing.T) {
+	w := fresh(t, fast)
+	w.push("digits")
+	w.push("digits")
+	w.obey("s1", nil)
+	w.devices(2)
+	w.rollout(w.apply("digits", 1), ended(fleet.Succeeded))
+	id := w.applyWaves(2, "waves: [{count: 1}], soak: 1h")
+	r := w.rollout(id, func(r fleet.Rollout) bool { return !r.WaveReadyAt.IsZero() })
+	w.stop()
+	s, err := store.Open(t.Context(), w.path, store.Options{})
+	w.must(err)
+	defer s.Close()
+	d := New(Config{Store: s, Bus: newRecorder(), Log: slog.New(slog.DiscardHandler)})
+	for range 2 { // the second time after an error
+		for _, part := range r.Devices {
+			d.view.changed[part.Device] = math.MaxUint64 // that is: after anything is read
+		}
+		d.planner.loaded = false
+		_, err = d.pass(t.Context())
+		w.must(err)
+	}
+	after, err := s.Rollout(t.Context(), id)
+	w.must(err)
+	if len(after.Devices) != len(r.Devices) {
+		t.Fatalf("of %+v are left %+v", r.Devices, after.Devices)
+	}
+	for i, part := range after.Devices {
+		if !part.AdmittedAt.Equal(r.Devices[i].AdmittedAt) || part.Wave != r.Devices[i].Wave {
+			t.Errorf("%+v became %+v", r.Devices[i], part)
 		}
 	}
 }
