@@ -161,17 +161,21 @@ func counted(c store.Count, boot string, now fleet.Figures, counts bool) store.C
 }
 
 // figuresIn gives what a sample with figures counts of a version; a version
-// that it does not name has had no requests. Not ok: the sample has no figures.
+// that it does not name has had no requests. Not ok: the sample has no figures,
+// or had no room for those of this version.
 func figuresIn(m *dunlinv1.Telemetry, model string, version int64) (f fleet.Figures, ok bool) {
 	for _, v := range m.GetModels() {
-		if v.GetFigures() == nil {
+		g, this := v.GetFigures(), v.GetModel() == model && v.GetVersion() == version
+		if g == nil {
+			if this && v.GetSucceeded()+v.GetFailed() > 0 {
+				return f, false
+			}
 			continue
 		}
 		ok = true
-		if v.GetModel() != model || v.GetVersion() != version {
+		if !this {
 			continue
 		}
-		g := v.GetFigures()
 		return fleet.Figures{
 			Requests: v.GetSucceeded() + v.GetFailed(), Failures: v.GetFailed(), Rows: g.GetRows(),
 			Latency: sketch.Latency.FromProto(g.GetLatency()), Confidence: sketch.Confidence.FromProto(g.GetConfidence()),

@@ -402,6 +402,11 @@ func TestFiguresCountOnce(t *testing.T) {
 	w.up(given, link.Telemetry, &dunlinv1.Telemetry{BootId: "b2", Models: []*dunlinv1.ModelTelemetry{{Model: "digits", Version: 2, Succeeded: 900}}}) // without figures
 	w.figures(given, "b2", map[int64][2]uint64{2: {6, 1}})
 	kept(given, store.Tally{New: store.Count{Sum: figures(20, 4)}})
+	w.up(given, link.Telemetry, &dunlinv1.Telemetry{BootId: "b2", Models: []*dunlinv1.ModelTelemetry{ // no room for all figures
+		{Model: "digits", Version: 1, Succeeded: 900, Figures: &dunlinv1.VersionFigures{}}, {Model: "digits", Version: 2, Succeeded: 6, Failed: 1},
+	}})
+	w.figures(given, "b2", map[int64][2]uint64{2: {7, 1}})
+	kept(given, store.Tally{New: store.Count{Sum: figures(21, 4)}})
 }
 
 // What a controller had kept when it ended, at any step, is enough for the next
