@@ -229,8 +229,8 @@ func checkFigures(f *dunlinv1.VersionFigures) error {
 	if f.GetRows() > maxCounted {
 		return fmt.Errorf("figures.rows is %d, the limit is %d", f.GetRows(), uint64(maxCounted))
 	}
-	if j := f.GetJoules(); j < 0 {
-		return fmt.Errorf("figures.joules is %v, it must not be negative", j)
+	if j := f.GetJoules(); j < 0 || j > maxCounted {
+		return fmt.Errorf("figures.joules is %v, allowed are 0 to %d", j, uint64(maxCounted))
 	}
 	for field, b := range map[string]struct {
 		buckets *dunlinv1.Buckets
