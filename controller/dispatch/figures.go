@@ -160,6 +160,25 @@ func counted(c store.Count, boot string, now fleet.Figures, counts bool) store.C
 	return c
 }
 
+// anew has what devices count of a rollout's new version begin with their next
+// samples, and keeps that: what they counted while nobody asked for it, as
+// while the rollout was halted, does not count.
+func (d *Dispatcher) anew(ctx context.Context, number int64) error {
+	tallies := map[string]store.Tally{}
+	d.mu.Lock()
+	if w := d.figures[number]; w != nil {
+		for device, t := range w.devices {
+			t.New.Boot, t.New.Last, t.dirty = "", fleet.Figures{}, false
+			tallies[device] = t.Tally
+		}
+	}
+	d.mu.Unlock()
+	if err := d.store.SaveTallies(ctx, number, tallies); err != nil {
+		return fmt.Errorf("keep figures: %w", err)
+	}
+	return nil
+}
+
 // figuresIn gives what a sample with figures counts of a version; a version
 // that it does not name has had no requests. Not ok: the sample has no figures,
 // or had no room for those of this version.

@@ -282,6 +282,64 @@ func TestRolledBackByFigures(t *testing.T) {
 	}
 }
 
+// After a halt only what comes after the operator went on counts, not what the
+// devices counted while nobody asked for it.
+func TestResumedFigures(t *testing.T) {
+	w := fresh(t, fast)
+	w.push("digits")
+	w.push("digits")
+	w.obey("s1", nil)
+	names := w.devices(3)
+	w.rollout(w.apply("digits", 1), ended(fleet.Succeeded))
+	id := w.applyWaves(2, "waves: [{canary: 1}], soak: 1h, minSample: 100, gates: {errorRate: 0.05}, onFailure: halt")
+	var canary string
+	first := w.rollout(id, func(r fleet.Rollout) bool {
+		for _, d := range r.Devices {
+			if d.Phase == fleet.DeviceReady {
+				canary = d.Device
+			}
+		}
+		return canary != ""
+	})
+	good, bad := uint64(0), uint64(0)
+	send := func() {
+		for _, name := range names {
+			if name == canary {
+				w.figures(name, "b", map[int64][2]uint64{1: {1000, 0}, 2: {good, bad}})
+			} else {
+				w.figures(name, "b", map[int64][2]uint64{1: {1000 + good, 0}})
+			}
+		}
+	}
+	waitFor(t, func() bool {
+		good, bad = good+50, bad+50
+		send()
+		r, err := w.store.Rollout(t.Context(), id)
+		return err == nil && r.State == fleet.Halted
+	}, "halted")
+	last := func() fleet.Figures {
+		w.d.mu.Lock()
+		defer w.d.mu.Unlock()
+		return w.d.figures[first.Number].devices[canary].New.Last
+	}
+	waitFor(t, func() bool { return last().Requests == good+bad }, "all samples are taken in")
+	bad += 100_000 // while it was halted
+	w.command(id, fleet.CommandResume)
+	w.rollout(id, func(r fleet.Rollout) bool { return r.State == fleet.Running && !r.Anew })
+	send()
+	waitFor(t, func() bool { return last().Requests == good+bad }, "the first sample after it")
+	waitFor(t, func() bool {
+		good += 50
+		send()
+		r, err := w.store.Rollout(t.Context(), id)
+		w.must(err)
+		if r.State != fleet.Running {
+			t.Fatalf("it is %s: %s", r.State, r.Reason)
+		}
+		return len(r.Gates) == 1 && r.Gates[0].Verdict == fleet.Passed
+	}, "passed")
+}
+
 // A device of which something is heard each time that it is read is not taken
 // for one that is gone: a controller that starts while all devices say hello
 // keeps to what it gave them.
