@@ -57,10 +57,11 @@ func (v view) rollout(r fleet.Rollout) (fleet.Rollout, bool) {
 	}
 	all := len(r.Devices)
 	r.Devices = slices.DeleteFunc(slices.Clone(r.Devices), func(d fleet.RolloutDevice) bool { return !v.sees(d.Device) })
-	if len(r.Devices) < all && r.Reason != "" {
-		r.Reason = outside // it names them
-	}
-	if len(r.Devices) < all {
+	// In a long list those further back come without their devices.
+	if len(r.Devices) < all || all == 0 && (r.Wave > 0 || r.State.Ended()) {
+		if r.Reason != "" {
+			r.Reason = outside // it names them
+		}
 		r.Gates = nil // their figures are of all
 	}
 	selector, there := v.selectors[r.Deployment]
