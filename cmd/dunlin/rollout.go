@@ -274,13 +274,14 @@ func (c *cli) waitRollout(ctx context.Context, ctl *client, name string, f follo
 	var last *dunlinv1.Rollout
 	var lost time.Time // since when the controller is away; zero: it is not
 	for {
-		err := c.watch(watchCtx, ctl, req, func(r *dunlinv1.Rollout) {
+		err := c.watch(watchCtx, ctl, req, func(r *dunlinv1.Rollout) (more bool) {
 			if !proto.Equal(last, r) && live != nil {
 				live.show(rolloutPage(time.Now(), r, f.devices))
 			} else if !proto.Equal(last, r) {
 				fmt.Fprintln(c.err, rolloutLine(r))
 			}
 			last, lost = r, time.Time{}
+			return !f.until(r) // a rollout that halts does not end the stream
 		})
 		switch {
 		case last != nil && f.until(last):
@@ -307,14 +308,23 @@ func (c *cli) waitRollout(ctx context.Context, ctl *client, name string, f follo
 	}
 }
 
-func (c *cli) watch(ctx context.Context, ctl *client, req *dunlinv1.WatchRolloutRequest, see func(*dunlinv1.Rollout)) error {
+// watch has see look at a rollout at each change, until it wants no more or the
+// stream ends.
+func (c *cli) watch(ctx context.Context, ctl *client, req *dunlinv1.WatchRolloutRequest, see func(*dunlinv1.Rollout) (more bool)) error {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
 	stream, err := ctl.rollouts().WatchRollout(ctx, connect.NewRequest(req))
 	if err != nil {
 		return err
 	}
-	defer stream.Close()
+	defer func() {
+		cancel() // or closing would wait for what comes next
+		_ = stream.Close()
+	}()
 	for stream.Receive() {
-		see(stream.Msg().GetRollout())
+		if !see(stream.Msg().GetRollout()) {
+			return nil
+		}
 	}
 	return stream.Err()
 }
