@@ -128,6 +128,18 @@ func TestProbation(t *testing.T) {
 			w.work()
 			reverted(w, "not opened")
 		}, "fetch m:2, check m:2, load m:2, serve m:2, withdraw m:2, unload m:2, unload m:1, check m:1, load m:1, serve m:1"},
+		{"the good one is lost while the new one is fetched: it does not wait for that", func(w *world) {
+			proven(w, v2)
+			w.begin()
+			w.core.lost(keyOf(v1).id, "not opened", false, w.now)
+			for range 3 { // unloaded, checked, loaded
+				w.begin()
+				w.end(keyOf(v1), outcome{})
+			}
+			w.begin()
+			w.end(keyOf(v2), outcome{})
+			w.begin()
+		}, "fetch m:2, withdraw m:1, unload m:1, check m:1, load m:1, serve m:1, check m:2"},
 		{"another is wanted meanwhile: the good one stays the good one", func(w *world) {
 			proven(w, v2)
 			w.work()
@@ -383,6 +395,9 @@ func TestGoesBack(t *testing.T) {
 			}
 			w.wait(5 * time.Second)
 			w.begin()
+			if len(w.busy) == 0 && w.core.wake(w.now).IsZero() {
+				break // nothing would change any more
+			}
 		}
 		want, serves := w.core.desired["m"], w.core.serving["m"]
 		switch {
