@@ -162,6 +162,23 @@ func TestDailyBytesEndADownload(t *testing.T) {
 	checkInstalled(t, s, b)
 }
 
+// Downloads beside each other share what is left of the day.
+func TestDownloadsShareTheDay(t *testing.T) {
+	g := &gates{link: func() Link { return Link{DayBytes: 100} }, meter: testMeter(t), now: time.Now}
+	one, other := g.of(nil), g.of(nil)
+	for _, d := range []*gate{one, other} {
+		if err := d.pass(t.Context(), 1000); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := one.take(t.Context(), 60); err != nil {
+		t.Errorf("60 of 100 bytes: %v", err)
+	}
+	if w, ok := errors.AsType[*WaitError](other.take(t.Context(), 60)); !ok || !strings.Contains(w.Cause, "today's 100 are used up") {
+		t.Errorf("120 of 100 bytes: %v", w)
+	}
+}
+
 func TestParseWindow(t *testing.T) {
 	for _, s := range []string{"", "1:00-2:00", "24:00-01:00", "01:00", "01:00-02:60", "01:00-01:00"} {
 		if w, err := ParseWindow(s); err == nil {
