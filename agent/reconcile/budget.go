@@ -170,8 +170,12 @@ func window(windows []*dunlinv1.TimeWindow, now time.Time) (closes, opens time.T
 	return closes, opens
 }
 
-// rateBurst bounds what a link with a rate takes at once.
-const rateBurst = 64 << 10
+// rateBurst bounds what a link with a rate takes at once; a read takes what
+// comes in a second, or less.
+const (
+	rateBurst = 64 << 10
+	mostRead  = 16 << 10
+)
 
 // meterStep is how many bytes may travel before that is stored: after a crash
 // no more are forgotten.
@@ -366,7 +370,7 @@ type metered struct {
 
 func (m *metered) Read(p []byte) (int, error) {
 	if m.gate != nil && m.gate.limit != nil { // no long pause at once: the source would seem to stall
-		p = p[:min(len(p), 16<<10)]
+		p = p[:min(len(p), int(m.gate.limit.Limit()), mostRead)]
 	}
 	n, err := m.Reader.Read(p)
 	m.n += int64(n)
