@@ -568,7 +568,7 @@ func (r *Reconciler) begin(ctx context.Context, a action) {
 func (r *Reconciler) download(k key) *download {
 	origin := r.origin()
 	d := r.downloads[k]
-	if d == nil {
+	if d == nil || d.opened && !d.begun() { // somebody has removed what had come
 		d = &download{
 			store: r.folder, id: k.id, digest: k.digest, trust: r.cfg.Trust, now: r.cfg.Now, reserve: r.cfg.Reserve, free: freeSpace, log: r.cfg.Log,
 		}

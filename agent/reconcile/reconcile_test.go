@@ -429,6 +429,40 @@ func TestRefusesBadDocuments(t *testing.T) {
 	d.until("follows the new incarnation", func(r *dunlinv1.Reported) bool { return r.Observed.Incarnation == "two" && len(r.Versions) == 0 })
 }
 
+// A part that somebody removes between two tries is fetched again.
+func TestPartIsRemoved(t *testing.T) {
+	rng := seeded(t)
+	b := pack(t, map[string][][]byte{"m.onnx": blocks(rng, 8)})
+	reg := serveBundles(t, b)
+	var most atomic.Int64
+	most.Store(b.size / 2)
+	reg.setFault(func(of digest.Digest, offset int64, _ []byte) verdict {
+		if of == b.blobOf("m.onnx") && offset > most.Load() {
+			return cut
+		}
+		return pass
+	})
+	d := startDevice(t, reg)
+	d.Desire(desired(1, nil, b.want("digits", 1)))
+	d.until("fails", func(r *dunlinv1.Reported) bool {
+		s := status(r, "digits", 1)
+		return s != nil && s.Reason != ""
+	})
+	part := filepath.Join(d.dir, "bundles", b.digest.Encoded()+partSuffix)
+	if err := os.Rename(part, filepath.Join(t.TempDir(), "gone")); err != nil {
+		t.Fatal(err)
+	}
+	most.Store(b.size)
+	d.Retry()
+	d.untilServing("digits", 1)
+	if got, err := os.ReadFile(filepath.Join(d.dir, "bundles", b.digest.Encoded(), filesFolder, "m.onnx")); err != nil || !bytes.Equal(got, b.files["m.onnx"]) {
+		t.Errorf("%d bytes are installed, want %d (%v)", len(got), len(b.files["m.onnx"]), err)
+	}
+	if kinds := d.kinds(); strings.Count(kinds, "version.stored") != 1 {
+		t.Errorf("what was not whole was taken for a bundle: %s", kinds)
+	}
+}
+
 // However often it is stopped, and whatever is wanted meanwhile, in the end
 // it runs what is wanted last.
 func TestConvergesOverRestarts(t *testing.T) {
