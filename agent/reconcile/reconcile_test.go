@@ -170,7 +170,7 @@ func (d *testDevice) start() {
 	}
 	d.simulated = newSimulated(d.t)
 	d.Reconciler, err = New(Config{
-		Dir: filepath.Join(d.dir, "bundles"), Disk: d.disk, Registry: d.registry.registry, Stall: 200 * time.Millisecond, State: store, Trust: d.trusts,
+		Dir: filepath.Join(d.dir, "bundles"), Disk: d.disk, Registry: d.registry.registry, Stall: 5 * time.Second, State: store, Trust: d.trusts,
 		Engine: d.simulated, Check: d.Check, Passing: func(err error) bool { return !errors.Is(err, errNotAModel) },
 		Front: d.simulated, Probation: d.probation, Inspect: d.inspect, Standby: d.simulated.standby, Counts: d.simulated.count, Event: d.simulated.event, Log: testLog(d.t),
 	})
