@@ -347,6 +347,15 @@ func TestGoesBack(t *testing.T) {
 			if serves != nil && w.loaded[serves.id] != serves.digest {
 				t.Fatalf("%v serves, and is not loaded", serves.key)
 			}
+			if v := w.core.versions[good]; v != nil && v.good && v.stage == stored && v.due(w.now) && w.core.desired["m"] != nil && (serves == nil || serves.quarantine != "" && !serves.good) {
+				under := false
+				for k, a := range w.busy { // what is cancelled is over at once
+					under = under || a.op != fetching || w.core.versions[k].cancelled
+				}
+				if !under {
+					t.Fatalf("%v could serve, and nothing is done for it: %v", good, w.log)
+				}
+			}
 			if a, busy := w.busy[good]; busy && a.op == unloading && serves != nil && !serves.good && serves.quarantine == "" && !w.core.versions[good].broken {
 				t.Fatalf("%v is unloaded, and %v has not proven itself: %v", good, serves.key, w.log)
 			}
