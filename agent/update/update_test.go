@@ -517,6 +517,38 @@ func TestLaunch(t *testing.T) {
 	}
 }
 
+// TestLaunchOnAFullDisk starts what has proved itself where no state can be
+// written, and tries nothing.
+func TestLaunchOnAFullDisk(t *testing.T) {
+	for _, trying := range []string{"", "b"} {
+		m := newMachine(t, "0.7.0 good")
+		dir := filepath.Join(m.dir, Folder)
+		s := &State{Good: "a", Trying: trying, Slots: map[string]Slot{"a": fill(t, dir, "a", "0.8.0 good"), "b": fill(t, dir, "b", "0.9.0 good")}}
+		if err := s.Write(dir); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.Mkdir(filepath.Join(dir, stateFile+".new"), 0o700); err != nil {
+			t.Fatal(err)
+		}
+		l := Launcher{
+			Dir: dir, Started: Started{Installed: "0.7.0"}, Warn: t.Logf, Admit: func(string) error { return nil },
+			Exec: func(file string, _, _ []string) error { panic(execed{filepath.Base(filepath.Dir(file))}) },
+		}
+		x, _ := until(func() {
+			if err := l.Launch(nil, nil); err != nil {
+				t.Error(err)
+			}
+		}).(execed)
+		if x.file != "a" {
+			t.Errorf("trying %q: slot %q is started, want a", trying, x.file)
+		}
+		after, err := Read(dir)
+		if err != nil || after.Trying != trying || after.Tries != 0 {
+			t.Errorf("trying %q: the state is %+v, %v", trying, after, err)
+		}
+	}
+}
+
 func TestFrom(t *testing.T) {
 	self, err := os.Executable()
 	if err != nil {
