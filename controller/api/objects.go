@@ -23,7 +23,7 @@ func (s *server) ListObjects(ctx context.Context, req *connect.Request[v1.ListOb
 	}
 	p := identity.FromContext(ctx)
 	objects = slices.DeleteFunc(objects, func(o store.StoredObject) bool {
-		selector, selects := selectorOf(o.Object)
+		selector, selects := o.Selector()
 		if !selects {
 			return false
 		}
@@ -34,14 +34,14 @@ func (s *server) ListObjects(ctx context.Context, req *connect.Request[v1.ListOb
 }
 
 func object(o store.StoredObject) *v1.Object {
-	selector, _ := selectorOf(o.Object)
+	selector, _ := o.Selector()
 	m := &v1.Object{Kind: o.Kind(), Name: o.Name(), UpdatedAt: timestamp(o.UpdatedAt), Yaml: o.YAML(), Selector: selector}
 	if f := o.Freeze; f != nil {
 		m.Reason, m.Until = f.Reason, timestamp(f.Until)
 	}
 	if w := o.Maintenance; w != nil {
 		for _, window := range w.Windows {
-			m.Windows = append(m.Windows, window.String())
+			m.Windows = append(m.Windows, fleet.FormatWindow(window))
 		}
 		m.Timezone = w.TimeZone
 	}

@@ -23,6 +23,29 @@ func (w *world) up(t *testing.T, device, kind string, m proto.Message) {
 	w.dispatch.Handle(link.Up(device, kind), payload)
 }
 
+// Freezes and maintenances are shown as their documents have them, to those who
+// have devices that they may be about.
+func TestListObjects(t *testing.T) {
+	w := start(t)
+	const nights = "apiVersion: dunlin/v1\nkind: Maintenance\nmetadata: {name: nights}\nspec: {selector: {site: rome}, windows: [\"mon-fri 22:00-05:00\", \"sun 00:00-24:00\"], timezone: Europe/Rome}\n"
+	call(t, w.objects(operator).Apply, &v1.ApplyRequest{Documents: nights})
+	q := &v1.ListObjectsRequest{Kind: fleet.KindMaintenance}
+	all := call(t, w.objects(viewer).ListObjects, q).Objects
+	if len(all) != 1 || all[0].Name != "nights" || all[0].Timezone != "Europe/Rome" || !slices.Equal(all[0].Windows, []string{"mon-fri 22:00-05:00", "sun 00:00-24:00"}) {
+		t.Errorf("got %v", all)
+	}
+	for site, want := range map[string]int{"rome": 1, "berlin": 0} {
+		token := call(t, w.users(admin).CreateToken, &v1.CreateTokenRequest{Role: "operator", Scope: map[string]string{"site": site}}).Token
+		if got := call(t, w.objects(token).ListObjects, q).Objects; len(got) != want {
+			t.Errorf("%s is shown %v", site, got)
+		}
+		if want == 0 {
+			refused(t, w.objects(token).Delete, &v1.DeleteRequest{Kind: fleet.KindMaintenance, Name: "nights"}, connect.CodePermissionDenied, "site=berlin")
+			refused(t, w.objects(token).Apply, &v1.ApplyRequest{Documents: nights}, connect.CodePermissionDenied, "site=berlin")
+		}
+	}
+}
+
 // An operator commands a rollout by its id or its deployment, and what was
 // decided is shown; who lacks the role or the scope does neither.
 func TestControlRollout(t *testing.T) {

@@ -57,10 +57,11 @@ func (v view) rollout(r fleet.Rollout) (fleet.Rollout, bool) {
 	}
 	all := len(r.Devices)
 	r.Devices = slices.DeleteFunc(slices.Clone(r.Devices), func(d fleet.RolloutDevice) bool { return !v.sees(d.Device) })
-	if len(r.Devices) < all && r.Reason != "" {
-		r.Reason = outside // it names them
-	}
-	if len(r.Devices) < all {
+	// In a long list those further back come without their devices.
+	if len(r.Devices) < all || all == 0 && (r.Wave > 0 || r.State.Ended()) {
+		if r.Reason != "" {
+			r.Reason = outside // it names them
+		}
 		r.Gates = nil // their figures are of all
 	}
 	selector, there := v.selectors[r.Deployment]
@@ -95,7 +96,7 @@ const outside = "what it says is of devices outside the scope too"
 // what was there.
 func mayApply(p identity.Principal) store.Permit {
 	return func(o fleet.Object) error {
-		selector, ok := selectorOf(o)
+		selector, ok := o.Selector()
 		if !ok {
 			return identity.Allow(p, identity.ApplyRoute)
 		}
@@ -106,26 +107,12 @@ func mayApply(p identity.Principal) store.Permit {
 // mayDelete says whether the caller may delete an object.
 func mayDelete(p identity.Principal) store.Permit {
 	return func(o fleet.Object) error {
-		selector, ok := selectorOf(o)
+		selector, ok := o.Selector()
 		if !ok {
 			return identity.Allow(p, identity.DeleteRoute)
 		}
 		return about(o, identity.Allow(p, v1connect.ObjectServiceDeleteProcedure, selector))
 	}
-}
-
-// selectorOf gives the selector of the devices that an object is about; false:
-// it is about all.
-func selectorOf(o fleet.Object) (map[string]string, bool) {
-	switch {
-	case o.Deployment != nil:
-		return o.Deployment.Selector, true
-	case o.Freeze != nil:
-		return o.Freeze.Selector, true
-	case o.Maintenance != nil:
-		return o.Maintenance.Selector, true
-	}
-	return nil, false
 }
 
 func about(o fleet.Object, err error) error {

@@ -403,6 +403,7 @@ func TestScopeOfRollouts(t *testing.T) {
 		"all of it":             {fleet.Rollout{Deployment: "prod", Reason: "b (x)", Devices: rows("b")}, 1, "b (x)", true},
 		"a part":                {fleet.Rollout{Deployment: "prod", Reason: "a (x)", Devices: rows("a", "b")}, 1, hidden, true},
 		"none yet":              {fleet.Rollout{Deployment: "prod"}, 0, "", true},
+		"without its devices":   {fleet.Rollout{Deployment: "prod", State: fleet.Succeeded, Reason: "a (x)"}, 0, hidden, true},
 		"of elsewhere":          {fleet.Rollout{Deployment: "rome", Devices: rows("a")}, 0, "", false},
 		"deleted, devices here": {fleet.Rollout{Deployment: "old", Devices: rows("a", "b")}, 1, "", true},
 		"deleted, none here":    {fleet.Rollout{Deployment: "old", Devices: rows("a")}, 0, "", false},

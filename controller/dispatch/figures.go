@@ -160,18 +160,41 @@ func counted(c store.Count, boot string, now fleet.Figures, counts bool) store.C
 	return c
 }
 
+// anew has what devices count of a rollout's new version begin with their next
+// samples, and keeps that: what they counted while nobody asked for it, as
+// while the rollout was halted, does not count.
+func (d *Dispatcher) anew(ctx context.Context, number int64) error {
+	tallies := map[string]store.Tally{}
+	d.mu.Lock()
+	if w := d.figures[number]; w != nil {
+		for device, t := range w.devices {
+			t.New.Boot, t.New.Last, t.dirty = "", fleet.Figures{}, false
+			tallies[device] = t.Tally
+		}
+	}
+	d.mu.Unlock()
+	if err := d.store.SaveTallies(ctx, number, tallies); err != nil {
+		return fmt.Errorf("keep figures: %w", err)
+	}
+	return nil
+}
+
 // figuresIn gives what a sample with figures counts of a version; a version
-// that it does not name has had no requests. Not ok: the sample has no figures.
+// that it does not name has had no requests. Not ok: the sample has no figures,
+// or had no room for those of this version.
 func figuresIn(m *dunlinv1.Telemetry, model string, version int64) (f fleet.Figures, ok bool) {
 	for _, v := range m.GetModels() {
-		if v.GetFigures() == nil {
+		g, this := v.GetFigures(), v.GetModel() == model && v.GetVersion() == version
+		if g == nil {
+			if this && v.GetSucceeded()+v.GetFailed() > 0 {
+				return f, false
+			}
 			continue
 		}
 		ok = true
-		if v.GetModel() != model || v.GetVersion() != version {
+		if !this {
 			continue
 		}
-		g := v.GetFigures()
 		return fleet.Figures{
 			Requests: v.GetSucceeded() + v.GetFailed(), Failures: v.GetFailed(), Rows: g.GetRows(),
 			Latency: sketch.Latency.FromProto(g.GetLatency()), Confidence: sketch.Confidence.FromProto(g.GetConfidence()),
@@ -225,8 +248,8 @@ func checkFigures(f *dunlinv1.VersionFigures) error {
 	if f.GetRows() > maxCounted {
 		return fmt.Errorf("figures.rows is %d, the limit is %d", f.GetRows(), uint64(maxCounted))
 	}
-	if j := f.GetJoules(); j < 0 {
-		return fmt.Errorf("figures.joules is %v, it must not be negative", j)
+	if j := f.GetJoules(); j < 0 || j > maxCounted {
+		return fmt.Errorf("figures.joules is %v, allowed are 0 to %d", j, uint64(maxCounted))
 	}
 	for field, b := range map[string]struct {
 		buckets *dunlinv1.Buckets

@@ -195,7 +195,7 @@ func TestMalformed(t *testing.T) {
 		{link.Telemetry, marshal(&dunlinv1.Telemetry{Models: []*dunlinv1.ModelTelemetry{{Succeeded: maxCounted + 1}}})},
 	}
 	for _, f := range []*dunlinv1.VersionFigures{
-		{Rows: maxCounted + 1}, {Joules: new(-1.)}, {Joules: new(math.Inf(1))}, {Latency: &dunlinv1.Buckets{First: 128, Counts: []uint64{1}}},
+		{Rows: maxCounted + 1}, {Joules: new(-1.)}, {Joules: new(math.Inf(1))}, {Joules: new(math.MaxFloat64)}, {Latency: &dunlinv1.Buckets{First: 128, Counts: []uint64{1}}},
 		{Latency: &dunlinv1.Buckets{First: math.MaxUint32, Counts: []uint64{1}}}, {Confidence: &dunlinv1.Buckets{Counts: make([]uint64, 21)}},
 		{Confidence: &dunlinv1.Buckets{Counts: []uint64{maxCounted, 1}}}, {Latency: &dunlinv1.Buckets{Counts: []uint64{math.MaxUint64}}},
 	} {

@@ -395,6 +395,11 @@ func (d *Dispatcher) step(ctx context.Context, compile map[string]bool, which fu
 		if before.State.Ended() || !which(before) {
 			continue
 		}
+		if before.State == fleet.Running && before.Anew {
+			if err := d.anew(ctx, before.Number); err != nil {
+				return err
+			}
+		}
 		now := d.now().UTC().Round(0)
 		after, actions := before.Step(now, d.observe(before, now))
 		var decisions []fleet.Decision

@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"log/slog"
+	"math"
 	"os"
 	"path/filepath"
 	"slices"
@@ -281,6 +282,101 @@ func TestRolledBackByFigures(t *testing.T) {
 	}
 }
 
+// After a halt only what comes after the operator went on counts, not what the
+// devices counted while nobody asked for it.
+func TestResumedFigures(t *testing.T) {
+	w := fresh(t, fast)
+	w.push("digits")
+	w.push("digits")
+	w.obey("s1", nil)
+	names := w.devices(3)
+	w.rollout(w.apply("digits", 1), ended(fleet.Succeeded))
+	id := w.applyWaves(2, "waves: [{canary: 1}], soak: 1h, minSample: 100, gates: {errorRate: 0.05}, onFailure: halt")
+	var canary string
+	first := w.rollout(id, func(r fleet.Rollout) bool {
+		for _, d := range r.Devices {
+			if d.Phase == fleet.DeviceReady {
+				canary = d.Device
+			}
+		}
+		return canary != ""
+	})
+	good, bad := uint64(0), uint64(0)
+	send := func() {
+		for _, name := range names {
+			if name == canary {
+				w.figures(name, "b", map[int64][2]uint64{1: {1000, 0}, 2: {good, bad}})
+			} else {
+				w.figures(name, "b", map[int64][2]uint64{1: {1000 + good, 0}})
+			}
+		}
+	}
+	waitFor(t, func() bool {
+		good, bad = good+50, bad+50
+		send()
+		r, err := w.store.Rollout(t.Context(), id)
+		return err == nil && r.State == fleet.Halted
+	}, "halted")
+	last := func() fleet.Figures {
+		w.d.mu.Lock()
+		defer w.d.mu.Unlock()
+		return w.d.figures[first.Number].devices[canary].New.Last
+	}
+	waitFor(t, func() bool { return last().Requests == good+bad }, "all samples are taken in")
+	bad += 100_000 // while it was halted
+	w.command(id, fleet.CommandResume)
+	w.rollout(id, func(r fleet.Rollout) bool { return r.State == fleet.Running && !r.Anew })
+	send()
+	waitFor(t, func() bool { return last().Requests == good+bad }, "the first sample after it")
+	waitFor(t, func() bool {
+		good += 50
+		send()
+		r, err := w.store.Rollout(t.Context(), id)
+		w.must(err)
+		if r.State != fleet.Running {
+			t.Fatalf("it is %s: %s", r.State, r.Reason)
+		}
+		return len(r.Gates) == 1 && r.Gates[0].Verdict == fleet.Passed
+	}, "passed")
+}
+
+// A device of which something is heard each time that it is read is not taken
+// for one that is gone: a controller that starts while all devices say hello
+// keeps to what it gave them.
+func TestHeardWhileRead(t *testing.T) {
+	w := fresh(t, fast)
+	w.push("digits")
+	w.push("digits")
+	w.obey("s1", nil)
+	w.devices(2)
+	w.rollout(w.apply("digits", 1), ended(fleet.Succeeded))
+	id := w.applyWaves(2, "waves: [{count: 1}], soak: 1h")
+	r := w.rollout(id, func(r fleet.Rollout) bool { return !r.WaveReadyAt.IsZero() })
+	w.stop()
+	s, err := store.Open(t.Context(), w.path, store.Options{})
+	w.must(err)
+	defer s.Close()
+	d := New(Config{Store: s, Bus: newRecorder(), Log: slog.New(slog.DiscardHandler)})
+	for range 2 { // the second time after an error
+		for _, part := range r.Devices {
+			d.view.changed[part.Device] = math.MaxUint64 // that is: after anything is read
+		}
+		d.planner.loaded = false
+		_, err = d.pass(t.Context())
+		w.must(err)
+	}
+	after, err := s.Rollout(t.Context(), id)
+	w.must(err)
+	if len(after.Devices) != len(r.Devices) {
+		t.Fatalf("of %+v are left %+v", r.Devices, after.Devices)
+	}
+	for i, part := range after.Devices {
+		if !part.AdmittedAt.Equal(r.Devices[i].AdmittedAt) || part.Wave != r.Devices[i].Wave {
+			t.Errorf("%+v became %+v", r.Devices[i], part)
+		}
+	}
+}
+
 // A lease is renewed while it is needed, and asked for anew when the device
 // connects again.
 func TestLease(t *testing.T) {
@@ -364,6 +460,11 @@ func TestFiguresCountOnce(t *testing.T) {
 	w.up(given, link.Telemetry, &dunlinv1.Telemetry{BootId: "b2", Models: []*dunlinv1.ModelTelemetry{{Model: "digits", Version: 2, Succeeded: 900}}}) // without figures
 	w.figures(given, "b2", map[int64][2]uint64{2: {6, 1}})
 	kept(given, store.Tally{New: store.Count{Sum: figures(20, 4)}})
+	w.up(given, link.Telemetry, &dunlinv1.Telemetry{BootId: "b2", Models: []*dunlinv1.ModelTelemetry{ // no room for all figures
+		{Model: "digits", Version: 1, Succeeded: 900, Figures: &dunlinv1.VersionFigures{}}, {Model: "digits", Version: 2, Succeeded: 6, Failed: 1},
+	}})
+	w.figures(given, "b2", map[int64][2]uint64{2: {7, 1}})
+	kept(given, store.Tally{New: store.Count{Sum: figures(21, 4)}})
 }
 
 // What a controller had kept when it ended, at any step, is enough for the next

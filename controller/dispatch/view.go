@@ -144,19 +144,23 @@ func (v *view) now() uint64 {
 
 // read takes in devices as they were read from the store after the clock stood
 // at since: all where names is nil, else those of names, of which some may be
-// gone. Those that changed meanwhile are to be read again.
+// gone. Those that changed meanwhile are to be read again; one that was not
+// known yet is there all the same, as it was read: a rollout would take one that
+// is not there for one that is not its own any more.
 func (v *view) read(devices []*store.Device, names []string, since uint64) {
 	v.mu.Lock()
 	defer v.mu.Unlock()
 	found := make(map[string]bool, len(devices))
 	for _, d := range devices {
 		found[d.Name] = true
+		v.news[d.Name] |= newReport | newShape
 		if v.changed[d.Name] > since {
 			v.news[d.Name] |= newRow
-			continue
+			if v.devices[d.Name] != nil {
+				continue
+			}
 		}
 		v.devices[d.Name] = d
-		v.news[d.Name] |= newReport | newShape
 	}
 	if names == nil {
 		names = slices.Collect(maps.Keys(v.devices))

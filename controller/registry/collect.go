@@ -260,6 +260,11 @@ func (r *Registry) Collect(ctx context.Context, before time.Time) (c Collected, 
 			return ctx.Err()
 		}
 		size, err := r.delete(d, filepath.Join(dir, "data"), dir, before, func() (bool, error) {
+			// Read again: a model that is new since may have it.
+			repositories, err := os.ReadDir(filepath.Join(storage, "repositories"))
+			if err != nil {
+				return false, err
+			}
 			for _, e := range repositories {
 				for _, link := range []string{layerLink(e.Name(), d), manifestLink(e.Name(), d)} {
 					if _, err := os.Stat(filepath.Join(r.root, filepath.FromSlash(link))); !errors.Is(err, fs.ErrNotExist) {

@@ -248,6 +248,37 @@ func TestCollectWhilePushing(t *testing.T) {
 	t.Logf("%d times something was found, %d times content was deleted", found.Load(), deleted)
 }
 
+// hooked calls removing before a signature is removed.
+type hooked struct {
+	Signatures
+	removing func()
+}
+
+func (h hooked) RemoveSignature(ctx context.Context, model string, manifest digest.Digest) error {
+	h.removing()
+	return h.Signatures.RemoveSignature(ctx, model, manifest)
+}
+
+// TestCollectNewModel pushes what is garbage to a model that is not there yet
+// when the collector begins.
+func TestCollectNewModel(t *testing.T) {
+	f := start(t)
+	content := []byte("that of two models")
+	lone := f.plain("old", content)
+	if res := f.do("PUT", "/v2/old/manifests/"+digest.FromBytes(lone).String(), lone, ociManifest); res.status != http.StatusCreated {
+		t.Fatalf("push by digest: %d %s", res.status, res.body)
+	}
+	f.age(nil)
+	f.registry.signatures = hooked{f.signatures, sync.OnceFunc(func() { f.putBlob("new", content) })}
+	f.collect()
+	if !f.has("/v2/new/blobs/" + digest.FromBytes(content).String()) {
+		t.Error("what the new model has is gone")
+	}
+	if f.has("/v2/old/blobs/" + digest.FromBytes(content).String()) {
+		t.Error("nothing was collected")
+	}
+}
+
 // TestClaims: nobody holds what is claimed, and nothing that is held is claimed.
 func TestClaims(t *testing.T) {
 	var c claims

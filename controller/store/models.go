@@ -200,7 +200,8 @@ func (s *Store) desires(ctx context.Context, model string, version int64) (devic
 			if err := proto.Unmarshal(b, &doc); err != nil {
 				return fmt.Errorf("desired document of device %s: %w", name, err)
 			}
-			if slices.ContainsFunc(doc.GetVersions(), func(v *dunlinv1.DesiredVersion) bool {
+			agent := model == fleet.AgentModel && doc.GetAgent().GetVersion() == version
+			if agent || slices.ContainsFunc(doc.GetVersions(), func(v *dunlinv1.DesiredVersion) bool {
 				return v.GetModel() == model && v.GetVersion() == version
 			}) {
 				device = name

@@ -333,6 +333,12 @@ func TestTake(t *testing.T) {
 	if d, err := s.Device(ctx, "a"); err != nil || d.Reported.GetSequence() != 3 {
 		t.Errorf("got %+v, %v", d, err)
 	}
+	// Of an older session none counts, be it the last of them or not.
+	taken, err = s.Take(ctx, []Inbound{report("a", "s1", 7), report("a", "s1", 8), report("a", "s1", 9)})
+	must(t, err)
+	for _, one := range taken {
+		is(t, one.Err, ErrStale)
+	}
 }
 
 // A process that ends at any moment of a group of messages leaves all of it or

@@ -496,4 +496,15 @@ func TestDeleteVersion(t *testing.T) {
 	must(t, err)
 	_, err = s.DeleteVersion(t.Context(), "user:test", "m", 1)
 	must(t, err)
+
+	// A release of the agent that only a document names, as that of a device
+	// which a freeze covers.
+	push(t, s, fleet.AgentModel, "sha256:a1")
+	doc, err = proto.Marshal(&dunlinv1.DesiredDocument{Agent: &dunlinv1.DesiredAgent{Version: 1}})
+	must(t, err)
+	_, err = s.SaveDesired(t.Context(), []Desired{{Device: "dev", SHA256: [32]byte{1}, Document: doc}})
+	must(t, err)
+	if _, err := s.DeleteVersion(t.Context(), "user:test", fleet.AgentModel, 1); !errors.Is(err, ErrState) || !strings.Contains(err.Error(), "device dev should have it") {
+		t.Errorf("a release that a device should run: %v", err)
+	}
 }

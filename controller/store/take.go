@@ -4,6 +4,7 @@ import (
 	"context"
 	"database/sql"
 	"errors"
+	"slices"
 
 	dunlinv1 "github.com/dunlin/dunlin/proto/dunlin/v1"
 )
@@ -103,7 +104,7 @@ func (s *Store) Take(ctx context.Context, in []Inbound) (taken []Taken, err erro
 	inner := context.WithoutCancel(ctx)
 	err = s.write(ctx, "take", func(tx *sql.Tx) error {
 		for i, m := range in {
-			if superseded[i] {
+			if superseded[i] > 0 {
 				continue
 			}
 			taken[i] = s.take(inner, tx, m)
@@ -112,6 +113,11 @@ func (s *Store) Take(ctx context.Context, in []Inbound) (taken []Taken, err erro
 			}
 			if ctx.Err() != nil {
 				return ctx.Err()
+			}
+		}
+		for i, by := range slices.Backward(superseded) {
+			if by > 0 {
+				taken[i].Err = taken[by].Err
 			}
 		}
 		return nil
@@ -167,9 +173,10 @@ func (s *Store) take(ctx context.Context, tx *sql.Tx, m Inbound) (t Taken) {
 }
 
 // supersededReports says which reports need not be written: a later one of the
-// same session takes their place in the same transaction.
-func supersededReports(in []Inbound) []bool {
-	superseded := make([]bool, len(in))
+// same session, of which it gives the position, takes their place in the same
+// transaction. 0: they need.
+func supersededReports(in []Inbound) []int {
+	superseded := make([]int, len(in))
 	last := make(map[string]int, len(in)) // by device, where nothing begins or ends a session after it
 	for i, m := range in {
 		switch {
@@ -177,7 +184,7 @@ func supersededReports(in []Inbound) []bool {
 			delete(last, m.Device)
 		case m.Report != nil:
 			if j, ok := last[m.Device]; ok && in[j].Report.GetSession() == m.Report.GetSession() && in[j].Report.GetSequence() < m.Report.GetSequence() {
-				superseded[j] = true
+				superseded[j] = i
 			}
 			last[m.Device] = i
 		}

@@ -2,6 +2,8 @@ package e2e
 
 import (
 	"fmt"
+	"os"
+	"path/filepath"
 	"strings"
 	"testing"
 )
@@ -60,7 +62,15 @@ func TestDoesNotFit(t *testing.T) {
 	if p := before["small"]; p.Verdict != "VERDICT_DOES_NOT_FIT" || !strings.Contains(p.Reason, "the budget is 8.0 MiB") {
 		t.Errorf("version 2 on small: %+v", p)
 	}
-	out := cli(t, f, "apply", "-f", document(t, f, "net", 2))
+	halting := filepath.Join(f.Dir, "net-halting.yaml") // or else large would go back too
+	text, err := os.ReadFile(document(t, f, "net", 2))
+	if err == nil {
+		err = os.WriteFile(halting, []byte(strings.Replace(string(text), "selector: {}", "selector: {}, rollout: {onFailure: halt}", 1)), 0o600)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	out := cli(t, f, "apply", "-f", halting)
 	if !strings.Contains(out, "deployment/net refused on small: net:2 does not fit: it needs 3") || strings.Contains(out, "on large") {
 		t.Errorf("apply printed %q", out)
 	}
