@@ -89,7 +89,7 @@ func Import(ctx context.Context, args []string, getenv func(string) string, out,
 
 // importFrom verifies all documents first, then the room on the disk, and then
 // copies. What is taken in counts at the very end.
-func importFrom(ctx context.Context, data, path string, store *state.Store, now time.Time) ([]*layout.Bundle, error) {
+func importFrom(ctx context.Context, data, path string, store *state.Store, now time.Time) (_ []*layout.Bundle, err error) {
 	from, err := layout.Open(path)
 	if err != nil {
 		return nil, err
@@ -137,7 +137,10 @@ func importFrom(ctx context.Context, data, path string, store *state.Store, now 
 	if err != nil {
 		return nil, err
 	}
-	defer unlock()
+	defer func() {
+		err = errors.Join(err, giveTo(data, dir)) // also what is left of one that failed
+		unlock()
+	}()
 	if err := checkImportRoom(dir, blobs); err != nil {
 		return nil, err
 	}
@@ -157,7 +160,7 @@ func importFrom(ctx context.Context, data, path string, store *state.Store, now 
 	if err := to.Commit(manifests); err != nil {
 		return nil, err
 	}
-	return bundles, giveTo(data, dir)
+	return bundles, nil
 }
 
 // newer leaves out of a chain of trust documents those before the one that is
@@ -304,7 +307,7 @@ func (a *agent) lookAtImports(ctx context.Context, last *time.Time) error {
 		return err
 	}
 	defer l.Close()
-	if info.ModTime().After(*last) {
+	if !info.ModTime().Equal(*last) { // the clock may have been set back
 		*last = info.ModTime()
 		bundles, chain, err := l.Contents()
 		if err != nil {
@@ -332,15 +335,19 @@ func (a *agent) pruneImports(l *layout.Layout) error {
 	if !slices.ContainsFunc(l.Index.Manifests, installed) {
 		return nil
 	}
-	bundles, _, err := l.Contents()
-	if err != nil {
-		return err
-	}
 	lock, err := program.LockFolder(a.imports.dir)
 	if err != nil {
 		return nil // an import goes on; the next look does it
 	}
 	defer lock.Close()
+	if l, err = layout.Open(a.imports.dir); err != nil { // an import may have ended meanwhile
+		return err
+	}
+	defer l.Close()
+	bundles, _, err := l.Contents()
+	if err != nil {
+		return err
+	}
 	keep, needed := map[digest.Digest]bool{}, map[digest.Digest]bool{}
 	for _, b := range bundles {
 		if installed(b.Descriptor) {

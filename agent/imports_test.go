@@ -5,9 +5,11 @@ import (
 	"crypto"
 	"fmt"
 	"io"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -215,5 +217,71 @@ func TestImportIsAllOrNothing(t *testing.T) {
 	}
 	if err := take(t.TempDir()); err == nil {
 		t.Error("an empty folder is taken for a layout")
+	}
+}
+
+// TestFailedImportByRoot: what root has begun to import is the agent's, also where
+// that failed.
+func TestFailedImportByRoot(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("needs root")
+	}
+	key, trust := testTrust(t)
+	data := t.TempDir()
+	const agent = 65534
+	if err := os.Chown(data, agent, agent); err != nil {
+		t.Fatal(err)
+	}
+	dir, _ := stick(t, key, nil, 1)
+	weights := filepath.Join(dir, "blobs", "sha256", digest.FromString("weights of version 1").Encoded())
+	if err := os.WriteFile(weights, []byte("weights of version 2"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := importFrom(t.Context(), data, dir, trusting(t, trust), time.Now()); err == nil {
+		t.Fatal("it was taken")
+	}
+	if err := filepath.WalkDir(filepath.Join(data, importsFolder), func(path string, _ fs.DirEntry, err error) error {
+		if err != nil {
+			return err
+		}
+		info, err := os.Lstat(path)
+		if err == nil && info.Sys().(*syscall.Stat_t).Uid != agent {
+			t.Errorf("%s is not the agent's", path)
+		}
+		return err
+	}); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// TestPruneKeepsWhatComesMeanwhile has an import end after the agent has looked:
+// only what is installed is removed.
+func TestPruneKeepsWhatComesMeanwhile(t *testing.T) {
+	key, trust := testTrust(t)
+	store, data := trusting(t, trust), t.TempDir()
+	take := func(version int64) digest.Digest {
+		dir, bundles := stick(t, key, nil, version)
+		if _, err := importFrom(t.Context(), data, dir, store, time.Now()); err != nil {
+			t.Fatal(err)
+		}
+		return bundles[0]
+	}
+	a := &agent{imports: &imports{dir: filepath.Join(data, importsFolder)}}
+	a.cfg.Data = data
+	first := take(1)
+	seen, err := layout.Open(a.imports.dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer seen.Close()
+	second := take(2)
+	if err := os.MkdirAll(filepath.Join(data, bundlesFolder, first.Encoded()), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	if err := a.pruneImports(seen); err != nil {
+		t.Fatal(err)
+	}
+	if a.imports.source(first) != nil || a.imports.source(second) == nil {
+		t.Errorf("of the installed one there is %v, of the other one %v", a.imports.source(first), a.imports.source(second))
 	}
 }

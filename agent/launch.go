@@ -112,5 +112,11 @@ func relaunch(getenv func(string) string, kept []socket) error {
 	return errors.New("unreachable")
 }
 
-// Watch looks after a release that is tried; the launcher starts it.
-func Watch(args []string) error { return update.Watch(args) }
+// Watch looks after a release that is tried; the launcher starts it. It keeps no
+// socket open that was handed over to the release.
+func Watch(args []string) error {
+	for _, s := range inherited() {
+		s.file.Close()
+	}
+	return update.Watch(args)
+}

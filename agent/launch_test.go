@@ -92,6 +92,35 @@ func TestSockets(t *testing.T) {
 	}
 }
 
+// TestWatchKeepsNoSocket has a release end while its watcher still looks: its
+// port is free for the next one at once.
+func TestWatchKeepsNoSocket(t *testing.T) {
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	kept, err := keep(l.Addr().String(), l)
+	if err != nil {
+		t.Fatal(err)
+	}
+	env, err := handOver(nil, []socket{kept})
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, value, _ := strings.Cut(env[0], "=")
+	t.Setenv(socketsEnv, value)
+	if err := Watch(nil); err == nil {
+		t.Error("it watches nobody")
+	}
+	l.Close()
+	again, err := net.Listen("tcp", l.Addr().String())
+	if err != nil {
+		kept.file.Close()
+		t.Fatal(err)
+	}
+	again.Close()
+}
+
 func TestParting(t *testing.T) {
 	h := &host{}
 	s := httptest.NewServer(h.parting(http.HandlerFunc(func(http.ResponseWriter, *http.Request) {})))

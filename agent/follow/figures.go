@@ -1,6 +1,7 @@
 package follow
 
 import (
+	"slices"
 	"sync"
 	"time"
 
@@ -24,6 +25,16 @@ type figures struct {
 	retired map[engine.VersionID]tally
 	order   []engine.VersionID // of retired, the last at the end
 	energy  shares
+	// While a sample is made of what is loaded, what is unloaded waits in late,
+	// so that nothing counts twice.
+	sampling bool
+	late     []late
+}
+
+// late is a version that was unloaded while a sample is made.
+type late struct {
+	id   engine.VersionID
+	last tally
 }
 
 // tally is what is counted of a version.
@@ -53,10 +64,35 @@ func (t tally) add(o tally) tally {
 func (f *figures) retire(id engine.VersionID, last engine.Figures) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	have, known := f.retired[id]
-	f.retired[id] = have.add(taken(&last))
-	if known {
+	if f.sampling {
+		f.late = append(f.late, late{id, taken(&last)})
 		return
+	}
+	f.keep(id, taken(&last))
+}
+
+// begin says that a sample is made of what is loaded from now on, until end.
+func (f *figures) begin() {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.sampling = true
+}
+
+func (f *figures) end() {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.sampling = false
+	for _, l := range f.late {
+		f.keep(l.id, l.last)
+	}
+	f.late = nil
+}
+
+func (f *figures) keep(id engine.VersionID, last tally) {
+	have, known := f.retired[id]
+	f.retired[id] = have.add(last)
+	if known {
+		f.order = slices.DeleteFunc(f.order, func(o engine.VersionID) bool { return o == id })
 	}
 	if f.order = append(f.order, id); len(f.order) > maxRetired {
 		delete(f.retired, f.order[0])
@@ -71,9 +107,16 @@ func (f *figures) all(versions []engine.Status) map[engine.VersionID]tally {
 	for id, t := range f.retired {
 		all[id] = t
 	}
+	loaded := make(map[engine.VersionID]bool, len(versions))
 	for i := range versions {
 		id := versions[i].ID
+		loaded[id] = true
 		all[id] = all[id].add(taken(&versions[i].Figures))
+	}
+	for _, l := range f.late {
+		if !loaded[l.id] {
+			all[l.id] = all[l.id].add(l.last)
+		}
 	}
 	return all
 }
@@ -188,7 +231,13 @@ func (f *figures) telemetry(versions []engine.Status, full bool) []*dunlinv1.Mod
 	if !full {
 		return all
 	}
-	for _, id := range f.order {
+	order := f.order
+	for _, l := range f.late {
+		if !slices.Contains(order, l.id) {
+			order = append(slices.Clone(order), l.id)
+		}
+	}
+	for _, id := range order {
 		if c := counted[id]; !loaded[id] && c.succeeded+c.failed > 0 {
 			add(id, &dunlinv1.ModelTelemetry{Model: id.Model, Version: id.Version})
 		}

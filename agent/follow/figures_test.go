@@ -97,6 +97,29 @@ func TestEnergyIdle(t *testing.T) {
 	}
 }
 
+// A version that is unloaded while a sample is made counts once.
+func TestRetiredMeanwhile(t *testing.T) {
+	f := newFigures(0)
+	counted := func(versions ...engine.Status) (n uint64) {
+		for _, m := range f.telemetry(versions, true) {
+			n += m.Succeeded
+		}
+		return n
+	}
+	one, two := ran(1, 100, time.Second), ran(2, 10, time.Second)
+	f.retire(one.ID, one.Figures) // before: it counts on
+	f.begin()
+	f.retire(one.ID, one.Figures) // after what is loaded was looked at
+	f.retire(two.ID, two.Figures) // before that
+	if n := counted(one); n != 210 {
+		t.Errorf("%d are counted in the sample, want 210", n)
+	}
+	f.end()
+	if n := counted(); n != 210 {
+		t.Errorf("%d are counted after it, want 210", n)
+	}
+}
+
 func TestRetiredIsBounded(t *testing.T) {
 	f := newFigures(0)
 	for i := range int64(maxRetired + 50) {
@@ -104,6 +127,13 @@ func TestRetiredIsBounded(t *testing.T) {
 	}
 	if len(f.retired) != maxRetired || len(f.order) != maxRetired || len(f.telemetry(nil, true)) != maxRetired {
 		t.Errorf("%d are kept", len(f.retired))
+	}
+	// Which are forgotten is by when they were unloaded last.
+	first := f.order[0]
+	f.retire(first, ran(1, 1, 1).Figures)
+	f.retire(engine.VersionID{Model: "other", Version: 1}, ran(1, 1, 1).Figures)
+	if f.retired[first].succeeded != 2 {
+		t.Errorf("what was unloaded just now is forgotten")
 	}
 }
 

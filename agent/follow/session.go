@@ -311,6 +311,8 @@ func (s *sender) send(ctx context.Context, full bool) bool {
 	if t == nil {
 		return false
 	}
+	s.figures.begin()
+	defer s.figures.end()
 	versions := s.cfg.Versions()
 	s.requests.fill(t, time.Now(), versions)
 	s.figures.observe(t, versions)

@@ -170,8 +170,12 @@ func window(windows []*dunlinv1.TimeWindow, now time.Time) (closes, opens time.T
 	return closes, opens
 }
 
-// rateBurst bounds what a link with a rate takes at once.
-const rateBurst = 64 << 10
+// rateBurst bounds what a link with a rate takes at once; a read takes what
+// comes in a second, or less.
+const (
+	rateBurst = 64 << 10
+	mostRead  = 16 << 10
+)
 
 // meterStep is how many bytes may travel before that is stored: after a crash
 // no more are forgotten.
@@ -192,20 +196,32 @@ type meter struct {
 	mu      sync.Mutex // guards what follows
 	pending map[string]int64
 	storing bool
+	total   int64 // since the agent's start
 }
 
 const dayFormat = "2006-01-02"
 
-// add counts bytes of now. It seldom writes.
-func (m *meter) add(ctx context.Context, n int64, now time.Time) {
+// add counts bytes of now, and gives all since the agent's start. It seldom
+// writes.
+func (m *meter) add(ctx context.Context, n int64, now time.Time) (total int64) {
 	day := now.Format(dayFormat)
 	m.mu.Lock()
 	m.pending[day] += n
+	m.total += n
+	total = m.total
 	due := m.pending[day] >= meterStep
 	m.mu.Unlock()
 	if due {
 		m.store(ctx)
 	}
+	return total
+}
+
+// travelled gives all bytes since the agent's start.
+func (m *meter) travelled() int64 {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.total
 }
 
 // store writes what has been counted.
@@ -283,7 +299,7 @@ type gate struct {
 
 	mu      sync.Mutex // guards what follows
 	allowed allowance
-	taken   int64 // since it was allowed
+	since   int64 // what had travelled, for whatever download, when it was allowed
 }
 
 // pass says whether so many bytes may travel now, else with a *WaitError what
@@ -292,7 +308,11 @@ func (g *gate) pass(ctx context.Context, need int64) error {
 	if g == nil {
 		return nil
 	}
-	now := g.now()
+	return g.allow(ctx, need, g.now())
+}
+
+func (g *gate) allow(ctx context.Context, need int64, now time.Time) error {
+	since := g.meter.travelled()
 	used, err := g.meter.used(ctx, now)
 	if err != nil {
 		return err
@@ -303,7 +323,7 @@ func (g *gate) pass(ctx context.Context, need int64) error {
 	}
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	g.allowed, g.taken = a, 0
+	g.allowed, g.since = a, since
 	return nil
 }
 
@@ -321,34 +341,16 @@ func (g *gate) take(ctx context.Context, n int) error {
 		return nil
 	}
 	now := g.now()
-	g.meter.add(ctx, int64(n), now)
+	total := g.meter.add(ctx, int64(n), now)
 	g.mu.Lock()
-	g.taken += int64(n)
-	a, taken := g.allowed, g.taken
+	a, since := g.allowed, g.since
 	g.mu.Unlock()
-	if !a.until.IsZero() && !now.Before(a.until) || a.bytes > 0 && taken >= a.bytes {
-		return g.closed(ctx, now)
+	if !a.until.IsZero() && !now.Before(a.until) || a.bytes > 0 && total-since >= a.bytes {
+		return g.allow(ctx, 0, now) // the need was judged before: what is left of it is not
 	}
 	if g.limit != nil {
 		return g.limit.WaitN(ctx, min(n, rateBurst))
 	}
-	return nil
-}
-
-// closed gives why no more may travel; nil where more may all the same.
-func (g *gate) closed(ctx context.Context, now time.Time) error {
-	used, err := g.meter.used(ctx, now)
-	if err != nil {
-		return err
-	}
-	// The need was judged before: what is left of it is not.
-	a, wait := g.link.allow(g.delivery, 0, used, now)
-	if wait != nil {
-		return wait
-	}
-	g.mu.Lock()
-	g.allowed, g.taken = a, 0
-	g.mu.Unlock()
 	return nil
 }
 
@@ -368,7 +370,7 @@ type metered struct {
 
 func (m *metered) Read(p []byte) (int, error) {
 	if m.gate != nil && m.gate.limit != nil { // no long pause at once: the source would seem to stall
-		p = p[:min(len(p), 16<<10)]
+		p = p[:min(len(p), int(m.gate.limit.Limit()), mostRead)]
 	}
 	n, err := m.Reader.Read(p)
 	m.n += int64(n)

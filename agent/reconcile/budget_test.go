@@ -2,9 +2,13 @@ package reconcile
 
 import (
 	"errors"
+	"math/rand/v2"
 	"strconv"
 	"strings"
+	"sync"
+	"sync/atomic"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"pgregory.net/rapid"
@@ -160,6 +164,52 @@ func TestDailyBytesEndADownload(t *testing.T) {
 		now = wait.Until
 	}
 	checkInstalled(t, s, b)
+}
+
+// Downloads beside each other share what is left of the day.
+func TestDownloadsShareTheDay(t *testing.T) {
+	g := &gates{link: func() Link { return Link{DayBytes: 100} }, meter: testMeter(t), now: time.Now}
+	one, other := g.of(nil), g.of(nil)
+	for _, d := range []*gate{one, other} {
+		if err := d.pass(t.Context(), 1000); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := one.take(t.Context(), 60); err != nil {
+		t.Errorf("60 of 100 bytes: %v", err)
+	}
+	if w, ok := errors.AsType[*WaitError](other.take(t.Context(), 60)); !ok || !strings.Contains(w.Cause, "today's 100 are used up") {
+		t.Errorf("120 of 100 bytes: %v", w)
+	}
+}
+
+// However slow a link is, no pause between two reads is so long that its source
+// would count as stalled, also when several streams share it.
+func TestSlowLinkDoesNotStall(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		const perSecond = 1 << 10
+		g := &gates{link: func() Link { return Link{BytesPerSecond: perSecond} }, meter: testMeter(t), now: time.Now}
+		var running sync.WaitGroup
+		var travelled atomic.Int64
+		for range streams {
+			m := &metered{Reader: rand.NewChaCha8([32]byte{}), ctx: t.Context(), count: &travelled, gate: g.of(nil)}
+			running.Go(func() {
+				for began := time.Now(); time.Since(began) < 10*time.Minute; {
+					before := time.Now()
+					if _, err := m.Read(make([]byte, 64<<10)); err != nil {
+						t.Error(err)
+					}
+					if pause := time.Since(before); pause > defaultStall/2 {
+						t.Errorf("a pause of %s", pause)
+					}
+				}
+			})
+		}
+		running.Wait()
+		if n := travelled.Load(); n < 600*perSecond || n > 610*perSecond+rateBurst {
+			t.Errorf("%d bytes in 10 minutes", n)
+		}
+	})
 }
 
 func TestParseWindow(t *testing.T) {

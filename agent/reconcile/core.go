@@ -322,18 +322,19 @@ func (v *version) ready() bool {
 // the good one while that takes time, or where it has failed.
 func (c *core) advance(acts []action, model string, versions []*version, now time.Time) []action {
 	want, have := c.desired[model], c.serving[model]
+	unserved := have == nil || have.quarantine != ""
 	for _, v := range versions {
-		if v.busy != fetching && v.busy != checking && v.busy != loading {
-			continue
+		if v.busy != fetching && v.busy != checking && v.busy != loading || v == want && v.busy == fetching && unserved {
+			continue // what can serve does not wait for a download
 		}
 		// One at a time for a model; one that is not wanted is given up.
-		if v != want && !((v.good || v.resumes) && want != nil && (have == nil || have.quarantine != "")) && !v.cancelled {
+		if v != want && !((v.good || v.resumes) && want != nil && unserved) && !v.cancelled {
 			v.cancelled = true
 			acts = append(acts, action{op: cancelling, key: v.key})
 		}
 		return acts
 	}
-	if want == nil || want.busy != idle && want.busy != repairing || want.stage == resident && !want.broken && want.quarantine == "" {
+	if want == nil || want.busy != idle && want.busy != repairing && want.busy != fetching || want.stage == resident && !want.broken && want.quarantine == "" {
 		return acts
 	}
 	if want.broken && want.busy == idle {
@@ -358,7 +359,7 @@ func (c *core) advance(acts []action, model string, versions []*version, now tim
 		}
 		return acts
 	}
-	if have == nil || have.quarantine != "" {
+	if unserved {
 		for _, v := range slices.SortedStableFunc(slices.Values(versions), resumesFirst) {
 			if v == want || !v.good && !v.resumes || v.stage != stored || v.busy != idle || !v.due(now) {
 				continue
@@ -381,7 +382,7 @@ func (c *core) advance(acts []action, model string, versions []*version, now tim
 		}
 	}
 	switch {
-	case !due:
+	case !due || want.busy == fetching:
 	case want.stage == absent && !c.bundleBusy(want):
 		c.waiting = append(c.waiting, want)
 	case want.stage == stored:

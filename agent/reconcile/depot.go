@@ -263,9 +263,6 @@ func (k *Disk) fetch(ctx context.Context, d *download) error {
 		return fmt.Errorf("%w: the download needs %d bytes, %d are free, and %d of them are kept in reserve", errNoRoom, left, free, d.reserve)
 	}
 	for left > 0 {
-		if err := d.gate.pass(ctx, left); err != nil {
-			return err
-		}
 		n := min(left, transferStep)
 		if k.cfg.Transfer != nil {
 			if err := k.cfg.Transfer(ctx, n); err != nil {
@@ -276,8 +273,6 @@ func (k *Disk) fetch(ctx context.Context, d *download) error {
 		}
 		left -= n
 		d.present.Add(n)
-		d.fetched.Add(n)
-		d.gate.count(int(n))
 		d.fetched.Add(n)
 		if err := d.gate.take(ctx, int(n)); err != nil {
 			return err

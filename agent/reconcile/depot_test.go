@@ -75,6 +75,9 @@ func TestDisk(t *testing.T) {
 		return nil
 	}})
 	d := newDownload(t, nil, reg, b)
+	kept := &keptTraffic{}
+	m := &meter{kept: kept, log: testLog(t), pending: map[string]int64{}}
+	d.gate = &gate{meter: m, now: time.Now}
 	most = 300 << 10
 	if err := disk.fetch(t.Context(), d); !errors.Is(err, cut) || arrived == 0 || d.present.Load() != arrived || disk.Has(b.digest) {
 		t.Fatalf("cut: %v after %d bytes", err, arrived)
@@ -83,6 +86,10 @@ func TestDisk(t *testing.T) {
 	most += b.size
 	if err := disk.fetch(t.Context(), d); err != nil || arrived != b.size {
 		t.Errorf("going on after %d: %v, %d of %d bytes", before, err, arrived, b.size)
+	}
+	m.store(t.Context())
+	if counted, err := kept.Traffic(t.Context(), ""); err != nil || counted != arrived || d.fetched.Load() != arrived {
+		t.Errorf("%d bytes have arrived, %d are counted for the link and %d for the version: %v", arrived, counted, d.fetched.Load(), err)
 	}
 	arrived, most = 0, 1<<30
 	if err := disk.fetch(t.Context(), newDownload(t, nil, reg, other)); err != nil || arrived >= other.size/2 || arrived == 0 {

@@ -102,6 +102,12 @@ type download struct {
 
 func (d *download) part() string { return d.store.path(d.digest) + partSuffix }
 
+// begun says whether there is something of it on the disk.
+func (d *download) begun() bool {
+	_, err := os.Stat(filepath.Join(d.part(), filesFolder))
+	return err == nil
+}
+
 // run goes on with the download until the bundle is verified and installed.
 // After an error other than *VerifyError it may be called again, and asks
 // only for what is still missing. errNoRoom says that the disk has not

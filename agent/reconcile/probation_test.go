@@ -128,6 +128,18 @@ func TestProbation(t *testing.T) {
 			w.work()
 			reverted(w, "not opened")
 		}, "fetch m:2, check m:2, load m:2, serve m:2, withdraw m:2, unload m:2, unload m:1, check m:1, load m:1, serve m:1"},
+		{"the good one is lost while the new one is fetched: it does not wait for that", func(w *world) {
+			proven(w, v2)
+			w.begin()
+			w.core.lost(keyOf(v1).id, "not opened", false, w.now)
+			for range 3 { // unloaded, checked, loaded
+				w.begin()
+				w.end(keyOf(v1), outcome{})
+			}
+			w.begin()
+			w.end(keyOf(v2), outcome{})
+			w.begin()
+		}, "fetch m:2, withdraw m:1, unload m:1, check m:1, load m:1, serve m:1, check m:2"},
 		{"another is wanted meanwhile: the good one stays the good one", func(w *world) {
 			proven(w, v2)
 			w.work()
@@ -335,6 +347,15 @@ func TestGoesBack(t *testing.T) {
 			if serves != nil && w.loaded[serves.id] != serves.digest {
 				t.Fatalf("%v serves, and is not loaded", serves.key)
 			}
+			if v := w.core.versions[good]; v != nil && v.good && v.stage == stored && v.due(w.now) && w.core.desired["m"] != nil && (serves == nil || serves.quarantine != "" && !serves.good) {
+				under := false
+				for k, a := range w.busy { // what is cancelled is over at once
+					under = under || a.op != fetching || w.core.versions[k].cancelled
+				}
+				if !under {
+					t.Fatalf("%v could serve, and nothing is done for it: %v", good, w.log)
+				}
+			}
 			if a, busy := w.busy[good]; busy && a.op == unloading && serves != nil && !serves.good && serves.quarantine == "" && !w.core.versions[good].broken {
 				t.Fatalf("%v is unloaded, and %v has not proven itself: %v", good, serves.key, w.log)
 			}
@@ -383,6 +404,9 @@ func TestGoesBack(t *testing.T) {
 			}
 			w.wait(5 * time.Second)
 			w.begin()
+			if len(w.busy) == 0 && w.core.wake(w.now).IsZero() {
+				break // nothing would change any more
+			}
 		}
 		want, serves := w.core.desired["m"], w.core.serving["m"]
 		switch {

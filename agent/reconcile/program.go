@@ -86,7 +86,7 @@ func (r *Reconciler) FetchProgram(ctx context.Context, want *dunlinv1.DesiredAge
 		return errNoSource
 	}
 	d := &download{
-		store: store, remote: newRemote(registry, r.cfg.Stall), gate: r.gates.of(want.Delivery), id: engine.VersionID{Model: models.AgentModel, Version: want.Version}, digest: of,
+		store: store, remote: r.over(newRemote(registry, r.cfg.Stall), registry), gate: r.gates.of(want.Delivery), id: engine.VersionID{Model: models.AgentModel, Version: want.Version}, digest: of,
 		trust: r.cfg.Trust, now: r.cfg.Now, reserve: r.cfg.Reserve, free: freeSpace, log: r.cfg.Log, program: &programOf{platform, append(reuse, filepath.Join(folder, models.ReleaseFile))},
 	}
 	if r.cfg.Near != nil {

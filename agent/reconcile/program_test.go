@@ -162,3 +162,20 @@ func TestFetchProgram(t *testing.T) {
 		t.Errorf("a model: %v", err)
 	}
 }
+
+// A release comes by the way that bundles come.
+func TestFetchProgramByAnotherWay(t *testing.T) {
+	rng := seeded(t)
+	program := block(rng)
+	b, want := testRelease(t, map[string][]byte{runtime.GOARCH: program})
+	d := startDevice(t, serveBundles(t)) // the registry cannot give it
+	by := serveBundles(t, b)
+	d.cfg.Origin = func(Source, Registry) Source { return NewRemote(by.registry()) }
+	folder := filepath.Join(t.TempDir(), "fetch")
+	if err := d.FetchProgram(t.Context(), want, folder, nil, func(uint64, uint64) {}); err != nil {
+		t.Fatal(err)
+	}
+	if got, err := os.ReadFile(filepath.Join(folder, models.ReleaseFile)); err != nil || !bytes.Equal(got, program) {
+		t.Errorf("it has %d bytes, want %d (%v)", len(got), len(program), err)
+	}
+}

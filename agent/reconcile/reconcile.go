@@ -568,7 +568,7 @@ func (r *Reconciler) begin(ctx context.Context, a action) {
 func (r *Reconciler) download(k key) *download {
 	origin := r.origin()
 	d := r.downloads[k]
-	if d == nil {
+	if d == nil || d.opened && !d.begun() { // somebody has removed what had come
 		d = &download{
 			store: r.folder, id: k.id, digest: k.digest, trust: r.cfg.Trust, now: r.cfg.Now, reserve: r.cfg.Reserve, free: freeSpace, log: r.cfg.Log,
 		}
@@ -594,10 +594,15 @@ func (r *Reconciler) origin() Source {
 	if r.remote == nil || r.remote.Registry != registry {
 		r.remote = newRemote(registry, r.cfg.Stall)
 	}
+	return r.over(r.remote, registry)
+}
+
+// over gives what is asked in place of a registry.
+func (r *Reconciler) over(registry Source, at Registry) Source {
 	if r.cfg.Origin != nil {
-		return r.cfg.Origin(r.remote, registry)
+		return r.cfg.Origin(registry, at)
 	}
-	return r.remote
+	return registry
 }
 
 // fetch brings a bundle onto the disk, unless another version has it already.

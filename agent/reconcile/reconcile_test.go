@@ -170,7 +170,7 @@ func (d *testDevice) start() {
 	}
 	d.simulated = newSimulated(d.t)
 	d.Reconciler, err = New(Config{
-		Dir: filepath.Join(d.dir, "bundles"), Disk: d.disk, Registry: d.registry.registry, Stall: 200 * time.Millisecond, State: store, Trust: d.trusts,
+		Dir: filepath.Join(d.dir, "bundles"), Disk: d.disk, Registry: d.registry.registry, Stall: 5 * time.Second, State: store, Trust: d.trusts,
 		Engine: d.simulated, Check: d.Check, Passing: func(err error) bool { return !errors.Is(err, errNotAModel) },
 		Front: d.simulated, Probation: d.probation, Inspect: d.inspect, Standby: d.simulated.standby, Counts: d.simulated.count, Event: d.simulated.event, Log: testLog(d.t),
 	})
@@ -427,6 +427,40 @@ func TestRefusesBadDocuments(t *testing.T) {
 	other.Generation.Incarnation = "two" // a new store counts from the start
 	d.Desire(other)
 	d.until("follows the new incarnation", func(r *dunlinv1.Reported) bool { return r.Observed.Incarnation == "two" && len(r.Versions) == 0 })
+}
+
+// A part that somebody removes between two tries is fetched again.
+func TestPartIsRemoved(t *testing.T) {
+	rng := seeded(t)
+	b := pack(t, map[string][][]byte{"m.onnx": blocks(rng, 8)})
+	reg := serveBundles(t, b)
+	var most atomic.Int64
+	most.Store(b.size / 2)
+	reg.setFault(func(of digest.Digest, offset int64, _ []byte) verdict {
+		if of == b.blobOf("m.onnx") && offset > most.Load() {
+			return cut
+		}
+		return pass
+	})
+	d := startDevice(t, reg)
+	d.Desire(desired(1, nil, b.want("digits", 1)))
+	d.until("fails", func(r *dunlinv1.Reported) bool {
+		s := status(r, "digits", 1)
+		return s != nil && s.Reason != ""
+	})
+	part := filepath.Join(d.dir, "bundles", b.digest.Encoded()+partSuffix)
+	if err := os.Rename(part, filepath.Join(t.TempDir(), "gone")); err != nil {
+		t.Fatal(err)
+	}
+	most.Store(b.size)
+	d.Retry()
+	d.untilServing("digits", 1)
+	if got, err := os.ReadFile(filepath.Join(d.dir, "bundles", b.digest.Encoded(), filesFolder, "m.onnx")); err != nil || !bytes.Equal(got, b.files["m.onnx"]) {
+		t.Errorf("%d bytes are installed, want %d (%v)", len(got), len(b.files["m.onnx"]), err)
+	}
+	if kinds := d.kinds(); strings.Count(kinds, "version.stored") != 1 {
+		t.Errorf("what was not whole was taken for a bundle: %s", kinds)
+	}
 }
 
 // However often it is stopped, and whatever is wanted meanwhile, in the end

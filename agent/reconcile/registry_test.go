@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"crypto/sha256"
+	"encoding/binary"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -42,7 +43,11 @@ type testBundle struct {
 // block gives random bytes that make one chunk.
 func block(rng *rand.Rand) []byte {
 	b := make([]byte, models.MinChunk+rng.IntN(32<<10))
-	for i := range b {
+	whole := b[:len(b)/8*8]
+	for i := 0; i < len(whole); i += 8 {
+		binary.LittleEndian.PutUint64(whole[i:], rng.Uint64())
+	}
+	for i := len(whole); i < len(b); i++ {
 		b[i] = byte(rng.Uint32())
 	}
 	return b

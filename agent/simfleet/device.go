@@ -226,10 +226,6 @@ func (d *Device) start(ctx context.Context) (*agent, error) {
 			a.follow.Event(&dunlinv1.Event{Kind: "worker.died", Severity: dunlinv1.Severity_SEVERITY_ERROR, Model: id.Model, Version: id.Version, Message: "the simulated worker crashed"})
 		}
 	})
-	a.device.OnLost(func(id engine.VersionID, reason error) {
-		a.follow.Event(&dunlinv1.Event{Kind: "version.lost", Severity: dunlinv1.Severity_SEVERITY_ERROR, Model: id.Model, Version: id.Version, Message: reason.Error()})
-		a.follow.Reconcile.Lost(id, reason)
-	})
 	return a, nil
 }
 

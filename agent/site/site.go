@@ -45,8 +45,10 @@ const (
 	waitTime    = 20 * time.Second
 	// maxConnections bounds the connections; others wait until one ends.
 	maxConnections = 1024
-	// writeTime bounds how long a client may take no byte.
+	// writeTime bounds how long a client may take no byte, and bodyTime how long
+	// it may take to send the body of a request, which none should have.
 	writeTime = 30 * time.Second
+	bodyTime  = 10 * time.Second
 	// stopTime is how long answers under way may take when the server stops.
 	stopTime = time.Second
 )
@@ -163,10 +165,18 @@ func handler(open Open, log *slog.Logger) http.Handler {
 			w.Header().Set("Content-Type", "application/octet-stream")
 			w.Header().Set("Docker-Content-Digest", d.String())
 			w.Header().Set("ETag", `"`+d.String()+`"`)
-			http.ServeContent(&patient{w, http.NewResponseController(w)}, r, "", time.Time{}, content)
+			http.ServeContent(w, r, "", time.Time{}, content)
 		})
 	}
-	return mux
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		p := &patient{w, http.NewResponseController(w)}
+		if r.ContentLength != 0 {
+			if err := p.control.SetReadDeadline(time.Now().Add(bodyTime)); err != nil {
+				panic(http.ErrAbortHandler)
+			}
+		}
+		mux.ServeHTTP(p, r)
+	})
 }
 
 // bounded is a listener that has so many connections at a time; others wait.
@@ -227,10 +237,16 @@ func device(s *tls.ConnectionState) (string, bool) {
 	return pki.DeviceOf(s.PeerCertificates[0])
 }
 
-// patient gives each write its time.
+// patient gives each write its time: that of the answer before does not count.
 type patient struct {
 	http.ResponseWriter
 	control *http.ResponseController
+}
+
+func (p *patient) WriteHeader(status int) {
+	if p.control.SetWriteDeadline(time.Now().Add(writeTime)) == nil { // else Write says so
+		p.ResponseWriter.WriteHeader(status)
+	}
 }
 
 func (p *patient) Write(b []byte) (int, error) {

@@ -1,6 +1,7 @@
 package site
 
 import (
+	"bufio"
 	"bytes"
 	"context"
 	"crypto/tls"
@@ -9,10 +10,12 @@ import (
 	"io"
 	"io/fs"
 	"log/slog"
+	"net"
 	"net/http"
 	"strings"
 	"sync"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/opencontainers/go-digest"
@@ -175,5 +178,68 @@ func TestTurns(t *testing.T) {
 	cancel()
 	if <-got {
 		t.Error("one that left has a place")
+	}
+}
+
+// pipes is a listener of connections in memory.
+type pipes chan net.Conn
+
+func (p pipes) Accept() (net.Conn, error) {
+	if c, ok := <-p; ok {
+		return c, nil
+	}
+	return nil, net.ErrClosed
+}
+func (pipes) Close() error   { return nil }
+func (pipes) Addr() net.Addr { return &net.TCPAddr{} }
+
+// TestSlowClients has clients that send no end of a request, or ask again after
+// a while: nobody holds a connection for ever, and nobody is cut off.
+func TestSlowClients(t *testing.T) {
+	for name, request := range map[string]string{
+		"no body comes": "GET /v2/digits/blobs/sha256:00 HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\n\r\n",
+		"no end of it":  "POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nabcde\r\n",
+		"no header":     "GET / HTTP/1.1\r\n",
+		"two answers":   "",
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				conns := make(pipes)
+				server := (&Server{log: slog.New(slog.DiscardHandler)}).server(member{}, nil)
+				ended := make(chan error)
+				go func() { ended <- server.Serve(conns) }()
+				client, other := net.Pipe()
+				conns <- other
+				began := time.Now()
+				if request != "" {
+					if _, err := client.Write([]byte(request)); err != nil {
+						t.Fatal(err)
+					}
+					_, _ = io.ReadAll(client) // an answer or none, and the end
+					if took := time.Since(began); took > bodyTime+5*time.Second {
+						t.Errorf("the connection lasted %s", took)
+					}
+				} else {
+					in := bufio.NewReader(client)
+					for range 2 {
+						if _, err := client.Write([]byte("GET /v2/digits/blobs/sha256:00 HTTP/1.1\r\nHost: x\r\n\r\n")); err != nil {
+							t.Fatal(err)
+						}
+						resp, err := http.ReadResponse(in, nil)
+						if err != nil {
+							t.Fatal(err)
+						}
+						if _, err := io.Copy(io.Discard, resp.Body); err != nil || resp.StatusCode != http.StatusForbidden {
+							t.Errorf("%s, %v", resp.Status, err)
+						}
+						time.Sleep(writeTime + time.Second)
+					}
+				}
+				client.Close()
+				close(conns)
+				server.Close()
+				<-ended
+			})
+		})
 	}
 }

@@ -9,6 +9,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"reflect"
 	"slices"
 	"strconv"
 	"strings"
@@ -87,13 +88,20 @@ func (l Launcher) Launch(args, env []string) error {
 	}
 	stuck := filepath.Join(l.Dir, stuckFile)
 	_, missing := os.Stat(stuck)
+	before := s.clone()
 	slot := s.start(l.Started.Installed, missing == nil, may, time.Now())
-	// The try counts before it begins.
-	if err := s.Write(l.Dir); err != nil {
-		l.Warn("the installed program runs: %v", err)
-		return nil
+	// The try counts before it begins. Where it cannot be counted, as on a disk
+	// that is full, what has proved itself runs.
+	written := true
+	if !reflect.DeepEqual(before, s) {
+		if err := s.Write(l.Dir); err != nil {
+			l.Warn("nothing new is tried: %v", err)
+			s, written = before, false
+			s.Trying = ""
+			slot = s.start(l.Started.Installed, false, may, time.Now())
+		}
 	}
-	if missing == nil {
+	if missing == nil && written {
 		if err := os.Remove(stuck); err != nil {
 			l.Warn("%v", err)
 		}

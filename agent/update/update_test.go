@@ -381,8 +381,14 @@ func random(t *testing.T, r *rand.Rand) {
 			m.installed = fmt.Sprintf("0.%d.0 good", 1+r.IntN(6))
 		}
 		running := m.run(time.Duration(r.IntN(120)) * time.Minute)
-		if _, kind, _ := strings.Cut(running, " "); kind != "good" && lastStatus.State != dunlinv1.AgentStatus_STATE_TRYING {
-			t.Errorf("%q runs: %v", running, lastStatus)
+		// One that dies at once says nothing of itself: that it is tried is on disk. One that was just
+		// left, when the power was cut, said so last.
+		state, err := Read(filepath.Join(m.dir, Folder))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, kind, _ := strings.Cut(running, " "); kind != "good" && state.Trying == "" && lastStatus.State != dunlinv1.AgentStatus_STATE_TRYING {
+			t.Errorf("%q runs and is not tried: %v", running, lastStatus)
 		}
 	}
 	m.crashAt = 0
@@ -508,6 +514,38 @@ func TestLaunch(t *testing.T) {
 				t.Error("the watcher's note is there still")
 			}
 		})
+	}
+}
+
+// TestLaunchOnAFullDisk starts what has proved itself where no state can be
+// written, and tries nothing.
+func TestLaunchOnAFullDisk(t *testing.T) {
+	for _, trying := range []string{"", "b"} {
+		m := newMachine(t, "0.7.0 good")
+		dir := filepath.Join(m.dir, Folder)
+		s := &State{Good: "a", Trying: trying, Slots: map[string]Slot{"a": fill(t, dir, "a", "0.8.0 good"), "b": fill(t, dir, "b", "0.9.0 good")}}
+		if err := s.Write(dir); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.Mkdir(filepath.Join(dir, stateFile+".new"), 0o700); err != nil {
+			t.Fatal(err)
+		}
+		l := Launcher{
+			Dir: dir, Started: Started{Installed: "0.7.0"}, Warn: t.Logf, Admit: func(string) error { return nil },
+			Exec: func(file string, _, _ []string) error { panic(execed{filepath.Base(filepath.Dir(file))}) },
+		}
+		x, _ := until(func() {
+			if err := l.Launch(nil, nil); err != nil {
+				t.Error(err)
+			}
+		}).(execed)
+		if x.file != "a" {
+			t.Errorf("trying %q: slot %q is started, want a", trying, x.file)
+		}
+		after, err := Read(dir)
+		if err != nil || after.Trying != trying || after.Tries != 0 {
+			t.Errorf("trying %q: the state is %+v, %v", trying, after, err)
+		}
 	}
 }
 

@@ -32,6 +32,7 @@ import (
 const patience = 30 * time.Second
 
 func TestMain(m *testing.M) {
+	time.Local = time.UTC // tables show it
 	testscript.Main(m, map[string]func(){"dunlin": func() { os.Exit(Main()) }})
 }
 

@@ -19,8 +19,6 @@ var update = flag.Bool("update", false, "write the golden files again")
 
 // TestTables compares the tables with testdata/tables/*.golden.
 func TestTables(t *testing.T) {
-	defer func(l *time.Location) { time.Local = l }(time.Local)
-	time.Local = time.UTC
 	now := time.Date(2026, 11, 20, 12, 0, 0, 0, time.UTC)
 	before := func(d time.Duration) *timestamppb.Timestamp { return timestamppb.New(now.Add(-d)) }
 	rollouts := []*dunlinv1.Rollout{

@@ -50,7 +50,7 @@ func (d *Dispatcher) plan(ctx context.Context) {
 	timer := time.NewTimer(0)
 	defer timer.Stop()
 	for {
-		began := d.now()
+		began := time.Now()
 		next, err := d.pass(ctx)
 		if ctx.Err() != nil {
 			return
@@ -63,7 +63,7 @@ func (d *Dispatcher) plan(ctx context.Context) {
 			wait = retry
 		}
 		// Reports come in bursts: one pass sees many of them.
-		pause := time.NewTimer(max(d.timing.pass, min(idle*d.now().Sub(began), maxIdle)))
+		pause := time.NewTimer(max(d.timing.pass, min(idle*time.Since(began), maxIdle)))
 		select {
 		case <-ctx.Done():
 			pause.Stop()

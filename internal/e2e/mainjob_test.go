@@ -158,7 +158,17 @@ func badModels(t *testing.T, f *Fleet) {
 // report that names model, version and reason.
 func refusedOnDevice(t *testing.T, f *Fleet, version int, says string) {
 	t.Helper()
-	apply(t, f, "digits", version)
+	// Halted and not rolled back: the device goes on saying what it refused.
+	path := document(t, f, "digits", version)
+	text, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	halting := bytes.Replace(text, []byte("selector: {}}"), []byte("selector: {}, rollout: {onFailure: halt}}"), 1)
+	if err := os.WriteFile(path, halting, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	cli(t, f, "apply", "-f", path)
 	said := fails(t, f, 5, "rollout", "status", "digits", "--wait")
 	if !strings.Contains(said, says) {
 		t.Errorf("version %d: the rollout does not say %q: %s", version, says, said)

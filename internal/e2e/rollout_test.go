@@ -120,13 +120,13 @@ func TestBadVersionIsRolledBack(t *testing.T) {
 	var r rollout
 	deadline := time.Now().Add(2 * limit)
 	for {
-		var got struct{ Rollout rollout }
+		r = rollout{}
 		out, err := f.CLI(within(t), "rollout", "status", "digits", "-o", "json")
 		if out == "" { // the exit code says how the rollout is
 			t.Fatal(err)
 		}
-		decode(t, out, &got)
-		if r = got.Rollout; r.State == "ROLLOUT_STATE_ROLLED_BACK" {
+		decode(t, out, &r)
+		if r.State == "ROLLOUT_STATE_ROLLED_BACK" {
 			break
 		}
 		if time.Now().After(deadline) || r.State == "ROLLOUT_STATE_SUCCEEDED" || r.State == "ROLLOUT_STATE_FAILED" {

@@ -14,9 +14,12 @@ import (
 	"strings"
 
 	"connectrpc.com/connect"
+	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/reflect/protoreflect"
 
 	"github.com/dunlin/dunlin/controller/identity"
+	"github.com/dunlin/dunlin/internal/e2e/byhand"
+	"github.com/dunlin/dunlin/internal/link"
 	dunlinv1 "github.com/dunlin/dunlin/proto/dunlin/v1"
 	"github.com/dunlin/dunlin/proto/dunlin/v1/dunlinv1connect"
 )
@@ -42,22 +45,21 @@ type probe struct {
 
 // calls tries every procedure of the API, and the controller's other routes.
 func (w *world) calls(ctx context.Context) (r Result, err error) {
-	probes := w.procedures()
+	seen := map[string]bool{}
+	if err := w.tryAll(ctx, &r, seen, w.procedures()); err != nil {
+		return r, err
+	}
+	leave, err := w.given(ctx)
+	if err != nil {
+		return r, fmt.Errorf("have devices given the model: %w", err)
+	}
+	defer leave()
 	routes, err := w.routes(ctx)
 	if err != nil {
 		return r, err
 	}
-	seen := map[string]bool{}
-	for _, p := range append(probes, routes...) {
-		seen[p.action] = true
-		for _, c := range w.callers {
-			want := !c.dead && p.action != "" && identity.Allow(c.principal, p.action, p.about...) == nil
-			allowed, detail, err := w.try(ctx, c, p)
-			if err != nil {
-				return r, fmt.Errorf("%s: %s: %w", c.name, p.what, err)
-			}
-			r.cell(c.name, p.what, allowed, want, detail)
-		}
+	if err := w.tryAll(ctx, &r, seen, routes); err != nil {
+		return r, err
 	}
 	for _, a := range identity.Actions() {
 		if !seen[a] {
@@ -65,6 +67,65 @@ func (w *world) calls(ctx context.Context) (r Result, err error) {
 		}
 	}
 	return r, nil
+}
+
+// given has both devices connect, so that they are given the model, and waits
+// until the registry knows it.
+func (w *world) given(ctx context.Context) (leave func(), err error) {
+	if _, err := dunlinv1connect.NewObjectServiceClient(w.admin, w.URL).Apply(ctx, connect.NewRequest(&dunlinv1.ApplyRequest{Documents: w.deployment("all", nil)})); err != nil {
+		return nil, err
+	}
+	var conns []*byhand.Conn
+	leave = func() {
+		for _, c := range conns {
+			c.Close()
+		}
+	}
+	for _, d := range []*byhand.Device{w.device, w.other} {
+		c, err := byhand.Connect(ctx, w.MQTT, d.TLS(host), byhand.Login{ClientID: d.Name, User: d.Name}, nil)
+		if err != nil {
+			leave()
+			return nil, err
+		}
+		conns = append(conns, c)
+		hello, err := proto.Marshal(&dunlinv1.Hello{BootId: d.Name, Session: d.Name, CertificateSerial: d.Chain[0].SerialNumber.Bytes()})
+		if err == nil {
+			err = errors.Join(c.Publish(link.Up(d.Name, link.Hello), hello), c.Ping())
+		}
+		if err != nil {
+			leave()
+			return nil, err
+		}
+	}
+	for _, c := range w.callers {
+		if c.device == nil || c.principal.Kind != identity.Device {
+			continue
+		}
+		p := probe{action: identity.RegistryPull, what: "registry", method: http.MethodGet, path: "/v2/" + w.Model + "/tags/list"}
+		for allowed := false; !allowed; {
+			if allowed, _, err = w.try(ctx, c, p); err != nil {
+				leave()
+				return nil, err
+			}
+		}
+	}
+	return leave, nil
+}
+
+// tryAll tries what every caller may do, and notes which actions were tried.
+func (w *world) tryAll(ctx context.Context, r *Result, seen map[string]bool, probes []probe) error {
+	for _, p := range probes {
+		seen[p.action] = true
+		for _, c := range w.callers {
+			want := !c.dead && p.action != "" && identity.Allow(c.principal, p.action, p.about...) == nil
+			allowed, detail, err := w.try(ctx, c, p)
+			if err != nil {
+				return fmt.Errorf("%s: %s: %w", c.name, p.what, err)
+			}
+			r.cell(c.name, p.what, allowed, want, detail)
+		}
+	}
+	return nil
 }
 
 // procedures are all that the descriptors have, the one that makes a new
