@@ -57,7 +57,7 @@ func inherited() (kept []socket) {
 		return nil
 	}
 	os.Unsetenv(socketsEnv)
-	for _, one := range strings.Split(text, ",") {
+	for one := range strings.SplitSeq(text, ",") {
 		number, address, _ := strings.Cut(one, " ")
 		fd, err := strconv.Atoi(number)
 		if err != nil || fd < 3 {

@@ -1,6 +1,7 @@
 package follow
 
 import (
+	"maps"
 	"slices"
 	"sync"
 	"time"
@@ -104,9 +105,7 @@ func (f *figures) keep(id engine.VersionID, last tally) {
 // all gives the tallies of the loaded versions, and of those that were.
 func (f *figures) all(versions []engine.Status) map[engine.VersionID]tally {
 	all := make(map[engine.VersionID]tally, len(versions)+len(f.retired))
-	for id, t := range f.retired {
-		all[id] = t
-	}
+	maps.Copy(all, f.retired)
 	loaded := make(map[engine.VersionID]bool, len(versions))
 	for i := range versions {
 		id := versions[i].ID

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"maps"
 	"os"
 	"path/filepath"
 	"runtime"
@@ -146,17 +147,13 @@ func TestFetchProgram(t *testing.T) {
 	reg.setFault(nil)
 
 	none, wantNone := testRelease(t, map[string][]byte{"riscv64": other})
-	for sum, raw := range none.blobs {
-		reg.blobs[sum] = raw
-	}
+	maps.Copy(reg.blobs, none.blobs)
 	err = d.FetchProgram(t.Context(), wantNone, bad, nil, told)
 	if r, ok := errors.AsType[*signing.RefusedError](err); !ok || !strings.Contains(r.Reason, "no binary for linux-"+runtime.GOARCH) {
 		t.Errorf("a release without this system's binary: %v", err)
 	}
 	model := pack(t, map[string][][]byte{"model.onnx": blocks(rng, 2)})
-	for sum, raw := range model.blobs {
-		reg.blobs[sum] = raw
-	}
+	maps.Copy(reg.blobs, model.blobs)
 	err = d.FetchProgram(t.Context(), &dunlinv1.DesiredAgent{AgentVersion: "0.8.0", Version: 1, Digest: model.digest.String()}, bad, nil, told)
 	if r, ok := errors.AsType[*signing.RefusedError](err); !ok || !strings.Contains(r.Reason, "not one of a release") {
 		t.Errorf("a model: %v", err)

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"maps"
 	"net"
 	"os"
 	"path/filepath"
@@ -386,9 +387,7 @@ func (b *bench) clone() map[string]state.Desired {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	all := make(map[string]state.Desired, len(b.desired))
-	for name, d := range b.desired {
-		all[name] = d
-	}
+	maps.Copy(all, b.desired)
 	return all
 }
 

@@ -3,6 +3,7 @@ package fleet
 import (
 	"fmt"
 	"slices"
+	"strings"
 	"testing"
 	"time"
 
@@ -387,15 +388,15 @@ func TestDrifts(t *testing.T) {
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
 			got := Drifts(info, desired, tt.report, begin, now, nil)
-			var text string
+			var text strings.Builder
 			for _, d := range got {
-				text += fmt.Sprintf("%s %s: want %s, have %s, %s", d.Kind, d.Subject, d.Want, d.Have, d.Repair)
+				text.WriteString(fmt.Sprintf("%s %s: want %s, have %s, %s", d.Kind, d.Subject, d.Want, d.Have, d.Repair))
 				if !d.Since.AsTime().Equal(now) {
 					t.Errorf("since %s", d.Since.AsTime())
 				}
 			}
-			if text != tt.want {
-				t.Errorf("got  %s\nwant %s", text, tt.want)
+			if text.String() != tt.want {
+				t.Errorf("got  %s\nwant %s", text.String(), tt.want)
 			}
 			later := Drifts(info, desired, tt.report, begin, now.Add(time.Hour), got)
 			if diff := cmp.Diff(got, later, protocmp.Transform()); diff != "" {

@@ -8,6 +8,7 @@ import (
 	"io"
 	"log/slog"
 	"slices"
+	"strings"
 	"sync"
 	"testing"
 	"testing/synctest"
@@ -222,16 +223,16 @@ func TestTurns(t *testing.T) {
 		b.mu.Unlock()
 		signal(b.drained)
 		synctest.Wait()
-		order := ""
+		var order strings.Builder
 		for _, x := range b.take() {
-			order += x.device[:1]
+			order.WriteString(x.device[:1])
 			if x.device == "stuck" {
 				t.Error("a block was sent to a device without room")
 			}
 		}
 		// "small" has its three blocks among the first of "greedy".
-		if len(order) != 32+3 || bytes.Count([]byte(order[:7]), []byte("s")) != 3 {
-			t.Errorf("sent in the order %s", order)
+		if len(order.String()) != 32+3 || bytes.Count([]byte(order.String()[:7]), []byte("s")) != 3 {
+			t.Errorf("sent in the order %s", order.String())
 		}
 		b.fill("stuck", false)
 		synctest.Wait()

@@ -245,14 +245,14 @@ func undone(fleet *simfleet.Fleet, clients []*client, images [][64]float32) stri
 		if err := d.Converged(); err != nil {
 			return fmt.Sprintf("%s: %v", d.Name, err)
 		}
-		served := ""
+		var served strings.Builder
 		for _, v := range d.Report().GetVersions() {
 			if v.Serving {
-				served += fmt.Sprintf("%s:%d", v.Model, v.Version)
+				served.WriteString(fmt.Sprintf("%s:%d", v.Model, v.Version))
 			}
 		}
-		if served != "digits:2" {
-			return fmt.Sprintf("%s serves %s", d.Name, served)
+		if served.String() != "digits:2" {
+			return fmt.Sprintf("%s serves %s", d.Name, served.String())
 		}
 		if n, err := d.Waiting(); err != nil || n > 0 {
 			return fmt.Sprintf("%s has %d events that are not acknowledged, %v", d.Name, n, err)
