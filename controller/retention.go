@@ -2,6 +2,7 @@ package controller
 
 import (
 	"context"
+	"errors"
 	"log/slog"
 	"time"
 
@@ -43,27 +44,22 @@ func (h *history) run(ctx context.Context) error {
 // pass does what is due, in bounded steps: what is left over is done in the
 // next one.
 func (h *history) pass(ctx context.Context) error {
-	// Samples that cannot be kept are lost, as those are that devices drop.
-	if err := h.store.AddTelemetry(ctx, h.dispatch.Samples()); err != nil {
-		return err
-	}
-	if _, err := h.store.RollTelemetry(ctx); err != nil {
-		return err
-	}
-	if _, err := h.store.PruneTelemetry(ctx, h.telemetry); err != nil {
-		return err
-	}
+	// Samples that cannot be kept are lost, as those are that devices drop. What
+	// is too old goes all the same: a disk may be full of it.
+	errs := []error{h.store.AddTelemetry(ctx, h.dispatch.Samples())}
+	_, err := h.store.RollTelemetry(ctx)
+	errs = append(errs, err)
+	_, err = h.store.PruneTelemetry(ctx, h.telemetry)
+	errs = append(errs, err)
 	if h.events > 0 {
-		if _, err := h.store.PruneEvents(ctx, h.now().Add(-h.events)); err != nil {
-			return err
-		}
+		_, err = h.store.PruneEvents(ctx, h.now().Add(-h.events))
+		errs = append(errs, err)
 	}
 	if h.audit > 0 {
-		if _, err := h.store.PruneAudit(ctx, h.now().Add(-h.audit)); err != nil {
-			return err
-		}
+		_, err = h.store.PruneAudit(ctx, h.now().Add(-h.audit))
+		errs = append(errs, err)
 	}
-	return nil
+	return errors.Join(errs...)
 }
 
 // historyOf gives the history that the settings ask for.

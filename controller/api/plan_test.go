@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"strings"
 	"testing"
+	"time"
 
 	"connectrpc.com/connect"
 	"google.golang.org/protobuf/proto"
@@ -86,7 +87,10 @@ func TestPlan(t *testing.T) {
 	if got := call(t, o.Apply, &v1.ApplyRequest{Documents: deploymentDoc(1)}).GetRefused(); len(got) > 0 {
 		t.Errorf("refused %v", got)
 	}
-	if got := say(call(t, o.Apply, &v1.ApplyRequest{Documents: deploymentDoc(2)}).GetRefused()); got != "digits/small digits:2 DOES_NOT_FIT" {
+	// Whether there is a version to go back to depends on how far the first one
+	// came: it halts in any case.
+	halting := strings.Replace(deploymentDoc(2), "}}\n", "}, rollout: {onFailure: halt}}\n", 1)
+	if got := say(call(t, o.Apply, &v1.ApplyRequest{Documents: halting}).GetRefused()); got != "digits/small digits:2 DOES_NOT_FIT" {
 		t.Errorf("refused %s", got)
 	}
 	// One that is away is not given anything, nor refused.
@@ -96,13 +100,17 @@ func TestPlan(t *testing.T) {
 	changed := w.dispatch.Changed()
 	for {
 		r := call(t, w.rollouts(viewer).GetRollout, &v1.GetRolloutRequest{Deployment: "digits"}).Rollout
-		if r.GetState() == v1.RolloutState_ROLLOUT_STATE_FAILED {
+		if r.GetState() == v1.RolloutState_ROLLOUT_STATE_HALTED {
 			if !strings.Contains(r.GetReason(), "small (does not fit: ") {
 				t.Error(r.GetReason())
 			}
 			break
 		}
-		<-changed
+		select {
+		case <-changed:
+		case <-time.After(30 * time.Second):
+			t.Fatalf("the rollout is %v", r)
+		}
 		changed = w.dispatch.Changed()
 	}
 	if got := call(t, o.ListDeployments, &v1.ListDeploymentsRequest{}).Deployments[0]; got.GetFailed() != 1 || got.GetDevices() != 3 {
