@@ -129,9 +129,9 @@ var latencyBounds = func() (bounds [127]time.Duration) {
 }()
 
 // PSI is the population stability index of two distributions over the same
-// buckets: the sum of (p-q) ln(p/q) over the shares p and q, the buckets merged
-// so that each holds at least a twentieth of the reference, and half a count
-// added to each. Below 0.1 they are taken as alike, above 0.25 as different
+// buckets: the sum of (p-q) ln(p/q) over the shares p and q, neighbouring
+// buckets merged so that each holds at least a twentieth of both on average, and
+// half a count added to each. Below 0.1 they are taken as alike, above 0.25 as different
 // (Siddiqi, Credit Risk Scorecards, 2006). NaN where either is empty.
 func PSI(reference, counts Counts) float64 {
 	n, m := reference.Sum(), counts.Sum()
@@ -148,12 +148,12 @@ func PSI(reference, counts Counts) float64 {
 		if i < len(counts) {
 			g.got += float64(counts[i])
 		}
-		if g.ref*20 >= float64(n) {
+		if g.ref/float64(n)+g.got/float64(m) >= 2./20 {
 			groups = append(groups, g)
 			g = group{}
 		}
 	}
-	if g.ref+g.got > 0 && len(groups) > 0 { // what is left is too little by itself
+	if g.ref+g.got > 0 { // what is left is too little by itself; there are groups
 		groups[len(groups)-1].ref += g.ref
 		groups[len(groups)-1].got += g.got
 	}

@@ -90,6 +90,19 @@ func TestPSI(t *testing.T) {
 	if got := PSI(draw(2000, .8), draw(2000, .6)); got < .5 {
 		t.Errorf("PSI of different distributions = %v", got)
 	}
+	// What is nearly always sure, and what guesses: each falls into few buckets.
+	sure, guesses := make(Counts, Confidence.Buckets()), make(Counts, Confidence.Buckets())
+	sure[19], sure[18], sure[12] = 970, 20, 10
+	guesses[2], guesses[3] = 900, 100
+	if got := PSI(sure, guesses); got < 5 {
+		t.Errorf("PSI of one that is sure and one that guesses = %v", got)
+	}
+	if got := PSI(guesses, sure); got < 5 {
+		t.Errorf("PSI of one that guesses and one that is sure = %v", got)
+	}
+	if got := PSI(sure, sure); got != 0 {
+		t.Errorf("PSI of one distribution with itself = %v", got)
+	}
 	if got := PSI(draw(10, .8), nil); !math.IsNaN(got) {
 		t.Errorf("PSI with nothing = %v, want NaN", got)
 	}
