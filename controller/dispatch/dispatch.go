@@ -97,7 +97,7 @@ type Dispatcher struct {
 	planner planner
 	view    *view
 
-	sites            *sites
+	sites            sites
 	malformed, stale *prometheus.CounterVec
 	drifting         *prometheus.GaugeVec
 
@@ -152,7 +152,7 @@ func New(c Config) *Dispatcher {
 		trusted: c.Trusted, superseded: c.Superseded, twins: map[string]*twins{},
 		store: c.Store, bus: c.Bus, log: c.Log, onStep: c.OnStep, timing: defaultTiming, now: time.Now,
 		stopped: make(chan struct{}), kick: make(chan struct{}, 1), view: newView(),
-		sites: newSites(), refused: map[string][]fleet.Refusal{}, figures: map[int64]*watched{}, drifts: map[string][]*dunlinv1.Drift{},
+		refused: map[string][]fleet.Refusal{}, figures: map[int64]*watched{}, drifts: map[string][]*dunlinv1.Drift{},
 		live: map[string]*live{}, bootID: rand.Text(), changed: make(chan struct{}),
 		malformed: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "dunlin_controller_malformed_total", Help: "Messages from devices that were dropped because they are malformed, by kind.",

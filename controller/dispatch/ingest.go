@@ -293,7 +293,7 @@ func (d *Dispatcher) take(ctx context.Context, in []message) {
 		case *dunlinv1.BlockRequest:
 			d.failed(ctx, m.device, m.kind, d.request(ctx, m.device, v))
 		case *dunlinv1.SourcesRequest:
-			d.failed(ctx, m.device, m.kind, d.sources(ctx, m.device, v))
+			d.sources(m.device, v)
 		}
 	}
 	if len(kept) == 0 {

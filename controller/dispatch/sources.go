@@ -23,15 +23,13 @@ const (
 	// maxSources bounds the devices that a device is told of.
 	maxSources = 8
 	// sitesFor is how long what is known of the sites is used: a hundred devices
-	// that ask at once read the store once.
+	// that ask at once have the fleet looked through once.
 	sitesFor = 5 * time.Second
 )
 
 // sites keeps who can give bundles to the others of a site.
 type sites struct {
-	turn chan struct{} // held by who reads the store
-
-	mu      sync.Mutex // guards what follows
+	mu      sync.Mutex // guards what follows; held for memory only
 	at      time.Time
 	givers  map[string][]*store.Device // by site: connected, and with a URL
 	members map[string][]string        // by site
@@ -40,75 +38,49 @@ type sites struct {
 	given   map[string]map[string]bool // by site: models that its devices are known to be given
 }
 
-func newSites() *sites { return &sites{turn: make(chan struct{}, 1)} }
-
 // sources answers who of a device's site has a bundle.
-func (d *Dispatcher) sources(ctx context.Context, device string, q *dunlinv1.SourcesRequest) error {
-	near, err := d.sites.near(ctx, d.store, device, d.now())
-	if err != nil {
-		return err
-	}
+func (d *Dispatcher) sources(device string, q *dunlinv1.SourcesRequest) {
+	s := &d.sites
+	s.mu.Lock()
+	s.refresh(d.view, d.now())
+	near := s.givers[s.site[device]]
+	s.mu.Unlock()
 	d.send(link.Down(device, link.Command), link.Command, &dunlinv1.Command{Command: &dunlinv1.Command_Sources{
 		Sources: &dunlinv1.Sources{Digest: q.GetDigest(), Sources: pickSources(device, q.GetDigest(), near)},
 	}})
-	return nil
 }
 
-// near gives the connected devices of a device's site that give to others.
-func (s *sites) near(ctx context.Context, from *store.Store, device string, now time.Time) ([]*store.Device, error) {
-	if err := s.read(ctx, from, now); err != nil {
-		return nil, err
+// refresh looks the devices through where what is known is too old.
+func (s *sites) refresh(v *view, now time.Time) {
+	if !s.at.IsZero() && now.Sub(s.at) < sitesFor {
+		return
 	}
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return s.givers[s.site[device]], nil
-}
-
-// read reads the store where what is known is too old.
-func (s *sites) read(ctx context.Context, from *store.Store, now time.Time) error {
-	select {
-	case s.turn <- struct{}{}:
-		defer func() { <-s.turn }()
-	case <-ctx.Done():
-		return ctx.Err()
+	all := v.all()
+	if len(all) == 0 {
+		return // the planner has not read them yet
 	}
-	s.mu.Lock()
-	fresh := !s.at.IsZero() && now.Sub(s.at) < sitesFor
-	s.mu.Unlock()
-	if fresh {
-		return nil
-	}
-	all, err := from.Devices(ctx)
-	if err != nil {
-		return err
-	}
-	givers, members, caches, site := map[string][]*store.Device{}, map[string][]string{}, map[string]bool{}, map[string]string{}
+	s.at, s.givers, s.members, s.given = now, map[string][]*store.Device{}, map[string][]string{}, map[string]map[string]bool{}
+	s.caches, s.site = map[string]bool{}, map[string]string{}
 	for _, d := range all {
 		at := d.Labels[siteLabel]
 		if at == "" {
 			continue
 		}
-		site[d.Name] = at
-		members[at] = append(members[at], d.Name)
-		caches[d.Name] = d.Info.GetSiteCache()
+		s.site[d.Name] = at
+		s.members[at] = append(s.members[at], d.Name)
+		s.caches[d.Name] = d.Info.GetSiteCache()
 		if d.Connected && d.Info.GetSiteUrl() != "" {
-			givers[at] = append(givers[at], d)
+			s.givers[at] = append(s.givers[at], d)
 		}
 	}
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	s.at, s.givers, s.members, s.caches, s.site, s.given = now, givers, members, caches, site, map[string]map[string]bool{}
-	return nil
 }
 
 // CachesFor says whether a device is a cache of a site of which a device is
 // given a model: it may then fetch it.
 func (d *Dispatcher) CachesFor(ctx context.Context, device, model string) (bool, error) {
-	s := d.sites
-	if err := s.read(ctx, d.store, d.now()); err != nil {
-		return false, err
-	}
+	s := &d.sites
 	s.mu.Lock()
+	s.refresh(d.view, d.now())
 	at := s.site[device]
 	cache, known, members := s.caches[device], s.given[at][model], s.members[at]
 	s.mu.Unlock()
