@@ -3,7 +3,6 @@ package agent
 import (
 	"context"
 	"errors"
-	"flag"
 	"fmt"
 	"io"
 	"io/fs"
@@ -40,36 +39,16 @@ const (
 // from here and not from the network. Everything is verified as if it had come
 // from there. args are the program's arguments.
 func Import(ctx context.Context, args []string, getenv func(string) string, out, help io.Writer) error {
-	cfg := Config{Data: defaultData(getenv)}
-	path := ""
-	err := program.Source{
-		Program: "dunlin-agent import", Synopsis: "PATH", Prefix: "DUNLIN_AGENT_", Args: args, Getenv: getenv, Help: help,
+	about, err := aboutPath(ctx, program.Source{
+		Program: "dunlin-agent import", Synopsis: "PATH", Args: args, Getenv: getenv, Help: help,
 		Notes: "Takes model versions in from the OCI image layout at PATH, a folder or a tar file, as dunlin bundle export writes it.\n" + commands,
-		Arguments: func(paths []string) error {
-			if len(paths) != 1 {
-				return fmt.Errorf("%d arguments, want one folder or tar file", len(paths))
-			}
-			path = paths[0]
-			return nil
-		},
-	}.Load([]program.Setting{
-		{Name: "data", Usage: "`folder` of everything that the agent keeps", Value: &cfg.Data},
-	}, &cfg, nil)
-	if errors.Is(err, flag.ErrHelp) {
-		return nil
-	} else if err != nil {
+	})
+	if err != nil || about == nil {
 		return err
 	}
-	file := filepath.Join(cfg.Data, stateFile)
-	if _, err := os.Stat(file); err != nil { // opening it would make it
-		return fmt.Errorf("import %s: the device has no state: %w", path, err)
-	}
-	store, err := state.Open(ctx, file, state.Limits{})
-	if err != nil {
-		return err
-	}
+	store, path := about.store, about.path
 	defer store.Close()
-	taken, err := importFrom(ctx, cfg.Data, path, store, time.Now())
+	taken, err := importFrom(ctx, about.data, path, store, time.Now())
 	if _, ok := errors.AsType[*signing.RefusedError](err); ok {
 		_, lost := store.Append(ctx, &dunlinv1.Event{
 			Kind: "import.refused", Severity: dunlinv1.Severity_SEVERITY_ERROR, Message: fmt.Sprintf("%s: %v", filepath.Base(path), err),

@@ -10,6 +10,7 @@ import (
 	"os"
 	"path/filepath"
 	"runtime"
+	"strings"
 	"time"
 
 	"github.com/dunlin/dunlin/agent/state"
@@ -26,34 +27,14 @@ const SignatureSuffix = ".sig"
 // agent key of the device's trust document, is for its system, and not below
 // the floor. What is refused becomes an event. It may run beside the agent.
 func Verify(ctx context.Context, args []string, getenv func(string) string, out, help io.Writer) error {
-	cfg := Config{Data: defaultData(getenv)}
-	file := ""
-	err := program.Source{
-		Program: "dunlin-agent verify", Synopsis: "FILE", Prefix: "DUNLIN_AGENT_", Args: args, Getenv: getenv, Help: help,
+	about, err := aboutPath(ctx, program.Source{
+		Program: "dunlin-agent verify", Synopsis: "FILE", Args: args, Getenv: getenv, Help: help,
 		Notes: "Says whether this device may run FILE as its agent: by the signature in FILE.sig, and the trust document that the device has.\n" + commands,
-		Arguments: func(files []string) error {
-			if len(files) != 1 {
-				return fmt.Errorf("%d arguments, want one file", len(files))
-			}
-			file = files[0]
-			return nil
-		},
-	}.Load([]program.Setting{
-		{Name: "data", Usage: "`folder` of everything that the agent keeps", Value: &cfg.Data},
-	}, &cfg, nil)
-	if errors.Is(err, flag.ErrHelp) {
-		return nil
-	} else if err != nil {
+	})
+	if err != nil || about == nil {
 		return err
 	}
-	path := filepath.Join(cfg.Data, stateFile)
-	if _, err := os.Stat(path); err != nil { // opening it would make it
-		return fmt.Errorf("verify %s: the device has no state: %w", file, err)
-	}
-	store, err := state.Open(ctx, path, state.Limits{})
-	if err != nil {
-		return err
-	}
+	store, file := about.store, about.path
 	defer store.Close()
 	b, err := verifyBinary(ctx, store, file, time.Now())
 	if _, ok := errors.AsType[*signing.RefusedError](err); ok {
@@ -66,6 +47,44 @@ func Verify(ctx context.Context, args []string, getenv func(string) string, out,
 	}
 	_, err = fmt.Fprintf(out, "dunlin-agent %s %s/%s\n", b.Version, b.OS, b.Arch)
 	return err
+}
+
+// about is what a command has that is about a file or folder, beside an agent
+// that may be running.
+type about struct {
+	path  string
+	data  string // the agent's data folder
+	store *state.Store
+}
+
+// aboutPath parses the arguments of such a command, one path and the data
+// folder, and opens the state of the device; nil where help was asked for.
+func aboutPath(ctx context.Context, src program.Source) (*about, error) {
+	cfg := Config{Data: defaultData(src.Getenv)}
+	a := &about{}
+	src.Prefix = "DUNLIN_AGENT_"
+	src.Arguments = func(paths []string) error {
+		if len(paths) != 1 {
+			return fmt.Errorf("%d arguments, want one: %s", len(paths), src.Synopsis)
+		}
+		a.path = paths[0]
+		return nil
+	}
+	err := src.Load([]program.Setting{
+		{Name: "data", Usage: "`folder` of everything that the agent keeps", Value: &cfg.Data},
+	}, &cfg, nil)
+	if errors.Is(err, flag.ErrHelp) {
+		return nil, nil
+	} else if err != nil {
+		return nil, err
+	}
+	a.data = cfg.Data
+	file := filepath.Join(a.data, stateFile)
+	if _, err := os.Stat(file); err != nil { // opening it would make it
+		return nil, fmt.Errorf("%s %s: the device has no state: %w", strings.TrimPrefix(src.Program, "dunlin-agent "), a.path, err)
+	}
+	a.store, err = state.Open(ctx, file, state.Limits{})
+	return a, err
 }
 
 func verifyBinary(ctx context.Context, store *state.Store, file string, now time.Time) (signing.Binary, error) {
