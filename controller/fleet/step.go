@@ -14,8 +14,8 @@ import (
 //
 // Devices are given the version in waves, each of which includes those before.
 // A wave takes the devices that it is short of when it begins, and others for
-// those that were excused or forgiven: connected ones first, then those on which the
-// version fits and a change may begin, then by the hash of their names, so
+// those that were excused or forgiven: connected ones first, then those on which a
+// change may begin and that no other rollout changes, then by the hash of their names, so
 // that the same rollout chooses the same devices and neighbours by name are not
 // chosen together. A device that has been away for AwayAfter is chosen by the
 // last wave only, which has every device, and those that joined since the

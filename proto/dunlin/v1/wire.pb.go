@@ -4119,7 +4119,8 @@ type ModelTelemetry struct {
 	NeedBytes uint64 `protobuf:"varint,8,opt,name=need_bytes,json=needBytes,proto3" json:"need_bytes,omitempty"`
 	// What of that was measured on this device; estimated otherwise.
 	Measured bool `protobuf:"varint,9,opt,name=measured,proto3" json:"measured,omitempty"`
-	// How often its weights came into memory, and left it, by reason.
+	// How often its weights came into memory, and left it, by reason; not in
+	// every sample.
 	Activations []*SwapCount `protobuf:"bytes,10,rep,name=activations,proto3" json:"activations,omitempty"`
 	Evictions   []*SwapCount `protobuf:"bytes,11,rep,name=evictions,proto3" json:"evictions,omitempty"`
 	// With a TelemetryLease only.
