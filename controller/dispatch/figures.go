@@ -2,6 +2,7 @@ package dispatch
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"maps"
 	"time"
@@ -226,6 +227,7 @@ func (d *Dispatcher) keepFigures(ctx context.Context) error {
 		}
 	}
 	d.mu.Unlock()
+	var errs []error
 	for number, tallies := range dirty {
 		if err := d.store.SaveTallies(ctx, number, tallies); err != nil {
 			d.mu.Lock()
@@ -237,10 +239,10 @@ func (d *Dispatcher) keepFigures(ctx context.Context) error {
 				}
 			}
 			d.mu.Unlock()
-			return fmt.Errorf("keep figures: %w", err)
+			errs = append(errs, fmt.Errorf("keep figures: %w", err))
 		}
 	}
-	return nil
+	return errors.Join(errs...)
 }
 
 // checkFigures says what is wrong with the figures of a version.
