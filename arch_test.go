@@ -88,7 +88,7 @@ var rules = []rule{
 		"the control half of an agent runs by the thousand in one process of a simulated fleet"},
 	{[]string{"agent/compiled"}, cgo, "cgo",
 		"the process that keeps compiled models never opens one"},
-	{[]string{"internal/audit", "internal/link", "internal/pki", "internal/policy", "internal/estimate", "internal/sketch", "internal/program", "internal/telemetry"}, below("agent", "controller", "cmd"), "a side",
+	{[]string{"internal/audit", "internal/link", "internal/pki", "internal/policy", "internal/estimate", "internal/sketch", "internal/strictyaml", "internal/program", "internal/telemetry"}, below("agent", "controller", "cmd"), "a side",
 		"what both sides share cannot lean on one of them"},
 	{[]string{"internal/plot"}, below("agent", "controller", "cmd"), "a side",
 		"the command line and the controller draw the same figures"},

@@ -12,11 +12,10 @@ import (
 	"syscall"
 	"time"
 
-	"github.com/goccy/go-yaml"
-
 	"github.com/dunlin/dunlin/agent/state"
 	"github.com/dunlin/dunlin/agent/update"
 	"github.com/dunlin/dunlin/internal/program"
+	"github.com/dunlin/dunlin/internal/strictyaml"
 )
 
 // launch becomes the release of the agent that is to run, or gives nil where
@@ -85,7 +84,7 @@ func peek(name string, args []string, getenv func(string) string) string {
 	}
 	if value == "" && config != "" {
 		file := map[string]any{}
-		if raw, err := os.ReadFile(config); err == nil && yaml.Unmarshal(raw, &file) == nil && file[name] != nil {
+		if raw, err := os.ReadFile(config); err == nil && strictyaml.Decode(raw, &file) == nil && file[name] != nil {
 			value = fmt.Sprint(file[name])
 		}
 	}

@@ -192,6 +192,7 @@ func TestParseScript(t *testing.T) {
 }
 
 func FuzzParseScript(f *testing.F) {
+	f.Add([]byte("! 0000")) // the decoder panics
 	f.Add([]byte("- {at: 1m, for: 2m, part: 0.3, loss: 0.3}\n- {at: 3m, power: crash}"))
 	f.Fuzz(func(t *testing.T, raw []byte) {
 		faults, err := ParseScript("f", raw)

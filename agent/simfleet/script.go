@@ -1,7 +1,6 @@
 package simfleet
 
 import (
-	"bytes"
 	"cmp"
 	"context"
 	"errors"
@@ -11,7 +10,7 @@ import (
 	"slices"
 	"time"
 
-	"github.com/goccy/go-yaml"
+	"github.com/dunlin/dunlin/internal/strictyaml"
 )
 
 // Limits of a script of a fleet's faults.
@@ -74,8 +73,8 @@ func ParseScript(name string, raw []byte) ([]Fault, error) {
 		return nil, fmt.Errorf("%s: it has %d bytes, the limit is %d", name, len(raw), MaxScript)
 	}
 	var entries []entry
-	if err := yaml.NewDecoder(bytes.NewReader(raw), yaml.Strict()).Decode(&entries); err != nil && !errors.Is(err, io.EOF) {
-		return nil, fmt.Errorf("%s: %s", name, yaml.FormatError(err, false, false))
+	if err := strictyaml.Decode(raw, &entries); err != nil {
+		return nil, fmt.Errorf("%s: %w", name, err)
 	}
 	if len(entries) > maxFaults {
 		return nil, fmt.Errorf("%s: it has %d entries, the limit is %d", name, len(entries), maxFaults)

@@ -13,11 +13,11 @@ import (
 	"path/filepath"
 	"time"
 
-	"github.com/goccy/go-yaml"
 	"github.com/spf13/cobra"
 	"google.golang.org/protobuf/encoding/protojson"
 
 	"github.com/dunlin/dunlin/internal/audit"
+	"github.com/dunlin/dunlin/internal/strictyaml"
 	dunlinv1 "github.com/dunlin/dunlin/proto/dunlin/v1"
 )
 
@@ -302,7 +302,7 @@ func readHeads() (path string, heads map[string]string, err error) {
 	if err != nil {
 		return path, nil, err
 	}
-	if err := yaml.Unmarshal(b, &heads); err != nil {
+	if err := strictyaml.Decode(b, &heads); err != nil {
 		return path, nil, fmt.Errorf("%s is not valid: %w", path, err)
 	}
 	if heads == nil { // an empty file, or none

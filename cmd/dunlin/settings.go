@@ -15,6 +15,7 @@ import (
 
 	"github.com/dunlin/dunlin/internal/pki"
 	"github.com/dunlin/dunlin/internal/program"
+	"github.com/dunlin/dunlin/internal/strictyaml"
 )
 
 // settings say which controller to talk to, as whom, and by whose certificate
@@ -88,7 +89,7 @@ func readSettings() (settings, error) {
 		return settings{}, err
 	}
 	var s settings
-	err = yaml.UnmarshalWithOptions(b, &s, yaml.Strict())
+	err = strictyaml.Decode(b, &s)
 	if err == nil {
 		_, err = s.roots()
 	}

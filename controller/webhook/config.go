@@ -2,7 +2,6 @@
 package webhook
 
 import (
-	"bytes"
 	"errors"
 	"fmt"
 	"io"
@@ -14,7 +13,7 @@ import (
 	"slices"
 	"strings"
 
-	"github.com/goccy/go-yaml"
+	"github.com/dunlin/dunlin/internal/strictyaml"
 )
 
 // The limits of the file of webhooks.
@@ -53,9 +52,8 @@ func Load(file string) ([]Hook, error) {
 	var all struct {
 		Webhooks []Hook `yaml:"webhooks"`
 	}
-	if err := yaml.NewDecoder(bytes.NewReader(raw), yaml.Strict()).Decode(&all); err != nil && !errors.Is(err, io.EOF) {
-		// Without the lines around, which may hold a secret.
-		return nil, fmt.Errorf("%s: %s", file, yaml.FormatError(err, false, false))
+	if err := strictyaml.Decode(raw, &all); err != nil {
+		return nil, fmt.Errorf("%s: %w", file, err)
 	}
 	var faults []error
 	if n := len(all.Webhooks); n < 1 || n > maxHooks {

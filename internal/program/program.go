@@ -4,7 +4,6 @@
 package program
 
 import (
-	"bytes"
 	"cmp"
 	"errors"
 	"flag"
@@ -19,8 +18,9 @@ import (
 	"strconv"
 	"strings"
 
-	"github.com/goccy/go-yaml"
 	"golang.org/x/sys/unix"
+
+	"github.com/dunlin/dunlin/internal/strictyaml"
 )
 
 // Setting is one setting. Its name is that of its flag and of its YAML key;
@@ -277,20 +277,10 @@ func readFile(path string, into any) error {
 	if len(raw) > maxFile {
 		return fmt.Errorf("%s has more than the %d bytes that are allowed", path, maxFile)
 	}
-	if err := decode(raw, into); err != nil {
-		// Without the lines around, which may hold a secret.
-		return fmt.Errorf("%s: %s", path, yaml.FormatError(err, false, false))
+	if err := strictyaml.Decode(raw, into); err != nil {
+		return fmt.Errorf("%s: %w", path, err)
 	}
 	return nil
-}
-
-// decode reads one YAML document whose keys are all known.
-func decode(raw []byte, into any) error {
-	err := yaml.NewDecoder(bytes.NewReader(raw), yaml.Strict()).Decode(into)
-	if errors.Is(err, io.EOF) { // an empty file
-		return nil
-	}
-	return err
 }
 
 var (

@@ -229,12 +229,3 @@ func TestLockFolder(t *testing.T) {
 		t.Fatal(err)
 	}
 }
-
-func FuzzDecode(f *testing.F) {
-	f.Add([]byte("first: a\n"))
-	f.Add([]byte("a: &a [*a]\n"))
-	f.Fuzz(func(_ *testing.T, raw []byte) {
-		var c config
-		_ = decode(raw, &c)
-	})
-}
