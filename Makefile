@@ -28,6 +28,13 @@ build: ## Build the three programs into bin/
 cross: ## Build the agent for linux/arm64, glibc 2.31 or newer, into bin/linux-arm64/
 	@VERSION=$(VERSION) sh internal/cross/build.sh
 
+.PHONY: deb test-deb
+deb: ## Build Debian packages of the three programs into bin/deb/; ARCH=arm64 for most devices
+	@VERSION=$(VERSION) ARCH=$(ARCH) sh internal/deb/build.sh bin/deb
+
+test-deb: ## Build Debian packages, look into them, and, as root, install and purge them in a folder
+	DUNLIN_DEB=1 go test -count=1 -timeout 20m -v ./internal/deb
+
 runtime: ## Fetch the ONNX Runtime library into .cache/ and print its path
 	@sh agent/ort/fetch-runtime.sh
 
