@@ -30,6 +30,9 @@ import (
 	"github.com/dunlin/dunlin/models/tensor"
 )
 
+// Threshold is the index above which data drifts.
+const Threshold = 0.25
+
 const (
 	// The reference of a version that brings none is its first referenceTime,
 	// and referenceRows rows at least. One that comes along has referenceLeast
@@ -67,11 +70,10 @@ const (
 	// alpha bounds the probability that a version without drift is ever said to
 	// have some.
 	alpha = 1e-3
-	// psiRaise is the index above which distributions are taken as different,
-	// and which begins a drift (see sketch.PSI). A drift ends when for calmLooks
-	// looks it is not above psiClear, or a single look, seen by itself, would
-	// find as much by chance with a probability of calmChance.
-	psiRaise, psiClear = 0.25, 0.2
+	// An index above psiRaise begins a drift (see sketch.PSI), which ends when
+	// for calmLooks looks it is not above psiClear, or one look by itself would
+	// find as much by chance with a probability above calmChance.
+	psiRaise, psiClear = Threshold, 0.2
 	calmLooks          = 2 * windowBlocks
 	calmChance         = 0.01
 	// unusual is by how much the distance must be more than the largest one
@@ -94,7 +96,7 @@ type Evidence struct {
 }
 
 // String says it for people.
-func (e *Evidence) String() string {
+func (e Evidence) String() string {
 	kind := "input"
 	if e.Output {
 		kind = "output"

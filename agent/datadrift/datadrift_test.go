@@ -163,7 +163,7 @@ func settled(t *testing.T, f feed, seed uint64, all [][64]float32, labels []int,
 		if found.Times != times || found.Worst.Tensor != "image" || found.Worst.PSI <= psiRaise || found.Worst.Figure == "" || found.Worst.P > alpha {
 			t.Errorf("seed %d, %s: %+v", seed, name, found)
 		}
-		t.Logf("seed %d: %s noticed after %d requests: %v", seed, name, n, &found.Worst)
+		t.Logf("seed %d: %s noticed after %d requests: %v", seed, name, n, found.Worst)
 		back := draw(2000, nil, func(f Finding) bool { return !f.Drifted })
 		if back < windowRows {
 			t.Errorf("seed %d, after %s: over after %d requests", seed, name, back)
