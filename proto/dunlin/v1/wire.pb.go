@@ -3364,7 +3364,8 @@ func (x *GpuProcess) GetMemoryBytes() uint64 {
 type Alarm struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// What it is about: "temperature", "ecc", "remapped_rows", "disk_space",
-	// "disk_wear", "memory", "latency", "throughput", "error_rate", "power", "xid".
+	// "disk_wear", "memory", "latency", "throughput", "error_rate", "power", "xid",
+	// "data_drift".
 	Kind string `protobuf:"bytes,1,opt,name=kind,proto3" json:"kind,omitempty"`
 	// Which one of these: a sensor, "gpu:0", "digits:2".
 	Subject  string                 `protobuf:"bytes,2,opt,name=subject,proto3" json:"subject,omitempty"`
@@ -3373,7 +3374,7 @@ type Alarm struct {
 	// Unset while it is raised.
 	ClearedAt *timestamppb.Timestamp `protobuf:"bytes,5,opt,name=cleared_at,json=clearedAt,proto3" json:"cleared_at,omitempty"`
 	Message   string                 `protobuf:"bytes,6,opt,name=message,proto3" json:"message,omitempty"`
-	// How it was found: "threshold", "theil-sen", "cusum", "counter".
+	// How it was found: "threshold", "theil-sen", "cusum", "counter", "two-sample".
 	Method    string   `protobuf:"bytes,7,opt,name=method,proto3" json:"method,omitempty"`
 	Unit      string   `protobuf:"bytes,8,opt,name=unit,proto3" json:"unit,omitempty"`
 	Threshold *float64 `protobuf:"fixed64,9,opt,name=threshold,proto3,oneof" json:"threshold,omitempty"`
