@@ -150,8 +150,9 @@ func awaitAnswer(t *testing.T, a *Agent, images [][64]float32) {
 	}
 }
 
-// startSimulatedFleet runs simulated devices in this process, over emulated links.
-func startSimulatedFleet(t *testing.T, f *Fleet, devices int, seed uint64) *simfleet.Fleet {
+// startSimulatedFleet runs simulated devices in this process, over emulated
+// links, as change has them.
+func startSimulatedFleet(t *testing.T, f *Fleet, devices int, seed uint64, change ...func(*simfleet.Config)) *simfleet.Fleet {
 	t.Helper()
 	var made struct {
 		JoinToken string `json:"joinToken"`
@@ -167,10 +168,14 @@ func startSimulatedFleet(t *testing.T, f *Fleet, devices int, seed uint64) *simf
 	if err != nil {
 		t.Fatal(err)
 	}
-	fleet, err := simfleet.New(simfleet.Config{
+	cfg := simfleet.Config{
 		Controller: f.DeviceURL(), JoinToken: strings.TrimSpace(made.JoinToken), Devices: devices, Classes: []simfleet.Share{{Profile: class, Weight: 1}}, Seed: seed,
 		Dir: filepath.Join(f.Dir, "simulated"), Net: netem.Conditions{RTT: 5 * time.Millisecond}, Log: slog.New(slog.DiscardHandler),
-	})
+	}
+	for _, c := range change {
+		c(&cfg)
+	}
+	fleet, err := simfleet.New(cfg)
 	if err != nil {
 		t.Fatal(err)
 	}

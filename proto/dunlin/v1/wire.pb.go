@@ -3381,7 +3381,9 @@ type Alarm struct {
 	// Change per hour, and the time until threshold if that goes on.
 	SlopePerHour     *float64 `protobuf:"fixed64,10,opt,name=slope_per_hour,json=slopePerHour,proto3,oneof" json:"slope_per_hour,omitempty"`
 	HoursToThreshold *float64 `protobuf:"fixed64,11,opt,name=hours_to_threshold,json=hoursToThreshold,proto3,oneof" json:"hours_to_threshold,omitempty"`
-	// The samples that it rests on, at most 64.
+	// The samples that it rests on, at most 64. In telemetry they may be left out
+	// where an earlier sample of the session has them, of an alarm with the same
+	// kind, subject, severity, raised_at and method.
 	Samples []*AlarmSample `protobuf:"bytes,12,rep,name=samples,proto3" json:"samples,omitempty"`
 	// What the device did about it: "duty 0.5", "cordon"; empty: nothing.
 	Action        string `protobuf:"bytes,13,opt,name=action,proto3" json:"action,omitempty"`
