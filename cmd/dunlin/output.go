@@ -93,8 +93,6 @@ type view struct {
 	table func() *table
 	// documents, where not nil, are what yaml writes instead.
 	documents []string
-	// Whether the newest item comes first.
-	newestFirst bool
 }
 
 // viewOf shows a message; the items of an answer that is a list are those listed.
