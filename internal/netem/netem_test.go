@@ -257,6 +257,27 @@ func TestGone(t *testing.T) {
 	})
 }
 
+// An end that does not know yet that the other one has given up ends with Reset.
+func TestGoneThenReset(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		l := NewLink(Conditions{Down: true}, 1)
+		near, far := l.Pipe()
+		if _, err := near.Write([]byte("x")); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := near.Read(make([]byte, 1)); !errors.Is(err, errGone) {
+			t.Fatal(err)
+		}
+		if err := far.SetReadDeadline(time.Now().Add(time.Hour)); err != nil {
+			t.Fatal(err)
+		}
+		l.Reset()
+		if _, err := far.Read(make([]byte, 1)); !errors.Is(err, ErrReset) || l.Open() != 0 {
+			t.Errorf("%v, %d connections are left", err, l.Open())
+		}
+	})
+}
+
 // A peer that does not read stops the one that writes, and does not lose it.
 func TestFlowControl(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {

@@ -63,6 +63,7 @@ type end struct {
 	retries  int
 	timer    *time.Timer
 	fin      bool // is in queue, or was acknowledged
+	done     bool // nothing is sent any more
 
 	// What it receives.
 	expects uint64
@@ -163,10 +164,14 @@ func (e *end) fail(err error) {
 	e.ready.Broadcast()
 }
 
-// over forgets what is of no use any more.
+// over forgets what is of no use any more: the connection when both ends are
+// over, since one may not know of the other yet.
 func (e *end) over() {
 	if e.timer != nil {
 		e.timer.Stop()
+	}
+	if e.done = true; !e.peer.done {
+		return
 	}
 	if e.way == 0 {
 		delete(e.link.open, e)
