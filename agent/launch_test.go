@@ -2,15 +2,37 @@ package agent
 
 import (
 	"errors"
+	"fmt"
 	"io"
 	"net"
 	"net/http"
 	"net/http/httptest"
 	"os"
 	"path/filepath"
-	"strings"
+	"slices"
 	"testing"
+
+	"golang.org/x/sys/unix"
 )
+
+// passOn hands a socket over to this process, as exec would: what the program
+// before had of it is gone, or it would close the same file a second time.
+func passOn(t *testing.T, kept socket) {
+	t.Helper()
+	env, err := handOver([]string{"A=b", socketsEnv + "=old"}, []socket{kept})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if want := []string{"A=b", fmt.Sprintf("%s=%d %s", socketsEnv, kept.file.Fd(), kept.address)}; !slices.Equal(env, want) {
+		t.Errorf("environment %q, want %q", env, want)
+	}
+	fd, err := unix.Dup(int(kept.file.Fd()))
+	if err != nil {
+		t.Fatal(err)
+	}
+	kept.file.Close()
+	t.Setenv(socketsEnv, fmt.Sprintf("%d %s", fd, kept.address))
+}
 
 // TestSockets has callers connect while nobody accepts, and one program after
 // the other answer them.
@@ -47,15 +69,7 @@ func TestSockets(t *testing.T) {
 		t.Fatal(err)
 	}
 
-	env, err := handOver([]string{"A=b", socketsEnv + "=old"}, []socket{kept})
-	if err != nil {
-		t.Fatal(err)
-	}
-	if len(env) != 2 || env[0] != "A=b" {
-		t.Errorf("environment %q", env)
-	}
-	_, value, _ := strings.Cut(env[1], "=")
-	t.Setenv(socketsEnv, value)
+	passOn(t, kept)
 	all := inherited()
 	if len(all) != 1 || os.Getenv(socketsEnv) != "" {
 		t.Fatalf("inherited %v, %q is left", all, os.Getenv(socketsEnv))
@@ -103,19 +117,13 @@ func TestWatchKeepsNoSocket(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	env, err := handOver(nil, []socket{kept})
-	if err != nil {
-		t.Fatal(err)
-	}
-	_, value, _ := strings.Cut(env[0], "=")
-	t.Setenv(socketsEnv, value)
+	passOn(t, kept)
 	if err := Watch(nil); err == nil {
 		t.Error("it watches nobody")
 	}
 	l.Close()
 	again, err := net.Listen("tcp", l.Addr().String())
 	if err != nil {
-		kept.file.Close()
 		t.Fatal(err)
 	}
 	again.Close()

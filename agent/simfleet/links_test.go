@@ -203,9 +203,19 @@ func (c *cloud) stopBroker() {
 	b := c.broker
 	c.broker = nil
 	c.mu.Unlock()
-	if b != nil {
-		b.Close()
+	if b == nil {
+		return
 	}
+	// The server's own way takes a lock that it holds already, which waits for
+	// ever where a client leaves meanwhile.
+	b.Listeners.CloseAll(func(listener string) {
+		for _, client := range b.Clients.GetAll() {
+			if client.Net.Listener == listener && !client.Closed() {
+				_ = b.DisconnectClient(client, packets.ErrServerShuttingDown)
+			}
+		}
+	})
+	b.Close()
 }
 
 // heard answers as a controller does.
@@ -380,6 +390,9 @@ func run(t testing.TB, f *Fleet) (stop func()) {
 		cancel()
 		if err := <-done; err != nil {
 			t.Error(err)
+		}
+		for _, d := range f.Devices() { // what is under way has no time any more
+			d.Net().Reset()
 		}
 	})
 	t.Cleanup(stop)
