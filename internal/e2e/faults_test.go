@@ -45,6 +45,7 @@ type client struct {
 	up     sync.RWMutex // held to ask, and by who kills the agent until it serves again
 	pushed *atomic.Int64
 	answer atomic.Int64
+	rotten bool // a version that it would go back to may be one that must be repaired first
 }
 
 func (c *client) ask(ctx context.Context, t *testing.T, images [][64]float32) {
@@ -316,7 +317,7 @@ func (o *ordeal) befall(t *testing.T) string {
 		{"an agent's link corrupts", func() { c.link.Set(netem.Conditions{RTT: usualLink.RTT, Corrupt: 0.05}) }},
 		{"an agent's registry gives other bytes", func() { c.blobs.alter(rand.New(rand.NewPCG(random.Uint64(), 0)), 0.5) }},
 		{"an agent's disk is full", func() { c.fill(t, random.Int64N(2<<20)) }},
-		{"an agent's disk rots", func() { c.rot(t, random, o.files[o.wanted-1]) }},
+		{"an agent's disk rots", func() { c.rotten = c.rot(t, random, o.files[o.wanted-1]) != "" || c.rotten }},
 		{"an agent has peace", func() { c.end(t) }},
 		{"crash", func() {
 			device().Meet(simfleet.Fault{Crash: true, Off: time.Duration(random.IntN(2000)) * time.Millisecond}, false)
@@ -343,20 +344,26 @@ func (o *ordeal) befall(t *testing.T) string {
 }
 
 // kill kills an agent and starts it again. Where a byte on its disk is another
-// then, it may need the network before it serves.
+// then, or was since it last served what is wanted, it may need the network
+// before it serves.
 func (o *ordeal) kill(t *testing.T, c *client, rots bool) {
 	t.Helper()
 	c.up.Lock()
 	defer c.up.Unlock()
 	c.agent.Kill()
 	if rots {
-		c.rot(t, o.random, "")
+		c.rotten = c.rot(t, o.random, "") != "" || c.rotten
+	}
+	if c.rotten {
 		c.end(t)
 	}
 	if err := o.RestartAgent(within(t), c.agent); err != nil {
 		t.Fatal(err)
 	}
 	awaitAnswer(t, c.agent, o.images)
+	if a, err := Classify(within(t), c.agent.URL, "digits-route", o.images); err == nil && a.Version == fmt.Sprint(o.wanted) {
+		c.rotten = false
+	}
 }
 
 // undone says who does not run the wanted version yet, or has events that the
