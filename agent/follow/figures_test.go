@@ -158,6 +158,27 @@ func TestFit(t *testing.T) {
 	}
 }
 
+// What an alarm rests on is left out where the controller has had it, and not
+// where it was left out for its size.
+func TestWithhold(t *testing.T) {
+	s := &sender{}
+	sample := func() *dunlinv1.Telemetry {
+		return &dunlinv1.Telemetry{Alarms: []*dunlinv1.Alarm{{Kind: "heat", Samples: []*dunlinv1.AlarmSample{{Value: 1}}}}}
+	}
+	send := func(most int) (had int) {
+		x := sample()
+		s.withhold(x)
+		fit(x, most)
+		s.sends(x)
+		return len(x.Alarms[0].Samples)
+	}
+	for i, tt := range []struct{ most, want int }{{1, 0}, {1000, 1}, {1000, 0}, {1, 0}, {1000, 0}} {
+		if had := send(tt.most); had != tt.want {
+			t.Errorf("message %d has %d values, want %d", i, had, tt.want)
+		}
+	}
+}
+
 func TestLeaseBounds(t *testing.T) {
 	for l, want := range map[*dunlinv1.TelemetryLease]lease{
 		{}:                              {time.Second, 0},

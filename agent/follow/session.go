@@ -318,20 +318,32 @@ type evidence struct {
 // raised: the controller keeps those that it has had.
 const evidenceEvery = 60
 
-// withhold leaves out the samples of alarms that the controller has had, and
-// gives what it has when it has had t.
-func (s *sender) withhold(t *dunlinv1.Telemetry) map[evidence]bool {
+func evidenceOf(a *dunlinv1.Alarm) evidence {
+	return evidence{a.Kind, a.Subject, a.Method, a.Severity, a.RaisedAt.AsTime().UnixNano()}
+}
+
+// withhold leaves out the samples of alarms that the controller has had.
+func (s *sender) withhold(t *dunlinv1.Telemetry) {
 	if s.shows++; s.shows > evidenceEvery || s.shown == nil {
 		s.shown, s.shows = map[evidence]bool{}, 1
 	}
-	has := make(map[evidence]bool, len(t.Alarms))
 	for _, a := range t.Alarms {
-		e := evidence{a.Kind, a.Subject, a.Method, a.Severity, a.RaisedAt.AsTime().UnixNano()}
-		if has[e] = true; s.shown[e] {
+		if s.shown[evidenceOf(a)] {
 			a.Samples = nil
 		}
 	}
-	return has
+}
+
+// sends takes in what has been sent: the controller has the samples in it, and
+// those that were left out for that it has them.
+func (s *sender) sends(t *dunlinv1.Telemetry) {
+	has := make(map[evidence]bool, len(t.Alarms))
+	for _, a := range t.Alarms {
+		if e := evidenceOf(a); s.shown[e] || len(a.Samples) > 0 {
+			has[e] = true
+		}
+	}
+	s.shown = has
 }
 
 // send sends a sample, in full with the figures of versions, and says whether
@@ -355,10 +367,11 @@ func (s *sender) send(ctx context.Context, full bool) bool {
 		}
 		s.sent++
 	}
-	has := s.withhold(t)
+	s.withhold(t)
 	fit(t, link.MaxPayload/2)
 	if s.dropped++; s.link.Send(link.Telemetry, t) == nil {
-		s.dropped, s.shown = 0, has
+		s.dropped = 0
+		s.sends(t)
 	}
 	return true
 }
