@@ -13,7 +13,6 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
-	"syscall"
 	"time"
 
 	"github.com/opencontainers/go-digest"
@@ -60,9 +59,9 @@ type part struct {
 
 // stamp tells a file from what it was.
 type stamp struct {
-	size    int64
-	changed int64 // nanoseconds since 1970
-	inode   uint64
+	Size    int64  `json:"size"`
+	Changed int64  `json:"changed"` // nanoseconds since 1970
+	Inode   uint64 `json:"inode"`
 }
 
 // inspector looks at installed bundles. One goroutine uses it.
@@ -153,8 +152,11 @@ func (b *bundles) parts(d digest.Digest) ([]part, *finding) {
 
 // absence says what there is in place of a file that cannot be read.
 func absence(err error) string {
-	if errors.Is(err, fs.ErrNotExist) {
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
 		return "missing"
+	case errors.Is(err, errNotFile):
+		return errNotFile.Error()
 	}
 	return "unreadable"
 }
@@ -188,11 +190,11 @@ func (i *inspector) look(ctx context.Context) (found []finding) {
 // looks is what a verified file looked like. The time of its inode's last change
 // cannot be set as one likes.
 type looks struct {
-	Size    int64  `json:"size"`
-	Changed int64  `json:"changed"` // nanoseconds since 1970
-	Inode   uint64 `json:"inode"`
-	Status  int64  `json:"status"` // when content or inode changed, nanoseconds since 1970
+	stamp
+	Status int64 `json:"status"` // when content or inode changed, nanoseconds since 1970
 }
+
+var errNotFile = errors.New("not a file")
 
 func looksOf(path string) (looks, error) {
 	var s unix.Stat_t
@@ -200,9 +202,9 @@ func looksOf(path string) (looks, error) {
 		return looks{}, &fs.PathError{Op: "lstat", Path: path, Err: err}
 	}
 	if s.Mode&unix.S_IFMT != unix.S_IFREG {
-		return looks{}, fmt.Errorf("%s is not a file", path)
+		return looks{}, errNotFile
 	}
-	return looks{s.Size, s.Mtim.Nano(), s.Ino, s.Ctim.Nano()}, nil
+	return looks{stamp{s.Size, s.Mtim.Nano(), s.Ino}, s.Ctim.Nano()}, nil
 }
 
 // remember keeps what the files in a bundle's folder look like, which have just
@@ -267,16 +269,14 @@ func (e *damagedError) Error() string {
 // have.
 func (i *inspector) like(ctx context.Context, d digest.Digest, p part) (have string, ok bool) {
 	path := filepath.Join(i.folder.path(d), p.path)
-	info, err := os.Lstat(path)
+	look, err := looksOf(path)
 	switch {
 	case err != nil:
 		return absence(err), false
-	case !info.Mode().IsRegular():
-		return "not a file", false
-	case info.Size() != p.size:
-		return fmt.Sprintf("%d bytes instead of %d", info.Size(), p.size), false
+	case look.Size != p.size:
+		return fmt.Sprintf("%d bytes instead of %d", look.Size, p.size), false
 	}
-	now := stamp{size: info.Size(), changed: info.ModTime().UnixNano(), inode: inode(info)}
+	now := look.stamp
 	if before, known := i.seen[d][p.path]; known && before != now {
 		sum, err := hashFile(ctx, path, i.rate)
 		if ctx.Err() != nil {
@@ -291,13 +291,6 @@ func (i *inspector) like(ctx context.Context, d digest.Digest, p part) (have str
 	}
 	i.seen[d][p.path] = now
 	return "", true
-}
-
-func inode(info fs.FileInfo) uint64 {
-	if s, ok := info.Sys().(*syscall.Stat_t); ok {
-		return s.Ino
-	}
-	return 0
 }
 
 // hashFile hashes a file at so many bytes a second.
