@@ -26,4 +26,7 @@ func TestMeasure(t *testing.T) {
 	if len(f.revoke) != 5 || f.lost != 0 || f.events == 0 || f.enrolPerSecond <= 0 || f.connectPerSecond <= 0 || f.bareConnection <= 0 {
 		t.Errorf("measured %+v", f)
 	}
+	if f.renewals > 2*f.size.rotating {
+		t.Errorf("%d devices renewed %d times", f.size.rotating, f.renewals)
+	}
 }

@@ -29,6 +29,9 @@ type rotation struct {
 	took   time.Duration // until all devices had renewed and were heard again
 	events uint64        // that were acknowledged
 	lost   int           // devices
+	// Renewals by all devices, of which each owes two: one to the new authority,
+	// one after the old one is retired.
+	renewals int
 }
 
 const (
@@ -51,6 +54,7 @@ type sender struct {
 	sent    uint64
 	acked   uint64
 	renewed uint64 // sent before the renewal; 0: not renewed
+	times   int    // that it renewed
 	err     error
 }
 
@@ -63,7 +67,7 @@ func newSender(fleet *e2e.Fleet, d *byhand.Device, spread time.Duration) (*sende
 		TLS: func() *tls.Config { return s.now().TLS(host) },
 		Hello: func() *dunlinv1.Hello {
 			d := s.now()
-			h := &dunlinv1.Hello{CertificateSerial: d.Chain[0].SerialNumber.Bytes()}
+			h := &dunlinv1.Hello{CertificateSerial: d.Chain[0].SerialNumber.Bytes(), TrustVersion: d.Trust}
 			for _, root := range d.Roots {
 				pin := pki.PinOf(root)
 				h.RootIds = append(h.RootIds, pin[:])
@@ -127,6 +131,7 @@ func (s *sender) run(ctx context.Context, broker string) {
 			}
 			s.mu.Lock()
 			s.device, s.renewed, told = next, s.sent, false
+			s.times++
 			s.mu.Unlock()
 			if err := s.link.Reconnect(broker); err != nil {
 				panic(err) // it was parsed before
@@ -214,6 +219,7 @@ func rotate(ctx context.Context, fleet *e2e.Fleet, devices []*byhand.Device, spr
 	for _, s := range senders {
 		s.mu.Lock()
 		r.events += s.acked
+		r.renewals += s.times
 		device, err := s.device, s.err
 		s.mu.Unlock()
 		if err != nil {

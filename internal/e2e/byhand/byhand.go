@@ -12,6 +12,7 @@ import (
 	"net/http"
 
 	"connectrpc.com/connect"
+	"google.golang.org/protobuf/proto"
 
 	"github.com/dunlin/dunlin/internal/pki"
 	dunlinv1 "github.com/dunlin/dunlin/proto/dunlin/v1"
@@ -24,6 +25,7 @@ type Device struct {
 	Key   crypto.Signer
 	Chain []*x509.Certificate // its own first
 	Roots []*x509.Certificate
+	Trust uint64 // version of the newest trust document that it was given; it looks at no signature
 }
 
 // Join makes a device known by its token. The token's pin, or what the client
@@ -56,6 +58,13 @@ func granted(name string, key crypto.Signer, id *dunlinv1.Identity) (*Device, er
 	}
 	if len(d.Chain) == 0 {
 		return nil, fmt.Errorf("%s was given no certificate", name)
+	}
+	for _, signed := range id.GetTrust() {
+		var document dunlinv1.TrustDocument
+		if err := proto.Unmarshal(signed.GetDocument(), &document); err != nil {
+			return nil, fmt.Errorf("%s: trust document: %w", name, err)
+		}
+		d.Trust = max(d.Trust, document.GetVersion())
 	}
 	return d, nil
 }
