@@ -376,7 +376,7 @@ func (t *table) resolve(r oip.Call, random uint64) (engine.VersionID, error) {
 		if route.broken != nil {
 			return engine.VersionID{}, oip.Errorf(oip.Unavailable, "%w", route.broken)
 		}
-		target = route.policy.Pick(random)
+		target = route.policy.Decide(&policy.Request{}, random).Target
 	} else if !t.knows(r.Model) {
 		return engine.VersionID{}, unknown(r.Model)
 	}
