@@ -28,6 +28,13 @@ build: ## Build the three programs into bin/
 cross: ## Build the agent for linux/arm64, glibc 2.31 or newer, into bin/linux-arm64/
 	@VERSION=$(VERSION) sh internal/cross/build.sh
 
+.PHONY: deb test-deb
+deb: ## Build Debian packages of the three programs into bin/deb/; ARCH=arm64 for most devices
+	@VERSION=$(VERSION) ARCH=$(ARCH) sh internal/deb/build.sh bin/deb
+
+test-deb: ## Build Debian packages, look into them, and, as root, install and purge them in a folder
+	DUNLIN_DEB=1 go test -count=1 -timeout 20m -v ./internal/deb
+
 runtime: ## Fetch the ONNX Runtime library into .cache/ and print its path
 	@sh agent/ort/fetch-runtime.sh
 
@@ -120,13 +127,19 @@ test-faults: ## Have FAULTS (default 500) faults befall a controller, 3 agents a
 	@$(WITH_RUNTIME) FAULTS=$(FAULTS) FAULTS_DEVICES=200 FAULTS_AGENTS=3 go test -race -count=1 -timeout 60m -run '^TestFaults$$' -v ./internal/e2e
 	DUNLIN_SEEDS=20 go test -count=1 -timeout 60m -run '^TestRandomFaults$$' -v ./agent/simfleet
 
-test-links: ## Devices on links with a round trip of 100 ms, 100 kbit/s, and 10 % and 30 % of the packets lost, in simulated time
-	go test -count=20 -timeout 60m -run '^TestBadLinks$$' -v ./agent/simfleet
+test-links: ## Devices on links with a round trip of 100 ms, 100 kbit/s, and 10 % and 30 % of the packets lost: in simulated time, and against a controller that is a process; DUNLIN_SEED repeats a run's chances
+	DUNLIN_SEEDS=20 go test -count=1 -timeout 60m -run '^TestBadLinks$$' -v ./agent/simfleet
+	$(WITH_RUNTIME) LINKS=full go test -count=1 -timeout 20m -run '^TestBadLinks$$' -v ./internal/e2e
 
 .PHONY: bench-fleet
 DEVICES ?= 10000
 bench-fleet: ## One controller with DEVICES (default 10000) simulated devices: connect, change, restart; against a bare broker
 	@go build -o bin/bench-fleet ./bench/fleet && bin/bench-fleet --devices $(DEVICES)
+
+.PHONY: bench-idle
+MINUTES ?= 60
+bench-idle: ## Count for MINUTES (default 60) what devices say and hear while nothing changes, after three minutes in which all settles
+	@go build -o bin/bench-fleet ./bench/fleet && bin/bench-fleet --only-idle --devices 20 --idle $(MINUTES)m
 
 bench-overcommit: ## Serve 40 models in memory for 5: against memory for all, sessions made anew, the disk
 	@$(WITH_RUNTIME) go build -o bin/overcommit ./bench/overcommit && bin/overcommit

@@ -200,6 +200,6 @@ func counted(v *engine.Status) alarm.Version {
 		// Prepacked weights come and go with the room for them.
 		Form:      alarm.Form{Generation: v.Info.ID.Generation, MaxBatchSize: v.Info.Options.MaxBatchSize, Instances: v.Info.Options.Instances, Threads: v.Setting.Threads},
 		Succeeded: f.Success.Count, Failed: f.Failure.Count, Refused: f.Overloaded + f.Expired + f.Refused,
-		Time: f.Success.Time, Run: f.Infer.Time,
+		Time: f.Success.Time, Run: f.Infer.Time, Data: v.Data,
 	}
 }

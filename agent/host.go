@@ -229,7 +229,7 @@ func newHost(s Serving, profile profiles.Profile, data string, cfg worker.Config
 		if h.retired != nil {
 			h.retired(id, f)
 		}
-	}})
+	}, Data: h.watchData})
 	h.front = serve.New(h.engine)
 	return h, nil
 }

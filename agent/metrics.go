@@ -115,6 +115,7 @@ var (
 	evictionsTotal    = metric("dunlin_model_evictions_total", "How often the version's weights left the memory, by reason.", "reason")
 	swappedBytes      = metric("dunlin_model_swapped_bytes_total", "Bytes that came into memory (in) and left it (out).", "direction")
 	activationsFailed = metric("dunlin_model_activations_failed_total", "How often the weights could not be brought in.")
+	dataPSI           = metric("dunlin_model_data_psi", "Population stability index of the last requests and answers to their reference, of the figure that differs most; 0 where none differs by a tenth.")
 	memoryBudget      = prometheus.NewDesc("dunlin_memory_budget_bytes", "What models may take of the memory.", nil, nil)
 	memoryUsed        = prometheus.NewDesc("dunlin_memory_used_bytes", "What models take of it, with the workspace of what runs.", nil, nil)
 
@@ -130,7 +131,7 @@ var (
 	nvOutput   = metric("nv_inference_compute_output_duration_us", "Time after the runs, in microseconds.")
 	allMetrics = []*prometheus.Desc{
 		requestsTotal, requestSeconds, queueSeconds, runRows, computeSeconds, queueLength, runningNow,
-		residentNow, memoryBytes, activationsTotal, activationSeconds, evictionsTotal, swappedBytes, activationsFailed, memoryBudget, memoryUsed,
+		residentNow, memoryBytes, activationsTotal, activationSeconds, evictionsTotal, swappedBytes, activationsFailed, dataPSI, memoryBudget, memoryUsed,
 		nvSuccess, nvFailure, nvCount, nvExec, nvPending, nvRequest, nvQueue, nvInput, nvInfer, nvOutput,
 	}
 )
@@ -191,6 +192,9 @@ func (m versionMetrics) Collect(ch chan<- prometheus.Metric) {
 		count(swappedBytes, swaps.BytesIn, "in")
 		count(swappedBytes, swaps.BytesOut, "out")
 		count(activationsFailed, swaps.Failed)
+		if v.Data.Looks > 0 {
+			send(dataPSI, prometheus.GaugeValue, v.Data.Now.PSI)
+		}
 		send(queueLength, prometheus.GaugeValue, float64(v.Queued))
 		send(runningNow, prometheus.GaugeValue, float64(v.Running))
 

@@ -255,7 +255,7 @@ func newServer(h http.Handler, log *slog.Logger) *http.Server {
 	protocols.SetHTTP2(true)
 	protocols.SetUnencryptedHTTP2(true) // gRPC on loopback
 	return &http.Server{
-		Handler: identity.Impatient(h, bodyOfNobody), Protocols: protocols, ReadHeaderTimeout: 10 * time.Second, IdleTimeout: 2 * time.Minute,
+		Handler: identity.Impatient(h, bodyOfNobody), Protocols: protocols, ReadHeaderTimeout: openTimeout, IdleTimeout: 2 * time.Minute,
 		MaxHeaderBytes: 64 << 10, ErrorLog: slog.NewLogLogger(log.Handler(), slog.LevelDebug),
 	}
 }

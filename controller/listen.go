@@ -11,11 +11,13 @@ import (
 )
 
 // The limits of connections of which it is not known yet what they speak. One
-// more than maxSniffing ends the one that has been silent for longest.
+// more than maxSniffing ends the one that has been silent for longest. A first
+// byte, the handshake and the headers of a request may each take openTimeout: on
+// a link that loses packets they do.
 const (
-	sniffTimeout = 10 * time.Second
-	maxSniffing  = 1024
-	acceptPause  = 100 * time.Millisecond
+	openTimeout = 30 * time.Second
+	maxSniffing = 1024
+	acceptPause = 100 * time.Millisecond
 )
 
 // splitter accepts connections that speak TLS, from anywhere, and in clear
@@ -52,7 +54,7 @@ func (s *splitter) run() {
 			continue
 		}
 		at := s.enter(c)
-		go s.sniff(c, at) // ends within sniffTimeout, or with the listener
+		go s.sniff(c, at) // ends within openTimeout, or with the listener
 	}
 }
 
@@ -77,7 +79,7 @@ const tlsRecord = 0x16
 
 func (s *splitter) sniff(c net.Conn, at *list.Element) {
 	first := make([]byte, 1)
-	_ = c.SetReadDeadline(time.Now().Add(sniffTimeout))
+	_ = c.SetReadDeadline(time.Now().Add(openTimeout))
 	_, err := io.ReadFull(c, first)
 	s.leave(at)
 	if err != nil {

@@ -3,9 +3,12 @@ package controller
 import (
 	"crypto/tls"
 	"io"
+	"log/slog"
 	"net"
 	"net/http"
+	"sync"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/dunlin/dunlin/internal/pki/pkitest"
@@ -107,4 +110,61 @@ func TestHosts(t *testing.T) {
 	if got := c.hosts(); got[0] == "0.0.0.0" {
 		t.Errorf("%q", got)
 	}
+}
+
+// A device on a link that loses packets takes half a minute for its handshake,
+// and is given it.
+func TestSlowHandshake(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		ca := pkitest.Authority(t)
+		listener := &pipeListener{conns: make(chan net.Conn), closed: make(chan struct{})}
+		server := newServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { _, _ = io.WriteString(w, "here") }), slog.New(slog.DiscardHandler))
+		done := make(chan error, 1)
+		go func() { done <- server.Serve(split(listener, pkitest.ServerTLS(t, ca))) }()
+		near, far := net.Pipe()
+		defer func() {
+			near.Close()
+			server.Close()
+			<-done
+		}()
+		listener.conns <- far
+		c := tls.Client(&late{near, 14 * time.Second}, pkitest.ClientTLS(ca, nil))
+		if err := c.Handshake(); err != nil { // by two writes
+			t.Error(err)
+		}
+	})
+}
+
+// pipeListener is a network without sockets.
+type pipeListener struct {
+	conns  chan net.Conn
+	closed chan struct{}
+	once   sync.Once
+}
+
+func (l *pipeListener) Accept() (net.Conn, error) {
+	select {
+	case c := <-l.conns:
+		return c, nil
+	case <-l.closed:
+		return nil, net.ErrClosed
+	}
+}
+
+func (l *pipeListener) Close() error {
+	l.once.Do(func() { close(l.closed) })
+	return nil
+}
+
+func (l *pipeListener) Addr() net.Addr { return &net.TCPAddr{} }
+
+// late is a connection on which what is written takes its time.
+type late struct {
+	net.Conn
+	by time.Duration
+}
+
+func (l *late) Write(p []byte) (int, error) {
+	time.Sleep(l.by)
+	return l.Conn.Write(p)
 }

@@ -27,6 +27,7 @@ import (
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
+	"github.com/dunlin/dunlin/agent/datadrift"
 	dunlinv1 "github.com/dunlin/dunlin/proto/dunlin/v1"
 )
 
@@ -67,6 +68,7 @@ const (
 	Latency      = "latency"
 	Throughput   = "throughput"
 	ErrorRate    = "error_rate"
+	DataDrift    = "data_drift"
 	Power        = "power"
 )
 
@@ -76,6 +78,7 @@ const (
 	byTrend     = "theil-sen"
 	byChange    = "cusum"
 	byCounter   = "counter"
+	bySamples   = "two-sample"
 )
 
 // Config has what is known of the device beforehand.
@@ -118,6 +121,8 @@ type Version struct {
 	Succeeded, Failed, Refused uint64
 	Time                       time.Duration // of those that succeeded, from arrival to answer
 	Run                        time.Duration // of those that ran, in the runtime
+	// Data says how its requests and answers differ from their reference.
+	Data datadrift.Finding
 }
 
 // What has become of an alarm.

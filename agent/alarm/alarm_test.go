@@ -10,6 +10,7 @@ import (
 	"google.golang.org/protobuf/types/known/timestamppb"
 	"pgregory.net/rapid"
 
+	"github.com/dunlin/dunlin/agent/datadrift"
 	dunlinv1 "github.com/dunlin/dunlin/proto/dunlin/v1"
 )
 
@@ -96,6 +97,18 @@ func TestKinds(t *testing.T) {
 			s.Versions = []Version{v}
 		}
 	}
+	// Of one version: whether its data drifts, and how often that has begun.
+	data := func(f func(h float64) (drifted bool, times uint64)) func(float64, *Sample) {
+		v := Version{Model: "digits", Version: 2}
+		return func(h float64, s *Sample) {
+			v.Data.Looks++
+			v.Data.Drifted, v.Data.Times = f(h)
+			if v.Data.Times > 0 {
+				v.Data.Worst = datadrift.Evidence{Tensor: "image", Figure: "the mean", PSI: 1.5}
+			}
+			s.Versions = []Version{v}
+		}
+	}
 	constant := func(v float64) func(float64) float64 { return func(float64) float64 { return v } }
 	after := func(h, at, before, then float64) float64 {
 		if h < at {
@@ -155,11 +168,16 @@ func TestKinds(t *testing.T) {
 		"slower, and fast again": {requests(func(h float64) (float64, float64, float64, float64) {
 			return 10, after(math.Abs(h-7), 1, 0.03, 0.02), 0, 0
 		}), 10, "cleared latency digits:2 by cusum", 8, 9},
-		"a fifth refused":            {requests(func(h float64) (float64, float64, float64, float64) { return 10, 0.02, 0, after(h, 6, 0, 0.2) }), 8, "raised throughput digits:2 by cusum", 6, 6.5},
-		"most refused":               {requests(func(h float64) (float64, float64, float64, float64) { return 10, 0.02, 0, after(h, 1, 0, 0.7) }), 2, "raised throughput digits:2 by threshold", 1, 1.3},
-		"a tenth fails":              {requests(func(h float64) (float64, float64, float64, float64) { return 10, 0.02, after(h, 6, 0, 0.1), 0 }), 8, "raised error_rate digits:2 by cusum", 6, 6.5},
-		"most fail, and none before": {requests(func(h float64) (float64, float64, float64, float64) { return 10, 0.02, after(h, 1, 0, 0.9), 0 }), 2, "raised error_rate digits:2 by threshold", 1, 1.1},
-		"power as it was":            {func(_ float64, s *Sample) { s.Telemetry.PowerWatts = new(30 + 20**s.Telemetry.CpuUtilisation) }, 24, "", 0, 0},
+		"a fifth refused":                  {requests(func(h float64) (float64, float64, float64, float64) { return 10, 0.02, 0, after(h, 6, 0, 0.2) }), 8, "raised throughput digits:2 by cusum", 6, 6.5},
+		"most refused":                     {requests(func(h float64) (float64, float64, float64, float64) { return 10, 0.02, 0, after(h, 1, 0, 0.7) }), 2, "raised throughput digits:2 by threshold", 1, 1.3},
+		"a tenth fails":                    {requests(func(h float64) (float64, float64, float64, float64) { return 10, 0.02, after(h, 6, 0, 0.1), 0 }), 8, "raised error_rate digits:2 by cusum", 6, 6.5},
+		"most fail, and none before":       {requests(func(h float64) (float64, float64, float64, float64) { return 10, 0.02, after(h, 1, 0, 0.9), 0 }), 2, "raised error_rate digits:2 by threshold", 1, 1.1},
+		"data as it was":                   {data(func(float64) (bool, uint64) { return false, 0 }), 2, "", 0, 0},
+		"data drifted long ago":            {data(func(float64) (bool, uint64) { return false, 7 }), 2, "", 0, 0},
+		"data drifts":                      {data(func(h float64) (bool, uint64) { return h > 1, uint64(after(h, 1, 0, 1)) }), 2, "raised data_drift digits:2 by two-sample", 1, 1.01},
+		"data that drifted is as it was":   {data(func(h float64) (bool, uint64) { return h > 1 && h < 1.5, uint64(after(h, 1, 0, 1)) }), 2, "cleared data_drift digits:2 by two-sample", 1.5, 1.51},
+		"data drifted between two samples": {data(func(h float64) (bool, uint64) { return false, uint64(after(h, 1, 0, 1)) }), 2, "cleared data_drift digits:2 by two-sample", 1.16, 1.18},
+		"power as it was":                  {func(_ float64, s *Sample) { s.Telemetry.PowerWatts = new(30 + 20**s.Telemetry.CpuUtilisation) }, 24, "", 0, 0},
 		"power without a load": {func(h float64, s *Sample) {
 			s.Telemetry.CpuUtilisation = nil
 			s.Telemetry.PowerWatts = new(after(h, 6, 30, 60))

@@ -82,6 +82,7 @@ type served struct {
 	means, runs              []float64
 	latency, run, done, fail level
 	recent, recentFail       []point
+	data                     drifting
 }
 
 // pool adds up requests until there are enough.
@@ -131,7 +132,7 @@ func (d *Detector) serve(versions []Version, gap time.Duration, limited bool) {
 				continue
 			}
 			s = &served{
-				name: named(v.Model) + ":" + strconv.FormatInt(v.Version, 10), last: v, cost: math.NaN(),
+				name: named(v.Model) + ":" + strconv.FormatInt(v.Version, 10), last: v, cost: math.NaN(), data: drifting{times: v.Data.Times},
 				latency: level{floor: latencyFloor, effect: math.Log1p(latencyEffect), up: true, apart: learnApart},
 				run:     level{floor: latencyFloor, effect: math.Log1p(latencyEffect), up: true, apart: learnApart},
 				done:    level{floor: doneFloor, effect: doneEffect, down: true, apart: learnApart},
@@ -145,6 +146,7 @@ func (d *Detector) serve(versions []Version, gap time.Duration, limited bool) {
 			continue
 		}
 		s.seen = d.now
+		d.judgeData(s, &v.Data)
 		if v.Succeeded < l.Succeeded || v.Failed < l.Failed || v.Refused < l.Refused || v.Time < l.Time || v.Run < l.Run {
 			continue // loaded again
 		}
@@ -193,7 +195,7 @@ func (d *Detector) serve(versions []Version, gap time.Duration, limited bool) {
 // forget drops what is known of the causes of a version; gone: there will be no
 // figures of it.
 func (d *Detector) forget(s *served, gone bool) {
-	for _, kind := range []string{Latency, Throughput, ErrorRate} {
+	for _, kind := range []string{Latency, Throughput, ErrorRate, DataDrift} {
 		if c := d.causes[Key{kind, s.name}]; c != nil {
 			c.conditions, c.gone = nil, gone
 		}

@@ -109,7 +109,7 @@ func largest(typ tensor.Type, row []byte) float64 {
 	each := func(f func(x float64)) {
 		if typ == tensor.Float16 {
 			for ; len(row) >= 2; row = row[2:] {
-				f(half(binary.LittleEndian.Uint16(row)))
+				f(typ.Number(row))
 			}
 			return
 		}
@@ -131,24 +131,4 @@ func largest(typ tensor.Type, row []byte) float64 {
 	row, sum = whole, 0
 	each(func(x float64) { sum += math.Exp(x - most) })
 	return 1 / sum
-}
-
-// half gives the value of an FP16 number.
-func half(bits uint16) float64 {
-	exponent, fraction := int(bits>>10&31), float64(bits&1023)
-	var v float64
-	switch exponent {
-	case 0:
-		v = math.Ldexp(fraction, -24)
-	case 31:
-		if v = math.Inf(1); fraction != 0 {
-			v = math.NaN()
-		}
-	default:
-		v = math.Ldexp(fraction+1024, exponent-25)
-	}
-	if bits>>15 != 0 {
-		v = -v
-	}
-	return v
 }

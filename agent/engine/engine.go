@@ -14,6 +14,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/dunlin/dunlin/agent/datadrift"
 	"github.com/dunlin/dunlin/models/serving"
 	"github.com/dunlin/dunlin/models/tensor"
 )
@@ -69,6 +70,8 @@ type Info struct {
 	Options serving.Options
 	Labels  map[string][]string
 	ID      VersionID
+
+	data *datadrift.Watch // on its way to the core; nil: nobody watches its data
 }
 
 // Runtime runs models. Its methods may be called from many goroutines at a
@@ -164,7 +167,10 @@ type Config struct {
 	// been unloaded, or replaced, by the name that it was loaded by. It must be
 	// quick and may not call the Engine.
 	Retired func(VersionID, Figures)
-	Log     *slog.Logger
+	// Data, where not nil, gives what watches the requests and answers of a
+	// version that has been loaded; it may give nil.
+	Data func(Spec, *Info) *datadrift.Watch
+	Log  *slog.Logger
 }
 
 // Engine is safe for use by many goroutines. Its calls wait until Run runs
@@ -180,7 +186,8 @@ type Engine struct {
 	activity
 	throttle atomic.Pointer[Throttle]
 	infos    atomic.Pointer[map[VersionID]*Info]
-	retired  func(VersionID, Figures) // nil: nobody is told
+	retired  func(VersionID, Figures)           // nil: nobody is told
+	data     func(Spec, *Info) *datadrift.Watch // nil: none is watched
 }
 
 // New gives an Engine; Run starts it.
@@ -192,6 +199,7 @@ func New(cfg Config) *Engine {
 		runtime: cfg.Runtime,
 		log:     cfg.Log,
 		retired: cfg.Retired,
+		data:    cfg.Data,
 		ledger:  ledger{budget: cfg.Memory, most: cfg.Memory, oversize: cfg.Oversize},
 		core:    make(chan *core, 1),
 		running: make(chan struct{}),
@@ -339,6 +347,9 @@ func (e *Engine) execute(ctx context.Context, r *run) {
 	if r.err == nil && r.version.sure != nil {
 		r.version.sure.look(r.outcome.Outputs, time.Now())
 	}
+	if r.err == nil {
+		r.version.data.Look(time.Now(), inputs, r.outcome.Outputs)
+	}
 	r.drop()
 }
 
@@ -442,9 +453,13 @@ func (e *Engine) load(ctx context.Context, s Spec, replace bool) (Info, error) {
 	s.ID = claimed.id
 	info, err := e.runtime.Load(ctx, s)
 	info.Options, info.Labels, info.ID = resolve(s.Options, info.Batch), s.Labels, s.ID
+	if err == nil && e.data != nil {
+		info.data = e.data(s, &info)
+	}
 	// The claim must not outlive this call, whatever has become of ctx.
 	c = newCall()
 	e.must(loaded{c, s.ID, info, err})
+	info.data = nil
 	if r := e.tried(ctx, c, s.ID); r.err != nil {
 		if err == nil { // the runtime has it
 			if err := e.runtime.Unload(context.WithoutCancel(ctx), s.ID); err != nil && !errors.Is(err, ErrNotLoaded) {

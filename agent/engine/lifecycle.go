@@ -75,6 +75,7 @@ func (c *core) loaded(ev loaded) {
 	}
 	v := c.versions[ev.id]
 	info := ev.info
+	v.data, info.data = info.data, nil
 	v.base, v.tuning = info.Options, v.spec.Tuning.suits(v.spec.Options)
 	info.Options = v.tuning.options(v.spec.Options, v.base)
 	v.info, v.home.need, v.home.swaps = &info, info.Need, newSwaps()
@@ -186,7 +187,7 @@ func (c *core) inspect(asked *call) reply {
 	for id, v := range c.current {
 		h := &v.home
 		s := Status{
-			ID: id, Info: *v.info, Draining: v.phase != ready, Queued: v.queue.len, Figures: v.counted(),
+			ID: id, Info: *v.info, Draining: v.phase != ready, Queued: v.queue.len, Figures: v.counted(), Data: v.data.Finding(),
 			Residency: h.residency.String(), Since: c.epoch.Add(h.since), Bytes: h.charged, Need: h.need, Setting: h.set, Activation: h.takes, Swaps: h.swaps.clone(),
 		}
 		if err := cmp.Or(h.lost, h.failure); err != nil {

@@ -6,6 +6,7 @@ import (
 	"slices"
 	"time"
 
+	"github.com/dunlin/dunlin/agent/datadrift"
 	"github.com/dunlin/dunlin/models/serving"
 	"github.com/dunlin/dunlin/models/tensor"
 )
@@ -60,7 +61,8 @@ type version struct {
 	unload   job
 	waiters  []*call // of drain
 	figures  Figures
-	sure     *confidence // nil: no output says; a mutex of its own
+	sure     *confidence      // nil: no output says; a mutex of its own
+	data     *datadrift.Watch // the same; nil: nobody watches
 }
 
 // level is one priority of a version.

@@ -5,6 +5,7 @@ import (
 	"slices"
 	"time"
 
+	"github.com/dunlin/dunlin/agent/datadrift"
 	"github.com/dunlin/dunlin/internal/sketch"
 )
 
@@ -16,6 +17,7 @@ type Status struct {
 	Draining        bool
 	Queued, Running int // requests
 	Figures         Figures
+	Data            datadrift.Finding // of its requests and answers
 
 	// Where its weights are: out, entering, resident or leaving, and since
 	// when; what the ledger has for them, and what it would be; how long they

@@ -275,7 +275,7 @@ func (s *session) telemetry(ctx context.Context) {
 		case <-ctx.Done():
 			return
 		case <-s.sample:
-			sender.sent = 0
+			sender.sent, sender.shown = 0, nil
 		case l := <-s.leases:
 			if leased = l.lasts > 0; leased {
 				tick.Reset(l.every)
@@ -301,7 +301,37 @@ type sender struct {
 	*session
 	requests traffic
 	dropped  uint64
-	sent     int // without a lease, since the session began
+	sent     int               // without a lease, since the session began
+	shown    map[evidence]bool // that the controller has had since then, or in the last hour
+	shows    int               // samples since shown was empty
+}
+
+// evidence is what an alarm rests on at most once: its samples are others only
+// where one of these is.
+type evidence struct {
+	kind, subject, method string
+	severity              dunlinv1.Severity
+	raised                int64
+}
+
+// evidenceEvery says how often the samples of an alarm are sent that stays
+// raised: the controller keeps those that it has had.
+const evidenceEvery = 60
+
+// withhold leaves out the samples of alarms that the controller has had, and
+// gives what it has when it has had t.
+func (s *sender) withhold(t *dunlinv1.Telemetry) map[evidence]bool {
+	if s.shows++; s.shows > evidenceEvery || s.shown == nil {
+		s.shown, s.shows = map[evidence]bool{}, 1
+	}
+	has := make(map[evidence]bool, len(t.Alarms))
+	for _, a := range t.Alarms {
+		e := evidence{a.Kind, a.Subject, a.Method, a.Severity, a.RaisedAt.AsTime().UnixNano()}
+		if has[e] = true; s.shown[e] {
+			a.Samples = nil
+		}
+	}
+	return has
 }
 
 // send sends a sample, in full with the figures of versions, and says whether
@@ -325,9 +355,10 @@ func (s *sender) send(ctx context.Context, full bool) bool {
 		}
 		s.sent++
 	}
+	has := s.withhold(t)
 	fit(t, link.MaxPayload/2)
 	if s.dropped++; s.link.Send(link.Telemetry, t) == nil {
-		s.dropped = 0
+		s.dropped, s.shown = 0, has
 	}
 	return true
 }

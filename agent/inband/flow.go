@@ -16,13 +16,16 @@ const (
 	grain = link.MinFetchBlock
 	// firstWindow is how many bytes are asked for at first, and maxWindow the
 	// most; sharedWindow is that of a connection with other messages on it.
-	firstWindow  = 32 << 10
+	firstWindow  = 16 << 10
 	maxWindow    = 4 << 20
 	sharedWindow = 64 << 10
 	// firstBlock is the size of blocks until the rate is known, and
 	// sharedBlock the most beside other messages.
 	firstBlock  = 8 << 10
 	sharedBlock = 16 << 10
+	// askShare: what is asked for at a time is at least that part of the window,
+	// so that there are few requests for many blocks.
+	askShare = 8
 	// blockTime is how long one block may take on its way, by the rate at
 	// which they come: messages behind it wait that long.
 	blockTime = time.Second
@@ -85,7 +88,7 @@ type ask struct {
 }
 
 func newFlow() *flow {
-	f := &flow{asks: map[uint64]*ask{}}
+	f := &flow{}
 	f.begin(time.Time{}, false)
 	return f
 }
@@ -103,7 +106,7 @@ func (f *flow) begin(now time.Time, shared bool) {
 	if shared {
 		f.most, f.mostBlock = sharedWindow, sharedBlock
 	}
-	if f.window == 0 {
+	if f.lastID == 0 { // nothing is known of the way
 		f.window, f.threshold = firstWindow, maxWindow
 	} else {
 		f.window, f.threshold = min(firstWindow, max(f.window/2, grain)), max(f.window/2, grain)
@@ -174,26 +177,30 @@ func (f *flow) next(now time.Time) (requests []*dunlinv1.FetchRequest) {
 // request gives a request for blocks of one size, as many as the window has
 // room for; nil: none.
 func (f *flow) request(s *stream, now time.Time) *dunlinv1.FetchRequest {
-	if len(s.missing) == 0 {
-		return nil
-	}
 	room := f.window - f.onTheWay
-	if room < min(f.window/4, int64(f.blockSize())) {
+	if room < f.window/askShare {
 		return nil // rather a few more at a time
 	}
+	at := f.skip(s)
+	if at == len(s.missing) {
+		return nil
+	}
 	size := f.blockSize()
-	first := s.missing[0]
+	first := s.missing[at]
 	for length := first.to - first.from; size > grain && (first.from%int64(size) != 0 || length <= int64(size)/2 || length < int64(size) && first.to != s.to); {
 		size /= 2
 	}
 	a := &ask{stream: s, size: size, out: map[uint64]time.Time{}}
 	begin := uint64(first.from) / uint64(size)
 	var wanted []byte
-	for len(s.missing) > 0 && (room >= int64(size) || f.onTheWay == 0) {
-		m := &s.missing[0]
+	for at < len(s.missing) && (room >= int64(size) || f.onTheWay == 0) {
+		m := &s.missing[at]
 		n := uint64(m.from) / uint64(size)
-		if m.from%int64(size) != 0 || n-begin >= link.MaxWanted || m.from >= s.at+maxAhead || m.to-m.from < int64(size) && m.to != s.to {
+		if m.from%int64(size) != 0 || n-begin >= link.MaxWanted || m.from >= s.at+maxAhead || m.to-m.from < int64(size) && m.to != s.to || f.coming(s, m.from) > m.from {
 			break
+		}
+		if 2*size <= f.blockSize() && len(a.out) > 0 && m.from%int64(2*size) == 0 && m.to-m.from >= int64(2*size) {
+			break // larger ones can follow
 		}
 		for uint64(len(wanted)) <= (n-begin)/8 {
 			wanted = append(wanted, 0)
@@ -203,7 +210,7 @@ func (f *flow) request(s *stream, now time.Time) *dunlinv1.FetchRequest {
 		f.onTheWay += int64(size)
 		room -= int64(size)
 		if m.from += int64(size); m.from >= m.to {
-			s.missing = s.missing[1:]
+			s.missing = slices.Delete(s.missing, at, at+1)
 		}
 	}
 	if len(a.out) == 0 {
@@ -216,6 +223,43 @@ func (f *flow) request(s *stream, now time.Time) *dunlinv1.FetchRequest {
 		Id: f.lastID, Model: s.ref.Model, Sha256: sum, Manifest: s.ref.Manifest,
 		BlockBytes: size, First: begin, Wanted: wanted,
 	}
+}
+
+// skip gives the first span of a stream that is not on its way for another one,
+// as an index; what is, stays missing until it has come.
+func (f *flow) skip(s *stream) int {
+	for at := 0; at < len(s.missing); at++ {
+		m := s.missing[at]
+		end := f.coming(s, m.from)
+		if end <= m.from {
+			return at
+		}
+		if end < m.to {
+			s.missing = slices.Insert(s.missing, at, span{m.from, end})
+			s.missing[at+1].from = end
+		}
+	}
+	return len(s.missing)
+}
+
+// coming gives the end of a block that was asked for by another stream of the
+// same blob, and holds the byte at a place; 0: there is none. The controller
+// sends a block once that is asked for twice at a time: parts that lie side by
+// side have one in common.
+func (f *flow) coming(s *stream, at int64) (end int64) {
+	if len(f.streams) < 2 {
+		return 0
+	}
+	for _, a := range f.asks {
+		if a.stream == s || a.stream.ref != s.ref {
+			continue
+		}
+		n := at / int64(a.size)
+		if _, out := a.out[uint64(n)]; out {
+			end = max(end, (n+1)*int64(a.size))
+		}
+	}
+	return end
 }
 
 // lose makes a block that was asked for one that is missing.
@@ -288,7 +332,29 @@ func (f *flow) arrived(m *dunlinv1.FetchData, now time.Time) bool {
 	f.measure(now, asked, len(m.Data))
 	s.ends(int64(m.BlobBytes))
 	s.parts[from] = m.Data
+	for _, o := range f.streams {
+		if o != s && o.ref == s.ref {
+			o.ends(int64(m.BlobBytes))
+			o.offer(from, m.Data)
+		}
+	}
 	return true
+}
+
+// offer takes what came for another stream where it is missing here.
+func (s *stream) offer(from int64, data []byte) {
+	to := from + int64(len(data))
+	for i := 0; i < len(s.missing); i++ {
+		m := &s.missing[i]
+		if m.from < from || m.from >= to {
+			continue
+		}
+		s.parts[from] = data
+		if m.from = to; m.from >= m.to {
+			s.missing = slices.Delete(s.missing, i, i+1)
+			i--
+		}
+	}
 }
 
 // ends says how long the blob is.
@@ -336,7 +402,7 @@ func (f *flow) measure(now, asked time.Time, bytes int) {
 	case took > 2*late:
 		f.halve(now, f.smooth)
 	case took > late:
-	case f.window < f.threshold:
+	case f.window < f.threshold && took <= f.quickest+lateBy: // no queue at all
 		f.window += int64(bytes)
 	default:
 		f.window += int64(bytes) * int64(f.blockSize()) / f.window

@@ -237,6 +237,79 @@ func TestFlowTwoStreams(t *testing.T) {
 	}
 }
 
+// TestFlowNeighbours reads parts that lie side by side, as a download does, with
+// the border within a block: none is asked for twice at a time, since the
+// controller sends it once, and both parts come without waiting for a time-out.
+func TestFlowNeighbours(t *testing.T) {
+	rapid.Check(t, func(t *rapid.T) {
+		blob := content(rapid.IntRange(2, 500_000).Draw(t, "size"))
+		border := int64(rapid.IntRange(1, len(blob)-1).Draw(t, "border"))
+		f := newFlow()
+		now := time.Unix(1e9, 0)
+		f.begin(now, false)
+		ref := reconcile.Ref{Model: "m", Digest: digest.FromBytes(blob)}
+		parts := []*stream{f.add(ref, 0, border), f.add(ref, border, int64(len(blob))-border)}
+		type key struct {
+			size uint32
+			n    uint64
+		}
+		line := map[key]uint64{} // the controller's: by which request it sends a block
+		var order []key
+		for len(parts[0].missing)+len(parts[1].missing)+len(order) > 0 {
+			now = now.Add(time.Millisecond)
+			for _, m := range f.next(now) {
+				for i := range 8 * len(m.Wanted) {
+					if m.Wanted[i/8]>>(i%8)&1 == 0 {
+						continue
+					}
+					k := key{m.BlockBytes, m.First + uint64(i)}
+					if id, twice := line[k]; twice {
+						t.Fatalf("block %d of %d bytes is asked for by the requests %d and %d", k.n, k.size, id, m.Id)
+					}
+					line[k] = m.Id
+					order = append(order, k)
+				}
+			}
+			if len(order) == 0 {
+				t.Fatalf("nothing is asked for, and %v and %v are missing", parts[0].missing, parts[1].missing)
+			}
+			k := order[0]
+			order = order[1:]
+			from := int64(k.n) * int64(k.size)
+			f.arrived(&dunlinv1.FetchData{Id: line[k], Block: k.n, BlobBytes: uint64(len(blob)), Data: blob[from:min(from+int64(k.size), int64(len(blob)))]}, now)
+			delete(line, k)
+			if rapid.IntRange(0, 19).Draw(t, "lost") == 0 { // so blocks are asked for in other sizes
+				f.begin(now, false)
+				line, order = map[key]uint64{}, nil
+			}
+		}
+		for i, want := range [][]byte{blob[:border], blob[border:]} {
+			buf := make([]byte, len(blob)+1)
+			if n, end := parts[i].read(buf); !end || !bytes.Equal(buf[:n], want) {
+				t.Fatalf("part %d: %d bytes, end %t, want %d", i, n, end, len(want))
+			}
+		}
+	})
+}
+
+// TestFlowBegins: the first connection begins as a quick one, and a later one
+// with half of what the one before had come to.
+func TestFlowBegins(t *testing.T) {
+	f := newFlow()
+	now := time.Unix(1e9, 0)
+	f.begin(now, false)
+	if f.window != firstWindow || f.threshold != maxWindow {
+		t.Errorf("the first connection begins with a window of %d bytes that doubles up to %d, want %d and %d", f.window, f.threshold, firstWindow, maxWindow)
+	}
+	f.add(reconcile.Ref{Model: "m", Digest: digest.FromBytes(nil)}, 0, 1<<20)
+	f.next(now)
+	f.window = 1 << 20
+	f.begin(now, false)
+	if f.window != firstWindow || f.threshold != 512<<10 {
+		t.Errorf("the second one begins with a window of %d bytes that doubles up to %d, want %d and %d", f.window, f.threshold, firstWindow, 512<<10)
+	}
+}
+
 func FuzzArrived(f *testing.F) {
 	f.Add(uint64(1), uint64(0), []byte("data"), uint64(4), "")
 	f.Add(uint64(1), uint64(1<<63), []byte{}, uint64(1<<63), "unknown")

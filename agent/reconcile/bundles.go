@@ -25,6 +25,7 @@ const (
 	manifestFile = "manifest.json"
 	configFile   = "config.json"
 	indexFile    = "chunks.pb"
+	looksFile    = "verified.json" // what its files looked like when they were verified
 	filesFolder  = "files"
 	partSuffix   = ".part"
 	goneSuffix   = ".gone"

@@ -2,6 +2,7 @@ package reconcile
 
 import (
 	"bytes"
+	"errors"
 	"os"
 	"path/filepath"
 	"strings"
@@ -187,6 +188,65 @@ func TestScrub(t *testing.T) {
 	}
 	if found := i.look(t.Context()); len(found) > 0 {
 		t.Errorf("after a touch: %v", found)
+	}
+}
+
+// A file that has changed since it was verified is not opened: not after a start,
+// and not before the next look at the installed bundles either.
+func TestOpensNothingUnverified(t *testing.T) {
+	rng := seeded(t)
+	one, two := pack(t, map[string][][]byte{"m.onnx": blocks(rng, 12)}), pack(t, map[string][][]byte{"m.onnx": blocks(rng, 12)})
+	reg := serveBundles(t, one, two)
+	d := startDevice(t, reg)
+	d.until("is up", func(*dunlinv1.Reported) bool { return true })
+	d.opens = func(s engine.Spec) {
+		want := map[int64]*testBundle{1: one, 2: two}[s.ID.Version].files["m.onnx"]
+		if got, err := os.ReadFile(filepath.Join(s.Dir, s.Entry)); err != nil || !bytes.Equal(got, want) {
+			t.Errorf("%s is opened, and its file is not what it should be (%v)", s.ID, err)
+		}
+	}
+	d.restart()
+	d.Desire(desired(1, nil, one.want("digits", 1)))
+	d.untilServing("digits", 1)
+	damage := func(b *testBundle) {
+		t.Helper()
+		f, err := os.OpenFile(filepath.Join(d.dir, "bundles", b.digest.Encoded(), filesFolder, "m.onnx"), os.O_RDWR, 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer f.Close()
+		half := int64(len(b.files["m.onnx"]) / 2)
+		if _, err := f.WriteAt([]byte{^b.files["m.onnx"][half]}, half); err != nil {
+			t.Fatal(err)
+		}
+	}
+	mended := func() bool { return strings.HasSuffix(d.kinds(), "drift.found drift.repaired version.serving") }
+
+	d.stop()
+	damage(one)
+	reg.refuses.Store(true)
+	d.start()
+	d.until("finds it", func(r *dunlinv1.Reported) bool { return len(r.Drifts) == 1 && !r.Versions[0].Serving })
+	reg.refuses.Store(false)
+	d.Retry()
+	d.untilServing("digits", 1)
+	if !mended() {
+		t.Errorf("after a start: events %s", d.kinds())
+	}
+
+	d.simulated.mu.Lock()
+	d.faults = []error{errors.New("busy")}
+	d.simulated.mu.Unlock()
+	d.Desire(desired(2, nil, two.want("digits", 2)))
+	d.until("waits to load it again", func(r *dunlinv1.Reported) bool {
+		s := status(r, "digits", 2)
+		return s != nil && strings.Contains(s.Reason, "busy")
+	})
+	damage(two)
+	d.Retry()
+	d.untilServing("digits", 2)
+	if !mended() {
+		t.Errorf("before the next look: events %s", d.kinds())
 	}
 }
 

@@ -650,6 +650,15 @@ func (r *Reconciler) load(ctx context.Context, a action, good bool) error {
 	} else if err != nil {
 		return err
 	}
+	if r.folder != nil {
+		wrong, err := r.folder.verify(ctx, a.key.digest, b.manifest)
+		if err != nil {
+			return err
+		}
+		if wrong != nil {
+			return &damagedError{*wrong}
+		}
+	}
 	spec := engine.Spec{ID: a.key.id, Dir: b.dir, Entry: b.config.Entry, Options: b.config.Serving, Labels: b.config.LabelsByOutput()}
 	if a.op == checking {
 		_, err = r.cfg.Check(ctx, spec)
@@ -682,6 +691,7 @@ func (r *Reconciler) finish(ctx context.Context, e ending) {
 	v := r.core.versions[e.key]
 	log := r.cfg.Log.With("model", e.key.id.Model, "version", e.key.id.Version)
 	o := outcome{err: e.err, progress: e.progress, lost: errors.Is(e.err, errLost), noRoom: errors.Is(e.err, errNoRoom), noMemory: errors.Is(e.err, engine.ErrOutOfMemory)}
+	wrong, damaged := errors.AsType[*damagedError](e.err)
 	if e.err != nil {
 		bound := min(firstRetry<<min(v.failures, 10), lastRetry)
 		if e.progress {
@@ -690,9 +700,15 @@ func (r *Reconciler) finish(ctx context.Context, e ending) {
 		o.wait = bound/2 + rand.N(bound/2)
 		_, o.refused = errors.AsType[*signing.RefusedError](e.err)
 		o.waits, _ = errors.AsType[*WaitError](e.err)
+		if damaged {
+			o.wait = 0 // for the repair
+		}
 		o.permanent = o.refused && !r.outdated(e) || r.permanent(e)
 	}
 	r.core.done(e.key, o, time.Now())
+	if damaged {
+		r.discover(wrong.finding)
+	}
 	switch {
 	case e.err != nil && v.reverted:
 		r.tellReverted(v)

@@ -39,6 +39,7 @@ type simulated struct {
 	faults  []error          // of the next loads
 	behind  map[string]int64 // what stands by
 	counts  map[engine.VersionID]Counts
+	opens   func(engine.Spec) // sees what is about to be opened; nil: nobody does
 }
 
 func (s *simulated) standby(fallback map[string]int64, _ map[string]bool) {
@@ -76,10 +77,16 @@ func try(s engine.Spec) error {
 }
 
 func (s *simulated) Check(_ context.Context, spec engine.Spec) (engine.Info, error) {
+	if s.opens != nil {
+		s.opens(spec)
+	}
 	return engine.Info{}, try(spec)
 }
 
 func (s *simulated) Load(_ context.Context, spec engine.Spec) (engine.Info, error) {
+	if s.opens != nil {
+		s.opens(spec)
+	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if len(s.faults) > 0 {
@@ -156,6 +163,7 @@ type testDevice struct {
 	// probation is short where a test does not say otherwise.
 	probation Probation
 	inspect   time.Duration // 0: as rarely as devices do
+	opens     func(engine.Spec)
 }
 
 func trustAll() *signing.Trust { return signing.TrustAll }
@@ -169,6 +177,7 @@ func (d *testDevice) start() {
 		d.t.Fatal(err)
 	}
 	d.simulated = newSimulated(d.t)
+	d.simulated.opens = d.opens
 	d.Reconciler, err = New(Config{
 		Dir: filepath.Join(d.dir, "bundles"), Disk: d.disk, Registry: d.registry.registry, Stall: 5 * time.Second, State: store, Trust: d.trusts,
 		Engine: d.simulated, Check: d.Check, Passing: func(err error) bool { return !errors.Is(err, errNotAModel) },

@@ -402,8 +402,19 @@ func within(t testing.TB, limit time.Duration, what string, ok func() bool) time
 // Over a link with a round trip of 100 ms, 100 kbit/s and packets of which a
 // part is lost a device that has joined connects and hears what it should run
 // within a minute at 10 %, and three at 30; a model of 300 KB is there within
-// three minutes at 10 %.
+// three minutes at 10 %. Chances are those of one seed, and of others where the
+// environment asks for them.
 func TestBadLinks(t *testing.T) {
+	all := []uint64{1}
+	if os.Getenv("DUNLIN_SEED")+os.Getenv("DUNLIN_SEEDS") != "" {
+		all = seeds(t, 1)
+	}
+	for _, seed := range all {
+		badLinks(t, seed)
+	}
+}
+
+func badLinks(t *testing.T, seed uint64) {
 	for _, tt := range []struct {
 		loss           float64
 		control, model time.Duration
@@ -412,11 +423,13 @@ func TestBadLinks(t *testing.T) {
 		{0.1, time.Minute, 3 * time.Minute, 10},
 		{0.3, 3 * time.Minute, 0, 10},
 	} {
-		t.Run(fmt.Sprintf("%v %%", 100*tt.loss), func(t *testing.T) {
+		t.Run(fmt.Sprintf("%v %% DUNLIN_SEED=%d", 100*tt.loss, seed), func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				c := newCloud(t)
 				bad := netem.Conditions{RTT: 100 * time.Millisecond, Loss: tt.loss, BitsPerSecond: 100e3}
-				f := newFleet(t, c, tt.devices, func(cfg *Config) { cfg.Net, cfg.Download = netem.Conditions{RTT: time.Millisecond}, true })
+				f := newFleet(t, c, tt.devices, func(cfg *Config) {
+					cfg.Seed, cfg.Net, cfg.Download = seed, netem.Conditions{RTT: time.Millisecond}, true
+				})
 				defer run(t, f)()
 				c.want(f, 1)
 				serves := func(number uint64) func() bool {

@@ -1,6 +1,8 @@
 package main
 
 import (
+	"io"
+	"net"
 	"os"
 	"path/filepath"
 	"testing"
@@ -46,5 +48,69 @@ func TestMeasure(t *testing.T) {
 	}
 	if f.join <= 0 || f.connect <= 0 || f.reconnect <= 0 || f.cpu <= 0 || f.memory <= 0 || f.serving.p50 < f.fanout.p50 || f.known.p50 < f.serving.p50 {
 		t.Errorf("measured %+v", f)
+	}
+	idle, err := measureIdle(t.Context(), idleSize{devices: 3, duration: time.Second}, programs, root, filepath.Join(dir, "idle"), t.Output())
+	if err != nil {
+		t.Fatal(err)
+	}
+	idle.print(t.Output())
+	if idle.opened != 0 || idle.most.bytes() < idle.device.bytes() {
+		t.Errorf("counted %+v", idle)
+	}
+}
+
+func TestMeter(t *testing.T) {
+	l, err := net.Listen("tcp", host+":0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	go func() {
+		for {
+			c, err := l.Accept()
+			if err != nil {
+				return
+			}
+			go func() {
+				defer c.Close()
+				_, _ = io.Copy(c, c)
+			}()
+		}
+	}()
+	var m meter
+	stop, err := m.pass(t.Context(), l.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer stop()
+	_, port, _ := net.SplitHostPort(l.Addr().String())
+	say := func(c net.Conn, n int) {
+		t.Helper()
+		if _, err := c.Write(make([]byte, n)); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := io.ReadFull(c, make([]byte, n)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	open := func() net.Conn {
+		t.Helper()
+		c, err := net.Dial("tcp", net.JoinHostPort(gateway, port))
+		if err != nil {
+			t.Fatal(err)
+		}
+		return c
+	}
+	first := open()
+	defer first.Close()
+	say(first, 100)
+	before := m.read()
+	say(first, 1)
+	second := open()
+	defer second.Close()
+	say(second, 1000)
+	sum, most, opened := m.since(before)
+	if sum.sent != 1001 || sum.received != 1001 || most.sent != 1000 || most.received != 1000 || sum.messages < 4 || opened != 1 {
+		t.Errorf("counted %+v, of one %+v, %d opened", sum, most, opened)
 	}
 }

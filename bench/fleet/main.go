@@ -19,7 +19,8 @@ import (
 // size says how much a run measures.
 type size struct {
 	devices int
-	idle    time.Duration // how long the traffic of idle devices is counted
+	idle    time.Duration // how long the traffic of idle devices is counted, after settle
+	settle  time.Duration
 	quiet   time.Duration // after a change, in which what comes of it is counted as its cost
 }
 
@@ -31,20 +32,21 @@ func main() {
 		}
 		return
 	}
-	s := size{quiet: quiet}
+	s := size{quiet: quiet, settle: settle}
 	flag.IntVar(&s.devices, "devices", 10000, "how many devices there are")
 	flag.DurationVar(&s.idle, "idle", 2*time.Minute, "how long the traffic of idle devices is counted")
+	only := flag.Bool("only-idle", false, "count nothing but the traffic of idle devices, and of agents that are processes")
 	controller := flag.String("controller", "", "`program` to measure in place of the one that is built from here")
 	flag.Parse()
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
-	if err := run(ctx, s, *controller); err != nil {
+	if err := run(ctx, s, *only, *controller); err != nil {
 		fmt.Fprintln(os.Stderr, "fleet:", err)
 		os.Exit(1)
 	}
 }
 
-func run(ctx context.Context, s size, controller string) error {
+func run(ctx context.Context, s size, onlyIdle bool, controller string) error {
 	root, err := e2e.Root()
 	if err != nil {
 		return err
@@ -67,6 +69,13 @@ func run(ctx context.Context, s size, controller string) error {
 		return err
 	}
 	fmt.Printf("machine: %s; %s\n", e2e.Machine(), time.Now().UTC().Format(time.DateOnly))
+	if onlyIdle {
+		f, err := measureIdle(ctx, idleSize{s.devices, s.settle, s.idle}, programs, root, filepath.Join(dir, "fleet"), os.Stderr)
+		if err == nil {
+			f.print(os.Stdout)
+		}
+		return err
+	}
 	f, err := measure(ctx, s, programs, self, root, filepath.Join(dir, "fleet"), os.Stderr)
 	if err != nil {
 		return err

@@ -72,7 +72,7 @@ func (f *figures) print(w io.Writer) {
 	fmt.Fprintf(w, "the controller used %.2f s of CPU for that, and has had %.0f MB of memory at most\n", f.cpu.Seconds(), float64(f.memory)/1e6)
 	fmt.Fprintf(w, "after the controller was started again all were connected after %.1f s\n", f.reconnect.Seconds())
 	if f.idle > 0 {
-		fmt.Fprintf(w, "a device whose state does not change sent and received %.1f kB an hour, TLS included, counted over %v\n", f.idleBytes/1e3, f.idle)
+		fmt.Fprintf(w, "a device whose state does not change sent and received %.1f kB an hour, TLS included, counted over %v, from %v after the change on\n", f.idleBytes/1e3, f.idle, f.quiet+f.settle)
 	}
 	fmt.Fprintf(w, "fleet: devices=%d connect_s=%.1f converge_p99_ms=%.0f fanout_ratio=%.2f controller_rss_mb=%.0f cpu_s_per_1k_changes=%.2f\n",
 		f.devices, f.connect.Seconds(), ms(f.known.p99), f.ratio(), float64(f.memory)/1e6, f.cpu.Seconds()*1000/float64(f.devices))
@@ -84,7 +84,7 @@ type bench struct {
 	controller *e2e.Fleet
 	fleet      *simfleet.Fleet
 	progress   io.Writer
-	traffic    atomic.Int64
+	traffic    meter
 	toBare     atomic.Pointer[string] // address of the bare broker, while devices are to connect there
 
 	mu      sync.Mutex // guards what follows
@@ -125,31 +125,44 @@ func measure(ctx context.Context, s size, programs e2e.Programs, self, root, dir
 	defer func() { err = errors.Join(err, bareBroker.stop()) }()
 
 	b := &bench{figures: figures{size: s}, controller: controller, progress: progress, desired: map[string]state.Desired{}}
-	made, err := dunlinv1connect.NewEnrollmentServiceClient(byhand.User(controller.Token, nil), controller.URL).
-		CreateJoinToken(ctx, connect.NewRequest(&dunlinv1.CreateJoinTokenRequest{Uses: uint32(s.devices)}))
+	cfg, err := fleetConfig(ctx, controller, s.devices, dir, progress)
 	if err != nil {
 		return nil, err
 	}
-	set, err := profiles.Load()
-	if err != nil {
-		return nil, err
-	}
-	cfg := simfleet.Config{
-		Controller: controller.DeviceURL(), JoinToken: made.Msg.GetJoinToken(), Devices: s.devices, Seed: 1, Dir: dir,
-		Dial: b.dial, OnDesired: b.onDesired, OnServing: b.onServing, Log: slog.New(slog.NewTextHandler(progress, &slog.HandlerOptions{Level: slog.LevelWarn})),
-	}
+	cfg.Dial, cfg.OnDesired, cfg.OnServing = b.dial, b.onDesired, b.onServing
 	cfg.Roots = append(cfg.Roots, authority)
-	for _, class := range []string{"raspberry-pi-5", "jetson-orin-nano-8gb"} {
-		p, err := set.Named(class)
-		if err != nil {
-			return nil, err
-		}
-		cfg.Classes = append(cfg.Classes, simfleet.Share{Profile: p, Weight: 1})
-	}
 	if b.fleet, err = simfleet.New(cfg); err != nil {
 		return nil, err
 	}
 	return &b.figures, b.run(ctx, bareBroker)
+}
+
+// classes are those of the devices.
+var classes = []string{"raspberry-pi-5", "jetson-orin-nano-8gb"}
+
+// fleetConfig has a fleet of the classes join a controller.
+func fleetConfig(ctx context.Context, controller *e2e.Fleet, devices int, dir string, progress io.Writer) (cfg simfleet.Config, err error) {
+	made, err := dunlinv1connect.NewEnrollmentServiceClient(byhand.User(controller.Token, nil), controller.URL).
+		CreateJoinToken(ctx, connect.NewRequest(&dunlinv1.CreateJoinTokenRequest{Uses: uint32(devices)}))
+	if err != nil {
+		return cfg, err
+	}
+	set, err := profiles.Load()
+	if err != nil {
+		return cfg, err
+	}
+	cfg = simfleet.Config{
+		Controller: controller.DeviceURL(), JoinToken: made.Msg.GetJoinToken(), Devices: devices, Seed: 1, Dir: dir,
+		Log: slog.New(slog.NewTextHandler(progress, &slog.HandlerOptions{Level: slog.LevelWarn})),
+	}
+	for _, class := range classes {
+		p, err := set.Named(class)
+		if err != nil {
+			return cfg, err
+		}
+		cfg.Classes = append(cfg.Classes, simfleet.Share{Profile: p, Weight: 1})
+	}
+	return cfg, nil
 }
 
 // dial counts what devices send and receive.
@@ -161,24 +174,7 @@ func (b *bench) dial(ctx context.Context, network, address string) (net.Conn, er
 	if err != nil {
 		return nil, err
 	}
-	return &counted{c, &b.traffic}, nil
-}
-
-type counted struct {
-	net.Conn
-	bytes *atomic.Int64
-}
-
-func (c *counted) Read(p []byte) (int, error) {
-	n, err := c.Conn.Read(p)
-	c.bytes.Add(int64(n))
-	return n, err
-}
-
-func (c *counted) Write(p []byte) (int, error) {
-	n, err := c.Conn.Write(p)
-	c.bytes.Add(int64(n))
-	return n, err
+	return b.traffic.count(c), nil
 }
 
 func (b *bench) onDesired(d *simfleet.Device, desired state.Desired) {
@@ -311,12 +307,16 @@ func (b *bench) run(ctx context.Context, bareBroker *bare) (err error) {
 	}
 	b.cpu = after - cpu
 	if b.idle > 0 {
-		fmt.Fprintln(b.progress, "counting the traffic of idle devices")
-		bytes := b.traffic.Load()
+		fmt.Fprintln(b.progress, "counting the traffic of idle devices, from", b.settle, "on")
+		if err := pause(ctx, b.settle); err != nil {
+			return err
+		}
+		before := b.traffic.read()
 		if err := pause(ctx, b.idle); err != nil {
 			return err
 		}
-		b.idleBytes = float64(b.traffic.Load()-bytes) / float64(b.devices) / b.idle.Hours()
+		sum, _, _ := b.traffic.since(before)
+		b.idleBytes = float64(sum.bytes()) / float64(b.devices) / b.idle.Hours()
 	}
 	if b.memory, err = peakMemory(b.controller.Controller.PID()); err != nil {
 		return err
@@ -339,13 +339,8 @@ func pause(ctx context.Context, d time.Duration) error {
 // change deploys a version to all devices, and gives how long it took until
 // the controller knew that so many have it.
 func (b *bench) change(ctx context.Context, version int64) (known spread, err error) {
-	file := filepath.Join(b.controller.Dir, "deployment.yaml")
-	text := fmt.Sprintf("apiVersion: dunlin/v1\nkind: Deployment\nmetadata: {name: %[1]s}\nspec: {model: %[1]s, version: %[2]d, selector: {}}\n", model, version)
-	if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
-		return known, err
-	}
 	b.begin(version)
-	if _, err := b.controller.CLI(ctx, "apply", "-f", file); err != nil {
+	if err := b.deploy(ctx, model, version); err != nil {
 		return known, err
 	}
 	client := dunlinv1connect.NewRolloutServiceClient(byhand.User(b.controller.Token, nil), b.controller.URL)
@@ -380,6 +375,17 @@ func (b *bench) change(ctx context.Context, version int64) (known spread, err er
 		return ready == b.devices, how + fmt.Sprintf(", the controller knows %d; %s", ready, r.Msg.GetRollout().GetReason())
 	})
 	return known, err
+}
+
+// deploy has all devices serve a version of a model.
+func (b *bench) deploy(ctx context.Context, model string, version int64) error {
+	file := filepath.Join(b.controller.Dir, "deployment.yaml")
+	text := fmt.Sprintf("apiVersion: dunlin/v1\nkind: Deployment\nmetadata: {name: %[1]s}\nspec: {model: %[1]s, version: %[2]d, selector: {}}\n", model, version)
+	if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
+		return err
+	}
+	_, err := b.controller.CLI(ctx, "apply", "-f", file)
+	return err
 }
 
 // clone gives the desired documents that the devices have.

@@ -29,7 +29,7 @@ func (c *cli) auditCommand() *cobra.Command {
 		Short: "Show the newest records: who did what, and what was refused",
 		Args:  arguments(0, 0),
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			ctl, err := connectClient()
+			ctl, err := c.client()
 			if err != nil {
 				return err
 			}
@@ -51,7 +51,7 @@ and then a line for each record. "dunlin audit verify FILE" checks such a file.`
 		Example: "  dunlin audit export > audit.jsonl",
 		Args:    arguments(0, 0),
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			ctl, err := connectClient()
+			ctl, err := c.client()
 			if err != nil {
 				return err
 			}
@@ -258,7 +258,7 @@ func (c *cli) verifyFile(path string, known []audit.Point) error {
 }
 
 func (c *cli) verifyController(ctx context.Context, known []audit.Point) error {
-	ctl, err := connectClient()
+	ctl, err := c.client()
 	if err != nil {
 		return err
 	}

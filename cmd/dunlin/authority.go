@@ -20,7 +20,7 @@ func (c *cli) authorityCommand() *cobra.Command {
 		Short: "Show the controller's certificate authorities",
 		Args:  arguments(0, 0),
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			res, err := authorities(cmd.Context(), "list")
+			res, err := c.listAuthorities(cmd.Context(), "list")
 			if err != nil {
 				return err
 			}
@@ -33,7 +33,7 @@ func (c *cli) authorityCommand() *cobra.Command {
 		Short: "Print the certificates of the authorities, PEM",
 		Args:  arguments(0, 0),
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			res, err := authorities(cmd.Context(), "show")
+			res, err := c.listAuthorities(cmd.Context(), "show")
 			if err != nil {
 				return err
 			}
@@ -55,7 +55,7 @@ only those connect as before, and are told to renew. The old one counts until
 it is retired.`,
 		Args: arguments(0, 0),
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			ctl, err := connectClient()
+			ctl, err := c.client()
 			if err != nil {
 				return err
 			}
@@ -76,7 +76,7 @@ a device has a valid certificate of it, or does not know its successor; with
 --force such devices have to join again.`,
 		Args: arguments(1, 1),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			ctl, err := connectClient()
+			ctl, err := c.client()
 			if err != nil {
 				return err
 			}
@@ -92,8 +92,8 @@ a device has a valid certificate of it, or does not know its successor; with
 }
 
 // authorities asks for the controller's, for a verb.
-func authorities(ctx context.Context, verb string) (*dunlinv1.GetAuthoritiesResponse, error) {
-	ctl, err := connectClient()
+func (c *cli) listAuthorities(ctx context.Context, verb string) (*dunlinv1.GetAuthoritiesResponse, error) {
+	ctl, err := c.client()
 	if err != nil {
 		return nil, err
 	}

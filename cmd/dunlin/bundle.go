@@ -53,7 +53,7 @@ On a device, dunlin-agent import PATH takes it in.`,
 }
 
 func (c *cli) bundleExport(ctx context.Context, refs []string, to string) error {
-	ctl, err := connectClient()
+	ctl, err := c.client()
 	if err != nil {
 		return err
 	}

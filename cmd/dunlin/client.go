@@ -22,8 +22,9 @@ type client struct {
 	opts []connect.ClientOption
 }
 
-func connectClient() (*client, error) {
-	s, err := currentSettings()
+// client gives the API of the controller in use.
+func (c *cli) client() (*client, error) {
+	s, err := c.settings()
 	if err != nil {
 		return nil, err
 	}

@@ -16,7 +16,7 @@ func (c *cli) deviceCommand() *cobra.Command {
 		Short: "Revoke a device's certificates and forget it",
 		Args:  arguments(1, 1),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			ctl, err := connectClient()
+			ctl, err := c.client()
 			if err != nil {
 				return err
 			}
@@ -36,7 +36,7 @@ with a join token for it (dunlin join-token create --device NAME) it joins again
 		Example: "  dunlin device revoke cam-1 --reason 'stolen from the shop'",
 		Args:    arguments(1, 1),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			ctl, err := connectClient()
+			ctl, err := c.client()
 			if err != nil {
 				return err
 			}
@@ -78,7 +78,7 @@ name, it takes its place, and keeps its labels and history.`,
 			if uses == 0 { // which the API takes for its default
 				return usagef("--uses is 0, allowed are 1 to 10000")
 			}
-			ctl, err := connectClient()
+			ctl, err := c.client()
 			if err != nil {
 				return err
 			}
@@ -90,7 +90,7 @@ name, it takes its place, and keeps its labels and history.`,
 			if err != nil {
 				return fmt.Errorf("create join token: %w", err)
 			}
-			if out != "table" {
+			if !out.tabular() {
 				return c.print(out, res, nil)
 			}
 			info := res.GetInfo()
@@ -109,7 +109,7 @@ name, it takes its place, and keeps its labels and history.`,
 		Short: "Take a join token back",
 		Args:  arguments(1, 1),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			ctl, err := connectClient()
+			ctl, err := c.client()
 			if err != nil {
 				return err
 			}

@@ -28,7 +28,7 @@ is done about it. What shows "-" under REPAIR is reported only.`,
 			if err != nil {
 				return err
 			}
-			ctl, err := connectClient()
+			ctl, err := c.client()
 			if err != nil {
 				return err
 			}
@@ -74,7 +74,7 @@ figures.`,
 			if since <= 0 {
 				return usagef("--since is a time above 0")
 			}
-			ctl, err := connectClient()
+			ctl, err := c.client()
 			if err != nil {
 				return err
 			}

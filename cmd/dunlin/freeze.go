@@ -50,7 +50,7 @@ called "fleet", or after its labels. "dunlin unfreeze NAME" ends it.`,
 			if err != nil {
 				return err
 			}
-			ctl, err := connectClient()
+			ctl, err := c.client()
 			if err != nil {
 				return err
 			}
@@ -76,7 +76,7 @@ func (c *cli) unfreezeCommand() *cobra.Command {
 		Short: "End a freeze",
 		Args:  arguments(1, 1),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			ctl, err := connectClient()
+			ctl, err := c.client()
 			if err != nil {
 				return err
 			}

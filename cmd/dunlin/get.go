@@ -72,7 +72,7 @@ documents for apply.`,
 			if !ok {
 				return usagef("unknown kind %q, kinds are %s", args[0], strings.Join(names, ", "))
 			}
-			ctl, err := connectClient()
+			ctl, err := c.client()
 			if err != nil {
 				return err
 			}
@@ -399,7 +399,7 @@ func (c *cli) getAlarms(ctx context.Context, ctl *client, name string, f format)
 		return err
 	}
 	res.Devices = slices.DeleteFunc(res.GetDevices(), func(d *dunlinv1.Device) bool { return len(d.GetTelemetry().GetAlarms()) == 0 })
-	if f == "table" {
+	if f.tabular() {
 		return alarmsTable(time.Now(), res.GetDevices()).write(c.out)
 	}
 	// Alarms have no list of their own on the wire.

@@ -210,7 +210,7 @@ func (c *cli) agentURL(ctx context.Context, f inferFlags) (string, error) {
 		}
 		return strings.TrimRight(f.url, "/"), nil
 	}
-	ctl, err := connectClient()
+	ctl, err := c.client()
 	if err != nil {
 		return "", err
 	}

@@ -41,7 +41,10 @@ func (c *cli) loginCommand() *cobra.Command {
 		Use:   "login URL",
 		Short: "Sign in to a controller and store a token for it",
 		Long: `login asks the controller at URL who is calling and, if it knows, stores the URL
-and the token in the user's folder of settings (dunlin/config.yaml, mode 0600).
+and the token in the user's folder of settings (dunlin/config.yaml, mode 0600), as
+a context: that of --context or DUNLIN_CONTEXT, else the one that has this URL,
+else a new one that has the host's name. It is then the one in use; the others
+stay, see "dunlin context".
 
 The token comes from --token-file, from standard input where that is not a
 terminal, or from a prompt. With --user the controller makes one for a name and
@@ -77,7 +80,7 @@ func (c *cli) login(ctx context.Context, url string, f loginFlags) error {
 		return err
 	}
 	s := settings{URL: url}
-	if s.CA, err = f.authorities(ctx, url); err != nil {
+	if s.CA, err = c.authorities(ctx, url, f); err != nil {
 		return fmt.Errorf("log in to %s: %w", url, err)
 	}
 	switch {
@@ -106,10 +109,12 @@ func (c *cli) login(ctx context.Context, url string, f loginFlags) error {
 		}
 		return fmt.Errorf("log in to %s: %w", url, err)
 	}
-	if err := s.write(); err != nil {
+	name, err := c.store(s)
+	if err != nil {
 		return err
 	}
 	fmt.Fprintf(c.err, "Logged in to %s as %s; the controller is version %s.\n", url, plain(callerText(who)), plain(who.GetControllerVersion()))
+	fmt.Fprintf(c.err, "The context in use is %s.\n", name)
 	if until := dateText(who.GetExpiresAt()); until != "" {
 		fmt.Fprintf(c.err, "The token is good until %s.\n", until)
 	}
@@ -127,7 +132,7 @@ func callerText(who *dunlinv1.WhoAmIResponse) string {
 
 // authorities gives, as PEM, the certificate authorities of the controller that
 // the flags name, else the environment, else what was stored for it before.
-func (f loginFlags) authorities(ctx context.Context, url string) (string, error) {
+func (c *cli) authorities(ctx context.Context, url string, f loginFlags) (string, error) {
 	if f.ca+f.fingerprint != "" && !strings.HasPrefix(url, "https:") {
 		return "", usagef("--ca and --ca-fingerprint are for https://")
 	}
@@ -137,11 +142,14 @@ func (f loginFlags) authorities(ctx context.Context, url string) (string, error)
 	if f.fingerprint != "" {
 		return fetchCA(ctx, url, f.fingerprint)
 	}
-	stored, err := readSettings()
-	if err != nil || !sameURL(stored.URL, url) {
+	all, err := readContexts()
+	if err != nil {
 		return "", nil // a file that cannot be read is written anew
 	}
-	return stored.CA, nil
+	if stored := all.Contexts[c.place(all, url)]; sameURL(stored.URL, url) {
+		return stored.CA, nil
+	}
+	return "", nil
 }
 
 // fetchCA gets the certificate authority of a controller from itself, and
@@ -278,7 +286,7 @@ func (c *cli) logoutCommand() *cobra.Command {
 	return &cobra.Command{
 		Use:   "logout",
 		Short: "Forget the stored token",
-		Long: `logout deletes what login stored. A token that "login --user" made is taken back;
+		Long: `logout deletes the context in use, or that of --context. A token that "login --user" made is taken back;
 any other stays good for whoever has it.`,
 		Args: arguments(0, 0),
 		RunE: func(cmd *cobra.Command, _ []string) error { return c.logout(cmd.Context()) },
@@ -286,31 +294,33 @@ any other stays good for whoever has it.`,
 }
 
 func (c *cli) logout(ctx context.Context) error {
-	path, err := settingsPath()
-	if err != nil {
+	all, err := readContexts()
+	if err != nil { // nothing in it can be taken back
+		path, pathErr := settingsPath()
+		if pathErr != nil {
+			return pathErr
+		}
+		if removeErr := os.Remove(path); removeErr != nil {
+			return err
+		}
+		fmt.Fprintln(c.err, "Logged out.")
+		return nil
+	}
+	name, _, err := c.chosen(all)
+	if err != nil && (c.contextName() != "" || len(all.Contexts) > 0) {
 		return err
 	}
-	s, readErr := readSettings()
-	if err := os.Remove(path); errors.Is(err, os.ErrNotExist) {
+	if name == "" {
 		fmt.Fprintln(c.err, "Not logged in.")
 		return nil
-	} else if err != nil {
-		return fmt.Errorf("delete settings: %w", err)
 	}
-	if readErr == nil && s.TokenID != "" {
-		ctl, err := newClient(s)
-		if err == nil {
-			_, err = call(ctx, ctl.users().DeleteToken, &dunlinv1.DeleteTokenRequest{Id: s.TokenID})
-		}
-		switch connect.CodeOf(err) {
-		case connect.CodeUnauthenticated, connect.CodeNotFound: // it is gone already
-			err = nil
-		}
-		if err != nil {
-			fmt.Fprintf(c.err, "The token is good until it expires: %s cannot take it back: %s\n", s.URL, message(err))
-		}
+	if err := c.forget(ctx, all, name); err != nil {
+		return err
 	}
 	fmt.Fprintln(c.err, "Logged out.")
+	if len(all.Contexts) > 0 {
+		fmt.Fprintf(c.err, "Still stored: %s\nrun: dunlin context use NAME\n", strings.Join(all.names(), ", "))
+	}
 	return nil
 }
 
@@ -321,7 +331,7 @@ func (c *cli) whoamiCommand() *cobra.Command {
 		Short: "Show as whom the controller knows you, and what you may do",
 		Args:  arguments(0, 0),
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			ctl, err := connectClient()
+			ctl, err := c.client()
 			if err != nil {
 				return err
 			}

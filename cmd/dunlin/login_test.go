@@ -32,7 +32,7 @@ import (
 func nobody(t *testing.T) {
 	t.Helper()
 	t.Setenv("XDG_CONFIG_HOME", t.TempDir())
-	for _, name := range []string{"DUNLIN_URL", "DUNLIN_TOKEN", "DUNLIN_CA"} {
+	for _, name := range []string{"DUNLIN_URL", "DUNLIN_TOKEN", "DUNLIN_CA", "DUNLIN_CONTEXT"} {
 		t.Setenv(name, "")
 	}
 }

@@ -46,6 +46,12 @@ func TestScripts(t *testing.T) {
 			"device": deviceCommand,
 			"mode":   modeCommand,
 			"exits":  exitsCommand,
+			// oldsettings: writes the settings file of an older version
+			"oldsettings": func(ts *testscript.TestScript, _ bool, _ []string) {
+				path := ts.MkAbs(".config/dunlin/config.yaml")
+				ts.Check(os.MkdirAll(filepath.Dir(path), 0o700))
+				ts.Check(os.WriteFile(path, []byte("url: "+ts.Getenv("URL")+"\ntoken: "+ts.Getenv("TOKEN")+"\n"), 0o600))
+			},
 		},
 	})
 }
@@ -121,6 +127,7 @@ func setup(env *testscript.Env) error {
 	env.Setenv("TOKEN_FILE", filepath.Join(data, controller.AdminTokenFile))
 	env.Setenv("DIGITS", digits)
 	// Most scripts are of somebody who is logged in.
+	env.Setenv("DUNLIN_CONTEXT", "")
 	env.Setenv("DUNLIN_URL", url)
 	env.Setenv("DUNLIN_TOKEN", token)
 	return nil

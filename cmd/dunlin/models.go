@@ -28,7 +28,7 @@ version has them too.`,
 			if version == 0 {
 				return usagef("%q names no version: NAME:VERSION", args[0])
 			}
-			ctl, err := connectClient()
+			ctl, err := c.client()
 			if err != nil {
 				return err
 			}

@@ -93,7 +93,7 @@ func (c *cli) deleteCommand() *cobra.Command {
 			if !ok {
 				return usagef("cannot delete a %q: kinds are deployment, route, freeze and maintenance (devices: dunlin device remove NAME; versions: dunlin model delete NAME:VERSION)", args[0])
 			}
-			ctl, err := connectClient()
+			ctl, err := c.client()
 			if err != nil {
 				return err
 			}
@@ -123,7 +123,7 @@ func (c *cli) applyDocuments(ctx context.Context, files []string, dryRun bool) (
 	if err != nil {
 		return nil, err
 	}
-	ctl, err := connectClient()
+	ctl, err := c.client()
 	if err != nil {
 		return nil, err
 	}

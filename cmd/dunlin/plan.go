@@ -58,7 +58,7 @@ func (c *cli) plan(cmd *cobra.Command, files []string, f format) (refused bool, 
 	if err != nil {
 		return false, err
 	}
-	ctl, err := connectClient()
+	ctl, err := c.client()
 	if err != nil {
 		return false, err
 	}

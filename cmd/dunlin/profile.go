@@ -56,7 +56,7 @@ needs nothing else.`,
 			if device == "" {
 				return usagef("--device is missing: the device that measured")
 			}
-			ctl, err := connectClient()
+			ctl, err := c.client()
 			if err != nil {
 				return err
 			}

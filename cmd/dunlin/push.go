@@ -94,7 +94,7 @@ func (c *cli) push(ctx context.Context, file, ref string, f pushFlags) error {
 	if err != nil {
 		return err
 	}
-	ctl, err := connectClient()
+	ctl, err := c.client()
 	if err != nil {
 		return err
 	}

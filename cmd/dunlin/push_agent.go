@@ -51,7 +51,7 @@ func (c *cli) pushAgent(ctx context.Context, files []string, number int64) error
 		version = b.Version
 		binaries = append(binaries, models.ReleaseBinary{OS: b.OS, Arch: b.Arch, Source: file, Signature: file + ".sig"})
 	}
-	ctl, err := connectClient()
+	ctl, err := c.client()
 	if err != nil {
 		return err
 	}

@@ -105,7 +105,7 @@ type following struct {
 }
 
 func (c *cli) followRollout(ctx context.Context, name string, f following) error {
-	ctl, err := connectClient()
+	ctl, err := c.client()
 	if err != nil {
 		return err
 	}
@@ -117,7 +117,7 @@ func (c *cli) followRollout(ctx context.Context, name string, f following) error
 	}
 	if r != nil {
 		var shown error
-		if f.out == "table" {
+		if f.out.tabular() {
 			shown = rolloutPage(time.Now(), r, f.devices).write(c.out)
 		} else {
 			shown = c.print(f.out, r, nil)
@@ -155,7 +155,7 @@ func (c *cli) controlCommand(verb, short string, action dunlinv1.ControlRolloutR
 		Example: "  dunlin rollout " + verb + " digits --reason 'the line stands still until Monday'",
 		Args:    arguments(1, 1),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			ctl, err := connectClient()
+			ctl, err := c.client()
 			if err != nil {
 				return err
 			}
@@ -185,7 +185,7 @@ func (c *cli) rolloutDecisionsCommand() *cobra.Command {
 figures of the gates that it was decided on. ` + rolloutName,
 		Args: arguments(1, 1),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			ctl, err := connectClient()
+			ctl, err := c.client()
 			if err != nil {
 				return err
 			}
@@ -197,7 +197,7 @@ figures of the gates that it was decided on. ` + rolloutName,
 			if err != nil {
 				return fmt.Errorf("decisions of rollout %s: %w", r.GetId(), err)
 			}
-			if out == "table" {
+			if out.tabular() {
 				return decisionsPage(time.Now(), res.GetDecisions()).write(c.out)
 			}
 			return c.print(out, res, nil)

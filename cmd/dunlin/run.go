@@ -92,6 +92,7 @@ type cli struct {
 	in         io.Reader
 	out, err   io.Writer
 	watchGrace time.Duration
+	context    string // what --context names
 }
 
 // run executes one command line and gives its exit code. Data goes to stdout,
@@ -171,8 +172,11 @@ func (c *cli) root() *cobra.Command {
 		Long: `dunlin pushes ONNX models to a controller's registry, applies deployments and
 routes, and shows what the fleet of devices does with them.
 
+"dunlin login" stores a context for each controller; "dunlin context use", the
+environment's DUNLIN_CONTEXT and --context say, the last first, which one counts.
+
 Environment: DUNLIN_URL, DUNLIN_TOKEN and DUNLIN_CA, a PEM file, override what
-"dunlin login" stored.`,
+is stored, unless --context is given.`,
 		SilenceUsage:  true,
 		SilenceErrors: true,
 		RunE: func(cmd *cobra.Command, _ []string) error {
@@ -183,8 +187,9 @@ Environment: DUNLIN_URL, DUNLIN_TOKEN and DUNLIN_CA, a PEM file, override what
 			return codeError{code: exitUsage}
 		},
 	}
+	root.PersistentFlags().StringVar(&c.context, "context", "", "the stored controller to talk to, by its name")
 	root.AddCommand(
-		c.loginCommand(), c.logoutCommand(), c.whoamiCommand(), c.userCommand(), c.tokenCommand(), c.pushCommand(), c.applyCommand(), c.diffCommand(), c.planCommand(), c.deleteCommand(),
+		c.loginCommand(), c.logoutCommand(), c.contextCommand(), c.whoamiCommand(), c.userCommand(), c.tokenCommand(), c.pushCommand(), c.applyCommand(), c.diffCommand(), c.planCommand(), c.deleteCommand(),
 		c.getCommand(), c.modelCommand(), c.profileCommand(), c.joinTokenCommand(), c.deviceCommand(), c.authorityCommand(), c.rolloutCommand(), c.driftCommand(), c.telemetryCommand(), c.inferCommand(),
 		c.freezeCommand(), c.unfreezeCommand(),
 		c.bundleCommand(), c.auditCommand(), c.keysCommand(), c.trustCommand(), c.signAgentCommand(), c.pushAgentCommand(), c.versionCommand(),

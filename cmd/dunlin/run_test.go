@@ -186,7 +186,7 @@ func TestRolloutWatchGivesUp(t *testing.T) {
 	}
 	t.Cleanup(func() { d.cancel(); d.running.Wait() })
 	must(t, "apply", "-f", writeFile(t, fmt.Sprintf(deployment, 1)))
-	ctl, err := connectClient()
+	ctl, err := new(cli).client()
 	if err != nil {
 		t.Fatal(err)
 	}

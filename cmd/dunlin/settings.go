@@ -15,7 +15,6 @@ import (
 
 	"github.com/dunlin/dunlin/internal/pki"
 	"github.com/dunlin/dunlin/internal/program"
-	"github.com/dunlin/dunlin/internal/strictyaml"
 )
 
 // settings say which controller to talk to, as whom, and by whose certificate
@@ -47,8 +46,12 @@ func readCA(path string) (string, error) {
 	return string(pki.EncodeCertificates(certs...)), nil
 }
 
-// maxSettings bounds the settings file; a larger one is not ours.
-const maxSettings = 64 << 10
+// maxSettings bounds the settings file, and maxContexts the controllers in it;
+// a larger one is not ours.
+const (
+	maxSettings = 512 << 10
+	maxContexts = 64
+)
 
 func settingsPath() (string, error) {
 	dir, err := os.UserConfigDir()
@@ -78,37 +81,6 @@ func readPrivate(path string) ([]byte, error) {
 	return b, nil
 }
 
-// readSettings gives the stored settings, or none.
-func readSettings() (settings, error) {
-	path, err := settingsPath()
-	if err != nil {
-		return settings{}, err
-	}
-	b, err := readPrivate(path)
-	if b == nil {
-		return settings{}, err
-	}
-	var s settings
-	err = strictyaml.Decode(b, &s)
-	if err == nil {
-		_, err = s.roots()
-	}
-	if err != nil {
-		// The file holds a token: say where, not what.
-		return settings{}, fmt.Errorf("read settings: %s is not valid; run: dunlin login URL", path)
-	}
-	return s, nil
-}
-
-// write stores the settings, readable by their owner only.
-func (s settings) write() error {
-	path, err := settingsPath()
-	if err != nil {
-		return err
-	}
-	return writePrivate(path, s)
-}
-
 // writePrivate replaces a file in the folder of settings at once or not at
 // all, readable by its owner only.
 func writePrivate(path string, v any) error {
@@ -128,20 +100,28 @@ func writePrivate(path string, v any) error {
 	return nil
 }
 
-// currentSettings gives the settings in force: the environment's, then the
-// stored ones. A stored token goes only to the controller it was stored for,
-// and so do stored certificate authorities count for no other.
-func currentSettings() (settings, error) {
-	s := settings{URL: os.Getenv("DUNLIN_URL"), Token: os.Getenv("DUNLIN_TOKEN")}
-	if path := os.Getenv("DUNLIN_CA"); path != "" {
-		var err error
-		if s.CA, err = readCA(path); err != nil {
-			return settings{}, fmt.Errorf("DUNLIN_CA: %w", err)
+// settings gives the settings in force. The flag --context leaves no room for
+// the environment's; else those of the environment come before the stored ones.
+// A stored token goes only to the controller it was stored for, and so do stored
+// certificate authorities count for no other.
+func (c *cli) settings() (settings, error) {
+	var s settings
+	if c.context == "" {
+		s = settings{URL: os.Getenv("DUNLIN_URL"), Token: os.Getenv("DUNLIN_TOKEN")}
+		if path := os.Getenv("DUNLIN_CA"); path != "" {
+			var err error
+			if s.CA, err = readCA(path); err != nil {
+				return settings{}, fmt.Errorf("DUNLIN_CA: %w", err)
+			}
 		}
 	}
 	if s.URL == "" || s.Token == "" || s.CA == "" && strings.HasPrefix(s.URL, "https:") {
-		stored, err := readSettings()
+		all, err := readContexts()
 		if err != nil {
+			return settings{}, err
+		}
+		_, stored, err := c.chosen(all)
+		if err != nil && s.URL == "" {
 			return settings{}, err
 		}
 		if s.URL == "" {
@@ -150,9 +130,6 @@ func currentSettings() (settings, error) {
 		if sameURL(s.URL, stored.URL) {
 			s.Token, s.CA = cmp.Or(s.Token, stored.Token), cmp.Or(s.CA, stored.CA)
 		}
-	}
-	if s.URL == "" {
-		return settings{}, codeError{code: exitNotAllowed, err: errors.New("not logged in\nrun: dunlin login URL")}
 	}
 	u, err := checkURL(s.URL)
 	if err != nil {

@@ -101,8 +101,12 @@ func TestPrompt(t *testing.T) {
 	if all := string(shown[:n]) + stdout.String() + stderr.String(); strings.Contains(all, token) || !strings.Contains(all, "Token: ") {
 		t.Errorf("shown: %q", all)
 	}
-	if s, err := readSettings(); err != nil || s != (settings{URL: url, Token: token}) {
-		t.Errorf("stored %s, %v", s.URL, err)
+	all, err := readContexts()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if s := all.Contexts[all.Current]; s != (settings{URL: url, Token: token}) {
+		t.Errorf("stored %s", s.URL)
 	}
 }
 

@@ -53,7 +53,7 @@ func (c *cli) trustShowCommand() *cobra.Command {
 			if len(args) == 1 {
 				signed, err = readTrust(args[0])
 			} else {
-				signed, err = newestTrust(cmd.Context())
+				signed, err = c.newestTrust(cmd.Context())
 			}
 			if err != nil {
 				return err
@@ -79,8 +79,8 @@ func describeTrust(w io.Writer, signed *dunlinv1.SignedTrust) error {
 
 // newestTrust asks for the trust document in force, and believes it only where
 // the documents before it lead there.
-func newestTrust(ctx context.Context) (*dunlinv1.SignedTrust, error) {
-	ctl, err := connectClient()
+func (c *cli) newestTrust(ctx context.Context) (*dunlinv1.SignedTrust, error) {
+	ctl, err := c.client()
 	if err != nil {
 		return nil, err
 	}
@@ -153,7 +153,7 @@ func (c *cli) nextTrust(ctx context.Context, expires string, change func(*dunlin
 	if err != nil {
 		return usagef("--expires: %v", err)
 	}
-	signed, err := newestTrust(ctx)
+	signed, err := c.newestTrust(ctx)
 	if err != nil {
 		return err
 	}
@@ -409,7 +409,7 @@ func (c *cli) trustApplyCommand() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			ctl, err := connectClient()
+			ctl, err := c.client()
 			if err != nil {
 				return err
 			}

@@ -42,7 +42,7 @@ from standard input or a prompt. Without it the user has tokens only.`,
 			if err != nil {
 				return err
 			}
-			ctl, err := connectClient()
+			ctl, err := c.client()
 			if err != nil {
 				return err
 			}
@@ -91,7 +91,7 @@ func (c *cli) userUpdate() *cobra.Command {
 			if req.Role == nil && !req.SetScope && !withPassword && !noPassword {
 				return usagef("nothing to change: give --role, --scope, --whole-fleet, --password or --no-password")
 			}
-			ctl, err := connectClient()
+			ctl, err := c.client()
 			if err != nil {
 				return err
 			}
@@ -126,7 +126,7 @@ func (c *cli) userDelete() *cobra.Command {
 		Short: "Take a user and all of its tokens away",
 		Args:  arguments(1, 1),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			ctl, err := connectClient()
+			ctl, err := c.client()
 			if err != nil {
 				return err
 			}
@@ -146,7 +146,7 @@ func (c *cli) userList() *cobra.Command {
 		Short: "Show the users",
 		Args:  arguments(0, 0),
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			ctl, err := connectClient()
+			ctl, err := c.client()
 			if err != nil {
 				return err
 			}
@@ -199,7 +199,7 @@ It allows no more than its user may, by --role and --scope less.`,
 			if cmd.Flags().Changed("valid-for") {
 				req.ValidFor = durationpb.New(validFor)
 			}
-			ctl, err := connectClient()
+			ctl, err := c.client()
 			if err != nil {
 				return err
 			}
@@ -207,7 +207,7 @@ It allows no more than its user may, by --role and --scope less.`,
 			if err != nil {
 				return fmt.Errorf("create token: %w", err)
 			}
-			if out != "table" {
+			if !out.tabular() {
 				return c.print(out, res, nil)
 			}
 			info := res.GetInfo()
@@ -231,7 +231,7 @@ func (c *cli) tokenDelete() *cobra.Command {
 		Short: "Take an API token back",
 		Args:  arguments(1, 1),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			ctl, err := connectClient()
+			ctl, err := c.client()
 			if err != nil {
 				return err
 			}
@@ -252,7 +252,7 @@ func (c *cli) tokenList() *cobra.Command {
 		Short: "Show your API tokens, or, for an administrator, everybody's",
 		Args:  arguments(0, 0),
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			ctl, err := connectClient()
+			ctl, err := c.client()
 			if err != nil {
 				return err
 			}

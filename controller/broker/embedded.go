@@ -27,8 +27,9 @@ const (
 	// from it where there is none.
 	defaultMaxConnections = 10_000
 	// connectTimeout bounds the time from the opening of a connection to the
-	// last byte of its CONNECT, the handshake of TLS included.
-	connectTimeout = 10 * time.Second
+	// last byte of its CONNECT, the handshake of TLS included. Devices take 15 s
+	// for each of the two, and on a link that loses packets they need that.
+	connectTimeout = 30 * time.Second
 	// authTimeout bounds the look at who connects.
 	authTimeout = 5 * time.Second
 	// takeoverTimeout bounds the wait for a device's older connection to end.

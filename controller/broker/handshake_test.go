@@ -150,6 +150,34 @@ func TestHalfOpenHandshakes(t *testing.T) {
 	})
 }
 
+// TestSlowHandshakes: a device on a link that loses packets may need all of the
+// time that it takes for itself, 15 s for the handshake and as much for CONNECT.
+func TestSlowHandshakes(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		_, p, stop := startTLS(t, newAccounts("a"), serverTLS())
+		defer stop()
+		c := tls.Client(&late{p.raw(t), 7 * time.Second}, clientTLS(certificateOf("a")))
+		if err := c.Handshake(); err != nil { // by two writes
+			t.Fatal(err)
+		}
+		time.Sleep(7 * time.Second)
+		r := newRawClient(t, c)
+		defer r.Close()
+		r.mustConnect(connectPacket("a")) // by one
+	})
+}
+
+// late is a connection on which what is written takes its time.
+type late struct {
+	net.Conn
+	by time.Duration
+}
+
+func (l *late) Write(p []byte) (int, error) {
+	time.Sleep(l.by)
+	return l.Conn.Write(p)
+}
+
 // deaf reads what it is sent and answers with nothing after its first write.
 type deaf struct {
 	net.Conn

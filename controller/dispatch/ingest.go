@@ -497,11 +497,25 @@ func (d *Dispatcher) events(device string, b *dunlinv1.EventBatch, t store.Taken
 func (d *Dispatcher) telemetry(device string, t *dunlinv1.Telemetry) {
 	greeted := false
 	d.touch(device, func(l *live) {
+		keepEvidence(l.telemetry, t)
 		l.telemetry, greeted = t, l.greeted
 		d.count(device, t)
 	})
 	if !greeted {
 		d.ask(device)
+	}
+}
+
+// keepEvidence gives the alarms of a sample what they rest on where the device
+// has left that out because the sample before has it.
+func keepEvidence(before, now *dunlinv1.Telemetry) {
+	for _, a := range now.GetAlarms() {
+		for _, b := range before.GetAlarms() {
+			if len(a.GetSamples()) == 0 && a.GetKind() == b.GetKind() && a.GetSubject() == b.GetSubject() &&
+				a.GetMethod() == b.GetMethod() && a.GetSeverity() == b.GetSeverity() && proto.Equal(a.GetRaisedAt(), b.GetRaisedAt()) {
+				a.Samples = b.GetSamples() // never changed
+			}
+		}
 	}
 }
 

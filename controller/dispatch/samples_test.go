@@ -1,6 +1,7 @@
 package dispatch
 
 import (
+	"slices"
 	"testing"
 	"time"
 
@@ -32,5 +33,54 @@ func TestSamples(t *testing.T) {
 	}
 	if got := w.d.Samples(); len(got) != 0 {
 		t.Errorf("given twice: %v", got)
+	}
+}
+
+// TestAlarmsKeepTheirEvidence has a device send what an alarm rests on once, as
+// devices do, and then the alarm alone: it is still there, until the alarm is
+// another.
+func TestAlarmsKeepTheirEvidence(t *testing.T) {
+	w := fresh(t, defaultTiming)
+	w.join("a")
+	w.hello("a", "s", nil)
+	raised := timestamppb.Now()
+	alarm := func(message string, at *timestamppb.Timestamp, severity dunlinv1.Severity, values ...float64) *dunlinv1.Alarm {
+		a := &dunlinv1.Alarm{Kind: "temperature", Subject: "cpu", Method: "cusum", Severity: severity, RaisedAt: at, Message: message}
+		for _, v := range values {
+			a.Samples = append(a.Samples, &dunlinv1.AlarmSample{At: at, Value: v})
+		}
+		return a
+	}
+	const warning, bad = dunlinv1.Severity_SEVERITY_WARNING, dunlinv1.Severity_SEVERITY_ERROR
+	for _, tt := range []struct {
+		message string
+		alarm   *dunlinv1.Alarm
+		want    []float64
+	}{
+		{"first", alarm("first", raised, warning, 80, 81), []float64{80, 81}},
+		{"second", alarm("second", raised, warning), []float64{80, 81}},
+		{"third", alarm("third", raised, warning), []float64{80, 81}},
+		{"worse", alarm("worse", raised, bad), nil},
+		{"worse, with samples", alarm("worse, with samples", raised, bad, 90), []float64{90}},
+		{"later", alarm("later", timestamppb.New(raised.AsTime().Add(time.Hour)), bad), nil},
+	} {
+		w.up("a", link.Telemetry, &dunlinv1.Telemetry{At: timestamppb.Now(), Alarms: []*dunlinv1.Alarm{tt.alarm}})
+		var got *dunlinv1.Alarm
+		for deadline := time.Now().Add(10 * time.Second); got.GetMessage() != tt.message; {
+			if time.Now().After(deadline) {
+				t.Fatalf("%s: the telemetry did not arrive", tt.message)
+			}
+			time.Sleep(time.Millisecond)
+			if all := w.d.Telemetry("a").GetAlarms(); len(all) == 1 {
+				got = all[0]
+			}
+		}
+		var values []float64
+		for _, s := range got.GetSamples() {
+			values = append(values, s.GetValue())
+		}
+		if !slices.Equal(values, tt.want) {
+			t.Errorf("%s: rests on %v, want %v", tt.message, values, tt.want)
+		}
 	}
 }

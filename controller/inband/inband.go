@@ -117,8 +117,8 @@ type request struct {
 // line is what one device has outstanding.
 type line struct {
 	device string
-	blocks []block // first in, first out
-	queued map[blockKey]bool
+	blocks []*block // first in, first out
+	queued map[blockKey]*block
 }
 
 type blockKey struct {
@@ -309,7 +309,7 @@ func (s *Server) enqueue(device string, m *dunlinv1.FetchRequest, g *grant) bool
 	s.mu.Lock()
 	l := s.lines[device]
 	if l == nil {
-		l = &line{device: device, queued: map[blockKey]bool{}}
+		l = &line{device: device, queued: map[blockKey]*block{}}
 	}
 	wanted := 0
 	for _, b := range m.Wanted {
@@ -328,12 +328,14 @@ func (s *Server) enqueue(device string, m *dunlinv1.FetchRequest, g *grant) bool
 			beyond = append(beyond, k.number)
 			continue
 		}
-		if l.queued[k] {
+		if q := l.queued[k]; q != nil {
+			q.id = m.Id // the device has given up the request before
 			continue
 		}
-		l.queued[k] = true
+		b := &block{k, m.Id, g}
+		l.queued[k] = b
 		g.users++
-		l.blocks = append(l.blocks, block{k, m.Id, g})
+		l.blocks = append(l.blocks, b)
 	}
 	if len(l.blocks) > 0 && s.lines[device] == nil {
 		s.lines[device] = l
@@ -347,8 +349,8 @@ func (s *Server) enqueue(device string, m *dunlinv1.FetchRequest, g *grant) bool
 	return true
 }
 
-// next takes the next block in turn, of a device that has room for it.
-func (s *Server) next() (b block, device string, ok bool) {
+// next takes the next block in turn, of a device that has room for it; nil: none.
+func (s *Server) next() (b *block, device string) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	for range s.turn {
@@ -365,9 +367,9 @@ func (s *Server) next() (b block, device string, ok bool) {
 		} else {
 			delete(s.lines, l.device)
 		}
-		return b, l.device, true
+		return b, l.device
 	}
-	return block{}, "", false
+	return nil, ""
 }
 
 // send sends blocks, one after the other, until ctx is done.
@@ -380,8 +382,8 @@ func (s *Server) send(ctx context.Context) {
 	defer tick.Stop()
 	buf := make([]byte, link.MaxBlock)
 	for ctx.Err() == nil {
-		b, device, ok := s.next()
-		if !ok {
+		b, device := s.next()
+		if b == nil {
 			select {
 			case <-s.wake:
 			case <-drained:

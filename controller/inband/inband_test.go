@@ -269,6 +269,8 @@ func TestBounds(t *testing.T) {
 		synctest.Wait()
 		if got := b.take(); len(got) != 3 {
 			t.Errorf("%d blocks, want each of 3 once", len(got))
+		} else if slices.ContainsFunc(got, func(x sent) bool { return x.m.Id != 5 }) {
+			t.Errorf("%v: a block answers a request that was given up, not the one that was made instead", got)
 		}
 
 		for i := range maxDevices {

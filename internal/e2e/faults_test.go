@@ -2,6 +2,7 @@ package e2e
 
 import (
 	"context"
+	"encoding/binary"
 	"encoding/json"
 	"fmt"
 	"log/slog"
@@ -14,6 +15,8 @@ import (
 	"sync/atomic"
 	"testing"
 	"time"
+
+	"github.com/opencontainers/go-digest"
 
 	"github.com/dunlin/dunlin/agent/simfleet"
 	profiles "github.com/dunlin/dunlin/firmware-profiles"
@@ -38,8 +41,9 @@ func number(t *testing.T, name string, usual uint64) uint64 {
 // client is somebody who asks a real agent without a pause. An agent is killed
 // while no request is under way: those that fail are its own.
 type client struct {
-	agent  *Agent
+	*hardship
 	up     sync.RWMutex // held to ask, and by who kills the agent until it serves again
+	pushed *atomic.Int64
 	answer atomic.Int64
 }
 
@@ -52,7 +56,7 @@ func (c *client) ask(ctx context.Context, t *testing.T, images [][64]float32) {
 			t.Errorf("%s is up and fails a request: %v", c.agent.Name, err)
 			return
 		}
-		if a.Version != "1" && a.Version != "2" {
+		if n, err := strconv.ParseInt(a.Version, 10, 64); err != nil || n < 1 || n > c.pushed.Load() {
 			t.Errorf("%s answers by version %s", c.agent.Name, a.Version)
 		}
 		c.answer.Add(1)
@@ -63,53 +67,99 @@ func (c *client) ask(ctx context.Context, t *testing.T, images [][64]float32) {
 	}
 }
 
-// Controller and real agents are killed at any time, simulated devices meet
-// what devices meet, and documents come and go: all come to run what is wanted,
-// no request fails on an agent that is up, no event is lost.
+// ordeal is a whole system, and the faults that befall it.
+type ordeal struct {
+	*Fleet
+	random   *rand.Rand
+	clients  []*client
+	fleet    *simfleet.Fleet
+	images   [][64]float32
+	opened   *openings
+	pushed   atomic.Int64 // versions
+	files    []digest.Digest
+	wanted   int      // version
+	ends     []func() // of what lasts
+	befallen map[string]int
+}
+
+// push pushes another version: a model of the digits, with a text that makes all
+// of it bytes that no device has.
+func (o *ordeal) push(t *testing.T) (version int) {
+	t.Helper()
+	version = int(o.pushed.Load()) + 1
+	raw, err := os.ReadFile(digitsFile([]string{"v2", "v1"}[version%2]))
+	if err != nil {
+		t.Fatal(err)
+	}
+	text := make([]byte, 20<<10+o.random.IntN(300<<10))
+	for i := range text {
+		text[i] = 'a' + byte(o.random.IntN(26))
+	}
+	raw = append(binary.AppendUvarint(append(raw, 6<<3|2), uint64(len(text))), text...) // ModelProto.doc_string
+	file := write(t, "digits.onnx", raw)
+	o.opened.add(t, version, file)
+	o.files = append(o.files, digest.FromBytes(raw))
+	cli(t, o.Fleet, "push", file, fmt.Sprint("digits:", version))
+	o.pushed.Store(int64(version))
+	return version
+}
+
+func (o *ordeal) want(t *testing.T, version int) {
+	t.Helper()
+	o.wanted = version
+	apply(t, o.Fleet, "digits", version)
+}
+
+// Controller and real agents are killed at any time, all devices meet what
+// devices meet, and documents come and go: all come to run what is wanted, no
+// request fails on an agent that is up, no event is lost, and real agents open
+// nothing but the bytes that were pushed. Only clocks do not jump on real agents,
+// which have the machine's.
 //
 // make test-faults runs it with many faults.
 func TestFaults(t *testing.T) {
 	seed := number(t, "DUNLIN_SEED", rand.Uint64())
 	faults, devices, agents := number(t, "FAULTS", 12), number(t, "FAULTS_DEVICES", 20), number(t, "FAULTS_AGENTS", 1)
 	t.Logf("DUNLIN_SEED=%d", seed)
-	random := rand.New(rand.NewPCG(seed, 0))
-	f := newFleet(t)
-	for i, file := range []string{"v1", "v2"} {
-		cli(t, f, "push", digitsFile(file), fmt.Sprint("digits:", i+1))
-	}
-	apply(t, f, "digits", 1)
 	images, _ := digits.HeldOut()
-	var clients []*client
+	o := &ordeal{Fleet: newFleet(t), random: rand.New(rand.NewPCG(seed, 0)), images: images[:1], opened: newOpenings(t), befallen: map[string]int{}}
+	o.push(t)
+	o.push(t)
+	o.want(t, 1)
 	for i := range agents {
-		c := &client{agent: startAgent(t, f, fmt.Sprint("real-", i), "--profile", "off")}
-		awaitAnswer(t, c.agent, images[:1])
-		clients = append(clients, c)
+		c := &client{hardship: startHardAgent(t, o.Fleet, fmt.Sprint("real-", i), o.random), pushed: &o.pushed}
+		awaitAnswer(t, c.agent, o.images)
+		o.clients = append(o.clients, c)
 	}
-	fleet := startSimulatedFleet(t, f, int(devices), seed)
+	o.fleet = startSimulatedFleet(t, o.Fleet, int(devices), seed)
 
 	ctx, cancel := context.WithCancel(t.Context())
 	var asking sync.WaitGroup
 	defer asking.Wait()
 	defer cancel()
-	for _, c := range clients {
-		asking.Go(func() { c.ask(ctx, t, images[:1]) })
+	for _, c := range o.clients {
+		asking.Go(func() { c.ask(ctx, t, o.images) })
 	}
-	var ends []func()
-	version := 1
 	for n := range faults {
-		befall(t, f, clients, fleet, random, &version, &ends, images[:1])
-		time.Sleep(time.Duration(random.IntN(400)) * time.Millisecond)
+		what := o.befall(t)
+		time.Sleep(time.Duration(o.random.IntN(400)) * time.Millisecond)
+		for _, c := range o.clients {
+			o.opened.look(t, c.agent)
+		}
 		if t.Failed() {
-			t.Fatalf("after fault %d", n+1)
+			t.Fatalf("after fault %d: %s", n+1, what)
 		}
 	}
-	for _, end := range ends {
+	for _, end := range o.ends {
 		end()
 	}
-	apply(t, f, "digits", 2)
+	for _, c := range o.clients {
+		c.end(t)
+	}
+	o.want(t, o.push(t))
 	patience := time.Now().Add(2*time.Minute + time.Duration(faults)*time.Second/4)
 	for {
-		left := undone(fleet, clients, images[:1])
+		left := o.undone()
 		if left == "" {
 			break
 		}
@@ -120,21 +170,62 @@ func TestFaults(t *testing.T) {
 	}
 	cancel()
 	asking.Wait()
-	for _, c := range clients {
+	for _, c := range o.clients {
+		o.opened.look(t, c.agent)
 		if c.answer.Load() == 0 {
 			t.Errorf("%s has answered nothing", c.agent.Name)
 		}
+		t.Logf("%s: %d answers; %d answers of the registry were altered", c.agent.Name, c.answer.Load(), c.blobs.altered())
+		o.account(t, c.agent.Name)
 	}
+	o.account(t, "")
+	t.Logf("%d versions, %d models opened; faults: %v", o.pushed.Load(), len(o.opened.seen), o.befallen)
+}
+
+// account fails the test where events of a device, or of all, are missing. The
+// last event of a real agent is awaited: it says that the last version serves.
+func (o *ordeal) account(t *testing.T, device string) {
+	t.Helper()
+	args := []string{"get", "events", "--limit", "10000", "-o", "json"}
+	if device != "" {
+		args = append(args, device)
+	}
+	last := fmt.Sprint(o.wanted)
 	var got struct {
-		Events []struct{ Kind, Device, Message string }
+		Events []struct {
+			Device, OutboxID string
+			Event            struct{ Sequence, Kind, Version, Message string }
+		}
 	}
-	decode(t, cli(t, f, "get", "events", "--limit", "1000", "-o", "json"), &got)
-	if len(got.Events) == 0 {
-		t.Error("there are no events")
-	}
+	eventually(t, func() string {
+		decode(t, cli(t, o.Fleet, args...), &got)
+		for _, e := range got.Events {
+			if device == "" || e.Event.Kind == "version.serving" && e.Event.Version == last {
+				return ""
+			}
+		}
+		return fmt.Sprintf("%s: there is no event of version %s", device, last)
+	})
+	before := map[string]uint64{} // sequence number, by outbox; they come newest first
 	for _, e := range got.Events {
-		if e.Kind == "gap" {
-			t.Errorf("events of %s are lost: %s", e.Device, e.Message)
+		n, err := strconv.ParseUint(e.Event.Sequence, 10, 64)
+		if err != nil {
+			t.Fatalf("event %+v: %v", e, err)
+		}
+		if later, ok := before[e.OutboxID]; ok && n != later-1 {
+			t.Errorf("%s: event %d comes before event %d", e.Device, n, later)
+		}
+		before[e.OutboxID] = n
+		switch e.Event.Kind {
+		case "gap":
+			t.Errorf("events of %s are lost: %s", e.Device, e.Event.Message)
+		case "version.quarantined", "bundle.refused":
+			t.Errorf("%s: %s of a good version %s: %s", e.Device, e.Event.Kind, e.Event.Version, e.Event.Message)
+		}
+	}
+	for outbox, n := range before {
+		if device != "" && n != 1 {
+			t.Errorf("%s: the first event of outbox %s is %d", device, outbox, n)
 		}
 	}
 }
@@ -150,8 +241,9 @@ func awaitAnswer(t *testing.T, a *Agent, images [][64]float32) {
 	}
 }
 
-// startSimulatedFleet runs simulated devices in this process, over emulated links.
-func startSimulatedFleet(t *testing.T, f *Fleet, devices int, seed uint64) *simfleet.Fleet {
+// startSimulatedFleet runs simulated devices in this process, over emulated
+// links, as change has them.
+func startSimulatedFleet(t *testing.T, f *Fleet, devices int, seed uint64, change ...func(*simfleet.Config)) *simfleet.Fleet {
 	t.Helper()
 	var made struct {
 		JoinToken string `json:"joinToken"`
@@ -167,10 +259,14 @@ func startSimulatedFleet(t *testing.T, f *Fleet, devices int, seed uint64) *simf
 	if err != nil {
 		t.Fatal(err)
 	}
-	fleet, err := simfleet.New(simfleet.Config{
+	cfg := simfleet.Config{
 		Controller: f.DeviceURL(), JoinToken: strings.TrimSpace(made.JoinToken), Devices: devices, Classes: []simfleet.Share{{Profile: class, Weight: 1}}, Seed: seed,
 		Dir: filepath.Join(f.Dir, "simulated"), Net: netem.Conditions{RTT: 5 * time.Millisecond}, Log: slog.New(slog.DiscardHandler),
-	})
+	}
+	for _, c := range change {
+		c(&cfg)
+	}
+	fleet, err := simfleet.New(cfg)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -186,62 +282,93 @@ func startSimulatedFleet(t *testing.T, f *Fleet, devices int, seed uint64) *simf
 	return fleet
 }
 
-// befall has one fault happen, by chance; what has to be undone goes to ends.
-func befall(t *testing.T, f *Fleet, clients []*client, fleet *simfleet.Fleet, random *rand.Rand, version *int, ends *[]func(), images [][64]float32) {
+// befall has one fault happen, by chance, and says which.
+func (o *ordeal) befall(t *testing.T) string {
 	t.Helper()
-	device := func() *simfleet.Device { return fleet.Devices()[random.IntN(len(fleet.Devices()))] }
+	random := o.random
+	device := func() *simfleet.Device { return o.fleet.Devices()[random.IntN(len(o.fleet.Devices()))] }
 	lasting := func(fault simfleet.Fault) {
 		d := device()
 		d.Meet(fault, false)
-		*ends = append(*ends, func() { d.Meet(fault, true) })
+		o.ends = append(o.ends, func() { d.Meet(fault, true) })
 	}
-	switch what := random.IntN(12); what {
-	case 0: // kill -9 of the controller
-		f.Controller.Kill()
-		if err := f.StartController(within(t)); err != nil {
-			t.Fatal(err)
-		}
-	case 1, 2: // and of an agent
-		c := clients[random.IntN(len(clients))]
-		c.up.Lock()
-		c.agent.Kill()
-		err := f.RestartAgent(within(t), c.agent)
-		if err != nil {
-			t.Fatal(err)
-		}
-		awaitAnswer(t, c.agent, images)
-		c.up.Unlock()
-	case 3, 4:
-		*version = 3 - *version
-		apply(t, f, "digits", *version)
-	case 5:
-		device().Meet(simfleet.Fault{Crash: true, Off: time.Duration(random.IntN(2000)) * time.Millisecond}, false)
-	case 6:
-		for _, d := range fleet.Devices() {
-			d.Meet(simfleet.Fault{Cut: true}, false)
-		}
-	case 7:
-		lasting(simfleet.Fault{Down: true})
-	case 8:
-		lasting(simfleet.Fault{Loss: new(0.3 * random.Float64()), RTT: new(100 * time.Millisecond)})
-	case 9:
-		lasting(simfleet.Fault{Corrupt: new(0.05)})
-	case 10:
-		lasting(simfleet.Fault{DiskFull: true})
-	case 11:
-		lasting(simfleet.Fault{Skew: new(time.Duration(random.Int64N(int64(48*time.Hour))) - 24*time.Hour)})
+	c := o.clients[random.IntN(len(o.clients))]
+	all := []struct {
+		name string
+		do   func()
+	}{
+		{"kill the controller", func() {
+			o.Controller.Kill()
+			if err := o.StartController(within(t)); err != nil {
+				t.Fatal(err)
+			}
+		}},
+		{"kill an agent", func() { o.kill(t, c, false) }},
+		{"kill an agent, its disk rots", func() { o.kill(t, c, true) }},
+		{"want another version", func() { o.want(t, 1+random.IntN(int(o.pushed.Load()))) }},
+		{"want a new version", func() { o.want(t, o.push(t)) }},
+		{"cut an agent off for a moment", func() { c.link.Reset() }},
+		{"cut an agent off", func() {
+			c.link.Set(netem.Conditions{Down: true})
+			c.link.Reset()
+		}},
+		{"an agent's link is bad", func() { c.link.Set(netem.Conditions{RTT: 100 * time.Millisecond, Loss: 0.3 * random.Float64()}) }},
+		{"an agent's link corrupts", func() { c.link.Set(netem.Conditions{RTT: usualLink.RTT, Corrupt: 0.05}) }},
+		{"an agent's registry gives other bytes", func() { c.blobs.alter(rand.New(rand.NewPCG(random.Uint64(), 0)), 0.5) }},
+		{"an agent's disk is full", func() { c.fill(t, random.Int64N(2<<20)) }},
+		{"an agent's disk rots", func() { c.rot(t, random, o.files[o.wanted-1]) }},
+		{"an agent has peace", func() { c.end(t) }},
+		{"crash", func() {
+			device().Meet(simfleet.Fault{Crash: true, Off: time.Duration(random.IntN(2000)) * time.Millisecond}, false)
+		}},
+		{"cut all", func() {
+			for _, d := range o.fleet.Devices() {
+				d.Meet(simfleet.Fault{Cut: true}, false)
+			}
+		}},
+		{"down", func() { lasting(simfleet.Fault{Down: true}) }},
+		{"bad link", func() {
+			lasting(simfleet.Fault{Loss: new(0.3 * random.Float64()), RTT: new(100 * time.Millisecond)})
+		}},
+		{"corruption", func() { lasting(simfleet.Fault{Corrupt: new(0.05)}) }},
+		{"full disk", func() { lasting(simfleet.Fault{DiskFull: true}) }},
+		{"clock", func() {
+			lasting(simfleet.Fault{Skew: new(time.Duration(random.Int64N(int64(48*time.Hour))) - 24*time.Hour)})
+		}},
 	}
+	fault := all[random.IntN(len(all))]
+	fault.do()
+	o.befallen[fault.name]++
+	return fault.name
 }
 
-// undone says who does not run version 2 yet, or has events that the controller
-// does not have; "" for nobody.
-func undone(fleet *simfleet.Fleet, clients []*client, images [][64]float32) string {
-	for _, c := range clients {
-		if a, err := Classify(context.Background(), c.agent.URL, "digits-route", images); err != nil || a.Version != "2" {
+// kill kills an agent and starts it again. Where a byte on its disk is another
+// then, it may need the network before it serves.
+func (o *ordeal) kill(t *testing.T, c *client, rots bool) {
+	t.Helper()
+	c.up.Lock()
+	defer c.up.Unlock()
+	c.agent.Kill()
+	if rots {
+		c.rot(t, o.random, "")
+		c.end(t)
+	}
+	if err := o.RestartAgent(within(t), c.agent); err != nil {
+		t.Fatal(err)
+	}
+	awaitAnswer(t, c.agent, o.images)
+}
+
+// undone says who does not run the wanted version yet, or has events that the
+// controller does not have; "" for nobody.
+func (o *ordeal) undone() string {
+	for _, c := range o.clients {
+		if a, err := Classify(context.Background(), c.agent.URL, "digits-route", o.images); err != nil || a.Version != fmt.Sprint(o.wanted) {
 			return fmt.Sprintf("%s answers by version %q, %v", c.agent.Name, a.Version, err)
 		}
 	}
-	for _, d := range fleet.Devices() {
+	want := fmt.Sprint("digits:", o.wanted)
+	for _, d := range o.fleet.Devices() {
 		if err := d.Converged(); err != nil {
 			return fmt.Sprintf("%s: %v", d.Name, err)
 		}
@@ -251,7 +378,7 @@ func undone(fleet *simfleet.Fleet, clients []*client, images [][64]float32) stri
 				served.WriteString(fmt.Sprintf("%s:%d", v.Model, v.Version))
 			}
 		}
-		if served.String() != "digits:2" {
+		if served.String() != want {
 			return fmt.Sprintf("%s serves %s", d.Name, served.String())
 		}
 		if n, err := d.Waiting(); err != nil || n > 0 {

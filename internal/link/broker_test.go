@@ -145,7 +145,7 @@ func (s *site) startBroker(t *testing.T, address string) *testBroker {
 	for _, err := range []error{
 		b.AddHook(b.rules, nil), b.AddListener(tcp),
 		b.Subscribe(UpFilter, 1, func(_ *mochi.Client, _ brokerpackets.Subscription, p brokerpackets.Packet) {
-			b.received <- message{p.TopicName, bytes.Clone(p.Payload)}
+			b.received <- message{topic: p.TopicName, payload: bytes.Clone(p.Payload)}
 		}),
 		b.Serve(),
 	} {

@@ -3,6 +3,9 @@ package link
 import (
 	"fmt"
 	"net"
+	"sync/atomic"
+
+	"github.com/eclipse/paho.mqtt.golang/packets"
 )
 
 // maxPacket bounds an MQTT packet from the broker. The client allocates
@@ -14,13 +17,23 @@ const maxPacket = MaxPayload + 4<<10
 type boundedConn struct {
 	net.Conn
 	frame framing
+	pongs atomic.Uint64 // that have come
+}
+
+// ping asks the broker for a sign of life, which comes after all that it has
+// sent before. The client writes whole packets, so this one is between two.
+func (c *boundedConn) ping() error {
+	_, err := c.Conn.Write([]byte{packets.Pingreq << 4, 0})
+	return err
 }
 
 func (c *boundedConn) Read(p []byte) (int, error) {
 	n, err := c.Conn.Read(p)
-	if e := c.frame.follow(p[:n]); e != nil {
+	e := c.frame.follow(p[:n])
+	if c.pongs.Add(c.frame.pongs); e != nil {
 		return 0, e
 	}
+	c.frame.pongs = 0
 	return n, err
 }
 
@@ -30,6 +43,7 @@ type framing struct {
 	length   uint32
 	digits   uint // bytes of the length that were read
 	left     uint32
+	pongs    uint64 // PINGRESPs that have begun
 }
 
 func (f *framing) follow(p []byte) error {
@@ -43,7 +57,11 @@ func (f *framing) follow(p []byte) error {
 		b := p[0]
 		p = p[1:]
 		if !f.inLength {
-			*f = framing{inLength: true}
+			pongs := f.pongs
+			if b == packets.Pingresp<<4 {
+				pongs++
+			}
+			*f = framing{inLength: true, pongs: pongs}
 			continue
 		}
 		f.length |= uint32(b&0x7f) << (7 * f.digits)
@@ -52,7 +70,7 @@ func (f *framing) follow(p []byte) error {
 			return fmt.Errorf("the broker sent a packet of %d bytes or more, allowed are %d", f.length, maxPacket)
 		}
 		if b&0x80 == 0 {
-			*f = framing{left: f.length}
+			*f = framing{left: f.length, pongs: f.pongs}
 		}
 	}
 	return nil

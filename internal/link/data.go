@@ -94,7 +94,7 @@ func (l *Link) share(d *DataLine) error {
 		case <-d.ended:
 		}
 	}()
-	if err := s.subscribeTo(map[string]byte{topic: 0}); err != nil {
+	if err := s.subscribeTo(map[string]byte{topic: 0}, connectTimeout); err != nil {
 		d.Close()
 		return fmt.Errorf("subscribe: %w", err)
 	}
@@ -125,7 +125,7 @@ func (d *DataLine) how(ctx context.Context) (second bool, err error) {
 // openSecond opens a connection for fetching only.
 func (l *Link) openSecond(ctx context.Context) (*DataLine, error) {
 	at, device := l.at(), l.cfg.Device
-	conn, secure, err := dial(ctx, l.cfg.Dial, at.address, l.cfg.TLS())
+	conn, secure, err := dial(ctx, l.cfg.Dial, at.address, l.cfg.TLS(), connectTimeout)
 	if err != nil {
 		return nil, refusal(fmt.Errorf("connect: %w", err))
 	}
@@ -157,7 +157,7 @@ func (l *Link) openSecond(ctx context.Context) (*DataLine, error) {
 		conn.Close()
 		return nil, refusal(fmt.Errorf("connect: %w", err))
 	}
-	if err := subscribe(d.client, d.ended, &d.cause, map[string]byte{Down(device, Data): 0}); err != nil {
+	if err := subscribe(d.client, d.ended, &d.cause, map[string]byte{Down(device, Data): 0}, connectTimeout); err != nil {
 		d.Close()
 		return nil, fmt.Errorf("subscribe: %w", err)
 	}
@@ -175,7 +175,7 @@ func (d *DataLine) Ask(m *dunlinv1.FetchRequest) error {
 		return err
 	}
 	if d.session != nil {
-		if !d.session.enqueue(message{Up(d.device, Fetch), payload}) {
+		if !d.session.enqueue(message{Up(d.device, Fetch), payload, false}) {
 			return fmt.Errorf("send %s: %w", Fetch, ErrNotConnected)
 		}
 		return nil

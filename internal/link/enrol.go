@@ -48,7 +48,7 @@ func Enrol(ctx context.Context, cfg Enrolment, request *dunlinv1.EnrolRequest) (
 	if cfg.Dial == nil {
 		cfg.Dial = new(net.Dialer).DialContext
 	}
-	conn, secure, err := dial(ctx, cfg.Dial, at.address, cfg.TLS())
+	conn, secure, err := dial(ctx, cfg.Dial, at.address, cfg.TLS(), connectTimeout)
 	if err != nil {
 		return nil, fmt.Errorf("connect: %w", err)
 	}

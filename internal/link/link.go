@@ -25,10 +25,24 @@ const (
 	// DefaultMaxBackoff bounds the wait before a new attempt to connect.
 	DefaultMaxBackoff = time.Minute
 	// connectTimeout bounds dialling and, separately, the broker's answers to
-	// CONNECT and SUBSCRIBE.
+	// CONNECT and SUBSCRIBE, of connections for data and enrolment. Those of
+	// sessions are bounded by leastOpening at first, as it is quicker to begin
+	// anew than to wait for a TCP that has lost its packets, and by openingStep
+	// more with each failure, up to mostOpening: a link may just be slow.
 	connectTimeout = 15 * time.Second
+	leastOpening   = 10 * time.Second
+	openingStep    = 5 * time.Second
+	mostOpening    = 30 * time.Second
 	// writeTimeout bounds a write without progress; after it the session ends.
 	writeTimeout = 10 * time.Second
+	// probeAfter is the wait for more before the broker is asked for a sign of
+	// life, and probeLook how often it is looked whether that has come.
+	probeAfter = time.Second
+	probeLook  = 500 * time.Millisecond
+	// A session without a sign of life ends after probePatience, and the next
+	// after twice the time, up to mostPatience: a link may just be slow.
+	probePatience = 15 * time.Second
+	mostPatience  = time.Minute
 	// goodbyeTimeout bounds the sending of Gone at an orderly stop.
 	goodbyeTimeout = time.Second
 	// sendQueue bounds the messages that wait to be written; when it is full,
@@ -94,6 +108,8 @@ func (s State) String() string {
 // concurrently.
 type Link struct {
 	cfg       Config
+	opening   time.Duration // bounds the next session's opening; Run's
+	patience  time.Duration // of its probe; Run's
 	inbox     *inbox
 	connected chan struct{}
 	wake      chan struct{} // the session is to end, or the wait for the next
@@ -133,7 +149,7 @@ func New(cfg Config) (*Link, error) {
 	if cfg.Dial == nil {
 		cfg.Dial = new(net.Dialer).DialContext
 	}
-	return &Link{cfg: cfg, broker: b, inbox: newInbox(), connected: make(chan struct{}, 1), wake: make(chan struct{}, 1), quietFor: StandDownFor}, nil
+	return &Link{cfg: cfg, opening: leastOpening, patience: probePatience, broker: b, inbox: newInbox(), connected: make(chan struct{}, 1), wake: make(chan struct{}, 1), quietFor: StandDownFor}, nil
 }
 
 func parseBroker(brokerURL string) (broker, error) {
@@ -230,7 +246,7 @@ func (l *Link) Send(kind string, m proto.Message) error {
 	l.mu.Lock()
 	s := l.session
 	l.mu.Unlock()
-	if s == nil || !s.enqueue(message{Up(l.cfg.Device, kind), payload}) {
+	if s == nil || !s.enqueue(message{Up(l.cfg.Device, kind), payload, kind != Telemetry && kind != Fetch}) {
 		return fmt.Errorf("send %s: %w", kind, ErrNotConnected)
 	}
 	return nil
@@ -263,7 +279,10 @@ func (l *Link) Run(ctx context.Context) error {
 			return ctx.Err()
 		}
 		s, err := l.open(ctx)
-		if err == nil {
+		if err != nil {
+			l.opening = min(l.opening+openingStep, mostOpening)
+		} else {
+			l.opening = leastOpening
 			l.setState(Connected, nil)
 			begin := time.Now()
 			err = l.serve(ctx, s)
@@ -371,7 +390,7 @@ func (l *Link) hello(session string) (message, error) {
 	}
 	h.BootId, h.Session = l.cfg.BootID, session
 	payload, err := encode(Hello, h)
-	return message{Up(l.cfg.Device, Hello), payload}, err
+	return message{Up(l.cfg.Device, Hello), payload, true}, err
 }
 
 func (l *Link) gone(session string) message {
@@ -379,7 +398,7 @@ func (l *Link) gone(session string) message {
 	if err != nil {
 		panic(err) // two short strings that were checked or made here
 	}
-	return message{Up(l.cfg.Device, Gone), payload}
+	return message{Up(l.cfg.Device, Gone), payload, false}
 }
 
 // serve says hello, lets the session be used until it ends or ctx does, and
@@ -398,6 +417,8 @@ func (l *Link) serve(ctx context.Context, s *session) error {
 		s.write(l.gone(s.id), &l.sending)
 	})
 	wg.Go(func() { l.repeatHello(s) })
+	var answered bool
+	wg.Go(func() { answered = s.probe(l.patience) })
 	l.setSession(s)
 	l.signalConnected()
 
@@ -418,6 +439,12 @@ func (l *Link) serve(ctx context.Context, s *session) error {
 		leave(ctx.Err())
 	}
 	wg.Wait()
+	switch {
+	case answered:
+		l.patience = probePatience
+	case errors.Is(s.cause, errSilent):
+		l.patience = min(2*l.patience, mostPatience)
+	}
 	return s.cause
 }
 

@@ -23,12 +23,15 @@ import (
 type message struct {
 	topic   string
 	payload []byte
+	matters bool // the session is probed after it
 }
 
 // session is one connection to the broker. Its client is never used again.
 type session struct {
 	id         string
 	conn       net.Conn // below TLS: closing it waits for nothing
+	bounded    *boundedConn
+	said       chan struct{} // something that matters was written; the probe waits for it
 	client     mqtt.Client
 	out        chan message
 	helloAgain chan time.Duration // holds one wish at most
@@ -44,14 +47,14 @@ var errSubscription = errors.New("subscription refused")
 // open connects and subscribes.
 func (l *Link) open(ctx context.Context) (*session, error) {
 	at := l.at()
-	conn, secure, err := dial(ctx, l.cfg.Dial, at.address, l.cfg.TLS())
+	conn, secure, err := dial(ctx, l.cfg.Dial, at.address, l.cfg.TLS(), l.opening)
 	if err != nil {
 		return nil, refusal(fmt.Errorf("connect: %w", err))
 	}
 	stop := context.AfterFunc(ctx, func() { conn.Close() })
 	defer stop()
 	s := &session{
-		id: rand.Text(), conn: conn, out: make(chan message, sendQueue), helloAgain: make(chan time.Duration, 1),
+		id: rand.Text(), conn: conn, bounded: &boundedConn{Conn: secure}, said: make(chan struct{}, 1), out: make(chan message, sendQueue), helloAgain: make(chan time.Duration, 1),
 		leaving: make(chan struct{}), ended: make(chan struct{}),
 	}
 	will := l.gone(s.id)
@@ -60,46 +63,46 @@ func (l *Link) open(ctx context.Context) (*session, error) {
 		SetClientID(device).SetUsername(device).
 		SetProtocolVersion(4).SetCleanSession(true).SetOrderMatters(true).
 		SetAutoReconnect(false).SetConnectRetry(false).
-		SetKeepAlive(l.cfg.KeepAlive).SetConnectTimeout(connectTimeout).SetWriteTimeout(writeTimeout).
+		SetKeepAlive(l.cfg.KeepAlive).SetConnectTimeout(l.opening).SetWriteTimeout(writeTimeout).
 		SetBinaryWill(will.topic, will.payload, 0, false).
 		SetDefaultPublishHandler(func(_ mqtt.Client, m mqtt.Message) { l.receive(s, m.Topic(), m.Payload()) }).
 		SetConnectionLostHandler(func(_ mqtt.Client, err error) { s.end(err) }).
-		SetCustomOpenConnectionFn(func(*url.URL, mqtt.ClientOptions) (net.Conn, error) { return &boundedConn{Conn: secure}, nil }))
+		SetCustomOpenConnectionFn(func(*url.URL, mqtt.ClientOptions) (net.Conn, error) { return s.bounded, nil }))
 	connect := s.client.Connect()
 	<-connect.Done()
 	if err := connect.Error(); err != nil {
 		conn.Close()
 		return nil, refusal(fmt.Errorf("connect: %w", err))
 	}
-	if err := s.subscribe(device); err != nil {
+	if err := s.subscribe(device, l.opening); err != nil {
 		s.close()
 		return nil, fmt.Errorf("subscribe: %w", err)
 	}
 	return s, nil
 }
 
-func (s *session) subscribe(device string) error {
+func (s *session) subscribe(device string, within time.Duration) error {
 	filters := map[string]byte{EpochTopic: 0}
 	for _, kind := range controlKinds {
 		filters[Down(device, kind)] = 0
 	}
-	return s.subscribeTo(filters)
+	return s.subscribeTo(filters, within)
 }
 
-func (s *session) subscribeTo(filters map[string]byte) error {
-	return subscribe(s.client, s.ended, &s.cause, filters)
+func (s *session) subscribeTo(filters map[string]byte, within time.Duration) error {
+	return subscribe(s.client, s.ended, &s.cause, filters, within)
 }
 
 // subscribe subscribes on a connection; cause says why it ended once ended is
 // closed.
-func subscribe(client mqtt.Client, ended <-chan struct{}, cause *error, filters map[string]byte) error {
+func subscribe(client mqtt.Client, ended <-chan struct{}, cause *error, filters map[string]byte, within time.Duration) error {
 	token := client.SubscribeMultiple(filters, nil).(*mqtt.SubscribeToken)
 	select {
 	case <-token.Done():
 	case <-ended:
 		return *cause
-	case <-time.After(connectTimeout):
-		return fmt.Errorf("no answer within %s", connectTimeout)
+	case <-time.After(within):
+		return fmt.Errorf("no answer within %s", within)
 	}
 	if err := token.Error(); err != nil {
 		return err
@@ -114,8 +117,8 @@ func subscribe(client mqtt.Client, ended <-chan struct{}, cause *error, filters 
 }
 
 // dial opens a connection with TLS, and gives what is below it too.
-func dial(ctx context.Context, below func(context.Context, string, string) (net.Conn, error), address string, cfg *tls.Config) (conn net.Conn, secure *tls.Conn, err error) {
-	ctx, cancel := context.WithTimeout(ctx, connectTimeout)
+func dial(ctx context.Context, below func(context.Context, string, string) (net.Conn, error), address string, cfg *tls.Config, within time.Duration) (conn net.Conn, secure *tls.Conn, err error) {
+	ctx, cancel := context.WithTimeout(ctx, within)
 	defer cancel()
 	if conn, err = below(ctx, "tcp", address); err != nil {
 		return nil, nil, err
@@ -207,7 +210,14 @@ func (s *session) write(goodbye message, sending *atomic.Int64) {
 				return
 			}
 		}
-		if err := s.publish(m); err != nil {
+		err := s.publish(m)
+		if m.matters {
+			select {
+			case s.said <- struct{}{}:
+			default: // the probe has not come to it yet
+			}
+		}
+		if err != nil {
 			select { // the client tells the better cause, but a little later
 			case <-s.ended:
 			case <-time.After(goodbyeTimeout):
@@ -215,6 +225,53 @@ func (s *session) write(goodbye message, sending *atomic.Int64) {
 			}
 			return
 		}
+	}
+}
+
+// errSilent is the error of a session on which nothing comes through any more.
+var errSilent = errors.New("the broker does not answer")
+
+// probe sees to it that what matters comes through: TCP on a link that loses
+// packets waits twice as long with each that it loses, until what is left of a
+// minute is spent doing nothing. A new connection begins anew. It asks for a sign
+// of life once something was written, and ends the session where none comes
+// within patience; answered says whether one has come at all.
+func (s *session) probe(patience time.Duration) (answered bool) {
+	for {
+		select {
+		case <-s.said:
+		case <-s.ended:
+			return answered
+		}
+		if !s.wait(probeAfter) {
+			return answered
+		}
+		had := s.bounded.pongs.Load()
+		if err := s.bounded.ping(); err != nil {
+			return answered // the client tells
+		}
+		for asked := time.Now(); s.bounded.pongs.Load() == had; {
+			if time.Since(asked) >= patience {
+				s.end(fmt.Errorf("%w for %s", errSilent, patience))
+				return answered
+			}
+			if !s.wait(probeLook) {
+				return answered
+			}
+		}
+		answered, patience = true, probePatience
+	}
+}
+
+// wait says whether the session lasts so long.
+func (s *session) wait(d time.Duration) bool {
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case <-t.C:
+		return true
+	case <-s.ended:
+		return false
 	}
 }
 

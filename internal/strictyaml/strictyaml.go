@@ -21,8 +21,12 @@ func Decode(raw []byte, into any) (err error) {
 			err = fmt.Errorf("the document cannot be read: %v", p)
 		}
 	}()
-	err = yaml.NewDecoder(bytes.NewReader(raw), yaml.Strict()).Decode(into)
-	if err == nil || errors.Is(err, io.EOF) {
+	// It also clears what it is given where there is nothing to decode.
+	var content any
+	if err := yaml.NewDecoder(bytes.NewReader(raw)).Decode(&content); content == nil && (err == nil || errors.Is(err, io.EOF)) {
+		return nil
+	}
+	if err = yaml.NewDecoder(bytes.NewReader(raw), yaml.Strict()).Decode(into); err == nil {
 		return nil
 	}
 	return errors.New(yaml.FormatError(err, false, false))

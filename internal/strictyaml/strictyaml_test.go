@@ -16,8 +16,10 @@ func TestDecode(t *testing.T) {
 	if err := Decode([]byte("name: a\nports: [1, 2]\n"), &s); err != nil || s.Name != "a" || len(s.Ports) != 2 {
 		t.Errorf("%+v, %v", s, err)
 	}
-	if err := Decode(nil, &s); err != nil {
-		t.Errorf("an empty document: %v", err)
+	for _, empty := range []string{"", "# name: b\n", "\n---\n# nothing\n", "null\n"} {
+		if err := Decode([]byte(empty), &s); err != nil || s.Name != "a" {
+			t.Errorf("%q: %+v, %v", empty, s, err)
+		}
 	}
 	for text, want := range map[string]string{
 		"name: a\ncolour: hunter2": `[2:1] unknown field "colour"`,

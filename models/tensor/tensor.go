@@ -2,6 +2,7 @@
 package tensor
 
 import (
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"math"
@@ -241,4 +242,56 @@ func AppendString(data, element []byte) []byte {
 	n := len(element)
 	data = append(data, byte(n), byte(n>>8), byte(n>>16), byte(n>>24))
 	return append(data, element...)
+}
+
+// Number gives the value of the element that data begins with, of a type that
+// has a Size, as near as a float64 comes; a Bool is 0 or 1.
+func (t Type) Number(data []byte) float64 {
+	switch t {
+	case Float32:
+		return float64(math.Float32frombits(binary.LittleEndian.Uint32(data)))
+	case Float64:
+		return math.Float64frombits(binary.LittleEndian.Uint64(data))
+	case Float16:
+		return half(binary.LittleEndian.Uint16(data))
+	case BFloat16:
+		return float64(math.Float32frombits(uint32(binary.LittleEndian.Uint16(data)) << 16))
+	case Uint8, Bool:
+		return float64(data[0])
+	case Int8:
+		return float64(int8(data[0]))
+	case Uint16:
+		return float64(binary.LittleEndian.Uint16(data))
+	case Int16:
+		return float64(int16(binary.LittleEndian.Uint16(data)))
+	case Uint32:
+		return float64(binary.LittleEndian.Uint32(data))
+	case Int32:
+		return float64(int32(binary.LittleEndian.Uint32(data)))
+	case Uint64:
+		return float64(binary.LittleEndian.Uint64(data))
+	case Int64:
+		return float64(int64(binary.LittleEndian.Uint64(data)))
+	}
+	return math.NaN()
+}
+
+// half gives the value of an FP16 number.
+func half(bits uint16) float64 {
+	exponent, fraction := int(bits>>10&31), float64(bits&1023)
+	var v float64
+	switch exponent {
+	case 0:
+		v = math.Ldexp(fraction, -24)
+	case 31:
+		if v = math.Inf(1); fraction != 0 {
+			v = math.NaN()
+		}
+	default:
+		v = math.Ldexp(fraction+1024, exponent-25)
+	}
+	if bits>>15 != 0 {
+		v = -v
+	}
+	return v
 }

@@ -83,3 +83,40 @@ func FuzzStrings(f *testing.F) {
 		}
 	})
 }
+
+func TestNumber(t *testing.T) {
+	for _, tt := range []struct {
+		typ  Type
+		data []byte
+		want float64
+	}{
+		{Float32, []byte{0, 0, 0xc0, 0xbf}, -1.5},
+		{Float64, []byte{0, 0, 0, 0, 0, 0, 0xf8, 0xbf}, -1.5},
+		{BFloat16, []byte{0xc0, 0xbf}, -1.5},
+		{Bool, []byte{1}, 1},
+		{Uint8, []byte{0xff}, 255},
+		{Int8, []byte{0xff}, -1},
+		{Uint16, []byte{0xfe, 0xff}, 65534},
+		{Int16, []byte{0xfe, 0xff}, -2},
+		{Uint32, []byte{0, 0, 0, 0x80}, 1 << 31},
+		{Int32, []byte{0, 0, 0, 0x80}, -1 << 31},
+		{Uint64, []byte{0, 0, 0, 0, 0, 0, 0, 0x80}, 1 << 63},
+		{Int64, []byte{0, 0, 0, 0, 0, 0, 0, 0x80}, -1 << 63},
+		{Float16, []byte{0, 0x3c}, 1},
+		{Float16, []byte{0, 0x38}, 0.5},
+		{Float16, []byte{0, 0xc0}, -2},
+		{Float16, []byte{1, 0}, math.Ldexp(1, -24)},
+		{Float16, []byte{0xff, 0x7b}, 65504},
+		{Float16, []byte{0, 0x7c}, math.Inf(1)},
+		{Float16, []byte{0, 0x80}, 0},
+	} {
+		if got := tt.typ.Number(tt.data); got != tt.want {
+			t.Errorf("%v %x is %v, want %v", tt.typ, tt.data, got, tt.want)
+		}
+	}
+	for _, typ := range []Type{Float16, String, 14} {
+		if got := typ.Number([]byte{1, 0x7c}); !math.IsNaN(got) {
+			t.Errorf("%v 7c01 is %v, want NaN", typ, got)
+		}
+	}
+}

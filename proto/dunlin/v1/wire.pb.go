@@ -3766,7 +3766,8 @@ func (x *GpuProcess) GetMemoryBytes() uint64 {
 type Alarm struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// What it is about: "temperature", "ecc", "remapped_rows", "disk_space",
-	// "disk_wear", "memory", "latency", "throughput", "error_rate", "power", "xid".
+	// "disk_wear", "memory", "latency", "throughput", "error_rate", "power", "xid",
+	// "data_drift".
 	Kind string `protobuf:"bytes,1,opt,name=kind,proto3" json:"kind,omitempty"`
 	// Which one of these: a sensor, "gpu:0", "digits:2".
 	Subject  string                 `protobuf:"bytes,2,opt,name=subject,proto3" json:"subject,omitempty"`
@@ -3775,14 +3776,16 @@ type Alarm struct {
 	// Unset while it is raised.
 	ClearedAt *timestamppb.Timestamp `protobuf:"bytes,5,opt,name=cleared_at,json=clearedAt,proto3" json:"cleared_at,omitempty"`
 	Message   string                 `protobuf:"bytes,6,opt,name=message,proto3" json:"message,omitempty"`
-	// How it was found: "threshold", "theil-sen", "cusum", "counter".
+	// How it was found: "threshold", "theil-sen", "cusum", "counter", "two-sample".
 	Method    string   `protobuf:"bytes,7,opt,name=method,proto3" json:"method,omitempty"`
 	Unit      string   `protobuf:"bytes,8,opt,name=unit,proto3" json:"unit,omitempty"`
 	Threshold *float64 `protobuf:"fixed64,9,opt,name=threshold,proto3,oneof" json:"threshold,omitempty"`
 	// Change per hour, and the time until threshold if that goes on.
 	SlopePerHour     *float64 `protobuf:"fixed64,10,opt,name=slope_per_hour,json=slopePerHour,proto3,oneof" json:"slope_per_hour,omitempty"`
 	HoursToThreshold *float64 `protobuf:"fixed64,11,opt,name=hours_to_threshold,json=hoursToThreshold,proto3,oneof" json:"hours_to_threshold,omitempty"`
-	// The samples that it rests on, at most 64.
+	// The samples that it rests on, at most 64. In telemetry they may be left out
+	// where an earlier sample of the session has them, of an alarm with the same
+	// kind, subject, severity, raised_at and method.
 	Samples []*AlarmSample `protobuf:"bytes,12,rep,name=samples,proto3" json:"samples,omitempty"`
 	// What the device did about it: "duty 0.5", "cordon"; empty: nothing.
 	Action        string `protobuf:"bytes,13,opt,name=action,proto3" json:"action,omitempty"`
