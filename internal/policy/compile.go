@@ -2,12 +2,15 @@ package policy
 
 import (
 	"fmt"
+	"regexp"
 	"slices"
 	"strings"
 
 	"github.com/dunlin/dunlin/models"
 	dunlinv1 "github.com/dunlin/dunlin/proto/dunlin/v1"
 )
+
+var nameText = regexp.MustCompile(`^[A-Za-z0-9_]([A-Za-z0-9_.:/-]*[A-Za-z0-9_])?$`)
 
 // compiler makes a policy and collects what is wrong with its route.
 type compiler struct {
@@ -146,6 +149,10 @@ func (c *compiler) slot(at, name string, names *[]string) int {
 func (c *compiler) name(at, name string) bool {
 	if name == "" || len(name) > MaxNameBytes {
 		c.fault(at, "name %q has %d bytes, allowed are 1 to %d", clip(name), len(name), MaxNameBytes)
+		return false
+	}
+	if !nameText.MatchString(name) {
+		c.fault(at, "name %q: allowed are A-Z a-z 0-9 _ . : / -, first and last a letter, digit or _", clip(name))
 		return false
 	}
 	return true
