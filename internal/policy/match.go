@@ -66,7 +66,7 @@ type input struct {
 // needs them, and once.
 type sight struct {
 	policy  *Policy
-	request *Request
+	request Request
 	state   [MaxNames]uint8
 	values  [MaxNames]string
 	cel     *activation
@@ -120,7 +120,7 @@ func (s *sight) matches(m *match) (matches, faulted bool) {
 		return true, false
 	}
 	if s.cel == nil {
-		s.cel = &activation{request: *s.request}
+		s.cel = &activation{request: s.request}
 	}
 	return m.cel.matches(s.cel)
 }

@@ -145,7 +145,7 @@ func (p *Policy) Decide(q *Request, random uint64) Decision {
 	if len(p.rules) == 0 && p.fallback.key < 0 {
 		return Decision{Rule: -1, Target: p.fallback.pick(random)}
 	}
-	s := sight{policy: p, request: q}
+	s := sight{policy: p, request: *q} // a copy, so that the caller's need not be on the heap
 	d := Decision{Rule: -1}
 	taken := &p.fallback
 	for i := range p.rules {
