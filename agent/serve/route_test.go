@@ -42,14 +42,15 @@ func when(expression string) *dunlinv1.RouteMatch { return &dunlinv1.RouteMatch{
 // figuresOf writes the figures of all rules: "live/a digits:1=3 faults=1".
 func figuresOf(s *Server) (all []string) {
 	for _, f := range s.Rules() {
-		text := f.Route + "/" + f.Rule
+		var text strings.Builder
+		text.WriteString(f.Route + "/" + f.Rule)
 		for _, t := range f.Targets {
-			text += fmt.Sprintf(" %s:%d=%d", t.Model, t.Version, t.Requests)
+			fmt.Fprintf(&text, " %s:%d=%d", t.Model, t.Version, t.Requests)
 		}
 		if f.Faults > 0 {
-			text += fmt.Sprintf(" faults=%d", f.Faults)
+			fmt.Fprintf(&text, " faults=%d", f.Faults)
 		}
-		all = append(all, text)
+		all = append(all, text.String())
 	}
 	slices.Sort(all)
 	return all
