@@ -12,6 +12,11 @@ import (
 	"testing"
 )
 
+// handed keeps the files of sockets that were handed over, as they are gone
+// with their program: were one collected, it would close its number, which is
+// that of another file by then.
+var handed []socket
+
 // TestSockets has callers connect while nobody accepts, and one program after
 // the other answer them.
 func TestSockets(t *testing.T) {
@@ -54,6 +59,7 @@ func TestSockets(t *testing.T) {
 	if len(env) != 2 || env[0] != "A=b" {
 		t.Errorf("environment %q", env)
 	}
+	handed = append(handed, kept)
 	_, value, _ := strings.Cut(env[1], "=")
 	t.Setenv(socketsEnv, value)
 	all := inherited()
@@ -107,6 +113,7 @@ func TestWatchKeepsNoSocket(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	handed = append(handed, kept)
 	_, value, _ := strings.Cut(env[0], "=")
 	t.Setenv(socketsEnv, value)
 	if err := Watch(nil); err == nil {
