@@ -52,17 +52,43 @@ type watch struct {
 	mu     sync.Mutex // guards what follows
 	newest *dunlinv1.Telemetry
 	alarms []*dunlinv1.Alarm
+	// celsius is the highest temperature of newest; heated says that it has one.
+	celsius float64
+	heated  bool
 }
 
 // newWatch gives one that samples m. It starts nothing.
 func (h *host) newWatch(m sampled, profile profiles.Profile, event func(*dunlinv1.Event)) *watch {
-	return &watch{
+	w := &watch{
 		machine: m, engine: h.engine, limit: h.limit, event: event, log: h.serving.Log, sampled: make(chan struct{}),
 		detector: alarm.New(alarm.Config{
 			WarnCelsius: profile.Thermal.WarnCelsius, SlowdownCelsius: profile.Thermal.SlowdownCelsius, ReserveBytes: uint64(max(profile.Storage.ReserveBytes, 0)),
 		}),
 		respond: alarm.NewResponder(alarm.Reaction(h.serving.OnAlarm)),
 	}
+	h.watched.Store(w)
+	return w
+}
+
+// hottest gives the highest temperature of a sample, in degrees Celsius.
+func hottest(t *dunlinv1.Telemetry) (celsius float64, known bool) {
+	add := func(c float64) {
+		if !known || c > celsius {
+			celsius, known = c, true
+		}
+	}
+	for _, s := range t.Temperatures {
+		add(s.Celsius)
+	}
+	for _, g := range t.Gpus {
+		if g.Celsius != nil {
+			add(*g.Celsius)
+		}
+		if g.MemoryCelsius != nil {
+			add(*g.MemoryCelsius)
+		}
+	}
+	return celsius, known
 }
 
 // limit has the engine take no more than a load.
@@ -110,6 +136,7 @@ func (w *watch) look(ctx context.Context, now time.Duration) {
 	w.mu.Lock()
 	first := w.newest == nil
 	w.newest, w.alarms = t, alarms
+	w.celsius, w.heated = hottest(t)
 	w.mu.Unlock()
 	if first {
 		close(w.sampled)

@@ -98,6 +98,7 @@ type host struct {
 	cache     *compiled.Cache
 	// profiler measures what is loaded; nil where nobody does.
 	profiler *profiler
+	watched  atomic.Pointer[watch] // nil: nobody samples the device
 	// retired is told of the figures of versions that are not loaded any more;
 	// nil: nobody is.
 	retired func(engine.VersionID, engine.Figures)
@@ -230,7 +231,7 @@ func newHost(s Serving, profile profiles.Profile, data string, cfg worker.Config
 			h.retired(id, f)
 		}
 	}, Data: h.watchData})
-	h.front = serve.New(h.engine)
+	h.front = serve.New(h.engine, h.heat)
 	return h, nil
 }
 
@@ -239,6 +240,17 @@ func (s *Serving) workerConfig(threads int) worker.Config {
 		threads = s.Threads
 	}
 	return worker.Config{Command: s.Worker, RuntimeLib: s.RuntimeLib, Threads: threads, Log: s.Log}
+}
+
+// heat gives the temperature of the hottest sensor in the newest sample.
+func (h *host) heat() (celsius float64, known bool) {
+	w := h.watched.Load()
+	if w == nil {
+		return 0, false
+	}
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.celsius, w.heated
 }
 
 // check compiles a version in a process of its own, on one thread: its load

@@ -9,7 +9,9 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 
 	"github.com/dunlin/dunlin/agent/engine"
+	"github.com/dunlin/dunlin/agent/serve"
 	"github.com/dunlin/dunlin/internal/link"
+	"github.com/dunlin/dunlin/internal/policy"
 	"github.com/dunlin/dunlin/internal/telemetry"
 )
 
@@ -21,7 +23,7 @@ func (h *host) metrics(l *ports, more ...prometheus.Collector) http.Handler {
 	}
 	handler := sync.OnceValue(func() http.Handler {
 		r := telemetry.NewMetrics()
-		r.MustRegister(append(more, versionMetrics{h.engine}, machineMetrics{h.serving.machine}, prometheus.NewGaugeFunc(prometheus.GaugeOpts{
+		r.MustRegister(append(more, versionMetrics{h.engine}, ruleMetrics{h.front}, machineMetrics{h.serving.machine}, prometheus.NewGaugeFunc(prometheus.GaugeOpts{
 			Name: "dunlin_weight_pools", Help: "1 while weights leave and come back in place, in pools of device memory.",
 		}, h.pooled))...)
 		return telemetry.Handler(r)
@@ -135,6 +137,38 @@ var (
 		nvSuccess, nvFailure, nvCount, nvExec, nvPending, nvRequest, nvQueue, nvInput, nvInfer, nvOutput,
 	}
 )
+
+// What is exported of each rule of a route; "default" is the rule of requests
+// that no other matches.
+var (
+	routeRequests = prometheus.NewDesc("dunlin_route_requests_total", "Requests to a route by the rule that decided and the target that it chose, also those that failed there.", []string{"route", "rule", "target"}, nil)
+	routeFaults   = prometheus.NewDesc("dunlin_route_match_faults_total", "Requests for which the match of a rule could not be evaluated, and so did not match.", []string{"route", "rule"}, nil)
+)
+
+// ruleMetrics collects the figures of the rules of routes.
+type ruleMetrics struct{ front *serve.Server }
+
+// Describe implements prometheus.Collector.
+func (ruleMetrics) Describe(ch chan<- *prometheus.Desc) {
+	ch <- routeRequests
+	ch <- routeFaults
+}
+
+// Collect implements prometheus.Collector.
+func (m ruleMetrics) Collect(ch chan<- prometheus.Metric) {
+	for _, r := range m.front.Rules() {
+		for _, t := range r.Targets {
+			target := t.Model
+			if t.Version != 0 {
+				target = engine.VersionID{Model: t.Model, Version: t.Version}.String()
+			}
+			ch <- prometheus.MustNewConstMetric(routeRequests, prometheus.CounterValue, float64(t.Requests), r.Route, r.Rule, target)
+		}
+		if r.Rule != policy.DefaultRule {
+			ch <- prometheus.MustNewConstMetric(routeFaults, prometheus.CounterValue, float64(r.Faults), r.Route, r.Rule)
+		}
+	}
+}
 
 // versionMetrics collects the figures of the loaded versions.
 type versionMetrics struct{ engine *engine.Engine }

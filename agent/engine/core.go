@@ -119,6 +119,7 @@ type (
 	// abandoned forgets a version that was claimed and cannot be loaded.
 	abandoned struct{ id VersionID }
 	inspect   struct{ call *call }
+	count     struct{ call *call }
 	health    struct{ call *call }
 	stop      struct{}
 )
@@ -139,6 +140,7 @@ type (
 		id       VersionID // that a claim may load
 		versions []Status
 		memory   Memory
+		backlog  Backlog
 		err      error
 	}
 	// publish makes a version's Info known, or unknown where nil.
@@ -237,6 +239,8 @@ func (c *core) step(ev event, now time.Time) []effect {
 		c.throttle(ev.throttle)
 	case inspect:
 		c.emit(c.inspect(ev.call))
+	case count:
+		c.emit(reply{call: ev.call, backlog: c.backlog()})
 	case health:
 		c.emit(reply{call: ev.call, err: c.health()})
 	case stop:

@@ -609,6 +609,21 @@ func (e *Engine) Memory() Memory {
 	return r.memory
 }
 
+// Backlog says how much there is to do at this moment; zero before Run begins.
+func (e *Engine) Backlog() Backlog {
+	select {
+	case <-e.running:
+	default:
+		return Backlog{}
+	}
+	c := newCall()
+	r, err := e.ask(context.Background(), c, count{c})
+	if err != nil {
+		return Backlog{}
+	}
+	return r.backlog
+}
+
 // SetMemory changes how many bytes the loaded versions may take for now; 0 sets
 // no bound. What is above leaves as soon as nothing runs on it. A version may be
 // loaded that fits the largest budget there has been. It waits until Run runs.

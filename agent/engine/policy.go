@@ -213,6 +213,24 @@ func (v *version) startAfter(cost, takes time.Duration, now moment) moment {
 	return ends[runs%instances] + runs/instances*takes + cost%max(takes, 1)
 }
 
+// backlog counts what waits. A version that has nothing to do lets nobody wait.
+func (c *core) backlog() Backlog {
+	b := Backlog{Waiting: c.waiting, Known: true}
+	for _, v := range c.current {
+		switch {
+		case v.idle():
+		case !v.predict.known():
+			b.Known = false
+		default:
+			b.Wait = max(b.Wait, v.startAfter(v.queue.total(), v.predict.mean(1), c.now)-c.now)
+		}
+	}
+	if !b.Known {
+		b.Wait = 0
+	}
+	return b
+}
+
 // lag is by how much the first in line may start later than if busy instances
 // took up its costs evenly.
 func (v *version) lag() time.Duration {

@@ -40,6 +40,15 @@ type Memory struct {
 	Waiting int   // versions that have requests and no room
 }
 
+// Backlog is how much there is to do at a moment.
+type Backlog struct {
+	Waiting int // requests, of all versions
+	// Wait is how long a request of one row, of the version where that is the
+	// longest, would wait if it came now; Known says that it can be told.
+	Wait  time.Duration
+	Known bool
+}
+
 // Total adds up durations.
 type Total struct {
 	Count uint64

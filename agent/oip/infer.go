@@ -41,6 +41,7 @@ func (s *Server) infer(ctx context.Context, r *Request) (*Response, spent, error
 	defer memory.end()
 	call := Call{
 		Model: r.Model, Version: r.Version, Priority: r.Priority, Timeout: r.Timeout,
+		Parameters: r.Parameters, Headers: r.Headers,
 		Inputs: make([]tensor.Tensor, len(r.Inputs)),
 	}
 	for i := range r.Inputs {

@@ -8,6 +8,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"iter"
 	"time"
 
 	"github.com/dunlin/dunlin/models/tensor"
@@ -88,6 +89,21 @@ type Call struct {
 	Outputs  []string      // nil: all
 	Priority int           // 1 is the highest; 0: the model's default
 	Timeout  time.Duration // bounds the wait in a queue; 0: the model's
+	// Parameters are those of the request, and Headers its HTTP headers, or the
+	// metadata of its RPC; nil: there are none. They are read where they are
+	// asked for, until Infer returns.
+	Parameters, Headers Values
+}
+
+// Values are what a request carries under names, beside its tensors. A boolean
+// is "true" or "false", a number as it is written; what has no such text, as a
+// list, is not there.
+type Values interface {
+	// Get gives the value of a name; that of a header by any case of letters.
+	Get(name string) (string, bool)
+	// All gives every name and value, of a name that is there twice the last
+	// one last; names of headers in lower case.
+	All() iter.Seq2[string, string]
 }
 
 // Answer is what a Backend gave.

@@ -102,6 +102,8 @@ type Request struct {
 	// Priority and Timeout are those of Call.
 	Priority int
 	Timeout  time.Duration
+	// Parameters and Headers too.
+	Parameters, Headers Values
 }
 
 // Input is a tensor of a request: with data, or a slice of shared memory that

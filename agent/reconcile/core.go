@@ -107,8 +107,9 @@ type core struct {
 	serving  map[string]*version // by model
 	routes   map[string]*dunlinv1.DesiredRoute
 	inForce  map[string]*dunlinv1.DesiredRoute
-	cramped  bool       // the last fetch that ended found too little room on disk
-	waiting  []*version // to be fetched, in this call of next
+	labels   map[string]string // of the device, that rules look at
+	cramped  bool              // the last fetch that ended found too little room on disk
+	waiting  []*version        // to be fetched, in this call of next
 	// changing has the models that nothing serves just now, since one version
 	// takes the place of another.
 	changing  map[string]bool
@@ -169,6 +170,10 @@ func (c *core) setDesired(doc *dunlinv1.DesiredDocument, now time.Time) {
 	c.routes = map[string]*dunlinv1.DesiredRoute{}
 	for _, r := range doc.Routes {
 		c.routes[r.Name] = r
+	}
+	c.labels = map[string]string{}
+	for _, l := range doc.Labels {
+		c.labels[l.Name] = l.Value
 	}
 }
 

@@ -350,6 +350,35 @@ func TestCoreSteps(t *testing.T) {
 			w.desire(&dunlinv1.DesiredDocument{Versions: []*dunlinv1.DesiredVersion{b}, Routes: []*dunlinv1.DesiredRoute{route("r", target("b", 0))}})
 			w.settle()
 		}, "fetch b:1, check b:1, load b:1, serve b:1, route :0, withdraw a:1, unload a:1, remove a:1"},
+		{"a route keeps the target of its rule until the new one runs", func(w *world) {
+			ruled := func(model string) []*dunlinv1.DesiredRoute {
+				r := route("r", target("c", 0))
+				r.Rules = []*dunlinv1.RouteRule{{Name: "a", Targets: []*dunlinv1.RouteTarget{target(model, 1)}}}
+				return []*dunlinv1.DesiredRoute{r}
+			}
+			a, b, c := wantVersion("a", 1, "a"), wantVersion("b", 1, "b"), wantVersion("c", 1, "c")
+			w.desire(&dunlinv1.DesiredDocument{Versions: []*dunlinv1.DesiredVersion{a, c}, Routes: ruled("a")})
+			if why := w.core.missing(w.core.routes["r"]); why != "no version of c serves" {
+				t.Errorf("missing: %q", why)
+			}
+			w.settle()
+			w.log = nil
+			w.desire(&dunlinv1.DesiredDocument{Versions: []*dunlinv1.DesiredVersion{b, c}, Routes: ruled("b")})
+			if why := w.core.missing(w.core.routes["r"]); why != "b:1 is not loaded" {
+				t.Errorf("missing: %q", why)
+			}
+			w.settle()
+		}, "fetch b:1, check b:1, load b:1, serve b:1, route :0, withdraw a:1, unload a:1, remove a:1"},
+		{"a version that a rule names stays", func(w *world) {
+			one, two := wantVersion("m", 1, "1"), wantVersion("m", 2, "2")
+			r := route("r", target("m", 0))
+			r.Rules = []*dunlinv1.RouteRule{{Name: "a", Targets: []*dunlinv1.RouteTarget{target("m", 1)}}}
+			w.desire(&dunlinv1.DesiredDocument{Versions: []*dunlinv1.DesiredVersion{one}, Routes: []*dunlinv1.DesiredRoute{r}})
+			w.settle()
+			w.log = nil
+			w.desire(&dunlinv1.DesiredDocument{Versions: []*dunlinv1.DesiredVersion{two}, Routes: []*dunlinv1.DesiredRoute{r}})
+			w.settle()
+		}, "fetch m:2, check m:2, load m:2, serve m:2"},
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {

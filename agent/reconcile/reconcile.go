@@ -57,7 +57,8 @@ type Store interface {
 // that come after them.
 type Front interface {
 	SetServing(versions map[string]int64) // by model
-	SetRoutes(generation string, routes []*dunlinv1.DesiredRoute)
+	// Labels are those of the device that rules look at.
+	SetRoutes(generation string, routes []*dunlinv1.DesiredRoute, labels map[string]string)
 }
 
 // Config configures a Reconciler.
@@ -470,7 +471,7 @@ func (r *Reconciler) act(ctx context.Context) {
 					r.event("version.serving", dunlinv1.Severity_SEVERITY_INFO, a.key, "")
 				}
 			case routing:
-				r.cfg.Front.SetRoutes(r.generation(), r.routes())
+				r.cfg.Front.SetRoutes(r.generation(), r.routes(), r.core.labels)
 			case cancelling:
 				r.cancels[a.key]()
 			default:

@@ -10,6 +10,7 @@ import (
 	"math/rand/v2"
 	"os"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"strings"
 	"sync"
@@ -35,6 +36,7 @@ type simulated struct {
 	loaded  map[engine.VersionID]bool
 	serving map[string]int64
 	routes  []*dunlinv1.DesiredRoute
+	labels  map[string]string
 	events  []*dunlinv1.Event
 	faults  []error          // of the next loads
 	behind  map[string]int64 // what stands by
@@ -122,10 +124,10 @@ func (s *simulated) SetServing(versions map[string]int64) {
 	s.serving = maps.Clone(versions)
 }
 
-func (s *simulated) SetRoutes(_ string, routes []*dunlinv1.DesiredRoute) {
+func (s *simulated) SetRoutes(_ string, routes []*dunlinv1.DesiredRoute, labels map[string]string) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.routes = routes
+	s.routes, s.labels = routes, labels
 }
 
 func (s *simulated) answers(model string) int64 {
@@ -278,6 +280,63 @@ func desired(number uint64, routes []*dunlinv1.DesiredRoute, versions ...*dunlin
 
 func (b *testBundle) want(model string, version int64) *dunlinv1.DesiredVersion {
 	return &dunlinv1.DesiredVersion{Deployment: model, Model: model, Version: version, Digest: b.digest.String(), SizeBytes: uint64(b.size)}
+}
+
+// The labels that rules look at come with the routes.
+func TestRoutesHaveLabels(t *testing.T) {
+	v1 := pack(t, map[string][][]byte{"m.onnx": blocks(seeded(t), 3)})
+	d := startDevice(t, serveBundles(t, v1))
+	want := func(number uint64, labels ...*dunlinv1.DeviceLabel) {
+		t.Helper()
+		g := desired(number, nil)
+		doc, err := proto.Marshal(&dunlinv1.DesiredDocument{
+			Versions: []*dunlinv1.DesiredVersion{v1.want("digits", 1)}, Routes: []*dunlinv1.DesiredRoute{route("r", target("digits", 0))}, Labels: labels,
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+		sum := sha256.Sum256(doc)
+		g.Document, g.Sha256, g.SizeBytes = doc, sum[:], uint64(len(doc))
+		d.Desire(g)
+		d.until("has the route", func(r *dunlinv1.Reported) bool {
+			return r.Observed.GetNumber() == number && len(r.Routes) == 1 && r.Routes[0].Ready
+		})
+		d.mu.Lock()
+		defer d.mu.Unlock()
+		got := map[string]string{}
+		for _, l := range labels {
+			got[l.Name] = l.Value
+		}
+		if !maps.Equal(d.labels, got) || len(d.simulated.routes) != 1 {
+			t.Errorf("generation %d: labels %v, want %v", number, d.labels, got)
+		}
+	}
+	want(1, &dunlinv1.DeviceLabel{Name: "site", Value: "a"})
+	want(2, &dunlinv1.DeviceLabel{Name: "site", Value: "b"}, &dunlinv1.DeviceLabel{Name: "tier", Value: "1"})
+	want(3)
+}
+
+// A policy that this device cannot compile is refused, and the one before stays.
+func TestBadRuleIsRefused(t *testing.T) {
+	v1 := pack(t, map[string][][]byte{"m.onnx": blocks(seeded(t), 3)})
+	d := startDevice(t, serveBundles(t, v1))
+	d.Desire(desired(1, []*dunlinv1.DesiredRoute{route("r", target("digits", 0))}, v1.want("digits", 1)))
+	d.untilServing("digits", 1)
+	d.until("has the route", func(r *dunlinv1.Reported) bool { return len(r.Routes) == 1 && r.Routes[0].Ready })
+	bad := route("r", target("digits", 0))
+	bad.Rules = []*dunlinv1.RouteRule{{Name: "a", Match: &dunlinv1.RouteMatch{Cel: "nobody"}, Targets: bad.Targets}}
+	d.Desire(desired(2, []*dunlinv1.DesiredRoute{bad}, v1.want("digits", 1)))
+	for !strings.Contains(d.kinds(), "desired.refused") { // a newer document takes the place of one that waits
+		runtime.Gosched()
+	}
+	d.Desire(desired(3, []*dunlinv1.DesiredRoute{route("r", target("digits", 1))}, v1.want("digits", 1)))
+	d.until("has the third", func(r *dunlinv1.Reported) bool { return r.Observed.GetNumber() == 3 })
+	if got := d.kinds(); got != "version.stored version.serving desired.refused" {
+		t.Errorf("events: %s", got)
+	}
+	if got := d.Report(); len(got.Routes) != 1 || !got.Routes[0].Ready {
+		t.Errorf("routes: %v", got.Routes)
+	}
 }
 
 func TestServesWhatIsWanted(t *testing.T) {

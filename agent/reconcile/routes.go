@@ -2,15 +2,34 @@ package reconcile
 
 import (
 	"fmt"
+	"iter"
 	"maps"
 
 	"github.com/dunlin/dunlin/agent/engine"
 	dunlinv1 "github.com/dunlin/dunlin/proto/dunlin/v1"
 )
 
+// targets gives every target of a route, those of its rules too.
+func targets(r *dunlinv1.DesiredRoute) iter.Seq[*dunlinv1.RouteTarget] {
+	return func(yield func(*dunlinv1.RouteTarget) bool) {
+		for _, t := range r.Targets {
+			if !yield(t) {
+				return
+			}
+		}
+		for _, rule := range r.Rules {
+			for _, t := range rule.Targets {
+				if !yield(t) {
+					return
+				}
+			}
+		}
+	}
+}
+
 // missing says what a route lacks to be answered, and "" where it can be.
 func (c *core) missing(r *dunlinv1.DesiredRoute) string {
-	for _, t := range r.Targets {
+	for t := range targets(r) {
 		if t.Version == 0 {
 			if c.serving[t.Model] == nil {
 				return fmt.Sprintf("no version of %s serves", t.Model)
@@ -51,7 +70,7 @@ func (c *core) settleRoutes() bool {
 // then, even when its model is answered by another.
 func (c *core) pinned(id engine.VersionID) bool {
 	for _, r := range c.inForce {
-		for _, t := range r.Targets {
+		for t := range targets(r) {
 			if t.Model == id.Model && t.Version == id.Version {
 				return true
 			}
@@ -67,7 +86,7 @@ func (c *core) held(model string) bool {
 		if r == c.routes[name] {
 			continue
 		}
-		for _, t := range r.Targets {
+		for t := range targets(r) {
 			if t.Model == model {
 				return true
 			}

@@ -54,7 +54,7 @@ func startSystem(t testing.TB, cfg Config) system {
 	child := worker.Config{Command: []string{exe, "worker"}, RuntimeLib: library(t), Threads: 1, Log: log}
 	w := worker.New(child)
 	e := engine.New(engine.Config{Runtime: w, Log: log})
-	s.front = serve.New(e)
+	s.front = serve.New(e, nil)
 	cfg.Dir, cfg.Staging = s.dir, filepath.Join(t.TempDir(), "staging")
 	cfg.Engine, cfg.Front, cfg.Log = e, s.front, log
 	cfg.Check = func(ctx context.Context, spec engine.Spec) (engine.Info, error) {

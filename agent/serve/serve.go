@@ -25,6 +25,7 @@ import (
 const (
 	HeaderVersion    = "Dunlin-Model-Version" // what answered: "digits:2"
 	HeaderGeneration = "Dunlin-Generation"    // of the routes that it was found by
+	HeaderRule       = "Dunlin-Route-Rule"    // of a route, the rule that matched
 )
 
 // maxResolves bounds how often a request is resolved again because the
@@ -49,13 +50,16 @@ type Engine interface {
 	Versions() []engine.Status
 	// Admits says why no request is taken in; nil: they are.
 	Admits() error
+	// Backlog says how much there is to do.
+	Backlog() engine.Backlog
 }
 
 // Server is an oip.Backend. It may be used concurrently: a request takes the
 // table of routes as it is, without a lock.
 type Server struct {
 	engine Engine
-	change sync.Mutex // held to replace the table
+	heat   func() (celsius float64, known bool) // nil: nobody knows
+	change sync.Mutex                           // held to replace the table
 	table  atomic.Pointer[table]
 	places chan struct{} // holds one for each request that waits for a version
 }
@@ -63,39 +67,44 @@ type Server struct {
 // table says where requests go. It never changes, but for what it remembers.
 type table struct {
 	generation string
-	routes     map[string]route
+	routes     map[string]*route
+	labels     map[string]string // of the device
+	live       func() policy.Figures
 	targets    map[string]bool  // the models that routes ask for
 	serving    map[string]int64 // version by model
 	fallback   map[string]int64 // what stands by for it, by model
 	changing   map[string]bool  // models that nothing serves just now
 	changed    chan struct{}    // closed when another table takes its place
-	headers    *sync.Map        // of answers, by version; its values never change
+	headers    *sync.Map        // of answers, by answered; its values never change
+}
+
+// answered is what the headers of an answer depend on.
+type answered struct {
+	id   engine.VersionID
+	rule string // "": it was not found by a route
 }
 
 // header gives the headers of an answer.
-func (t *table) header(id engine.VersionID) map[string]string {
-	if h, ok := t.headers.Load(id); ok {
+func (t *table) header(a answered) map[string]string {
+	if h, ok := t.headers.Load(a); ok {
 		return h.(map[string]string)
 	}
-	h := map[string]string{HeaderVersion: id.String()}
+	h := map[string]string{HeaderVersion: a.id.String()}
 	if t.generation != "" {
 		h[HeaderGeneration] = t.generation
 	}
-	t.headers.Store(id, h)
+	if a.rule != "" {
+		h[HeaderRule] = a.rule
+	}
+	t.headers.Store(a, h)
 	return h
 }
 
-// route is a compiled route, or the reason why it cannot be followed.
-type route struct {
-	policy  *policy.Policy
-	targets []policy.Target
-	broken  error
-}
-
-// New gives a server that knows no names yet.
-func New(e Engine) *Server {
-	s := &Server{engine: e, places: make(chan struct{}, maxWaiting)}
-	s.table.Store(&table{changed: make(chan struct{}), headers: new(sync.Map)})
+// New gives a server that knows no names yet. Heat gives the temperature of
+// the device in degrees Celsius, and must be quick; it may be nil.
+func New(e Engine, heat func() (celsius float64, known bool)) *Server {
+	s := &Server{engine: e, heat: heat, places: make(chan struct{}, maxWaiting)}
+	s.table.Store(&table{changed: make(chan struct{}), headers: new(sync.Map), live: s.figures})
 	return s
 }
 
@@ -111,23 +120,26 @@ func (s *Server) SetStandby(fallback map[string]int64, changing map[string]bool)
 	s.replace(func(t *table) { t.fallback, t.changing = maps.Clone(fallback), maps.Clone(changing) })
 }
 
-// SetRoutes replaces all routes. One that is not valid is kept as a name
-// whose requests are refused with the reason.
-func (s *Server) SetRoutes(generation string, routes []*dunlinv1.DesiredRoute) {
-	compiled := make(map[string]route, len(routes))
+// SetRoutes replaces all routes, and the labels of the device that their rules
+// look at. A route that is not valid is kept as a name whose requests are
+// refused with the reason.
+func (s *Server) SetRoutes(generation string, routes []*dunlinv1.DesiredRoute, labels map[string]string) {
+	compiled := make(map[string]*route, len(routes))
 	models := map[string]bool{}
 	for _, r := range routes {
-		p, err := policy.Compile(r)
-		c := route{policy: p, broken: err}
-		for _, t := range r.GetTargets() {
-			if t.GetWeight() > 0 {
-				models[t.GetModel()] = true
-				c.targets = append(c.targets, policy.Target{Model: t.GetModel(), Version: t.GetVersion()})
-			}
+		c := newRoute(r)
+		for _, t := range c.targets {
+			models[t.Model] = true
 		}
 		compiled[r.GetName()] = c
 	}
-	s.replace(func(t *table) { t.generation, t.routes, t.targets = generation, compiled, models })
+	labels = maps.Clone(labels)
+	s.replace(func(t *table) {
+		for name, r := range compiled {
+			r.resume(t.routes[name])
+		}
+		t.generation, t.routes, t.targets, t.labels = generation, compiled, models, labels
+	})
 }
 
 func (s *Server) replace(change func(*table)) {
@@ -286,11 +298,19 @@ func missing(t *table, id engine.VersionID) error {
 // way, it waits for that: a switch to another version fails no request. Nor does
 // a version that another one stands by for.
 func (s *Server) Infer(ctx context.Context, c oip.Call) (oip.Answer, error) {
+	var by choice
+	a, err := s.infer(ctx, c, &by)
+	by.count()
+	return a, err
+}
+
+// infer tells by which choice the request was answered, or refused at last.
+func (s *Server) infer(ctx context.Context, c oip.Call, by *choice) (oip.Answer, error) {
 	random := rand.Uint64()
 	waited := time.Now()
 	for try := 1; ; try++ {
 		t := s.table.Load()
-		id, err := t.resolve(c, random)
+		id, err := t.resolve(c, random, by)
 		if errors.Is(err, errNoVersion) && t.changing[id.Model] {
 			if err := s.wait(ctx, t, id.Model, waited.Add(maxWait)); err != nil {
 				return oip.Answer{}, err
@@ -303,11 +323,11 @@ func (s *Server) Infer(ctx context.Context, c oip.Call) (oip.Answer, error) {
 		}
 		r, err := s.engine.Infer(ctx, id, engine.Request{Inputs: c.Inputs, Outputs: c.Outputs, Priority: c.Priority, Timeout: c.Timeout})
 		if err == nil {
-			return t.answer(id, r), nil
+			return t.answer(id, r, by), nil
 		}
 		if back := t.standby(c, id); back != id && broken(err) && ctx.Err() == nil {
 			if r, err := s.engine.Infer(ctx, back, engine.Request{Inputs: c.Inputs, Outputs: c.Outputs, Priority: c.Priority, Timeout: c.Timeout}); err == nil {
-				return t.answer(back, r), nil
+				return t.answer(back, r, by), nil
 			}
 		}
 		left := errors.Is(err, engine.ErrDraining) || errors.Is(err, engine.ErrNotLoaded)
@@ -317,10 +337,10 @@ func (s *Server) Infer(ctx context.Context, c oip.Call) (oip.Answer, error) {
 	}
 }
 
-func (t *table) answer(id engine.VersionID, r engine.Result) oip.Answer {
+func (t *table) answer(id engine.VersionID, r engine.Result, by *choice) oip.Answer {
 	return oip.Answer{
 		Model: id.Model, Version: id.Version, Outputs: r.Outputs, Labels: r.Labels,
-		Header:  t.header(id),
+		Header:  t.header(answered{id, by.rule()}),
 		Times:   oip.Times{Queue: r.Queue, Input: r.Input, Infer: r.Infer, Output: r.Output},
 		Release: r.Release,
 	}
@@ -366,8 +386,9 @@ func (s *Server) wait(ctx context.Context, t *table, model string, until time.Ti
 	}
 }
 
-// resolve gives the version that answers a request.
-func (t *table) resolve(r oip.Call, random uint64) (engine.VersionID, error) {
+// resolve gives the version that answers a request, and by which choice.
+func (t *table) resolve(r oip.Call, random uint64, by *choice) (engine.VersionID, error) {
+	*by = choice{}
 	if r.Version != 0 {
 		return engine.VersionID{Model: r.Model, Version: r.Version}, nil
 	}
@@ -376,7 +397,10 @@ func (t *table) resolve(r oip.Call, random uint64) (engine.VersionID, error) {
 		if route.broken != nil {
 			return engine.VersionID{}, oip.Errorf(oip.Unavailable, "%w", route.broken)
 		}
-		target = route.policy.Pick(random)
+		*by = choice{route, route.policy.Decide(&policy.Request{
+			Parameters: r.Parameters, Headers: r.Headers, Inputs: r.Inputs, Labels: t.labels, Live: t.live,
+		}, random)}
+		target = by.decision.Target
 	} else if !t.knows(r.Model) {
 		return engine.VersionID{}, unknown(r.Model)
 	}

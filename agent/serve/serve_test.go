@@ -111,7 +111,7 @@ func codeOf(err error) oip.Code {
 
 func TestResolve(t *testing.T) {
 	e := startEngine(t, adder{})
-	s := New(e)
+	s := New(e, nil)
 	load(t, e, "digits", 1)
 	load(t, e, "digits", 2)
 	load(t, e, "letters", 3)
@@ -119,7 +119,7 @@ func TestResolve(t *testing.T) {
 	s.SetRoutes("inc/7", []*dunlinv1.DesiredRoute{
 		r("live", "digits"), r("next", "digits:2"), r("letters", "digits:2"), r("missing", "digits:9"), r("soon", "coming"),
 		r("off", "digits:1=1", "digits:9=0"), r("broken"),
-	})
+	}, nil)
 	for _, tt := range []struct {
 		name    string
 		version int64
@@ -181,7 +181,7 @@ func TestResolve(t *testing.T) {
 
 func TestReady(t *testing.T) {
 	e := startEngine(t, adder{})
-	s := New(e)
+	s := New(e, nil)
 	ready := func(want bool, when string) {
 		t.Helper()
 		if err := s.Ready(t.Context()); (err == nil) != want {
@@ -189,7 +189,7 @@ func TestReady(t *testing.T) {
 		}
 	}
 	ready(true, "nothing to serve")
-	s.SetRoutes("g", []*dunlinv1.DesiredRoute{r("live", "digits", "digits:2")})
+	s.SetRoutes("g", []*dunlinv1.DesiredRoute{r("live", "digits", "digits:2")}, nil)
 	ready(false, "a route without its model")
 	load(t, e, "digits", 1)
 	s.SetServing(map[string]int64{"digits": 1})
@@ -205,18 +205,18 @@ func TestReady(t *testing.T) {
 	s.SetServing(map[string]int64{"digits": 3})
 	ready(false, "the serving version is not loaded")
 	s.SetServing(map[string]int64{"digits": 1})
-	s.SetRoutes("g", []*dunlinv1.DesiredRoute{r("broken")})
+	s.SetRoutes("g", []*dunlinv1.DesiredRoute{r("broken")}, nil)
 	ready(false, "a broken route")
-	s.SetRoutes("g", nil)
+	s.SetRoutes("g", nil, nil)
 	ready(true, "no routes")
 }
 
 func TestWeights(t *testing.T) {
 	e := startEngine(t, adder{})
-	s := New(e)
+	s := New(e, nil)
 	load(t, e, "digits", 1)
 	load(t, e, "digits", 2)
-	s.SetRoutes("g", []*dunlinv1.DesiredRoute{r("split", "digits:1=3", "digits:2=1")})
+	s.SetRoutes("g", []*dunlinv1.DesiredRoute{r("split", "digits:1=3", "digits:2=1")}, nil)
 	const n = 2000
 	count := map[int64]int{}
 	for range n {
@@ -237,10 +237,10 @@ func TestWeights(t *testing.T) {
 // to version, each of which leaves as soon as the next one serves.
 func TestSwitchFailsNoRequest(t *testing.T) {
 	e := startEngine(t, adder{})
-	s := New(e)
+	s := New(e, nil)
 	load(t, e, "digits", 1)
 	s.SetServing(map[string]int64{"digits": 1})
-	s.SetRoutes("g", []*dunlinv1.DesiredRoute{r("live", "digits")})
+	s.SetRoutes("g", []*dunlinv1.DesiredRoute{r("live", "digits")}, nil)
 	stop := make(chan struct{})
 	var wg sync.WaitGroup
 	for i := range 4 {
@@ -279,6 +279,7 @@ type leaving struct {
 
 func (l *leaving) Info(engine.VersionID) (engine.Info, bool) { return adderInfo, true }
 func (l *leaving) Admits() error                             { return nil }
+func (l *leaving) Backlog() engine.Backlog                   { return engine.Backlog{Waiting: 3} }
 func (l *leaving) Versions() []engine.Status                 { return nil }
 func (l *leaving) Infer(context.Context, engine.VersionID, engine.Request) (engine.Result, error) {
 	l.calls++
@@ -288,7 +289,7 @@ func (l *leaving) Infer(context.Context, engine.VersionID, engine.Request) (engi
 
 func TestResolvingEnds(t *testing.T) {
 	l := &leaving{then: func() {}}
-	s := New(l)
+	s := New(l, nil)
 	s.SetServing(map[string]int64{"digits": 1})
 	if _, err := s.Infer(t.Context(), request("digits", 0)); codeOf(err) != oip.Unavailable || l.calls != 1 {
 		t.Errorf("a version that leaves without a successor: %v after %d calls", err, l.calls)
@@ -302,7 +303,7 @@ func TestResolvingEnds(t *testing.T) {
 func TestUnavailableRuntime(t *testing.T) {
 	e := startEngine(t, adder{fail: func(engine.VersionID) error { return fmt.Errorf("%w: no library", engine.ErrUnavailable) }})
 	load(t, e, "digits", 1)
-	if _, err := New(e).Infer(t.Context(), request("digits", 1)); codeOf(err) != oip.Unavailable || !strings.Contains(err.Error(), "no library") {
+	if _, err := New(e, nil).Infer(t.Context(), request("digits", 1)); codeOf(err) != oip.Unavailable || !strings.Contains(err.Error(), "no library") {
 		t.Error(err)
 	}
 }
@@ -315,11 +316,11 @@ func TestOverHTTP(t *testing.T) {
 		}
 		return nil
 	}})
-	s := New(e)
+	s := New(e, nil)
 	load(t, e, "digits", 2)
 	load(t, e, "digits", 4)
 	s.SetServing(map[string]int64{"digits": 2})
-	s.SetRoutes("inc/7", []*dunlinv1.DesiredRoute{r("live", "digits")})
+	s.SetRoutes("inc/7", []*dunlinv1.DesiredRoute{r("live", "digits")}, nil)
 	h := rest.New(oip.New(oip.Config{Backend: s}))
 	post := func(path, body string) *httptest.ResponseRecorder {
 		w := httptest.NewRecorder()
@@ -374,14 +375,14 @@ func TestOverHTTP(t *testing.T) {
 }
 
 func BenchmarkResolve(b *testing.B) {
-	s := New(&leaving{then: func() {}})
+	s := New(&leaving{then: func() {}}, nil)
 	s.SetServing(map[string]int64{"digits": 1})
-	s.SetRoutes("g", []*dunlinv1.DesiredRoute{r("live", "digits")})
+	s.SetRoutes("g", []*dunlinv1.DesiredRoute{r("live", "digits")}, nil)
 	req := request("live", 0)
 	t := s.table.Load()
 	b.ReportAllocs()
 	for b.Loop() {
-		if _, err := t.resolve(req, 1); err != nil {
+		if _, err := t.resolve(req, 1, new(choice)); err != nil {
 			b.Fatal(err)
 		}
 	}
@@ -400,7 +401,7 @@ func TestStandby(t *testing.T) {
 	}})
 	load(t, e, "m", 1)
 	load(t, e, "m", 2)
-	s := New(e)
+	s := New(e, nil)
 	s.SetServing(map[string]int64{"m": 2})
 	if _, err := s.Infer(t.Context(), request("m", 0)); err == nil {
 		t.Error("it does not fail")
@@ -426,7 +427,7 @@ func TestStandby(t *testing.T) {
 func TestWaitsForVersion(t *testing.T) {
 	e := startEngine(t, adder{})
 	load(t, e, "m", 1)
-	s := New(e)
+	s := New(e, nil)
 	s.SetStandby(nil, map[string]bool{"m": true})
 	answers := make(chan int64, 10)
 	var wg sync.WaitGroup

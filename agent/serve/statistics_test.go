@@ -33,9 +33,9 @@ func (*counting) Infer(context.Context, engine.VersionID, engine.Request) (engin
 }
 
 func TestStatistics(t *testing.T) {
-	s := New(&counting{})
+	s := New(&counting{}, nil)
 	s.SetServing(map[string]int64{"digits": 2, "letters": 1})
-	s.SetRoutes("g", []*dunlinv1.DesiredRoute{r("live", "digits", "digits:1")})
+	s.SetRoutes("g", []*dunlinv1.DesiredRoute{r("live", "digits", "digits:1")}, nil)
 	for _, tt := range []struct {
 		name    string
 		version int64

@@ -190,7 +190,7 @@ func (d *Device) start(ctx context.Context) (*agent, error) {
 	}
 	budget := modelBytes(a.device)
 	a.engine = engine.New(engine.Config{Runtime: a.device, Memory: budget, Log: log, Retired: func(id engine.VersionID, f engine.Figures) { a.follow.Retired(id, f) }})
-	a.front = &front{Server: serve.New(a.engine), device: d}
+	a.front = &front{Server: serve.New(a.engine, nil), device: d}
 	ready := make(chan struct{})
 	close(ready)
 	d.mu.Lock()

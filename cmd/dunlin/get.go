@@ -244,7 +244,15 @@ func routesTable(now time.Time, routes []*dunlinv1.Route) *table {
 			}
 			targets = append(targets, fmt.Sprintf("%s=%d", s, target.GetWeight()))
 		}
-		t.add(r.GetName(), strings.Join(targets, ","), ago(now, r.GetUpdatedAt()))
+		text := strings.Join(targets, ",")
+		switch n := len(r.GetRules()); n {
+		case 0:
+		case 1:
+			text += " after 1 rule"
+		default:
+			text += fmt.Sprintf(" after %d rules", n)
+		}
+		t.add(r.GetName(), text, ago(now, r.GetUpdatedAt()))
 	}
 	return t
 }

@@ -86,6 +86,8 @@ func TestTables(t *testing.T) {
 		}),
 		"routes": routesTable(now, []*dunlinv1.Route{
 			{Name: "digits", Targets: []*dunlinv1.RouteTarget{{Model: "digits", Weight: 90}, {Model: "digits", Version: 2, Weight: 10}}, UpdatedAt: before(0)},
+			{Name: "faces", Targets: []*dunlinv1.RouteTarget{{Model: "faces", Weight: 1}}, Rules: make([]*dunlinv1.RouteRule, 1)},
+			{Name: "words", Targets: []*dunlinv1.RouteTarget{{Model: "words", Weight: 1}}, Rules: make([]*dunlinv1.RouteRule, 3)},
 		}),
 		"freezes": freezesTable(now, []*dunlinv1.Object{
 			{Name: "fleet", Reason: "end of the year", Until: before(-36 * time.Hour), UpdatedAt: before(time.Hour)},

@@ -352,6 +352,12 @@ func TestObjects(t *testing.T) {
 	if got := call(t, c.ListRoutes, &v1.ListRoutesRequest{}).Routes; len(got) != 1 || got[0].Targets[0].Model != "digits" || got[0].Yaml == "" {
 		t.Errorf("got %v", got)
 	}
+	ruled := strings.Replace(route, "}]}", "}], sticky: {header: x}, rules: [{name: a, match: {cel: %s}, targets: [{model: digits, version: 2, weight: 1}]}]}", 1)
+	refused(t, c.Apply, &v1.ApplyRequest{Documents: fmt.Sprintf(ruled, "nobody")}, connect.CodeInvalidArgument, "document 1, line 4:94: spec.rules[0].match.cel: column 1 of the expression: undeclared reference to 'nobody'")
+	call(t, c.Apply, &v1.ApplyRequest{Documents: fmt.Sprintf(ruled, "'true'")})
+	if got := call(t, c.ListRoutes, &v1.ListRoutesRequest{}).Routes[0]; len(got.Rules) != 1 || got.Rules[0].Targets[0].Version != 2 || got.Sticky.GetHeader() != "x" || !strings.Contains(got.Yaml, "rules:") {
+		t.Errorf("got %v", got)
+	}
 	got := call(t, c.ListDeployments, &v1.ListDeploymentsRequest{}).Deployments
 	if len(got) != 1 || got[0].Version != 2 || got[0].Devices != 1 || got[0].Ready != 0 || got[0].Selector["site"] != "demo" {
 		t.Errorf("got %v", got)

@@ -57,12 +57,8 @@ func deployment(o store.StoredObject) *v1.Deployment {
 }
 
 func route(o store.StoredObject) *v1.Route {
-	return &v1.Route{
-		Name: o.Route.Name, UpdatedAt: timestamp(o.UpdatedAt), Yaml: o.YAML(),
-		Targets: convert(o.Route.Targets, func(t fleet.Target) *v1.RouteTarget {
-			return &v1.RouteTarget{Model: t.Model, Version: t.Version, Weight: t.Weight}
-		}),
-	}
+	r := o.Route.Desired()
+	return &v1.Route{Name: r.Name, Targets: r.Targets, UpdatedAt: timestamp(o.UpdatedAt), Yaml: o.YAML(), Rules: r.Rules, Sticky: r.Sticky}
 }
 
 var rolloutStates = map[fleet.State]v1.RolloutState{

@@ -312,16 +312,7 @@ func (c *Compiler) Compile(d Device, had *dunlinv1.DesiredDocument) (*dunlinv1.D
 	}
 	slices.SortStableFunc(doc.Versions, func(a, b *dunlinv1.DesiredVersion) int { return cmp.Compare(a.Model, b.Model) })
 	doc.Versions = slices.CompactFunc(doc.Versions, func(a, b *dunlinv1.DesiredVersion) bool { return a.Model == b.Model })
-	for _, r := range c.routes {
-		if !slices.ContainsFunc(r.Targets, func(t Target) bool { return here[t.Model] }) {
-			continue
-		}
-		route := &dunlinv1.DesiredRoute{Name: r.Name}
-		for _, t := range r.Targets {
-			route.Targets = append(route.Targets, &dunlinv1.RouteTarget{Model: t.Model, Version: t.Version, Weight: t.Weight})
-		}
-		doc.Routes = append(doc.Routes, route)
-	}
+	c.addRoutes(doc, d, here)
 	return doc, refused
 }
 
@@ -355,7 +346,7 @@ func (c *Compiler) keep(doc, had *dunlinv1.DesiredDocument, assigned []*deployme
 	if doc.Agent == nil && !changed(had.GetAgent().GetDeployment()) {
 		doc.Agent = had.GetAgent()
 	}
-	doc.Routes = had.GetRoutes()
+	doc.Routes, doc.Labels = had.GetRoutes(), had.GetLabels()
 }
 
 // held gives what a document gives by a deployment, or else of a model; nil:

@@ -243,6 +243,12 @@ func drawObjects(t *rapid.T, label string) Objects {
 	}
 	if rapid.Bool().Draw(t, label+" route") {
 		o.Routes = []Route{{Name: "r", Targets: []Target{{"m", 0, rapid.Uint32Range(1, 2).Draw(t, label+" weight")}}}}
+		if rapid.Bool().Draw(t, label+" rule") {
+			o.Routes[0].Rules = []Rule{{
+				Name: "a", Targets: []Target{{rapid.SampledFrom([]string{"m", "n"}).Draw(t, label+" rule's model"), 0, 1}},
+				Match: &dunlinv1.RouteMatch{Labels: []*dunlinv1.RouteCondition{{Name: "site", Values: []string{rapid.SampledFrom([]string{"a", "b"}).Draw(t, label+" site")}}}},
+			}}
+		}
 	}
 	if rapid.IntRange(0, 3).Draw(t, label+" freeze") == 0 {
 		o.Freezes = []Freeze{{Name: "f", Reason: "x", Selector: map[string]string{"site": "a"}}}

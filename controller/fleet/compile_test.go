@@ -60,6 +60,63 @@ func TestCompile(t *testing.T) {
 	}
 }
 
+// A device has the rules only whose conditions on labels hold there, a route
+// only with a model of its own, and its labels only where a rule looks at them.
+func TestCompileRules(t *testing.T) {
+	rule := func(name, model, label, expression string) Rule {
+		m := &dunlinv1.RouteMatch{Cel: expression}
+		if label != "" {
+			m.Labels = []*dunlinv1.RouteCondition{{Name: "site", Values: []string{label, "none"}}}
+		}
+		return Rule{Name: name, Match: m, Targets: []Target{{model, 0, 1}}}
+	}
+	o := objects()
+	o.Routes = []Route{
+		{Name: "r1", Targets: []Target{{"gone", 0, 1}}, Rules: []Rule{rule("demo", "digits", "demo", ""), rule("x", "digits", "x", "")}},
+		{Name: "r2", Targets: []Target{{"digits", 0, 1}}, Sticky: &dunlinv1.RouteSticky{Header: "h"}, Rules: []Rule{rule("all", "gone", "", "true")}},
+		{Name: "r3", Targets: []Target{{"digits", 0, 1}}, Rules: []Rule{rule("seen", "gone", "", "size(device.labels) > 0")}},
+	}
+	tests := []struct {
+		name   string
+		routes []Route
+		labels map[string]string
+		want   string
+	}{
+		{"the label holds", o.Routes[:1], map[string]string{"site": "demo", "b": "c"}, "r1[demo] b=c site=demo"},
+		{"another label holds", o.Routes[:1], map[string]string{"site": "x"}, "r1[x] site=x"},
+		{"no label holds, and nothing is here", o.Routes[:1], map[string]string{"site": "y"}, ""},
+		{"without the label", o.Routes[:1], nil, ""},
+		{"a rule that does not look at labels", o.Routes[1:2], map[string]string{"site": "demo"}, "r2[all]"},
+		{"an expression looks at labels", o.Routes[1:], map[string]string{"z": "1", "a": "2"}, "r2[all] r3[seen] a=2 z=1"},
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			o.Routes = tt.routes
+			doc, _ := NewCompiler(o).Compile(Device{Name: "d", Labels: tt.labels}, nil)
+			var got []string
+			for _, r := range doc.Routes {
+				var rules []string
+				for _, rule := range r.Rules {
+					rules = append(rules, rule.Name)
+				}
+				got = append(got, r.Name+"["+strings.Join(rules, " ")+"]")
+			}
+			for _, l := range doc.Labels {
+				got = append(got, l.Name+"="+l.Value)
+			}
+			if s := strings.Join(got, " "); s != tt.want {
+				t.Errorf("got %q, want %q", s, tt.want)
+			}
+		})
+	}
+	o.Routes = objects().Routes
+	o.Routes[1].Sticky, o.Routes[1].Rules = &dunlinv1.RouteSticky{Header: "h"}, []Rule{rule("demo", "other", "demo", "true")}
+	doc, _ := NewCompiler(o).Compile(Device{Name: "d", Labels: map[string]string{"site": "demo"}}, nil)
+	if diff := cmp.Diff(o.Routes[1].Desired(), doc.Routes[0], protocmp.Transform()); diff != "" {
+		t.Error(diff)
+	}
+}
+
 // The bytes must stay the same over builds: another hash is another generation
 // for the whole fleet.
 func TestEncodeIsPinned(t *testing.T) {

@@ -11,7 +11,6 @@ import (
 
 	"github.com/goccy/go-yaml"
 
-	"github.com/dunlin/dunlin/internal/policy"
 	"github.com/dunlin/dunlin/models"
 )
 
@@ -127,11 +126,7 @@ func (o Object) YAML() string {
 	case o.Maintenance != nil:
 		doc.Spec = yamlMaintenance{yamlLabels(o.Maintenance.Selector), windowsYAML(o.Maintenance.Windows), o.Maintenance.TimeZone}
 	default:
-		targets := make([]yamlTarget, 0, len(o.Route.Targets))
-		for _, t := range o.Route.Targets {
-			targets = append(targets, yamlTarget(t))
-		}
-		doc.Spec = yamlRoute{targets}
+		doc.Spec = routeYAML(o.Route)
 	}
 	var b bytes.Buffer
 	if err := yaml.NewEncoder(&b, yaml.IndentSequence(true)).Encode(doc); err != nil {
@@ -207,16 +202,6 @@ type yamlMaintenance struct {
 	Selector yaml.MapSlice `yaml:"selector"`
 	Windows  []string      `yaml:"windows"`
 	TimeZone string        `yaml:"timezone"`
-}
-
-type yamlRoute struct {
-	Targets []yamlTarget `yaml:"targets"`
-}
-
-type yamlTarget struct {
-	Model   string `yaml:"model"`
-	Version int64  `yaml:"version,omitempty"`
-	Weight  uint32 `yaml:"weight"`
 }
 
 // Parse reads YAML documents. Its error is Faults: everything that is wrong
@@ -317,51 +302,6 @@ func (r *reader) selector(fields map[string]node) map[string]string {
 		return r.labels(n, "spec.selector")
 	}
 	return nil
-}
-
-func (r *reader) route(spec node) *Route {
-	route := &Route{}
-	fields := r.mapping(spec, "spec", "targets")
-	n, ok := r.required(fields, "spec.targets")
-	if !ok {
-		return route
-	}
-	items, ok := r.sequence(n, "spec.targets")
-	if !ok {
-		return route
-	}
-	if len(items) == 0 || len(items) > policy.MaxTargets {
-		r.fault("spec.targets", "has %d entries, allowed are 1 to %d", len(items), policy.MaxTargets)
-		return route
-	}
-	seen := map[[2]any]int{}
-	var sum uint64
-	faults := len(r.faults)
-	for i, item := range items {
-		path := fmt.Sprintf("spec.targets[%d]", i)
-		fields := r.mapping(item, path, "model", "version", "weight")
-		var t Target
-		t.Model, _ = r.name(fields, path+".model")
-		if t.Model == AgentModel {
-			r.fault(path+".model", "%s is the agent program, which answers no requests", AgentModel)
-		}
-		if n, ok := fields[path+".version"]; ok {
-			t.Version = r.integer(n, path+".version", 1, models.MaxVersion)
-		}
-		if n, ok := r.required(fields, path+".weight"); ok {
-			t.Weight = uint32(r.integer(n, path+".weight", 0, policy.MaxWeight))
-		}
-		sum += uint64(t.Weight)
-		if j, ok := seen[[2]any{t.Model, t.Version}]; ok && t.Model != "" {
-			r.fault(path, "is the same target as spec.targets[%d]", j)
-		}
-		seen[[2]any{t.Model, t.Version}] = i
-		route.Targets = append(route.Targets, t)
-	}
-	if sum == 0 && len(r.faults) == faults {
-		r.fault("spec.targets", "all weights are 0, at least one must be 1 to %d", policy.MaxWeight)
-	}
-	return route
 }
 
 // name reads a required name of a model, deployment or route.

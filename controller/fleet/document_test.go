@@ -12,6 +12,7 @@ import (
 	"google.golang.org/protobuf/testing/protocmp"
 	"pgregory.net/rapid"
 
+	"github.com/dunlin/dunlin/internal/policy"
 	"github.com/dunlin/dunlin/models"
 	dunlinv1 "github.com/dunlin/dunlin/proto/dunlin/v1"
 )
@@ -68,6 +69,89 @@ spec:
 	}
 }
 
+const wholeRoute = `  sticky: {parameter: session}
+  rules:
+    - name: large
+      match:
+        parameters: {tier: [gold, silver]}
+        headers: {x-env: test}
+        labels: {site: demo}
+        inputs: {image: {minRows: 2, maxRows: 8}, mask: {}}
+        cel: device.live.queue_depth > 3
+      targets: [{model: large, version: 2, weight: 1}]
+      sticky: {header: x-user}
+`
+
+func TestParseRules(t *testing.T) {
+	got, err := Parse(rulesDoc(wholeRoute))
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := &Route{
+		Name: "r", Targets: []Target{{"m", 0, 1}}, Sticky: &dunlinv1.RouteSticky{Parameter: "session"},
+		Rules: []Rule{{
+			Name: "large", Targets: []Target{{"large", 2, 1}}, Sticky: &dunlinv1.RouteSticky{Header: "x-user"},
+			Match: &dunlinv1.RouteMatch{
+				Parameters: []*dunlinv1.RouteCondition{{Name: "tier", Values: []string{"gold", "silver"}}},
+				Headers:    []*dunlinv1.RouteCondition{{Name: "x-env", Values: []string{"test"}}},
+				Labels:     []*dunlinv1.RouteCondition{{Name: "site", Values: []string{"demo"}}},
+				Inputs:     []*dunlinv1.RouteInput{{Name: "image", MinRows: 2, MaxRows: 8}, {Name: "mask"}},
+				Cel:        "device.live.queue_depth > 3",
+			},
+		}},
+	}
+	if diff := cmp.Diff(want, got[0].Route, protocmp.Transform()); diff != "" {
+		t.Error(diff)
+	}
+	if f := got[0].Fault("spec.rules[0].targets[0]", "is bad"); f.Error() != "document 1, line 15:18: spec.rules[0].targets[0]: is bad" {
+		t.Error(f)
+	}
+	var fields []string
+	for field, target := range got[0].Route.All() {
+		fields = append(fields, field+" "+target.Model)
+	}
+	if all := strings.Join(fields, ", "); all != "spec.targets[0] m, spec.rules[0].targets[0] large" {
+		t.Error(all)
+	}
+	const canonical = `apiVersion: dunlin/v1
+kind: Route
+metadata:
+  name: r
+spec:
+  targets:
+    - model: m
+      weight: 1
+  sticky:
+    parameter: session
+  rules:
+    - name: large
+      match:
+        parameters:
+          tier:
+            - gold
+            - silver
+        headers:
+          x-env: test
+        labels:
+          site: demo
+        inputs:
+          image:
+            minRows: 2
+            maxRows: 8
+          mask: {}
+        cel: device.live.queue_depth > 3
+      targets:
+        - model: large
+          version: 2
+          weight: 1
+      sticky:
+        header: x-user
+`
+	if diff := cmp.Diff(canonical, got[0].YAML()); diff != "" {
+		t.Error(diff)
+	}
+}
+
 // deployment and route put a spec into an otherwise good document.
 func deploymentDoc(spec string) string {
 	return "apiVersion: dunlin/v1\nkind: Deployment\nmetadata: {name: d}\nspec: " + spec
@@ -75,6 +159,10 @@ func deploymentDoc(spec string) string {
 
 func routeDoc(targets string) string {
 	return "apiVersion: dunlin/v1\nkind: Route\nmetadata: {name: r}\nspec: {targets: " + targets + "}"
+}
+
+func rulesDoc(rules string) string {
+	return "apiVersion: dunlin/v1\nkind: Route\nmetadata: {name: r}\nspec:\n  targets: [{model: m, weight: 1}]\n" + rules
 }
 
 func freezeDoc(spec string) string {
@@ -278,6 +366,60 @@ func TestParseFaults(t *testing.T) {
 		{"target twice", routeDoc("[{model: m, weight: 1}, {model: m, weight: 2}]"), []string{"document 1, line 4:42: spec.targets[1]: is the same target as spec.targets[0]"}},
 		{"weights", routeDoc("[{model: m, weight: 0}]"), []string{"document 1, line 4:8: spec.targets: all weights are 0"}},
 		{"target no mapping", routeDoc("[m]"), []string{`document 1, line 4:18: spec.targets[0]: is the string "m", it must be a mapping`}},
+		{"all faults of rules", rulesDoc(`  sticky: {header: X-User}
+  rules:
+    - name: default
+      match: {headers: {authorization: x}, labels: {site: [a, 7, b]}, inputs: {image: {minRows: 9, maxRows: 8}}}
+      targets: [{model: m, weight: 0}]
+    - name: b
+      match: {}
+      targets: [{model: m, weight: 1}, {model: m, weight: 2}]
+      sticky: {}
+    - match: {cel: 'request.headers["a"] == 7', colour: red}
+      targets: [{model: m, weight: 10001}, {model: m2, weight: 1}]
+    - name: b
+      match:
+        cel: |
+          device.labels["a"] == "b" &&
+            nobody
+      targets: []
+      sticky: {header: a, parameter: b}
+    - 7
+`), []string{
+			`document 1, line 6:12: spec.sticky.header: header "X-User" must be written in lower case`,
+			`document 1, line 8:7: spec.rules[0].name: "default" is the name of what happens`,
+			`document 1, line 9:25: spec.rules[0].match.headers.authorization: header "authorization" carries credentials`,
+			`document 1, line 9:63: spec.rules[0].match.labels.site[1]: is the number 7, it must be a string; write it in quotes`,
+			`document 1, line 9:100: spec.rules[0].match.inputs.image.maxRows: is 8, which is below minRows, 9`,
+			`document 1, line 10:7: spec.rules[0].targets: all weights are 0`,
+			`document 1, line 12:7: spec.rules[1].match: has no condition`,
+			`document 1, line 13:41: spec.rules[1].targets[1]: is the same target as spec.rules[1].targets[0]`,
+			`document 1, line 14:7: spec.rules[1].sticky: must have one of header and parameter`,
+			`document 1, line 15:7: spec.rules[2].name: is missing`,
+			`document 1, line 15:15: spec.rules[2].match.cel: column 22 of the expression: found no matching overload for '_==_'`,
+			`document 1, line 15:49: spec.rules[2].match.colour: is not known, known are parameters, headers, labels, inputs, cel`,
+			`document 1, line 16:28: spec.rules[2].targets[0].weight: is 10001, allowed are 0 to 10000`,
+			`document 1, line 17:7: spec.rules[3].name: is that of rules[1] too`,
+			`document 1, line 19:9: spec.rules[3].match.cel: line 2, column 3 of the expression: undeclared reference to 'nobody'`,
+			`document 1, line 22:7: spec.rules[3].targets: has 0 entries, allowed are 1 to 64`,
+			`document 1, line 23:7: spec.rules[3].sticky: must have one of header and parameter`,
+			`document 1, line 24:7: spec.rules[4]: is the number 7, it must be a mapping`,
+		}},
+		{"values of a condition", rulesDoc("  rules:\n    - name: a\n      match: {labels: {site: [7, " + strings.Repeat("x", 257) + ", b], tier: [], zone: {a: b}}}\n      targets: [{model: m, weight: 1}]\n"), []string{
+			`document 1, line 8:31: spec.rules[0].match.labels.site[0]: is the number 7`,
+			`document 1, line 8:34: spec.rules[0].match.labels.site[1]: value "xxx`,
+			`document 1, line 8:297: spec.rules[0].match.labels.tier: has 0 values, allowed are 1 to 64`,
+			`document 1, line 8:307: spec.rules[0].match.labels.zone: is a mapping, it must be a string`,
+		}},
+		{"an expression that costs too much", rulesDoc(`  rules:
+    - name: a
+      match: {cel: "request.headers.all(a, request.headers.all(b, request.headers.all(c, a == b)))"}
+      targets: [{model: m, weight: 1}]
+`), []string{`document 1, line 8:15: spec.rules[0].match.cel: the expression may cost `}},
+		{"too many rules", "apiVersion: dunlin/v1\nkind: Route\nmetadata: {name: r}\nspec:\n  targets: []\n  sticky: {}\n  rules: [" + many(65, "{name: r%d}") + "]\n", []string{
+			"document 1, line 5:3: spec.targets: has 0 entries", "document 1, line 6:3: spec.sticky: must have one of header and parameter", "document 1, line 7:3: spec.rules: has 65 entries, allowed are 0 to 64"}},
+		{"targets of no kind hide no fault of rules", "apiVersion: dunlin/v1\nkind: Route\nmetadata: {name: r}\nspec: {targets: 7, rules: [{name: a, match: {cel: '1'}, targets: [{model: m, weight: 1}]}]}", []string{
+			"document 1, line 4:8: spec.targets: is the number 7, it must be a sequence", "document 1, line 4:46: spec.rules[0].match.cel: the expression is of type int, it must be a bool"}},
 		{"object twice", routeDoc("[{model: m, weight: 1}]") + "\n---\n" + routeDoc("[{model: m, weight: 2}]"), []string{`document 2, line 8:12: metadata.name: document 1 is Route "r" too`}},
 		{"syntax in one document only", "a: b: c\n---\n'x", []string{"document 1, line 1:", "document 2, line 3:1: "}},
 		{"alias", "a: &x 1\nb: *x", []string{`document 1, line 1:4: "&": anchors, aliases`}},
@@ -415,11 +557,48 @@ func drawObject(t *rapid.T) Object {
 		zone := rapid.SampledFrom([]string{"UTC", "Europe/Berlin", "America/St_Johns"}).Draw(t, "zone")
 		return Object{Maintenance: &Maintenance{Name: drawName(t, "name"), Selector: drawLabels(t), Windows: drawWindows(t, 1), TimeZone: zone}}
 	}
-	r := &Route{Name: drawName(t, "name")}
-	for i := range rapid.IntRange(1, 5).Draw(t, "targets") {
-		r.Targets = append(r.Targets, Target{drawName(t, "model"), int64(i), rapid.Uint32Range(1, 10000).Draw(t, "weight")})
+	r := &Route{Name: drawName(t, "name"), Targets: drawTargets(t), Sticky: drawSticky(t)}
+	for i := range rapid.IntRange(0, 4).Draw(t, "rules") {
+		r.Rules = append(r.Rules, Rule{Name: fmt.Sprintf("r%d", i), Match: drawMatch(t), Targets: drawTargets(t), Sticky: drawSticky(t)})
 	}
 	return Object{Route: r}
+}
+
+func drawTargets(t *rapid.T) (targets []Target) {
+	for i := range rapid.IntRange(1, 5).Draw(t, "targets") {
+		targets = append(targets, Target{drawName(t, "model"), int64(i), rapid.Uint32Range(1, 10000).Draw(t, "weight")})
+	}
+	return targets
+}
+
+func drawSticky(t *rapid.T) *dunlinv1.RouteSticky {
+	switch rapid.IntRange(0, 2).Draw(t, "sticky") {
+	case 1:
+		return &dunlinv1.RouteSticky{Header: rapid.StringMatching(`x-[a-z0-9]{1,8}`).Draw(t, "header")}
+	case 2:
+		return &dunlinv1.RouteSticky{Parameter: rapid.StringMatching(`[A-Za-z0-9]{1,8}`).Draw(t, "parameter")}
+	}
+	return nil
+}
+
+func drawMatch(t *rapid.T) *dunlinv1.RouteMatch {
+	conditions := func(kind, name string) (all []*dunlinv1.RouteCondition) {
+		for i := range rapid.IntRange(0, 2).Draw(t, kind) {
+			values := rapid.SliceOfN(rapid.StringMatching(`[ -~äöü]{0,9}|true|~|0x1|[0-9]{1,3}`), 1, 3).Draw(t, "values")
+			all = append(all, &dunlinv1.RouteCondition{Name: fmt.Sprintf("%d%s", i, name), Values: values})
+		}
+		return all
+	}
+	m := &dunlinv1.RouteMatch{
+		Parameters: conditions("parameters", rapid.SampledFrom([]string{"", "P.q", "/x"}).Draw(t, "parameter")),
+		Headers:    conditions("headers", "-h"), Labels: conditions("labels", "l"),
+		Cel: rapid.SampledFrom([]string{"", "true", "device.live.queue_depth > 3 ||\n  !('a' in device.labels)\n", `request.headers["x"] == "a: #b"`}).Draw(t, "cel"),
+	}
+	if rapid.Bool().Draw(t, "input") || len(m.Parameters)+len(m.Headers)+len(m.Labels)+len(m.Cel) == 0 {
+		least := rapid.Int64Range(0, policy.MaxRows-1).Draw(t, "least")
+		m.Inputs = []*dunlinv1.RouteInput{{Name: "image", MinRows: least, MaxRows: rapid.SampledFrom([]int64{0, least + 1}).Draw(t, "most")}}
+	}
+	return m
 }
 
 func TestCanonicalRoundTrip(t *testing.T) {
@@ -444,6 +623,7 @@ func FuzzParse(f *testing.F) {
 	f.Add(deploymentDoc(wholeRollout))
 	f.Add(freezeDoc("{selector: {}, reason: 'stock: taking', until: 2026-12-24T18:00:00+01:00}"))
 	f.Add(maintenanceDoc("{selector: {a: b}, windows: ['mon-fri 22:00-05:00', '00:00-24:00'], timezone: Europe/Berlin}"))
+	f.Add(rulesDoc("  sticky: {header: x}\n  rules:\n    - {name: a, match: {parameters: {p: [a, b]}, inputs: {image: {minRows: 2}}, cel: 'true'}, targets: [{model: m, weight: 1}]}\n"))
 	f.Add("a: [b, {c: d}]\n...\n--- |\n x\n")
 	f.Add("? a\n: b\n!!str c: *d")
 	f.Fuzz(func(t *testing.T, text string) {

@@ -63,20 +63,6 @@ type Deployment struct {
 	Delivery *dunlinv1.Delivery // nil: as the device's firmware profile has it
 }
 
-// Route is a served name and its weighted targets.
-type Route struct {
-	Name    string
-	Targets []Target
-}
-
-// Target is where a share of a route's requests goes. Version 0 is the
-// version that the device's deployment of the model gives it.
-type Target struct {
-	Model   string
-	Version int64
-	Weight  uint32
-}
-
 // Matches says whether the device has all labels of the selector.
 func Matches(selector map[string]string, d Device) bool {
 	for k, v := range selector {

@@ -27,8 +27,8 @@ func Touched(before, after Objects) func(Device) bool {
 	diff(before.Deployments, after.Deployments, func(d Deployment) string { return d.Name }, func(a, b *Deployment) bool {
 		return a.Model == b.Model && a.Version == b.Version && maps.Equal(a.Selector, b.Selector) && proto.Equal(a.Delivery, b.Delivery)
 	}, func(d *Deployment) { t.selectors = append(t.selectors, d.Selector) })
-	diff(before.Routes, after.Routes, func(r Route) string { return r.Name }, func(a, b *Route) bool { return slices.Equal(a.Targets, b.Targets) }, func(r *Route) {
-		for _, target := range r.Targets {
+	diff(before.Routes, after.Routes, func(r Route) string { return r.Name }, func(a, b *Route) bool { return proto.Equal(a.Desired(), b.Desired()) }, func(r *Route) {
+		for _, target := range r.All() {
 			t.models[target.Model] = true
 		}
 	})

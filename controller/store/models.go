@@ -184,7 +184,14 @@ func names(o fleet.Object, model string, version int64) bool {
 	if d := o.Deployment; d != nil {
 		return d.Model == model && d.Version == version
 	}
-	return o.Route != nil && slices.ContainsFunc(o.Route.Targets, func(t fleet.Target) bool { return t.Model == model && t.Version == version })
+	if o.Route != nil {
+		for _, t := range o.Route.All() {
+			if t.Model == model && t.Version == version {
+				return true
+			}
+		}
+	}
+	return false
 }
 
 // desires names a device that should have a version; empty: there is none.

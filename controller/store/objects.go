@@ -201,8 +201,8 @@ func check(ctx context.Context, tx *sql.Tx, before map[[2]string]fleet.Object, a
 		if o.Route == nil {
 			continue
 		}
-		for i, t := range o.Route.Targets {
-			if err := known(o, fmt.Sprintf("spec.targets[%d]", i), t.Model, t.Version); err != nil {
+		for field, t := range o.Route.All() {
+			if err := known(o, field, t.Model, t.Version); err != nil {
 				return err
 			}
 		}

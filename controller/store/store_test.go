@@ -273,6 +273,10 @@ func TestApply(t *testing.T) {
 			t.Errorf("%q is not in:\n%v", want, err)
 		}
 	}
+	_, err = s.Apply(ctx, "user:op", parse(t, strings.Replace(route, "}]}", "}], rules: [{name: a, match: {cel: 'true'}, targets: [{model: digits, weight: 1}, {model: other, weight: 1}, {model: digits, version: 9, weight: 1}]}]}", 1)), false)
+	if faults, ok := errors.AsType[fleet.Faults](err); !ok || len(faults) != 2 || faults[0].Field != "spec.rules[0].targets[1].model" || faults[1].Field != "spec.rules[0].targets[2].version" || faults[1].Line != 4 {
+		t.Errorf("targets of a rule: %v", err)
+	}
 	// A move of the model from one deployment to another in one apply.
 	_, err = s.Apply(ctx, "user:op", parse(t, deployment("a", "digits", 2, "site: none")+deployment("d", "digits", 1, "site: demo")), false)
 	must(t, err)
@@ -464,6 +468,8 @@ func TestDeleteVersion(t *testing.T) {
 	}
 	refused(1, "rollout d-2 may come back to it")
 	refused(2, "Deployment d names it")
+	refused(3, "Route r names it")
+	apply("apiVersion: dunlin/v1\nkind: Route\nmetadata: {name: r}\nspec: {targets: [{model: m, weight: 1}], rules: [{name: a, match: {cel: 'true'}, targets: [{model: m, version: 3, weight: 1}]}]}\n")
 	refused(3, "Route r names it")
 	refused(4, "device dev should have it")
 	_, err = s.DeleteVersion(t.Context(), "user:test", "m", 9)

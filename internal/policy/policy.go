@@ -1,9 +1,11 @@
-// Package policy decides which version of which model answers a request to a route.
+// Package policy decides which version of which model answers a request to a
+// route: the first rule that matches it, and among the rule's targets a weight
+// or a key.
 package policy
 
 import (
-	"errors"
 	"fmt"
+	"strings"
 
 	"github.com/dunlin/dunlin/models"
 	dunlinv1 "github.com/dunlin/dunlin/proto/dunlin/v1"
@@ -11,9 +13,35 @@ import (
 
 // Limits of a route.
 const (
-	MaxTargets = 64
+	MaxTargets = 64 // of the route, and of each rule
 	MaxWeight  = 10000
+	MaxRules   = 64
+
+	// MaxNames bounds the names of parameters and headers that the conditions
+	// and keys of a route look at, all together.
+	MaxNames     = 64
+	MaxNameBytes = 128 // of a name
+	// MaxConditions bounds those of one match on parameters, on headers, on
+	// labels and on inputs.
+	MaxConditions = 16
+	MaxValues     = 64  // of a condition
+	MaxValueBytes = 256 // of a value
+	MaxRows       = 1 << 40
+
+	MaxExpression = 1024 // bytes of the text of one expression
+	MaxPattern    = 128  // bytes of a regular expression
+	// MaxCost bounds an expression by what CEL says that it costs, at its most
+	// and when it runs; one unit is a few nanoseconds to some tens.
+	MaxCost = 10000
+	// Expressions see no more than so many parameters or headers of a request,
+	// and fault where it has more; what has a longer value is not there for
+	// them.
+	MaxEntries   = 64
+	MaxEntryText = 1024
 )
+
+// DefaultRule is the name of what happens to a request that no rule matches.
+const DefaultRule = "default"
 
 // Target is where a request goes.
 type Target struct {
@@ -21,69 +49,133 @@ type Target struct {
 	Version int64 // 0: the one that the device serves of the model
 }
 
+// Fault is one thing that is wrong with a route.
+type Fault struct {
+	Field   string // "rules[2].match.cel"
+	Problem string
+}
+
+func (f *Fault) Error() string { return f.Field + ": " + f.Problem }
+
+// Faults is all that is wrong with a route, in its order.
+type Faults []*Fault
+
+func (f Faults) Error() string {
+	lines := make([]string, len(f))
+	for i, fault := range f {
+		lines[i] = fault.Error()
+	}
+	return strings.Join(lines, "; ")
+}
+
 // Policy is a compiled route. It never changes and may be used concurrently.
 type Policy struct {
+	seed     uint64
+	rules    []rule
+	fallback choice
+	// The names that conditions and keys look at; a slot is an index, first of
+	// the parameters, then of the headers.
+	parameters, headers []string
+}
+
+// rule sends what its match matches to its choice.
+type rule struct {
+	name   string
+	match  match
+	choice choice
+}
+
+// choice picks one of its targets.
+type choice struct {
 	targets []Target
-	ends    []uint64 // sum of the weights up to and including each target
+	ends    []uint64  // sum of the weights up to and including each target
+	hashes  []uint64  // of each target
+	weights []float64 // of each target
+	key     int       // slot of what is sticky; -1: nothing is
+}
+
+// Decision is what a policy says of a request.
+type Decision struct {
+	Rule   int // index; -1: no rule matches
+	Target Target
+	// Faulted has the bit of each rule whose match could not be evaluated, and
+	// so did not match.
+	Faulted uint64
 }
 
 // Compile checks a route and makes a policy of it. A target of weight 0 gets
-// no requests; at least one must have more.
+// no requests; in each list of targets one at least must have more. An error
+// that is not one of the route's name wraps Faults.
 func Compile(route *dunlinv1.DesiredRoute) (*Policy, error) {
 	if err := models.CheckName(route.GetName()); err != nil {
 		return nil, fmt.Errorf("route: %w", err)
 	}
-	p, err := compile(route.GetTargets())
-	if err != nil {
-		return nil, fmt.Errorf("route %s: %w", route.GetName(), err)
+	c := compiler{policy: &Policy{seed: hash(route.GetName())}}
+	c.route(route)
+	if len(c.faults) > 0 {
+		return nil, fmt.Errorf("route %s: %w", route.GetName(), c.faults)
 	}
-	return p, nil
+	return c.policy, nil
 }
 
-func compile(targets []*dunlinv1.RouteTarget) (*Policy, error) {
-	if len(targets) < 1 || len(targets) > MaxTargets {
-		return nil, fmt.Errorf("targets: there are %d, allowed are 1 to %d", len(targets), MaxTargets)
+// RuleName gives the name of what a decision calls by its number.
+func (p *Policy) RuleName(i int) string {
+	if i < 0 {
+		return DefaultRule
 	}
-	p := &Policy{}
-	first := map[Target]int{}
-	var end uint64
-	for i, rt := range targets {
-		t := Target{rt.GetModel(), rt.GetVersion()}
-		if err := models.CheckName(t.Model); err != nil {
-			return nil, fmt.Errorf("targets[%d].model: %w", i, err)
-		}
-		if t.Version < 0 {
-			return nil, fmt.Errorf("targets[%d].version: %d is below 0", i, t.Version)
-		}
-		if rt.GetWeight() > MaxWeight {
-			return nil, fmt.Errorf("targets[%d].weight: %d, allowed are 0 to %d", i, rt.GetWeight(), MaxWeight)
-		}
-		if j, ok := first[t]; ok {
-			return nil, fmt.Errorf("targets[%d]: the same model and version as targets[%d]", i, j)
-		}
-		first[t] = i
-		if rt.GetWeight() == 0 {
-			continue
-		}
-		end += uint64(rt.GetWeight())
-		p.targets = append(p.targets, t)
-		p.ends = append(p.ends, end)
-	}
-	if end == 0 {
-		return nil, errors.New("targets: every weight is 0")
-	}
-	return p, nil
+	return p.rules[i].name
 }
 
-// Pick gives the target of a request. Over any run of consecutive numbers as
-// long as the sum of the weights, each target is picked exactly as often as
-// its weight says; the same number always picks the same target. It does not
-// allocate.
-func (p *Policy) Pick(random uint64) Target {
-	at := random % p.ends[len(p.ends)-1]
+// Rules is how many rules there are.
+func (p *Policy) Rules() int { return len(p.rules) }
+
+// Targets are those of a rule, or with -1 of the requests that no rule
+// matches, that can get requests. They must not be changed.
+func (p *Policy) Targets(i int) []Target {
+	if i < 0 {
+		return p.fallback.targets
+	}
+	return p.rules[i].choice.targets
+}
+
+// Decide gives the target of a request. The same request and number always get
+// the same target. It does not allocate where no rule has an expression and
+// the request's Values do not.
+func (p *Policy) Decide(q *Request, random uint64) Decision {
+	if len(p.rules) == 0 && p.fallback.key < 0 {
+		return Decision{Rule: -1, Target: p.fallback.pick(random)}
+	}
+	s := sight{policy: p, request: *q} // a copy, so that the caller's need not be on the heap
+	d := Decision{Rule: -1}
+	taken := &p.fallback
+	for i := range p.rules {
+		matches, faulted := s.matches(&p.rules[i].match)
+		if faulted {
+			d.Faulted |= 1 << i
+		}
+		if matches {
+			d.Rule, taken = i, &p.rules[i].choice
+			break
+		}
+	}
+	if taken.key >= 0 {
+		if key, ok := s.value(taken.key); ok {
+			d.Target = taken.stick(p.seed, key)
+			return d
+		}
+	}
+	d.Target = taken.pick(random)
+	return d
+}
+
+// pick gives a target by chance. Over any run of consecutive numbers as long
+// as the sum of the weights, each target is picked exactly as often as its
+// weight says.
+func (c *choice) pick(random uint64) Target {
+	at := random % c.ends[len(c.ends)-1]
 	i := 0
-	for at >= p.ends[i] {
+	for at >= c.ends[i] {
 		i++
 	}
-	return p.targets[i]
+	return c.targets[i]
 }

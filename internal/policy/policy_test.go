@@ -73,23 +73,10 @@ func TestPickSharesAreExact(t *testing.T) {
 		from := rapid.Uint64Range(0, math.MaxUint64/2).Draw(t, "from")
 		got := map[Target]int{}
 		for r := from; r < from+sum; r++ {
-			got[p.Pick(r)]++
+			got[p.Decide(&Request{}, r).Target]++
 		}
 		if !maps.Equal(got, want) {
 			t.Fatalf("picked %v, want %v", got, want)
 		}
 	})
-}
-
-func TestPickDoesNotAllocate(t *testing.T) {
-	p, err := Compile(&dunlinv1.DesiredRoute{Name: "r", Targets: []*dunlinv1.RouteTarget{target("a", 1, 3), target("a", 2, 7)}})
-	if err != nil {
-		t.Fatal(err)
-	}
-	if p.Pick(math.MaxUint64) != p.Pick(math.MaxUint64%10) {
-		t.Error("the greatest number is picked by another rule")
-	}
-	if n := testing.AllocsPerRun(100, func() { p.Pick(12345) }); n != 0 {
-		t.Errorf("Pick allocates %v times", n)
-	}
 }

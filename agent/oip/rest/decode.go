@@ -52,7 +52,10 @@ func (r *inferRequest) decode(head, data []byte) error {
 			r.ID, err = p.name()
 			err = field(err, key)
 		case "parameters":
+			p.next()
+			start := p.i
 			err = p.object(func(key []byte) error { return r.decodeParameter(p, key) })
+			r.Parameters = parameters(p.b[start:p.i])
 		case "inputs":
 			data, err = r.decodeInputs(p, data)
 		case "outputs":

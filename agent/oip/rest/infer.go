@@ -69,7 +69,7 @@ func (h *handler) decode(r *http.Request, content []byte, name string, version i
 		}
 		length = n
 	}
-	in := &inferRequest{Request: oip.Request{Model: name, Version: version}, hold: hold}
+	in := &inferRequest{Request: oip.Request{Model: name, Version: version, Headers: headers(r.Header)}, hold: hold}
 	if length > 0 || len(lengths) == 0 {
 		return in, in.decode(content[:length], content[length:])
 	}

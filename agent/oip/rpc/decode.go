@@ -1,6 +1,7 @@
 package rpc
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"math"
@@ -77,7 +78,7 @@ func (f field) is(num protowire.Number, typ protowire.Type) bool { return f.num 
 type param struct {
 	given  bool
 	kind   string // the name of its field, empty where it has none
-	number uint64 // of bool_param, int64_param, uint64_param
+	number uint64 // of bool_param, int64_param, uint64_param; bits of double_param
 	text   string
 }
 
@@ -101,7 +102,7 @@ func decodeParam(entry []byte, slot func(key string) *param) error {
 					p = param{given: true, kind: "string_param"}
 					p.text, err = f.text()
 				case f.is(4, protowire.Fixed64Type):
-					p = param{given: true, kind: "double_param"}
+					p = param{given: true, kind: "double_param", number: f.number}
 				case f.is(5, protowire.VarintType):
 					p = param{given: true, kind: "uint64_param", number: f.number}
 				}
@@ -199,21 +200,31 @@ type decoder struct {
 	contents [][][]byte // of each input, the InferTensorContents that it has
 	raw      [][]byte
 
+	// What the request refers to.
+	headers    headers
+	parameters parameters // nil: there are none
+
 	priority, timeout, sequenceID, sequenceStart, sequenceEnd, emptyFinal param
 }
 
 // decodeRequest reads a ModelInferRequest. What it gives shares memory with
-// data; converted contents are taken from the share.
-func decodeRequest(data []byte, s *share) (*oip.Request, error) {
-	d := new(decoder)
+// data; converted contents are taken from the share. Its headers are those of
+// the context.
+func decodeRequest(ctx context.Context, data []byte, s *share) (*oip.Request, error) {
+	d := &decoder{headers: headers{ctx}}
+	d.request.Headers = &d.headers
 	if err := eachField(data, d.field); err != nil {
 		return nil, decodeError(err)
 	}
-	if err := d.parameters(); err != nil {
+	if err := d.judge(); err != nil {
 		return nil, err
 	}
 	if err := d.data(s); err != nil {
 		return nil, decodeError(err)
+	}
+	if d.parameters != nil {
+		d.parameters = data
+		d.request.Parameters = &d.parameters
 	}
 	return &d.request, nil
 }
@@ -241,6 +252,7 @@ func (d *decoder) field(f field) (err error) {
 	case 3:
 		r.ID, err = f.text()
 	case 4:
+		d.parameters = f.bytes
 		err = decodeParam(f.bytes, d.slot)
 	case 5:
 		if len(r.Inputs) >= oip.MaxTensors {
@@ -283,8 +295,8 @@ func (d *decoder) slot(key string) *param {
 	return nil
 }
 
-// parameters judges the version and the parameters of the request.
-func (d *decoder) parameters() error {
+// judge judges the version and the parameters of the request.
+func (d *decoder) judge() error {
 	version, err := parseVersion(d.version)
 	if err != nil {
 		return err

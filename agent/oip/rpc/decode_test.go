@@ -3,6 +3,8 @@ package rpc
 import (
 	"encoding/binary"
 	"errors"
+	"fmt"
+	"maps"
 	"math"
 	"math/rand/v2"
 	"strconv"
@@ -248,7 +250,7 @@ func agree(t *testing.T, data []byte) {
 	q := new(inference.ModelInferRequest)
 	malformed := proto.Unmarshal(data, q)
 	s := share{server: oip.New(oip.Config{})}
-	got, err := decodeRequest(data, &s)
+	got, err := decodeRequest(t.Context(), data, &s)
 	s.release()
 	if malformed != nil {
 		if err == nil {
@@ -268,9 +270,41 @@ func agree(t *testing.T, data []byte) {
 		}
 		return
 	}
-	if d := cmp.Diff(want, got, cmpopts.EquateEmpty()); d != "" {
+	if d := cmp.Diff(want, got, cmpopts.EquateEmpty(), cmpopts.IgnoreFields(oip.Request{}, "Parameters", "Headers")); d != "" {
 		t.Fatalf("-want +got:\n%s", d)
 	}
+	texts := map[string]string{}
+	if got.Parameters != nil {
+		texts = maps.Collect(got.Parameters.All())
+	}
+	for name, p := range q.Parameters {
+		if p.GetParameterChoice() == nil {
+			delete(texts, name) // it may have been there before, with a value
+		}
+	}
+	if d := cmp.Diff(textsOf(q.Parameters), texts); d != "" {
+		t.Fatalf("parameters: -want +got:\n%s", d)
+	}
+}
+
+// textsOf are the values of parameters as oip.Values has them.
+func textsOf(parameters map[string]*inference.InferParameter) map[string]string {
+	texts := map[string]string{}
+	for name, p := range parameters {
+		switch v := p.GetParameterChoice().(type) {
+		case *inference.InferParameter_BoolParam:
+			texts[name] = fmt.Sprint(v.BoolParam)
+		case *inference.InferParameter_Int64Param:
+			texts[name] = fmt.Sprint(v.Int64Param)
+		case *inference.InferParameter_Uint64Param:
+			texts[name] = fmt.Sprint(v.Uint64Param)
+		case *inference.InferParameter_DoubleParam:
+			texts[name] = fmt.Sprint(v.DoubleParam)
+		case *inference.InferParameter_StringParam:
+			texts[name] = v.StringParam
+		}
+	}
+	return texts
 }
 
 func seeds(t testing.TB) [][]byte {
@@ -363,7 +397,7 @@ func TestRawContentsAreNotCopied(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	q, err := decodeRequest(data, &share{server: oip.New(oip.Config{})})
+	q, err := decodeRequest(t.Context(), data, &share{server: oip.New(oip.Config{})})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -22,7 +22,7 @@ const maxPipelined = 64
 // infer answers a ModelInferRequest. The response must be marshalled or
 // released.
 func (s *service) infer(ctx context.Context, data []byte, in *share) (*response, *oip.Request, error) {
-	q, err := decodeRequest(data, in)
+	q, err := decodeRequest(ctx, data, in)
 	if err != nil {
 		return nil, nil, err
 	}

@@ -226,7 +226,7 @@ func (x AgentStatus_State) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use AgentStatus_State.Descriptor instead.
 func (AgentStatus_State) EnumDescriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{17, 0}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{23, 0}
 }
 
 // Generation numbers the desired documents of one device. Documents of
@@ -1011,7 +1011,10 @@ type DesiredDocument struct {
 	Versions []*DesiredVersion      `protobuf:"bytes,1,rep,name=versions,proto3" json:"versions,omitempty"`
 	Routes   []*DesiredRoute        `protobuf:"bytes,2,rep,name=routes,proto3" json:"routes,omitempty"`
 	// The agent program that the device should run; unset: the installed one.
-	Agent         *DesiredAgent `protobuf:"bytes,3,opt,name=agent,proto3" json:"agent,omitempty"`
+	Agent *DesiredAgent `protobuf:"bytes,3,opt,name=agent,proto3" json:"agent,omitempty"`
+	// The device's labels as the controller has them, by name, where a rule of a
+	// route looks at labels.
+	Labels        []*DeviceLabel `protobuf:"bytes,4,rep,name=labels,proto3" json:"labels,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1067,6 +1070,66 @@ func (x *DesiredDocument) GetAgent() *DesiredAgent {
 	return nil
 }
 
+func (x *DesiredDocument) GetLabels() []*DeviceLabel {
+	if x != nil {
+		return x.Labels
+	}
+	return nil
+}
+
+// DeviceLabel is one label of a device.
+type DeviceLabel struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	Value         string                 `protobuf:"bytes,2,opt,name=value,proto3" json:"value,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DeviceLabel) Reset() {
+	*x = DeviceLabel{}
+	mi := &file_dunlin_v1_wire_proto_msgTypes[8]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DeviceLabel) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DeviceLabel) ProtoMessage() {}
+
+func (x *DeviceLabel) ProtoReflect() protoreflect.Message {
+	mi := &file_dunlin_v1_wire_proto_msgTypes[8]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DeviceLabel.ProtoReflect.Descriptor instead.
+func (*DeviceLabel) Descriptor() ([]byte, []int) {
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{8}
+}
+
+func (x *DeviceLabel) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *DeviceLabel) GetValue() string {
+	if x != nil {
+		return x.Value
+	}
+	return ""
+}
+
 // DesiredAgent is a release of the agent program.
 type DesiredAgent struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -1087,7 +1150,7 @@ type DesiredAgent struct {
 
 func (x *DesiredAgent) Reset() {
 	*x = DesiredAgent{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[8]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1099,7 +1162,7 @@ func (x *DesiredAgent) String() string {
 func (*DesiredAgent) ProtoMessage() {}
 
 func (x *DesiredAgent) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[8]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1112,7 +1175,7 @@ func (x *DesiredAgent) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DesiredAgent.ProtoReflect.Descriptor instead.
 func (*DesiredAgent) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{8}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *DesiredAgent) GetDeployment() string {
@@ -1182,7 +1245,7 @@ type Delivery struct {
 
 func (x *Delivery) Reset() {
 	*x = Delivery{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[9]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1194,7 +1257,7 @@ func (x *Delivery) String() string {
 func (*Delivery) ProtoMessage() {}
 
 func (x *Delivery) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[9]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1207,7 +1270,7 @@ func (x *Delivery) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Delivery.ProtoReflect.Descriptor instead.
 func (*Delivery) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{9}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *Delivery) GetPriority() uint32 {
@@ -1253,7 +1316,7 @@ type TimeWindow struct {
 
 func (x *TimeWindow) Reset() {
 	*x = TimeWindow{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[10]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1265,7 +1328,7 @@ func (x *TimeWindow) String() string {
 func (*TimeWindow) ProtoMessage() {}
 
 func (x *TimeWindow) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[10]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1278,7 +1341,7 @@ func (x *TimeWindow) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TimeWindow.ProtoReflect.Descriptor instead.
 func (*TimeWindow) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{10}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *TimeWindow) GetFromMinute() uint32 {
@@ -1326,7 +1389,7 @@ type DesiredVersion struct {
 
 func (x *DesiredVersion) Reset() {
 	*x = DesiredVersion{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[11]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1338,7 +1401,7 @@ func (x *DesiredVersion) String() string {
 func (*DesiredVersion) ProtoMessage() {}
 
 func (x *DesiredVersion) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[11]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1351,7 +1414,7 @@ func (x *DesiredVersion) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DesiredVersion.ProtoReflect.Descriptor instead.
 func (*DesiredVersion) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{11}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *DesiredVersion) GetDeployment() string {
@@ -1412,16 +1475,22 @@ func (x *DesiredVersion) GetInPlace() bool {
 
 // DesiredRoute is a served name and where its requests go.
 type DesiredRoute struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
-	Targets       []*RouteTarget         `protobuf:"bytes,2,rep,name=targets,proto3" json:"targets,omitempty"`
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Name  string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	// Those of a request that no rule matches. An agent that knows no rules
+	// sends every request there.
+	Targets []*RouteTarget `protobuf:"bytes,2,rep,name=targets,proto3" json:"targets,omitempty"`
+	// The first that matches decides.
+	Rules []*RouteRule `protobuf:"bytes,3,rep,name=rules,proto3" json:"rules,omitempty"`
+	// Unset: a request goes to one of the targets by chance.
+	Sticky        *RouteSticky `protobuf:"bytes,4,opt,name=sticky,proto3" json:"sticky,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *DesiredRoute) Reset() {
 	*x = DesiredRoute{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[12]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1433,7 +1502,7 @@ func (x *DesiredRoute) String() string {
 func (*DesiredRoute) ProtoMessage() {}
 
 func (x *DesiredRoute) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[12]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1446,7 +1515,7 @@ func (x *DesiredRoute) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DesiredRoute.ProtoReflect.Descriptor instead.
 func (*DesiredRoute) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{12}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *DesiredRoute) GetName() string {
@@ -1463,6 +1532,339 @@ func (x *DesiredRoute) GetTargets() []*RouteTarget {
 	return nil
 }
 
+func (x *DesiredRoute) GetRules() []*RouteRule {
+	if x != nil {
+		return x.Rules
+	}
+	return nil
+}
+
+func (x *DesiredRoute) GetSticky() *RouteSticky {
+	if x != nil {
+		return x.Sticky
+	}
+	return nil
+}
+
+// RouteRule says where the requests go that it matches.
+type RouteRule struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	Match         *RouteMatch            `protobuf:"bytes,2,opt,name=match,proto3" json:"match,omitempty"`
+	Targets       []*RouteTarget         `protobuf:"bytes,3,rep,name=targets,proto3" json:"targets,omitempty"`
+	Sticky        *RouteSticky           `protobuf:"bytes,4,opt,name=sticky,proto3" json:"sticky,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RouteRule) Reset() {
+	*x = RouteRule{}
+	mi := &file_dunlin_v1_wire_proto_msgTypes[14]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RouteRule) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RouteRule) ProtoMessage() {}
+
+func (x *RouteRule) ProtoReflect() protoreflect.Message {
+	mi := &file_dunlin_v1_wire_proto_msgTypes[14]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RouteRule.ProtoReflect.Descriptor instead.
+func (*RouteRule) Descriptor() ([]byte, []int) {
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{14}
+}
+
+func (x *RouteRule) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *RouteRule) GetMatch() *RouteMatch {
+	if x != nil {
+		return x.Match
+	}
+	return nil
+}
+
+func (x *RouteRule) GetTargets() []*RouteTarget {
+	if x != nil {
+		return x.Targets
+	}
+	return nil
+}
+
+func (x *RouteRule) GetSticky() *RouteSticky {
+	if x != nil {
+		return x.Sticky
+	}
+	return nil
+}
+
+// RouteMatch matches where all of its conditions hold; it has one at least.
+type RouteMatch struct {
+	state      protoimpl.MessageState `protogen:"open.v1"`
+	Parameters []*RouteCondition      `protobuf:"bytes,1,rep,name=parameters,proto3" json:"parameters,omitempty"`
+	// Names in lower case.
+	Headers []*RouteCondition `protobuf:"bytes,2,rep,name=headers,proto3" json:"headers,omitempty"`
+	Labels  []*RouteCondition `protobuf:"bytes,3,rep,name=labels,proto3" json:"labels,omitempty"`
+	Inputs  []*RouteInput     `protobuf:"bytes,4,rep,name=inputs,proto3" json:"inputs,omitempty"`
+	// An expression that is a bool; empty: none.
+	Cel           string `protobuf:"bytes,5,opt,name=cel,proto3" json:"cel,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RouteMatch) Reset() {
+	*x = RouteMatch{}
+	mi := &file_dunlin_v1_wire_proto_msgTypes[15]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RouteMatch) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RouteMatch) ProtoMessage() {}
+
+func (x *RouteMatch) ProtoReflect() protoreflect.Message {
+	mi := &file_dunlin_v1_wire_proto_msgTypes[15]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RouteMatch.ProtoReflect.Descriptor instead.
+func (*RouteMatch) Descriptor() ([]byte, []int) {
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{15}
+}
+
+func (x *RouteMatch) GetParameters() []*RouteCondition {
+	if x != nil {
+		return x.Parameters
+	}
+	return nil
+}
+
+func (x *RouteMatch) GetHeaders() []*RouteCondition {
+	if x != nil {
+		return x.Headers
+	}
+	return nil
+}
+
+func (x *RouteMatch) GetLabels() []*RouteCondition {
+	if x != nil {
+		return x.Labels
+	}
+	return nil
+}
+
+func (x *RouteMatch) GetInputs() []*RouteInput {
+	if x != nil {
+		return x.Inputs
+	}
+	return nil
+}
+
+func (x *RouteMatch) GetCel() string {
+	if x != nil {
+		return x.Cel
+	}
+	return ""
+}
+
+// RouteCondition holds where the value of a name is one of the values.
+type RouteCondition struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	Values        []string               `protobuf:"bytes,2,rep,name=values,proto3" json:"values,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RouteCondition) Reset() {
+	*x = RouteCondition{}
+	mi := &file_dunlin_v1_wire_proto_msgTypes[16]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RouteCondition) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RouteCondition) ProtoMessage() {}
+
+func (x *RouteCondition) ProtoReflect() protoreflect.Message {
+	mi := &file_dunlin_v1_wire_proto_msgTypes[16]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RouteCondition.ProtoReflect.Descriptor instead.
+func (*RouteCondition) Descriptor() ([]byte, []int) {
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{16}
+}
+
+func (x *RouteCondition) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *RouteCondition) GetValues() []string {
+	if x != nil {
+		return x.Values
+	}
+	return nil
+}
+
+// RouteInput holds where the input is there and its rows, its first dimension,
+// are within the bounds.
+type RouteInput struct {
+	state   protoimpl.MessageState `protogen:"open.v1"`
+	Name    string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	MinRows int64                  `protobuf:"varint,2,opt,name=min_rows,json=minRows,proto3" json:"min_rows,omitempty"`
+	// 0: no bound.
+	MaxRows       int64 `protobuf:"varint,3,opt,name=max_rows,json=maxRows,proto3" json:"max_rows,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RouteInput) Reset() {
+	*x = RouteInput{}
+	mi := &file_dunlin_v1_wire_proto_msgTypes[17]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RouteInput) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RouteInput) ProtoMessage() {}
+
+func (x *RouteInput) ProtoReflect() protoreflect.Message {
+	mi := &file_dunlin_v1_wire_proto_msgTypes[17]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RouteInput.ProtoReflect.Descriptor instead.
+func (*RouteInput) Descriptor() ([]byte, []int) {
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{17}
+}
+
+func (x *RouteInput) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *RouteInput) GetMinRows() int64 {
+	if x != nil {
+		return x.MinRows
+	}
+	return 0
+}
+
+func (x *RouteInput) GetMaxRows() int64 {
+	if x != nil {
+		return x.MaxRows
+	}
+	return 0
+}
+
+// RouteSticky has requests of one key go to one target. A request without the
+// key goes by chance.
+type RouteSticky struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// One of them: where the key stands.
+	Header        string `protobuf:"bytes,1,opt,name=header,proto3" json:"header,omitempty"`
+	Parameter     string `protobuf:"bytes,2,opt,name=parameter,proto3" json:"parameter,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RouteSticky) Reset() {
+	*x = RouteSticky{}
+	mi := &file_dunlin_v1_wire_proto_msgTypes[18]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RouteSticky) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RouteSticky) ProtoMessage() {}
+
+func (x *RouteSticky) ProtoReflect() protoreflect.Message {
+	mi := &file_dunlin_v1_wire_proto_msgTypes[18]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RouteSticky.ProtoReflect.Descriptor instead.
+func (*RouteSticky) Descriptor() ([]byte, []int) {
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{18}
+}
+
+func (x *RouteSticky) GetHeader() string {
+	if x != nil {
+		return x.Header
+	}
+	return ""
+}
+
+func (x *RouteSticky) GetParameter() string {
+	if x != nil {
+		return x.Parameter
+	}
+	return ""
+}
+
 // RouteTarget is one weighted target of a route.
 type RouteTarget struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -1477,7 +1879,7 @@ type RouteTarget struct {
 
 func (x *RouteTarget) Reset() {
 	*x = RouteTarget{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[13]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1489,7 +1891,7 @@ func (x *RouteTarget) String() string {
 func (*RouteTarget) ProtoMessage() {}
 
 func (x *RouteTarget) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[13]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1502,7 +1904,7 @@ func (x *RouteTarget) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RouteTarget.ProtoReflect.Descriptor instead.
 func (*RouteTarget) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{13}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *RouteTarget) GetModel() string {
@@ -1554,7 +1956,7 @@ type VersionStatus struct {
 
 func (x *VersionStatus) Reset() {
 	*x = VersionStatus{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[14]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1566,7 +1968,7 @@ func (x *VersionStatus) String() string {
 func (*VersionStatus) ProtoMessage() {}
 
 func (x *VersionStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[14]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1579,7 +1981,7 @@ func (x *VersionStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VersionStatus.ProtoReflect.Descriptor instead.
 func (*VersionStatus) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{14}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *VersionStatus) GetModel() string {
@@ -1685,7 +2087,7 @@ type RouteStatus struct {
 
 func (x *RouteStatus) Reset() {
 	*x = RouteStatus{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[15]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1697,7 +2099,7 @@ func (x *RouteStatus) String() string {
 func (*RouteStatus) ProtoMessage() {}
 
 func (x *RouteStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[15]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1710,7 +2112,7 @@ func (x *RouteStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RouteStatus.ProtoReflect.Descriptor instead.
 func (*RouteStatus) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{15}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *RouteStatus) GetName() string {
@@ -1755,7 +2157,7 @@ type Reported struct {
 
 func (x *Reported) Reset() {
 	*x = Reported{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[16]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1767,7 +2169,7 @@ func (x *Reported) String() string {
 func (*Reported) ProtoMessage() {}
 
 func (x *Reported) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[16]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1780,7 +2182,7 @@ func (x *Reported) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Reported.ProtoReflect.Descriptor instead.
 func (*Reported) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{16}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *Reported) GetSession() string {
@@ -1857,7 +2259,7 @@ type AgentStatus struct {
 
 func (x *AgentStatus) Reset() {
 	*x = AgentStatus{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[17]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1869,7 +2271,7 @@ func (x *AgentStatus) String() string {
 func (*AgentStatus) ProtoMessage() {}
 
 func (x *AgentStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[17]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1882,7 +2284,7 @@ func (x *AgentStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentStatus.ProtoReflect.Descriptor instead.
 func (*AgentStatus) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{17}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *AgentStatus) GetAgentVersion() string {
@@ -1952,7 +2354,7 @@ type Drift struct {
 
 func (x *Drift) Reset() {
 	*x = Drift{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[18]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1964,7 +2366,7 @@ func (x *Drift) String() string {
 func (*Drift) ProtoMessage() {}
 
 func (x *Drift) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[18]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1977,7 +2379,7 @@ func (x *Drift) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Drift.ProtoReflect.Descriptor instead.
 func (*Drift) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{18}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *Drift) GetKind() string {
@@ -2044,7 +2446,7 @@ type Event struct {
 
 func (x *Event) Reset() {
 	*x = Event{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[19]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2056,7 +2458,7 @@ func (x *Event) String() string {
 func (*Event) ProtoMessage() {}
 
 func (x *Event) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[19]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2069,7 +2471,7 @@ func (x *Event) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Event.ProtoReflect.Descriptor instead.
 func (*Event) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{19}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *Event) GetSequence() uint64 {
@@ -2150,7 +2552,7 @@ type EventBatch struct {
 
 func (x *EventBatch) Reset() {
 	*x = EventBatch{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[20]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2162,7 +2564,7 @@ func (x *EventBatch) String() string {
 func (*EventBatch) ProtoMessage() {}
 
 func (x *EventBatch) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[20]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2175,7 +2577,7 @@ func (x *EventBatch) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EventBatch.ProtoReflect.Descriptor instead.
 func (*EventBatch) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{20}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *EventBatch) GetOutboxId() string {
@@ -2203,7 +2605,7 @@ type EventAck struct {
 
 func (x *EventAck) Reset() {
 	*x = EventAck{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[21]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2215,7 +2617,7 @@ func (x *EventAck) String() string {
 func (*EventAck) ProtoMessage() {}
 
 func (x *EventAck) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[21]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2228,7 +2630,7 @@ func (x *EventAck) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EventAck.ProtoReflect.Descriptor instead.
 func (*EventAck) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{21}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *EventAck) GetOutboxId() string {
@@ -2263,7 +2665,7 @@ type Command struct {
 
 func (x *Command) Reset() {
 	*x = Command{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[22]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2275,7 +2677,7 @@ func (x *Command) String() string {
 func (*Command) ProtoMessage() {}
 
 func (x *Command) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[22]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2288,7 +2690,7 @@ func (x *Command) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Command.ProtoReflect.Descriptor instead.
 func (*Command) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{22}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *Command) GetCommand() isCommand_Command {
@@ -2410,7 +2812,7 @@ type TelemetryLease struct {
 
 func (x *TelemetryLease) Reset() {
 	*x = TelemetryLease{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[23]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2422,7 +2824,7 @@ func (x *TelemetryLease) String() string {
 func (*TelemetryLease) ProtoMessage() {}
 
 func (x *TelemetryLease) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[23]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2435,7 +2837,7 @@ func (x *TelemetryLease) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TelemetryLease.ProtoReflect.Descriptor instead.
 func (*TelemetryLease) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{23}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *TelemetryLease) GetEveryMs() uint32 {
@@ -2464,7 +2866,7 @@ type SourcesRequest struct {
 
 func (x *SourcesRequest) Reset() {
 	*x = SourcesRequest{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[24]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2476,7 +2878,7 @@ func (x *SourcesRequest) String() string {
 func (*SourcesRequest) ProtoMessage() {}
 
 func (x *SourcesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[24]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2489,7 +2891,7 @@ func (x *SourcesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SourcesRequest.ProtoReflect.Descriptor instead.
 func (*SourcesRequest) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{24}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *SourcesRequest) GetModel() string {
@@ -2517,7 +2919,7 @@ type Sources struct {
 
 func (x *Sources) Reset() {
 	*x = Sources{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[25]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2529,7 +2931,7 @@ func (x *Sources) String() string {
 func (*Sources) ProtoMessage() {}
 
 func (x *Sources) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[25]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2542,7 +2944,7 @@ func (x *Sources) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Sources.ProtoReflect.Descriptor instead.
 func (*Sources) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{25}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *Sources) GetDigest() string {
@@ -2573,7 +2975,7 @@ type Source struct {
 
 func (x *Source) Reset() {
 	*x = Source{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[26]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2585,7 +2987,7 @@ func (x *Source) String() string {
 func (*Source) ProtoMessage() {}
 
 func (x *Source) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[26]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2598,7 +3000,7 @@ func (x *Source) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Source.ProtoReflect.Descriptor instead.
 func (*Source) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{26}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *Source) GetDevice() string {
@@ -2635,7 +3037,7 @@ type StandDown struct {
 
 func (x *StandDown) Reset() {
 	*x = StandDown{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[27]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2647,7 +3049,7 @@ func (x *StandDown) String() string {
 func (*StandDown) ProtoMessage() {}
 
 func (x *StandDown) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[27]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2660,7 +3062,7 @@ func (x *StandDown) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StandDown.ProtoReflect.Descriptor instead.
 func (*StandDown) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{27}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *StandDown) GetBootId() string {
@@ -2687,7 +3089,7 @@ type RenewNow struct {
 
 func (x *RenewNow) Reset() {
 	*x = RenewNow{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[28]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2699,7 +3101,7 @@ func (x *RenewNow) String() string {
 func (*RenewNow) ProtoMessage() {}
 
 func (x *RenewNow) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[28]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2712,7 +3114,7 @@ func (x *RenewNow) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RenewNow.ProtoReflect.Descriptor instead.
 func (*RenewNow) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{28}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *RenewNow) GetWithinMs() uint32 {
@@ -2731,7 +3133,7 @@ type HelloAgain struct {
 
 func (x *HelloAgain) Reset() {
 	*x = HelloAgain{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[29]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2743,7 +3145,7 @@ func (x *HelloAgain) String() string {
 func (*HelloAgain) ProtoMessage() {}
 
 func (x *HelloAgain) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[29]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2756,7 +3158,7 @@ func (x *HelloAgain) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HelloAgain.ProtoReflect.Descriptor instead.
 func (*HelloAgain) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{29}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{35}
 }
 
 // Telemetry is one sample of a device's figures. A figure that the device
@@ -2805,7 +3207,7 @@ type Telemetry struct {
 
 func (x *Telemetry) Reset() {
 	*x = Telemetry{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[30]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2817,7 +3219,7 @@ func (x *Telemetry) String() string {
 func (*Telemetry) ProtoMessage() {}
 
 func (x *Telemetry) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[30]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2830,7 +3232,7 @@ func (x *Telemetry) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Telemetry.ProtoReflect.Descriptor instead.
 func (*Telemetry) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{30}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *Telemetry) GetAt() *timestamppb.Timestamp {
@@ -2999,7 +3401,7 @@ type Temperature struct {
 
 func (x *Temperature) Reset() {
 	*x = Temperature{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[31]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3011,7 +3413,7 @@ func (x *Temperature) String() string {
 func (*Temperature) ProtoMessage() {}
 
 func (x *Temperature) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[31]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3024,7 +3426,7 @@ func (x *Temperature) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Temperature.ProtoReflect.Descriptor instead.
 func (*Temperature) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{31}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *Temperature) GetSensor() string {
@@ -3083,7 +3485,7 @@ type GpuTelemetry struct {
 
 func (x *GpuTelemetry) Reset() {
 	*x = GpuTelemetry{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[32]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3095,7 +3497,7 @@ func (x *GpuTelemetry) String() string {
 func (*GpuTelemetry) ProtoMessage() {}
 
 func (x *GpuTelemetry) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[32]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3108,7 +3510,7 @@ func (x *GpuTelemetry) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GpuTelemetry.ProtoReflect.Descriptor instead.
 func (*GpuTelemetry) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{32}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *GpuTelemetry) GetIndex() uint32 {
@@ -3318,7 +3720,7 @@ type GpuProcess struct {
 
 func (x *GpuProcess) Reset() {
 	*x = GpuProcess{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[33]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3330,7 +3732,7 @@ func (x *GpuProcess) String() string {
 func (*GpuProcess) ProtoMessage() {}
 
 func (x *GpuProcess) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[33]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3343,7 +3745,7 @@ func (x *GpuProcess) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GpuProcess.ProtoReflect.Descriptor instead.
 func (*GpuProcess) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{33}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *GpuProcess) GetPid() uint32 {
@@ -3393,7 +3795,7 @@ type Alarm struct {
 
 func (x *Alarm) Reset() {
 	*x = Alarm{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[34]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3405,7 +3807,7 @@ func (x *Alarm) String() string {
 func (*Alarm) ProtoMessage() {}
 
 func (x *Alarm) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[34]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3418,7 +3820,7 @@ func (x *Alarm) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Alarm.ProtoReflect.Descriptor instead.
 func (*Alarm) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{34}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *Alarm) GetKind() string {
@@ -3522,7 +3924,7 @@ type AlarmSample struct {
 
 func (x *AlarmSample) Reset() {
 	*x = AlarmSample{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[35]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3534,7 +3936,7 @@ func (x *AlarmSample) String() string {
 func (*AlarmSample) ProtoMessage() {}
 
 func (x *AlarmSample) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[35]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3547,7 +3949,7 @@ func (x *AlarmSample) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AlarmSample.ProtoReflect.Descriptor instead.
 func (*AlarmSample) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{35}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{41}
 }
 
 func (x *AlarmSample) GetAt() *timestamppb.Timestamp {
@@ -3605,7 +4007,7 @@ type ModelProfile struct {
 
 func (x *ModelProfile) Reset() {
 	*x = ModelProfile{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[36]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3617,7 +4019,7 @@ func (x *ModelProfile) String() string {
 func (*ModelProfile) ProtoMessage() {}
 
 func (x *ModelProfile) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[36]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3630,7 +4032,7 @@ func (x *ModelProfile) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ModelProfile.ProtoReflect.Descriptor instead.
 func (*ModelProfile) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{36}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{42}
 }
 
 func (x *ModelProfile) GetModel() string {
@@ -3811,7 +4213,7 @@ type ModelSetting struct {
 
 func (x *ModelSetting) Reset() {
 	*x = ModelSetting{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[37]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[43]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3823,7 +4225,7 @@ func (x *ModelSetting) String() string {
 func (*ModelSetting) ProtoMessage() {}
 
 func (x *ModelSetting) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[37]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[43]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3836,7 +4238,7 @@ func (x *ModelSetting) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ModelSetting.ProtoReflect.Descriptor instead.
 func (*ModelSetting) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{37}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{43}
 }
 
 func (x *ModelSetting) GetProvider() string {
@@ -3892,7 +4294,7 @@ type ProfilePoint struct {
 
 func (x *ProfilePoint) Reset() {
 	*x = ProfilePoint{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[38]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[44]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3904,7 +4306,7 @@ func (x *ProfilePoint) String() string {
 func (*ProfilePoint) ProtoMessage() {}
 
 func (x *ProfilePoint) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[38]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[44]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3917,7 +4319,7 @@ func (x *ProfilePoint) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProfilePoint.ProtoReflect.Descriptor instead.
 func (*ProfilePoint) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{38}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{44}
 }
 
 func (x *ProfilePoint) GetSetting() *ModelSetting {
@@ -3986,7 +4388,7 @@ type LatencyPoint struct {
 
 func (x *LatencyPoint) Reset() {
 	*x = LatencyPoint{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[39]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[45]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3998,7 +4400,7 @@ func (x *LatencyPoint) String() string {
 func (*LatencyPoint) ProtoMessage() {}
 
 func (x *LatencyPoint) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[39]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[45]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4011,7 +4413,7 @@ func (x *LatencyPoint) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LatencyPoint.ProtoReflect.Descriptor instead.
 func (*LatencyPoint) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{39}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{45}
 }
 
 func (x *LatencyPoint) GetRows() uint32 {
@@ -4043,7 +4445,7 @@ type ProviderCheck struct {
 
 func (x *ProviderCheck) Reset() {
 	*x = ProviderCheck{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[40]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[46]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4055,7 +4457,7 @@ func (x *ProviderCheck) String() string {
 func (*ProviderCheck) ProtoMessage() {}
 
 func (x *ProviderCheck) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[40]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[46]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4068,7 +4470,7 @@ func (x *ProviderCheck) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProviderCheck.ProtoReflect.Descriptor instead.
 func (*ProviderCheck) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{40}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{46}
 }
 
 func (x *ProviderCheck) GetProvider() string {
@@ -4134,7 +4536,7 @@ type ModelTelemetry struct {
 
 func (x *ModelTelemetry) Reset() {
 	*x = ModelTelemetry{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[41]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[47]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4146,7 +4548,7 @@ func (x *ModelTelemetry) String() string {
 func (*ModelTelemetry) ProtoMessage() {}
 
 func (x *ModelTelemetry) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[41]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[47]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4159,7 +4561,7 @@ func (x *ModelTelemetry) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ModelTelemetry.ProtoReflect.Descriptor instead.
 func (*ModelTelemetry) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{41}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{47}
 }
 
 func (x *ModelTelemetry) GetModel() string {
@@ -4265,7 +4667,7 @@ type VersionFigures struct {
 
 func (x *VersionFigures) Reset() {
 	*x = VersionFigures{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[42]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[48]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4277,7 +4679,7 @@ func (x *VersionFigures) String() string {
 func (*VersionFigures) ProtoMessage() {}
 
 func (x *VersionFigures) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[42]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[48]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4290,7 +4692,7 @@ func (x *VersionFigures) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VersionFigures.ProtoReflect.Descriptor instead.
 func (*VersionFigures) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{42}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{48}
 }
 
 func (x *VersionFigures) GetRows() uint64 {
@@ -4332,7 +4734,7 @@ type Buckets struct {
 
 func (x *Buckets) Reset() {
 	*x = Buckets{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[43]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[49]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4344,7 +4746,7 @@ func (x *Buckets) String() string {
 func (*Buckets) ProtoMessage() {}
 
 func (x *Buckets) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[43]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[49]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4357,7 +4759,7 @@ func (x *Buckets) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Buckets.ProtoReflect.Descriptor instead.
 func (*Buckets) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{43}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{49}
 }
 
 func (x *Buckets) GetFirst() uint32 {
@@ -4388,7 +4790,7 @@ type SwapCount struct {
 
 func (x *SwapCount) Reset() {
 	*x = SwapCount{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[44]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[50]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4400,7 +4802,7 @@ func (x *SwapCount) String() string {
 func (*SwapCount) ProtoMessage() {}
 
 func (x *SwapCount) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[44]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[50]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4413,7 +4815,7 @@ func (x *SwapCount) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SwapCount.ProtoReflect.Descriptor instead.
 func (*SwapCount) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{44}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{50}
 }
 
 func (x *SwapCount) GetReason() string {
@@ -4450,7 +4852,7 @@ type BlockRequest struct {
 
 func (x *BlockRequest) Reset() {
 	*x = BlockRequest{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[45]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[51]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4462,7 +4864,7 @@ func (x *BlockRequest) String() string {
 func (*BlockRequest) ProtoMessage() {}
 
 func (x *BlockRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[45]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[51]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4475,7 +4877,7 @@ func (x *BlockRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BlockRequest.ProtoReflect.Descriptor instead.
 func (*BlockRequest) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{45}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{51}
 }
 
 func (x *BlockRequest) GetSha256() []byte {
@@ -4511,7 +4913,7 @@ type Block struct {
 
 func (x *Block) Reset() {
 	*x = Block{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[46]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[52]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4523,7 +4925,7 @@ func (x *Block) String() string {
 func (*Block) ProtoMessage() {}
 
 func (x *Block) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[46]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[52]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4536,7 +4938,7 @@ func (x *Block) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Block.ProtoReflect.Descriptor instead.
 func (*Block) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{46}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{52}
 }
 
 func (x *Block) GetSha256() []byte {
@@ -4583,7 +4985,7 @@ type FetchRequest struct {
 
 func (x *FetchRequest) Reset() {
 	*x = FetchRequest{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[47]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[53]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4595,7 +4997,7 @@ func (x *FetchRequest) String() string {
 func (*FetchRequest) ProtoMessage() {}
 
 func (x *FetchRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[47]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[53]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4608,7 +5010,7 @@ func (x *FetchRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FetchRequest.ProtoReflect.Descriptor instead.
 func (*FetchRequest) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{47}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{53}
 }
 
 func (x *FetchRequest) GetId() uint64 {
@@ -4682,7 +5084,7 @@ type FetchData struct {
 
 func (x *FetchData) Reset() {
 	*x = FetchData{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[48]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[54]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4694,7 +5096,7 @@ func (x *FetchData) String() string {
 func (*FetchData) ProtoMessage() {}
 
 func (x *FetchData) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[48]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[54]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4707,7 +5109,7 @@ func (x *FetchData) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FetchData.ProtoReflect.Descriptor instead.
 func (*FetchData) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{48}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{54}
 }
 
 func (x *FetchData) GetId() uint64 {
@@ -4774,7 +5176,7 @@ type Epoch struct {
 
 func (x *Epoch) Reset() {
 	*x = Epoch{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[49]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[55]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4786,7 +5188,7 @@ func (x *Epoch) String() string {
 func (*Epoch) ProtoMessage() {}
 
 func (x *Epoch) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[49]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[55]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4799,7 +5201,7 @@ func (x *Epoch) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Epoch.ProtoReflect.Descriptor instead.
 func (*Epoch) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{49}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{55}
 }
 
 func (x *Epoch) GetIncarnation() string {
@@ -4912,11 +5314,15 @@ const file_dunlin_v1_wire_proto_rawDesc = "" +
 	"\x06sha256\x18\x02 \x01(\fR\x06sha256\x12\x1d\n" +
 	"\n" +
 	"size_bytes\x18\x03 \x01(\x04R\tsizeBytes\x12\x1a\n" +
-	"\bdocument\x18\x04 \x01(\fR\bdocument\"\xa8\x01\n" +
+	"\bdocument\x18\x04 \x01(\fR\bdocument\"\xd8\x01\n" +
 	"\x0fDesiredDocument\x125\n" +
 	"\bversions\x18\x01 \x03(\v2\x19.dunlin.v1.DesiredVersionR\bversions\x12/\n" +
 	"\x06routes\x18\x02 \x03(\v2\x17.dunlin.v1.DesiredRouteR\x06routes\x12-\n" +
-	"\x05agent\x18\x03 \x01(\v2\x17.dunlin.v1.DesiredAgentR\x05agent\"\xf5\x01\n" +
+	"\x05agent\x18\x03 \x01(\v2\x17.dunlin.v1.DesiredAgentR\x05agent\x12.\n" +
+	"\x06labels\x18\x04 \x03(\v2\x16.dunlin.v1.DeviceLabelR\x06labels\"7\n" +
+	"\vDeviceLabel\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x14\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value\"\xf5\x01\n" +
 	"\fDesiredAgent\x12\x1e\n" +
 	"\n" +
 	"deployment\x18\x01 \x01(\tR\n" +
@@ -4954,10 +5360,37 @@ const file_dunlin_v1_wire_proto_rawDesc = "" +
 	"signatures\x18\x06 \x03(\tR\n" +
 	"signatures\x12/\n" +
 	"\bdelivery\x18\a \x01(\v2\x13.dunlin.v1.DeliveryR\bdelivery\x12\x19\n" +
-	"\bin_place\x18\b \x01(\bR\ainPlace\"T\n" +
+	"\bin_place\x18\b \x01(\bR\ainPlace\"\xb0\x01\n" +
 	"\fDesiredRoute\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x120\n" +
-	"\atargets\x18\x02 \x03(\v2\x16.dunlin.v1.RouteTargetR\atargets\"U\n" +
+	"\atargets\x18\x02 \x03(\v2\x16.dunlin.v1.RouteTargetR\atargets\x12*\n" +
+	"\x05rules\x18\x03 \x03(\v2\x14.dunlin.v1.RouteRuleR\x05rules\x12.\n" +
+	"\x06sticky\x18\x04 \x01(\v2\x16.dunlin.v1.RouteStickyR\x06sticky\"\xae\x01\n" +
+	"\tRouteRule\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12+\n" +
+	"\x05match\x18\x02 \x01(\v2\x15.dunlin.v1.RouteMatchR\x05match\x120\n" +
+	"\atargets\x18\x03 \x03(\v2\x16.dunlin.v1.RouteTargetR\atargets\x12.\n" +
+	"\x06sticky\x18\x04 \x01(\v2\x16.dunlin.v1.RouteStickyR\x06sticky\"\xf0\x01\n" +
+	"\n" +
+	"RouteMatch\x129\n" +
+	"\n" +
+	"parameters\x18\x01 \x03(\v2\x19.dunlin.v1.RouteConditionR\n" +
+	"parameters\x123\n" +
+	"\aheaders\x18\x02 \x03(\v2\x19.dunlin.v1.RouteConditionR\aheaders\x121\n" +
+	"\x06labels\x18\x03 \x03(\v2\x19.dunlin.v1.RouteConditionR\x06labels\x12-\n" +
+	"\x06inputs\x18\x04 \x03(\v2\x15.dunlin.v1.RouteInputR\x06inputs\x12\x10\n" +
+	"\x03cel\x18\x05 \x01(\tR\x03cel\"<\n" +
+	"\x0eRouteCondition\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x16\n" +
+	"\x06values\x18\x02 \x03(\tR\x06values\"V\n" +
+	"\n" +
+	"RouteInput\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x19\n" +
+	"\bmin_rows\x18\x02 \x01(\x03R\aminRows\x12\x19\n" +
+	"\bmax_rows\x18\x03 \x01(\x03R\amaxRows\"C\n" +
+	"\vRouteSticky\x12\x16\n" +
+	"\x06header\x18\x01 \x01(\tR\x06header\x12\x1c\n" +
+	"\tparameter\x18\x02 \x01(\tR\tparameter\"U\n" +
 	"\vRouteTarget\x12\x14\n" +
 	"\x05model\x18\x01 \x01(\tR\x05model\x12\x18\n" +
 	"\aversion\x18\x02 \x01(\x03R\aversion\x12\x16\n" +
@@ -5339,7 +5772,7 @@ func file_dunlin_v1_wire_proto_rawDescGZIP() []byte {
 }
 
 var file_dunlin_v1_wire_proto_enumTypes = make([]protoimpl.EnumInfo, 3)
-var file_dunlin_v1_wire_proto_msgTypes = make([]protoimpl.MessageInfo, 51)
+var file_dunlin_v1_wire_proto_msgTypes = make([]protoimpl.MessageInfo, 57)
 var file_dunlin_v1_wire_proto_goTypes = []any{
 	(VersionState)(0),             // 0: dunlin.v1.VersionState
 	(Severity)(0),                 // 1: dunlin.v1.Severity
@@ -5352,114 +5785,130 @@ var file_dunlin_v1_wire_proto_goTypes = []any{
 	(*Gone)(nil),                  // 8: dunlin.v1.Gone
 	(*Desired)(nil),               // 9: dunlin.v1.Desired
 	(*DesiredDocument)(nil),       // 10: dunlin.v1.DesiredDocument
-	(*DesiredAgent)(nil),          // 11: dunlin.v1.DesiredAgent
-	(*Delivery)(nil),              // 12: dunlin.v1.Delivery
-	(*TimeWindow)(nil),            // 13: dunlin.v1.TimeWindow
-	(*DesiredVersion)(nil),        // 14: dunlin.v1.DesiredVersion
-	(*DesiredRoute)(nil),          // 15: dunlin.v1.DesiredRoute
-	(*RouteTarget)(nil),           // 16: dunlin.v1.RouteTarget
-	(*VersionStatus)(nil),         // 17: dunlin.v1.VersionStatus
-	(*RouteStatus)(nil),           // 18: dunlin.v1.RouteStatus
-	(*Reported)(nil),              // 19: dunlin.v1.Reported
-	(*AgentStatus)(nil),           // 20: dunlin.v1.AgentStatus
-	(*Drift)(nil),                 // 21: dunlin.v1.Drift
-	(*Event)(nil),                 // 22: dunlin.v1.Event
-	(*EventBatch)(nil),            // 23: dunlin.v1.EventBatch
-	(*EventAck)(nil),              // 24: dunlin.v1.EventAck
-	(*Command)(nil),               // 25: dunlin.v1.Command
-	(*TelemetryLease)(nil),        // 26: dunlin.v1.TelemetryLease
-	(*SourcesRequest)(nil),        // 27: dunlin.v1.SourcesRequest
-	(*Sources)(nil),               // 28: dunlin.v1.Sources
-	(*Source)(nil),                // 29: dunlin.v1.Source
-	(*StandDown)(nil),             // 30: dunlin.v1.StandDown
-	(*RenewNow)(nil),              // 31: dunlin.v1.RenewNow
-	(*HelloAgain)(nil),            // 32: dunlin.v1.HelloAgain
-	(*Telemetry)(nil),             // 33: dunlin.v1.Telemetry
-	(*Temperature)(nil),           // 34: dunlin.v1.Temperature
-	(*GpuTelemetry)(nil),          // 35: dunlin.v1.GpuTelemetry
-	(*GpuProcess)(nil),            // 36: dunlin.v1.GpuProcess
-	(*Alarm)(nil),                 // 37: dunlin.v1.Alarm
-	(*AlarmSample)(nil),           // 38: dunlin.v1.AlarmSample
-	(*ModelProfile)(nil),          // 39: dunlin.v1.ModelProfile
-	(*ModelSetting)(nil),          // 40: dunlin.v1.ModelSetting
-	(*ProfilePoint)(nil),          // 41: dunlin.v1.ProfilePoint
-	(*LatencyPoint)(nil),          // 42: dunlin.v1.LatencyPoint
-	(*ProviderCheck)(nil),         // 43: dunlin.v1.ProviderCheck
-	(*ModelTelemetry)(nil),        // 44: dunlin.v1.ModelTelemetry
-	(*VersionFigures)(nil),        // 45: dunlin.v1.VersionFigures
-	(*Buckets)(nil),               // 46: dunlin.v1.Buckets
-	(*SwapCount)(nil),             // 47: dunlin.v1.SwapCount
-	(*BlockRequest)(nil),          // 48: dunlin.v1.BlockRequest
-	(*Block)(nil),                 // 49: dunlin.v1.Block
-	(*FetchRequest)(nil),          // 50: dunlin.v1.FetchRequest
-	(*FetchData)(nil),             // 51: dunlin.v1.FetchData
-	(*Epoch)(nil),                 // 52: dunlin.v1.Epoch
-	nil,                           // 53: dunlin.v1.Hello.LabelsEntry
-	(*timestamppb.Timestamp)(nil), // 54: google.protobuf.Timestamp
+	(*DeviceLabel)(nil),           // 11: dunlin.v1.DeviceLabel
+	(*DesiredAgent)(nil),          // 12: dunlin.v1.DesiredAgent
+	(*Delivery)(nil),              // 13: dunlin.v1.Delivery
+	(*TimeWindow)(nil),            // 14: dunlin.v1.TimeWindow
+	(*DesiredVersion)(nil),        // 15: dunlin.v1.DesiredVersion
+	(*DesiredRoute)(nil),          // 16: dunlin.v1.DesiredRoute
+	(*RouteRule)(nil),             // 17: dunlin.v1.RouteRule
+	(*RouteMatch)(nil),            // 18: dunlin.v1.RouteMatch
+	(*RouteCondition)(nil),        // 19: dunlin.v1.RouteCondition
+	(*RouteInput)(nil),            // 20: dunlin.v1.RouteInput
+	(*RouteSticky)(nil),           // 21: dunlin.v1.RouteSticky
+	(*RouteTarget)(nil),           // 22: dunlin.v1.RouteTarget
+	(*VersionStatus)(nil),         // 23: dunlin.v1.VersionStatus
+	(*RouteStatus)(nil),           // 24: dunlin.v1.RouteStatus
+	(*Reported)(nil),              // 25: dunlin.v1.Reported
+	(*AgentStatus)(nil),           // 26: dunlin.v1.AgentStatus
+	(*Drift)(nil),                 // 27: dunlin.v1.Drift
+	(*Event)(nil),                 // 28: dunlin.v1.Event
+	(*EventBatch)(nil),            // 29: dunlin.v1.EventBatch
+	(*EventAck)(nil),              // 30: dunlin.v1.EventAck
+	(*Command)(nil),               // 31: dunlin.v1.Command
+	(*TelemetryLease)(nil),        // 32: dunlin.v1.TelemetryLease
+	(*SourcesRequest)(nil),        // 33: dunlin.v1.SourcesRequest
+	(*Sources)(nil),               // 34: dunlin.v1.Sources
+	(*Source)(nil),                // 35: dunlin.v1.Source
+	(*StandDown)(nil),             // 36: dunlin.v1.StandDown
+	(*RenewNow)(nil),              // 37: dunlin.v1.RenewNow
+	(*HelloAgain)(nil),            // 38: dunlin.v1.HelloAgain
+	(*Telemetry)(nil),             // 39: dunlin.v1.Telemetry
+	(*Temperature)(nil),           // 40: dunlin.v1.Temperature
+	(*GpuTelemetry)(nil),          // 41: dunlin.v1.GpuTelemetry
+	(*GpuProcess)(nil),            // 42: dunlin.v1.GpuProcess
+	(*Alarm)(nil),                 // 43: dunlin.v1.Alarm
+	(*AlarmSample)(nil),           // 44: dunlin.v1.AlarmSample
+	(*ModelProfile)(nil),          // 45: dunlin.v1.ModelProfile
+	(*ModelSetting)(nil),          // 46: dunlin.v1.ModelSetting
+	(*ProfilePoint)(nil),          // 47: dunlin.v1.ProfilePoint
+	(*LatencyPoint)(nil),          // 48: dunlin.v1.LatencyPoint
+	(*ProviderCheck)(nil),         // 49: dunlin.v1.ProviderCheck
+	(*ModelTelemetry)(nil),        // 50: dunlin.v1.ModelTelemetry
+	(*VersionFigures)(nil),        // 51: dunlin.v1.VersionFigures
+	(*Buckets)(nil),               // 52: dunlin.v1.Buckets
+	(*SwapCount)(nil),             // 53: dunlin.v1.SwapCount
+	(*BlockRequest)(nil),          // 54: dunlin.v1.BlockRequest
+	(*Block)(nil),                 // 55: dunlin.v1.Block
+	(*FetchRequest)(nil),          // 56: dunlin.v1.FetchRequest
+	(*FetchData)(nil),             // 57: dunlin.v1.FetchData
+	(*Epoch)(nil),                 // 58: dunlin.v1.Epoch
+	nil,                           // 59: dunlin.v1.Hello.LabelsEntry
+	(*timestamppb.Timestamp)(nil), // 60: google.protobuf.Timestamp
 }
 var file_dunlin_v1_wire_proto_depIdxs = []int32{
 	5,  // 0: dunlin.v1.DeviceInfo.gpus:type_name -> dunlin.v1.GpuInfo
 	6,  // 1: dunlin.v1.DeviceInfo.limits:type_name -> dunlin.v1.DeviceLimits
 	3,  // 2: dunlin.v1.Hello.have_generation:type_name -> dunlin.v1.Generation
 	4,  // 3: dunlin.v1.Hello.info:type_name -> dunlin.v1.DeviceInfo
-	53, // 4: dunlin.v1.Hello.labels:type_name -> dunlin.v1.Hello.LabelsEntry
+	59, // 4: dunlin.v1.Hello.labels:type_name -> dunlin.v1.Hello.LabelsEntry
 	3,  // 5: dunlin.v1.Desired.generation:type_name -> dunlin.v1.Generation
-	14, // 6: dunlin.v1.DesiredDocument.versions:type_name -> dunlin.v1.DesiredVersion
-	15, // 7: dunlin.v1.DesiredDocument.routes:type_name -> dunlin.v1.DesiredRoute
-	11, // 8: dunlin.v1.DesiredDocument.agent:type_name -> dunlin.v1.DesiredAgent
-	12, // 9: dunlin.v1.DesiredAgent.delivery:type_name -> dunlin.v1.Delivery
-	13, // 10: dunlin.v1.Delivery.windows:type_name -> dunlin.v1.TimeWindow
-	12, // 11: dunlin.v1.DesiredVersion.delivery:type_name -> dunlin.v1.Delivery
-	16, // 12: dunlin.v1.DesiredRoute.targets:type_name -> dunlin.v1.RouteTarget
-	0,  // 13: dunlin.v1.VersionStatus.state:type_name -> dunlin.v1.VersionState
-	54, // 14: dunlin.v1.VersionStatus.since:type_name -> google.protobuf.Timestamp
-	3,  // 15: dunlin.v1.Reported.observed:type_name -> dunlin.v1.Generation
-	54, // 16: dunlin.v1.Reported.at:type_name -> google.protobuf.Timestamp
-	17, // 17: dunlin.v1.Reported.versions:type_name -> dunlin.v1.VersionStatus
-	18, // 18: dunlin.v1.Reported.routes:type_name -> dunlin.v1.RouteStatus
-	20, // 19: dunlin.v1.Reported.agent:type_name -> dunlin.v1.AgentStatus
-	21, // 20: dunlin.v1.Reported.drifts:type_name -> dunlin.v1.Drift
-	2,  // 21: dunlin.v1.AgentStatus.state:type_name -> dunlin.v1.AgentStatus.State
-	54, // 22: dunlin.v1.Drift.since:type_name -> google.protobuf.Timestamp
-	54, // 23: dunlin.v1.Event.at:type_name -> google.protobuf.Timestamp
-	1,  // 24: dunlin.v1.Event.severity:type_name -> dunlin.v1.Severity
-	39, // 25: dunlin.v1.Event.profile:type_name -> dunlin.v1.ModelProfile
-	37, // 26: dunlin.v1.Event.alarm:type_name -> dunlin.v1.Alarm
-	22, // 27: dunlin.v1.EventBatch.events:type_name -> dunlin.v1.Event
-	24, // 28: dunlin.v1.Command.event_ack:type_name -> dunlin.v1.EventAck
-	32, // 29: dunlin.v1.Command.hello_again:type_name -> dunlin.v1.HelloAgain
-	30, // 30: dunlin.v1.Command.stand_down:type_name -> dunlin.v1.StandDown
-	31, // 31: dunlin.v1.Command.renew_now:type_name -> dunlin.v1.RenewNow
-	26, // 32: dunlin.v1.Command.telemetry_lease:type_name -> dunlin.v1.TelemetryLease
-	28, // 33: dunlin.v1.Command.sources:type_name -> dunlin.v1.Sources
-	29, // 34: dunlin.v1.Sources.sources:type_name -> dunlin.v1.Source
-	54, // 35: dunlin.v1.Telemetry.at:type_name -> google.protobuf.Timestamp
-	44, // 36: dunlin.v1.Telemetry.models:type_name -> dunlin.v1.ModelTelemetry
-	35, // 37: dunlin.v1.Telemetry.gpus:type_name -> dunlin.v1.GpuTelemetry
-	34, // 38: dunlin.v1.Telemetry.temperatures:type_name -> dunlin.v1.Temperature
-	37, // 39: dunlin.v1.Telemetry.alarms:type_name -> dunlin.v1.Alarm
-	36, // 40: dunlin.v1.GpuTelemetry.processes:type_name -> dunlin.v1.GpuProcess
-	1,  // 41: dunlin.v1.Alarm.severity:type_name -> dunlin.v1.Severity
-	54, // 42: dunlin.v1.Alarm.raised_at:type_name -> google.protobuf.Timestamp
-	54, // 43: dunlin.v1.Alarm.cleared_at:type_name -> google.protobuf.Timestamp
-	38, // 44: dunlin.v1.Alarm.samples:type_name -> dunlin.v1.AlarmSample
-	54, // 45: dunlin.v1.AlarmSample.at:type_name -> google.protobuf.Timestamp
-	54, // 46: dunlin.v1.ModelProfile.measured_at:type_name -> google.protobuf.Timestamp
-	41, // 47: dunlin.v1.ModelProfile.points:type_name -> dunlin.v1.ProfilePoint
-	40, // 48: dunlin.v1.ModelProfile.recommended:type_name -> dunlin.v1.ModelSetting
-	42, // 49: dunlin.v1.ModelProfile.latency:type_name -> dunlin.v1.LatencyPoint
-	43, // 50: dunlin.v1.ModelProfile.providers:type_name -> dunlin.v1.ProviderCheck
-	40, // 51: dunlin.v1.ProfilePoint.setting:type_name -> dunlin.v1.ModelSetting
-	47, // 52: dunlin.v1.ModelTelemetry.activations:type_name -> dunlin.v1.SwapCount
-	47, // 53: dunlin.v1.ModelTelemetry.evictions:type_name -> dunlin.v1.SwapCount
-	45, // 54: dunlin.v1.ModelTelemetry.figures:type_name -> dunlin.v1.VersionFigures
-	46, // 55: dunlin.v1.VersionFigures.latency:type_name -> dunlin.v1.Buckets
-	46, // 56: dunlin.v1.VersionFigures.confidence:type_name -> dunlin.v1.Buckets
-	57, // [57:57] is the sub-list for method output_type
-	57, // [57:57] is the sub-list for method input_type
-	57, // [57:57] is the sub-list for extension type_name
-	57, // [57:57] is the sub-list for extension extendee
-	0,  // [0:57] is the sub-list for field type_name
+	15, // 6: dunlin.v1.DesiredDocument.versions:type_name -> dunlin.v1.DesiredVersion
+	16, // 7: dunlin.v1.DesiredDocument.routes:type_name -> dunlin.v1.DesiredRoute
+	12, // 8: dunlin.v1.DesiredDocument.agent:type_name -> dunlin.v1.DesiredAgent
+	11, // 9: dunlin.v1.DesiredDocument.labels:type_name -> dunlin.v1.DeviceLabel
+	13, // 10: dunlin.v1.DesiredAgent.delivery:type_name -> dunlin.v1.Delivery
+	14, // 11: dunlin.v1.Delivery.windows:type_name -> dunlin.v1.TimeWindow
+	13, // 12: dunlin.v1.DesiredVersion.delivery:type_name -> dunlin.v1.Delivery
+	22, // 13: dunlin.v1.DesiredRoute.targets:type_name -> dunlin.v1.RouteTarget
+	17, // 14: dunlin.v1.DesiredRoute.rules:type_name -> dunlin.v1.RouteRule
+	21, // 15: dunlin.v1.DesiredRoute.sticky:type_name -> dunlin.v1.RouteSticky
+	18, // 16: dunlin.v1.RouteRule.match:type_name -> dunlin.v1.RouteMatch
+	22, // 17: dunlin.v1.RouteRule.targets:type_name -> dunlin.v1.RouteTarget
+	21, // 18: dunlin.v1.RouteRule.sticky:type_name -> dunlin.v1.RouteSticky
+	19, // 19: dunlin.v1.RouteMatch.parameters:type_name -> dunlin.v1.RouteCondition
+	19, // 20: dunlin.v1.RouteMatch.headers:type_name -> dunlin.v1.RouteCondition
+	19, // 21: dunlin.v1.RouteMatch.labels:type_name -> dunlin.v1.RouteCondition
+	20, // 22: dunlin.v1.RouteMatch.inputs:type_name -> dunlin.v1.RouteInput
+	0,  // 23: dunlin.v1.VersionStatus.state:type_name -> dunlin.v1.VersionState
+	60, // 24: dunlin.v1.VersionStatus.since:type_name -> google.protobuf.Timestamp
+	3,  // 25: dunlin.v1.Reported.observed:type_name -> dunlin.v1.Generation
+	60, // 26: dunlin.v1.Reported.at:type_name -> google.protobuf.Timestamp
+	23, // 27: dunlin.v1.Reported.versions:type_name -> dunlin.v1.VersionStatus
+	24, // 28: dunlin.v1.Reported.routes:type_name -> dunlin.v1.RouteStatus
+	26, // 29: dunlin.v1.Reported.agent:type_name -> dunlin.v1.AgentStatus
+	27, // 30: dunlin.v1.Reported.drifts:type_name -> dunlin.v1.Drift
+	2,  // 31: dunlin.v1.AgentStatus.state:type_name -> dunlin.v1.AgentStatus.State
+	60, // 32: dunlin.v1.Drift.since:type_name -> google.protobuf.Timestamp
+	60, // 33: dunlin.v1.Event.at:type_name -> google.protobuf.Timestamp
+	1,  // 34: dunlin.v1.Event.severity:type_name -> dunlin.v1.Severity
+	45, // 35: dunlin.v1.Event.profile:type_name -> dunlin.v1.ModelProfile
+	43, // 36: dunlin.v1.Event.alarm:type_name -> dunlin.v1.Alarm
+	28, // 37: dunlin.v1.EventBatch.events:type_name -> dunlin.v1.Event
+	30, // 38: dunlin.v1.Command.event_ack:type_name -> dunlin.v1.EventAck
+	38, // 39: dunlin.v1.Command.hello_again:type_name -> dunlin.v1.HelloAgain
+	36, // 40: dunlin.v1.Command.stand_down:type_name -> dunlin.v1.StandDown
+	37, // 41: dunlin.v1.Command.renew_now:type_name -> dunlin.v1.RenewNow
+	32, // 42: dunlin.v1.Command.telemetry_lease:type_name -> dunlin.v1.TelemetryLease
+	34, // 43: dunlin.v1.Command.sources:type_name -> dunlin.v1.Sources
+	35, // 44: dunlin.v1.Sources.sources:type_name -> dunlin.v1.Source
+	60, // 45: dunlin.v1.Telemetry.at:type_name -> google.protobuf.Timestamp
+	50, // 46: dunlin.v1.Telemetry.models:type_name -> dunlin.v1.ModelTelemetry
+	41, // 47: dunlin.v1.Telemetry.gpus:type_name -> dunlin.v1.GpuTelemetry
+	40, // 48: dunlin.v1.Telemetry.temperatures:type_name -> dunlin.v1.Temperature
+	43, // 49: dunlin.v1.Telemetry.alarms:type_name -> dunlin.v1.Alarm
+	42, // 50: dunlin.v1.GpuTelemetry.processes:type_name -> dunlin.v1.GpuProcess
+	1,  // 51: dunlin.v1.Alarm.severity:type_name -> dunlin.v1.Severity
+	60, // 52: dunlin.v1.Alarm.raised_at:type_name -> google.protobuf.Timestamp
+	60, // 53: dunlin.v1.Alarm.cleared_at:type_name -> google.protobuf.Timestamp
+	44, // 54: dunlin.v1.Alarm.samples:type_name -> dunlin.v1.AlarmSample
+	60, // 55: dunlin.v1.AlarmSample.at:type_name -> google.protobuf.Timestamp
+	60, // 56: dunlin.v1.ModelProfile.measured_at:type_name -> google.protobuf.Timestamp
+	47, // 57: dunlin.v1.ModelProfile.points:type_name -> dunlin.v1.ProfilePoint
+	46, // 58: dunlin.v1.ModelProfile.recommended:type_name -> dunlin.v1.ModelSetting
+	48, // 59: dunlin.v1.ModelProfile.latency:type_name -> dunlin.v1.LatencyPoint
+	49, // 60: dunlin.v1.ModelProfile.providers:type_name -> dunlin.v1.ProviderCheck
+	46, // 61: dunlin.v1.ProfilePoint.setting:type_name -> dunlin.v1.ModelSetting
+	53, // 62: dunlin.v1.ModelTelemetry.activations:type_name -> dunlin.v1.SwapCount
+	53, // 63: dunlin.v1.ModelTelemetry.evictions:type_name -> dunlin.v1.SwapCount
+	51, // 64: dunlin.v1.ModelTelemetry.figures:type_name -> dunlin.v1.VersionFigures
+	52, // 65: dunlin.v1.VersionFigures.latency:type_name -> dunlin.v1.Buckets
+	52, // 66: dunlin.v1.VersionFigures.confidence:type_name -> dunlin.v1.Buckets
+	67, // [67:67] is the sub-list for method output_type
+	67, // [67:67] is the sub-list for method input_type
+	67, // [67:67] is the sub-list for extension type_name
+	67, // [67:67] is the sub-list for extension extendee
+	0,  // [0:67] is the sub-list for field type_name
 }
 
 func init() { file_dunlin_v1_wire_proto_init() }
@@ -5467,7 +5916,7 @@ func file_dunlin_v1_wire_proto_init() {
 	if File_dunlin_v1_wire_proto != nil {
 		return
 	}
-	file_dunlin_v1_wire_proto_msgTypes[22].OneofWrappers = []any{
+	file_dunlin_v1_wire_proto_msgTypes[28].OneofWrappers = []any{
 		(*Command_EventAck)(nil),
 		(*Command_HelloAgain)(nil),
 		(*Command_StandDown)(nil),
@@ -5475,18 +5924,18 @@ func file_dunlin_v1_wire_proto_init() {
 		(*Command_TelemetryLease)(nil),
 		(*Command_Sources)(nil),
 	}
-	file_dunlin_v1_wire_proto_msgTypes[30].OneofWrappers = []any{}
-	file_dunlin_v1_wire_proto_msgTypes[32].OneofWrappers = []any{}
-	file_dunlin_v1_wire_proto_msgTypes[34].OneofWrappers = []any{}
+	file_dunlin_v1_wire_proto_msgTypes[36].OneofWrappers = []any{}
 	file_dunlin_v1_wire_proto_msgTypes[38].OneofWrappers = []any{}
-	file_dunlin_v1_wire_proto_msgTypes[42].OneofWrappers = []any{}
+	file_dunlin_v1_wire_proto_msgTypes[40].OneofWrappers = []any{}
+	file_dunlin_v1_wire_proto_msgTypes[44].OneofWrappers = []any{}
+	file_dunlin_v1_wire_proto_msgTypes[48].OneofWrappers = []any{}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_dunlin_v1_wire_proto_rawDesc), len(file_dunlin_v1_wire_proto_rawDesc)),
 			NumEnums:      3,
-			NumMessages:   51,
+			NumMessages:   57,
 			NumExtensions: 0,
 			NumServices:   0,
 		},

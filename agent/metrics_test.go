@@ -1,0 +1,77 @@
+package agent
+
+import (
+	"log/slog"
+	"net/http/httptest"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+	"github.com/prometheus/client_golang/prometheus"
+
+	"github.com/dunlin/dunlin/agent/engine"
+	"github.com/dunlin/dunlin/agent/oip"
+	"github.com/dunlin/dunlin/agent/serve"
+	profiles "github.com/dunlin/dunlin/firmware-profiles"
+	"github.com/dunlin/dunlin/internal/telemetry"
+	dunlinv1 "github.com/dunlin/dunlin/proto/dunlin/v1"
+)
+
+// Requests to a route are counted by rule and target, and faults of its matches.
+func TestRuleMetrics(t *testing.T) {
+	front := serve.New(engine.New(engine.Config{}), nil)
+	front.SetServing(map[string]int64{"m": 1})
+	front.SetRoutes("g", []*dunlinv1.DesiredRoute{{
+		Name: "live", Targets: []*dunlinv1.RouteTarget{{Model: "m", Weight: 1}},
+		Rules: []*dunlinv1.RouteRule{{
+			Name: "gold", Match: &dunlinv1.RouteMatch{Cel: `device.labels["tier"] == "gold"`},
+			Targets: []*dunlinv1.RouteTarget{{Model: "m", Version: 2, Weight: 1}, {Model: "m", Version: 3}},
+		}},
+	}}, nil)
+	for range 2 {
+		if _, err := front.Infer(t.Context(), oip.Call{Model: "live"}); err == nil {
+			t.Error("a version answers that is not loaded")
+		}
+	}
+	r := prometheus.NewPedanticRegistry()
+	r.MustRegister(ruleMetrics{front})
+	answer := httptest.NewRecorder()
+	telemetry.Handler(r).ServeHTTP(answer, httptest.NewRequest("GET", "/metrics", nil))
+	const want = `# HELP dunlin_route_match_faults_total Requests for which the match of a rule could not be evaluated, and so did not match.
+# TYPE dunlin_route_match_faults_total counter
+dunlin_route_match_faults_total{route="live",rule="gold"} 2
+# HELP dunlin_route_requests_total Requests to a route by the rule that decided and the target that it chose, also those that failed there.
+# TYPE dunlin_route_requests_total counter
+dunlin_route_requests_total{route="live",rule="default",target="m"} 2
+dunlin_route_requests_total{route="live",rule="gold",target="m:2"} 0
+`
+	if diff := cmp.Diff(want, answer.Body.String()); diff != "" {
+		t.Error(diff)
+	}
+}
+
+// Rules know the temperature of the hottest sensor in the newest sample.
+func TestHeat(t *testing.T) {
+	h := &host{engine: engine.New(engine.Config{}), serving: Serving{Log: slog.New(slog.NewTextHandler(t.Output(), nil))}}
+	if c, known := h.heat(); known {
+		t.Errorf("%v degrees before anybody looked", c)
+	}
+	m := &still{sample: &dunlinv1.Telemetry{}}
+	w := h.newWatch(m, profiles.Profile{}, nil)
+	for _, tt := range []struct {
+		sample  *dunlinv1.Telemetry
+		celsius float64
+		known   bool
+	}{
+		{&dunlinv1.Telemetry{}, 0, false},
+		{&dunlinv1.Telemetry{Gpus: []*dunlinv1.GpuTelemetry{{}}}, 0, false},
+		{&dunlinv1.Telemetry{Temperatures: []*dunlinv1.Temperature{{Celsius: -20}, {Celsius: -5}, {Celsius: -7}}}, -5, true},
+		{&dunlinv1.Telemetry{Temperatures: []*dunlinv1.Temperature{{Celsius: 40}}, Gpus: []*dunlinv1.GpuTelemetry{{Celsius: new(50.0), MemoryCelsius: new(60.5)}}}, 60.5, true},
+		{&dunlinv1.Telemetry{}, 0, false},
+	} {
+		m.sample = tt.sample
+		w.look(t.Context(), 0)
+		if c, known := h.heat(); c != tt.celsius || known != tt.known {
+			t.Errorf("%v: %v, %v", tt.sample, c, known)
+		}
+	}
+}
