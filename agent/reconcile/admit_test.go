@@ -437,3 +437,55 @@ func TestLoadChecksFloor(t *testing.T) {
 		t.Errorf("error %v", err)
 	}
 }
+
+// What was admitted once and is kept to go back to can be repaired after a power
+// cut, though no document says its signatures any more: those are kept. They must
+// count by the present trust document.
+func TestRepairsWhatIsKept(t *testing.T) {
+	for name, test := range map[string]struct {
+		revoked bool
+	}{"its key counts": {}, "its key has been revoked": {true}} {
+		t.Run(name, func(t *testing.T) {
+			rng := seeded(t)
+			b1, b2 := pack(t, map[string][][]byte{"m.onnx": blocks(rng, 2)}), pack(t, map[string][][]byte{"m.onnx": blocks(rng, 2)})
+			s, reg := newSite(t), serveBundles(t, b1, b2)
+			later := newKey(t)
+			one, _ := reg.sign(s.key, b1, "digits", 1)
+			two, _ := reg.sign(later, b2, "digits", 2)
+			s.next(func(d *dunlinv1.TrustDocument) { d.ControllerKeys = append(d.ControllerKeys, keysOf(t, later)...) })
+			d := trusting(t, reg, s)
+			d.try(Probation{Runs: 1, Most: time.Hour})
+			d.Desire(desired(1, nil, b1.wantSigned("digits", 1, one)))
+			d.untilServing("digits", 1)
+			d.Desire(desired(2, nil, b2.wantSigned("digits", 2, two)))
+			d.untilServing("digits", 2)
+			if test.revoked {
+				d.trust.Store(s.next(func(d *dunlinv1.TrustDocument) { d.ControllerKeys = keysOf(t, later) }))
+			}
+			d.inspect = 5 * time.Millisecond
+			d.cut()
+			d.untilServing("digits", 2)
+			file := filepath.Join(d.dir, "bundles", b1.digest.Encoded(), filesFolder, "m.onnx")
+			if err := os.Truncate(file, 100); err != nil {
+				t.Fatal(err)
+			}
+			if test.revoked {
+				d.untilRefused("digits", 1, "a key that does not count")
+				if got := d.answers("digits"); got != 2 {
+					t.Errorf("version %d answers", got)
+				}
+				return
+			}
+			d.until("repairs it", func(r *dunlinv1.Reported) bool {
+				v := status(r, "digits", 1)
+				if v != nil && v.State == dunlinv1.VersionState_VERSION_STATE_QUARANTINED {
+					t.Fatal(v.Reason)
+				}
+				return strings.HasSuffix(d.kinds(), "drift.found drift.repaired")
+			})
+			if raw, err := os.ReadFile(file); err != nil || digest.FromBytes(raw) != b1.blobOf("m.onnx") {
+				t.Errorf("it is repaired to %d bytes, %v", len(raw), err)
+			}
+		})
+	}
+}

@@ -85,7 +85,7 @@ type version struct {
 	swapped    bool            // has done so: the one before does not fit beside it
 	broken     bool            // was loaded, and cannot run any more
 	admitted   bool            // its signatures have been verified, as those of this name
-	signatures []digest.Digest // of the manifests that hold them
+	signatures []digest.Digest // of the manifests that hold them, as a document has said last
 	damage     *damage         // of its bundle; nil: it is whole
 	quarantine string
 	refused    bool   // the quarantine is for its signatures

@@ -341,6 +341,11 @@ func (r *Reconciler) restore(ctx context.Context) error {
 		v := r.core.add(k, row.Since)
 		v.good, v.since, v.admitted, v.trials = row.LastGood, row.Since, row.Admitted, row.Trials
 		v.resumes = row.Resumes && row.Admitted
+		if r.core.desired[row.Model] != v { // else the document says them
+			for _, text := range row.Signatures {
+				v.signatures = append(v.signatures, digest.Digest(text))
+			}
+		}
 		if row.Reverted {
 			v.quarantine, v.reverted = row.Reason, true
 		}

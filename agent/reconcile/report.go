@@ -96,7 +96,7 @@ func (r *Reconciler) save(ctx context.Context) {
 	for _, v := range r.core.sorted() {
 		row := state.Version{
 			Model: v.id.Model, Version: v.id.Version, Digest: v.digest.String(), State: v.wire(), Reason: v.quarantine,
-			Since: v.since.UTC(), LastGood: v.good, Admitted: v.admitted, Trials: v.trials, Resumes: v.resumes, Reverted: v.reverted,
+			Since: v.since.UTC(), LastGood: v.good, Admitted: v.admitted, Signatures: texts(v.signatures), Trials: v.trials, Resumes: v.resumes, Reverted: v.reverted,
 		}
 		if v.busy == unloading {
 			row.State = dunlinv1.VersionState_VERSION_STATE_RESIDENT
@@ -145,7 +145,16 @@ func rank(v state.Version) int {
 }
 
 func same(a, b state.Version) bool {
-	return a.Digest == b.Digest && a.State == b.State && a.Reason == b.Reason && a.LastGood == b.LastGood && a.Admitted == b.Admitted && a.Trials == b.Trials && a.Resumes == b.Resumes && a.Reverted == b.Reverted && a.Since.Equal(b.Since)
+	return a.Digest == b.Digest && a.State == b.State && a.Reason == b.Reason && a.LastGood == b.LastGood && a.Admitted == b.Admitted && a.Trials == b.Trials && a.Resumes == b.Resumes && a.Reverted == b.Reverted && a.Since.Equal(b.Since) &&
+		slices.Equal(a.Signatures, b.Signatures)
+}
+
+func texts(digests []digest.Digest) []string {
+	var all []string
+	for _, d := range digests {
+		all = append(all, d.String())
+	}
+	return all
 }
 
 // forget deletes a version that was removed.

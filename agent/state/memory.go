@@ -208,7 +208,7 @@ func (m *Memory) PutVersion(ctx context.Context, v Version) error {
 				}
 			}
 		}
-		v.Since = time.Unix(0, v.Since.UnixNano()).UTC()
+		v.Since, v.Signatures = time.Unix(0, v.Since.UnixNano()).UTC(), slices.Clone(v.Signatures)
 		k.versions[versionKey{v.Model, v.Version}] = v
 		return nil
 	})

@@ -76,6 +76,7 @@ var migrations = []string{
 	`ALTER TABLE versions ADD COLUMN trials INTEGER NOT NULL DEFAULT 0;
 	ALTER TABLE versions ADD COLUMN resumes INTEGER NOT NULL DEFAULT 0;
 	ALTER TABLE versions ADD COLUMN reverted INTEGER NOT NULL DEFAULT 0;`,
+	`ALTER TABLE versions ADD COLUMN signatures TEXT NOT NULL DEFAULT ''; -- digests, a space between two`,
 }
 
 // readable is the schema version that a program must know to work with a file

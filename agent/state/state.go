@@ -10,6 +10,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"strings"
 	"time"
 
 	_ "modernc.org/sqlite" // the driver "sqlite"
@@ -71,6 +72,9 @@ type Version struct {
 	LastGood bool
 	// Admitted says that its bundle's signatures have been verified.
 	Admitted bool
+	// Signatures are the digests of the manifests of its signatures, for another
+	// time.
+	Signatures []string
 	// Trials is in how many starts of the agent it began a probation that it has
 	// not come to the end of.
 	Trials int
@@ -230,7 +234,7 @@ func (s *Store) SetDesired(ctx context.Context, d Desired) error {
 // Versions gives all stored versions, by model and version.
 func (s *Store) Versions(ctx context.Context) ([]Version, error) {
 	rows, err := s.db.QueryContext(ctx,
-		`SELECT model, version, digest, state, reason, since, last_good, admitted, trials, resumes, reverted FROM versions ORDER BY model, version`)
+		`SELECT model, version, digest, state, reason, since, last_good, admitted, trials, resumes, reverted, signatures FROM versions ORDER BY model, version`)
 	if err != nil {
 		return nil, fmt.Errorf("read versions: %w", err)
 	}
@@ -239,8 +243,12 @@ func (s *Store) Versions(ctx context.Context) ([]Version, error) {
 	for rows.Next() {
 		var v Version
 		var since int64
-		if err := rows.Scan(&v.Model, &v.Version, &v.Digest, &v.State, &v.Reason, &since, &v.LastGood, &v.Admitted, &v.Trials, &v.Resumes, &v.Reverted); err != nil {
+		var signatures string
+		if err := rows.Scan(&v.Model, &v.Version, &v.Digest, &v.State, &v.Reason, &since, &v.LastGood, &v.Admitted, &v.Trials, &v.Resumes, &v.Reverted, &signatures); err != nil {
 			return nil, fmt.Errorf("read versions: %w", err)
+		}
+		if signatures != "" {
+			v.Signatures = strings.Split(signatures, " ")
 		}
 		v.Since = time.Unix(0, since).UTC()
 		versions = append(versions, v)
@@ -257,8 +265,8 @@ func (s *Store) PutVersion(ctx context.Context, v Version) error {
 				return err
 			}
 		}
-		_, err := tx.ExecContext(ctx, `INSERT OR REPLACE INTO versions (model, version, digest, state, reason, since, last_good, admitted, trials, resumes, reverted) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)`,
-			v.Model, v.Version, v.Digest, int32(v.State), v.Reason, v.Since.UnixNano(), v.LastGood, v.Admitted, v.Trials, v.Resumes, v.Reverted)
+		_, err := tx.ExecContext(ctx, `INSERT OR REPLACE INTO versions (model, version, digest, state, reason, since, last_good, admitted, trials, resumes, reverted, signatures) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)`,
+			v.Model, v.Version, v.Digest, int32(v.State), v.Reason, v.Since.UnixNano(), v.LastGood, v.Admitted, v.Trials, v.Resumes, v.Reverted, strings.Join(v.Signatures, " "))
 		return err
 	})
 }

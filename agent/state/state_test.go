@@ -139,7 +139,7 @@ func TestVersions(t *testing.T) {
 		version := func(model string, n int64, good bool) Version {
 			return Version{
 				Model: model, Version: n, Digest: "sha256:x", State: dunlinv1.VersionState_VERSION_STATE_QUARANTINED,
-				Reason: "r", Since: time.Unix(5, 7).UTC(), LastGood: good,
+				Reason: "r", Since: time.Unix(5, 7).UTC(), LastGood: good, Signatures: []string{"sha256:y", "sha256:z"}[:n%3],
 			}
 		}
 		for _, v := range []Version{version("b", 1, true), version("a", 2, true), version("a", 1, false), version("a", 10, true)} {
