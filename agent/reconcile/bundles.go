@@ -92,8 +92,10 @@ func (b *bundles) open(d digest.Digest) (*bundle, error) {
 			return nil, err
 		}
 	}
-	return nil, fmt.Errorf("%w: bundle %s is damaged (%w)", fs.ErrNotExist, d, errors.Join(err, b.remove(d)))
+	return nil, fmt.Errorf("%w: bundle %s %w (%w)", fs.ErrNotExist, d, errDamaged, errors.Join(err, b.remove(d)))
 }
+
+var errDamaged = errors.New("is damaged")
 
 func readBundle(dir string) (*bundle, error) {
 	raw, err := os.ReadFile(filepath.Join(dir, manifestFile))

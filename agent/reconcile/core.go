@@ -163,7 +163,12 @@ func (c *core) setDesired(doc *dunlinv1.DesiredDocument, now time.Time) {
 	for model, v := range c.desired {
 		if desired[model] != v {
 			v.deployment = ""
+			trials := v.trials
+			if v.quarantine != "" {
+				trials = 0
+			}
 			v.forgive()
+			v.trials = trials // it may stand in
 		}
 	}
 	c.desired = desired
@@ -175,6 +180,13 @@ func (c *core) setDesired(doc *dunlinv1.DesiredDocument, now time.Time) {
 	for _, l := range doc.Labels {
 		c.labels[l.Name] = l.Value
 	}
+}
+
+// gone takes in that the bundle is not on the disk any more. A good version
+// stays one, which is fetched again, and checked before it is loaded.
+func (v *version) gone() {
+	v.stage, v.checked, v.doubtful, v.resumes = absent, false, v.good, false
+	v.good = v.good && v.admitted // else it was here under another name only
 }
 
 // forgive forgets what the version has failed with.
@@ -223,6 +235,7 @@ func (c *core) next(now time.Time) []action {
 		}
 		acts = c.advance(acts, m, byModel[m], now)
 		acts = c.repair(acts, byModel[m], now)
+		c.bringBack(byModel[m], now)
 		acts = c.discard(acts, m, byModel[m], now)
 		if c.changing[m] && (c.desired[m] == nil || c.serving[m] != nil || !slices.ContainsFunc(byModel[m], (*version).coming)) {
 			delete(c.changing, m)
@@ -304,7 +317,7 @@ func (c *core) serve(acts []action, model string, versions []*version, now time.
 			return acts
 		}
 	}
-	if !to.good && c.fallback(to) == nil {
+	if !to.good && c.proven(to) == nil {
 		c.prove(to) // it is the best there is
 	}
 	c.serving[model] = to
@@ -323,17 +336,39 @@ func (v *version) ready() bool {
 	return v.stage == resident && (v.busy == idle || v.busy == repairing) && !v.broken
 }
 
+// standsIn says whether a version may serve because nothing better can for now:
+// it has done so on probation, without a fault.
+func (c *core) standsIn(v *version) bool {
+	want, have := c.desired[v.id.Model], c.serving[v.id.Model]
+	return v != want && want != nil && (have == nil || have.quarantine != "") && v.admitted && !v.good && v.quarantine == "" && v.trials > 0 && v.trials < maxTrials
+}
+
+// bringBack has a good version that is not on the disk any more be fetched again,
+// once the wanted one has been, or that fails.
+func (c *core) bringBack(versions []*version, now time.Time) {
+	for _, v := range versions {
+		want := c.desired[v.id.Model]
+		if !v.good || v == want || want == nil || v.stage != absent || v.busy != idle || !v.due(now) || c.bundleBusy(v) {
+			continue
+		}
+		if want.stage != absent || want.busy == idle && !want.due(now) {
+			c.waiting = append(c.waiting, v)
+		}
+	}
+}
+
 // advance takes a model's wanted version one step further, or brings back
-// the good one while that takes time, or where it has failed.
+// the good one, or one that stands in, while that takes time, or where it has
+// failed.
 func (c *core) advance(acts []action, model string, versions []*version, now time.Time) []action {
 	want, have := c.desired[model], c.serving[model]
 	unserved := have == nil || have.quarantine != ""
 	for _, v := range versions {
-		if v.busy != fetching && v.busy != checking && v.busy != loading || v == want && v.busy == fetching && unserved {
+		if v.busy != fetching && v.busy != checking && v.busy != loading || v.busy == fetching && (v == want && unserved || v != want && v.good && want != nil) {
 			continue // what can serve does not wait for a download
 		}
 		// One at a time for a model; one that is not wanted is given up.
-		if v != want && !((v.good || v.resumes) && want != nil && unserved) && !v.cancelled {
+		if v != want && !((v.good || v.resumes || c.standsIn(v)) && want != nil && unserved) && !v.cancelled {
 			v.cancelled = true
 			acts = append(acts, action{op: cancelling, key: v.key})
 		}
@@ -365,8 +400,8 @@ func (c *core) advance(acts []action, model string, versions []*version, now tim
 		return acts
 	}
 	if unserved {
-		for _, v := range slices.SortedStableFunc(slices.Values(versions), resumesFirst) {
-			if v == want || !v.good && !v.resumes || v.stage != stored || v.busy != idle || !v.due(now) {
+		for _, v := range slices.SortedStableFunc(slices.Values(versions), bestFirst) {
+			if v == want || !v.good && !v.resumes && !c.standsIn(v) || v.stage != stored || v.busy != idle || !v.due(now) {
 				continue
 			}
 			other := c.inTheWay(v, versions)
@@ -374,7 +409,7 @@ func (c *core) advance(acts []action, model string, versions []*version, now tim
 				other = have // both do not fit
 			}
 			switch {
-			case other == nil && v.doubtful && !v.checked:
+			case other == nil && !v.checked && (v.doubtful || !v.good && !v.resumes):
 				return c.begin(acts, checking, v)
 			case other == nil:
 				return c.begin(acts, loading, v)
@@ -396,14 +431,19 @@ func (c *core) advance(acts []action, model string, versions []*version, now tim
 	return acts
 }
 
-func resumesFirst(a, b *version) int {
-	switch {
-	case a.resumes == b.resumes:
-		return 0
-	case a.resumes:
-		return -1
+// bestFirst orders versions by how well they can be served: those that resume,
+// the good one, and the last that was loaded.
+func bestFirst(a, b *version) int {
+	rank := func(v *version) int {
+		switch {
+		case v.resumes:
+			return 0
+		case v.good:
+			return 1
+		}
+		return 2
 	}
-	return 1
+	return cmp.Or(cmp.Compare(rank(a), rank(b)), b.since.Compare(a.since))
 }
 
 // due says whether a try may be made.
@@ -451,10 +491,10 @@ func (c *core) begin(acts []action, o op, v *version) []action {
 }
 
 // needed says whether a version's bundle must stay: it is wanted, serves or
-// runs, or is what the model falls back to.
+// runs, is what the model falls back to, or may stand in.
 func (c *core) needed(v *version) bool {
 	want := c.desired[v.id.Model]
-	return v == want || v == c.serving[v.id.Model] || v.stage == resident || v.busy != idle || (v.good || v.resumes) && want != nil
+	return v == want || v == c.serving[v.id.Model] || v.stage == resident || v.busy != idle || (v.good || v.resumes) && want != nil || c.standsIn(v)
 }
 
 // discard unloads what neither serves nor should, and removes what is not
@@ -516,7 +556,8 @@ func (c *core) done(k key, result outcome, now time.Time) {
 	}
 	if result.lost {
 		v.damage = nil // there is nothing of it
-		v.stage, v.since, v.checked, v.good, v.resumes = absent, now, false, false, false
+		v.gone()
+		v.since = now
 	}
 	if result.err != nil {
 		if cancelled {

@@ -19,6 +19,11 @@ import (
 // next start, and begins its probation anew. After any other, like a power cut,
 // the good one serves first, and the new one has to be checked once more. One that has not come to the end of it in maxTrials starts has the device
 // go back.
+//
+// Where the good one's bundle is gone, or is damaged and cannot be repaired yet, a
+// version that has served on probation without a fault stands in at a start, once
+// it has been checked, for as long as the wanted one is not there; the good one is
+// fetched again, unless another has proven itself before.
 
 // Probation says when a version that has begun to serve has proven itself: after
 // so many runs, not earlier than Least, or after Most without a fault.
@@ -89,8 +94,17 @@ func (c *core) onProbation() []*version {
 // fallback gives the good version that a model can go back to from v; nil where
 // there is none.
 func (c *core) fallback(v *version) *version {
+	if o := c.proven(v); o != nil && o.stage != absent {
+		return o
+	}
+	return nil
+}
+
+// proven gives the good version of v's model that is not v and not in
+// quarantine, also where it has to be fetched again; nil where there is none.
+func (c *core) proven(v *version) *version {
 	for _, o := range c.versions {
-		if o != v && o.id.Model == v.id.Model && o.good && o.stage != absent && o.quarantine == "" && o.busy != removing {
+		if o != v && o.id.Model == v.id.Model && o.good && o.quarantine == "" && o.busy != removing {
 			return o
 		}
 	}
@@ -139,7 +153,7 @@ func (c *core) revert(v *version, reason string, now time.Time) {
 // begun too often. It is called once, after a start.
 func (c *core) interrupted(now time.Time) (reverted []*version) {
 	for _, v := range c.sorted() {
-		if !v.good && v.quarantine == "" && v.trials >= maxTrials && c.fallback(v) != nil {
+		if c.desired[v.id.Model] == v && !v.good && v.quarantine == "" && v.trials >= maxTrials && c.fallback(v) != nil {
 			c.revert(v, fmt.Sprintf("the agent ended %d times while it was on probation", v.trials), now)
 			reverted = append(reverted, v)
 		}

@@ -288,10 +288,98 @@ func (w *world) restart(d *disk) {
 		if w.onDisk[k.digest] && v.admitted {
 			v.stage = stored
 		} else {
-			v.good = false
+			v.gone()
 		}
 	}
 	w.core.interrupted(w.now)
+}
+
+// Where the bundle of the good version is gone at a start, what served on
+// probation stands in, and the good one is fetched again, as what there is to go
+// back to.
+func TestStandsIn(t *testing.T) {
+	v1, v2, v3 := wantVersion("m", 1, "one"), wantVersion("m", 2, "two"), wantVersion("m", 3, "three")
+	// begun has version 1 prove itself and version 2 serve on probation; then
+	// another document comes, and a power cut, after which version 1 is gone.
+	begun := func(w *world, meanwhile func(), then *dunlinv1.DesiredVersion) {
+		kept := &disk{doc: doc(then)}
+		w.desire(doc(v1))
+		w.settle()
+		w.desire(doc(v2))
+		w.work()
+		meanwhile()
+		w.desire(doc(then))
+		w.save(kept)
+		delete(w.onDisk, keyOf(v1).digest)
+		w.restart(kept)
+		w.log = nil
+	}
+	nothing := func(*world) func() { return func() {} }
+	tests := []struct {
+		name      string
+		meanwhile func(w *world) func()
+		then      *dunlinv1.DesiredVersion
+		run       func(w *world)
+		want      string
+	}{
+		{"another is wanted, and is not there", nothing, v3, func(w *world) {
+			w.begin()
+			for range 2 { // checked, loaded
+				w.end(keyOf(v2), outcome{})
+				w.begin()
+			}
+			if v := w.core.serving["m"]; v == nil || v.key != keyOf(v2) || v.good || !w.core.versions[keyOf(v1)].good {
+				w.complain("version 2 does not stand in for version 1: %+v", v)
+			}
+			w.work()
+		}, "check m:2, load m:2, serve m:2, fetch m:3, check m:3, fetch m:1, load m:3, serve m:3, unload m:2, remove m:2"},
+		{"it is what is wanted", nothing, v2, func(w *world) {
+			w.work()
+			w.counts[keyOf(v2).id] = Counts{Failed: 5}
+			w.work()
+			if v := w.core.versions[keyOf(v2)]; !v.reverted {
+				w.complain("there is no way back: %+v", v)
+			}
+		}, "check m:2, fetch m:1, load m:2, serve m:2, check m:1, load m:1, serve m:1, unload m:2"},
+		{"it proves itself first: the old one is given up", nothing, v2, func(w *world) {
+			w.begin()
+			for range 2 {
+				w.end(keyOf(v2), outcome{})
+				w.begin()
+			}
+			w.counts[keyOf(v2).id] = Counts{Succeeded: 100}
+			w.wait(time.Minute)
+			w.begin()
+			w.end(keyOf(v1), outcome{err: errors.New("cancelled")})
+			w.work()
+		}, "check m:2, fetch m:1, load m:2, serve m:2, cancel m:1, remove m:1"},
+		{"the device has gone back from it", func(w *world) func() {
+			return func() {
+				w.counts[keyOf(v2).id] = Counts{Failed: 5}
+				w.work()
+			}
+		}, v2, func(w *world) { w.work() }, "fetch m:1, check m:1, load m:1, serve m:1"},
+		{"the device has gone back from it, and another is wanted", func(w *world) func() {
+			return func() {
+				w.counts[keyOf(v2).id] = Counts{Failed: 5}
+				w.work()
+			}
+		}, v3, func(w *world) {
+			w.begin()
+			w.end(keyOf(v3), outcome{err: errors.New("no network"), wait: time.Minute})
+			w.work()
+		}, "fetch m:3, fetch m:1, check m:1, load m:1, serve m:1"},
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			w := newWorld(t.Errorf)
+			begun(w, tt.meanwhile(w), tt.then)
+			tt.run(w)
+			if got := strings.Join(w.log, ", "); got != tt.want {
+				t.Errorf("got:  %s\nwant: %s", got, tt.want)
+			}
+		})
+	}
 }
 
 // Versions of which some are bad come and go, the device crashes at any moment
@@ -324,7 +412,10 @@ func TestGoesBack(t *testing.T) {
 			}
 			// Moments before the next save.
 			switch rapid.IntRange(0, 29).Draw(t, "ends") {
-			case 0: // a power cut
+			case 0: // a power cut, after which a bundle may be gone
+				if v := w.core.versions[good]; v != nil && rapid.IntRange(0, 3).Draw(t, "gone") == 0 {
+					delete(w.onDisk, good.digest)
+				}
 				w.restart(kept)
 			case 1:
 				w.core.stopped()
@@ -339,7 +430,7 @@ func TestGoesBack(t *testing.T) {
 			}
 			w.save(kept)
 			if was != (key{}) && was == good && w.core.desired["m"] != nil {
-				if v := w.core.versions[good]; v == nil || !v.good || !w.onDisk[good.digest] {
+				if v := w.core.versions[good]; v == nil || !v.good || !w.onDisk[good.digest] && v.stage != absent {
 					t.Fatalf("%v was good, and is gone: %v", good, w.log)
 				}
 			}
@@ -411,7 +502,7 @@ func TestGoesBack(t *testing.T) {
 		want, serves := w.core.desired["m"], w.core.serving["m"]
 		switch {
 		case want == nil:
-		case serves == nil && (want.quarantine == "" || w.core.fallback(want) != nil):
+		case serves == nil && (want.quarantine == "" || w.core.proven(want) != nil):
 			t.Fatalf("nothing serves: %+v: %v", want, w.log)
 		case serves != nil && serves != want && (want.quarantine == "" || !serves.good):
 			t.Fatalf("%+v serves, wanted is %+v: %v", serves, want, w.log)

@@ -361,10 +361,13 @@ func (r *Reconciler) restore(ctx context.Context) error {
 			if v.admitted { // else it may be here under another name only
 				v.stage = stored
 			} else {
-				v.good = false
+				v.gone()
 			}
 		case errors.Is(err, fs.ErrNotExist):
-			v.good = false
+			v.gone()
+			if row, ok := r.saved[v.key]; ok && v.admitted && row.State != dunlinv1.VersionState_VERSION_STATE_ABSENT {
+				r.tellGone(v, err)
+			}
 		default:
 			return err
 		}
@@ -384,6 +387,16 @@ func (r *Reconciler) restore(ctx context.Context) error {
 		r.tellReverted(v)
 	}
 	return nil
+}
+
+// tellGone says that a bundle that was on the disk is not there at the start.
+func (r *Reconciler) tellGone(v *version, err error) {
+	have := "missing"
+	if errors.Is(err, errDamaged) {
+		have = "damaged"
+	}
+	r.cfg.Log.Error("a bundle is not on the disk any more", "model", v.id.Model, "version", v.id.Version, "digest", v.digest, "last_good", v.good, "error", err)
+	r.event("drift.found", dunlinv1.Severity_SEVERITY_WARNING, v.key, fmt.Sprintf("bundle: want %s, have %s", v.digest, have))
 }
 
 // judge looks at the versions on probation.
@@ -472,8 +485,7 @@ func (r *Reconciler) act(ctx context.Context) {
 				}
 				r.cfg.Front.SetServing(r.serving())
 				if a.op == serving {
-					r.cfg.Log.Info("serving", "model", a.key.id.Model, "version", a.key.id.Version)
-					r.event("version.serving", dunlinv1.Severity_SEVERITY_INFO, a.key, "")
+					r.tellServing(a.key)
 				}
 			case routing:
 				r.cfg.Front.SetRoutes(r.generation(), r.routes(), r.core.labels)
@@ -490,6 +502,18 @@ func (r *Reconciler) act(ctx context.Context) {
 			return
 		}
 	}
+}
+
+// tellServing says that a version serves, and for which it stands in.
+func (r *Reconciler) tellServing(k key) {
+	log, message := r.cfg.Log.With("model", k.id.Model, "version", k.id.Version), ""
+	if v := r.core.versions[k]; !v.good && r.core.desired[k.id.Model] != v {
+		if good := r.core.proven(v); good != nil {
+			log, message = log.With("stands_in_for", good.id.Version), fmt.Sprintf("stands in for %s, which is fetched again", good.id)
+		}
+	}
+	log.Info("serving")
+	r.event("version.serving", dunlinv1.Severity_SEVERITY_INFO, k, message)
 }
 
 func (r *Reconciler) wantAgent(doc *dunlinv1.DesiredDocument) {

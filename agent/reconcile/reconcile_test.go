@@ -657,6 +657,59 @@ func TestGoesBackByItself(t *testing.T) {
 	}
 }
 
+// The bundle of the good version is gone at a start after a power cut, and the
+// wanted one cannot be had: what served on probation stands in, and that is told.
+// When the network is back the wanted one serves, and the good one is there again.
+func TestStandsInAtStart(t *testing.T) {
+	for name, harm := range map[string]func(folder string) error{
+		"damaged": func(folder string) error { return os.Truncate(filepath.Join(folder, manifestFile), 10) },
+		"missing": os.RemoveAll,
+	} {
+		t.Run(name, func(t *testing.T) {
+			rng := seeded(t)
+			b1, b2, b3 := pack(t, map[string][][]byte{"m.onnx": blocks(rng, 2)}), pack(t, map[string][][]byte{"m.onnx": blocks(rng, 2)}), pack(t, map[string][][]byte{"m.onnx": blocks(rng, 2)})
+			s, reg := newSite(t), serveBundles(t, b1, b2, b3)
+			one, _ := reg.sign(s.key, b1, "digits", 1)
+			two, _ := reg.sign(s.key, b2, "digits", 2)
+			three, _ := reg.sign(s.key, b3, "digits", 3)
+			d := trusting(t, reg, s)
+			d.try(Probation{Runs: 100, Most: time.Hour})
+			d.Desire(desired(1, nil, b1.wantSigned("digits", 1, one)))
+			d.untilServing("digits", 1)
+			d.Desire(desired(2, nil, b2.wantSigned("digits", 2, two)))
+			d.untilServing("digits", 2)
+			reg.refuses.Store(true)
+			d.Desire(desired(3, nil, b3.wantSigned("digits", 3, three)))
+			d.until("cannot fetch", func(r *dunlinv1.Reported) bool {
+				v := status(r, "digits", 3)
+				return v != nil && v.Reason != ""
+			})
+			folder := filepath.Join(d.dir, "bundles", b1.digest.Encoded())
+			if err := harm(folder); err != nil {
+				t.Fatal(err)
+			}
+			d.cut()
+			d.untilServing("digits", 2)
+			d.mu.Lock()
+			if e := d.events; len(e) != 2 || e[0].Kind != "drift.found" || e[0].Version != 1 || !strings.HasSuffix(e[0].Message, "have "+name) ||
+				e[1].Kind != "version.serving" || e[1].Version != 2 || e[1].Message != "stands in for digits:1, which is fetched again" {
+				t.Errorf("events %v", e)
+			}
+			d.mu.Unlock()
+			reg.refuses.Store(false)
+			d.Retry()
+			d.untilServing("digits", 3)
+			d.until("has the good one again", func(r *dunlinv1.Reported) bool {
+				d.Retry()
+				v := status(r, "digits", 1)
+				return len(r.Versions) == 2 && v != nil && v.State == dunlinv1.VersionState_VERSION_STATE_STORED
+			})
+			d.answered(engine.VersionID{Model: "digits", Version: 3}, Counts{Failed: 9})
+			d.untilServing("digits", 1)
+		})
+	}
+}
+
 // cut starts the device again with what was on disk before it was stopped.
 func (d *testDevice) cut() {
 	d.t.Helper()
