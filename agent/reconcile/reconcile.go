@@ -508,7 +508,7 @@ func (r *Reconciler) act(ctx context.Context) {
 func (r *Reconciler) tellServing(k key) {
 	log, message := r.cfg.Log.With("model", k.id.Model, "version", k.id.Version), ""
 	if v := r.core.versions[k]; !v.good && r.core.desired[k.id.Model] != v {
-		if good := r.core.proven(v); good != nil {
+		if good := r.core.proven(v); good != nil && (good.stage == absent || good.damage != nil) {
 			log, message = log.With("stands_in_for", good.id.Version), fmt.Sprintf("stands in for %s, which is fetched again", good.id)
 		}
 	}

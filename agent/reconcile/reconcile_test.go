@@ -684,6 +684,13 @@ func TestStandsInAtStart(t *testing.T) {
 				v := status(r, "digits", 3)
 				return v != nil && v.Reason != ""
 			})
+			d.restart() // after a stop it goes on serving: it stands in for nothing
+			d.untilServing("digits", 2)
+			d.mu.Lock()
+			if e := d.events; len(e) != 1 || e[0].Kind != "version.serving" || e[0].Version != 2 || e[0].Message != "" {
+				t.Errorf("after a stop: events %v", e)
+			}
+			d.mu.Unlock()
 			folder := filepath.Join(d.dir, "bundles", b1.digest.Encoded())
 			if err := harm(folder); err != nil {
 				t.Fatal(err)
