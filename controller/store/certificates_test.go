@@ -90,7 +90,7 @@ func (v *vouched) renew(old *x509.Certificate, key crypto.Signer) (*x509.Certifi
 func TestRenew(t *testing.T) {
 	v := newVouched(t)
 	ctx := t.Context()
-	if superseded, err := v.Used(ctx, "d", v.first.SerialNumber); superseded || err != nil {
+	if superseded, err := v.Used(ctx, Use{"d", v.first.SerialNumber}); superseded || err != nil {
 		t.Errorf("the first use: %t, %v", superseded, err)
 	}
 	key := pkitest.Key(t)
@@ -102,7 +102,7 @@ func TestRenew(t *testing.T) {
 	// Both count until the new one is used, then only that.
 	must(t, v.CheckDevice(ctx, "d", v.first))
 	must(t, v.CheckDevice(ctx, "d", second))
-	if superseded, err := v.Used(ctx, "d", second.SerialNumber); !superseded || err != nil {
+	if superseded, err := v.Used(ctx, Use{"d", second.SerialNumber}); !superseded || err != nil {
 		t.Errorf("the first use of the second: %t, %v", superseded, err)
 	}
 	is(t, v.CheckDevice(ctx, "d", v.first), identity.ErrRevoked)
@@ -204,7 +204,7 @@ func TestUnused(t *testing.T) {
 		return c
 	}
 	waiting, second, newest := renewed(), renewed(), renewed()
-	if superseded, err := v.Used(ctx, "d", second.SerialNumber); !superseded || err != nil {
+	if superseded, err := v.Used(ctx, Use{"d", second.SerialNumber}); !superseded || err != nil {
 		t.Errorf("the first use of the second: %t, %v", superseded, err)
 	}
 	is(t, v.CheckDevice(ctx, "d", v.first), identity.ErrRevoked)
@@ -312,7 +312,7 @@ func TestExpiredCertificatesAreForgottenByPrune(t *testing.T) {
 		t.Errorf("%d certificates at the end of the grace period, want both", n)
 	}
 	v.clock.now = v.clock.now.Add(time.Second)
-	if _, err := v.Used(t.Context(), "d", second.SerialNumber); err != nil {
+	if _, err := v.Used(t.Context(), Use{"d", second.SerialNumber}); err != nil {
 		t.Fatal(err)
 	}
 	if n := count(); n != 2 {
@@ -347,7 +347,7 @@ func BenchmarkFirstUse(b *testing.B) {
 	for i := 0; b.Loop(); i++ {
 		n := i%devices + 1
 		serial, _ := new(big.Int).SetString(fmt.Sprintf("%040d", n), 16)
-		if _, err := s.Used(b.Context(), fmt.Sprint("device-", n), serial); err != nil {
+		if _, err := s.Used(b.Context(), Use{fmt.Sprint("device-", n), serial}); err != nil {
 			b.Fatal(err)
 		}
 	}
