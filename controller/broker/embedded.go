@@ -195,15 +195,17 @@ func (e *Embedded) Run(ctx context.Context, handle Handler) error {
 	defer e.Close()
 	h := &hook{
 		broker: e, handle: handle,
-		device: func(cert *x509.Certificate) (string, error) {
+		device: func(cert *x509.Certificate) (device string, err error) {
 			ctx, cancel := context.WithTimeout(ctx, authTimeout)
 			defer cancel()
-			return e.auth.Device(ctx, cert)
+			apart(func() { device, err = e.auth.Device(ctx, cert) })
+			return device, err
 		},
-		mayEnrol: func(user, password, from string) bool {
+		mayEnrol: func(user, password, from string) (may bool) {
 			ctx, cancel := context.WithTimeout(ctx, authTimeout)
 			defer cancel()
-			return e.auth.Enrolling(ctx, user, password, from)
+			apart(func() { may = e.auth.Enrolling(ctx, user, password, from) })
+			return may
 		},
 	}
 	if err := e.server.AddHook(h, nil); err != nil {
@@ -343,7 +345,8 @@ func (e *Embedded) fetch(c *conn) bool {
 
 // serve owns a connection from its first byte to its end.
 func (e *Embedded) serve(c *conn) {
-	err := e.open(c)
+	var err error
+	apart(func() { err = e.open(c) })
 	if err == nil {
 		err = e.server.EstablishConnection("mqtt", c)
 	}
@@ -364,6 +367,18 @@ func (e *Embedded) serve(c *conn) {
 	}
 	e.mu.Unlock()
 	close(c.ended)
+}
+
+// apart does what takes a deep stack on a goroutine of its own, and waits for
+// it: a stack that has grown stays that of its goroutine, and those that serve
+// connections are there for as long as those.
+func apart(do func()) {
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		do()
+	}()
+	<-done
 }
 
 // open does the handshake of a connection and reads the beginning of its

@@ -2,12 +2,14 @@ package dispatch
 
 import (
 	"context"
+	"errors"
 	"math/big"
 	"slices"
 	"time"
 
 	"google.golang.org/protobuf/types/known/timestamppb"
 
+	"github.com/dunlin/dunlin/controller/store"
 	"github.com/dunlin/dunlin/internal/link"
 	dunlinv1 "github.com/dunlin/dunlin/proto/dunlin/v1"
 )
@@ -16,9 +18,44 @@ import (
 // renew.
 const renewWithin = time.Minute
 
-// identify takes in who says hello. It says whether the device is to be
-// served: not while another agent has its identity.
-func (d *Dispatcher) identify(ctx context.Context, device string, h *dunlinv1.Hello) (bool, error) {
+// said is what came of a look at who says hello.
+type said struct {
+	serve bool // not while another agent has the device's identity
+	err   error
+}
+
+// identify takes in who said hello, of messages that were taken in. The
+// certificates that count from now on are kept in one transaction: when all
+// devices come with new ones, as a fleet does that joins, nobody waits for one
+// of each.
+func (d *Dispatcher) identify(ctx context.Context, kept []store.Inbound, taken []store.Taken) map[*dunlinv1.Hello]said {
+	who := map[*dunlinv1.Hello]said{}
+	var uses []store.Use
+	for i, m := range kept {
+		if m.Hello == nil || taken[i].Err != nil {
+			continue
+		}
+		serve, err := d.alone(ctx, m.Device, m.Hello)
+		who[m.Hello] = said{serve, err}
+		if serial := m.Hello.GetCertificateSerial(); serve && err == nil && len(serial) > 0 && len(serial) <= 20 {
+			uses = append(uses, store.Use{Device: m.Device, Serial: new(big.Int).SetBytes(serial)})
+		}
+	}
+	superseded, err := d.store.Used(ctx, uses...)
+	if superseded {
+		d.superseded()
+	}
+	if err != nil { // as if their hellos had not come
+		for h, one := range who {
+			who[h] = said{err: errors.Join(one.err, err)}
+		}
+	}
+	return who
+}
+
+// alone takes in which agent said hello as a device, and says whether it is to
+// be served.
+func (d *Dispatcher) alone(ctx context.Context, device string, h *dunlinv1.Hello) (bool, error) {
 	d.mu.Lock()
 	t := d.twins[device]
 	if t == nil {
@@ -44,21 +81,16 @@ func (d *Dispatcher) identify(ctx context.Context, device string, h *dunlinv1.He
 		d.command(device, &dunlinv1.Command{Command: &dunlinv1.Command_StandDown{StandDown: &dunlinv1.StandDown{BootId: h.GetBootId(), KeptHostname: kept.hostname}}})
 		return false, nil
 	}
-	if serial := h.GetCertificateSerial(); len(serial) > 0 && len(serial) <= 20 {
-		superseded, err := d.store.Used(ctx, device, new(big.Int).SetBytes(serial))
-		if err != nil {
-			return false, err
-		}
-		if superseded {
-			d.superseded()
-		}
-	}
+	return true, nil
+}
+
+// renew tells a device that trusts others than it should to renew.
+func (d *Dispatcher) renew(device string, h *dunlinv1.Hello) {
 	version, roots := d.trusted()
 	// Without roots it is not known whom the device should trust.
 	if h.GetTrustVersion() < version || lacks(h.GetRootIds(), roots) || len(roots) > 0 && lacks(roots, h.GetRootIds()) {
 		d.command(device, &dunlinv1.Command{Command: &dunlinv1.Command_RenewNow{RenewNow: &dunlinv1.RenewNow{WithinMs: uint32(renewWithin.Milliseconds())}}})
 	}
-	return true, nil
 }
 
 // lacks says whether one of want is not among have.

@@ -1,9 +1,18 @@
 package dispatch
 
 import (
+	"crypto/x509"
+	"fmt"
+	"log/slog"
+	"path/filepath"
 	"slices"
 	"testing"
+	"time"
 
+	"google.golang.org/protobuf/proto"
+
+	"github.com/dunlin/dunlin/controller/identity"
+	"github.com/dunlin/dunlin/controller/store"
 	"github.com/dunlin/dunlin/internal/link"
 	dunlinv1 "github.com/dunlin/dunlin/proto/dunlin/v1"
 )
@@ -77,5 +86,64 @@ func TestIdentify(t *testing.T) {
 	}
 	if ended != 0 {
 		t.Errorf("certificates were superseded %d times", ended)
+	}
+}
+
+// When a fleet joins, each device comes with a new certificate: what says so is
+// kept for many of them in one transaction, as their hellos are.
+func TestNewCertificatesAreKeptTogether(t *testing.T) {
+	const devices = 20
+	steps := map[string]int{}
+	s, err := store.Open(t.Context(), filepath.Join(t.TempDir(), "store.db"), store.Options{OnStep: func(step string) { steps[step]++ }})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer s.Close()
+	_, hash := identity.NewToken("")
+	if _, err := s.CreateJoinToken(t.Context(), "user:test", hash, store.JoinToken{UsesLeft: devices, ExpiresAt: time.Now().Add(time.Hour)}); err != nil {
+		t.Fatal(err)
+	}
+	a, err := vouch()
+	if err != nil {
+		t.Fatal(err)
+	}
+	hellos := func(session string, serials [][]byte) (all []message) {
+		for i, serial := range serials {
+			payload, err := proto.Marshal(&dunlinv1.Hello{BootId: "b", Session: session, CertificateSerial: serial})
+			if err != nil {
+				t.Fatal(err)
+			}
+			all = append(all, message{fmt.Sprint("device-", i), link.Hello, payload})
+		}
+		return all
+	}
+	var serials [][]byte
+	for i := range devices {
+		device := fmt.Sprint("device-", i)
+		cert, err := s.Join(t.Context(), store.Join{Token: hash, Device: device, Key: device, Issue: func() (*x509.Certificate, error) {
+			return a.IssueDevice(device, a.Certificate.PublicKey, time.Now(), time.Hour)
+		}})
+		if err != nil {
+			t.Fatal(err)
+		}
+		serials = append(serials, cert.SerialNumber.Bytes())
+	}
+	d := New(Config{Store: s, Bus: &answering{todo: make(chan message, devices)}, Log: slog.New(slog.DiscardHandler)})
+	const used = "after certificate used"
+	d.take(t.Context(), hellos("s", serials))
+	if steps[used] != 1 {
+		t.Errorf("%d transactions keep which certificates are used, want 1", steps[used])
+	}
+	d.take(t.Context(), hellos("t", serials))
+	if steps[used] != 1 {
+		t.Errorf("%d transactions once all are known, want no more", steps[used])
+	}
+	for _, l := range d.live {
+		if !l.greeted {
+			t.Error("a device that said hello is not served")
+		}
+	}
+	if len(d.live) != devices {
+		t.Errorf("%d devices are there, want %d", len(d.live), devices)
 	}
 }

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"math"
+	"slices"
 	"time"
 
 	"github.com/opencontainers/go-digest"
@@ -265,6 +266,7 @@ func (d *Dispatcher) take(ctx context.Context, in []message) {
 	var kept []store.Inbound
 	var later []func(store.Taken) error // what follows for each of kept
 	var kinds []string
+	var who map[*dunlinv1.Hello]said
 	for _, m := range in {
 		decoded, err := decode(m.kind, m.payload)
 		if err != nil {
@@ -280,7 +282,7 @@ func (d *Dispatcher) take(ctx context.Context, in []message) {
 			// Live first: a generation that the planner makes while the store is
 			// asked is then published by the planner.
 			d.touch(m.device, func(l *live) { l.sent, l.leased = 0, time.Time{} })
-			keep(store.Inbound{Hello: v}, func(t store.Taken) error { return d.hello(ctx, m.device, v, t) })
+			keep(store.Inbound{Hello: v}, func(t store.Taken) error { return d.hello(ctx, m.device, v, t, who[v]) })
 		case *dunlinv1.Reported:
 			keep(store.Inbound{Report: v}, func(t store.Taken) error { return d.reported(ctx, m.device, v, t) })
 		case *dunlinv1.EventBatch:
@@ -300,13 +302,11 @@ func (d *Dispatcher) take(ctx context.Context, in []message) {
 		return
 	}
 	taken, err := d.store.Take(ctx, kept)
-	for i := range kept {
-		var t store.Taken
-		if err == nil {
-			t = taken[i]
-		} else {
-			t.Err = err
-		}
+	if err != nil {
+		taken = slices.Repeat([]store.Taken{{Err: err}}, len(kept))
+	}
+	who = d.identify(ctx, kept, taken)
+	for i, t := range taken {
 		d.view.said(kept[i], t, d.now())
 		d.failed(ctx, kept[i].Device, kinds[i], later[i](t))
 	}
@@ -342,7 +342,7 @@ func (d *Dispatcher) touch(device string, do func(l *live)) {
 	do(l)
 }
 
-func (d *Dispatcher) hello(ctx context.Context, device string, h *dunlinv1.Hello, t store.Taken) error {
+func (d *Dispatcher) hello(ctx context.Context, device string, h *dunlinv1.Hello, t store.Taken, who said) error {
 	if errors.Is(t.Err, store.ErrNotFound) {
 		d.mu.Lock()
 		delete(d.live, device)
@@ -351,9 +351,10 @@ func (d *Dispatcher) hello(ctx context.Context, device string, h *dunlinv1.Hello
 	if t.Err != nil {
 		return t.Err
 	}
-	if serve, err := d.identify(ctx, device, h); err != nil || !serve {
-		return err
+	if who.err != nil || !who.serve {
+		return who.err
 	}
+	d.renew(device, h)
 	// Heard not before the store has it: it counts as away by this time.
 	d.touch(device, func(l *live) { l.greeted = true })
 	d.log.Info("device connected", "device", device)

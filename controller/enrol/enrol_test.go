@@ -146,7 +146,7 @@ func TestJoinAndRenew(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if _, err := w.Store.Used(t.Context(), "d", next.certificate(t).SerialNumber); err != nil {
+		if _, err := w.Store.Used(t.Context(), store.Use{Device: "d", Serial: next.certificate(t).SerialNumber}); err != nil {
 			t.Fatal(err)
 		}
 		d = next

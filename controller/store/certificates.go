@@ -235,39 +235,59 @@ func (s *Store) CheckDevice(ctx context.Context, device string, c *x509.Certific
 	return s.check(ctx, s.reader, device, c)
 }
 
-// Used records that a device has connected with a certificate: those that it
-// had before, used or not, count no more. It says whether there were any.
-func (s *Store) Used(ctx context.Context, device string, number *big.Int) (superseded bool, err error) {
-	key := number.FillBytes(make([]byte, 20))
-	var used int64
-	err = s.reader.QueryRowContext(ctx, "SELECT used_at FROM certificates WHERE serial = ? AND device = ?", key, device).Scan(&used)
-	if errors.Is(err, sql.ErrNoRows) || err == nil && used != 0 {
+// Use is that a device has connected with a certificate.
+type Use struct {
+	Device string
+	Serial *big.Int
+}
+
+// Used records that devices have connected with certificates, in one
+// transaction: those that they had before, used or not, count no more. It says
+// whether there were any. Of uses that are known already nothing is written.
+func (s *Store) Used(ctx context.Context, uses ...Use) (superseded bool, err error) {
+	var first []Use
+	for _, u := range uses {
+		var used int64
+		err = s.reader.QueryRowContext(ctx, "SELECT used_at FROM certificates WHERE serial = ? AND device = ?", key(u.Serial), u.Device).Scan(&used)
+		switch {
+		case err == nil && used == 0:
+			first = append(first, u)
+		case err != nil && !errors.Is(err, sql.ErrNoRows):
+			return false, err
+		}
+	}
+	if len(first) == 0 {
 		return false, nil
 	}
-	if err != nil {
-		return false, err
-	}
 	err = s.write(ctx, "certificate used", func(tx *sql.Tx) error {
-		now := s.now().UnixNano()
-		if _, err := tx.ExecContext(ctx, "UPDATE certificates SET used_at = ? WHERE serial = ? AND used_at = 0", now, key); err != nil {
-			return err
+		superseded = false
+		for _, u := range first {
+			n, err := s.use(ctx, tx, u)
+			if err != nil {
+				return fmt.Errorf("certificate of device %s: %w", u.Device, err)
+			}
+			superseded = superseded || n > 0
 		}
-		r, err := tx.ExecContext(ctx, `UPDATE certificates SET revoked_at = ?1, reason = 'a newer one took its place'
-			WHERE device = ?2 AND serial <> ?3 AND revoked_at = 0
-			AND (used_at <> 0 OR issued_at < (SELECT issued_at FROM certificates WHERE serial = ?3))`, now, device, key)
-		if err != nil {
-			return err
-		}
-		n, err := r.RowsAffected()
-		if err != nil {
-			return err
-		}
-		superseded = n > 0
-		// Expired rows tell nothing any more, after the longest grace period.
-		_, err = tx.ExecContext(ctx, "DELETE FROM certificates WHERE not_after < ?", s.now().Add(-identity.MaxGrace).UnixNano())
-		return err
+		return nil
 	})
 	return superseded, err
+}
+
+func key(serial *big.Int) []byte { return serial.FillBytes(make([]byte, 20)) }
+
+// use gives how many others count no more.
+func (s *Store) use(ctx context.Context, tx *sql.Tx, u Use) (superseded int64, err error) {
+	now, serial := s.now().UnixNano(), key(u.Serial)
+	if _, err := tx.ExecContext(ctx, "UPDATE certificates SET used_at = ? WHERE serial = ? AND used_at = 0", now, serial); err != nil {
+		return 0, err
+	}
+	r, err := tx.ExecContext(ctx, `UPDATE certificates SET revoked_at = ?1, reason = 'a newer one took its place'
+		WHERE device = ?2 AND serial <> ?3 AND revoked_at = 0
+		AND (used_at <> 0 OR issued_at < (SELECT issued_at FROM certificates WHERE serial = ?3))`, now, u.Device, serial)
+	if err != nil {
+		return 0, err
+	}
+	return r.RowsAffected()
 }
 
 // SetTwins keeps the agents that use one device's identity; none: there is one.

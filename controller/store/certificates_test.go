@@ -3,6 +3,10 @@ package store
 import (
 	"crypto"
 	"crypto/x509"
+	"database/sql"
+	"fmt"
+	"math/big"
+	"path/filepath"
 	"testing"
 	"time"
 
@@ -86,7 +90,7 @@ func (v *vouched) renew(old *x509.Certificate, key crypto.Signer) (*x509.Certifi
 func TestRenew(t *testing.T) {
 	v := newVouched(t)
 	ctx := t.Context()
-	if superseded, err := v.Used(ctx, "d", v.first.SerialNumber); superseded || err != nil {
+	if superseded, err := v.Used(ctx, Use{"d", v.first.SerialNumber}); superseded || err != nil {
 		t.Errorf("the first use: %t, %v", superseded, err)
 	}
 	key := pkitest.Key(t)
@@ -98,7 +102,7 @@ func TestRenew(t *testing.T) {
 	// Both count until the new one is used, then only that.
 	must(t, v.CheckDevice(ctx, "d", v.first))
 	must(t, v.CheckDevice(ctx, "d", second))
-	if superseded, err := v.Used(ctx, "d", second.SerialNumber); !superseded || err != nil {
+	if superseded, err := v.Used(ctx, Use{"d", second.SerialNumber}); !superseded || err != nil {
 		t.Errorf("the first use of the second: %t, %v", superseded, err)
 	}
 	is(t, v.CheckDevice(ctx, "d", v.first), identity.ErrRevoked)
@@ -200,7 +204,7 @@ func TestUnused(t *testing.T) {
 		return c
 	}
 	waiting, second, newest := renewed(), renewed(), renewed()
-	if superseded, err := v.Used(ctx, "d", second.SerialNumber); !superseded || err != nil {
+	if superseded, err := v.Used(ctx, Use{"d", second.SerialNumber}); !superseded || err != nil {
 		t.Errorf("the first use of the second: %t, %v", superseded, err)
 	}
 	is(t, v.CheckDevice(ctx, "d", v.first), identity.ErrRevoked)
@@ -289,5 +293,62 @@ func TestRevokedWithoutCertificate(t *testing.T) {
 	must(t, v.RevokeDevice(ctx, "user:a", "d", "stolen"))
 	if got, err := v.RevokedDevices(ctx); err != nil || len(got) != 1 || got[0] != "d" {
 		t.Errorf("revoked devices are %v, %v", got, err)
+	}
+}
+
+// What has expired is forgotten once a while, not by each device that connects
+// for the first time: that would be the square of the fleet.
+func TestExpiredCertificatesAreForgottenByPrune(t *testing.T) {
+	v := newVouched(t)
+	count := func() (n int) {
+		must(t, v.reader.QueryRowContext(t.Context(), "SELECT count(*) FROM certificates").Scan(&n))
+		return n
+	}
+	v.clock.now = v.first.NotAfter.Add(identity.MaxGrace)
+	second, err := v.rejoin("d")
+	must(t, err)
+	must(t, v.Prune(t.Context()))
+	if n := count(); n != 2 {
+		t.Errorf("%d certificates at the end of the grace period, want both", n)
+	}
+	v.clock.now = v.clock.now.Add(time.Second)
+	if _, err := v.Used(t.Context(), Use{"d", second.SerialNumber}); err != nil {
+		t.Fatal(err)
+	}
+	if n := count(); n != 2 {
+		t.Errorf("%d certificates after one was used, want both still", n)
+	}
+	must(t, v.Prune(t.Context()))
+	if n := count(); n != 1 {
+		t.Errorf("%d certificates are kept, want the one that counts", n)
+	}
+	must(t, v.CheckDevice(t.Context(), "d", second))
+}
+
+// BenchmarkFirstUse is a device that connects for the first time, of 10,000.
+func BenchmarkFirstUse(b *testing.B) {
+	const devices = 10_000
+	s, err := Open(b.Context(), filepath.Join(b.TempDir(), "store.db"), Options{})
+	if err != nil {
+		b.Fatal(err)
+	}
+	defer s.Close()
+	fill := func() error {
+		return s.write(b.Context(), "fill", func(tx *sql.Tx) error {
+			_, err := tx.ExecContext(b.Context(), `WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < ?)
+				INSERT INTO certificates (serial, device, authority, key, der, not_after, issued_at)
+				SELECT unhex(printf('%040d', i)), 'device-' || i, 'a', 'k', zeroblob(700), ?, 1 FROM n`, devices, time.Now().Add(time.Hour).UnixNano())
+			return err
+		})
+	}
+	if err := fill(); err != nil {
+		b.Fatal(err)
+	}
+	for i := 0; b.Loop(); i++ {
+		n := i%devices + 1
+		serial, _ := new(big.Int).SetString(fmt.Sprintf("%040d", n), 16)
+		if _, err := s.Used(b.Context(), Use{fmt.Sprint("device-", n), serial}); err != nil {
+			b.Fatal(err)
+		}
 	}
 }

@@ -10,6 +10,7 @@ import (
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
+	"github.com/dunlin/dunlin/controller/identity"
 	dunlinv1 "github.com/dunlin/dunlin/proto/dunlin/v1"
 )
 
@@ -154,10 +155,17 @@ func (s *Store) events(ctx context.Context, where string, args ...any) (events [
 	return events, err
 }
 
-// Prune forgets the oldest events of each device beyond MaxEvents.
+// Prune forgets the oldest events of each device beyond MaxEvents, and the
+// certificates that tell nothing any more: those that expired longer ago than
+// the longest grace period. It looks all of both through.
 func (s *Store) Prune(ctx context.Context) error {
 	var full []string
+	var expired bool
+	long := s.now().Add(-identity.MaxGrace).UnixNano()
 	err := s.read(ctx, func(tx *sql.Tx) error {
+		if err := tx.QueryRowContext(ctx, "SELECT EXISTS (SELECT 1 FROM certificates WHERE not_after < ?)", long).Scan(&expired); err != nil {
+			return err
+		}
 		return each(ctx, tx, "SELECT device FROM events GROUP BY device HAVING count(*) > ?", []any{MaxEvents}, func(scan func(...any) error) error {
 			var device string
 			err := scan(&device)
@@ -165,10 +173,13 @@ func (s *Store) Prune(ctx context.Context) error {
 			return err
 		})
 	})
-	if err != nil || len(full) == 0 {
+	if err != nil || len(full) == 0 && !expired {
 		return err
 	}
 	return s.write(ctx, "prune", func(tx *sql.Tx) error {
+		if _, err := tx.ExecContext(ctx, "DELETE FROM certificates WHERE not_after < ?", long); err != nil {
+			return err
+		}
 		for _, device := range full {
 			if _, err := tx.ExecContext(ctx, "DELETE FROM events WHERE device = ? AND id <= (SELECT id FROM events WHERE device = ? ORDER BY id DESC LIMIT 1 OFFSET ?)", device, device, MaxEvents); err != nil {
 				return err

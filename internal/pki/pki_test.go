@@ -4,6 +4,7 @@ import (
 	"crypto/tls"
 	"crypto/x509"
 	"net"
+	"slices"
 	"testing"
 	"time"
 )
@@ -92,6 +93,37 @@ func TestConnect(t *testing.T) {
 			}
 		})
 	}
+}
+
+// What connections keep must not be made anew for each: there are thousands.
+func TestServersShareTheirRoots(t *testing.T) {
+	now := time.Now()
+	roots := []*x509.Certificate{authority(t, now).Certificate}
+	config := ServerConfig(func() (*tls.Certificate, error) { return &tls.Certificate{}, nil },
+		func() []*x509.Certificate { return slices.Clone(roots) }, tls.RequireAndVerifyClientCert)
+	get := func() *x509.CertPool {
+		t.Helper()
+		c, err := config.GetConfigForClient(&tls.ClientHelloInfo{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if !c.ClientCAs.Equal(Pool(roots)) {
+			t.Error("clients are verified by other roots than there are")
+		}
+		return c.ClientCAs
+	}
+	first := get()
+	if get() != first {
+		t.Error("two connections have a pool each of the same roots")
+	}
+	roots = append(roots, authority(t, now).Certificate)
+	if get() == first {
+		t.Error("new roots do not count")
+	}
+	roots = roots[1:]
+	get()
+	roots = nil
+	get()
 }
 
 func TestRequest(t *testing.T) {

@@ -121,6 +121,7 @@ func verifyServer(t Trust, certs []*x509.Certificate, name string, now time.Time
 // ServerConfig gives TLS 1.3 with the newest certificate. Clients may show a
 // certificate of one of roots; one that counts for none ends the connection.
 func ServerConfig(certificate func() (*tls.Certificate, error), roots func() []*x509.Certificate, auth tls.ClientAuthType) *tls.Config {
+	var trusted pools
 	return &tls.Config{
 		MinVersion: tls.VersionTLS13,
 		GetConfigForClient: func(*tls.ClientHelloInfo) (*tls.Config, error) {
@@ -131,11 +132,28 @@ func ServerConfig(certificate func() (*tls.Certificate, error), roots func() []*
 			// Without session tickets each connection shows its certificate.
 			c := &tls.Config{MinVersion: tls.VersionTLS13, Certificates: []tls.Certificate{*own}, SessionTicketsDisabled: true, NextProtos: []string{"h2", "http/1.1"}}
 			if roots != nil {
-				c.ClientAuth, c.ClientCAs = auth, Pool(roots())
+				c.ClientAuth, c.ClientCAs = auth, trusted.of(roots())
 			}
 			return c, nil
 		},
 	}
+}
+
+// pools makes a pool of the same certificates once: connections keep theirs, and
+// there may be thousands. It is safe for concurrent use.
+type pools struct {
+	mu    sync.Mutex // guards what follows
+	certs []*x509.Certificate
+	pool  *x509.CertPool // nil: none yet; never changed
+}
+
+func (p *pools) of(certs []*x509.Certificate) *x509.CertPool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.pool == nil || !Same(p.certs, certs) {
+		p.certs, p.pool = slices.Clone(certs), Pool(certs)
+	}
+	return p.pool
 }
 
 // Files is a certificate in files, which is read again when they change. It
