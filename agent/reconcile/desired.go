@@ -5,10 +5,12 @@ import (
 	"context"
 	"crypto/sha256"
 	"fmt"
+	"strings"
 	"time"
 
 	"github.com/opencontainers/go-digest"
 	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/types/known/timestamppb"
 
 	"github.com/dunlin/dunlin/agent/state"
 	"github.com/dunlin/dunlin/internal/policy"
@@ -16,6 +18,18 @@ import (
 	"github.com/dunlin/dunlin/models/signing"
 	dunlinv1 "github.com/dunlin/dunlin/proto/dunlin/v1"
 )
+
+// maxRefusal bounds the reason of a refusal that is reported, in bytes: the log
+// and the event have all of it.
+const maxRefusal = 1024
+
+// shorten cuts a text to so many bytes.
+func shorten(s string, most int) string {
+	if len(s) <= most {
+		return s
+	}
+	return strings.ToValidUTF8(s[:most-3], "") + "..."
+}
 
 // accept stores a desired document and works towards it from then on.
 func (r *Reconciler) accept(ctx context.Context, d *dunlinv1.Desired) {
@@ -30,6 +44,9 @@ func (r *Reconciler) accept(ctx context.Context, d *dunlinv1.Desired) {
 	}
 	doc, err := parseDesired(d, sum)
 	if err != nil {
+		if !proto.Equal(r.refusal.GetGeneration(), d.Generation) {
+			r.refusal = &dunlinv1.DesiredRefusal{Generation: d.Generation, Reason: shorten(err.Error(), maxRefusal), Since: timestamppb.Now()}
+		}
 		if r.refused != sum { // it is sent again and again
 			r.refused = sum
 			log.Error("desired document refused", "error", err)
@@ -44,6 +61,7 @@ func (r *Reconciler) accept(ctx context.Context, d *dunlinv1.Desired) {
 		log.Error("desired document not accepted", "error", err)
 		return
 	}
+	r.refused, r.refusal = [sha256.Size]byte{}, nil
 	r.have.Store(d.Generation)
 	r.core.setDesired(doc, time.Now())
 	r.wantAgent(doc)

@@ -135,6 +135,7 @@ type Reconciler struct {
 	ended     chan ending
 	running   sync.WaitGroup
 	refused   [sha256.Size]byte // the last document that was refused
+	refusal   *dunlinv1.DesiredRefusal
 	saved     map[key]state.Version
 	unsaved   bool              // the state file could not be written
 	outside   []*dunlinv1.Drift // what others have found

@@ -10,7 +10,6 @@ import (
 	"math/rand/v2"
 	"os"
 	"path/filepath"
-	"runtime"
 	"slices"
 	"strings"
 	"sync"
@@ -326,12 +325,24 @@ func TestBadRuleIsRefused(t *testing.T) {
 	bad := route("r", target("digits", 0))
 	bad.Rules = []*dunlinv1.RouteRule{{Name: "a", Match: &dunlinv1.RouteMatch{Cel: "nobody"}, Targets: bad.Targets}}
 	d.Desire(desired(2, []*dunlinv1.DesiredRoute{bad}, v1.want("digits", 1)))
-	for !strings.Contains(d.kinds(), "desired.refused") { // a newer document takes the place of one that waits
-		runtime.Gosched()
+	d.until("says that it refuses", func(r *dunlinv1.Reported) bool { return r.Refused != nil })
+	since := d.Report().Refused.Since
+	if got := d.Report(); got.Observed.GetNumber() != 1 || got.Refused.Generation.GetNumber() != 2 || since == nil || len(got.Routes) != 1 || !got.Routes[0].Ready ||
+		!strings.HasPrefix(got.Refused.Reason, "routes[0]: route r: rules[0].match.cel: column 1 of the expression: undeclared reference to 'nobody'") {
+		t.Errorf("report: %v", got)
 	}
-	d.Desire(desired(3, []*dunlinv1.DesiredRoute{route("r", target("digits", 1))}, v1.want("digits", 1)))
-	d.until("has the third", func(r *dunlinv1.Reported) bool { return r.Observed.GetNumber() == 3 })
-	if got := d.kinds(); got != "version.stored version.serving desired.refused" {
+	// Another one that is refused takes its place; its reason is cut.
+	for range 60 {
+		bad.Rules = append(bad.Rules, proto.CloneOf(bad.Rules[0]))
+	}
+	d.Desire(desired(3, []*dunlinv1.DesiredRoute{bad}, v1.want("digits", 1)))
+	d.until("refuses the next", func(r *dunlinv1.Reported) bool { return r.Refused.GetGeneration().GetNumber() == 3 })
+	if got := d.Report(); len(got.Refused.Reason) > maxRefusal || got.Observed.GetNumber() != 1 {
+		t.Errorf("report: %v", got)
+	}
+	d.Desire(desired(4, []*dunlinv1.DesiredRoute{route("r", target("digits", 1))}, v1.want("digits", 1)))
+	d.until("has the fourth", func(r *dunlinv1.Reported) bool { return r.Observed.GetNumber() == 4 && r.Refused == nil })
+	if got := d.kinds(); got != "version.stored version.serving desired.refused desired.refused" {
 		t.Errorf("events: %s", got)
 	}
 	if got := d.Report(); len(got.Routes) != 1 || !got.Routes[0].Ready {

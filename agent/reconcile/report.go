@@ -66,7 +66,7 @@ func (r *Reconciler) publish() {
 		s.Ready = s.Reason == ""
 		rep.Routes = append(rep.Routes, s)
 	}
-	rep.Drifts = r.drifts()
+	rep.Drifts, rep.Refused = r.drifts(), r.refusal
 	r.list()
 	if old := r.report.Load(); old == nil || !proto.Equal(old, rep) {
 		r.report.Store(rep)

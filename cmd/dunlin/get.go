@@ -154,6 +154,9 @@ func devicesTable(now time.Time, devices []*dunlinv1.Device) *table {
 				trouble = append(trouble, "route "+r.GetName()+" not ready")
 			}
 		}
+		if r := d.GetReported().GetRefused(); r != nil {
+			trouble = append(trouble, fmt.Sprintf("refuses generation %d: %s", r.GetGeneration().GetNumber(), r.GetReason()))
+		}
 		for _, a := range d.GetTelemetry().GetAlarms() {
 			trouble = append(trouble, "alarm "+strings.TrimSpace(a.GetKind()+" "+a.GetSubject()))
 		}

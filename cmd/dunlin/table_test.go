@@ -73,7 +73,9 @@ func TestTables(t *testing.T) {
 			{Name: "cam-2", LastHeardAt: before(49 * time.Hour), Labels: map[string]string{"site": "de\x1b[31mmo"}, Reported: &dunlinv1.Reported{
 				Versions: []*dunlinv1.VersionStatus{{Model: "digits", Version: 1, State: dunlinv1.VersionState_VERSION_STATE_RESIDENT, Serving: true}},
 			}},
-			{Name: "cam-3"},
+			{Name: "cam-3", Reported: &dunlinv1.Reported{
+				Refused: &dunlinv1.DesiredRefusal{Generation: &dunlinv1.Generation{Number: 7}, Reason: "routes[0]: route r: rules[0].match.cel: no"},
+			}},
 		}),
 		"models": modelsTable(now, []*dunlinv1.ModelVersion{
 			{Model: "digits", Version: 1, Digest: "sha256:0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef", SizeBytes: 3023, Opset: 17,

@@ -22,7 +22,10 @@ import (
 var secretHeaders = []string{"authorization", "cookie", "proxy-authorization"}
 
 // expression is a compiled CEL expression.
-type expression struct{ program cel.Program }
+type expression struct {
+	program cel.Program
+	text    string
+}
 
 // The names that expressions know.
 const (
@@ -186,7 +189,7 @@ func compileExpression(text string) (*expression, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &expression{program}, nil
+	return &expression{program, text}, nil
 }
 
 // checkPatterns bounds regular expressions: they are written out, so that
@@ -219,12 +222,12 @@ func checkPatterns(a *celast.AST) error {
 }
 
 // matches evaluates the expression.
-func (e *expression) matches(a *activation) (matches, faulted bool) {
+func (e *expression) matches(a *activation) (bool, error) {
 	out, _, err := e.program.Eval(a)
 	if err != nil {
-		return false, true
+		return false, err
 	}
-	return out == types.True, false
+	return out == types.True, nil
 }
 
 // activation shows a request to the expressions of a policy. What they do not

@@ -70,6 +70,7 @@ type sight struct {
 	state   [MaxNames]uint8
 	values  [MaxNames]string
 	cel     *activation
+	seen    *Explanation // nil: nobody asks why
 }
 
 const (
@@ -101,18 +102,28 @@ func (s *sight) value(slot int) (string, bool) {
 func (s *sight) matches(m *match) (matches, faulted bool) {
 	for i := range m.values {
 		c := &m.values[i]
-		if v, ok := s.value(c.slot); !ok || !slices.Contains(c.values, v) {
+		v, ok := s.value(c.slot)
+		holds := ok && slices.Contains(c.values, v)
+		s.compared(c, v, ok, holds)
+		if !holds {
 			return false, false
 		}
 	}
 	for i := range m.labels {
 		l := &m.labels[i]
-		if v, ok := s.request.Labels[l.name]; !ok || !slices.Contains(l.values, v) {
+		v, ok := s.request.Labels[l.name]
+		holds := ok && slices.Contains(l.values, v)
+		s.labelled(l, v, ok, holds)
+		if !holds {
 			return false, false
 		}
 	}
 	for i := range m.inputs {
-		if !m.inputs[i].holds(s.request.Inputs) {
+		in := &m.inputs[i]
+		rows, ok := in.rows(s.request.Inputs)
+		holds := ok && rows >= in.least && (in.most == 0 || rows <= in.most)
+		s.counted(in, rows, ok, holds)
+		if !holds {
 			return false, false
 		}
 	}
@@ -122,21 +133,22 @@ func (s *sight) matches(m *match) (matches, faulted bool) {
 	if s.cel == nil {
 		s.cel = &activation{request: s.request}
 	}
-	return m.cel.matches(s.cel)
+	matches, err := m.cel.matches(s.cel)
+	s.evaluated(m.cel, matches, err)
+	return matches, err != nil
 }
 
-// holds says whether the input is there and has rows within the bounds; one
-// without dimensions has one row.
-func (in *input) holds(inputs []tensor.Tensor) bool {
+// rows gives how many rows the input has where it is there; one without
+// dimensions has one row.
+func (in *input) rows(inputs []tensor.Tensor) (rows int64, there bool) {
 	for i := range inputs {
 		if inputs[i].Name != in.name {
 			continue
 		}
-		rows := int64(1)
 		if len(inputs[i].Shape) > 0 {
-			rows = inputs[i].Shape[0]
+			return inputs[i].Shape[0], true
 		}
-		return rows >= in.least && (in.most == 0 || rows <= in.most)
+		return 1, true
 	}
-	return false
+	return 0, false
 }

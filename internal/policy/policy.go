@@ -146,9 +146,16 @@ func (p *Policy) Decide(q *Request, random uint64) Decision {
 		return Decision{Rule: -1, Target: p.fallback.pick(random)}
 	}
 	s := sight{policy: p, request: *q} // a copy, so that the caller's need not be on the heap
+	return s.decide(random)
+}
+
+// decide is what Decide does, and notes for Explain what it sees.
+func (s *sight) decide(random uint64) Decision {
+	p := s.policy
 	d := Decision{Rule: -1}
 	taken := &p.fallback
 	for i := range p.rules {
+		s.rule(i)
 		matches, faulted := s.matches(&p.rules[i].match)
 		if faulted {
 			d.Faulted |= 1 << i
@@ -161,10 +168,12 @@ func (p *Policy) Decide(q *Request, random uint64) Decision {
 	if taken.key >= 0 {
 		if key, ok := s.value(taken.key); ok {
 			d.Target = taken.stick(p.seed, key)
+			s.stuck(taken, key)
 			return d
 		}
 	}
 	d.Target = taken.pick(random)
+	s.picked(taken, random)
 	return d
 }
 
@@ -172,10 +181,13 @@ func (p *Policy) Decide(q *Request, random uint64) Decision {
 // as the sum of the weights, each target is picked exactly as often as its
 // weight says.
 func (c *choice) pick(random uint64) Target {
-	at := random % c.ends[len(c.ends)-1]
+	at := c.point(random)
 	i := 0
 	for at >= c.ends[i] {
 		i++
 	}
 	return c.targets[i]
 }
+
+// point is where a number falls among the weights.
+func (c *choice) point(random uint64) uint64 { return random % c.ends[len(c.ends)-1] }

@@ -429,9 +429,12 @@ func celRoute(n int) (*dunlinv1.DesiredRoute, *Request) {
 
 func TestDecideDoesNotAllocate(t *testing.T) {
 	native, q := nativeRoute(20)
+	all := everything()
+	all.Rules[2].Match.Cel = ""
 	for name, p := range map[string]*Policy{
 		"weights": mustCompile(t, &dunlinv1.DesiredRoute{Name: "r", Targets: []*dunlinv1.RouteTarget{target("a", 1, 3), target("a", 2, 7)}}),
 		"native":  mustCompile(t, native),
+		"all":     mustCompile(t, all),
 		"sticky":  mustCompile(t, &dunlinv1.DesiredRoute{Name: "r", Sticky: &dunlinv1.RouteSticky{Header: "x-tenant"}, Targets: []*dunlinv1.RouteTarget{target("a", 1, 3), target("a", 2, 7)}}),
 	} {
 		if n := testing.AllocsPerRun(100, func() { p.Decide(q, 12345) }); n != 0 {

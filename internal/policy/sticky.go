@@ -37,12 +37,17 @@ func (c *choice) stick(seed uint64, key string) Target {
 	}
 	k := mix(hash(key) ^ seed)
 	best, first := 0, math.Inf(1)
-	for i, h := range c.hashes {
-		// In (0, 1): 53 bits, and a half.
-		u := (float64(mix(k^h)>>11) + 0.5) / (1 << 53)
-		if t := -math.Log(u) / c.weights[i]; t < first {
+	for i := range c.hashes {
+		if t := c.draw(k, i); t < first {
 			best, first = i, t
 		}
 	}
 	return c.targets[best]
+}
+
+// draw is the time that a target draws from the hash of a key.
+func (c *choice) draw(key uint64, i int) float64 {
+	// In (0, 1): 53 bits, and a half.
+	u := (float64(mix(key^c.hashes[i])>>11) + 0.5) / (1 << 53)
+	return -math.Log(u) / c.weights[i]
 }
