@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/spf13/cobra"
+	"google.golang.org/protobuf/types/known/timestamppb"
 
 	dunlinv1 "github.com/dunlin/dunlin/proto/dunlin/v1"
 )
@@ -154,7 +155,8 @@ func listDevices(ctx context.Context, ctl *client, q query) (view, error) {
 const soonExpired = 30 * 24 * time.Hour
 
 func devicesTable(now time.Time, devices []*dunlinv1.Device) *table {
-	t := &table{header: []string{"NAME", "STATE", "SERVING", "TROUBLE", "ARCH", "CLASS", "RUNTIME", "LAST HEARD", "LABELS"}}
+	t := &table{header: []string{"NAME", "STATE", "SERVING", "TROUBLE", "ARCH", "CLASS", "RUNTIME", "LAST HEARD", "LABELS"},
+		wide: []string{"AGENT", "BOARD", "CPUS", "MEMORY", "PROVIDERS", "GPUS", "SERVES AT", "JOINED", "CERTIFICATE UNTIL"}}
 	for _, d := range devices {
 		state := "offline"
 		if d.GetConnected() {
@@ -200,7 +202,9 @@ func devicesTable(now time.Time, devices []*dunlinv1.Device) *table {
 		if info.GetSimulated() {
 			class += " (simulated)"
 		}
-		t.add(d.GetName(), state, strings.Join(serving, ","), strings.Join(trouble, ", "), info.GetArch(), class, info.GetRuntimeVersion(), ago(now, d.GetLastHeardAt()), labelsText(d.GetLabels()))
+		t.add(d.GetName(), state, strings.Join(serving, ","), strings.Join(trouble, ", "), info.GetArch(), class, info.GetRuntimeVersion(), ago(now, d.GetLastHeardAt()), labelsText(d.GetLabels()),
+			info.GetAgentVersion(), info.GetBoard(), countText(info.GetCpuCount()), sizeText(info.GetMemoryBytes()), strings.Join(info.GetProviders(), ","), countText(uint32(len(info.GetGpus()))),
+			info.GetServingUrl(), ago(now, d.GetJoinedAt()), dayText(known.GetNotAfter()))
 	}
 	return t
 }
@@ -217,14 +221,15 @@ func listModels(ctx context.Context, ctl *client, q query) (view, error) {
 }
 
 func modelsTable(now time.Time, versions []*dunlinv1.ModelVersion) *table {
-	t := &table{header: []string{"MODEL", "VERSION", "SIZE", "OPSET", "INPUTS", "OUTPUTS", "CREATED", "BY", "DIGEST"}}
+	t := &table{header: []string{"MODEL", "VERSION", "SIZE", "OPSET", "INPUTS", "OUTPUTS", "CREATED", "BY", "DIGEST"}, wide: []string{"SIGNERS", "WHOLE DIGEST"}}
 	for _, v := range versions {
 		digest := v.GetDigest()
 		if i := strings.IndexByte(digest, ':') + 13; len(digest) > i {
 			digest = digest[:i]
 		}
 		t.add(v.GetModel(), fmt.Sprint(v.GetVersion()), bytesText(int64(v.GetSizeBytes())), fmt.Sprint(v.GetOpset()),
-			strings.Join(v.GetInputs(), " "), strings.Join(v.GetOutputs(), " "), ago(now, v.GetCreatedAt()), v.GetCreatedBy(), digest)
+			strings.Join(v.GetInputs(), " "), strings.Join(v.GetOutputs(), " "), ago(now, v.GetCreatedAt()), v.GetCreatedBy(), digest,
+			strings.Join(v.GetSigners(), ", "), v.GetDigest())
 	}
 	return t
 }
@@ -387,12 +392,32 @@ func listRollouts(ctx context.Context, ctl *client, q query) (view, error) {
 }
 
 func rolloutsTable(now time.Time, rollouts []*dunlinv1.Rollout) *table {
-	t := &table{header: []string{"ID", "DEPLOYMENT", "MODEL", "FROM", "TO", "STATE", "READY", "STARTED", "REASON"}}
+	t := &table{header: []string{"ID", "DEPLOYMENT", "MODEL", "FROM", "TO", "STATE", "READY", "STARTED", "REASON"}, wide: []string{"ENDED", "WAVE", "FROM MODEL"}}
 	for _, r := range rollouts {
+		wave := ""
+		if n := len(r.GetWaves()); n > 0 {
+			wave = fmt.Sprintf("%d/%d", r.GetWave(), n)
+		}
 		t.add(r.GetId(), r.GetDeployment(), r.GetModel(), versionText(r.GetFromVersion()), versionText(r.GetToVersion()),
-			rolloutState(r), readyText(r), ago(now, r.GetStartedAt()), r.GetReason())
+			rolloutState(r), readyText(r), ago(now, r.GetStartedAt()), r.GetReason(),
+			ago(now, r.GetEndedAt()), wave, r.GetFromModel())
 	}
 	return t
+}
+
+// sizeText is "" where a size is not known.
+func sizeText(n uint64) string {
+	if n == 0 {
+		return ""
+	}
+	return bytesText(int64(n))
+}
+
+func dayText(t *timestamppb.Timestamp) string {
+	if t == nil {
+		return ""
+	}
+	return t.AsTime().Format(time.DateOnly)
 }
 
 func versionText(v int64) string {

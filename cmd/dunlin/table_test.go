@@ -75,6 +75,13 @@ func TestTables(t *testing.T) {
 			}},
 			{Name: "cam-3"},
 		}),
+		"devices-wide": devicesTable(now, []*dunlinv1.Device{
+			{Name: "cam-1", JoinedAt: before(72 * time.Hour), Identity: &dunlinv1.DeviceIdentity{NotAfter: before(-2000 * time.Hour)}, Info: &dunlinv1.DeviceInfo{
+				Arch: "arm64", AgentVersion: "1.2.3", Board: "Raspberry Pi 5\x1b[2J", CpuCount: 4, MemoryBytes: 8 << 30, Providers: []string{"CPUExecutionProvider"}, ServingUrl: "http://10.0.0.7:8000", Gpus: make([]*dunlinv1.GpuInfo, 2)}},
+			{Name: "cam-2"},
+		}).widened(),
+		"models-wide":   modelsTable(now, []*dunlinv1.ModelVersion{{Model: "digits", Version: 2, Digest: "sha256:0123456789abcdef0123456789abcdef", Signers: []string{"release 1234", "qa 99"}}}).widened(),
+		"rollouts-wide": rolloutsTable(now, append(rollouts, waves)).widened(),
 		"models": modelsTable(now, []*dunlinv1.ModelVersion{
 			{Model: "digits", Version: 1, Digest: "sha256:0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef", SizeBytes: 3023, Opset: 17,
 				Inputs: []string{"image:FP32[-1,1,8,8]"}, Outputs: []string{"probabilities:FP32[-1,10]", "label:INT64[-1]"}, CreatedAt: before(time.Minute), CreatedBy: "user:ada"},

@@ -27,7 +27,7 @@ const (
 
 // clockColumns change with time alone: a row that differs only in them is not
 // written again.
-var clockColumns = []string{"LAST HEARD", "UPDATED", "STARTED", "CREATED", "MEASURED", "SINCE", "WHEN", "ENDS", "EXPIRES", "EVIDENCE"}
+var clockColumns = []string{"LAST HEARD", "UPDATED", "STARTED", "CREATED", "MEASURED", "SINCE", "WHEN", "ENDS", "EXPIRES", "EVIDENCE", "JOINED", "ENDED"}
 
 // watched is what was written of a list that is looked at again and again.
 type watched struct {
