@@ -97,6 +97,9 @@ func (c *cli) deleteCommand() *cobra.Command {
 			if err != nil {
 				return err
 			}
+			if err := c.confirm(cmd.Context(), args[1], "this deletes %s %s", strings.ToLower(kind), args[1]); err != nil {
+				return err
+			}
 			res, err := call(cmd.Context(), ctl.objects().Delete, &dunlinv1.DeleteRequest{Kind: kind, Name: args[1]})
 			if err != nil {
 				return fmt.Errorf("delete: %w", err)

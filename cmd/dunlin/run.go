@@ -93,6 +93,8 @@ type cli struct {
 	out, err   io.Writer
 	watchGrace time.Duration
 	context    string // what --context names
+	yes        bool   // go on without asking
+	noInput    bool   // ask nothing
 }
 
 // run executes one command line and gives its exit code. Data goes to stdout,
@@ -188,6 +190,8 @@ is stored, unless --context is given.`,
 		},
 	}
 	root.PersistentFlags().StringVar(&c.context, "context", "", "the stored controller to talk to, by its name")
+	root.PersistentFlags().BoolVarP(&c.yes, "yes", "y", false, "do not ask before something is destroyed or the whole fleet changes")
+	root.PersistentFlags().BoolVar(&c.noInput, "no-input", false, "ask nothing: fail where an answer is needed")
 	root.AddCommand(
 		c.loginCommand(), c.logoutCommand(), c.contextCommand(), c.whoamiCommand(), c.userCommand(), c.tokenCommand(), c.pushCommand(), c.applyCommand(), c.diffCommand(), c.planCommand(), c.deleteCommand(),
 		c.getCommand(), c.modelCommand(), c.profileCommand(), c.joinTokenCommand(), c.deviceCommand(), c.authorityCommand(), c.rolloutCommand(), c.driftCommand(), c.telemetryCommand(), c.inferCommand(),
