@@ -79,9 +79,8 @@ another column than a time differs, or, with -o jsonl, what differs at all. What
 is gone, and that the controller is away or back, is told on stderr. It asks every
 2 s or --every so long, and less often where answers take longer than a tenth of
 that. An interrupt ends it, with exit code 0.`,
-		Example:   "  dunlin get devices\n  dunlin get models digits -o json\n  dunlin get rollouts --watch",
-		ValidArgs: kindNames(),
-		Args:      arguments(1, 2),
+		Example: "  dunlin get devices\n  dunlin get models digits -o json\n  dunlin get rollouts --watch",
+		Args:    arguments(1, 2),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			k, err := findKind(args[0])
 			if err != nil {
