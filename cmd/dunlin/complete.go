@@ -160,6 +160,7 @@ func ofKind(c *cli, ctx context.Context, before []string) []string {
 
 // argumentNames has, by verb, what its arguments may be.
 var argumentNames = map[string][]lister{
+	"top":               {listed("devices")},
 	"get":               {words(kindNames()...), ofKind},
 	"delete":            {words("deployment", "route", "freeze", "maintenance"), ofKind},
 	"unfreeze":          {listed("freezes")},

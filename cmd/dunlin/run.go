@@ -195,7 +195,7 @@ is stored, unless --context is given.`,
 	root.AddCommand(
 		c.loginCommand(), c.logoutCommand(), c.contextCommand(), c.whoamiCommand(), c.userCommand(), c.tokenCommand(), c.pushCommand(), c.applyCommand(), c.diffCommand(), c.planCommand(), c.deleteCommand(),
 		c.getCommand(), c.modelCommand(), c.profileCommand(), c.joinTokenCommand(), c.deviceCommand(), c.authorityCommand(), c.rolloutCommand(), c.driftCommand(), c.telemetryCommand(), c.inferCommand(),
-		c.freezeCommand(), c.unfreezeCommand(),
+		c.freezeCommand(), c.unfreezeCommand(), c.topCommand(),
 		c.bundleCommand(), c.auditCommand(), c.keysCommand(), c.trustCommand(), c.signAgentCommand(), c.pushAgentCommand(), c.versionCommand(), c.manCommand(),
 		&cobra.Command{Use: "exit-codes", Short: "What the exit codes mean", Long: exitCodesHelp},
 	)
