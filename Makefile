@@ -24,6 +24,10 @@ build: ## Build the three programs into bin/
 	CGO_ENABLED=0 $(GOBUILD) -o bin/ ./cmd/dunlin ./cmd/dunlin-controller
 	CGO_ENABLED=1 $(GOBUILD) -o bin/ ./cmd/dunlin-agent
 
+.PHONY: man
+man: ## Write the manual pages of the command line into build/man/
+	@rm -rf build/man && go run ./cmd/dunlin man build/man
+
 .PHONY: cross
 cross: ## Build the agent for linux/arm64, glibc 2.31 or newer, into bin/linux-arm64/
 	@VERSION=$(VERSION) sh internal/cross/build.sh

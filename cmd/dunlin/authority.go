@@ -59,6 +59,9 @@ it is retired.`,
 			if err != nil {
 				return err
 			}
+			if err := c.confirm(cmd.Context(), hostName(ctl.URL), "this makes a new authority for all devices of %s", hostName(ctl.URL)); err != nil {
+				return err
+			}
 			res, err := call(cmd.Context(), ctl.trust().RotateAuthority, &dunlinv1.RotateAuthorityRequest{})
 			if err != nil {
 				return fmt.Errorf("rotate: %w", err)
@@ -78,6 +81,9 @@ a device has a valid certificate of it, or does not know its successor; with
 		RunE: func(cmd *cobra.Command, args []string) error {
 			ctl, err := c.client()
 			if err != nil {
+				return err
+			}
+			if err := c.confirm(cmd.Context(), args[0], "this takes authority %s out", args[0]); err != nil {
 				return err
 			}
 			if _, err := call(cmd.Context(), ctl.trust().RetireAuthority, &dunlinv1.RetireAuthorityRequest{Id: args[0], Force: force}); err != nil {

@@ -20,6 +20,9 @@ func (c *cli) deviceCommand() *cobra.Command {
 			if err != nil {
 				return err
 			}
+			if err := c.confirm(cmd.Context(), args[0], "this revokes and forgets device %s", args[0]); err != nil {
+				return err
+			}
 			if _, err := call(cmd.Context(), ctl.devices().RemoveDevice, &dunlinv1.RemoveDeviceRequest{Device: args[0]}); err != nil {
 				return fmt.Errorf("remove: %w", err)
 			}
@@ -38,6 +41,9 @@ with a join token for it (dunlin join-token create --device NAME) it joins again
 		RunE: func(cmd *cobra.Command, args []string) error {
 			ctl, err := c.client()
 			if err != nil {
+				return err
+			}
+			if err := c.confirm(cmd.Context(), args[0], "this revokes device %s", args[0]); err != nil {
 				return err
 			}
 			if _, err := call(cmd.Context(), ctl.devices().RevokeDevice, &dunlinv1.RevokeDeviceRequest{Device: args[0], Reason: reason}); err != nil {
@@ -111,6 +117,9 @@ name, it takes its place, and keeps its labels and history.`,
 		RunE: func(cmd *cobra.Command, args []string) error {
 			ctl, err := c.client()
 			if err != nil {
+				return err
+			}
+			if err := c.confirm(cmd.Context(), args[0], "this takes join token %s back", args[0]); err != nil {
 				return err
 			}
 			if _, err := call(cmd.Context(), ctl.enrollment().DeleteJoinToken, &dunlinv1.DeleteJoinTokenRequest{Id: args[0]}); err != nil {

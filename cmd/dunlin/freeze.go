@@ -54,6 +54,11 @@ called "fleet", or after its labels. "dunlin unfreeze NAME" ends it.`,
 			if err != nil {
 				return err
 			}
+			if len(labels) == 0 {
+				if err := c.confirm(cmd.Context(), name, "this freezes the whole fleet"); err != nil {
+					return err
+				}
+			}
 			res, err := call(cmd.Context(), ctl.objects().Apply, &dunlinv1.ApplyRequest{Documents: document})
 			if err != nil {
 				return fmt.Errorf("freeze: %w", err)
@@ -78,6 +83,9 @@ func (c *cli) unfreezeCommand() *cobra.Command {
 		RunE: func(cmd *cobra.Command, args []string) error {
 			ctl, err := c.client()
 			if err != nil {
+				return err
+			}
+			if err := c.confirm(cmd.Context(), args[0], "this ends freeze %s: changes that wait for it begin", args[0]); err != nil {
 				return err
 			}
 			res, err := call(cmd.Context(), ctl.objects().Delete, &dunlinv1.DeleteRequest{Kind: "Freeze", Name: args[0]})

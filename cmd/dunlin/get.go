@@ -2,85 +2,117 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"slices"
 	"strings"
 	"time"
 
 	"github.com/spf13/cobra"
+	"google.golang.org/protobuf/types/known/timestamppb"
 
 	dunlinv1 "github.com/dunlin/dunlin/proto/dunlin/v1"
 )
 
-// getter shows one kind of thing; name narrows it down, where given.
-type getter func(ctx context.Context, ctl *client, name string) error
+// query says what of a kind is asked for.
+type query struct {
+	name          string // narrows it down, as the kind has it; "": all
+	selector      map[string]string
+	limit         uint32
+	device, class string
+}
+
+// kind is something that get lists.
+type kind struct {
+	name string
+	list func(ctx context.Context, ctl *client, q query) (view, error)
+	// journal says that it is a list of what happened, the newest first: items
+	// come, and leave only because there are too many.
+	journal bool
+}
+
+// kinds are all that get knows, in the order in which it names them.
+var kinds = []kind{
+	{name: "devices", list: listDevices}, {name: "models", list: listModels}, {name: "deployments", list: listDeployments}, {name: "routes", list: listRoutes},
+	{name: "freezes", list: objectsLister("Freeze", freezesTable)}, {name: "maintenances", list: objectsLister("Maintenance", maintenancesTable)},
+	{name: "rollouts", list: listRollouts}, {name: "events", list: listEvents, journal: true}, {name: "alarms", list: listAlarms}, {name: "profiles", list: listProfiles},
+	{name: "join-tokens", list: listJoinTokens},
+}
+
+func kindNames() (names []string) {
+	for _, k := range kinds {
+		names = append(names, k.name)
+	}
+	return names
+}
+
+// findKind gives the kind of a name, which may be in the singular.
+func findKind(name string) (kind, error) {
+	lower := strings.ToLower(name)
+	for _, k := range kinds {
+		if k.name == lower || k.name == lower+"s" {
+			return k, nil
+		}
+	}
+	return kind{}, usagef("unknown kind %q, kinds are %s", name, strings.Join(kindNames(), ", "))
+}
 
 func (c *cli) getCommand() *cobra.Command {
 	out := format("table")
+	var q query
 	var selector []string
-	var limit uint32
-	var device, class string
-	kinds := map[string]getter{
-		"devices": func(ctx context.Context, ctl *client, name string) error {
-			return c.getDevices(ctx, ctl, name, selector, out)
-		},
-		"models": func(ctx context.Context, ctl *client, name string) error { return c.getModels(ctx, ctl, name, out) },
-		"deployments": func(ctx context.Context, ctl *client, name string) error {
-			return c.getDeployments(ctx, ctl, name, out)
-		},
-		"routes": func(ctx context.Context, ctl *client, name string) error { return c.getRoutes(ctx, ctl, name, out) },
-		"freezes": func(ctx context.Context, ctl *client, name string) error {
-			return c.getObjects(ctx, ctl, "Freeze", name, out, freezesTable)
-		},
-		"maintenances": func(ctx context.Context, ctl *client, name string) error {
-			return c.getObjects(ctx, ctl, "Maintenance", name, out, maintenancesTable)
-		},
-		"rollouts": func(ctx context.Context, ctl *client, name string) error {
-			return c.getRollouts(ctx, ctl, name, out)
-		},
-		"events": func(ctx context.Context, ctl *client, name string) error {
-			return c.getEvents(ctx, ctl, name, limit, out)
-		},
-		"alarms": func(ctx context.Context, ctl *client, name string) error { return c.getAlarms(ctx, ctl, name, out) },
-		"profiles": func(ctx context.Context, ctl *client, name string) error {
-			return c.getProfiles(ctx, ctl, name, device, class, out)
-		},
-		"join-tokens": func(ctx context.Context, ctl *client, name string) error {
-			return c.getJoinTokens(ctx, ctl, name, out)
-		},
-	}
-	names := []string{"devices", "models", "deployments", "routes", "freezes", "maintenances", "rollouts", "events", "alarms", "profiles", "join-tokens"}
+	var watch bool
+	every := watchEvery
 	cmd := &cobra.Command{
 		Use:   "get KIND [NAME]",
-		Short: "Show " + strings.Join(names, ", "),
-		Long: "KIND is one of " + strings.Join(names, ", ") + `.
+		Short: "Show " + strings.Join(kindNames(), ", "),
+		Long: "KIND is one of " + strings.Join(kindNames(), ", ") + `.
 NAME narrows it down: to a device, model, deployment, route, freeze or
-maintenance of that name, the rollouts of a deployment, the events or alarms of a device, the profiles of
-a model (NAME or NAME:VERSION).
+maintenance of that name, the rollouts of a deployment, the events or alarms of a
+device, the profiles of a model (NAME or NAME:VERSION).
 
 With -o yaml, deployments, routes, freezes and maintenances are written as
-documents for apply.`,
-		Example:   "  dunlin get devices\n  dunlin get models digits -o json",
-		ValidArgs: names,
-		Args:      arguments(1, 2),
+documents for apply.
+
+With --watch it goes on and writes what is new or has changed: rows of which
+another column than a time differs, or, with -o jsonl, what differs at all. What
+is gone, and that the controller is away or back, is told on stderr. It asks every
+2 s or --every so long, and less often where answers take longer than a tenth of
+that. An interrupt ends it, with exit code 0.`,
+		Example: "  dunlin get devices\n  dunlin get models digits -o json\n  dunlin get rollouts --watch",
+		Args:    arguments(1, 2),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			kind := strings.ToLower(args[0])
-			get, ok := kinds[kind]
-			if !ok {
-				get, ok = kinds[kind+"s"]
+			k, err := findKind(args[0])
+			if err != nil {
+				return err
 			}
-			if !ok {
-				return usagef("unknown kind %q, kinds are %s", args[0], strings.Join(names, ", "))
+			if q.selector, err = parseLabels(selector); err != nil {
+				return err
+			}
+			switch {
+			case watch && (out == "json" || out == "yaml"):
+				return usagef("--watch goes with -o table, wide, name or jsonl, not with %s", out)
+			case cmd.Flags().Changed("every") && !watch:
+				return usagef("--every goes with --watch")
+			case every < minWatchEvery || every > maxWatchEvery:
+				return usagef("--every is %s, allowed are %s to %s", every, minWatchEvery, maxWatchEvery)
+			}
+			if len(args) == 2 {
+				q.name = args[1]
 			}
 			ctl, err := c.client()
 			if err != nil {
 				return err
 			}
-			name := ""
-			if len(args) == 2 {
-				name = args[1]
+			list := func(ctx context.Context) (view, error) { return k.list(ctx, ctl, q) }
+			if watch {
+				err = c.watchList(cmd.Context(), list, newWatched(out, k.journal), every)
+			} else if v, listErr := list(cmd.Context()); listErr != nil {
+				err = listErr
+			} else {
+				err = c.show(out, v)
 			}
-			if err := get(cmd.Context(), ctl, name); err != nil {
+			if err != nil {
 				return fmt.Errorf("get %s: %w", strings.Join(args, " "), err)
 			}
 			return nil
@@ -88,27 +120,33 @@ documents for apply.`,
 	}
 	cmd.Flags().VarP(&out, "output", "o", "how to write it")
 	cmd.Flags().StringArrayVarP(&selector, "selector", "l", nil, "only devices with this label, KEY=VALUE (repeat for more)")
-	cmd.Flags().StringVar(&device, "device", "", "only profiles of this device")
-	cmd.Flags().StringVar(&class, "class", "", "only profiles of this class of devices, a firmware profile")
-	cmd.Flags().Uint32Var(&limit, "limit", 0, "the most events to show, 1 to 10000 (default 100)")
+	cmd.Flags().StringVar(&q.device, "device", "", "only profiles of this device")
+	cmd.Flags().StringVar(&q.class, "class", "", "only profiles of this class of devices, a firmware profile")
+	cmd.Flags().Uint32Var(&q.limit, "limit", 0, "the most events to show, 1 to 10000 (default 100)")
+	cmd.Flags().BoolVarP(&watch, "watch", "w", false, "go on, and write what is new or has changed")
+	cmd.Flags().DurationVar(&every, "every", every, "with --watch: how often to ask, 100ms to 1h")
 	return cmd
 }
 
-func notFound(what, name string) error { return fmt.Errorf("no %s is called %q", what, name) }
+// errNotFound is that nothing has a name.
+var errNotFound = errors.New("not found")
 
-func (c *cli) getDevices(ctx context.Context, ctl *client, name string, selector []string, f format) error {
-	labels, err := parseLabels(selector)
+type notFoundError struct{ what, name string }
+
+func (e notFoundError) Error() string        { return fmt.Sprintf("no %s is called %q", e.what, e.name) }
+func (e notFoundError) Is(target error) bool { return target == errNotFound }
+
+func notFound(what, name string) error { return notFoundError{what, name} }
+
+func listDevices(ctx context.Context, ctl *client, q query) (view, error) {
+	res, err := call(ctx, ctl.devices().ListDevices, &dunlinv1.ListDevicesRequest{Device: q.name, Selector: q.selector})
 	if err != nil {
-		return err
+		return view{}, err
 	}
-	res, err := call(ctx, ctl.devices().ListDevices, &dunlinv1.ListDevicesRequest{Device: name, Selector: labels})
-	if err != nil {
-		return err
+	if q.name != "" && len(res.GetDevices()) == 0 {
+		return view{}, notFound("device", q.name)
 	}
-	if name != "" && len(res.GetDevices()) == 0 {
-		return notFound("device", name)
-	}
-	return c.print(f, res, func() *table { return devicesTable(time.Now(), res.GetDevices()) })
+	return viewOf(res, func() *table { return devicesTable(time.Now(), res.GetDevices()) }), nil
 }
 
 // soonExpired is the time before a certificate's end in which a device should
@@ -116,7 +154,8 @@ func (c *cli) getDevices(ctx context.Context, ctl *client, name string, selector
 const soonExpired = 30 * 24 * time.Hour
 
 func devicesTable(now time.Time, devices []*dunlinv1.Device) *table {
-	t := &table{header: []string{"NAME", "STATE", "SERVING", "TROUBLE", "ARCH", "CLASS", "RUNTIME", "LAST HEARD", "LABELS"}}
+	t := &table{header: []string{"NAME", "STATE", "SERVING", "TROUBLE", "ARCH", "CLASS", "RUNTIME", "LAST HEARD", "LABELS"},
+		wide: []string{"AGENT", "BOARD", "CPUS", "MEMORY", "PROVIDERS", "GPUS", "SERVES AT", "JOINED", "CERTIFICATE UNTIL"}}
 	for _, d := range devices {
 		state := "offline"
 		if d.GetConnected() {
@@ -165,50 +204,52 @@ func devicesTable(now time.Time, devices []*dunlinv1.Device) *table {
 		if info.GetSimulated() {
 			class += " (simulated)"
 		}
-		t.add(d.GetName(), state, strings.Join(serving, ","), strings.Join(trouble, ", "), info.GetArch(), class, info.GetRuntimeVersion(), ago(now, d.GetLastHeardAt()), labelsText(d.GetLabels()))
+		t.add(d.GetName(), state, strings.Join(serving, ","), strings.Join(trouble, ", "), info.GetArch(), class, info.GetRuntimeVersion(), ago(now, d.GetLastHeardAt()), labelsText(d.GetLabels()),
+			info.GetAgentVersion(), info.GetBoard(), countText(info.GetCpuCount()), sizeText(info.GetMemoryBytes()), strings.Join(info.GetProviders(), ","), countText(uint32(len(info.GetGpus()))),
+			info.GetServingUrl(), ago(now, d.GetJoinedAt()), dayText(known.GetNotAfter()))
 	}
 	return t
 }
 
-func (c *cli) getModels(ctx context.Context, ctl *client, name string, f format) error {
-	res, err := call(ctx, ctl.models().ListModels, &dunlinv1.ListModelsRequest{Model: name})
+func listModels(ctx context.Context, ctl *client, q query) (view, error) {
+	res, err := call(ctx, ctl.models().ListModels, &dunlinv1.ListModelsRequest{Model: q.name})
 	if err != nil {
-		return err
+		return view{}, err
 	}
-	if name != "" && len(res.GetVersions()) == 0 {
-		return notFound("model", name)
+	if q.name != "" && len(res.GetVersions()) == 0 {
+		return view{}, notFound("model", q.name)
 	}
-	return c.print(f, res, func() *table { return modelsTable(time.Now(), res.GetVersions()) })
+	return viewOf(res, func() *table { return modelsTable(time.Now(), res.GetVersions()) }), nil
 }
 
 func modelsTable(now time.Time, versions []*dunlinv1.ModelVersion) *table {
-	t := &table{header: []string{"MODEL", "VERSION", "SIZE", "OPSET", "INPUTS", "OUTPUTS", "CREATED", "BY", "DIGEST"}}
+	t := &table{header: []string{"MODEL", "VERSION", "SIZE", "OPSET", "INPUTS", "OUTPUTS", "CREATED", "BY", "DIGEST"}, wide: []string{"SIGNERS", "WHOLE DIGEST"}}
 	for _, v := range versions {
 		digest := v.GetDigest()
 		if i := strings.IndexByte(digest, ':') + 13; len(digest) > i {
 			digest = digest[:i]
 		}
 		t.add(v.GetModel(), fmt.Sprint(v.GetVersion()), bytesText(int64(v.GetSizeBytes())), fmt.Sprint(v.GetOpset()),
-			strings.Join(v.GetInputs(), " "), strings.Join(v.GetOutputs(), " "), ago(now, v.GetCreatedAt()), v.GetCreatedBy(), digest)
+			strings.Join(v.GetInputs(), " "), strings.Join(v.GetOutputs(), " "), ago(now, v.GetCreatedAt()), v.GetCreatedBy(), digest,
+			strings.Join(v.GetSigners(), ", "), v.GetDigest())
 	}
 	return t
 }
 
-func (c *cli) getDeployments(ctx context.Context, ctl *client, name string, f format) error {
+func listDeployments(ctx context.Context, ctl *client, q query) (view, error) {
 	res, err := call(ctx, ctl.objects().ListDeployments, &dunlinv1.ListDeploymentsRequest{})
 	if err != nil {
-		return err
+		return view{}, err
 	}
-	if name != "" {
-		res.Deployments = only(res.GetDeployments(), name)
+	if q.name != "" {
+		res.Deployments = only(res.GetDeployments(), q.name)
 		if len(res.Deployments) == 0 {
-			return notFound("deployment", name)
+			return view{}, notFound("deployment", q.name)
 		}
 	}
-	if f == "yaml" {
-		return c.printDocuments(documentsOf(res.GetDeployments()))
-	}
-	return c.print(f, res, func() *table { return deploymentsTable(time.Now(), res.GetDeployments()) })
+	v := viewOf(res, func() *table { return deploymentsTable(time.Now(), res.GetDeployments()) })
+	v.documents = documentsOf(res.GetDeployments())
+	return v, nil
 }
 
 func deploymentsTable(now time.Time, deployments []*dunlinv1.Deployment) *table {
@@ -219,21 +260,20 @@ func deploymentsTable(now time.Time, deployments []*dunlinv1.Deployment) *table 
 	return t
 }
 
-func (c *cli) getRoutes(ctx context.Context, ctl *client, name string, f format) error {
+func listRoutes(ctx context.Context, ctl *client, q query) (view, error) {
 	res, err := call(ctx, ctl.objects().ListRoutes, &dunlinv1.ListRoutesRequest{})
 	if err != nil {
-		return err
+		return view{}, err
 	}
-	if name != "" {
-		res.Routes = only(res.GetRoutes(), name)
+	if q.name != "" {
+		res.Routes = only(res.GetRoutes(), q.name)
 		if len(res.Routes) == 0 {
-			return notFound("route", name)
+			return view{}, notFound("route", q.name)
 		}
 	}
-	if f == "yaml" {
-		return c.printDocuments(documentsOf(res.GetRoutes()))
-	}
-	return c.print(f, res, func() *table { return routesTable(time.Now(), res.GetRoutes()) })
+	v := viewOf(res, func() *table { return routesTable(time.Now(), res.GetRoutes()) })
+	v.documents = documentsOf(res.GetRoutes())
+	return v, nil
 }
 
 func routesTable(now time.Time, routes []*dunlinv1.Route) *table {
@@ -260,21 +300,23 @@ func routesTable(now time.Time, routes []*dunlinv1.Route) *table {
 	return t
 }
 
-func (c *cli) getObjects(ctx context.Context, ctl *client, kind, name string, f format, t func(time.Time, []*dunlinv1.Object) *table) error {
-	res, err := call(ctx, ctl.objects().ListObjects, &dunlinv1.ListObjectsRequest{Kind: kind})
-	if err != nil {
-		return err
-	}
-	if name != "" {
-		res.Objects = only(res.GetObjects(), name)
-		if len(res.Objects) == 0 {
-			return notFound(strings.ToLower(kind), name)
+// objectsLister lists the objects of a kind.
+func objectsLister(kind string, t func(time.Time, []*dunlinv1.Object) *table) func(context.Context, *client, query) (view, error) {
+	return func(ctx context.Context, ctl *client, q query) (view, error) {
+		res, err := call(ctx, ctl.objects().ListObjects, &dunlinv1.ListObjectsRequest{Kind: kind})
+		if err != nil {
+			return view{}, err
 		}
+		if q.name != "" {
+			res.Objects = only(res.GetObjects(), q.name)
+			if len(res.Objects) == 0 {
+				return view{}, notFound(strings.ToLower(kind), q.name)
+			}
+		}
+		v := viewOf(res, func() *table { return t(time.Now(), res.GetObjects()) })
+		v.documents = documentsOf(res.GetObjects())
+		return v, nil
 	}
-	if f == "yaml" {
-		return c.printDocuments(documentsOf(res.GetObjects()))
-	}
-	return c.print(f, res, func() *table { return t(time.Now(), res.GetObjects()) })
 }
 
 func selectorText(labels map[string]string) string {
@@ -340,24 +382,44 @@ func (c *cli) printDocuments(documents []string) error {
 	return nil
 }
 
-func (c *cli) getRollouts(ctx context.Context, ctl *client, name string, f format) error {
-	res, err := call(ctx, ctl.rollouts().ListRollouts, &dunlinv1.ListRolloutsRequest{Deployment: name})
+func listRollouts(ctx context.Context, ctl *client, q query) (view, error) {
+	res, err := call(ctx, ctl.rollouts().ListRollouts, &dunlinv1.ListRolloutsRequest{Deployment: q.name})
 	if err != nil {
-		return err
+		return view{}, err
 	}
-	if name != "" && len(res.GetRollouts()) == 0 {
-		return fmt.Errorf("no deployment %q has had a rollout", name)
+	if q.name != "" && len(res.GetRollouts()) == 0 {
+		return view{}, fmt.Errorf("no deployment %q has had a rollout", q.name)
 	}
-	return c.print(f, res, func() *table { return rolloutsTable(time.Now(), res.GetRollouts()) })
+	return viewOf(res, func() *table { return rolloutsTable(time.Now(), res.GetRollouts()) }), nil
 }
 
 func rolloutsTable(now time.Time, rollouts []*dunlinv1.Rollout) *table {
-	t := &table{header: []string{"ID", "DEPLOYMENT", "MODEL", "FROM", "TO", "STATE", "READY", "STARTED", "REASON"}}
+	t := &table{header: []string{"ID", "DEPLOYMENT", "MODEL", "FROM", "TO", "STATE", "READY", "STARTED", "REASON"}, wide: []string{"ENDED", "WAVE", "FROM MODEL"}}
 	for _, r := range rollouts {
+		wave := ""
+		if n := len(r.GetWaves()); n > 0 {
+			wave = fmt.Sprintf("%d/%d", r.GetWave(), n)
+		}
 		t.add(r.GetId(), r.GetDeployment(), r.GetModel(), versionText(r.GetFromVersion()), versionText(r.GetToVersion()),
-			rolloutState(r), readyText(r), ago(now, r.GetStartedAt()), r.GetReason())
+			rolloutState(r), readyText(r), ago(now, r.GetStartedAt()), r.GetReason(),
+			ago(now, r.GetEndedAt()), wave, r.GetFromModel())
 	}
 	return t
+}
+
+// sizeText is "" where a size is not known.
+func sizeText(n uint64) string {
+	if n == 0 {
+		return ""
+	}
+	return bytesText(int64(n))
+}
+
+func dayText(t *timestamppb.Timestamp) string {
+	if t == nil {
+		return ""
+	}
+	return t.AsTime().Format(time.DateOnly)
 }
 
 func versionText(v int64) string {
@@ -377,18 +439,18 @@ func readyText(r *dunlinv1.Rollout) string {
 	return fmt.Sprintf("%d/%d", ready, len(r.GetDevices()))
 }
 
-func (c *cli) getEvents(ctx context.Context, ctl *client, name string, limit uint32, f format) error {
-	res, err := call(ctx, ctl.devices().ListEvents, &dunlinv1.ListEventsRequest{Device: name, Limit: limit})
+func listEvents(ctx context.Context, ctl *client, q query) (view, error) {
+	res, err := call(ctx, ctl.devices().ListEvents, &dunlinv1.ListEventsRequest{Device: q.name, Limit: q.limit})
 	if err != nil {
-		return err
+		return view{}, err
 	}
-	if name != "" && len(res.GetEvents()) == 0 {
+	if q.name != "" && len(res.GetEvents()) == 0 {
 		// The device has raised none, or does not exist.
-		if _, err := call(ctx, ctl.devices().ListDevices, &dunlinv1.ListDevicesRequest{Device: name}); err != nil {
-			return err
+		if _, err := call(ctx, ctl.devices().ListDevices, &dunlinv1.ListDevicesRequest{Device: q.name}); err != nil {
+			return view{}, err
 		}
 	}
-	return c.print(f, res, func() *table { return eventsTable(time.Now(), res.GetEvents()) })
+	return viewOf(res, func() *table { return eventsTable(time.Now(), res.GetEvents()) }), nil
 }
 
 func eventsTable(now time.Time, events []*dunlinv1.DeviceEvent) *table {
@@ -404,20 +466,23 @@ func eventsTable(now time.Time, events []*dunlinv1.DeviceEvent) *table {
 	return t
 }
 
-func (c *cli) getAlarms(ctx context.Context, ctl *client, name string, f format) error {
-	res, err := call(ctx, ctl.devices().ListDevices, &dunlinv1.ListDevicesRequest{Device: name})
+func listAlarms(ctx context.Context, ctl *client, q query) (view, error) {
+	res, err := call(ctx, ctl.devices().ListDevices, &dunlinv1.ListDevicesRequest{Device: q.name})
 	if err != nil {
-		return err
+		return view{}, err
 	}
 	res.Devices = slices.DeleteFunc(res.GetDevices(), func(d *dunlinv1.Device) bool { return len(d.GetTelemetry().GetAlarms()) == 0 })
-	if f.tabular() {
-		return alarmsTable(time.Now(), res.GetDevices()).write(c.out)
-	}
 	// Alarms have no list of their own on the wire.
 	for i, d := range res.GetDevices() {
 		res.Devices[i] = &dunlinv1.Device{Name: d.GetName(), Telemetry: &dunlinv1.Telemetry{At: d.GetTelemetry().GetAt(), Alarms: d.GetTelemetry().GetAlarms()}}
 	}
-	return c.print(f, res, nil)
+	v := viewOf(res, func() *table { return alarmsTable(time.Now(), res.GetDevices()) })
+	for _, d := range res.GetDevices() {
+		for _, a := range d.GetTelemetry().GetAlarms() {
+			v.keys = append(v.keys, strings.TrimSpace(d.GetName()+" "+a.GetKind()+" "+a.GetSubject()))
+		}
+	}
+	return v, nil
 }
 
 func alarmsTable(now time.Time, devices []*dunlinv1.Device) *table {
@@ -458,15 +523,15 @@ func evidence(a *dunlinv1.Alarm) string {
 	return strings.Join(parts, ", ")
 }
 
-func (c *cli) getJoinTokens(ctx context.Context, ctl *client, name string, f format) error {
-	if name != "" {
-		return usagef("join tokens have no name")
+func listJoinTokens(ctx context.Context, ctl *client, q query) (view, error) {
+	if q.name != "" {
+		return view{}, usagef("join tokens have no q.name")
 	}
 	res, err := call(ctx, ctl.enrollment().ListJoinTokens, &dunlinv1.ListJoinTokensRequest{})
 	if err != nil {
-		return err
+		return view{}, err
 	}
-	return c.print(f, res, func() *table { return joinTokensTable(time.Now(), res.GetJoinTokens()) })
+	return viewOf(res, func() *table { return joinTokensTable(time.Now(), res.GetJoinTokens()) }), nil
 }
 
 func joinTokensTable(now time.Time, tokens []*dunlinv1.JoinToken) *table {

@@ -266,6 +266,9 @@ func (c *cli) newPassword(ctx context.Context, prompt string) (string, error) {
 // prompt reads without showing what is typed. An interrupt puts the terminal
 // back.
 func (c *cli) prompt(ctx context.Context, f *os.File, text string) ([]byte, error) {
+	if c.noInput {
+		return nil, usagef("--no-input: give it on standard input, or a token with --token-file")
+	}
 	before, err := term.GetState(int(f.Fd()))
 	if err != nil {
 		return nil, err

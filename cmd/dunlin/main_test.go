@@ -8,7 +8,9 @@ import (
 	"log/slog"
 	"net/http"
 	"os"
+	"os/exec"
 	"path/filepath"
+	"regexp"
 	"strconv"
 	"strings"
 	"sync"
@@ -46,6 +48,12 @@ func TestScripts(t *testing.T) {
 			"device": deviceCommand,
 			"mode":   modeCommand,
 			"exits":  exitsCommand,
+			// watching NAME dunlin ARGS...: runs it beside the script
+			"watching": watchingCommand,
+			// seen NAME REGEXP: waits until that is what it has written
+			"seen": seenCommand,
+			// interrupt NAME CODE: interrupts it, and checks its exit code
+			"interrupt": interruptCommand,
 			// oldsettings: writes the settings file of an older version
 			"oldsettings": func(ts *testscript.TestScript, _ bool, _ []string) {
 				path := ts.MkAbs(".config/dunlin/config.yaml")
@@ -63,6 +71,80 @@ type fleetOf struct {
 	url     string
 	mu      sync.Mutex
 	devices map[string]*device
+	beside  map[string]*beside
+}
+
+// beside is a command line that runs while the script goes on.
+type beside struct {
+	stop context.CancelFunc
+	code chan int
+	mu   sync.Mutex // guards what follows
+	text strings.Builder
+	more chan struct{} // closed at the next write
+}
+
+func (b *beside) Write(p []byte) (int, error) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	close(b.more)
+	b.more = make(chan struct{})
+	return b.text.Write(p)
+}
+
+func watchingCommand(ts *testscript.TestScript, neg bool, args []string) {
+	if neg || len(args) < 3 || args[1] != "dunlin" {
+		ts.Fatalf("usage: watching NAME dunlin ARGS...")
+	}
+	ctx, stop := context.WithCancel(context.Background())
+	b := &beside{stop: stop, code: make(chan int, 1), more: make(chan struct{})}
+	f := ts.Value(fleetKey{}).(*fleetOf)
+	f.beside[args[0]] = b
+	cmd := exec.CommandContext(ctx, "dunlin", args[2:]...)
+	cmd.Cancel = func() error { return cmd.Process.Signal(os.Interrupt) }
+	cmd.Dir, cmd.Stdout, cmd.Stderr = ts.MkAbs("."), b, b
+	for _, name := range []string{"HOME", "PATH", "XDG_CONFIG_HOME", "DUNLIN_URL", "DUNLIN_TOKEN", "DUNLIN_CONTEXT"} {
+		cmd.Env = append(cmd.Env, name+"="+ts.Getenv(name))
+	}
+	ts.Check(cmd.Start())
+	go func() {
+		_ = cmd.Wait()
+		b.code <- cmd.ProcessState.ExitCode()
+	}()
+	ts.Defer(func() { stop() })
+}
+
+func seenCommand(ts *testscript.TestScript, neg bool, args []string) {
+	if neg || len(args) != 2 {
+		ts.Fatalf("usage: seen NAME REGEXP")
+	}
+	want := regexp.MustCompile(args[1])
+	b := ts.Value(fleetKey{}).(*fleetOf).beside[args[0]]
+	for deadline := time.After(patience); ; {
+		b.mu.Lock()
+		text, more := b.text.String(), b.more
+		b.mu.Unlock()
+		if want.MatchString(text) {
+			return
+		}
+		select {
+		case <-more:
+		case code := <-b.code:
+			ts.Fatalf("ended with %d: %s", code, text)
+		case <-deadline:
+			ts.Fatalf("after %s it wrote only %q", patience, text)
+		}
+	}
+}
+
+func interruptCommand(ts *testscript.TestScript, neg bool, args []string) {
+	if neg || len(args) != 2 {
+		ts.Fatalf("usage: interrupt NAME CODE")
+	}
+	b := ts.Value(fleetKey{}).(*fleetOf).beside[args[0]]
+	b.stop()
+	if code := fmt.Sprint(<-b.code); code != args[1] {
+		ts.Fatalf("exit code %s, want %s: %s", code, args[1], b.text.String())
+	}
 }
 
 // startController runs a controller with its data in a folder, and gives its
@@ -110,7 +192,7 @@ func setup(env *testscript.Env) error {
 		return err
 	}
 	env.Defer(stop)
-	f := &fleetOf{url: url, devices: map[string]*device{}}
+	f := &fleetOf{url: url, devices: map[string]*device{}, beside: map[string]*beside{}}
 	env.Values[fleetKey{}] = f
 	env.Defer(f.stop) // before the controller
 	digits, err := filepath.Abs(filepath.Join("..", "..", "models", "examples", "digits"))

@@ -32,6 +32,9 @@ version has them too.`,
 			if err != nil {
 				return err
 			}
+			if err := c.confirm(cmd.Context(), args[0], "this deletes %s", args[0]); err != nil {
+				return err
+			}
 			if _, err := call(cmd.Context(), ctl.models().DeleteVersion, &dunlinv1.DeleteVersionRequest{Model: name, Version: version}); err != nil {
 				return fmt.Errorf("delete: %w", err)
 			}

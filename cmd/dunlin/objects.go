@@ -79,11 +79,10 @@ func (c *cli) diffCommand() *cobra.Command {
 
 func (c *cli) deleteCommand() *cobra.Command {
 	return &cobra.Command{
-		Use:       "delete KIND NAME",
-		Short:     "Delete a deployment, a route, a freeze or a maintenance",
-		Example:   "  dunlin delete route digits",
-		ValidArgs: []string{"deployment", "route", "freeze", "maintenance"},
-		Args:      arguments(2, 2),
+		Use:     "delete KIND NAME",
+		Short:   "Delete a deployment, a route, a freeze or a maintenance",
+		Example: "  dunlin delete route digits",
+		Args:    arguments(2, 2),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			kinds := map[string]string{
 				"deployment": "Deployment", "deployments": "Deployment", "route": "Route", "routes": "Route",
@@ -95,6 +94,9 @@ func (c *cli) deleteCommand() *cobra.Command {
 			}
 			ctl, err := c.client()
 			if err != nil {
+				return err
+			}
+			if err := c.confirm(cmd.Context(), args[1], "this deletes %s %s", strings.ToLower(kind), args[1]); err != nil {
 				return err
 			}
 			res, err := call(cmd.Context(), ctl.objects().Delete, &dunlinv1.DeleteRequest{Kind: kind, Name: args[1]})

@@ -91,6 +91,8 @@ type view struct {
 	// items are what jsonl writes, a line each, and name, where they have names.
 	items []any
 	table func() *table
+	// keys tell the rows of the table apart; nil: the items' names do.
+	keys []string
 	// documents, where not nil, are what yaml writes instead.
 	documents []string
 }

@@ -236,19 +236,23 @@ func pointsTable(p *dunlinv1.ModelProfile) *table {
 	return t
 }
 
-func (c *cli) getProfiles(ctx context.Context, ctl *client, name, device, class string, f format) error {
-	req := &dunlinv1.ListProfilesRequest{Device: device, FirmwareProfile: class}
-	if name != "" {
+func listProfiles(ctx context.Context, ctl *client, q query) (view, error) {
+	req := &dunlinv1.ListProfilesRequest{Device: q.device, FirmwareProfile: q.class}
+	if q.name != "" {
 		var err error
-		if req.Model, req.Version, err = models.ParseRef(name); err != nil {
-			return usagef("%v", err)
+		if req.Model, req.Version, err = models.ParseRef(q.name); err != nil {
+			return view{}, usagef("%v", err)
 		}
 	}
 	res, err := call(ctx, ctl.profiles().ListProfiles, req)
 	if err != nil {
-		return err
+		return view{}, err
 	}
-	return c.print(f, res, func() *table { return profilesTable(time.Now(), res.GetProfiles()) })
+	v := viewOf(res, func() *table { return profilesTable(time.Now(), res.GetProfiles()) })
+	for _, d := range res.GetProfiles() {
+		v.keys = append(v.keys, fmt.Sprintf("%s:%d on %s", d.GetProfile().GetModel(), d.GetProfile().GetVersion(), d.GetDevice()))
+	}
+	return v, nil
 }
 
 func profilesTable(now time.Time, profiles []*dunlinv1.DeviceProfile) *table {

@@ -146,6 +146,13 @@ func findRollout(ctx context.Context, ctl *client, name string) (*dunlinv1.Rollo
 	return res.GetRollout(), err
 }
 
+// controlAsks says what those actions do that are asked about first.
+var controlAsks = map[dunlinv1.ControlRolloutRequest_Action]string{
+	dunlinv1.ControlRolloutRequest_ACTION_PROMOTE:   "this begins the next wave of rollout %s, whatever its gates say",
+	dunlinv1.ControlRolloutRequest_ACTION_ABORT:     "this ends rollout %s",
+	dunlinv1.ControlRolloutRequest_ACTION_ROLL_BACK: "this gives every device of rollout %s the version before",
+}
+
 func (c *cli) controlCommand(verb, short string, action dunlinv1.ControlRolloutRequest_Action, long string) *cobra.Command {
 	var reason string
 	cmd := &cobra.Command{
@@ -163,6 +170,11 @@ func (c *cli) controlCommand(verb, short string, action dunlinv1.ControlRolloutR
 			r, err := findRollout(cmd.Context(), ctl, args[0])
 			if err != nil {
 				return fmt.Errorf("%s: %w", verb, err)
+			}
+			if asks := controlAsks[action]; asks != "" {
+				if err := c.confirm(cmd.Context(), args[0], asks, r.GetId()); err != nil {
+					return err
+				}
 			}
 			res, err := call(cmd.Context(), ctl.rollouts().ControlRollout, &dunlinv1.ControlRolloutRequest{Id: r.GetId(), Action: action, Reason: reason})
 			if err != nil {

@@ -93,6 +93,8 @@ type cli struct {
 	out, err   io.Writer
 	watchGrace time.Duration
 	context    string // what --context names
+	yes        bool   // go on without asking
+	noInput    bool   // ask nothing
 }
 
 // run executes one command line and gives its exit code. Data goes to stdout,
@@ -188,13 +190,18 @@ is stored, unless --context is given.`,
 		},
 	}
 	root.PersistentFlags().StringVar(&c.context, "context", "", "the stored controller to talk to, by its name")
+	root.PersistentFlags().BoolVarP(&c.yes, "yes", "y", false, "do not ask before something is destroyed or the whole fleet changes")
+	root.PersistentFlags().BoolVar(&c.noInput, "no-input", false, "ask nothing: fail where an answer is needed")
 	root.AddCommand(
 		c.loginCommand(), c.logoutCommand(), c.contextCommand(), c.whoamiCommand(), c.userCommand(), c.tokenCommand(), c.pushCommand(), c.applyCommand(), c.diffCommand(), c.planCommand(), c.deleteCommand(),
 		c.getCommand(), c.modelCommand(), c.profileCommand(), c.joinTokenCommand(), c.deviceCommand(), c.authorityCommand(), c.rolloutCommand(), c.driftCommand(), c.telemetryCommand(), c.inferCommand(),
-		c.freezeCommand(), c.unfreezeCommand(), c.routeCommand(),
-		c.bundleCommand(), c.auditCommand(), c.keysCommand(), c.trustCommand(), c.signAgentCommand(), c.pushAgentCommand(), c.versionCommand(),
+		c.freezeCommand(), c.unfreezeCommand(), c.routeCommand(), c.topCommand(),
+		c.bundleCommand(), c.auditCommand(), c.keysCommand(), c.trustCommand(), c.signAgentCommand(), c.pushAgentCommand(), c.versionCommand(), c.manCommand(),
 		&cobra.Command{Use: "exit-codes", Short: "What the exit codes mean", Long: exitCodesHelp},
 	)
+	if err := c.addCompletion(root); err != nil {
+		panic(err) // a verb or flag that is named there is none
+	}
 	root.InitDefaultHelpCmd()
 	if help, _, err := root.Find([]string{"help"}); err == nil {
 		help.Args = func(_ *cobra.Command, args []string) error {

@@ -77,6 +77,15 @@ func TestTables(t *testing.T) {
 				Refused: &dunlinv1.DesiredRefusal{Generation: &dunlinv1.Generation{Number: 7}, Reason: "routes[0]: route r: rules[0].match.cel: no"},
 			}},
 		}),
+		"devices-wide": devicesTable(now, []*dunlinv1.Device{
+			{Name: "cam-1", JoinedAt: before(72 * time.Hour), Identity: &dunlinv1.DeviceIdentity{NotAfter: before(-2000 * time.Hour)}, Info: &dunlinv1.DeviceInfo{
+				Arch: "arm64", AgentVersion: "1.2.3", Board: "Raspberry Pi 5\x1b[2J", CpuCount: 4, MemoryBytes: 8 << 30, Providers: []string{"CPUExecutionProvider"}, ServingUrl: "http://10.0.0.7:8000", Gpus: make([]*dunlinv1.GpuInfo, 2)}},
+			{Name: "cam-2"},
+		}).widened(),
+		"models-wide":   modelsTable(now, []*dunlinv1.ModelVersion{{Model: "digits", Version: 2, Digest: "sha256:0123456789abcdef0123456789abcdef", Signers: []string{"release 1234", "qa 99"}}}).widened(),
+		"rollouts-wide": rolloutsTable(now, append(rollouts, waves)).widened(),
+		"top-fleet":     fleetPage(now, topDevices(before)),
+		"top-device":    devicePage(now, topDevices(before)[1]),
 		"models": modelsTable(now, []*dunlinv1.ModelVersion{
 			{Model: "digits", Version: 1, Digest: "sha256:0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef", SizeBytes: 3023, Opset: 17,
 				Inputs: []string{"image:FP32[-1,1,8,8]"}, Outputs: []string{"probabilities:FP32[-1,10]", "label:INT64[-1]"}, CreatedAt: before(time.Minute), CreatedBy: "user:ada"},
@@ -172,6 +181,27 @@ func TestTables(t *testing.T) {
 				t.Errorf("got\n%swant\n%s", got.Bytes(), want)
 			}
 		})
+	}
+}
+
+// topDevices are one that is at rest, one that works and has an alarm, and one
+// that is away, with figures of before.
+func topDevices(before func(time.Duration) *timestamppb.Timestamp) []*dunlinv1.Device {
+	return []*dunlinv1.Device{
+		{Name: "cam-1", Connected: true, LastHeardAt: before(3 * time.Second), Telemetry: &dunlinv1.Telemetry{CpuUtilisation: new(0.05), RequestsPerSecond: new(0.5)}},
+		{Name: "cam-2", Connected: true, LastHeardAt: before(time.Second), Telemetry: &dunlinv1.Telemetry{
+			CpuUtilisation: new(0.254), MemoryUsedBytes: new(uint64(3 << 30)), MemoryTotalBytes: new(uint64(8 << 30)), ModelMemoryUsedBytes: new(uint64(9 << 20)), ModelMemoryBudgetBytes: new(uint64(1 << 30)),
+			Temperatures: []*dunlinv1.Temperature{{Celsius: 51}, {Celsius: 73.4}}, PowerWatts: new(7.25), RequestsPerSecond: new(12.5), FailuresPerSecond: new(0.25), RequestP99Seconds: new(0.0125),
+			Gpus:   []*dunlinv1.GpuTelemetry{{Utilisation: new(0.55), MemoryUsedBytes: new(uint64(2 << 30)), MemoryTotalBytes: new(uint64(4 << 30)), PowerWatts: new(11.0), Celsius: new(60.0), ThrottleReasons: []string{"sw_thermal"}}, {Index: 1}},
+			Models: []*dunlinv1.ModelTelemetry{{Model: "digits", Version: 2, Succeeded: 98, Failed: 2, RunNanoseconds: 98e6, Resident: true, MemoryBytes: 9 << 20, NeedBytes: 9 << 20}, {Model: "faces", Version: 4, NeedBytes: 1 << 30}},
+			Alarms: []*dunlinv1.Alarm{{Kind: "temperature", Subject: "cpu", Severity: dunlinv1.Severity_SEVERITY_WARNING, RaisedAt: before(time.Minute), Message: "it\x1b[2J rises"}}},
+			Reported: &dunlinv1.Reported{Versions: []*dunlinv1.VersionStatus{
+				{Model: "digits", Version: 2, State: dunlinv1.VersionState_VERSION_STATE_RESIDENT, Serving: true},
+				{Model: "faces", Version: 4, State: dunlinv1.VersionState_VERSION_STATE_WARM, Serving: true},
+				{Model: "words", Version: 1, State: dunlinv1.VersionState_VERSION_STATE_QUARANTINED, Reason: "opset 99"},
+			}}},
+		{Name: "cam-3", LastHeardAt: before(time.Hour), Telemetry: &dunlinv1.Telemetry{CpuUtilisation: new(0.9), RequestsPerSecond: new(99.0)}},
+		{Name: "cam-4", Identity: &dunlinv1.DeviceIdentity{RevokedAt: before(time.Hour)}},
 	}
 }
 

@@ -128,3 +128,31 @@ func TestNewPassword(t *testing.T) {
 		}
 	}
 }
+
+// TestConfirm: at a terminal, what destroys something goes on when its name is
+// typed, and only then.
+func TestConfirm(t *testing.T) {
+	login(t)
+	must(t, "freeze", "--reason", "stocktaking", "-l", "site=demo")
+	user, program := openTerminal(t)
+	for _, test := range []struct {
+		typed  string
+		flags  []string
+		code   int
+		stdout string
+		stderr string
+	}{
+		{typed: "yes\n", code: exitError, stderr: "This ends freeze site-demo: changes that wait for it begin. Type site-demo to go on: dunlin: not confirmed; nothing was done\n"},
+		{flags: []string{"--no-input"}, code: exitUsage, stderr: "dunlin: this ends freeze site-demo: changes that wait for it begin: with --no-input it needs --yes\nrun: dunlin unfreeze --help\n"},
+		{typed: "site-demo\n", stdout: "freeze/site-demo deleted\n", stderr: "This ends freeze site-demo: changes that wait for it begin. Type site-demo to go on: "},
+	} {
+		if _, err := user.WriteString(test.typed); err != nil {
+			t.Fatal(err)
+		}
+		var stdout, stderr bytes.Buffer
+		code := run(t.Context(), append([]string{"unfreeze", "site-demo"}, test.flags...), program, &stdout, &stderr)
+		if code != test.code || stdout.String() != test.stdout || stderr.String() != test.stderr {
+			t.Errorf("%q: exit code %d\n%s%s", test.typed, code, &stdout, &stderr)
+		}
+	}
+}

@@ -413,6 +413,9 @@ func (c *cli) trustApplyCommand() *cobra.Command {
 			if err != nil {
 				return err
 			}
+			if err := c.confirm(cmd.Context(), hostName(ctl.URL), "this changes what all devices of %s trust", hostName(ctl.URL)); err != nil {
+				return err
+			}
 			if _, err := call(cmd.Context(), ctl.trust().PutTrust, &dunlinv1.PutTrustRequest{Trust: signed}); err != nil {
 				return fmt.Errorf("apply %s: %w", args[0], err)
 			}

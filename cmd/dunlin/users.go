@@ -130,6 +130,9 @@ func (c *cli) userDelete() *cobra.Command {
 			if err != nil {
 				return err
 			}
+			if err := c.confirm(cmd.Context(), args[0], "this deletes user %s and all tokens of it", args[0]); err != nil {
+				return err
+			}
 			if _, err := call(cmd.Context(), ctl.users().DeleteUser, &dunlinv1.DeleteUserRequest{Name: args[0]}); err != nil {
 				return fmt.Errorf("delete user: %w", err)
 			}
@@ -233,6 +236,9 @@ func (c *cli) tokenDelete() *cobra.Command {
 		RunE: func(cmd *cobra.Command, args []string) error {
 			ctl, err := c.client()
 			if err != nil {
+				return err
+			}
+			if err := c.confirm(cmd.Context(), args[0], "this takes token %s back", args[0]); err != nil {
 				return err
 			}
 			if _, err := call(cmd.Context(), ctl.users().DeleteToken, &dunlinv1.DeleteTokenRequest{Id: args[0]}); err != nil {

@@ -51,6 +51,11 @@ fill() {
 
 SOURCE_DATE_EPOCH=${SOURCE_DATE_EPOCH:-$(git log -1 --format=%ct 2>/dev/null || date +%s)}
 export SOURCE_DATE_EPOCH
+
+# Of this machine's make, whatever the packages are for.
+go run ./cmd/dunlin man "$tmp/man"
+gzip -9n "$tmp"/man/*.1
+
 for name in dunlin-agent dunlin-controller dunlin; do
 	for script in postinst prerm postrm; do
 		fill "$here/$script" "$tmp/$script"

@@ -142,6 +142,16 @@ func look(t *testing.T, name, path string) {
 		maps.DeleteFunc(want, func(path, _ string) bool {
 			return !strings.HasPrefix(path, "/usr/bin/") && !strings.HasPrefix(path, "/usr/share/")
 		})
+		pages := 0
+		for path := range data {
+			if strings.HasPrefix(path, "/usr/share/man/man1/dunlin") && strings.HasSuffix(path, ".1.gz") {
+				want[path] = "-rw-r--r--"
+				pages++
+			}
+		}
+		if pages < 60 {
+			t.Errorf("there are %d manual pages", pages)
+		}
 	}
 	for path, f := range data {
 		mode := f.FileInfo().Mode().String()
