@@ -126,6 +126,7 @@ func run(ctx context.Context, args []string, stdin io.Reader, stdout, stderr io.
 	if text == "" {
 		return code
 	}
+	text += c.advice(ctx, cmd, err)
 	fmt.Fprintf(stderr, "dunlin: %s\n", text)
 	if usage && !strings.Contains(text, "\nrun: ") {
 		fmt.Fprintf(stderr, "run: %s --help\n", cmd.CommandPath())

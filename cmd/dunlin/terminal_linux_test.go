@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"fmt"
 	"os"
+	"path/filepath"
 	"strings"
 	"testing"
 	"time"
@@ -154,5 +155,54 @@ func TestConfirm(t *testing.T) {
 		if code != test.code || stdout.String() != test.stdout || stderr.String() != test.stderr {
 			t.Errorf("%q: exit code %d\n%s%s", test.typed, code, &stdout, &stderr)
 		}
+	}
+}
+
+// TestRolloutWatchOnTerminal: on a terminal a rollout's page takes the place of
+// the one before and is gone at the end; the last page is on stdout, without
+// control sequences, and the exit code says how it ended.
+func TestRolloutWatchOnTerminal(t *testing.T) {
+	url := login(t)
+	t.Setenv("TERM", "xterm")
+	t.Setenv("NO_COLOR", "1")
+	must(t, "push", filepath.Join("..", "..", "models", "examples", "digits", "v1.onnx"), "digits")
+	d, err := joinDevice(url, "cam-1", strings.TrimSpace(must(t, "join-token", "create", "--label", "site=demo")), nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { d.cancel(); d.running.Wait() })
+	must(t, "apply", "-f", writeFile(t, fmt.Sprintf(deployment, 1)))
+	user, program := openTerminal(t)
+	if err := unix.IoctlSetWinsize(int(program.Fd()), unix.TIOCSWINSZ, &unix.Winsize{Row: 24, Col: 100}); err != nil {
+		t.Fatal(err)
+	}
+	var stdout bytes.Buffer
+	done := make(chan int, 1)
+	go func() {
+		done <- run(t.Context(), []string{"rollout", "watch", "digits"}, strings.NewReader(""), &stdout, program)
+	}()
+	// read gives what is shown, until it has a text.
+	shown := ""
+	read := func(until string) {
+		for b := make([]byte, 4096); !strings.Contains(shown, until); {
+			n, err := user.Read(b)
+			if err != nil {
+				t.Fatalf("%v after %q", err, shown)
+			}
+			shown += string(b[:n])
+		}
+	}
+	read("WAVE  DEVICES OF")
+	read("[........................]")
+	must(t, "rollout", "abort", "digits", "--yes", "--reason", "another time")
+	if code := <-done; code != exitRolloutFailed {
+		t.Errorf("exit code %d", code)
+	}
+	read("was aborted")
+	if !strings.Contains(shown, "\x1b[J") || strings.Contains(shown, "m\x1b") || strings.Contains(shown, "\x1b[3") {
+		t.Errorf("shown: %q", shown)
+	}
+	if s := stdout.String(); !strings.Contains(s, "digits-1") || !strings.Contains(s, "aborted") || strings.Contains(s, "\x1b") {
+		t.Errorf("stdout: %q", s)
 	}
 }
