@@ -88,7 +88,7 @@ func openAPI(t *testing.T, services protoreflect.ServiceDescriptors) object {
 		item("info", object{
 			item("title", "Dunlin, the controller's API"), item("version", "v1"),
 			item("description", "Connect over HTTP, as curl can call it: each call is a POST of a JSON object, {} where there is nothing to say. The same calls are there by gRPC and gRPC-Web, on the same port. Fields that have their default are left out of answers. docs/access.md has who may do what."),
-			item("license", object{item("name", "see LICENSE")}),
+			item("license", object{item("name", "Apache 2.0"), item("identifier", "Apache-2.0")}),
 		}),
 		item("servers", []object{{item("url", "https://controller.example.com:8080")}}),
 		item("security", []object{{item("token", []string{})}}),
@@ -106,6 +106,7 @@ func TestOpenAPI(t *testing.T) {
 	doc := openAPI(t, dunlinv1.File_dunlin_v1_api_proto.Services())
 	hold(t, "../../docs/protocol/openapi.yaml", doc)
 	whole := plain(t, doc)
+	official(t, whole)
 	references(t, whole)
 	compiled := compile(t, whole)
 	for _, m := range samples() {

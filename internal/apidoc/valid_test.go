@@ -2,6 +2,8 @@ package apidoc
 
 import (
 	"bytes"
+	"maps"
+	"os"
 	"strings"
 	"testing"
 
@@ -27,6 +29,39 @@ func plain(t *testing.T, doc object) map[string]any {
 		t.Fatal(err)
 	}
 	return v.(map[string]any)
+}
+
+// official: a document is as the published schema of OpenAPI 3.1 says.
+func official(t *testing.T, doc map[string]any) {
+	t.Helper()
+	text, err := os.ReadFile("testdata/openapi-3.1.yaml")
+	if err != nil {
+		t.Fatal(err)
+	}
+	text, err = yaml.YAMLToJSON(text)
+	if err != nil {
+		t.Fatal(err)
+	}
+	schema, err := jsonschema.UnmarshalJSON(bytes.NewReader(text))
+	if err != nil {
+		t.Fatal(err)
+	}
+	c := jsonschema.NewCompiler()
+	if err := c.AddResource("mem:///openapi", schema); err != nil {
+		t.Fatal(err)
+	}
+	s, err := c.Compile("mem:///openapi")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := s.Validate(doc); err != nil {
+		t.Error(err)
+	}
+	bad := maps.Clone(doc)
+	delete(bad, "info")
+	if s.Validate(bad) == nil {
+		t.Error("a document without info was taken")
+	}
 }
 
 // references: each leads to something in the document.
