@@ -241,6 +241,57 @@ var limits = map[string]string{
 	"samples shown":                                                          "controller/api.defaultSamples controller/api.maxSamples",
 	"versions in a report":                                                   "controller/dispatch.maxVersions",
 	"events shown":                                                           "controller/api.defaultEvents controller/api.maxEvents",
+	"messages that wait in the controller":                                   "controller/dispatch.workers controller/dispatch.queueLimit",
+	"ONNX file":                                                              "agent/ort.MaxCompiled",
+	"configuration file":                                                     "internal/program.maxFile",
+	"gRPC handshake / pings of a client":                                     "agent/oip/rpc.connectTimeout:time agent/oip/rpc.minPingInterval:time",
+	"time for a request to arrive, and for an answer to be taken":            "agent/oip/rest.slowTime:time agent/oip/rest.slowRate agent/oip/rpc.transferRate agent/oip/rpc.transferAbove",
+	"gRPC message of another method":                                         "agent/oip/rpc.maxControl",
+	"runs of all versions at a time":                                         "agent/worker.maxRunning",
+	"run that was cancelled":                                                 "agent/worker.grace:time",
+	"idle REST connection / body that nothing reads":                         "agent.unreadTime:time",
+	"stop of the controller, of the agent":                                   "controller.stopGrace:time agent/oip/rpc.stopGrace:time",
+	"trial of a version in a process of its own":                             "agent/worker.CheckLimit:time",
+	"wait before a load is tried again that failed for want of the runtime":  "agent/reconcile.firstRetry:time agent/reconcile.lastRetry:time",
+	"one ranged request to the registry":                                     "agent/reconcile.mostRange",
+	"run without progress":                                                   "agent/worker.DefaultStallGrace:time",
+	"wait before the worker is started again":                                "agent/worker.maxPause:time agent/worker.maxBackoff:time",
+	"keepalive":                             "internal/link.DefaultKeepAlive:time",
+	"sign of life after something was said": "internal/link.probePatience:time internal/link.mostPatience:time",
+	"opening of a device's session: TLS, CONNECT, SUBSCRIBE each":              "internal/link.leastOpening:time internal/link.openingStep:time internal/link.mostOpening:time",
+	"wait before a new connection":                                             "internal/link.DefaultMaxBackoff:time internal/link.briefBackoff:time",
+	"time for a whole CONNECT, handshake included":                             "controller/broker.connectTimeout:time",
+	"first byte, TLS handshake, headers of a request to the controller's port": "controller.openTimeout:time",
+	"telemetry":                                                      "agent/follow.telemetryEvery:time",
+	"call to the controller":                                         "cmd/dunlin.callTimeout:time cmd/dunlin.registerTimeout:time",
+	"one step of a push / tries in a row":                            "cmd/dunlin.stepTimeout:time",
+	"file of an input, answer":                                       "cmd/dunlin.maxTensorFile cmd/dunlin.maxInferResponse",
+	"`dunlin rollout status --wait` without `--timeout`":             "cmd/dunlin.watchGrace:time",
+	"unfinished uploads in the registry":                             "controller/registry.uploadAge:time",
+	"versions that are compiled / come in / are prepacked at a time": "agent/engine.maxEntering",
+	"labels of a device or selector":                                 "controller/fleet.MaxLabels controller/fleet.MaxLabelKey controller/fleet.MaxLabelValue",
+	"name of a model, deployment or route":                           "models.maxModelName",
+	"firmware profiles in a folder / size of one":                    "firmware-profiles.maxFileBytes",
+}
+
+// unheld are the rows whose figures are no constants with a name: they are
+// computed, or written where they are used.
+var unheld = []string{
+	"rest of a refused body that is read",
+	"headers of a request",
+	"raw binary request",
+	"memory / processor time of the process that compiles",
+	"weights, session and workspace of a version",
+	"wait before weights are brought in again that could not be",
+	"wait before a failed download is tried again",
+	"free disk kept in reserve",
+	"deaths of the worker with a version at work, without a run of it that succeeds between",
+	"weights that come in without progress",
+	"messages that wait for one device",
+	"silence of a device",
+	"agent's inbox",
+	"reports of a device",
+	"`dunlin infer`",
 }
 
 // TestLimits: docs/limits.md has the figures that the code has.
@@ -275,6 +326,18 @@ func TestLimits(t *testing.T) {
 			}) {
 				t.Errorf("docs/limits.md: %s: %s; %s is %q", row, text, name, forms)
 			}
+		}
+	}
+	ofSettings := []string{"`--profile-duty`", "what no version refers to in the registry"}
+	for row := range rows {
+		_, held := limits[row]
+		if !held && row != "limit" && row != "---" && !slices.Contains(unheld, row) && !slices.Contains(ofSettings, row) {
+			t.Errorf("docs/limits.md: %s: no constant is named for it", row)
+		}
+	}
+	for _, row := range unheld {
+		if _, ok := rows[row]; !ok {
+			t.Errorf("docs/limits.md has no row %q", row)
 		}
 	}
 	for _, bad := range []string{"models.NoSuch", "models.chunkWindowThatIsNot"} {
