@@ -18,17 +18,21 @@ import (
 // metrics shows the figures of the host, and more, for Prometheus. They are
 // put together when they are asked for first: most devices are never asked.
 func (h *host) metrics(l *ports, more ...prometheus.Collector) http.Handler {
-	if l.access != nil {
-		more = append(more, l.access)
-	}
-	handler := sync.OnceValue(func() http.Handler {
-		r := telemetry.NewMetrics()
-		r.MustRegister(append(more, versionMetrics{h.engine}, ruleMetrics{h.front}, machineMetrics{h.serving.machine}, prometheus.NewGaugeFunc(prometheus.GaugeOpts{
-			Name: "dunlin_weight_pools", Help: "1 while weights leave and come back in place, in pools of device memory.",
-		}, h.pooled))...)
-		return telemetry.Handler(r)
-	})
+	handler := sync.OnceValue(func() http.Handler { return telemetry.Handler(h.registry(l, more...)) })
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { handler().ServeHTTP(w, r) })
+}
+
+// registry gives everything that the host exports, and more.
+func (h *host) registry(l *ports, more ...prometheus.Collector) *prometheus.Registry {
+	r := telemetry.NewMetrics()
+	r.MustRegister(more...)
+	if l.access != nil {
+		r.MustRegister(l.access)
+	}
+	r.MustRegister(versionMetrics{h.engine}, ruleMetrics{h.front}, machineMetrics{h.serving.machine}, prometheus.NewGaugeFunc(prometheus.GaugeOpts{
+		Name: "dunlin_weight_pools", Help: "1 while weights leave and come back in place, in pools of device memory.",
+	}, h.pooled))
+	return r
 }
 
 // pooled is 1 while weights are in pools.
@@ -42,8 +46,12 @@ func (h *host) pooled() float64 {
 }
 
 // metrics adds those of the link to a host's.
-func (a *agent) metrics(l *ports) http.Handler {
-	return a.host.metrics(l,
+func (a *agent) metrics(l *ports) http.Handler { return a.host.metrics(l, a.collectors()...) }
+
+// collectors gives what an agent exports that follows a controller, and one
+// that serves alone does not.
+func (a *agent) collectors() []prometheus.Collector {
+	return []prometheus.Collector{
 		a.watch,
 		prometheus.NewGaugeFunc(prometheus.GaugeOpts{
 			Name: "dunlin_agent_certificate_expiry_seconds", Help: "End of the device's certificate, in seconds since 1970; 0 until it has one.",
@@ -55,7 +63,8 @@ func (a *agent) metrics(l *ports) http.Handler {
 		}),
 		linkStates{a},
 		a.linkCounter("dunlin_agent_malformed_total", "Messages of the controller that were dropped because they are malformed.", (*link.Link).Malformed),
-		a.linkCounter("dunlin_agent_dropped_total", "Messages of the controller that were dropped because too many waited.", (*link.Link).Dropped))
+		a.linkCounter("dunlin_agent_dropped_total", "Messages of the controller that were dropped because too many waited.", (*link.Link).Dropped),
+	}
 }
 
 // linkStates exports how the link is.

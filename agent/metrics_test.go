@@ -1,18 +1,27 @@
 package agent
 
 import (
+	"context"
+	"flag"
 	"log/slog"
 	"net/http/httptest"
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
 	"github.com/prometheus/client_golang/prometheus"
+	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/reflect/protoreflect"
 
+	"github.com/dunlin/dunlin/agent/access"
+	"github.com/dunlin/dunlin/agent/alarm"
 	"github.com/dunlin/dunlin/agent/engine"
+	"github.com/dunlin/dunlin/agent/follow"
+	"github.com/dunlin/dunlin/agent/identity"
 	"github.com/dunlin/dunlin/agent/oip"
 	"github.com/dunlin/dunlin/agent/serve"
 	profiles "github.com/dunlin/dunlin/firmware-profiles"
 	"github.com/dunlin/dunlin/internal/telemetry"
+	"github.com/dunlin/dunlin/internal/telemetry/telemetrytest"
 	dunlinv1 "github.com/dunlin/dunlin/proto/dunlin/v1"
 )
 
@@ -47,6 +56,65 @@ dunlin_route_requests_total{route="live",rule="gold",target="m:2"} 0
 	if diff := cmp.Diff(want, answer.Body.String()); diff != "" {
 		t.Error(diff)
 	}
+}
+
+var updatePage = flag.Bool("update", false, "write the agent's part of docs/metrics.md")
+
+// filled gives a message all of whose scalar fields are there.
+func filled[M proto.Message](m M) M {
+	r := m.ProtoReflect()
+	fields := r.Descriptor().Fields()
+	for i := range fields.Len() {
+		switch f := fields.Get(i); {
+		case f.IsList() || f.Kind() == protoreflect.MessageKind:
+		case f.Kind() == protoreflect.BoolKind:
+			r.Set(f, protoreflect.ValueOfBool(true))
+		case f.Kind() == protoreflect.DoubleKind:
+			r.Set(f, protoreflect.ValueOfFloat64(1))
+		case f.Kind() == protoreflect.Uint32Kind:
+			r.Set(f, protoreflect.ValueOfUint32(1))
+		case f.Kind() == protoreflect.Uint64Kind:
+			r.Set(f, protoreflect.ValueOfUint64(1))
+		}
+	}
+	return m
+}
+
+// TestMetricsPage holds docs/metrics.md to what an agent exports; -update
+// writes it.
+func TestMetricsPage(t *testing.T) {
+	gpu := filled(&dunlinv1.GpuTelemetry{ThrottleReasons: []string{"sw_thermal"}, Processes: []*dunlinv1.GpuProcess{{Pid: 1}}})
+	sample := filled(&dunlinv1.Telemetry{Gpus: []*dunlinv1.GpuTelemetry{gpu}, Temperatures: []*dunlinv1.Temperature{{Sensor: "cpu"}}})
+	e := engine.New(engine.Config{Runtime: loader{}})
+	ctx, stop := context.WithCancel(t.Context())
+	done := make(chan error, 1)
+	go func() { done <- e.Run(ctx) }()
+	defer func() { stop(); <-done }()
+	if _, err := e.Load(t.Context(), engine.Spec{ID: engine.VersionID{Model: "m", Version: 1}}); err != nil {
+		t.Fatal(err)
+	}
+	front := serve.New(e, nil)
+	front.SetServing(map[string]int64{"m": 1})
+	front.SetRoutes("g", []*dunlinv1.DesiredRoute{{
+		Name: "live", Targets: []*dunlinv1.RouteTarget{{Model: "m", Weight: 1}},
+		Rules: []*dunlinv1.RouteRule{{Name: "gold", Match: &dunlinv1.RouteMatch{Cel: "true"}, Targets: []*dunlinv1.RouteTarget{{Model: "m", Weight: 1}}}},
+	}}, nil)
+	guard, err := access.New(access.Config{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	h := &host{engine: e, front: front, serving: Serving{machine: still{sample: sample}}}
+	a := &agent{host: h, follow: &follow.Follower{Identity: identity.New(identity.Config{})}, watch: &watch{alarms: []*dunlinv1.Alarm{{Kind: alarm.Power}}}}
+	metrics, err := telemetrytest.Exported(h.registry(&ports{access: guard}, a.collectors()...), map[string]string{
+		"dunlin_access_requests_total": "counter", // nobody has asked
+		"dunlin_agent_link_state":      "gauge",   // it has not joined
+		"dunlin_model_data_psi":        "gauge",   // nothing was looked at
+		"dunlin_model_evictions_total": "counter", // nothing had to go
+	})
+	if err != nil {
+		t.Error(err)
+	}
+	telemetrytest.Check(t, "../docs/metrics.md", "The agent", metrics, *updatePage)
 }
 
 // Rules know the temperature of the hottest sensor in the newest sample.

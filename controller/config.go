@@ -15,6 +15,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/prometheus/client_golang/prometheus"
 	"golang.org/x/crypto/acme"
 
 	"github.com/dunlin/dunlin/controller/broker"
@@ -72,6 +73,8 @@ type Config struct {
 	// OnStep is called before and after each step that is persisted or
 	// published, with its name: a test ends the process there.
 	OnStep func(step string) `yaml:"-"`
+	// Metrics takes what the controller exports.
+	Metrics *prometheus.Registry `yaml:"-"`
 	// Wire gives what is to arrive of each message between the controller and
 	// its devices: a test has them speak as another release does. nil drops it.
 	Wire func(topic string, payload []byte) []byte `yaml:"-"`

@@ -88,13 +88,20 @@ func Run(ctx context.Context, c Config) (err error) {
 		return fmt.Errorf("administrator's token: %w", err)
 	}
 	auth := identity.New(st, identity.Options{OIDC: c.oidc(log), Log: log})
-	metrics := telemetry.NewMetrics()
+	metrics := c.Metrics
+	if metrics == nil {
+		metrics = telemetry.NewMetrics()
+	}
 	t, err := openTrust(ctx, c, st)
 	if err != nil {
 		return err
 	}
 
 	certificates := watchCertificates(t, metrics, log)
+	var hooked *webhook.Sender
+	if c.Webhooks != "" {
+		hooked = webhook.New(st, hooks, metrics, log)
+	}
 
 	bus, err := openBus(ctx, c, t.forBroker(brokerAuth{auth, st, log}, func(who, object, reason, from string) {
 		st.Refused(ctx, identity.Refusal{Who: who, From: from, Action: "mqtt.refused", Object: object, Reason: reason})
@@ -197,8 +204,8 @@ func Run(ctx context.Context, c Config) (err error) {
 		{"signer", signer.run},
 		{"http", func(ctx context.Context) error { return serve(ctx, server, split(listener, tls)) }},
 	}
-	if c.Webhooks != "" {
-		components = append(components, component{"webhooks", webhook.New(st, hooks, metrics, log).Run})
+	if hooked != nil {
+		components = append(components, component{"webhooks", hooked.Run})
 	}
 	if t.acme != nil {
 		components = append(components, component{"acme", func(ctx context.Context) error { return t.acme.run(ctx, log) }})
