@@ -315,7 +315,7 @@ func (c *cli) readRequests(ctx context.Context, path string, seed uint64, s *sim
 		if len(r.Inputs) > maxRequestInputs {
 			return fmt.Errorf("%s: inputs has %d entries, the limit is %d", at, len(r.Inputs), maxRequestInputs)
 		}
-		headers := words{}
+		headers := texts{}
 		for name, v := range r.Headers {
 			headers[strings.ToLower(name)] = v
 		}
@@ -342,8 +342,8 @@ func (c *cli) readRequests(ctx context.Context, path string, seed uint64, s *sim
 
 // parameterTexts gives parameters as rules see them: numbers as they are
 // written, and no lists or objects.
-func parameterTexts(all map[string]json.RawMessage) words {
-	texts := words{}
+func parameterTexts(all map[string]json.RawMessage) texts {
+	texts := texts{}
 	for name, raw := range all {
 		switch raw[0] {
 		case '{', '[', 'n':
@@ -359,11 +359,11 @@ func parameterTexts(all map[string]json.RawMessage) words {
 	return texts
 }
 
-// words are policy.Values in a map; names of headers are in lower case.
-type words map[string]string
+// texts are policy.Values in a map; names of headers are in lower case.
+type texts map[string]string
 
-func (w words) Get(name string) (string, bool) { v, ok := w[name]; return v, ok }
-func (w words) All() iter.Seq2[string, string] { return maps.All(w) }
+func (w texts) Get(name string) (string, bool) { v, ok := w[name]; return v, ok }
+func (w texts) All() iter.Seq2[string, string] { return maps.All(w) }
 
 // simulation is what came out of one.
 type simulation struct {
@@ -422,7 +422,7 @@ func (s *simulation) makeUp(ctx context.Context, made *policy.Made, n int) error
 	return nil
 }
 
-func (s *simulation) decide(id string, parameters, headers words, inputs []tensor.Tensor, live liveFigures, random uint64) {
+func (s *simulation) decide(id string, parameters, headers texts, inputs []tensor.Tensor, live liveFigures, random uint64) {
 	q := &policy.Request{
 		Parameters: parameters, Headers: headers, Inputs: inputs, Labels: s.labels,
 		Live: func() policy.Figures { return live.over(s.figures) },
