@@ -226,7 +226,7 @@ func (x AgentStatus_State) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use AgentStatus_State.Descriptor instead.
 func (AgentStatus_State) EnumDescriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{23, 0}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{24, 0}
 }
 
 // Generation numbers the desired documents of one device. Documents of
@@ -1483,7 +1483,10 @@ type DesiredRoute struct {
 	// The first that matches decides.
 	Rules []*RouteRule `protobuf:"bytes,3,rep,name=rules,proto3" json:"rules,omitempty"`
 	// Unset: a request goes to one of the targets by chance.
-	Sticky        *RouteSticky `protobuf:"bytes,4,opt,name=sticky,proto3" json:"sticky,omitempty"`
+	Sticky *RouteSticky `protobuf:"bytes,4,opt,name=sticky,proto3" json:"sticky,omitempty"`
+	// Where the requests of targets go that the chosen one does not answer; the
+	// first that takes the reason is tried, then the next.
+	Fallback      []*RouteFallback `protobuf:"bytes,5,rep,name=fallback,proto3" json:"fallback,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1546,13 +1549,22 @@ func (x *DesiredRoute) GetSticky() *RouteSticky {
 	return nil
 }
 
+func (x *DesiredRoute) GetFallback() []*RouteFallback {
+	if x != nil {
+		return x.Fallback
+	}
+	return nil
+}
+
 // RouteRule says where the requests go that it matches.
 type RouteRule struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
-	Match         *RouteMatch            `protobuf:"bytes,2,opt,name=match,proto3" json:"match,omitempty"`
-	Targets       []*RouteTarget         `protobuf:"bytes,3,rep,name=targets,proto3" json:"targets,omitempty"`
-	Sticky        *RouteSticky           `protobuf:"bytes,4,opt,name=sticky,proto3" json:"sticky,omitempty"`
+	state   protoimpl.MessageState `protogen:"open.v1"`
+	Name    string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	Match   *RouteMatch            `protobuf:"bytes,2,opt,name=match,proto3" json:"match,omitempty"`
+	Targets []*RouteTarget         `protobuf:"bytes,3,rep,name=targets,proto3" json:"targets,omitempty"`
+	Sticky  *RouteSticky           `protobuf:"bytes,4,opt,name=sticky,proto3" json:"sticky,omitempty"`
+	// Of the rule's own targets.
+	Fallback      []*RouteFallback `protobuf:"bytes,5,rep,name=fallback,proto3" json:"fallback,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1611,6 +1623,13 @@ func (x *RouteRule) GetTargets() []*RouteTarget {
 func (x *RouteRule) GetSticky() *RouteSticky {
 	if x != nil {
 		return x.Sticky
+	}
+	return nil
+}
+
+func (x *RouteRule) GetFallback() []*RouteFallback {
+	if x != nil {
+		return x.Fallback
 	}
 	return nil
 }
@@ -1928,6 +1947,70 @@ func (x *RouteTarget) GetWeight() uint32 {
 	return 0
 }
 
+// RouteFallback is a version that answers instead of another one.
+type RouteFallback struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Model string                 `protobuf:"bytes,1,opt,name=model,proto3" json:"model,omitempty"`
+	// 0: as in RouteTarget.
+	Version int64 `protobuf:"varint,2,opt,name=version,proto3" json:"version,omitempty"`
+	// Why the one before did not answer: "overload", "error", "deadline",
+	// "not-resident". None: the first three.
+	On            []string `protobuf:"bytes,3,rep,name=on,proto3" json:"on,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RouteFallback) Reset() {
+	*x = RouteFallback{}
+	mi := &file_dunlin_v1_wire_proto_msgTypes[20]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RouteFallback) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RouteFallback) ProtoMessage() {}
+
+func (x *RouteFallback) ProtoReflect() protoreflect.Message {
+	mi := &file_dunlin_v1_wire_proto_msgTypes[20]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RouteFallback.ProtoReflect.Descriptor instead.
+func (*RouteFallback) Descriptor() ([]byte, []int) {
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{20}
+}
+
+func (x *RouteFallback) GetModel() string {
+	if x != nil {
+		return x.Model
+	}
+	return ""
+}
+
+func (x *RouteFallback) GetVersion() int64 {
+	if x != nil {
+		return x.Version
+	}
+	return 0
+}
+
+func (x *RouteFallback) GetOn() []string {
+	if x != nil {
+		return x.On
+	}
+	return nil
+}
+
 // VersionStatus is the state of one version on a device.
 type VersionStatus struct {
 	state   protoimpl.MessageState `protogen:"open.v1"`
@@ -1956,7 +2039,7 @@ type VersionStatus struct {
 
 func (x *VersionStatus) Reset() {
 	*x = VersionStatus{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[20]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1968,7 +2051,7 @@ func (x *VersionStatus) String() string {
 func (*VersionStatus) ProtoMessage() {}
 
 func (x *VersionStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[20]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1981,7 +2064,7 @@ func (x *VersionStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VersionStatus.ProtoReflect.Descriptor instead.
 func (*VersionStatus) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{20}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *VersionStatus) GetModel() string {
@@ -2087,7 +2170,7 @@ type RouteStatus struct {
 
 func (x *RouteStatus) Reset() {
 	*x = RouteStatus{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[21]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2099,7 +2182,7 @@ func (x *RouteStatus) String() string {
 func (*RouteStatus) ProtoMessage() {}
 
 func (x *RouteStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[21]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2112,7 +2195,7 @@ func (x *RouteStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RouteStatus.ProtoReflect.Descriptor instead.
 func (*RouteStatus) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{21}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *RouteStatus) GetName() string {
@@ -2157,7 +2240,7 @@ type Reported struct {
 
 func (x *Reported) Reset() {
 	*x = Reported{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[22]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2169,7 +2252,7 @@ func (x *Reported) String() string {
 func (*Reported) ProtoMessage() {}
 
 func (x *Reported) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[22]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2182,7 +2265,7 @@ func (x *Reported) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Reported.ProtoReflect.Descriptor instead.
 func (*Reported) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{22}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *Reported) GetSession() string {
@@ -2259,7 +2342,7 @@ type AgentStatus struct {
 
 func (x *AgentStatus) Reset() {
 	*x = AgentStatus{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[23]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2271,7 +2354,7 @@ func (x *AgentStatus) String() string {
 func (*AgentStatus) ProtoMessage() {}
 
 func (x *AgentStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[23]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2284,7 +2367,7 @@ func (x *AgentStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentStatus.ProtoReflect.Descriptor instead.
 func (*AgentStatus) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{23}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *AgentStatus) GetAgentVersion() string {
@@ -2354,7 +2437,7 @@ type Drift struct {
 
 func (x *Drift) Reset() {
 	*x = Drift{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[24]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2366,7 +2449,7 @@ func (x *Drift) String() string {
 func (*Drift) ProtoMessage() {}
 
 func (x *Drift) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[24]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2379,7 +2462,7 @@ func (x *Drift) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Drift.ProtoReflect.Descriptor instead.
 func (*Drift) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{24}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *Drift) GetKind() string {
@@ -2446,7 +2529,7 @@ type Event struct {
 
 func (x *Event) Reset() {
 	*x = Event{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[25]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2458,7 +2541,7 @@ func (x *Event) String() string {
 func (*Event) ProtoMessage() {}
 
 func (x *Event) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[25]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2471,7 +2554,7 @@ func (x *Event) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Event.ProtoReflect.Descriptor instead.
 func (*Event) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{25}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *Event) GetSequence() uint64 {
@@ -2552,7 +2635,7 @@ type EventBatch struct {
 
 func (x *EventBatch) Reset() {
 	*x = EventBatch{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[26]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2564,7 +2647,7 @@ func (x *EventBatch) String() string {
 func (*EventBatch) ProtoMessage() {}
 
 func (x *EventBatch) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[26]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2577,7 +2660,7 @@ func (x *EventBatch) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EventBatch.ProtoReflect.Descriptor instead.
 func (*EventBatch) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{26}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *EventBatch) GetOutboxId() string {
@@ -2605,7 +2688,7 @@ type EventAck struct {
 
 func (x *EventAck) Reset() {
 	*x = EventAck{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[27]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2617,7 +2700,7 @@ func (x *EventAck) String() string {
 func (*EventAck) ProtoMessage() {}
 
 func (x *EventAck) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[27]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2630,7 +2713,7 @@ func (x *EventAck) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EventAck.ProtoReflect.Descriptor instead.
 func (*EventAck) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{27}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *EventAck) GetOutboxId() string {
@@ -2665,7 +2748,7 @@ type Command struct {
 
 func (x *Command) Reset() {
 	*x = Command{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[28]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2677,7 +2760,7 @@ func (x *Command) String() string {
 func (*Command) ProtoMessage() {}
 
 func (x *Command) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[28]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2690,7 +2773,7 @@ func (x *Command) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Command.ProtoReflect.Descriptor instead.
 func (*Command) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{28}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *Command) GetCommand() isCommand_Command {
@@ -2812,7 +2895,7 @@ type TelemetryLease struct {
 
 func (x *TelemetryLease) Reset() {
 	*x = TelemetryLease{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[29]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2824,7 +2907,7 @@ func (x *TelemetryLease) String() string {
 func (*TelemetryLease) ProtoMessage() {}
 
 func (x *TelemetryLease) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[29]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2837,7 +2920,7 @@ func (x *TelemetryLease) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TelemetryLease.ProtoReflect.Descriptor instead.
 func (*TelemetryLease) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{29}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *TelemetryLease) GetEveryMs() uint32 {
@@ -2866,7 +2949,7 @@ type SourcesRequest struct {
 
 func (x *SourcesRequest) Reset() {
 	*x = SourcesRequest{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[30]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2878,7 +2961,7 @@ func (x *SourcesRequest) String() string {
 func (*SourcesRequest) ProtoMessage() {}
 
 func (x *SourcesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[30]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2891,7 +2974,7 @@ func (x *SourcesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SourcesRequest.ProtoReflect.Descriptor instead.
 func (*SourcesRequest) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{30}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *SourcesRequest) GetModel() string {
@@ -2919,7 +3002,7 @@ type Sources struct {
 
 func (x *Sources) Reset() {
 	*x = Sources{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[31]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2931,7 +3014,7 @@ func (x *Sources) String() string {
 func (*Sources) ProtoMessage() {}
 
 func (x *Sources) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[31]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2944,7 +3027,7 @@ func (x *Sources) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Sources.ProtoReflect.Descriptor instead.
 func (*Sources) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{31}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *Sources) GetDigest() string {
@@ -2975,7 +3058,7 @@ type Source struct {
 
 func (x *Source) Reset() {
 	*x = Source{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[32]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2987,7 +3070,7 @@ func (x *Source) String() string {
 func (*Source) ProtoMessage() {}
 
 func (x *Source) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[32]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3000,7 +3083,7 @@ func (x *Source) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Source.ProtoReflect.Descriptor instead.
 func (*Source) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{32}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *Source) GetDevice() string {
@@ -3037,7 +3120,7 @@ type StandDown struct {
 
 func (x *StandDown) Reset() {
 	*x = StandDown{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[33]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3049,7 +3132,7 @@ func (x *StandDown) String() string {
 func (*StandDown) ProtoMessage() {}
 
 func (x *StandDown) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[33]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3062,7 +3145,7 @@ func (x *StandDown) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StandDown.ProtoReflect.Descriptor instead.
 func (*StandDown) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{33}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *StandDown) GetBootId() string {
@@ -3089,7 +3172,7 @@ type RenewNow struct {
 
 func (x *RenewNow) Reset() {
 	*x = RenewNow{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[34]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3101,7 +3184,7 @@ func (x *RenewNow) String() string {
 func (*RenewNow) ProtoMessage() {}
 
 func (x *RenewNow) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[34]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3114,7 +3197,7 @@ func (x *RenewNow) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RenewNow.ProtoReflect.Descriptor instead.
 func (*RenewNow) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{34}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *RenewNow) GetWithinMs() uint32 {
@@ -3133,7 +3216,7 @@ type HelloAgain struct {
 
 func (x *HelloAgain) Reset() {
 	*x = HelloAgain{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[35]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3145,7 +3228,7 @@ func (x *HelloAgain) String() string {
 func (*HelloAgain) ProtoMessage() {}
 
 func (x *HelloAgain) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[35]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3158,7 +3241,7 @@ func (x *HelloAgain) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HelloAgain.ProtoReflect.Descriptor instead.
 func (*HelloAgain) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{35}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{36}
 }
 
 // Telemetry is one sample of a device's figures. A figure that the device
@@ -3207,7 +3290,7 @@ type Telemetry struct {
 
 func (x *Telemetry) Reset() {
 	*x = Telemetry{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[36]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3219,7 +3302,7 @@ func (x *Telemetry) String() string {
 func (*Telemetry) ProtoMessage() {}
 
 func (x *Telemetry) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[36]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3232,7 +3315,7 @@ func (x *Telemetry) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Telemetry.ProtoReflect.Descriptor instead.
 func (*Telemetry) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{36}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *Telemetry) GetAt() *timestamppb.Timestamp {
@@ -3401,7 +3484,7 @@ type Temperature struct {
 
 func (x *Temperature) Reset() {
 	*x = Temperature{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[37]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3413,7 +3496,7 @@ func (x *Temperature) String() string {
 func (*Temperature) ProtoMessage() {}
 
 func (x *Temperature) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[37]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3426,7 +3509,7 @@ func (x *Temperature) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Temperature.ProtoReflect.Descriptor instead.
 func (*Temperature) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{37}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *Temperature) GetSensor() string {
@@ -3485,7 +3568,7 @@ type GpuTelemetry struct {
 
 func (x *GpuTelemetry) Reset() {
 	*x = GpuTelemetry{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[38]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3497,7 +3580,7 @@ func (x *GpuTelemetry) String() string {
 func (*GpuTelemetry) ProtoMessage() {}
 
 func (x *GpuTelemetry) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[38]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3510,7 +3593,7 @@ func (x *GpuTelemetry) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GpuTelemetry.ProtoReflect.Descriptor instead.
 func (*GpuTelemetry) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{38}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *GpuTelemetry) GetIndex() uint32 {
@@ -3720,7 +3803,7 @@ type GpuProcess struct {
 
 func (x *GpuProcess) Reset() {
 	*x = GpuProcess{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[39]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3732,7 +3815,7 @@ func (x *GpuProcess) String() string {
 func (*GpuProcess) ProtoMessage() {}
 
 func (x *GpuProcess) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[39]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3745,7 +3828,7 @@ func (x *GpuProcess) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GpuProcess.ProtoReflect.Descriptor instead.
 func (*GpuProcess) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{39}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *GpuProcess) GetPid() uint32 {
@@ -3795,7 +3878,7 @@ type Alarm struct {
 
 func (x *Alarm) Reset() {
 	*x = Alarm{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[40]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3807,7 +3890,7 @@ func (x *Alarm) String() string {
 func (*Alarm) ProtoMessage() {}
 
 func (x *Alarm) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[40]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3820,7 +3903,7 @@ func (x *Alarm) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Alarm.ProtoReflect.Descriptor instead.
 func (*Alarm) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{40}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{41}
 }
 
 func (x *Alarm) GetKind() string {
@@ -3924,7 +4007,7 @@ type AlarmSample struct {
 
 func (x *AlarmSample) Reset() {
 	*x = AlarmSample{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[41]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3936,7 +4019,7 @@ func (x *AlarmSample) String() string {
 func (*AlarmSample) ProtoMessage() {}
 
 func (x *AlarmSample) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[41]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3949,7 +4032,7 @@ func (x *AlarmSample) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AlarmSample.ProtoReflect.Descriptor instead.
 func (*AlarmSample) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{41}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{42}
 }
 
 func (x *AlarmSample) GetAt() *timestamppb.Timestamp {
@@ -4007,7 +4090,7 @@ type ModelProfile struct {
 
 func (x *ModelProfile) Reset() {
 	*x = ModelProfile{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[42]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[43]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4019,7 +4102,7 @@ func (x *ModelProfile) String() string {
 func (*ModelProfile) ProtoMessage() {}
 
 func (x *ModelProfile) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[42]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[43]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4032,7 +4115,7 @@ func (x *ModelProfile) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ModelProfile.ProtoReflect.Descriptor instead.
 func (*ModelProfile) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{42}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{43}
 }
 
 func (x *ModelProfile) GetModel() string {
@@ -4213,7 +4296,7 @@ type ModelSetting struct {
 
 func (x *ModelSetting) Reset() {
 	*x = ModelSetting{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[43]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[44]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4225,7 +4308,7 @@ func (x *ModelSetting) String() string {
 func (*ModelSetting) ProtoMessage() {}
 
 func (x *ModelSetting) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[43]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[44]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4238,7 +4321,7 @@ func (x *ModelSetting) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ModelSetting.ProtoReflect.Descriptor instead.
 func (*ModelSetting) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{43}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{44}
 }
 
 func (x *ModelSetting) GetProvider() string {
@@ -4294,7 +4377,7 @@ type ProfilePoint struct {
 
 func (x *ProfilePoint) Reset() {
 	*x = ProfilePoint{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[44]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[45]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4306,7 +4389,7 @@ func (x *ProfilePoint) String() string {
 func (*ProfilePoint) ProtoMessage() {}
 
 func (x *ProfilePoint) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[44]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[45]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4319,7 +4402,7 @@ func (x *ProfilePoint) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProfilePoint.ProtoReflect.Descriptor instead.
 func (*ProfilePoint) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{44}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{45}
 }
 
 func (x *ProfilePoint) GetSetting() *ModelSetting {
@@ -4388,7 +4471,7 @@ type LatencyPoint struct {
 
 func (x *LatencyPoint) Reset() {
 	*x = LatencyPoint{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[45]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[46]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4400,7 +4483,7 @@ func (x *LatencyPoint) String() string {
 func (*LatencyPoint) ProtoMessage() {}
 
 func (x *LatencyPoint) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[45]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[46]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4413,7 +4496,7 @@ func (x *LatencyPoint) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LatencyPoint.ProtoReflect.Descriptor instead.
 func (*LatencyPoint) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{45}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{46}
 }
 
 func (x *LatencyPoint) GetRows() uint32 {
@@ -4445,7 +4528,7 @@ type ProviderCheck struct {
 
 func (x *ProviderCheck) Reset() {
 	*x = ProviderCheck{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[46]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[47]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4457,7 +4540,7 @@ func (x *ProviderCheck) String() string {
 func (*ProviderCheck) ProtoMessage() {}
 
 func (x *ProviderCheck) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[46]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[47]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4470,7 +4553,7 @@ func (x *ProviderCheck) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProviderCheck.ProtoReflect.Descriptor instead.
 func (*ProviderCheck) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{46}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{47}
 }
 
 func (x *ProviderCheck) GetProvider() string {
@@ -4536,7 +4619,7 @@ type ModelTelemetry struct {
 
 func (x *ModelTelemetry) Reset() {
 	*x = ModelTelemetry{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[47]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[48]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4548,7 +4631,7 @@ func (x *ModelTelemetry) String() string {
 func (*ModelTelemetry) ProtoMessage() {}
 
 func (x *ModelTelemetry) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[47]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[48]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4561,7 +4644,7 @@ func (x *ModelTelemetry) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ModelTelemetry.ProtoReflect.Descriptor instead.
 func (*ModelTelemetry) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{47}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{48}
 }
 
 func (x *ModelTelemetry) GetModel() string {
@@ -4667,7 +4750,7 @@ type VersionFigures struct {
 
 func (x *VersionFigures) Reset() {
 	*x = VersionFigures{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[48]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[49]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4679,7 +4762,7 @@ func (x *VersionFigures) String() string {
 func (*VersionFigures) ProtoMessage() {}
 
 func (x *VersionFigures) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[48]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[49]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4692,7 +4775,7 @@ func (x *VersionFigures) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VersionFigures.ProtoReflect.Descriptor instead.
 func (*VersionFigures) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{48}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{49}
 }
 
 func (x *VersionFigures) GetRows() uint64 {
@@ -4734,7 +4817,7 @@ type Buckets struct {
 
 func (x *Buckets) Reset() {
 	*x = Buckets{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[49]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[50]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4746,7 +4829,7 @@ func (x *Buckets) String() string {
 func (*Buckets) ProtoMessage() {}
 
 func (x *Buckets) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[49]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[50]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4759,7 +4842,7 @@ func (x *Buckets) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Buckets.ProtoReflect.Descriptor instead.
 func (*Buckets) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{49}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{50}
 }
 
 func (x *Buckets) GetFirst() uint32 {
@@ -4790,7 +4873,7 @@ type SwapCount struct {
 
 func (x *SwapCount) Reset() {
 	*x = SwapCount{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[50]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[51]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4802,7 +4885,7 @@ func (x *SwapCount) String() string {
 func (*SwapCount) ProtoMessage() {}
 
 func (x *SwapCount) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[50]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[51]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4815,7 +4898,7 @@ func (x *SwapCount) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SwapCount.ProtoReflect.Descriptor instead.
 func (*SwapCount) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{50}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{51}
 }
 
 func (x *SwapCount) GetReason() string {
@@ -4852,7 +4935,7 @@ type BlockRequest struct {
 
 func (x *BlockRequest) Reset() {
 	*x = BlockRequest{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[51]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[52]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4864,7 +4947,7 @@ func (x *BlockRequest) String() string {
 func (*BlockRequest) ProtoMessage() {}
 
 func (x *BlockRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[51]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[52]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4877,7 +4960,7 @@ func (x *BlockRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BlockRequest.ProtoReflect.Descriptor instead.
 func (*BlockRequest) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{51}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{52}
 }
 
 func (x *BlockRequest) GetSha256() []byte {
@@ -4913,7 +4996,7 @@ type Block struct {
 
 func (x *Block) Reset() {
 	*x = Block{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[52]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[53]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4925,7 +5008,7 @@ func (x *Block) String() string {
 func (*Block) ProtoMessage() {}
 
 func (x *Block) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[52]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[53]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4938,7 +5021,7 @@ func (x *Block) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Block.ProtoReflect.Descriptor instead.
 func (*Block) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{52}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{53}
 }
 
 func (x *Block) GetSha256() []byte {
@@ -4985,7 +5068,7 @@ type FetchRequest struct {
 
 func (x *FetchRequest) Reset() {
 	*x = FetchRequest{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[53]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[54]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4997,7 +5080,7 @@ func (x *FetchRequest) String() string {
 func (*FetchRequest) ProtoMessage() {}
 
 func (x *FetchRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[53]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[54]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5010,7 +5093,7 @@ func (x *FetchRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FetchRequest.ProtoReflect.Descriptor instead.
 func (*FetchRequest) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{53}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{54}
 }
 
 func (x *FetchRequest) GetId() uint64 {
@@ -5084,7 +5167,7 @@ type FetchData struct {
 
 func (x *FetchData) Reset() {
 	*x = FetchData{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[54]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[55]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5096,7 +5179,7 @@ func (x *FetchData) String() string {
 func (*FetchData) ProtoMessage() {}
 
 func (x *FetchData) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[54]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[55]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5109,7 +5192,7 @@ func (x *FetchData) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FetchData.ProtoReflect.Descriptor instead.
 func (*FetchData) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{54}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{55}
 }
 
 func (x *FetchData) GetId() uint64 {
@@ -5176,7 +5259,7 @@ type Epoch struct {
 
 func (x *Epoch) Reset() {
 	*x = Epoch{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[55]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[56]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5188,7 +5271,7 @@ func (x *Epoch) String() string {
 func (*Epoch) ProtoMessage() {}
 
 func (x *Epoch) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[55]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[56]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5201,7 +5284,7 @@ func (x *Epoch) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Epoch.ProtoReflect.Descriptor instead.
 func (*Epoch) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{55}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{56}
 }
 
 func (x *Epoch) GetIncarnation() string {
@@ -5360,17 +5443,19 @@ const file_dunlin_v1_wire_proto_rawDesc = "" +
 	"signatures\x18\x06 \x03(\tR\n" +
 	"signatures\x12/\n" +
 	"\bdelivery\x18\a \x01(\v2\x13.dunlin.v1.DeliveryR\bdelivery\x12\x19\n" +
-	"\bin_place\x18\b \x01(\bR\ainPlace\"\xb0\x01\n" +
+	"\bin_place\x18\b \x01(\bR\ainPlace\"\xe6\x01\n" +
 	"\fDesiredRoute\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x120\n" +
 	"\atargets\x18\x02 \x03(\v2\x16.dunlin.v1.RouteTargetR\atargets\x12*\n" +
 	"\x05rules\x18\x03 \x03(\v2\x14.dunlin.v1.RouteRuleR\x05rules\x12.\n" +
-	"\x06sticky\x18\x04 \x01(\v2\x16.dunlin.v1.RouteStickyR\x06sticky\"\xae\x01\n" +
+	"\x06sticky\x18\x04 \x01(\v2\x16.dunlin.v1.RouteStickyR\x06sticky\x124\n" +
+	"\bfallback\x18\x05 \x03(\v2\x18.dunlin.v1.RouteFallbackR\bfallback\"\xe4\x01\n" +
 	"\tRouteRule\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12+\n" +
 	"\x05match\x18\x02 \x01(\v2\x15.dunlin.v1.RouteMatchR\x05match\x120\n" +
 	"\atargets\x18\x03 \x03(\v2\x16.dunlin.v1.RouteTargetR\atargets\x12.\n" +
-	"\x06sticky\x18\x04 \x01(\v2\x16.dunlin.v1.RouteStickyR\x06sticky\"\xf0\x01\n" +
+	"\x06sticky\x18\x04 \x01(\v2\x16.dunlin.v1.RouteStickyR\x06sticky\x124\n" +
+	"\bfallback\x18\x05 \x03(\v2\x18.dunlin.v1.RouteFallbackR\bfallback\"\xf0\x01\n" +
 	"\n" +
 	"RouteMatch\x129\n" +
 	"\n" +
@@ -5394,7 +5479,11 @@ const file_dunlin_v1_wire_proto_rawDesc = "" +
 	"\vRouteTarget\x12\x14\n" +
 	"\x05model\x18\x01 \x01(\tR\x05model\x12\x18\n" +
 	"\aversion\x18\x02 \x01(\x03R\aversion\x12\x16\n" +
-	"\x06weight\x18\x03 \x01(\rR\x06weight\"\xae\x03\n" +
+	"\x06weight\x18\x03 \x01(\rR\x06weight\"O\n" +
+	"\rRouteFallback\x12\x14\n" +
+	"\x05model\x18\x01 \x01(\tR\x05model\x12\x18\n" +
+	"\aversion\x18\x02 \x01(\x03R\aversion\x12\x0e\n" +
+	"\x02on\x18\x03 \x03(\tR\x02on\"\xae\x03\n" +
 	"\rVersionStatus\x12\x14\n" +
 	"\x05model\x18\x01 \x01(\tR\x05model\x12\x18\n" +
 	"\aversion\x18\x02 \x01(\x03R\aversion\x12\x16\n" +
@@ -5772,7 +5861,7 @@ func file_dunlin_v1_wire_proto_rawDescGZIP() []byte {
 }
 
 var file_dunlin_v1_wire_proto_enumTypes = make([]protoimpl.EnumInfo, 3)
-var file_dunlin_v1_wire_proto_msgTypes = make([]protoimpl.MessageInfo, 57)
+var file_dunlin_v1_wire_proto_msgTypes = make([]protoimpl.MessageInfo, 58)
 var file_dunlin_v1_wire_proto_goTypes = []any{
 	(VersionState)(0),             // 0: dunlin.v1.VersionState
 	(Severity)(0),                 // 1: dunlin.v1.Severity
@@ -5797,51 +5886,52 @@ var file_dunlin_v1_wire_proto_goTypes = []any{
 	(*RouteInput)(nil),            // 20: dunlin.v1.RouteInput
 	(*RouteSticky)(nil),           // 21: dunlin.v1.RouteSticky
 	(*RouteTarget)(nil),           // 22: dunlin.v1.RouteTarget
-	(*VersionStatus)(nil),         // 23: dunlin.v1.VersionStatus
-	(*RouteStatus)(nil),           // 24: dunlin.v1.RouteStatus
-	(*Reported)(nil),              // 25: dunlin.v1.Reported
-	(*AgentStatus)(nil),           // 26: dunlin.v1.AgentStatus
-	(*Drift)(nil),                 // 27: dunlin.v1.Drift
-	(*Event)(nil),                 // 28: dunlin.v1.Event
-	(*EventBatch)(nil),            // 29: dunlin.v1.EventBatch
-	(*EventAck)(nil),              // 30: dunlin.v1.EventAck
-	(*Command)(nil),               // 31: dunlin.v1.Command
-	(*TelemetryLease)(nil),        // 32: dunlin.v1.TelemetryLease
-	(*SourcesRequest)(nil),        // 33: dunlin.v1.SourcesRequest
-	(*Sources)(nil),               // 34: dunlin.v1.Sources
-	(*Source)(nil),                // 35: dunlin.v1.Source
-	(*StandDown)(nil),             // 36: dunlin.v1.StandDown
-	(*RenewNow)(nil),              // 37: dunlin.v1.RenewNow
-	(*HelloAgain)(nil),            // 38: dunlin.v1.HelloAgain
-	(*Telemetry)(nil),             // 39: dunlin.v1.Telemetry
-	(*Temperature)(nil),           // 40: dunlin.v1.Temperature
-	(*GpuTelemetry)(nil),          // 41: dunlin.v1.GpuTelemetry
-	(*GpuProcess)(nil),            // 42: dunlin.v1.GpuProcess
-	(*Alarm)(nil),                 // 43: dunlin.v1.Alarm
-	(*AlarmSample)(nil),           // 44: dunlin.v1.AlarmSample
-	(*ModelProfile)(nil),          // 45: dunlin.v1.ModelProfile
-	(*ModelSetting)(nil),          // 46: dunlin.v1.ModelSetting
-	(*ProfilePoint)(nil),          // 47: dunlin.v1.ProfilePoint
-	(*LatencyPoint)(nil),          // 48: dunlin.v1.LatencyPoint
-	(*ProviderCheck)(nil),         // 49: dunlin.v1.ProviderCheck
-	(*ModelTelemetry)(nil),        // 50: dunlin.v1.ModelTelemetry
-	(*VersionFigures)(nil),        // 51: dunlin.v1.VersionFigures
-	(*Buckets)(nil),               // 52: dunlin.v1.Buckets
-	(*SwapCount)(nil),             // 53: dunlin.v1.SwapCount
-	(*BlockRequest)(nil),          // 54: dunlin.v1.BlockRequest
-	(*Block)(nil),                 // 55: dunlin.v1.Block
-	(*FetchRequest)(nil),          // 56: dunlin.v1.FetchRequest
-	(*FetchData)(nil),             // 57: dunlin.v1.FetchData
-	(*Epoch)(nil),                 // 58: dunlin.v1.Epoch
-	nil,                           // 59: dunlin.v1.Hello.LabelsEntry
-	(*timestamppb.Timestamp)(nil), // 60: google.protobuf.Timestamp
+	(*RouteFallback)(nil),         // 23: dunlin.v1.RouteFallback
+	(*VersionStatus)(nil),         // 24: dunlin.v1.VersionStatus
+	(*RouteStatus)(nil),           // 25: dunlin.v1.RouteStatus
+	(*Reported)(nil),              // 26: dunlin.v1.Reported
+	(*AgentStatus)(nil),           // 27: dunlin.v1.AgentStatus
+	(*Drift)(nil),                 // 28: dunlin.v1.Drift
+	(*Event)(nil),                 // 29: dunlin.v1.Event
+	(*EventBatch)(nil),            // 30: dunlin.v1.EventBatch
+	(*EventAck)(nil),              // 31: dunlin.v1.EventAck
+	(*Command)(nil),               // 32: dunlin.v1.Command
+	(*TelemetryLease)(nil),        // 33: dunlin.v1.TelemetryLease
+	(*SourcesRequest)(nil),        // 34: dunlin.v1.SourcesRequest
+	(*Sources)(nil),               // 35: dunlin.v1.Sources
+	(*Source)(nil),                // 36: dunlin.v1.Source
+	(*StandDown)(nil),             // 37: dunlin.v1.StandDown
+	(*RenewNow)(nil),              // 38: dunlin.v1.RenewNow
+	(*HelloAgain)(nil),            // 39: dunlin.v1.HelloAgain
+	(*Telemetry)(nil),             // 40: dunlin.v1.Telemetry
+	(*Temperature)(nil),           // 41: dunlin.v1.Temperature
+	(*GpuTelemetry)(nil),          // 42: dunlin.v1.GpuTelemetry
+	(*GpuProcess)(nil),            // 43: dunlin.v1.GpuProcess
+	(*Alarm)(nil),                 // 44: dunlin.v1.Alarm
+	(*AlarmSample)(nil),           // 45: dunlin.v1.AlarmSample
+	(*ModelProfile)(nil),          // 46: dunlin.v1.ModelProfile
+	(*ModelSetting)(nil),          // 47: dunlin.v1.ModelSetting
+	(*ProfilePoint)(nil),          // 48: dunlin.v1.ProfilePoint
+	(*LatencyPoint)(nil),          // 49: dunlin.v1.LatencyPoint
+	(*ProviderCheck)(nil),         // 50: dunlin.v1.ProviderCheck
+	(*ModelTelemetry)(nil),        // 51: dunlin.v1.ModelTelemetry
+	(*VersionFigures)(nil),        // 52: dunlin.v1.VersionFigures
+	(*Buckets)(nil),               // 53: dunlin.v1.Buckets
+	(*SwapCount)(nil),             // 54: dunlin.v1.SwapCount
+	(*BlockRequest)(nil),          // 55: dunlin.v1.BlockRequest
+	(*Block)(nil),                 // 56: dunlin.v1.Block
+	(*FetchRequest)(nil),          // 57: dunlin.v1.FetchRequest
+	(*FetchData)(nil),             // 58: dunlin.v1.FetchData
+	(*Epoch)(nil),                 // 59: dunlin.v1.Epoch
+	nil,                           // 60: dunlin.v1.Hello.LabelsEntry
+	(*timestamppb.Timestamp)(nil), // 61: google.protobuf.Timestamp
 }
 var file_dunlin_v1_wire_proto_depIdxs = []int32{
 	5,  // 0: dunlin.v1.DeviceInfo.gpus:type_name -> dunlin.v1.GpuInfo
 	6,  // 1: dunlin.v1.DeviceInfo.limits:type_name -> dunlin.v1.DeviceLimits
 	3,  // 2: dunlin.v1.Hello.have_generation:type_name -> dunlin.v1.Generation
 	4,  // 3: dunlin.v1.Hello.info:type_name -> dunlin.v1.DeviceInfo
-	59, // 4: dunlin.v1.Hello.labels:type_name -> dunlin.v1.Hello.LabelsEntry
+	60, // 4: dunlin.v1.Hello.labels:type_name -> dunlin.v1.Hello.LabelsEntry
 	3,  // 5: dunlin.v1.Desired.generation:type_name -> dunlin.v1.Generation
 	15, // 6: dunlin.v1.DesiredDocument.versions:type_name -> dunlin.v1.DesiredVersion
 	16, // 7: dunlin.v1.DesiredDocument.routes:type_name -> dunlin.v1.DesiredRoute
@@ -5853,62 +5943,64 @@ var file_dunlin_v1_wire_proto_depIdxs = []int32{
 	22, // 13: dunlin.v1.DesiredRoute.targets:type_name -> dunlin.v1.RouteTarget
 	17, // 14: dunlin.v1.DesiredRoute.rules:type_name -> dunlin.v1.RouteRule
 	21, // 15: dunlin.v1.DesiredRoute.sticky:type_name -> dunlin.v1.RouteSticky
-	18, // 16: dunlin.v1.RouteRule.match:type_name -> dunlin.v1.RouteMatch
-	22, // 17: dunlin.v1.RouteRule.targets:type_name -> dunlin.v1.RouteTarget
-	21, // 18: dunlin.v1.RouteRule.sticky:type_name -> dunlin.v1.RouteSticky
-	19, // 19: dunlin.v1.RouteMatch.parameters:type_name -> dunlin.v1.RouteCondition
-	19, // 20: dunlin.v1.RouteMatch.headers:type_name -> dunlin.v1.RouteCondition
-	19, // 21: dunlin.v1.RouteMatch.labels:type_name -> dunlin.v1.RouteCondition
-	20, // 22: dunlin.v1.RouteMatch.inputs:type_name -> dunlin.v1.RouteInput
-	0,  // 23: dunlin.v1.VersionStatus.state:type_name -> dunlin.v1.VersionState
-	60, // 24: dunlin.v1.VersionStatus.since:type_name -> google.protobuf.Timestamp
-	3,  // 25: dunlin.v1.Reported.observed:type_name -> dunlin.v1.Generation
-	60, // 26: dunlin.v1.Reported.at:type_name -> google.protobuf.Timestamp
-	23, // 27: dunlin.v1.Reported.versions:type_name -> dunlin.v1.VersionStatus
-	24, // 28: dunlin.v1.Reported.routes:type_name -> dunlin.v1.RouteStatus
-	26, // 29: dunlin.v1.Reported.agent:type_name -> dunlin.v1.AgentStatus
-	27, // 30: dunlin.v1.Reported.drifts:type_name -> dunlin.v1.Drift
-	2,  // 31: dunlin.v1.AgentStatus.state:type_name -> dunlin.v1.AgentStatus.State
-	60, // 32: dunlin.v1.Drift.since:type_name -> google.protobuf.Timestamp
-	60, // 33: dunlin.v1.Event.at:type_name -> google.protobuf.Timestamp
-	1,  // 34: dunlin.v1.Event.severity:type_name -> dunlin.v1.Severity
-	45, // 35: dunlin.v1.Event.profile:type_name -> dunlin.v1.ModelProfile
-	43, // 36: dunlin.v1.Event.alarm:type_name -> dunlin.v1.Alarm
-	28, // 37: dunlin.v1.EventBatch.events:type_name -> dunlin.v1.Event
-	30, // 38: dunlin.v1.Command.event_ack:type_name -> dunlin.v1.EventAck
-	38, // 39: dunlin.v1.Command.hello_again:type_name -> dunlin.v1.HelloAgain
-	36, // 40: dunlin.v1.Command.stand_down:type_name -> dunlin.v1.StandDown
-	37, // 41: dunlin.v1.Command.renew_now:type_name -> dunlin.v1.RenewNow
-	32, // 42: dunlin.v1.Command.telemetry_lease:type_name -> dunlin.v1.TelemetryLease
-	34, // 43: dunlin.v1.Command.sources:type_name -> dunlin.v1.Sources
-	35, // 44: dunlin.v1.Sources.sources:type_name -> dunlin.v1.Source
-	60, // 45: dunlin.v1.Telemetry.at:type_name -> google.protobuf.Timestamp
-	50, // 46: dunlin.v1.Telemetry.models:type_name -> dunlin.v1.ModelTelemetry
-	41, // 47: dunlin.v1.Telemetry.gpus:type_name -> dunlin.v1.GpuTelemetry
-	40, // 48: dunlin.v1.Telemetry.temperatures:type_name -> dunlin.v1.Temperature
-	43, // 49: dunlin.v1.Telemetry.alarms:type_name -> dunlin.v1.Alarm
-	42, // 50: dunlin.v1.GpuTelemetry.processes:type_name -> dunlin.v1.GpuProcess
-	1,  // 51: dunlin.v1.Alarm.severity:type_name -> dunlin.v1.Severity
-	60, // 52: dunlin.v1.Alarm.raised_at:type_name -> google.protobuf.Timestamp
-	60, // 53: dunlin.v1.Alarm.cleared_at:type_name -> google.protobuf.Timestamp
-	44, // 54: dunlin.v1.Alarm.samples:type_name -> dunlin.v1.AlarmSample
-	60, // 55: dunlin.v1.AlarmSample.at:type_name -> google.protobuf.Timestamp
-	60, // 56: dunlin.v1.ModelProfile.measured_at:type_name -> google.protobuf.Timestamp
-	47, // 57: dunlin.v1.ModelProfile.points:type_name -> dunlin.v1.ProfilePoint
-	46, // 58: dunlin.v1.ModelProfile.recommended:type_name -> dunlin.v1.ModelSetting
-	48, // 59: dunlin.v1.ModelProfile.latency:type_name -> dunlin.v1.LatencyPoint
-	49, // 60: dunlin.v1.ModelProfile.providers:type_name -> dunlin.v1.ProviderCheck
-	46, // 61: dunlin.v1.ProfilePoint.setting:type_name -> dunlin.v1.ModelSetting
-	53, // 62: dunlin.v1.ModelTelemetry.activations:type_name -> dunlin.v1.SwapCount
-	53, // 63: dunlin.v1.ModelTelemetry.evictions:type_name -> dunlin.v1.SwapCount
-	51, // 64: dunlin.v1.ModelTelemetry.figures:type_name -> dunlin.v1.VersionFigures
-	52, // 65: dunlin.v1.VersionFigures.latency:type_name -> dunlin.v1.Buckets
-	52, // 66: dunlin.v1.VersionFigures.confidence:type_name -> dunlin.v1.Buckets
-	67, // [67:67] is the sub-list for method output_type
-	67, // [67:67] is the sub-list for method input_type
-	67, // [67:67] is the sub-list for extension type_name
-	67, // [67:67] is the sub-list for extension extendee
-	0,  // [0:67] is the sub-list for field type_name
+	23, // 16: dunlin.v1.DesiredRoute.fallback:type_name -> dunlin.v1.RouteFallback
+	18, // 17: dunlin.v1.RouteRule.match:type_name -> dunlin.v1.RouteMatch
+	22, // 18: dunlin.v1.RouteRule.targets:type_name -> dunlin.v1.RouteTarget
+	21, // 19: dunlin.v1.RouteRule.sticky:type_name -> dunlin.v1.RouteSticky
+	23, // 20: dunlin.v1.RouteRule.fallback:type_name -> dunlin.v1.RouteFallback
+	19, // 21: dunlin.v1.RouteMatch.parameters:type_name -> dunlin.v1.RouteCondition
+	19, // 22: dunlin.v1.RouteMatch.headers:type_name -> dunlin.v1.RouteCondition
+	19, // 23: dunlin.v1.RouteMatch.labels:type_name -> dunlin.v1.RouteCondition
+	20, // 24: dunlin.v1.RouteMatch.inputs:type_name -> dunlin.v1.RouteInput
+	0,  // 25: dunlin.v1.VersionStatus.state:type_name -> dunlin.v1.VersionState
+	61, // 26: dunlin.v1.VersionStatus.since:type_name -> google.protobuf.Timestamp
+	3,  // 27: dunlin.v1.Reported.observed:type_name -> dunlin.v1.Generation
+	61, // 28: dunlin.v1.Reported.at:type_name -> google.protobuf.Timestamp
+	24, // 29: dunlin.v1.Reported.versions:type_name -> dunlin.v1.VersionStatus
+	25, // 30: dunlin.v1.Reported.routes:type_name -> dunlin.v1.RouteStatus
+	27, // 31: dunlin.v1.Reported.agent:type_name -> dunlin.v1.AgentStatus
+	28, // 32: dunlin.v1.Reported.drifts:type_name -> dunlin.v1.Drift
+	2,  // 33: dunlin.v1.AgentStatus.state:type_name -> dunlin.v1.AgentStatus.State
+	61, // 34: dunlin.v1.Drift.since:type_name -> google.protobuf.Timestamp
+	61, // 35: dunlin.v1.Event.at:type_name -> google.protobuf.Timestamp
+	1,  // 36: dunlin.v1.Event.severity:type_name -> dunlin.v1.Severity
+	46, // 37: dunlin.v1.Event.profile:type_name -> dunlin.v1.ModelProfile
+	44, // 38: dunlin.v1.Event.alarm:type_name -> dunlin.v1.Alarm
+	29, // 39: dunlin.v1.EventBatch.events:type_name -> dunlin.v1.Event
+	31, // 40: dunlin.v1.Command.event_ack:type_name -> dunlin.v1.EventAck
+	39, // 41: dunlin.v1.Command.hello_again:type_name -> dunlin.v1.HelloAgain
+	37, // 42: dunlin.v1.Command.stand_down:type_name -> dunlin.v1.StandDown
+	38, // 43: dunlin.v1.Command.renew_now:type_name -> dunlin.v1.RenewNow
+	33, // 44: dunlin.v1.Command.telemetry_lease:type_name -> dunlin.v1.TelemetryLease
+	35, // 45: dunlin.v1.Command.sources:type_name -> dunlin.v1.Sources
+	36, // 46: dunlin.v1.Sources.sources:type_name -> dunlin.v1.Source
+	61, // 47: dunlin.v1.Telemetry.at:type_name -> google.protobuf.Timestamp
+	51, // 48: dunlin.v1.Telemetry.models:type_name -> dunlin.v1.ModelTelemetry
+	42, // 49: dunlin.v1.Telemetry.gpus:type_name -> dunlin.v1.GpuTelemetry
+	41, // 50: dunlin.v1.Telemetry.temperatures:type_name -> dunlin.v1.Temperature
+	44, // 51: dunlin.v1.Telemetry.alarms:type_name -> dunlin.v1.Alarm
+	43, // 52: dunlin.v1.GpuTelemetry.processes:type_name -> dunlin.v1.GpuProcess
+	1,  // 53: dunlin.v1.Alarm.severity:type_name -> dunlin.v1.Severity
+	61, // 54: dunlin.v1.Alarm.raised_at:type_name -> google.protobuf.Timestamp
+	61, // 55: dunlin.v1.Alarm.cleared_at:type_name -> google.protobuf.Timestamp
+	45, // 56: dunlin.v1.Alarm.samples:type_name -> dunlin.v1.AlarmSample
+	61, // 57: dunlin.v1.AlarmSample.at:type_name -> google.protobuf.Timestamp
+	61, // 58: dunlin.v1.ModelProfile.measured_at:type_name -> google.protobuf.Timestamp
+	48, // 59: dunlin.v1.ModelProfile.points:type_name -> dunlin.v1.ProfilePoint
+	47, // 60: dunlin.v1.ModelProfile.recommended:type_name -> dunlin.v1.ModelSetting
+	49, // 61: dunlin.v1.ModelProfile.latency:type_name -> dunlin.v1.LatencyPoint
+	50, // 62: dunlin.v1.ModelProfile.providers:type_name -> dunlin.v1.ProviderCheck
+	47, // 63: dunlin.v1.ProfilePoint.setting:type_name -> dunlin.v1.ModelSetting
+	54, // 64: dunlin.v1.ModelTelemetry.activations:type_name -> dunlin.v1.SwapCount
+	54, // 65: dunlin.v1.ModelTelemetry.evictions:type_name -> dunlin.v1.SwapCount
+	52, // 66: dunlin.v1.ModelTelemetry.figures:type_name -> dunlin.v1.VersionFigures
+	53, // 67: dunlin.v1.VersionFigures.latency:type_name -> dunlin.v1.Buckets
+	53, // 68: dunlin.v1.VersionFigures.confidence:type_name -> dunlin.v1.Buckets
+	69, // [69:69] is the sub-list for method output_type
+	69, // [69:69] is the sub-list for method input_type
+	69, // [69:69] is the sub-list for extension type_name
+	69, // [69:69] is the sub-list for extension extendee
+	0,  // [0:69] is the sub-list for field type_name
 }
 
 func init() { file_dunlin_v1_wire_proto_init() }
@@ -5916,7 +6008,7 @@ func file_dunlin_v1_wire_proto_init() {
 	if File_dunlin_v1_wire_proto != nil {
 		return
 	}
-	file_dunlin_v1_wire_proto_msgTypes[28].OneofWrappers = []any{
+	file_dunlin_v1_wire_proto_msgTypes[29].OneofWrappers = []any{
 		(*Command_EventAck)(nil),
 		(*Command_HelloAgain)(nil),
 		(*Command_StandDown)(nil),
@@ -5924,18 +6016,18 @@ func file_dunlin_v1_wire_proto_init() {
 		(*Command_TelemetryLease)(nil),
 		(*Command_Sources)(nil),
 	}
-	file_dunlin_v1_wire_proto_msgTypes[36].OneofWrappers = []any{}
-	file_dunlin_v1_wire_proto_msgTypes[38].OneofWrappers = []any{}
-	file_dunlin_v1_wire_proto_msgTypes[40].OneofWrappers = []any{}
-	file_dunlin_v1_wire_proto_msgTypes[44].OneofWrappers = []any{}
-	file_dunlin_v1_wire_proto_msgTypes[48].OneofWrappers = []any{}
+	file_dunlin_v1_wire_proto_msgTypes[37].OneofWrappers = []any{}
+	file_dunlin_v1_wire_proto_msgTypes[39].OneofWrappers = []any{}
+	file_dunlin_v1_wire_proto_msgTypes[41].OneofWrappers = []any{}
+	file_dunlin_v1_wire_proto_msgTypes[45].OneofWrappers = []any{}
+	file_dunlin_v1_wire_proto_msgTypes[49].OneofWrappers = []any{}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_dunlin_v1_wire_proto_rawDesc), len(file_dunlin_v1_wire_proto_rawDesc)),
 			NumEnums:      3,
-			NumMessages:   57,
+			NumMessages:   58,
 			NumExtensions: 0,
 			NumServices:   0,
 		},
