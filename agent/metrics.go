@@ -141,8 +141,9 @@ var (
 // What is exported of each rule of a route; "default" is the rule of requests
 // that no other matches.
 var (
-	routeRequests = prometheus.NewDesc("dunlin_route_requests_total", "Requests to a route by the rule that decided and the target that it chose, also those that failed there.", []string{"route", "rule", "target"}, nil)
-	routeFaults   = prometheus.NewDesc("dunlin_route_match_faults_total", "Requests for which the match of a rule could not be evaluated, and so did not match.", []string{"route", "rule"}, nil)
+	routeRequests  = prometheus.NewDesc("dunlin_route_requests_total", "Requests to a route by the rule that decided and the target that it chose, also those that failed there.", []string{"route", "rule", "target"}, nil)
+	routeFallbacks = prometheus.NewDesc("dunlin_route_fallbacks_total", "Requests that were sent on to a fallback, also those that failed there, by the reason for which the one before did not answer.", []string{"route", "rule", "target", "reason"}, nil)
+	routeFaults    = prometheus.NewDesc("dunlin_route_match_faults_total", "Requests for which the match of a rule could not be evaluated, and so did not match.", []string{"route", "rule"}, nil)
 )
 
 // ruleMetrics collects the figures of the rules of routes.
@@ -152,17 +153,21 @@ type ruleMetrics struct{ front *serve.Server }
 func (ruleMetrics) Describe(ch chan<- *prometheus.Desc) {
 	ch <- routeRequests
 	ch <- routeFaults
+	ch <- routeFallbacks
 }
 
 // Collect implements prometheus.Collector.
 func (m ruleMetrics) Collect(ch chan<- prometheus.Metric) {
 	for _, r := range m.front.Rules() {
 		for _, t := range r.Targets {
-			target := t.Model
-			if t.Version != 0 {
-				target = engine.VersionID{Model: t.Model, Version: t.Version}.String()
+			ch <- prometheus.MustNewConstMetric(routeRequests, prometheus.CounterValue, float64(t.Requests), r.Route, r.Rule, t.Target.String())
+		}
+		for _, f := range r.Fallbacks {
+			for why := policy.Reason(0); why < policy.Reasons; why++ {
+				if f.Takes(why) {
+					ch <- prometheus.MustNewConstMetric(routeFallbacks, prometheus.CounterValue, float64(f.Requests[why]), r.Route, r.Rule, f.Target.String(), why.String())
+				}
 			}
-			ch <- prometheus.MustNewConstMetric(routeRequests, prometheus.CounterValue, float64(t.Requests), r.Route, r.Rule, target)
 		}
 		if r.Rule != policy.DefaultRule {
 			ch <- prometheus.MustNewConstMetric(routeFaults, prometheus.CounterValue, float64(r.Faults), r.Route, r.Rule)

@@ -22,6 +22,7 @@ func TestRuleMetrics(t *testing.T) {
 	front.SetServing(map[string]int64{"m": 1})
 	front.SetRoutes("g", []*dunlinv1.DesiredRoute{{
 		Name: "live", Targets: []*dunlinv1.RouteTarget{{Model: "m", Weight: 1}},
+		Fallback: []*dunlinv1.RouteFallback{{Model: "n", Version: 3, On: []string{"overload", "error"}}},
 		Rules: []*dunlinv1.RouteRule{{
 			Name: "gold", Match: &dunlinv1.RouteMatch{Cel: `device.labels["tier"] == "gold"`},
 			Targets: []*dunlinv1.RouteTarget{{Model: "m", Version: 2, Weight: 1}, {Model: "m", Version: 3}},
@@ -36,7 +37,11 @@ func TestRuleMetrics(t *testing.T) {
 	r.MustRegister(ruleMetrics{front})
 	answer := httptest.NewRecorder()
 	telemetry.Handler(r).ServeHTTP(answer, httptest.NewRequest("GET", "/metrics", nil))
-	const want = `# HELP dunlin_route_match_faults_total Requests for which the match of a rule could not be evaluated, and so did not match.
+	const want = `# HELP dunlin_route_fallbacks_total Requests that were sent on to a fallback, also those that failed there, by the reason for which the one before did not answer.
+# TYPE dunlin_route_fallbacks_total counter
+dunlin_route_fallbacks_total{reason="error",route="live",rule="default",target="n:3"} 2
+dunlin_route_fallbacks_total{reason="overload",route="live",rule="default",target="n:3"} 0
+# HELP dunlin_route_match_faults_total Requests for which the match of a rule could not be evaluated, and so did not match.
 # TYPE dunlin_route_match_faults_total counter
 dunlin_route_match_faults_total{route="live",rule="gold"} 2
 # HELP dunlin_route_requests_total Requests to a route by the rule that decided and the target that it chose, also those that failed there.

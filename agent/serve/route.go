@@ -20,10 +20,11 @@ type route struct {
 
 // ruleCounts count the requests that a rule decided on.
 type ruleCounts struct {
-	rule     string
-	targets  []policy.Target
-	requests []*atomic.Uint64 // of each target
-	faults   *atomic.Uint64
+	rule      string
+	targets   []policy.Target
+	requests  []*atomic.Uint64 // of each target
+	fallbacks []*fallbackCounts
+	faults    *atomic.Uint64
 }
 
 func newRoute(r *dunlinv1.DesiredRoute) *route {
@@ -49,6 +50,9 @@ func newRoute(r *dunlinv1.DesiredRoute) *route {
 		for range n.targets {
 			n.requests = append(n.requests, new(atomic.Uint64))
 		}
+		for range p.Fallbacks(i) {
+			n.fallbacks = append(n.fallbacks, new(fallbackCounts))
+		}
 		c.counts = append(c.counts, n)
 	}
 	return c
@@ -73,6 +77,12 @@ func (r *route) resume(before *route) {
 				n.requests[k] = old.requests[l]
 			}
 		}
+		had := before.policy.Fallbacks(j - 1)
+		for k, f := range r.policy.Fallbacks(i - 1) {
+			if l := slices.IndexFunc(had, func(o policy.Fallback) bool { return o.Target == f.Target }); l >= 0 {
+				n.fallbacks[k] = old.fallbacks[l]
+			}
+		}
 	}
 }
 
@@ -80,6 +90,7 @@ func (r *route) resume(before *route) {
 type choice struct {
 	route    *route // nil: it asks for a model
 	decision policy.Decision
+	fallback string // why the target does not answer; "": it is asked
 }
 
 // rule names the rule that matched; "" where no route was asked.
@@ -121,6 +132,7 @@ func (s *Server) figures() policy.Figures {
 type RuleFigures struct {
 	Route, Rule string // policy.DefaultRule: those that no rule matched
 	Targets     []TargetFigures
+	Fallbacks   []FallbackFigures
 	Faults      uint64 // requests for which the match could not be evaluated
 }
 
@@ -140,6 +152,13 @@ func (s *Server) Rules() []RuleFigures {
 			f := RuleFigures{Route: name, Rule: n.rule, Faults: n.faults.Load()}
 			for j, t := range n.targets {
 				f.Targets = append(f.Targets, TargetFigures{t, n.requests[j].Load()})
+			}
+			for j, fallback := range r.policy.Fallbacks(i - 1) {
+				g := FallbackFigures{Fallback: fallback}
+				for why := range g.Requests {
+					g.Requests[why] = n.fallbacks[j][why].Load()
+				}
+				f.Fallbacks = append(f.Fallbacks, g)
 			}
 			all = append(all, f)
 		}

@@ -5,6 +5,7 @@ package policy
 
 import (
 	"fmt"
+	"strconv"
 	"strings"
 
 	"github.com/dunlin/dunlin/models"
@@ -47,6 +48,14 @@ const DefaultRule = "default"
 type Target struct {
 	Model   string
 	Version int64 // 0: the one that the device serves of the model
+}
+
+// String writes "digits:1", or "digits" where it means what is served.
+func (t Target) String() string {
+	if t.Version == 0 {
+		return t.Model
+	}
+	return t.Model + ":" + strconv.FormatInt(t.Version, 10)
 }
 
 // Fault is one thing that is wrong with a route.
