@@ -232,8 +232,8 @@ func TestRandomFallbacks(t *testing.T) {
 		if err != nil {
 			return err.Error()
 		}
-		chance := rand.New(rand.NewPCG(seed, 1))
 		type record struct {
+			chance  *rand.Rand // its own, so that the order of requests does not matter
 			running bool
 			ids     []engine.VersionID
 			cold    []engine.VersionID
@@ -251,13 +251,13 @@ func TestRandomFallbacks(t *testing.T) {
 			rec.running = true
 			rec.ids = append(rec.ids, id)
 			var err error
-			if q.Resident && chance.IntN(3) == 0 {
+			if q.Resident && rec.chance.IntN(3) == 0 {
 				err = engine.ErrNotResident
 				rec.cold = append(rec.cold, id)
-			} else if chance.IntN(2) == 0 {
-				err = whys[chance.IntN(len(whys))]
+			} else if rec.chance.IntN(2) == 0 {
+				err = whys[rec.chance.IntN(len(whys))]
 			}
-			takes := time.Duration(chance.IntN(20)) * time.Millisecond
+			takes := time.Duration(rec.chance.IntN(20)) * time.Millisecond
 			mu.Unlock()
 			select {
 			case <-time.After(takes):
@@ -280,9 +280,9 @@ func TestRandomFallbacks(t *testing.T) {
 		s.SetRoutes("g", []*dunlinv1.DesiredRoute{live}, nil)
 		var wg sync.WaitGroup
 		for i := range 40 {
-			wait := time.Duration(chance.IntN(300)) * time.Millisecond
-			timeout := time.Duration(1+chance.IntN(100)) * time.Millisecond
-			rec := &record{}
+			rec := &record{chance: rand.New(rand.NewPCG(seed, uint64(i)))}
+			wait := time.Duration(rec.chance.IntN(300)) * time.Millisecond
+			timeout := time.Duration(1+rec.chance.IntN(100)) * time.Millisecond
 			mu.Lock()
 			records[int64(i)] = rec
 			mu.Unlock()
@@ -292,7 +292,7 @@ func TestRandomFallbacks(t *testing.T) {
 				defer cancel()
 				q := request("live", 0)
 				q.Inputs[0].Shape[0] = int64(i)
-				q.Parameters = words{"p": fmt.Sprint(i % 2)}
+				q.Parameters = words{"p": fmt.Sprint(i % 2), "key": fmt.Sprint(i)}
 				a, err := s.Infer(ctx, q)
 				mu.Lock()
 				defer mu.Unlock()
@@ -344,6 +344,8 @@ func TestRandomFallbacks(t *testing.T) {
 		live.Fallback = list("fallback")
 		live.Rules = []*dunlinv1.RouteRule{rule("a", whenParameter("p", "0"), "m2", "m3=3")}
 		live.Rules[0].Fallback = list("fallback of the rule")
+		live.Sticky = &dunlinv1.RouteSticky{Parameter: "key"}
+		live.Rules[0].Sticky = live.Sticky
 		seed := rapid.Uint64().Draw(rt, "seed")
 		var fault string
 		synctest.Test(t, func(*testing.T) { fault = random(seed, live) })
