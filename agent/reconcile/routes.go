@@ -40,7 +40,13 @@ func uses(r *dunlinv1.DesiredRoute) iter.Seq[used] {
 				return
 			}
 		}
+		if r.Shadow != nil && !yield(r.Shadow) {
+			return
+		}
 		for _, rule := range r.Rules {
+			if rule.Shadow != nil && !yield(rule.Shadow) {
+				return
+			}
 			for _, f := range rule.Fallback {
 				if !yield(f) {
 					return

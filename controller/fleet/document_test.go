@@ -81,7 +81,9 @@ const wholeRoute = `  sticky: {parameter: session}
       targets: [{model: large, version: 2, weight: 1}]
       sticky: {header: x-user}
       fallback: [{model: m, on: [not-resident, overload]}, {model: large, version: 1}]
+      shadow: {model: next, rate: 1}
   fallback: [{model: small}]
+  shadow: {model: m, version: 9, rate: 0.05}
 `
 
 func TestParseRules(t *testing.T) {
@@ -91,6 +93,7 @@ func TestParseRules(t *testing.T) {
 	}
 	want := &Route{
 		Name: "r", Targets: []Target{{"m", 0, 1}}, Sticky: &dunlinv1.RouteSticky{Parameter: "session"}, Fallback: []Fallback{{Model: "small"}},
+		Shadow: &dunlinv1.RouteShadow{Model: "m", Version: 9, Rate: 0.05},
 		Rules: []Rule{{
 			Name: "large", Targets: []Target{{"large", 2, 1}}, Sticky: &dunlinv1.RouteSticky{Header: "x-user"},
 			Match: &dunlinv1.RouteMatch{
@@ -101,6 +104,7 @@ func TestParseRules(t *testing.T) {
 				Cel:        "device.live.queue_depth > 3",
 			},
 			Fallback: []Fallback{{Model: "m", On: []string{"not-resident", "overload"}}, {Model: "large", Version: 1}},
+			Shadow:   &dunlinv1.RouteShadow{Model: "next", Rate: 1},
 		}},
 	}
 	if diff := cmp.Diff(want, got[0].Route, protocmp.Transform()); diff != "" {
@@ -113,7 +117,7 @@ func TestParseRules(t *testing.T) {
 	for field, target := range got[0].Route.All() {
 		fields = append(fields, field+" "+target.Model)
 	}
-	if all := strings.Join(fields, ", "); all != "spec.targets[0] m, spec.fallback[0] small, spec.rules[0].targets[0] large, spec.rules[0].fallback[0] m, spec.rules[0].fallback[1] large" {
+	if all := strings.Join(fields, ", "); all != "spec.targets[0] m, spec.fallback[0] small, spec.shadow m, spec.rules[0].targets[0] large, spec.rules[0].fallback[0] m, spec.rules[0].fallback[1] large, spec.rules[0].shadow next" {
 		t.Error(all)
 	}
 	const canonical = `apiVersion: dunlin/v1
@@ -128,6 +132,10 @@ spec:
     parameter: session
   fallback:
     - model: small
+  shadow:
+    model: m
+    version: 9
+    rate: 0.05
   rules:
     - name: large
       match:
@@ -158,6 +166,9 @@ spec:
             - overload
         - model: large
           version: 1
+      shadow:
+        model: next
+        rate: 1.0
 `
 	if diff := cmp.Diff(canonical, got[0].YAML()); diff != "" {
 		t.Error(diff)
@@ -452,6 +463,24 @@ func TestParseFaults(t *testing.T) {
 			`document 1, line 11:67: spec.rules[0].fallback[3].model: dunlin-agent is the agent program`,
 			`document 1, line 15:19: spec.rules[1].fallback[0]: is circular`,
 			`document 1, line 19:7: spec.rules[2].fallback: has 9 entries, allowed are 0 to 8`,
+		}},
+		{"shadows", rulesDoc(`  shadow: {model: m, rate: 0.5}
+  rules:
+    - name: a
+      match: {cel: 'true'}
+      targets: [{model: m, weight: 1}]
+      shadow: {model: dunlin-agent, version: 0, rate: 1.5}
+    - name: b
+      match: {cel: 'true'}
+      targets: [{model: m, weight: 1}]
+      shadow: {rate: 0}
+`), []string{
+			`document 1, line 6:3: spec.shadow: is the only target that gets requests`,
+			`document 1, line 11:16: spec.rules[0].shadow.model: dunlin-agent is the agent program`,
+			`document 1, line 11:37: spec.rules[0].shadow.version: is 0, allowed are 1 to`,
+			`document 1, line 11:49: spec.rules[0].shadow.rate: is 1.5, allowed are 0.0001 to 1`,
+			`document 1, line 15:16: spec.rules[1].shadow.model: is missing`,
+			`document 1, line 15:16: spec.rules[1].shadow.rate: is 0, allowed are 0.0001 to 1`,
 		}},
 		{"too many rules", "apiVersion: dunlin/v1\nkind: Route\nmetadata: {name: r}\nspec:\n  targets: []\n  sticky: {}\n  rules: [" + many(65, "{name: r%d}") + "]\n", []string{
 			"document 1, line 5:3: spec.targets: has 0 entries", "document 1, line 6:3: spec.sticky: must have one of header and parameter", "document 1, line 7:3: spec.rules: has 65 entries, allowed are 0 to 64"}},

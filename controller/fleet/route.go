@@ -24,6 +24,7 @@ type Route struct {
 	Sticky   *dunlinv1.RouteSticky // nil: by chance
 	Rules    []Rule
 	Fallback []Fallback
+	Shadow   *dunlinv1.RouteShadow // nil: none
 }
 
 // Rule says where the requests go that it matches.
@@ -33,6 +34,7 @@ type Rule struct {
 	Targets  []Target
 	Sticky   *dunlinv1.RouteSticky
 	Fallback []Fallback
+	Shadow   *dunlinv1.RouteShadow // nil: none
 }
 
 // Fallback answers instead of a target that does not, for the reasons that it
@@ -55,18 +57,18 @@ type Target struct {
 // document; what is not a target has no weight.
 func (r *Route) All() iter.Seq2[string, Target] {
 	return func(yield func(string, Target) bool) {
-		if !yieldAll(yield, "spec", r.Targets, r.Fallback) {
+		if !yieldAll(yield, "spec", r.Targets, r.Fallback, r.Shadow) {
 			return
 		}
 		for j := range r.Rules {
-			if !yieldAll(yield, fmt.Sprintf("spec.rules[%d]", j), r.Rules[j].Targets, r.Rules[j].Fallback) {
+			if !yieldAll(yield, fmt.Sprintf("spec.rules[%d]", j), r.Rules[j].Targets, r.Rules[j].Fallback, r.Rules[j].Shadow) {
 				return
 			}
 		}
 	}
 }
 
-func yieldAll(yield func(string, Target) bool, at string, targets []Target, fallback []Fallback) bool {
+func yieldAll(yield func(string, Target) bool, at string, targets []Target, fallback []Fallback, shadow *dunlinv1.RouteShadow) bool {
 	for i, t := range targets {
 		if !yield(fmt.Sprintf("%s.targets[%d]", at, i), t) {
 			return false
@@ -77,7 +79,7 @@ func yieldAll(yield func(string, Target) bool, at string, targets []Target, fall
 			return false
 		}
 	}
-	return true
+	return shadow == nil || yield(at+".shadow", Target{shadow.GetModel(), shadow.GetVersion(), 0})
 }
 
 // chooses says whether a target is of one of the models.
@@ -90,7 +92,7 @@ func (r *Route) chooses(models map[string]bool) bool {
 
 // Desired gives the route as devices get it, with all of its rules.
 func (r *Route) Desired() *dunlinv1.DesiredRoute {
-	d := &dunlinv1.DesiredRoute{Name: r.Name, Targets: desiredTargets(r.Targets), Sticky: r.Sticky, Fallback: desiredFallback(r.Fallback)}
+	d := &dunlinv1.DesiredRoute{Name: r.Name, Targets: desiredTargets(r.Targets), Sticky: r.Sticky, Fallback: desiredFallback(r.Fallback), Shadow: r.Shadow}
 	for i := range r.Rules {
 		d.Rules = append(d.Rules, r.Rules[i].desired())
 	}
@@ -98,7 +100,7 @@ func (r *Route) Desired() *dunlinv1.DesiredRoute {
 }
 
 func (r *Rule) desired() *dunlinv1.RouteRule {
-	return &dunlinv1.RouteRule{Name: r.Name, Match: r.Match, Targets: desiredTargets(r.Targets), Sticky: r.Sticky, Fallback: desiredFallback(r.Fallback)}
+	return &dunlinv1.RouteRule{Name: r.Name, Match: r.Match, Targets: desiredTargets(r.Targets), Sticky: r.Sticky, Fallback: desiredFallback(r.Fallback), Shadow: r.Shadow}
 }
 
 func desiredTargets(targets []Target) []*dunlinv1.RouteTarget {
@@ -160,7 +162,14 @@ type yamlRoute struct {
 	Targets  []yamlTarget   `yaml:"targets"`
 	Sticky   yaml.MapSlice  `yaml:"sticky,omitempty"`
 	Fallback []yamlFallback `yaml:"fallback,omitempty"`
+	Shadow   *yamlShadow    `yaml:"shadow,omitempty"`
 	Rules    []yamlRule     `yaml:"rules,omitempty"`
+}
+
+type yamlShadow struct {
+	Model   string  `yaml:"model"`
+	Version int64   `yaml:"version,omitempty"`
+	Rate    float64 `yaml:"rate"`
 }
 
 type yamlFallback struct {
@@ -181,6 +190,7 @@ type yamlRule struct {
 	Targets  []yamlTarget   `yaml:"targets"`
 	Sticky   yaml.MapSlice  `yaml:"sticky,omitempty"`
 	Fallback []yamlFallback `yaml:"fallback,omitempty"`
+	Shadow   *yamlShadow    `yaml:"shadow,omitempty"`
 }
 
 type yamlMatch struct {
@@ -197,14 +207,14 @@ type yamlInput struct {
 }
 
 func routeYAML(r *Route) yamlRoute {
-	y := yamlRoute{Targets: targetsYAML(r.Targets), Sticky: stickyYAML(r.Sticky), Fallback: fallbackYAML(r.Fallback)}
+	y := yamlRoute{Targets: targetsYAML(r.Targets), Sticky: stickyYAML(r.Sticky), Fallback: fallbackYAML(r.Fallback), Shadow: shadowYAML(r.Shadow)}
 	for _, rule := range r.Rules {
 		m := rule.Match
 		match := yamlMatch{conditionsYAML(m.GetParameters()), conditionsYAML(m.GetHeaders()), conditionsYAML(m.GetLabels()), nil, m.GetCel()}
 		for _, in := range m.GetInputs() {
 			match.Inputs = append(match.Inputs, yaml.MapItem{Key: in.GetName(), Value: yamlInput{in.GetMinRows(), in.GetMaxRows()}})
 		}
-		y.Rules = append(y.Rules, yamlRule{rule.Name, match, targetsYAML(rule.Targets), stickyYAML(rule.Sticky), fallbackYAML(rule.Fallback)})
+		y.Rules = append(y.Rules, yamlRule{rule.Name, match, targetsYAML(rule.Targets), stickyYAML(rule.Sticky), fallbackYAML(rule.Fallback), shadowYAML(rule.Shadow)})
 	}
 	return y
 }
@@ -223,6 +233,13 @@ func fallbackYAML(fallback []Fallback) []yamlFallback {
 		y = append(y, yamlFallback(f))
 	}
 	return y
+}
+
+func shadowYAML(s *dunlinv1.RouteShadow) *yamlShadow {
+	if s == nil {
+		return nil
+	}
+	return &yamlShadow{s.GetModel(), s.GetVersion(), s.GetRate()}
 }
 
 func stickyYAML(s *dunlinv1.RouteSticky) yaml.MapSlice {
@@ -249,10 +266,11 @@ func conditionsYAML(conditions []*dunlinv1.RouteCondition) yaml.MapSlice {
 
 func (r *reader) route(spec node) *Route {
 	route := &Route{}
-	fields := r.mapping(spec, "spec", "targets", "sticky", "fallback", "rules")
+	fields := r.mapping(spec, "spec", "targets", "sticky", "fallback", "shadow", "rules")
 	route.Targets = r.targets(fields, "spec.targets")
 	route.Sticky = r.sticky(fields, "spec.sticky")
 	route.Fallback = r.fallback(fields, "spec.fallback")
+	route.Shadow = r.shadow(fields, "spec.shadow")
 	if n, ok := fields["spec.rules"]; ok {
 		items, _ := r.sequence(n, "spec.rules")
 		if len(items) > policy.MaxRules {
@@ -411,8 +429,29 @@ func (r *reader) fallback(fields map[string]node, at string) []Fallback {
 	return all
 }
 
+// shadow reads what requests are mirrored to.
+func (r *reader) shadow(fields map[string]node, at string) *dunlinv1.RouteShadow {
+	n, ok := fields[at]
+	if !ok {
+		return nil
+	}
+	s := &dunlinv1.RouteShadow{}
+	inner := r.mapping(n, at, "model", "version", "rate")
+	s.Model, _ = r.name(inner, at+".model")
+	if s.Model == AgentModel {
+		r.fault(at+".model", "%s is the agent program, which answers no requests", AgentModel)
+	}
+	if n, ok := inner[at+".version"]; ok {
+		s.Version = r.integer(n, at+".version", 1, models.MaxVersion)
+	}
+	if n, ok := r.required(inner, at+".rate"); ok {
+		s.Rate = r.number(n, at+".rate", 0.0001, 1)
+	}
+	return s
+}
+
 func (r *reader) rule(n node, at string) Rule {
-	fields := r.mapping(n, at, "name", "match", "targets", "sticky", "fallback")
+	fields := r.mapping(n, at, "name", "match", "targets", "sticky", "fallback", "shadow")
 	rule := Rule{Match: &dunlinv1.RouteMatch{}}
 	rule.Name, _ = r.name(fields, at+".name")
 	if n, ok := r.required(fields, at+".match"); ok {
@@ -421,6 +460,7 @@ func (r *reader) rule(n node, at string) Rule {
 	rule.Targets = r.targets(fields, at+".targets")
 	rule.Sticky = r.sticky(fields, at+".sticky")
 	rule.Fallback = r.fallback(fields, at+".fallback")
+	rule.Shadow = r.shadow(fields, at+".shadow")
 	return rule
 }
 

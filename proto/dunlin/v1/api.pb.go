@@ -3841,6 +3841,7 @@ type Route struct {
 	Rules         []*RouteRule           `protobuf:"bytes,5,rep,name=rules,proto3" json:"rules,omitempty"`
 	Sticky        *RouteSticky           `protobuf:"bytes,6,opt,name=sticky,proto3" json:"sticky,omitempty"`
 	Fallback      []*RouteFallback       `protobuf:"bytes,7,rep,name=fallback,proto3" json:"fallback,omitempty"`
+	Shadow        *RouteShadow           `protobuf:"bytes,8,opt,name=shadow,proto3" json:"shadow,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -3920,6 +3921,13 @@ func (x *Route) GetSticky() *RouteSticky {
 func (x *Route) GetFallback() []*RouteFallback {
 	if x != nil {
 		return x.Fallback
+	}
+	return nil
+}
+
+func (x *Route) GetShadow() *RouteShadow {
+	if x != nil {
+		return x.Shadow
 	}
 	return nil
 }
@@ -6670,7 +6678,7 @@ const file_dunlin_v1_api_proto_rawDesc = "" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\x13\n" +
 	"\x11ListRoutesRequest\">\n" +
 	"\x12ListRoutesResponse\x12(\n" +
-	"\x06routes\x18\x01 \x03(\v2\x10.dunlin.v1.RouteR\x06routes\"\xae\x02\n" +
+	"\x06routes\x18\x01 \x03(\v2\x10.dunlin.v1.RouteR\x06routes\"\xde\x02\n" +
 	"\x05Route\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x120\n" +
 	"\atargets\x18\x02 \x03(\v2\x16.dunlin.v1.RouteTargetR\atargets\x129\n" +
@@ -6679,7 +6687,8 @@ const file_dunlin_v1_api_proto_rawDesc = "" +
 	"\x04yaml\x18\x04 \x01(\tR\x04yaml\x12*\n" +
 	"\x05rules\x18\x05 \x03(\v2\x14.dunlin.v1.RouteRuleR\x05rules\x12.\n" +
 	"\x06sticky\x18\x06 \x01(\v2\x16.dunlin.v1.RouteStickyR\x06sticky\x124\n" +
-	"\bfallback\x18\a \x03(\v2\x18.dunlin.v1.RouteFallbackR\bfallback\"\x88\x01\n" +
+	"\bfallback\x18\a \x03(\v2\x18.dunlin.v1.RouteFallbackR\bfallback\x12.\n" +
+	"\x06shadow\x18\b \x01(\v2\x16.dunlin.v1.RouteShadowR\x06shadow\"\x88\x01\n" +
 	"\x13ListProfilesRequest\x12\x14\n" +
 	"\x05model\x18\x01 \x01(\tR\x05model\x12\x18\n" +
 	"\aversion\x18\x02 \x01(\x03R\aversion\x12\x16\n" +
@@ -7146,19 +7155,20 @@ var file_dunlin_v1_api_proto_goTypes = []any{
 	(*RouteRule)(nil),                 // 126: dunlin.v1.RouteRule
 	(*RouteSticky)(nil),               // 127: dunlin.v1.RouteSticky
 	(*RouteFallback)(nil),             // 128: dunlin.v1.RouteFallback
-	(*ModelProfile)(nil),              // 129: dunlin.v1.ModelProfile
-	(*Drift)(nil),                     // 130: dunlin.v1.Drift
-	(*Telemetry)(nil),                 // 131: dunlin.v1.Telemetry
-	(*DeviceInfo)(nil),                // 132: dunlin.v1.DeviceInfo
-	(*Generation)(nil),                // 133: dunlin.v1.Generation
-	(*Reported)(nil),                  // 134: dunlin.v1.Reported
-	(*Event)(nil),                     // 135: dunlin.v1.Event
-	(*JoinRequest)(nil),               // 136: dunlin.v1.JoinRequest
-	(*RenewRequest)(nil),              // 137: dunlin.v1.RenewRequest
-	(*GetTimeRequest)(nil),            // 138: dunlin.v1.GetTimeRequest
-	(*JoinResponse)(nil),              // 139: dunlin.v1.JoinResponse
-	(*RenewResponse)(nil),             // 140: dunlin.v1.RenewResponse
-	(*GetTimeResponse)(nil),           // 141: dunlin.v1.GetTimeResponse
+	(*RouteShadow)(nil),               // 129: dunlin.v1.RouteShadow
+	(*ModelProfile)(nil),              // 130: dunlin.v1.ModelProfile
+	(*Drift)(nil),                     // 131: dunlin.v1.Drift
+	(*Telemetry)(nil),                 // 132: dunlin.v1.Telemetry
+	(*DeviceInfo)(nil),                // 133: dunlin.v1.DeviceInfo
+	(*Generation)(nil),                // 134: dunlin.v1.Generation
+	(*Reported)(nil),                  // 135: dunlin.v1.Reported
+	(*Event)(nil),                     // 136: dunlin.v1.Event
+	(*JoinRequest)(nil),               // 137: dunlin.v1.JoinRequest
+	(*RenewRequest)(nil),              // 138: dunlin.v1.RenewRequest
+	(*GetTimeRequest)(nil),            // 139: dunlin.v1.GetTimeRequest
+	(*JoinResponse)(nil),              // 140: dunlin.v1.JoinResponse
+	(*RenewResponse)(nil),             // 141: dunlin.v1.RenewResponse
+	(*GetTimeResponse)(nil),           // 142: dunlin.v1.GetTimeResponse
 }
 var file_dunlin_v1_api_proto_depIdxs = []int32{
 	121, // 0: dunlin.v1.LoginResponse.expires_at:type_name -> google.protobuf.Timestamp
@@ -7210,146 +7220,147 @@ var file_dunlin_v1_api_proto_depIdxs = []int32{
 	126, // 46: dunlin.v1.Route.rules:type_name -> dunlin.v1.RouteRule
 	127, // 47: dunlin.v1.Route.sticky:type_name -> dunlin.v1.RouteSticky
 	128, // 48: dunlin.v1.Route.fallback:type_name -> dunlin.v1.RouteFallback
-	72,  // 49: dunlin.v1.ListProfilesResponse.profiles:type_name -> dunlin.v1.DeviceProfile
-	129, // 50: dunlin.v1.DeviceProfile.profile:type_name -> dunlin.v1.ModelProfile
-	75,  // 51: dunlin.v1.PlanResponse.devices:type_name -> dunlin.v1.DevicePlan
-	2,   // 52: dunlin.v1.DevicePlan.verdict:type_name -> dunlin.v1.DevicePlan.Verdict
-	3,   // 53: dunlin.v1.DevicePlan.memory_source:type_name -> dunlin.v1.DevicePlan.Source
-	3,   // 54: dunlin.v1.DevicePlan.latency_source:type_name -> dunlin.v1.DevicePlan.Source
-	3,   // 55: dunlin.v1.DevicePlan.energy_source:type_name -> dunlin.v1.DevicePlan.Source
-	4,   // 56: dunlin.v1.ControlRolloutRequest.action:type_name -> dunlin.v1.ControlRolloutRequest.Action
-	88,  // 57: dunlin.v1.ControlRolloutResponse.rollout:type_name -> dunlin.v1.Rollout
-	80,  // 58: dunlin.v1.ListDecisionsResponse.decisions:type_name -> dunlin.v1.Decision
-	121, // 59: dunlin.v1.Decision.at:type_name -> google.protobuf.Timestamp
-	81,  // 60: dunlin.v1.Decision.gates:type_name -> dunlin.v1.GateResult
-	5,   // 61: dunlin.v1.GateResult.verdict:type_name -> dunlin.v1.GateResult.Verdict
-	88,  // 62: dunlin.v1.ListRolloutsResponse.rollouts:type_name -> dunlin.v1.Rollout
-	88,  // 63: dunlin.v1.GetRolloutResponse.rollout:type_name -> dunlin.v1.Rollout
-	88,  // 64: dunlin.v1.WatchRolloutResponse.rollout:type_name -> dunlin.v1.Rollout
-	0,   // 65: dunlin.v1.Rollout.state:type_name -> dunlin.v1.RolloutState
-	121, // 66: dunlin.v1.Rollout.started_at:type_name -> google.protobuf.Timestamp
-	121, // 67: dunlin.v1.Rollout.ended_at:type_name -> google.protobuf.Timestamp
-	90,  // 68: dunlin.v1.Rollout.devices:type_name -> dunlin.v1.RolloutDevice
-	89,  // 69: dunlin.v1.Rollout.waves:type_name -> dunlin.v1.RolloutWave
-	81,  // 70: dunlin.v1.Rollout.gates:type_name -> dunlin.v1.GateResult
-	121, // 71: dunlin.v1.Rollout.soaks_until:type_name -> google.protobuf.Timestamp
-	121, // 72: dunlin.v1.RolloutWave.started_at:type_name -> google.protobuf.Timestamp
-	6,   // 73: dunlin.v1.RolloutDevice.phase:type_name -> dunlin.v1.RolloutDevice.Phase
-	121, // 74: dunlin.v1.RolloutDevice.ready_at:type_name -> google.protobuf.Timestamp
-	118, // 75: dunlin.v1.ListDriftRequest.selector:type_name -> dunlin.v1.ListDriftRequest.SelectorEntry
-	93,  // 76: dunlin.v1.ListDriftResponse.drifts:type_name -> dunlin.v1.DeviceDrift
-	130, // 77: dunlin.v1.DeviceDrift.drift:type_name -> dunlin.v1.Drift
-	121, // 78: dunlin.v1.ListTelemetryRequest.from:type_name -> google.protobuf.Timestamp
-	121, // 79: dunlin.v1.ListTelemetryRequest.until:type_name -> google.protobuf.Timestamp
-	131, // 80: dunlin.v1.ListTelemetryResponse.samples:type_name -> dunlin.v1.Telemetry
-	119, // 81: dunlin.v1.ListDevicesRequest.selector:type_name -> dunlin.v1.ListDevicesRequest.SelectorEntry
-	98,  // 82: dunlin.v1.ListDevicesResponse.devices:type_name -> dunlin.v1.Device
-	120, // 83: dunlin.v1.Device.labels:type_name -> dunlin.v1.Device.LabelsEntry
-	132, // 84: dunlin.v1.Device.info:type_name -> dunlin.v1.DeviceInfo
-	121, // 85: dunlin.v1.Device.last_heard_at:type_name -> google.protobuf.Timestamp
-	121, // 86: dunlin.v1.Device.joined_at:type_name -> google.protobuf.Timestamp
-	133, // 87: dunlin.v1.Device.desired:type_name -> dunlin.v1.Generation
-	134, // 88: dunlin.v1.Device.reported:type_name -> dunlin.v1.Reported
-	131, // 89: dunlin.v1.Device.telemetry:type_name -> dunlin.v1.Telemetry
-	99,  // 90: dunlin.v1.Device.identity:type_name -> dunlin.v1.DeviceIdentity
-	121, // 91: dunlin.v1.DeviceIdentity.not_after:type_name -> google.protobuf.Timestamp
-	121, // 92: dunlin.v1.DeviceIdentity.revoked_at:type_name -> google.protobuf.Timestamp
-	100, // 93: dunlin.v1.DeviceIdentity.twins:type_name -> dunlin.v1.Twin
-	121, // 94: dunlin.v1.Twin.last_heard_at:type_name -> google.protobuf.Timestamp
-	107, // 95: dunlin.v1.ListEventsResponse.events:type_name -> dunlin.v1.DeviceEvent
-	135, // 96: dunlin.v1.DeviceEvent.event:type_name -> dunlin.v1.Event
-	121, // 97: dunlin.v1.DeviceEvent.received_at:type_name -> google.protobuf.Timestamp
-	11,  // 98: dunlin.v1.AuthService.WhoAmI:input_type -> dunlin.v1.WhoAmIRequest
-	7,   // 99: dunlin.v1.AuthService.Login:input_type -> dunlin.v1.LoginRequest
-	9,   // 100: dunlin.v1.AuthService.GetLoginMethods:input_type -> dunlin.v1.GetLoginMethodsRequest
-	14,  // 101: dunlin.v1.UserService.CreateUser:input_type -> dunlin.v1.CreateUserRequest
-	16,  // 102: dunlin.v1.UserService.UpdateUser:input_type -> dunlin.v1.UpdateUserRequest
-	18,  // 103: dunlin.v1.UserService.DeleteUser:input_type -> dunlin.v1.DeleteUserRequest
-	20,  // 104: dunlin.v1.UserService.ListUsers:input_type -> dunlin.v1.ListUsersRequest
-	23,  // 105: dunlin.v1.UserService.CreateToken:input_type -> dunlin.v1.CreateTokenRequest
-	25,  // 106: dunlin.v1.UserService.ListTokens:input_type -> dunlin.v1.ListTokensRequest
-	27,  // 107: dunlin.v1.UserService.DeleteToken:input_type -> dunlin.v1.DeleteTokenRequest
-	29,  // 108: dunlin.v1.AuditService.ListAudit:input_type -> dunlin.v1.ListAuditRequest
-	31,  // 109: dunlin.v1.TrustService.GetTrust:input_type -> dunlin.v1.GetTrustRequest
-	33,  // 110: dunlin.v1.TrustService.PutTrust:input_type -> dunlin.v1.PutTrustRequest
-	35,  // 111: dunlin.v1.TrustService.GetAuthorities:input_type -> dunlin.v1.GetAuthoritiesRequest
-	38,  // 112: dunlin.v1.TrustService.RotateAuthority:input_type -> dunlin.v1.RotateAuthorityRequest
-	40,  // 113: dunlin.v1.TrustService.RetireAuthority:input_type -> dunlin.v1.RetireAuthorityRequest
-	136, // 114: dunlin.v1.EnrollmentService.Join:input_type -> dunlin.v1.JoinRequest
-	137, // 115: dunlin.v1.EnrollmentService.Renew:input_type -> dunlin.v1.RenewRequest
-	138, // 116: dunlin.v1.EnrollmentService.GetTime:input_type -> dunlin.v1.GetTimeRequest
-	44,  // 117: dunlin.v1.EnrollmentService.CreateJoinToken:input_type -> dunlin.v1.CreateJoinTokenRequest
-	46,  // 118: dunlin.v1.EnrollmentService.ListJoinTokens:input_type -> dunlin.v1.ListJoinTokensRequest
-	42,  // 119: dunlin.v1.EnrollmentService.DeleteJoinToken:input_type -> dunlin.v1.DeleteJoinTokenRequest
-	51,  // 120: dunlin.v1.ModelService.CreateVersion:input_type -> dunlin.v1.CreateVersionRequest
-	53,  // 121: dunlin.v1.ModelService.ListModels:input_type -> dunlin.v1.ListModelsRequest
-	49,  // 122: dunlin.v1.ModelService.DeleteVersion:input_type -> dunlin.v1.DeleteVersionRequest
-	59,  // 123: dunlin.v1.ObjectService.Apply:input_type -> dunlin.v1.ApplyRequest
-	62,  // 124: dunlin.v1.ObjectService.Delete:input_type -> dunlin.v1.DeleteRequest
-	64,  // 125: dunlin.v1.ObjectService.ListDeployments:input_type -> dunlin.v1.ListDeploymentsRequest
-	67,  // 126: dunlin.v1.ObjectService.ListRoutes:input_type -> dunlin.v1.ListRoutesRequest
-	56,  // 127: dunlin.v1.ObjectService.ListObjects:input_type -> dunlin.v1.ListObjectsRequest
-	70,  // 128: dunlin.v1.ProfileService.ListProfiles:input_type -> dunlin.v1.ListProfilesRequest
-	73,  // 129: dunlin.v1.ProfileService.Plan:input_type -> dunlin.v1.PlanRequest
-	82,  // 130: dunlin.v1.RolloutService.ListRollouts:input_type -> dunlin.v1.ListRolloutsRequest
-	84,  // 131: dunlin.v1.RolloutService.GetRollout:input_type -> dunlin.v1.GetRolloutRequest
-	86,  // 132: dunlin.v1.RolloutService.WatchRollout:input_type -> dunlin.v1.WatchRolloutRequest
-	76,  // 133: dunlin.v1.RolloutService.ControlRollout:input_type -> dunlin.v1.ControlRolloutRequest
-	78,  // 134: dunlin.v1.RolloutService.ListDecisions:input_type -> dunlin.v1.ListDecisionsRequest
-	96,  // 135: dunlin.v1.DeviceService.ListDevices:input_type -> dunlin.v1.ListDevicesRequest
-	103, // 136: dunlin.v1.DeviceService.RemoveDevice:input_type -> dunlin.v1.RemoveDeviceRequest
-	101, // 137: dunlin.v1.DeviceService.RevokeDevice:input_type -> dunlin.v1.RevokeDeviceRequest
-	105, // 138: dunlin.v1.DeviceService.ListEvents:input_type -> dunlin.v1.ListEventsRequest
-	91,  // 139: dunlin.v1.DeviceService.ListDrift:input_type -> dunlin.v1.ListDriftRequest
-	94,  // 140: dunlin.v1.DeviceService.ListTelemetry:input_type -> dunlin.v1.ListTelemetryRequest
-	12,  // 141: dunlin.v1.AuthService.WhoAmI:output_type -> dunlin.v1.WhoAmIResponse
-	8,   // 142: dunlin.v1.AuthService.Login:output_type -> dunlin.v1.LoginResponse
-	10,  // 143: dunlin.v1.AuthService.GetLoginMethods:output_type -> dunlin.v1.GetLoginMethodsResponse
-	15,  // 144: dunlin.v1.UserService.CreateUser:output_type -> dunlin.v1.CreateUserResponse
-	17,  // 145: dunlin.v1.UserService.UpdateUser:output_type -> dunlin.v1.UpdateUserResponse
-	19,  // 146: dunlin.v1.UserService.DeleteUser:output_type -> dunlin.v1.DeleteUserResponse
-	21,  // 147: dunlin.v1.UserService.ListUsers:output_type -> dunlin.v1.ListUsersResponse
-	24,  // 148: dunlin.v1.UserService.CreateToken:output_type -> dunlin.v1.CreateTokenResponse
-	26,  // 149: dunlin.v1.UserService.ListTokens:output_type -> dunlin.v1.ListTokensResponse
-	28,  // 150: dunlin.v1.UserService.DeleteToken:output_type -> dunlin.v1.DeleteTokenResponse
-	30,  // 151: dunlin.v1.AuditService.ListAudit:output_type -> dunlin.v1.ListAuditResponse
-	32,  // 152: dunlin.v1.TrustService.GetTrust:output_type -> dunlin.v1.GetTrustResponse
-	34,  // 153: dunlin.v1.TrustService.PutTrust:output_type -> dunlin.v1.PutTrustResponse
-	36,  // 154: dunlin.v1.TrustService.GetAuthorities:output_type -> dunlin.v1.GetAuthoritiesResponse
-	39,  // 155: dunlin.v1.TrustService.RotateAuthority:output_type -> dunlin.v1.RotateAuthorityResponse
-	41,  // 156: dunlin.v1.TrustService.RetireAuthority:output_type -> dunlin.v1.RetireAuthorityResponse
-	139, // 157: dunlin.v1.EnrollmentService.Join:output_type -> dunlin.v1.JoinResponse
-	140, // 158: dunlin.v1.EnrollmentService.Renew:output_type -> dunlin.v1.RenewResponse
-	141, // 159: dunlin.v1.EnrollmentService.GetTime:output_type -> dunlin.v1.GetTimeResponse
-	45,  // 160: dunlin.v1.EnrollmentService.CreateJoinToken:output_type -> dunlin.v1.CreateJoinTokenResponse
-	47,  // 161: dunlin.v1.EnrollmentService.ListJoinTokens:output_type -> dunlin.v1.ListJoinTokensResponse
-	43,  // 162: dunlin.v1.EnrollmentService.DeleteJoinToken:output_type -> dunlin.v1.DeleteJoinTokenResponse
-	52,  // 163: dunlin.v1.ModelService.CreateVersion:output_type -> dunlin.v1.CreateVersionResponse
-	54,  // 164: dunlin.v1.ModelService.ListModels:output_type -> dunlin.v1.ListModelsResponse
-	50,  // 165: dunlin.v1.ModelService.DeleteVersion:output_type -> dunlin.v1.DeleteVersionResponse
-	60,  // 166: dunlin.v1.ObjectService.Apply:output_type -> dunlin.v1.ApplyResponse
-	63,  // 167: dunlin.v1.ObjectService.Delete:output_type -> dunlin.v1.DeleteResponse
-	65,  // 168: dunlin.v1.ObjectService.ListDeployments:output_type -> dunlin.v1.ListDeploymentsResponse
-	68,  // 169: dunlin.v1.ObjectService.ListRoutes:output_type -> dunlin.v1.ListRoutesResponse
-	57,  // 170: dunlin.v1.ObjectService.ListObjects:output_type -> dunlin.v1.ListObjectsResponse
-	71,  // 171: dunlin.v1.ProfileService.ListProfiles:output_type -> dunlin.v1.ListProfilesResponse
-	74,  // 172: dunlin.v1.ProfileService.Plan:output_type -> dunlin.v1.PlanResponse
-	83,  // 173: dunlin.v1.RolloutService.ListRollouts:output_type -> dunlin.v1.ListRolloutsResponse
-	85,  // 174: dunlin.v1.RolloutService.GetRollout:output_type -> dunlin.v1.GetRolloutResponse
-	87,  // 175: dunlin.v1.RolloutService.WatchRollout:output_type -> dunlin.v1.WatchRolloutResponse
-	77,  // 176: dunlin.v1.RolloutService.ControlRollout:output_type -> dunlin.v1.ControlRolloutResponse
-	79,  // 177: dunlin.v1.RolloutService.ListDecisions:output_type -> dunlin.v1.ListDecisionsResponse
-	97,  // 178: dunlin.v1.DeviceService.ListDevices:output_type -> dunlin.v1.ListDevicesResponse
-	104, // 179: dunlin.v1.DeviceService.RemoveDevice:output_type -> dunlin.v1.RemoveDeviceResponse
-	102, // 180: dunlin.v1.DeviceService.RevokeDevice:output_type -> dunlin.v1.RevokeDeviceResponse
-	106, // 181: dunlin.v1.DeviceService.ListEvents:output_type -> dunlin.v1.ListEventsResponse
-	92,  // 182: dunlin.v1.DeviceService.ListDrift:output_type -> dunlin.v1.ListDriftResponse
-	95,  // 183: dunlin.v1.DeviceService.ListTelemetry:output_type -> dunlin.v1.ListTelemetryResponse
-	141, // [141:184] is the sub-list for method output_type
-	98,  // [98:141] is the sub-list for method input_type
-	98,  // [98:98] is the sub-list for extension type_name
-	98,  // [98:98] is the sub-list for extension extendee
-	0,   // [0:98] is the sub-list for field type_name
+	129, // 49: dunlin.v1.Route.shadow:type_name -> dunlin.v1.RouteShadow
+	72,  // 50: dunlin.v1.ListProfilesResponse.profiles:type_name -> dunlin.v1.DeviceProfile
+	130, // 51: dunlin.v1.DeviceProfile.profile:type_name -> dunlin.v1.ModelProfile
+	75,  // 52: dunlin.v1.PlanResponse.devices:type_name -> dunlin.v1.DevicePlan
+	2,   // 53: dunlin.v1.DevicePlan.verdict:type_name -> dunlin.v1.DevicePlan.Verdict
+	3,   // 54: dunlin.v1.DevicePlan.memory_source:type_name -> dunlin.v1.DevicePlan.Source
+	3,   // 55: dunlin.v1.DevicePlan.latency_source:type_name -> dunlin.v1.DevicePlan.Source
+	3,   // 56: dunlin.v1.DevicePlan.energy_source:type_name -> dunlin.v1.DevicePlan.Source
+	4,   // 57: dunlin.v1.ControlRolloutRequest.action:type_name -> dunlin.v1.ControlRolloutRequest.Action
+	88,  // 58: dunlin.v1.ControlRolloutResponse.rollout:type_name -> dunlin.v1.Rollout
+	80,  // 59: dunlin.v1.ListDecisionsResponse.decisions:type_name -> dunlin.v1.Decision
+	121, // 60: dunlin.v1.Decision.at:type_name -> google.protobuf.Timestamp
+	81,  // 61: dunlin.v1.Decision.gates:type_name -> dunlin.v1.GateResult
+	5,   // 62: dunlin.v1.GateResult.verdict:type_name -> dunlin.v1.GateResult.Verdict
+	88,  // 63: dunlin.v1.ListRolloutsResponse.rollouts:type_name -> dunlin.v1.Rollout
+	88,  // 64: dunlin.v1.GetRolloutResponse.rollout:type_name -> dunlin.v1.Rollout
+	88,  // 65: dunlin.v1.WatchRolloutResponse.rollout:type_name -> dunlin.v1.Rollout
+	0,   // 66: dunlin.v1.Rollout.state:type_name -> dunlin.v1.RolloutState
+	121, // 67: dunlin.v1.Rollout.started_at:type_name -> google.protobuf.Timestamp
+	121, // 68: dunlin.v1.Rollout.ended_at:type_name -> google.protobuf.Timestamp
+	90,  // 69: dunlin.v1.Rollout.devices:type_name -> dunlin.v1.RolloutDevice
+	89,  // 70: dunlin.v1.Rollout.waves:type_name -> dunlin.v1.RolloutWave
+	81,  // 71: dunlin.v1.Rollout.gates:type_name -> dunlin.v1.GateResult
+	121, // 72: dunlin.v1.Rollout.soaks_until:type_name -> google.protobuf.Timestamp
+	121, // 73: dunlin.v1.RolloutWave.started_at:type_name -> google.protobuf.Timestamp
+	6,   // 74: dunlin.v1.RolloutDevice.phase:type_name -> dunlin.v1.RolloutDevice.Phase
+	121, // 75: dunlin.v1.RolloutDevice.ready_at:type_name -> google.protobuf.Timestamp
+	118, // 76: dunlin.v1.ListDriftRequest.selector:type_name -> dunlin.v1.ListDriftRequest.SelectorEntry
+	93,  // 77: dunlin.v1.ListDriftResponse.drifts:type_name -> dunlin.v1.DeviceDrift
+	131, // 78: dunlin.v1.DeviceDrift.drift:type_name -> dunlin.v1.Drift
+	121, // 79: dunlin.v1.ListTelemetryRequest.from:type_name -> google.protobuf.Timestamp
+	121, // 80: dunlin.v1.ListTelemetryRequest.until:type_name -> google.protobuf.Timestamp
+	132, // 81: dunlin.v1.ListTelemetryResponse.samples:type_name -> dunlin.v1.Telemetry
+	119, // 82: dunlin.v1.ListDevicesRequest.selector:type_name -> dunlin.v1.ListDevicesRequest.SelectorEntry
+	98,  // 83: dunlin.v1.ListDevicesResponse.devices:type_name -> dunlin.v1.Device
+	120, // 84: dunlin.v1.Device.labels:type_name -> dunlin.v1.Device.LabelsEntry
+	133, // 85: dunlin.v1.Device.info:type_name -> dunlin.v1.DeviceInfo
+	121, // 86: dunlin.v1.Device.last_heard_at:type_name -> google.protobuf.Timestamp
+	121, // 87: dunlin.v1.Device.joined_at:type_name -> google.protobuf.Timestamp
+	134, // 88: dunlin.v1.Device.desired:type_name -> dunlin.v1.Generation
+	135, // 89: dunlin.v1.Device.reported:type_name -> dunlin.v1.Reported
+	132, // 90: dunlin.v1.Device.telemetry:type_name -> dunlin.v1.Telemetry
+	99,  // 91: dunlin.v1.Device.identity:type_name -> dunlin.v1.DeviceIdentity
+	121, // 92: dunlin.v1.DeviceIdentity.not_after:type_name -> google.protobuf.Timestamp
+	121, // 93: dunlin.v1.DeviceIdentity.revoked_at:type_name -> google.protobuf.Timestamp
+	100, // 94: dunlin.v1.DeviceIdentity.twins:type_name -> dunlin.v1.Twin
+	121, // 95: dunlin.v1.Twin.last_heard_at:type_name -> google.protobuf.Timestamp
+	107, // 96: dunlin.v1.ListEventsResponse.events:type_name -> dunlin.v1.DeviceEvent
+	136, // 97: dunlin.v1.DeviceEvent.event:type_name -> dunlin.v1.Event
+	121, // 98: dunlin.v1.DeviceEvent.received_at:type_name -> google.protobuf.Timestamp
+	11,  // 99: dunlin.v1.AuthService.WhoAmI:input_type -> dunlin.v1.WhoAmIRequest
+	7,   // 100: dunlin.v1.AuthService.Login:input_type -> dunlin.v1.LoginRequest
+	9,   // 101: dunlin.v1.AuthService.GetLoginMethods:input_type -> dunlin.v1.GetLoginMethodsRequest
+	14,  // 102: dunlin.v1.UserService.CreateUser:input_type -> dunlin.v1.CreateUserRequest
+	16,  // 103: dunlin.v1.UserService.UpdateUser:input_type -> dunlin.v1.UpdateUserRequest
+	18,  // 104: dunlin.v1.UserService.DeleteUser:input_type -> dunlin.v1.DeleteUserRequest
+	20,  // 105: dunlin.v1.UserService.ListUsers:input_type -> dunlin.v1.ListUsersRequest
+	23,  // 106: dunlin.v1.UserService.CreateToken:input_type -> dunlin.v1.CreateTokenRequest
+	25,  // 107: dunlin.v1.UserService.ListTokens:input_type -> dunlin.v1.ListTokensRequest
+	27,  // 108: dunlin.v1.UserService.DeleteToken:input_type -> dunlin.v1.DeleteTokenRequest
+	29,  // 109: dunlin.v1.AuditService.ListAudit:input_type -> dunlin.v1.ListAuditRequest
+	31,  // 110: dunlin.v1.TrustService.GetTrust:input_type -> dunlin.v1.GetTrustRequest
+	33,  // 111: dunlin.v1.TrustService.PutTrust:input_type -> dunlin.v1.PutTrustRequest
+	35,  // 112: dunlin.v1.TrustService.GetAuthorities:input_type -> dunlin.v1.GetAuthoritiesRequest
+	38,  // 113: dunlin.v1.TrustService.RotateAuthority:input_type -> dunlin.v1.RotateAuthorityRequest
+	40,  // 114: dunlin.v1.TrustService.RetireAuthority:input_type -> dunlin.v1.RetireAuthorityRequest
+	137, // 115: dunlin.v1.EnrollmentService.Join:input_type -> dunlin.v1.JoinRequest
+	138, // 116: dunlin.v1.EnrollmentService.Renew:input_type -> dunlin.v1.RenewRequest
+	139, // 117: dunlin.v1.EnrollmentService.GetTime:input_type -> dunlin.v1.GetTimeRequest
+	44,  // 118: dunlin.v1.EnrollmentService.CreateJoinToken:input_type -> dunlin.v1.CreateJoinTokenRequest
+	46,  // 119: dunlin.v1.EnrollmentService.ListJoinTokens:input_type -> dunlin.v1.ListJoinTokensRequest
+	42,  // 120: dunlin.v1.EnrollmentService.DeleteJoinToken:input_type -> dunlin.v1.DeleteJoinTokenRequest
+	51,  // 121: dunlin.v1.ModelService.CreateVersion:input_type -> dunlin.v1.CreateVersionRequest
+	53,  // 122: dunlin.v1.ModelService.ListModels:input_type -> dunlin.v1.ListModelsRequest
+	49,  // 123: dunlin.v1.ModelService.DeleteVersion:input_type -> dunlin.v1.DeleteVersionRequest
+	59,  // 124: dunlin.v1.ObjectService.Apply:input_type -> dunlin.v1.ApplyRequest
+	62,  // 125: dunlin.v1.ObjectService.Delete:input_type -> dunlin.v1.DeleteRequest
+	64,  // 126: dunlin.v1.ObjectService.ListDeployments:input_type -> dunlin.v1.ListDeploymentsRequest
+	67,  // 127: dunlin.v1.ObjectService.ListRoutes:input_type -> dunlin.v1.ListRoutesRequest
+	56,  // 128: dunlin.v1.ObjectService.ListObjects:input_type -> dunlin.v1.ListObjectsRequest
+	70,  // 129: dunlin.v1.ProfileService.ListProfiles:input_type -> dunlin.v1.ListProfilesRequest
+	73,  // 130: dunlin.v1.ProfileService.Plan:input_type -> dunlin.v1.PlanRequest
+	82,  // 131: dunlin.v1.RolloutService.ListRollouts:input_type -> dunlin.v1.ListRolloutsRequest
+	84,  // 132: dunlin.v1.RolloutService.GetRollout:input_type -> dunlin.v1.GetRolloutRequest
+	86,  // 133: dunlin.v1.RolloutService.WatchRollout:input_type -> dunlin.v1.WatchRolloutRequest
+	76,  // 134: dunlin.v1.RolloutService.ControlRollout:input_type -> dunlin.v1.ControlRolloutRequest
+	78,  // 135: dunlin.v1.RolloutService.ListDecisions:input_type -> dunlin.v1.ListDecisionsRequest
+	96,  // 136: dunlin.v1.DeviceService.ListDevices:input_type -> dunlin.v1.ListDevicesRequest
+	103, // 137: dunlin.v1.DeviceService.RemoveDevice:input_type -> dunlin.v1.RemoveDeviceRequest
+	101, // 138: dunlin.v1.DeviceService.RevokeDevice:input_type -> dunlin.v1.RevokeDeviceRequest
+	105, // 139: dunlin.v1.DeviceService.ListEvents:input_type -> dunlin.v1.ListEventsRequest
+	91,  // 140: dunlin.v1.DeviceService.ListDrift:input_type -> dunlin.v1.ListDriftRequest
+	94,  // 141: dunlin.v1.DeviceService.ListTelemetry:input_type -> dunlin.v1.ListTelemetryRequest
+	12,  // 142: dunlin.v1.AuthService.WhoAmI:output_type -> dunlin.v1.WhoAmIResponse
+	8,   // 143: dunlin.v1.AuthService.Login:output_type -> dunlin.v1.LoginResponse
+	10,  // 144: dunlin.v1.AuthService.GetLoginMethods:output_type -> dunlin.v1.GetLoginMethodsResponse
+	15,  // 145: dunlin.v1.UserService.CreateUser:output_type -> dunlin.v1.CreateUserResponse
+	17,  // 146: dunlin.v1.UserService.UpdateUser:output_type -> dunlin.v1.UpdateUserResponse
+	19,  // 147: dunlin.v1.UserService.DeleteUser:output_type -> dunlin.v1.DeleteUserResponse
+	21,  // 148: dunlin.v1.UserService.ListUsers:output_type -> dunlin.v1.ListUsersResponse
+	24,  // 149: dunlin.v1.UserService.CreateToken:output_type -> dunlin.v1.CreateTokenResponse
+	26,  // 150: dunlin.v1.UserService.ListTokens:output_type -> dunlin.v1.ListTokensResponse
+	28,  // 151: dunlin.v1.UserService.DeleteToken:output_type -> dunlin.v1.DeleteTokenResponse
+	30,  // 152: dunlin.v1.AuditService.ListAudit:output_type -> dunlin.v1.ListAuditResponse
+	32,  // 153: dunlin.v1.TrustService.GetTrust:output_type -> dunlin.v1.GetTrustResponse
+	34,  // 154: dunlin.v1.TrustService.PutTrust:output_type -> dunlin.v1.PutTrustResponse
+	36,  // 155: dunlin.v1.TrustService.GetAuthorities:output_type -> dunlin.v1.GetAuthoritiesResponse
+	39,  // 156: dunlin.v1.TrustService.RotateAuthority:output_type -> dunlin.v1.RotateAuthorityResponse
+	41,  // 157: dunlin.v1.TrustService.RetireAuthority:output_type -> dunlin.v1.RetireAuthorityResponse
+	140, // 158: dunlin.v1.EnrollmentService.Join:output_type -> dunlin.v1.JoinResponse
+	141, // 159: dunlin.v1.EnrollmentService.Renew:output_type -> dunlin.v1.RenewResponse
+	142, // 160: dunlin.v1.EnrollmentService.GetTime:output_type -> dunlin.v1.GetTimeResponse
+	45,  // 161: dunlin.v1.EnrollmentService.CreateJoinToken:output_type -> dunlin.v1.CreateJoinTokenResponse
+	47,  // 162: dunlin.v1.EnrollmentService.ListJoinTokens:output_type -> dunlin.v1.ListJoinTokensResponse
+	43,  // 163: dunlin.v1.EnrollmentService.DeleteJoinToken:output_type -> dunlin.v1.DeleteJoinTokenResponse
+	52,  // 164: dunlin.v1.ModelService.CreateVersion:output_type -> dunlin.v1.CreateVersionResponse
+	54,  // 165: dunlin.v1.ModelService.ListModels:output_type -> dunlin.v1.ListModelsResponse
+	50,  // 166: dunlin.v1.ModelService.DeleteVersion:output_type -> dunlin.v1.DeleteVersionResponse
+	60,  // 167: dunlin.v1.ObjectService.Apply:output_type -> dunlin.v1.ApplyResponse
+	63,  // 168: dunlin.v1.ObjectService.Delete:output_type -> dunlin.v1.DeleteResponse
+	65,  // 169: dunlin.v1.ObjectService.ListDeployments:output_type -> dunlin.v1.ListDeploymentsResponse
+	68,  // 170: dunlin.v1.ObjectService.ListRoutes:output_type -> dunlin.v1.ListRoutesResponse
+	57,  // 171: dunlin.v1.ObjectService.ListObjects:output_type -> dunlin.v1.ListObjectsResponse
+	71,  // 172: dunlin.v1.ProfileService.ListProfiles:output_type -> dunlin.v1.ListProfilesResponse
+	74,  // 173: dunlin.v1.ProfileService.Plan:output_type -> dunlin.v1.PlanResponse
+	83,  // 174: dunlin.v1.RolloutService.ListRollouts:output_type -> dunlin.v1.ListRolloutsResponse
+	85,  // 175: dunlin.v1.RolloutService.GetRollout:output_type -> dunlin.v1.GetRolloutResponse
+	87,  // 176: dunlin.v1.RolloutService.WatchRollout:output_type -> dunlin.v1.WatchRolloutResponse
+	77,  // 177: dunlin.v1.RolloutService.ControlRollout:output_type -> dunlin.v1.ControlRolloutResponse
+	79,  // 178: dunlin.v1.RolloutService.ListDecisions:output_type -> dunlin.v1.ListDecisionsResponse
+	97,  // 179: dunlin.v1.DeviceService.ListDevices:output_type -> dunlin.v1.ListDevicesResponse
+	104, // 180: dunlin.v1.DeviceService.RemoveDevice:output_type -> dunlin.v1.RemoveDeviceResponse
+	102, // 181: dunlin.v1.DeviceService.RevokeDevice:output_type -> dunlin.v1.RevokeDeviceResponse
+	106, // 182: dunlin.v1.DeviceService.ListEvents:output_type -> dunlin.v1.ListEventsResponse
+	92,  // 183: dunlin.v1.DeviceService.ListDrift:output_type -> dunlin.v1.ListDriftResponse
+	95,  // 184: dunlin.v1.DeviceService.ListTelemetry:output_type -> dunlin.v1.ListTelemetryResponse
+	142, // [142:185] is the sub-list for method output_type
+	99,  // [99:142] is the sub-list for method input_type
+	99,  // [99:99] is the sub-list for extension type_name
+	99,  // [99:99] is the sub-list for extension extendee
+	0,   // [0:99] is the sub-list for field type_name
 }
 
 func init() { file_dunlin_v1_api_proto_init() }

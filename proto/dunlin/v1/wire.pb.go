@@ -226,7 +226,7 @@ func (x AgentStatus_State) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use AgentStatus_State.Descriptor instead.
 func (AgentStatus_State) EnumDescriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{24, 0}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{25, 0}
 }
 
 // Generation numbers the desired documents of one device. Documents of
@@ -1486,7 +1486,9 @@ type DesiredRoute struct {
 	Sticky *RouteSticky `protobuf:"bytes,4,opt,name=sticky,proto3" json:"sticky,omitempty"`
 	// Where the requests of targets go that the chosen one does not answer; the
 	// first that takes the reason is tried, then the next.
-	Fallback      []*RouteFallback `protobuf:"bytes,5,rep,name=fallback,proto3" json:"fallback,omitempty"`
+	Fallback []*RouteFallback `protobuf:"bytes,5,rep,name=fallback,proto3" json:"fallback,omitempty"`
+	// Unset: none. Of the requests of targets.
+	Shadow        *RouteShadow `protobuf:"bytes,6,opt,name=shadow,proto3" json:"shadow,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1556,6 +1558,13 @@ func (x *DesiredRoute) GetFallback() []*RouteFallback {
 	return nil
 }
 
+func (x *DesiredRoute) GetShadow() *RouteShadow {
+	if x != nil {
+		return x.Shadow
+	}
+	return nil
+}
+
 // RouteRule says where the requests go that it matches.
 type RouteRule struct {
 	state   protoimpl.MessageState `protogen:"open.v1"`
@@ -1564,7 +1573,9 @@ type RouteRule struct {
 	Targets []*RouteTarget         `protobuf:"bytes,3,rep,name=targets,proto3" json:"targets,omitempty"`
 	Sticky  *RouteSticky           `protobuf:"bytes,4,opt,name=sticky,proto3" json:"sticky,omitempty"`
 	// Of the rule's own targets.
-	Fallback      []*RouteFallback `protobuf:"bytes,5,rep,name=fallback,proto3" json:"fallback,omitempty"`
+	Fallback []*RouteFallback `protobuf:"bytes,5,rep,name=fallback,proto3" json:"fallback,omitempty"`
+	// Unset: none. Of the requests of targets.
+	Shadow        *RouteShadow `protobuf:"bytes,6,opt,name=shadow,proto3" json:"shadow,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1630,6 +1641,13 @@ func (x *RouteRule) GetSticky() *RouteSticky {
 func (x *RouteRule) GetFallback() []*RouteFallback {
 	if x != nil {
 		return x.Fallback
+	}
+	return nil
+}
+
+func (x *RouteRule) GetShadow() *RouteShadow {
+	if x != nil {
+		return x.Shadow
 	}
 	return nil
 }
@@ -2011,6 +2029,70 @@ func (x *RouteFallback) GetOn() []string {
 	return nil
 }
 
+// RouteShadow is a version that runs requests once more, after they have been
+// answered, so that its outputs can be compared. It answers nobody.
+type RouteShadow struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Model string                 `protobuf:"bytes,1,opt,name=model,proto3" json:"model,omitempty"`
+	// 0: as in RouteTarget.
+	Version int64 `protobuf:"varint,2,opt,name=version,proto3" json:"version,omitempty"`
+	// Share of the requests, above 0 and up to 1.
+	Rate          float64 `protobuf:"fixed64,3,opt,name=rate,proto3" json:"rate,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RouteShadow) Reset() {
+	*x = RouteShadow{}
+	mi := &file_dunlin_v1_wire_proto_msgTypes[21]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RouteShadow) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RouteShadow) ProtoMessage() {}
+
+func (x *RouteShadow) ProtoReflect() protoreflect.Message {
+	mi := &file_dunlin_v1_wire_proto_msgTypes[21]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RouteShadow.ProtoReflect.Descriptor instead.
+func (*RouteShadow) Descriptor() ([]byte, []int) {
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{21}
+}
+
+func (x *RouteShadow) GetModel() string {
+	if x != nil {
+		return x.Model
+	}
+	return ""
+}
+
+func (x *RouteShadow) GetVersion() int64 {
+	if x != nil {
+		return x.Version
+	}
+	return 0
+}
+
+func (x *RouteShadow) GetRate() float64 {
+	if x != nil {
+		return x.Rate
+	}
+	return 0
+}
+
 // VersionStatus is the state of one version on a device.
 type VersionStatus struct {
 	state   protoimpl.MessageState `protogen:"open.v1"`
@@ -2039,7 +2121,7 @@ type VersionStatus struct {
 
 func (x *VersionStatus) Reset() {
 	*x = VersionStatus{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[21]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2051,7 +2133,7 @@ func (x *VersionStatus) String() string {
 func (*VersionStatus) ProtoMessage() {}
 
 func (x *VersionStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[21]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2064,7 +2146,7 @@ func (x *VersionStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VersionStatus.ProtoReflect.Descriptor instead.
 func (*VersionStatus) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{21}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *VersionStatus) GetModel() string {
@@ -2170,7 +2252,7 @@ type RouteStatus struct {
 
 func (x *RouteStatus) Reset() {
 	*x = RouteStatus{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[22]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2182,7 +2264,7 @@ func (x *RouteStatus) String() string {
 func (*RouteStatus) ProtoMessage() {}
 
 func (x *RouteStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[22]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2195,7 +2277,7 @@ func (x *RouteStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RouteStatus.ProtoReflect.Descriptor instead.
 func (*RouteStatus) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{22}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *RouteStatus) GetName() string {
@@ -2240,7 +2322,7 @@ type Reported struct {
 
 func (x *Reported) Reset() {
 	*x = Reported{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[23]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2252,7 +2334,7 @@ func (x *Reported) String() string {
 func (*Reported) ProtoMessage() {}
 
 func (x *Reported) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[23]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2265,7 +2347,7 @@ func (x *Reported) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Reported.ProtoReflect.Descriptor instead.
 func (*Reported) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{23}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *Reported) GetSession() string {
@@ -2342,7 +2424,7 @@ type AgentStatus struct {
 
 func (x *AgentStatus) Reset() {
 	*x = AgentStatus{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[24]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2354,7 +2436,7 @@ func (x *AgentStatus) String() string {
 func (*AgentStatus) ProtoMessage() {}
 
 func (x *AgentStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[24]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2367,7 +2449,7 @@ func (x *AgentStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentStatus.ProtoReflect.Descriptor instead.
 func (*AgentStatus) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{24}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *AgentStatus) GetAgentVersion() string {
@@ -2437,7 +2519,7 @@ type Drift struct {
 
 func (x *Drift) Reset() {
 	*x = Drift{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[25]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2449,7 +2531,7 @@ func (x *Drift) String() string {
 func (*Drift) ProtoMessage() {}
 
 func (x *Drift) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[25]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2462,7 +2544,7 @@ func (x *Drift) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Drift.ProtoReflect.Descriptor instead.
 func (*Drift) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{25}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *Drift) GetKind() string {
@@ -2529,7 +2611,7 @@ type Event struct {
 
 func (x *Event) Reset() {
 	*x = Event{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[26]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2541,7 +2623,7 @@ func (x *Event) String() string {
 func (*Event) ProtoMessage() {}
 
 func (x *Event) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[26]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2554,7 +2636,7 @@ func (x *Event) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Event.ProtoReflect.Descriptor instead.
 func (*Event) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{26}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *Event) GetSequence() uint64 {
@@ -2635,7 +2717,7 @@ type EventBatch struct {
 
 func (x *EventBatch) Reset() {
 	*x = EventBatch{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[27]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2647,7 +2729,7 @@ func (x *EventBatch) String() string {
 func (*EventBatch) ProtoMessage() {}
 
 func (x *EventBatch) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[27]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2660,7 +2742,7 @@ func (x *EventBatch) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EventBatch.ProtoReflect.Descriptor instead.
 func (*EventBatch) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{27}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *EventBatch) GetOutboxId() string {
@@ -2688,7 +2770,7 @@ type EventAck struct {
 
 func (x *EventAck) Reset() {
 	*x = EventAck{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[28]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2700,7 +2782,7 @@ func (x *EventAck) String() string {
 func (*EventAck) ProtoMessage() {}
 
 func (x *EventAck) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[28]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2713,7 +2795,7 @@ func (x *EventAck) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EventAck.ProtoReflect.Descriptor instead.
 func (*EventAck) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{28}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *EventAck) GetOutboxId() string {
@@ -2748,7 +2830,7 @@ type Command struct {
 
 func (x *Command) Reset() {
 	*x = Command{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[29]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2760,7 +2842,7 @@ func (x *Command) String() string {
 func (*Command) ProtoMessage() {}
 
 func (x *Command) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[29]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2773,7 +2855,7 @@ func (x *Command) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Command.ProtoReflect.Descriptor instead.
 func (*Command) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{29}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *Command) GetCommand() isCommand_Command {
@@ -2895,7 +2977,7 @@ type TelemetryLease struct {
 
 func (x *TelemetryLease) Reset() {
 	*x = TelemetryLease{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[30]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2907,7 +2989,7 @@ func (x *TelemetryLease) String() string {
 func (*TelemetryLease) ProtoMessage() {}
 
 func (x *TelemetryLease) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[30]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2920,7 +3002,7 @@ func (x *TelemetryLease) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TelemetryLease.ProtoReflect.Descriptor instead.
 func (*TelemetryLease) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{30}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *TelemetryLease) GetEveryMs() uint32 {
@@ -2949,7 +3031,7 @@ type SourcesRequest struct {
 
 func (x *SourcesRequest) Reset() {
 	*x = SourcesRequest{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[31]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2961,7 +3043,7 @@ func (x *SourcesRequest) String() string {
 func (*SourcesRequest) ProtoMessage() {}
 
 func (x *SourcesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[31]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2974,7 +3056,7 @@ func (x *SourcesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SourcesRequest.ProtoReflect.Descriptor instead.
 func (*SourcesRequest) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{31}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *SourcesRequest) GetModel() string {
@@ -3002,7 +3084,7 @@ type Sources struct {
 
 func (x *Sources) Reset() {
 	*x = Sources{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[32]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3014,7 +3096,7 @@ func (x *Sources) String() string {
 func (*Sources) ProtoMessage() {}
 
 func (x *Sources) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[32]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3027,7 +3109,7 @@ func (x *Sources) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Sources.ProtoReflect.Descriptor instead.
 func (*Sources) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{32}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *Sources) GetDigest() string {
@@ -3058,7 +3140,7 @@ type Source struct {
 
 func (x *Source) Reset() {
 	*x = Source{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[33]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3070,7 +3152,7 @@ func (x *Source) String() string {
 func (*Source) ProtoMessage() {}
 
 func (x *Source) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[33]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3083,7 +3165,7 @@ func (x *Source) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Source.ProtoReflect.Descriptor instead.
 func (*Source) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{33}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *Source) GetDevice() string {
@@ -3120,7 +3202,7 @@ type StandDown struct {
 
 func (x *StandDown) Reset() {
 	*x = StandDown{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[34]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3132,7 +3214,7 @@ func (x *StandDown) String() string {
 func (*StandDown) ProtoMessage() {}
 
 func (x *StandDown) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[34]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3145,7 +3227,7 @@ func (x *StandDown) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StandDown.ProtoReflect.Descriptor instead.
 func (*StandDown) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{34}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *StandDown) GetBootId() string {
@@ -3172,7 +3254,7 @@ type RenewNow struct {
 
 func (x *RenewNow) Reset() {
 	*x = RenewNow{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[35]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3184,7 +3266,7 @@ func (x *RenewNow) String() string {
 func (*RenewNow) ProtoMessage() {}
 
 func (x *RenewNow) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[35]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3197,7 +3279,7 @@ func (x *RenewNow) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RenewNow.ProtoReflect.Descriptor instead.
 func (*RenewNow) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{35}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *RenewNow) GetWithinMs() uint32 {
@@ -3216,7 +3298,7 @@ type HelloAgain struct {
 
 func (x *HelloAgain) Reset() {
 	*x = HelloAgain{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[36]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3228,7 +3310,7 @@ func (x *HelloAgain) String() string {
 func (*HelloAgain) ProtoMessage() {}
 
 func (x *HelloAgain) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[36]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3241,7 +3323,7 @@ func (x *HelloAgain) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HelloAgain.ProtoReflect.Descriptor instead.
 func (*HelloAgain) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{36}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{37}
 }
 
 // Telemetry is one sample of a device's figures. A figure that the device
@@ -3290,7 +3372,7 @@ type Telemetry struct {
 
 func (x *Telemetry) Reset() {
 	*x = Telemetry{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[37]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3302,7 +3384,7 @@ func (x *Telemetry) String() string {
 func (*Telemetry) ProtoMessage() {}
 
 func (x *Telemetry) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[37]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3315,7 +3397,7 @@ func (x *Telemetry) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Telemetry.ProtoReflect.Descriptor instead.
 func (*Telemetry) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{37}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *Telemetry) GetAt() *timestamppb.Timestamp {
@@ -3484,7 +3566,7 @@ type Temperature struct {
 
 func (x *Temperature) Reset() {
 	*x = Temperature{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[38]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3496,7 +3578,7 @@ func (x *Temperature) String() string {
 func (*Temperature) ProtoMessage() {}
 
 func (x *Temperature) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[38]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3509,7 +3591,7 @@ func (x *Temperature) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Temperature.ProtoReflect.Descriptor instead.
 func (*Temperature) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{38}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *Temperature) GetSensor() string {
@@ -3568,7 +3650,7 @@ type GpuTelemetry struct {
 
 func (x *GpuTelemetry) Reset() {
 	*x = GpuTelemetry{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[39]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3580,7 +3662,7 @@ func (x *GpuTelemetry) String() string {
 func (*GpuTelemetry) ProtoMessage() {}
 
 func (x *GpuTelemetry) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[39]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3593,7 +3675,7 @@ func (x *GpuTelemetry) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GpuTelemetry.ProtoReflect.Descriptor instead.
 func (*GpuTelemetry) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{39}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *GpuTelemetry) GetIndex() uint32 {
@@ -3803,7 +3885,7 @@ type GpuProcess struct {
 
 func (x *GpuProcess) Reset() {
 	*x = GpuProcess{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[40]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3815,7 +3897,7 @@ func (x *GpuProcess) String() string {
 func (*GpuProcess) ProtoMessage() {}
 
 func (x *GpuProcess) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[40]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3828,7 +3910,7 @@ func (x *GpuProcess) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GpuProcess.ProtoReflect.Descriptor instead.
 func (*GpuProcess) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{40}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{41}
 }
 
 func (x *GpuProcess) GetPid() uint32 {
@@ -3878,7 +3960,7 @@ type Alarm struct {
 
 func (x *Alarm) Reset() {
 	*x = Alarm{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[41]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3890,7 +3972,7 @@ func (x *Alarm) String() string {
 func (*Alarm) ProtoMessage() {}
 
 func (x *Alarm) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[41]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3903,7 +3985,7 @@ func (x *Alarm) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Alarm.ProtoReflect.Descriptor instead.
 func (*Alarm) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{41}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{42}
 }
 
 func (x *Alarm) GetKind() string {
@@ -4007,7 +4089,7 @@ type AlarmSample struct {
 
 func (x *AlarmSample) Reset() {
 	*x = AlarmSample{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[42]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[43]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4019,7 +4101,7 @@ func (x *AlarmSample) String() string {
 func (*AlarmSample) ProtoMessage() {}
 
 func (x *AlarmSample) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[42]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[43]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4032,7 +4114,7 @@ func (x *AlarmSample) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AlarmSample.ProtoReflect.Descriptor instead.
 func (*AlarmSample) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{42}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{43}
 }
 
 func (x *AlarmSample) GetAt() *timestamppb.Timestamp {
@@ -4090,7 +4172,7 @@ type ModelProfile struct {
 
 func (x *ModelProfile) Reset() {
 	*x = ModelProfile{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[43]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[44]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4102,7 +4184,7 @@ func (x *ModelProfile) String() string {
 func (*ModelProfile) ProtoMessage() {}
 
 func (x *ModelProfile) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[43]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[44]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4115,7 +4197,7 @@ func (x *ModelProfile) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ModelProfile.ProtoReflect.Descriptor instead.
 func (*ModelProfile) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{43}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{44}
 }
 
 func (x *ModelProfile) GetModel() string {
@@ -4296,7 +4378,7 @@ type ModelSetting struct {
 
 func (x *ModelSetting) Reset() {
 	*x = ModelSetting{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[44]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[45]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4308,7 +4390,7 @@ func (x *ModelSetting) String() string {
 func (*ModelSetting) ProtoMessage() {}
 
 func (x *ModelSetting) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[44]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[45]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4321,7 +4403,7 @@ func (x *ModelSetting) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ModelSetting.ProtoReflect.Descriptor instead.
 func (*ModelSetting) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{44}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{45}
 }
 
 func (x *ModelSetting) GetProvider() string {
@@ -4377,7 +4459,7 @@ type ProfilePoint struct {
 
 func (x *ProfilePoint) Reset() {
 	*x = ProfilePoint{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[45]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[46]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4389,7 +4471,7 @@ func (x *ProfilePoint) String() string {
 func (*ProfilePoint) ProtoMessage() {}
 
 func (x *ProfilePoint) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[45]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[46]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4402,7 +4484,7 @@ func (x *ProfilePoint) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProfilePoint.ProtoReflect.Descriptor instead.
 func (*ProfilePoint) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{45}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{46}
 }
 
 func (x *ProfilePoint) GetSetting() *ModelSetting {
@@ -4471,7 +4553,7 @@ type LatencyPoint struct {
 
 func (x *LatencyPoint) Reset() {
 	*x = LatencyPoint{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[46]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[47]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4483,7 +4565,7 @@ func (x *LatencyPoint) String() string {
 func (*LatencyPoint) ProtoMessage() {}
 
 func (x *LatencyPoint) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[46]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[47]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4496,7 +4578,7 @@ func (x *LatencyPoint) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LatencyPoint.ProtoReflect.Descriptor instead.
 func (*LatencyPoint) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{46}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{47}
 }
 
 func (x *LatencyPoint) GetRows() uint32 {
@@ -4528,7 +4610,7 @@ type ProviderCheck struct {
 
 func (x *ProviderCheck) Reset() {
 	*x = ProviderCheck{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[47]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[48]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4540,7 +4622,7 @@ func (x *ProviderCheck) String() string {
 func (*ProviderCheck) ProtoMessage() {}
 
 func (x *ProviderCheck) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[47]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[48]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4553,7 +4635,7 @@ func (x *ProviderCheck) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProviderCheck.ProtoReflect.Descriptor instead.
 func (*ProviderCheck) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{47}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{48}
 }
 
 func (x *ProviderCheck) GetProvider() string {
@@ -4619,7 +4701,7 @@ type ModelTelemetry struct {
 
 func (x *ModelTelemetry) Reset() {
 	*x = ModelTelemetry{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[48]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[49]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4631,7 +4713,7 @@ func (x *ModelTelemetry) String() string {
 func (*ModelTelemetry) ProtoMessage() {}
 
 func (x *ModelTelemetry) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[48]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[49]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4644,7 +4726,7 @@ func (x *ModelTelemetry) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ModelTelemetry.ProtoReflect.Descriptor instead.
 func (*ModelTelemetry) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{48}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{49}
 }
 
 func (x *ModelTelemetry) GetModel() string {
@@ -4750,7 +4832,7 @@ type VersionFigures struct {
 
 func (x *VersionFigures) Reset() {
 	*x = VersionFigures{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[49]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[50]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4762,7 +4844,7 @@ func (x *VersionFigures) String() string {
 func (*VersionFigures) ProtoMessage() {}
 
 func (x *VersionFigures) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[49]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[50]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4775,7 +4857,7 @@ func (x *VersionFigures) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VersionFigures.ProtoReflect.Descriptor instead.
 func (*VersionFigures) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{49}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{50}
 }
 
 func (x *VersionFigures) GetRows() uint64 {
@@ -4817,7 +4899,7 @@ type Buckets struct {
 
 func (x *Buckets) Reset() {
 	*x = Buckets{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[50]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[51]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4829,7 +4911,7 @@ func (x *Buckets) String() string {
 func (*Buckets) ProtoMessage() {}
 
 func (x *Buckets) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[50]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[51]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4842,7 +4924,7 @@ func (x *Buckets) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Buckets.ProtoReflect.Descriptor instead.
 func (*Buckets) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{50}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{51}
 }
 
 func (x *Buckets) GetFirst() uint32 {
@@ -4873,7 +4955,7 @@ type SwapCount struct {
 
 func (x *SwapCount) Reset() {
 	*x = SwapCount{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[51]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[52]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4885,7 +4967,7 @@ func (x *SwapCount) String() string {
 func (*SwapCount) ProtoMessage() {}
 
 func (x *SwapCount) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[51]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[52]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4898,7 +4980,7 @@ func (x *SwapCount) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SwapCount.ProtoReflect.Descriptor instead.
 func (*SwapCount) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{51}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{52}
 }
 
 func (x *SwapCount) GetReason() string {
@@ -4935,7 +5017,7 @@ type BlockRequest struct {
 
 func (x *BlockRequest) Reset() {
 	*x = BlockRequest{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[52]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[53]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4947,7 +5029,7 @@ func (x *BlockRequest) String() string {
 func (*BlockRequest) ProtoMessage() {}
 
 func (x *BlockRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[52]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[53]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4960,7 +5042,7 @@ func (x *BlockRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BlockRequest.ProtoReflect.Descriptor instead.
 func (*BlockRequest) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{52}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{53}
 }
 
 func (x *BlockRequest) GetSha256() []byte {
@@ -4996,7 +5078,7 @@ type Block struct {
 
 func (x *Block) Reset() {
 	*x = Block{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[53]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[54]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5008,7 +5090,7 @@ func (x *Block) String() string {
 func (*Block) ProtoMessage() {}
 
 func (x *Block) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[53]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[54]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5021,7 +5103,7 @@ func (x *Block) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Block.ProtoReflect.Descriptor instead.
 func (*Block) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{53}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{54}
 }
 
 func (x *Block) GetSha256() []byte {
@@ -5068,7 +5150,7 @@ type FetchRequest struct {
 
 func (x *FetchRequest) Reset() {
 	*x = FetchRequest{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[54]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[55]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5080,7 +5162,7 @@ func (x *FetchRequest) String() string {
 func (*FetchRequest) ProtoMessage() {}
 
 func (x *FetchRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[54]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[55]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5093,7 +5175,7 @@ func (x *FetchRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FetchRequest.ProtoReflect.Descriptor instead.
 func (*FetchRequest) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{54}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{55}
 }
 
 func (x *FetchRequest) GetId() uint64 {
@@ -5167,7 +5249,7 @@ type FetchData struct {
 
 func (x *FetchData) Reset() {
 	*x = FetchData{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[55]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[56]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5179,7 +5261,7 @@ func (x *FetchData) String() string {
 func (*FetchData) ProtoMessage() {}
 
 func (x *FetchData) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[55]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[56]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5192,7 +5274,7 @@ func (x *FetchData) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FetchData.ProtoReflect.Descriptor instead.
 func (*FetchData) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{55}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{56}
 }
 
 func (x *FetchData) GetId() uint64 {
@@ -5259,7 +5341,7 @@ type Epoch struct {
 
 func (x *Epoch) Reset() {
 	*x = Epoch{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[56]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[57]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5271,7 +5353,7 @@ func (x *Epoch) String() string {
 func (*Epoch) ProtoMessage() {}
 
 func (x *Epoch) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[56]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[57]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5284,7 +5366,7 @@ func (x *Epoch) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Epoch.ProtoReflect.Descriptor instead.
 func (*Epoch) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{56}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{57}
 }
 
 func (x *Epoch) GetIncarnation() string {
@@ -5443,19 +5525,21 @@ const file_dunlin_v1_wire_proto_rawDesc = "" +
 	"signatures\x18\x06 \x03(\tR\n" +
 	"signatures\x12/\n" +
 	"\bdelivery\x18\a \x01(\v2\x13.dunlin.v1.DeliveryR\bdelivery\x12\x19\n" +
-	"\bin_place\x18\b \x01(\bR\ainPlace\"\xe6\x01\n" +
+	"\bin_place\x18\b \x01(\bR\ainPlace\"\x96\x02\n" +
 	"\fDesiredRoute\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x120\n" +
 	"\atargets\x18\x02 \x03(\v2\x16.dunlin.v1.RouteTargetR\atargets\x12*\n" +
 	"\x05rules\x18\x03 \x03(\v2\x14.dunlin.v1.RouteRuleR\x05rules\x12.\n" +
 	"\x06sticky\x18\x04 \x01(\v2\x16.dunlin.v1.RouteStickyR\x06sticky\x124\n" +
-	"\bfallback\x18\x05 \x03(\v2\x18.dunlin.v1.RouteFallbackR\bfallback\"\xe4\x01\n" +
+	"\bfallback\x18\x05 \x03(\v2\x18.dunlin.v1.RouteFallbackR\bfallback\x12.\n" +
+	"\x06shadow\x18\x06 \x01(\v2\x16.dunlin.v1.RouteShadowR\x06shadow\"\x94\x02\n" +
 	"\tRouteRule\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12+\n" +
 	"\x05match\x18\x02 \x01(\v2\x15.dunlin.v1.RouteMatchR\x05match\x120\n" +
 	"\atargets\x18\x03 \x03(\v2\x16.dunlin.v1.RouteTargetR\atargets\x12.\n" +
 	"\x06sticky\x18\x04 \x01(\v2\x16.dunlin.v1.RouteStickyR\x06sticky\x124\n" +
-	"\bfallback\x18\x05 \x03(\v2\x18.dunlin.v1.RouteFallbackR\bfallback\"\xf0\x01\n" +
+	"\bfallback\x18\x05 \x03(\v2\x18.dunlin.v1.RouteFallbackR\bfallback\x12.\n" +
+	"\x06shadow\x18\x06 \x01(\v2\x16.dunlin.v1.RouteShadowR\x06shadow\"\xf0\x01\n" +
 	"\n" +
 	"RouteMatch\x129\n" +
 	"\n" +
@@ -5483,7 +5567,11 @@ const file_dunlin_v1_wire_proto_rawDesc = "" +
 	"\rRouteFallback\x12\x14\n" +
 	"\x05model\x18\x01 \x01(\tR\x05model\x12\x18\n" +
 	"\aversion\x18\x02 \x01(\x03R\aversion\x12\x0e\n" +
-	"\x02on\x18\x03 \x03(\tR\x02on\"\xae\x03\n" +
+	"\x02on\x18\x03 \x03(\tR\x02on\"Q\n" +
+	"\vRouteShadow\x12\x14\n" +
+	"\x05model\x18\x01 \x01(\tR\x05model\x12\x18\n" +
+	"\aversion\x18\x02 \x01(\x03R\aversion\x12\x12\n" +
+	"\x04rate\x18\x03 \x01(\x01R\x04rate\"\xae\x03\n" +
 	"\rVersionStatus\x12\x14\n" +
 	"\x05model\x18\x01 \x01(\tR\x05model\x12\x18\n" +
 	"\aversion\x18\x02 \x01(\x03R\aversion\x12\x16\n" +
@@ -5861,7 +5949,7 @@ func file_dunlin_v1_wire_proto_rawDescGZIP() []byte {
 }
 
 var file_dunlin_v1_wire_proto_enumTypes = make([]protoimpl.EnumInfo, 3)
-var file_dunlin_v1_wire_proto_msgTypes = make([]protoimpl.MessageInfo, 58)
+var file_dunlin_v1_wire_proto_msgTypes = make([]protoimpl.MessageInfo, 59)
 var file_dunlin_v1_wire_proto_goTypes = []any{
 	(VersionState)(0),             // 0: dunlin.v1.VersionState
 	(Severity)(0),                 // 1: dunlin.v1.Severity
@@ -5887,51 +5975,52 @@ var file_dunlin_v1_wire_proto_goTypes = []any{
 	(*RouteSticky)(nil),           // 21: dunlin.v1.RouteSticky
 	(*RouteTarget)(nil),           // 22: dunlin.v1.RouteTarget
 	(*RouteFallback)(nil),         // 23: dunlin.v1.RouteFallback
-	(*VersionStatus)(nil),         // 24: dunlin.v1.VersionStatus
-	(*RouteStatus)(nil),           // 25: dunlin.v1.RouteStatus
-	(*Reported)(nil),              // 26: dunlin.v1.Reported
-	(*AgentStatus)(nil),           // 27: dunlin.v1.AgentStatus
-	(*Drift)(nil),                 // 28: dunlin.v1.Drift
-	(*Event)(nil),                 // 29: dunlin.v1.Event
-	(*EventBatch)(nil),            // 30: dunlin.v1.EventBatch
-	(*EventAck)(nil),              // 31: dunlin.v1.EventAck
-	(*Command)(nil),               // 32: dunlin.v1.Command
-	(*TelemetryLease)(nil),        // 33: dunlin.v1.TelemetryLease
-	(*SourcesRequest)(nil),        // 34: dunlin.v1.SourcesRequest
-	(*Sources)(nil),               // 35: dunlin.v1.Sources
-	(*Source)(nil),                // 36: dunlin.v1.Source
-	(*StandDown)(nil),             // 37: dunlin.v1.StandDown
-	(*RenewNow)(nil),              // 38: dunlin.v1.RenewNow
-	(*HelloAgain)(nil),            // 39: dunlin.v1.HelloAgain
-	(*Telemetry)(nil),             // 40: dunlin.v1.Telemetry
-	(*Temperature)(nil),           // 41: dunlin.v1.Temperature
-	(*GpuTelemetry)(nil),          // 42: dunlin.v1.GpuTelemetry
-	(*GpuProcess)(nil),            // 43: dunlin.v1.GpuProcess
-	(*Alarm)(nil),                 // 44: dunlin.v1.Alarm
-	(*AlarmSample)(nil),           // 45: dunlin.v1.AlarmSample
-	(*ModelProfile)(nil),          // 46: dunlin.v1.ModelProfile
-	(*ModelSetting)(nil),          // 47: dunlin.v1.ModelSetting
-	(*ProfilePoint)(nil),          // 48: dunlin.v1.ProfilePoint
-	(*LatencyPoint)(nil),          // 49: dunlin.v1.LatencyPoint
-	(*ProviderCheck)(nil),         // 50: dunlin.v1.ProviderCheck
-	(*ModelTelemetry)(nil),        // 51: dunlin.v1.ModelTelemetry
-	(*VersionFigures)(nil),        // 52: dunlin.v1.VersionFigures
-	(*Buckets)(nil),               // 53: dunlin.v1.Buckets
-	(*SwapCount)(nil),             // 54: dunlin.v1.SwapCount
-	(*BlockRequest)(nil),          // 55: dunlin.v1.BlockRequest
-	(*Block)(nil),                 // 56: dunlin.v1.Block
-	(*FetchRequest)(nil),          // 57: dunlin.v1.FetchRequest
-	(*FetchData)(nil),             // 58: dunlin.v1.FetchData
-	(*Epoch)(nil),                 // 59: dunlin.v1.Epoch
-	nil,                           // 60: dunlin.v1.Hello.LabelsEntry
-	(*timestamppb.Timestamp)(nil), // 61: google.protobuf.Timestamp
+	(*RouteShadow)(nil),           // 24: dunlin.v1.RouteShadow
+	(*VersionStatus)(nil),         // 25: dunlin.v1.VersionStatus
+	(*RouteStatus)(nil),           // 26: dunlin.v1.RouteStatus
+	(*Reported)(nil),              // 27: dunlin.v1.Reported
+	(*AgentStatus)(nil),           // 28: dunlin.v1.AgentStatus
+	(*Drift)(nil),                 // 29: dunlin.v1.Drift
+	(*Event)(nil),                 // 30: dunlin.v1.Event
+	(*EventBatch)(nil),            // 31: dunlin.v1.EventBatch
+	(*EventAck)(nil),              // 32: dunlin.v1.EventAck
+	(*Command)(nil),               // 33: dunlin.v1.Command
+	(*TelemetryLease)(nil),        // 34: dunlin.v1.TelemetryLease
+	(*SourcesRequest)(nil),        // 35: dunlin.v1.SourcesRequest
+	(*Sources)(nil),               // 36: dunlin.v1.Sources
+	(*Source)(nil),                // 37: dunlin.v1.Source
+	(*StandDown)(nil),             // 38: dunlin.v1.StandDown
+	(*RenewNow)(nil),              // 39: dunlin.v1.RenewNow
+	(*HelloAgain)(nil),            // 40: dunlin.v1.HelloAgain
+	(*Telemetry)(nil),             // 41: dunlin.v1.Telemetry
+	(*Temperature)(nil),           // 42: dunlin.v1.Temperature
+	(*GpuTelemetry)(nil),          // 43: dunlin.v1.GpuTelemetry
+	(*GpuProcess)(nil),            // 44: dunlin.v1.GpuProcess
+	(*Alarm)(nil),                 // 45: dunlin.v1.Alarm
+	(*AlarmSample)(nil),           // 46: dunlin.v1.AlarmSample
+	(*ModelProfile)(nil),          // 47: dunlin.v1.ModelProfile
+	(*ModelSetting)(nil),          // 48: dunlin.v1.ModelSetting
+	(*ProfilePoint)(nil),          // 49: dunlin.v1.ProfilePoint
+	(*LatencyPoint)(nil),          // 50: dunlin.v1.LatencyPoint
+	(*ProviderCheck)(nil),         // 51: dunlin.v1.ProviderCheck
+	(*ModelTelemetry)(nil),        // 52: dunlin.v1.ModelTelemetry
+	(*VersionFigures)(nil),        // 53: dunlin.v1.VersionFigures
+	(*Buckets)(nil),               // 54: dunlin.v1.Buckets
+	(*SwapCount)(nil),             // 55: dunlin.v1.SwapCount
+	(*BlockRequest)(nil),          // 56: dunlin.v1.BlockRequest
+	(*Block)(nil),                 // 57: dunlin.v1.Block
+	(*FetchRequest)(nil),          // 58: dunlin.v1.FetchRequest
+	(*FetchData)(nil),             // 59: dunlin.v1.FetchData
+	(*Epoch)(nil),                 // 60: dunlin.v1.Epoch
+	nil,                           // 61: dunlin.v1.Hello.LabelsEntry
+	(*timestamppb.Timestamp)(nil), // 62: google.protobuf.Timestamp
 }
 var file_dunlin_v1_wire_proto_depIdxs = []int32{
 	5,  // 0: dunlin.v1.DeviceInfo.gpus:type_name -> dunlin.v1.GpuInfo
 	6,  // 1: dunlin.v1.DeviceInfo.limits:type_name -> dunlin.v1.DeviceLimits
 	3,  // 2: dunlin.v1.Hello.have_generation:type_name -> dunlin.v1.Generation
 	4,  // 3: dunlin.v1.Hello.info:type_name -> dunlin.v1.DeviceInfo
-	60, // 4: dunlin.v1.Hello.labels:type_name -> dunlin.v1.Hello.LabelsEntry
+	61, // 4: dunlin.v1.Hello.labels:type_name -> dunlin.v1.Hello.LabelsEntry
 	3,  // 5: dunlin.v1.Desired.generation:type_name -> dunlin.v1.Generation
 	15, // 6: dunlin.v1.DesiredDocument.versions:type_name -> dunlin.v1.DesiredVersion
 	16, // 7: dunlin.v1.DesiredDocument.routes:type_name -> dunlin.v1.DesiredRoute
@@ -5944,63 +6033,65 @@ var file_dunlin_v1_wire_proto_depIdxs = []int32{
 	17, // 14: dunlin.v1.DesiredRoute.rules:type_name -> dunlin.v1.RouteRule
 	21, // 15: dunlin.v1.DesiredRoute.sticky:type_name -> dunlin.v1.RouteSticky
 	23, // 16: dunlin.v1.DesiredRoute.fallback:type_name -> dunlin.v1.RouteFallback
-	18, // 17: dunlin.v1.RouteRule.match:type_name -> dunlin.v1.RouteMatch
-	22, // 18: dunlin.v1.RouteRule.targets:type_name -> dunlin.v1.RouteTarget
-	21, // 19: dunlin.v1.RouteRule.sticky:type_name -> dunlin.v1.RouteSticky
-	23, // 20: dunlin.v1.RouteRule.fallback:type_name -> dunlin.v1.RouteFallback
-	19, // 21: dunlin.v1.RouteMatch.parameters:type_name -> dunlin.v1.RouteCondition
-	19, // 22: dunlin.v1.RouteMatch.headers:type_name -> dunlin.v1.RouteCondition
-	19, // 23: dunlin.v1.RouteMatch.labels:type_name -> dunlin.v1.RouteCondition
-	20, // 24: dunlin.v1.RouteMatch.inputs:type_name -> dunlin.v1.RouteInput
-	0,  // 25: dunlin.v1.VersionStatus.state:type_name -> dunlin.v1.VersionState
-	61, // 26: dunlin.v1.VersionStatus.since:type_name -> google.protobuf.Timestamp
-	3,  // 27: dunlin.v1.Reported.observed:type_name -> dunlin.v1.Generation
-	61, // 28: dunlin.v1.Reported.at:type_name -> google.protobuf.Timestamp
-	24, // 29: dunlin.v1.Reported.versions:type_name -> dunlin.v1.VersionStatus
-	25, // 30: dunlin.v1.Reported.routes:type_name -> dunlin.v1.RouteStatus
-	27, // 31: dunlin.v1.Reported.agent:type_name -> dunlin.v1.AgentStatus
-	28, // 32: dunlin.v1.Reported.drifts:type_name -> dunlin.v1.Drift
-	2,  // 33: dunlin.v1.AgentStatus.state:type_name -> dunlin.v1.AgentStatus.State
-	61, // 34: dunlin.v1.Drift.since:type_name -> google.protobuf.Timestamp
-	61, // 35: dunlin.v1.Event.at:type_name -> google.protobuf.Timestamp
-	1,  // 36: dunlin.v1.Event.severity:type_name -> dunlin.v1.Severity
-	46, // 37: dunlin.v1.Event.profile:type_name -> dunlin.v1.ModelProfile
-	44, // 38: dunlin.v1.Event.alarm:type_name -> dunlin.v1.Alarm
-	29, // 39: dunlin.v1.EventBatch.events:type_name -> dunlin.v1.Event
-	31, // 40: dunlin.v1.Command.event_ack:type_name -> dunlin.v1.EventAck
-	39, // 41: dunlin.v1.Command.hello_again:type_name -> dunlin.v1.HelloAgain
-	37, // 42: dunlin.v1.Command.stand_down:type_name -> dunlin.v1.StandDown
-	38, // 43: dunlin.v1.Command.renew_now:type_name -> dunlin.v1.RenewNow
-	33, // 44: dunlin.v1.Command.telemetry_lease:type_name -> dunlin.v1.TelemetryLease
-	35, // 45: dunlin.v1.Command.sources:type_name -> dunlin.v1.Sources
-	36, // 46: dunlin.v1.Sources.sources:type_name -> dunlin.v1.Source
-	61, // 47: dunlin.v1.Telemetry.at:type_name -> google.protobuf.Timestamp
-	51, // 48: dunlin.v1.Telemetry.models:type_name -> dunlin.v1.ModelTelemetry
-	42, // 49: dunlin.v1.Telemetry.gpus:type_name -> dunlin.v1.GpuTelemetry
-	41, // 50: dunlin.v1.Telemetry.temperatures:type_name -> dunlin.v1.Temperature
-	44, // 51: dunlin.v1.Telemetry.alarms:type_name -> dunlin.v1.Alarm
-	43, // 52: dunlin.v1.GpuTelemetry.processes:type_name -> dunlin.v1.GpuProcess
-	1,  // 53: dunlin.v1.Alarm.severity:type_name -> dunlin.v1.Severity
-	61, // 54: dunlin.v1.Alarm.raised_at:type_name -> google.protobuf.Timestamp
-	61, // 55: dunlin.v1.Alarm.cleared_at:type_name -> google.protobuf.Timestamp
-	45, // 56: dunlin.v1.Alarm.samples:type_name -> dunlin.v1.AlarmSample
-	61, // 57: dunlin.v1.AlarmSample.at:type_name -> google.protobuf.Timestamp
-	61, // 58: dunlin.v1.ModelProfile.measured_at:type_name -> google.protobuf.Timestamp
-	48, // 59: dunlin.v1.ModelProfile.points:type_name -> dunlin.v1.ProfilePoint
-	47, // 60: dunlin.v1.ModelProfile.recommended:type_name -> dunlin.v1.ModelSetting
-	49, // 61: dunlin.v1.ModelProfile.latency:type_name -> dunlin.v1.LatencyPoint
-	50, // 62: dunlin.v1.ModelProfile.providers:type_name -> dunlin.v1.ProviderCheck
-	47, // 63: dunlin.v1.ProfilePoint.setting:type_name -> dunlin.v1.ModelSetting
-	54, // 64: dunlin.v1.ModelTelemetry.activations:type_name -> dunlin.v1.SwapCount
-	54, // 65: dunlin.v1.ModelTelemetry.evictions:type_name -> dunlin.v1.SwapCount
-	52, // 66: dunlin.v1.ModelTelemetry.figures:type_name -> dunlin.v1.VersionFigures
-	53, // 67: dunlin.v1.VersionFigures.latency:type_name -> dunlin.v1.Buckets
-	53, // 68: dunlin.v1.VersionFigures.confidence:type_name -> dunlin.v1.Buckets
-	69, // [69:69] is the sub-list for method output_type
-	69, // [69:69] is the sub-list for method input_type
-	69, // [69:69] is the sub-list for extension type_name
-	69, // [69:69] is the sub-list for extension extendee
-	0,  // [0:69] is the sub-list for field type_name
+	24, // 17: dunlin.v1.DesiredRoute.shadow:type_name -> dunlin.v1.RouteShadow
+	18, // 18: dunlin.v1.RouteRule.match:type_name -> dunlin.v1.RouteMatch
+	22, // 19: dunlin.v1.RouteRule.targets:type_name -> dunlin.v1.RouteTarget
+	21, // 20: dunlin.v1.RouteRule.sticky:type_name -> dunlin.v1.RouteSticky
+	23, // 21: dunlin.v1.RouteRule.fallback:type_name -> dunlin.v1.RouteFallback
+	24, // 22: dunlin.v1.RouteRule.shadow:type_name -> dunlin.v1.RouteShadow
+	19, // 23: dunlin.v1.RouteMatch.parameters:type_name -> dunlin.v1.RouteCondition
+	19, // 24: dunlin.v1.RouteMatch.headers:type_name -> dunlin.v1.RouteCondition
+	19, // 25: dunlin.v1.RouteMatch.labels:type_name -> dunlin.v1.RouteCondition
+	20, // 26: dunlin.v1.RouteMatch.inputs:type_name -> dunlin.v1.RouteInput
+	0,  // 27: dunlin.v1.VersionStatus.state:type_name -> dunlin.v1.VersionState
+	62, // 28: dunlin.v1.VersionStatus.since:type_name -> google.protobuf.Timestamp
+	3,  // 29: dunlin.v1.Reported.observed:type_name -> dunlin.v1.Generation
+	62, // 30: dunlin.v1.Reported.at:type_name -> google.protobuf.Timestamp
+	25, // 31: dunlin.v1.Reported.versions:type_name -> dunlin.v1.VersionStatus
+	26, // 32: dunlin.v1.Reported.routes:type_name -> dunlin.v1.RouteStatus
+	28, // 33: dunlin.v1.Reported.agent:type_name -> dunlin.v1.AgentStatus
+	29, // 34: dunlin.v1.Reported.drifts:type_name -> dunlin.v1.Drift
+	2,  // 35: dunlin.v1.AgentStatus.state:type_name -> dunlin.v1.AgentStatus.State
+	62, // 36: dunlin.v1.Drift.since:type_name -> google.protobuf.Timestamp
+	62, // 37: dunlin.v1.Event.at:type_name -> google.protobuf.Timestamp
+	1,  // 38: dunlin.v1.Event.severity:type_name -> dunlin.v1.Severity
+	47, // 39: dunlin.v1.Event.profile:type_name -> dunlin.v1.ModelProfile
+	45, // 40: dunlin.v1.Event.alarm:type_name -> dunlin.v1.Alarm
+	30, // 41: dunlin.v1.EventBatch.events:type_name -> dunlin.v1.Event
+	32, // 42: dunlin.v1.Command.event_ack:type_name -> dunlin.v1.EventAck
+	40, // 43: dunlin.v1.Command.hello_again:type_name -> dunlin.v1.HelloAgain
+	38, // 44: dunlin.v1.Command.stand_down:type_name -> dunlin.v1.StandDown
+	39, // 45: dunlin.v1.Command.renew_now:type_name -> dunlin.v1.RenewNow
+	34, // 46: dunlin.v1.Command.telemetry_lease:type_name -> dunlin.v1.TelemetryLease
+	36, // 47: dunlin.v1.Command.sources:type_name -> dunlin.v1.Sources
+	37, // 48: dunlin.v1.Sources.sources:type_name -> dunlin.v1.Source
+	62, // 49: dunlin.v1.Telemetry.at:type_name -> google.protobuf.Timestamp
+	52, // 50: dunlin.v1.Telemetry.models:type_name -> dunlin.v1.ModelTelemetry
+	43, // 51: dunlin.v1.Telemetry.gpus:type_name -> dunlin.v1.GpuTelemetry
+	42, // 52: dunlin.v1.Telemetry.temperatures:type_name -> dunlin.v1.Temperature
+	45, // 53: dunlin.v1.Telemetry.alarms:type_name -> dunlin.v1.Alarm
+	44, // 54: dunlin.v1.GpuTelemetry.processes:type_name -> dunlin.v1.GpuProcess
+	1,  // 55: dunlin.v1.Alarm.severity:type_name -> dunlin.v1.Severity
+	62, // 56: dunlin.v1.Alarm.raised_at:type_name -> google.protobuf.Timestamp
+	62, // 57: dunlin.v1.Alarm.cleared_at:type_name -> google.protobuf.Timestamp
+	46, // 58: dunlin.v1.Alarm.samples:type_name -> dunlin.v1.AlarmSample
+	62, // 59: dunlin.v1.AlarmSample.at:type_name -> google.protobuf.Timestamp
+	62, // 60: dunlin.v1.ModelProfile.measured_at:type_name -> google.protobuf.Timestamp
+	49, // 61: dunlin.v1.ModelProfile.points:type_name -> dunlin.v1.ProfilePoint
+	48, // 62: dunlin.v1.ModelProfile.recommended:type_name -> dunlin.v1.ModelSetting
+	50, // 63: dunlin.v1.ModelProfile.latency:type_name -> dunlin.v1.LatencyPoint
+	51, // 64: dunlin.v1.ModelProfile.providers:type_name -> dunlin.v1.ProviderCheck
+	48, // 65: dunlin.v1.ProfilePoint.setting:type_name -> dunlin.v1.ModelSetting
+	55, // 66: dunlin.v1.ModelTelemetry.activations:type_name -> dunlin.v1.SwapCount
+	55, // 67: dunlin.v1.ModelTelemetry.evictions:type_name -> dunlin.v1.SwapCount
+	53, // 68: dunlin.v1.ModelTelemetry.figures:type_name -> dunlin.v1.VersionFigures
+	54, // 69: dunlin.v1.VersionFigures.latency:type_name -> dunlin.v1.Buckets
+	54, // 70: dunlin.v1.VersionFigures.confidence:type_name -> dunlin.v1.Buckets
+	71, // [71:71] is the sub-list for method output_type
+	71, // [71:71] is the sub-list for method input_type
+	71, // [71:71] is the sub-list for extension type_name
+	71, // [71:71] is the sub-list for extension extendee
+	0,  // [0:71] is the sub-list for field type_name
 }
 
 func init() { file_dunlin_v1_wire_proto_init() }
@@ -6008,7 +6099,7 @@ func file_dunlin_v1_wire_proto_init() {
 	if File_dunlin_v1_wire_proto != nil {
 		return
 	}
-	file_dunlin_v1_wire_proto_msgTypes[29].OneofWrappers = []any{
+	file_dunlin_v1_wire_proto_msgTypes[30].OneofWrappers = []any{
 		(*Command_EventAck)(nil),
 		(*Command_HelloAgain)(nil),
 		(*Command_StandDown)(nil),
@@ -6016,18 +6107,18 @@ func file_dunlin_v1_wire_proto_init() {
 		(*Command_TelemetryLease)(nil),
 		(*Command_Sources)(nil),
 	}
-	file_dunlin_v1_wire_proto_msgTypes[37].OneofWrappers = []any{}
-	file_dunlin_v1_wire_proto_msgTypes[39].OneofWrappers = []any{}
-	file_dunlin_v1_wire_proto_msgTypes[41].OneofWrappers = []any{}
-	file_dunlin_v1_wire_proto_msgTypes[45].OneofWrappers = []any{}
-	file_dunlin_v1_wire_proto_msgTypes[49].OneofWrappers = []any{}
+	file_dunlin_v1_wire_proto_msgTypes[38].OneofWrappers = []any{}
+	file_dunlin_v1_wire_proto_msgTypes[40].OneofWrappers = []any{}
+	file_dunlin_v1_wire_proto_msgTypes[42].OneofWrappers = []any{}
+	file_dunlin_v1_wire_proto_msgTypes[46].OneofWrappers = []any{}
+	file_dunlin_v1_wire_proto_msgTypes[50].OneofWrappers = []any{}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_dunlin_v1_wire_proto_rawDesc), len(file_dunlin_v1_wire_proto_rawDesc)),
 			NumEnums:      3,
-			NumMessages:   58,
+			NumMessages:   59,
 			NumExtensions: 0,
 			NumServices:   0,
 		},
