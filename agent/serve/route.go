@@ -24,6 +24,7 @@ type ruleCounts struct {
 	targets   []policy.Target
 	requests  []*atomic.Uint64 // of each target
 	fallbacks []*fallbackCounts
+	shadow    *shadowCounts // nil: there is none
 	faults    *atomic.Uint64
 }
 
@@ -53,6 +54,9 @@ func newRoute(r *dunlinv1.DesiredRoute) *route {
 		for range p.Fallbacks(i) {
 			n.fallbacks = append(n.fallbacks, new(fallbackCounts))
 		}
+		if shadow := p.Shadow(i); shadow != nil {
+			n.shadow = &shadowCounts{ShadowFigures: ShadowFigures{Target: shadow.Target}}
+		}
 		c.counts = append(c.counts, n)
 	}
 	return c
@@ -77,6 +81,9 @@ func (r *route) resume(before *route) {
 				n.requests[k] = old.requests[l]
 			}
 		}
+		if n.shadow != nil && old.shadow != nil && n.shadow.Target == old.shadow.Target {
+			n.shadow = old.shadow
+		}
 		had := before.policy.Fallbacks(j - 1)
 		for k, f := range r.policy.Fallbacks(i - 1) {
 			if l := slices.IndexFunc(had, func(o policy.Fallback) bool { return o.Target == f.Target }); l >= 0 {
@@ -90,7 +97,8 @@ func (r *route) resume(before *route) {
 type choice struct {
 	route    *route // nil: it asks for a model
 	decision policy.Decision
-	fallback string // why the target does not answer; "": it is asked
+	mirrored *mirrored // nil: no shadow runs it
+	fallback string    // why the target does not answer; "": it is asked
 }
 
 // rule names the rule that matched; "" where no route was asked.
@@ -133,7 +141,8 @@ type RuleFigures struct {
 	Route, Rule string // policy.DefaultRule: those that no rule matched
 	Targets     []TargetFigures
 	Fallbacks   []FallbackFigures
-	Faults      uint64 // requests for which the match could not be evaluated
+	Shadow      *ShadowFigures // nil: there is none
+	Faults      uint64         // requests for which the match could not be evaluated
 }
 
 // TargetFigures count the requests that were sent to a target, also those that
@@ -159,6 +168,10 @@ func (s *Server) Rules() []RuleFigures {
 					g.Requests[why] = n.fallbacks[j][why].Load()
 				}
 				f.Fallbacks = append(f.Fallbacks, g)
+			}
+			if n.shadow != nil {
+				figures := n.shadow.get()
+				f.Shadow = &figures
 			}
 			all = append(all, f)
 		}

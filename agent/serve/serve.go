@@ -63,6 +63,7 @@ type Server struct {
 	change sync.Mutex                           // held to replace the table
 	table  atomic.Pointer[table]
 	places chan struct{} // holds one for each request that waits for a version
+	mirror mirror
 }
 
 // table says where requests go. It never changes, but for what it remembers.
@@ -109,7 +110,7 @@ func (t *table) header(a answered) map[string]string {
 // New gives a server that knows no names yet. Heat gives the temperature of
 // the device in degrees Celsius, and must be quick; it may be nil.
 func New(e Engine, heat func() (celsius float64, known bool)) *Server {
-	s := &Server{engine: e, heat: heat, places: make(chan struct{}, maxWaiting)}
+	s := &Server{engine: e, heat: heat, places: make(chan struct{}, maxWaiting), mirror: newMirror()}
 	s.table.Store(&table{changed: make(chan struct{}), headers: new(sync.Map), live: s.figures})
 	return s
 }
@@ -140,6 +141,9 @@ func (s *Server) SetRoutes(generation string, routes []*dunlinv1.DesiredRoute, l
 		for i := range c.counts {
 			for _, f := range c.policy.Fallbacks(i - 1) {
 				models[f.Model] = true
+			}
+			if shadow := c.policy.Shadow(i - 1); shadow != nil {
+				models[shadow.Model] = true
 			}
 		}
 		compiled[r.GetName()] = c
@@ -310,9 +314,20 @@ func missing(t *table, id engine.VersionID) error {
 // a version that another one stands by for. What its target does not answer
 // goes to the fallbacks of its route.
 func (s *Server) Infer(ctx context.Context, c oip.Call) (oip.Answer, error) {
+	s.mirror.enters()
+	defer s.mirror.leaves()
 	var by choice
 	a, err := s.infer(ctx, c, &by)
 	by.count()
+	if m := by.mirrored; m != nil {
+		<-m.copied
+		id, _ := s.table.Load().version(m.target)
+		if err == nil && id != (engine.VersionID{Model: a.Model, Version: a.Version}) {
+			s.mirror.follows(m, &a)
+		} else {
+			s.mirror.drop(m)
+		}
+	}
 	return a, err
 }
 
@@ -322,8 +337,12 @@ func (s *Server) infer(ctx context.Context, c oip.Call, by *choice) (oip.Answer,
 	began := time.Now()
 	for try := 1; ; try++ {
 		t := s.table.Load()
+		m := by.mirrored
 		id, err := t.resolve(c, random, by)
-		if err == nil {
+		if by.mirrored = m; err == nil {
+			if m == nil {
+				by.mirrored = s.mirror.take(by, c, random)
+			}
 			var a oip.Answer
 			if a, err = s.run(ctx, t, c, id, takesCold(by.fallbacks(), 0), by); err == nil {
 				return a, nil
