@@ -376,6 +376,7 @@ func (h *host) run(ctx context.Context, l *ports, metrics http.Handler, parts ..
 	start(&under, below, part{"engine", h.engine.Run})
 	start(&under, below, part{"memory", h.followMemory})
 	start(&above, ctx, part{"runtime", h.awaitRuntime})
+	start(&above, ctx, part{"shadows", h.front.Shadow})
 	if h.profiler != nil {
 		parts = append(parts, part{"profiles", h.profiler.run})
 	}

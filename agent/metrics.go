@@ -3,6 +3,7 @@ package agent
 import (
 	"context"
 	"net/http"
+	"slices"
 	"strconv"
 	"sync"
 
@@ -150,9 +151,34 @@ var (
 // What is exported of each rule of a route; "default" is the rule of requests
 // that no other matches.
 var (
-	routeRequests = prometheus.NewDesc("dunlin_route_requests_total", "Requests to a route by the rule that decided and the target that it chose, also those that failed there.", []string{"route", "rule", "target"}, nil)
-	routeFaults   = prometheus.NewDesc("dunlin_route_match_faults_total", "Requests for which the match of a rule could not be evaluated, and so did not match.", []string{"route", "rule"}, nil)
+	routeRequests  = prometheus.NewDesc("dunlin_route_requests_total", "Requests to a route by the rule that decided and the target that it chose, also those that failed there.", []string{"route", "rule", "target"}, nil)
+	routeFallbacks = prometheus.NewDesc("dunlin_route_fallbacks_total", "Requests that were sent on to a fallback, also those that failed there, by the reason for which the one before did not answer.", []string{"route", "rule", "target", "reason"}, nil)
+	routeFaults    = prometheus.NewDesc("dunlin_route_match_faults_total", "Requests for which the match of a rule could not be evaluated, and so did not match.", []string{"route", "rule"}, nil)
 )
+
+// What is exported of each shadow.
+var (
+	shadowLabels   = []string{"route", "rule", "target"}
+	shadowRequests = prometheus.NewDesc("dunlin_route_shadow_requests_total", "Requests that a shadow was to run, by what came of it.", append(shadowLabels, "outcome"), nil)
+	shadowAgreed   = prometheus.NewDesc("dunlin_route_shadow_agreed_total", "Of the requests that were compared, those in which the shadow agrees with the answer.", shadowLabels, nil)
+	shadowDistance = prometheus.NewDesc("dunlin_route_shadow_distance_max", "Largest difference of two numbers in a shadow's outputs and an answer.", shadowLabels, nil)
+	shadowSeconds  = prometheus.NewDesc("dunlin_route_shadow_run_seconds_total", "Time of the runs that were compared: of the answer's, and of the shadow's.", append(shadowLabels, "of"), nil)
+)
+
+func collectShadow(ch chan<- prometheus.Metric, route, rule string, f *serve.ShadowFigures) {
+	labels := []string{route, rule, f.Target.String()}
+	counter := func(d *prometheus.Desc, value float64, more ...string) {
+		ch <- prometheus.MustNewConstMetric(d, prometheus.CounterValue, value, append(slices.Clip(labels), more...)...)
+	}
+	counter(shadowRequests, float64(f.Compared), "compared")
+	counter(shadowRequests, float64(f.Incomparable), "incomparable")
+	counter(shadowRequests, float64(f.Failed), "failed")
+	counter(shadowRequests, float64(f.Shed), "shed")
+	counter(shadowAgreed, float64(f.Agreed))
+	ch <- prometheus.MustNewConstMetric(shadowDistance, prometheus.GaugeValue, f.Distance, labels...)
+	counter(shadowSeconds, f.AnswerRun.Seconds(), "answer")
+	counter(shadowSeconds, f.ShadowRun.Seconds(), "shadow")
+}
 
 // ruleMetrics collects the figures of the rules of routes.
 type ruleMetrics struct{ front *serve.Server }
@@ -161,17 +187,28 @@ type ruleMetrics struct{ front *serve.Server }
 func (ruleMetrics) Describe(ch chan<- *prometheus.Desc) {
 	ch <- routeRequests
 	ch <- routeFaults
+	ch <- routeFallbacks
+	ch <- shadowRequests
+	ch <- shadowAgreed
+	ch <- shadowDistance
+	ch <- shadowSeconds
 }
 
 // Collect implements prometheus.Collector.
 func (m ruleMetrics) Collect(ch chan<- prometheus.Metric) {
 	for _, r := range m.front.Rules() {
 		for _, t := range r.Targets {
-			target := t.Model
-			if t.Version != 0 {
-				target = engine.VersionID{Model: t.Model, Version: t.Version}.String()
+			ch <- prometheus.MustNewConstMetric(routeRequests, prometheus.CounterValue, float64(t.Requests), r.Route, r.Rule, t.Target.String())
+		}
+		for _, f := range r.Fallbacks {
+			for why := policy.Reason(0); why < policy.Reasons; why++ {
+				if f.Takes(why) {
+					ch <- prometheus.MustNewConstMetric(routeFallbacks, prometheus.CounterValue, float64(f.Requests[why]), r.Route, r.Rule, f.Target.String(), why.String())
+				}
 			}
-			ch <- prometheus.MustNewConstMetric(routeRequests, prometheus.CounterValue, float64(t.Requests), r.Route, r.Rule, target)
+		}
+		if r.Shadow != nil {
+			collectShadow(ch, r.Route, r.Rule, r.Shadow)
 		}
 		if r.Rule != policy.DefaultRule {
 			ch <- prometheus.MustNewConstMetric(routeFaults, prometheus.CounterValue, float64(r.Faults), r.Route, r.Rule)

@@ -31,6 +31,8 @@ func TestRuleMetrics(t *testing.T) {
 	front.SetServing(map[string]int64{"m": 1})
 	front.SetRoutes("g", []*dunlinv1.DesiredRoute{{
 		Name: "live", Targets: []*dunlinv1.RouteTarget{{Model: "m", Weight: 1}},
+		Fallback: []*dunlinv1.RouteFallback{{Model: "n", Version: 3, On: []string{"overload", "error"}}},
+		Shadow:   &dunlinv1.RouteShadow{Model: "n", Rate: 1},
 		Rules: []*dunlinv1.RouteRule{{
 			Name: "gold", Match: &dunlinv1.RouteMatch{Cel: `device.labels["tier"] == "gold"`},
 			Targets: []*dunlinv1.RouteTarget{{Model: "m", Version: 2, Weight: 1}, {Model: "m", Version: 3}},
@@ -45,13 +47,33 @@ func TestRuleMetrics(t *testing.T) {
 	r.MustRegister(ruleMetrics{front})
 	answer := httptest.NewRecorder()
 	telemetry.Handler(r).ServeHTTP(answer, httptest.NewRequest("GET", "/metrics", nil))
-	const want = `# HELP dunlin_route_match_faults_total Requests for which the match of a rule could not be evaluated, and so did not match.
+	const want = `# HELP dunlin_route_fallbacks_total Requests that were sent on to a fallback, also those that failed there, by the reason for which the one before did not answer.
+# TYPE dunlin_route_fallbacks_total counter
+dunlin_route_fallbacks_total{reason="error",route="live",rule="default",target="n:3"} 2
+dunlin_route_fallbacks_total{reason="overload",route="live",rule="default",target="n:3"} 0
+# HELP dunlin_route_match_faults_total Requests for which the match of a rule could not be evaluated, and so did not match.
 # TYPE dunlin_route_match_faults_total counter
 dunlin_route_match_faults_total{route="live",rule="gold"} 2
 # HELP dunlin_route_requests_total Requests to a route by the rule that decided and the target that it chose, also those that failed there.
 # TYPE dunlin_route_requests_total counter
 dunlin_route_requests_total{route="live",rule="default",target="m"} 2
 dunlin_route_requests_total{route="live",rule="gold",target="m:2"} 0
+# HELP dunlin_route_shadow_agreed_total Of the requests that were compared, those in which the shadow agrees with the answer.
+# TYPE dunlin_route_shadow_agreed_total counter
+dunlin_route_shadow_agreed_total{route="live",rule="default",target="n"} 0
+# HELP dunlin_route_shadow_distance_max Largest difference of two numbers in a shadow's outputs and an answer.
+# TYPE dunlin_route_shadow_distance_max gauge
+dunlin_route_shadow_distance_max{route="live",rule="default",target="n"} 0
+# HELP dunlin_route_shadow_requests_total Requests that a shadow was to run, by what came of it.
+# TYPE dunlin_route_shadow_requests_total counter
+dunlin_route_shadow_requests_total{outcome="compared",route="live",rule="default",target="n"} 0
+dunlin_route_shadow_requests_total{outcome="failed",route="live",rule="default",target="n"} 0
+dunlin_route_shadow_requests_total{outcome="incomparable",route="live",rule="default",target="n"} 0
+dunlin_route_shadow_requests_total{outcome="shed",route="live",rule="default",target="n"} 0
+# HELP dunlin_route_shadow_run_seconds_total Time of the runs that were compared: of the answer's, and of the shadow's.
+# TYPE dunlin_route_shadow_run_seconds_total counter
+dunlin_route_shadow_run_seconds_total{of="answer",route="live",rule="default",target="n"} 0
+dunlin_route_shadow_run_seconds_total{of="shadow",route="live",rule="default",target="n"} 0
 `
 	if diff := cmp.Diff(want, answer.Body.String()); diff != "" {
 		t.Error(diff)

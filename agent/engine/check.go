@@ -28,7 +28,7 @@ func (i *Info) request(id VersionID, q Request) (*request, error) {
 		return nil, err
 	}
 	o := &i.Options
-	r := &request{id: id, inputs: q.Inputs, outputs: q.Outputs, timeout: q.Timeout, rows: 1, size: 1, answer: make(chan struct{}, 1)}
+	r := &request{id: id, inputs: q.Inputs, outputs: q.Outputs, timeout: q.Timeout, resident: q.Resident, rows: 1, size: 1, answer: make(chan struct{}, 1)}
 	switch levels := max(o.PriorityLevels, 1); {
 	case q.Priority < 0 || q.Priority > levels && o.PriorityLevels > 0:
 		return nil, fmt.Errorf("%w: priority is %d, allowed are 1 to %d, and 0 for the default", ErrInvalidInput, q.Priority, levels)

@@ -23,6 +23,7 @@ type request struct {
 	deadline time.Time     // zero: none
 	rows     int
 	size     int64 // bytes of the inputs, and one
+	resident bool  // it does not wait for weights
 	alone    bool  // runs with no other
 	retried  bool  // its run failed for want of memory or progress, once
 
@@ -275,6 +276,11 @@ func (c *core) arrive(r *request) {
 		return
 	}
 	v.home.demand.observe(c.now, c.time)
+	if r.resident && v.home.residency != resident {
+		c.dirty = true // they may come in where there is room
+		c.answer(r, fmt.Errorf("%s: %w", r.id, ErrNotResident))
+		return
+	}
 	err = c.cannotCome(v, r)
 	if c.pace.Cordon {
 		err = &RefusedError{fmt.Errorf("%s: %w", v.id, ErrCordoned), retryCordoned}

@@ -136,6 +136,8 @@ var (
 	ErrUnavailable = errors.New("the runtime is not available")
 	// ErrExpired is that of a request which cannot be answered in its time.
 	ErrExpired = errors.New("the request's time is out")
+	// ErrNotResident is that of a Request that asks for it.
+	ErrNotResident = errors.New("the weights are not in memory")
 	// ErrRows is that of a run whose outputs do not have the rows of its inputs.
 	ErrRows = errors.New("the outputs do not have as many rows as the inputs")
 )
@@ -506,6 +508,9 @@ type Request struct {
 	// Timeout bounds the wait in the queue; 0 leaves it to the version's
 	// queue policy.
 	Timeout time.Duration
+	// Resident refuses the request with ErrNotResident where the weights of the
+	// version are not in memory. It counts as demand for them all the same.
+	Resident bool
 }
 
 // Result is the answer to a request.

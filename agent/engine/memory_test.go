@@ -283,6 +283,46 @@ func TestPinnedStays(t *testing.T) {
 	}
 }
 
+// A request that does not wait for weights is refused at once while they are
+// out, and runs where they are in. They come in for it where there is room.
+func TestResident(t *testing.T) {
+	c := newCrowd(t, 4, 250, simpleNeed, time.Millisecond, quick)
+	ask := func(at time.Duration, i int) *request {
+		r := &request{id: c.ids[i], rows: 1, size: 100, alone: true, resident: true, answer: make(chan struct{}, 1)}
+		c.arrive(at, r)
+		return r
+	}
+	for i := range 4 { // they fill the memory, two of them
+		c.ask(2*time.Second+time.Duration(i)*time.Second, i)
+	}
+	c.run(7 * time.Second)
+	out := -1
+	for i := range 4 {
+		in := c.version(i).home.residency == resident
+		r := ask(7*time.Second, i)
+		c.run(7*time.Second + 100*time.Millisecond)
+		if c.answers[r] != 1 || in != (c.failed[r] == nil) || !in && !errors.Is(c.failed[r], ErrNotResident) {
+			t.Errorf("%s, in memory: %v: answered %d times, %v", c.ids[i], in, c.answers[r], c.failed[r])
+		}
+		if !in {
+			out = i
+		}
+	}
+	if out < 0 {
+		t.Fatal("all are in memory")
+	}
+	if f := c.version(out).figures; f.Refused+f.Overloaded+f.Expired > 0 {
+		t.Errorf("it counts as refused: %+v", f)
+	}
+	c.core.ledger.budget, c.core.ledger.most = 10000, 10000
+	ask(60*time.Second, out)
+	c.run(90 * time.Second)
+	r := ask(90*time.Second, out)
+	if c.run(91 * time.Second); c.failed[r] != nil {
+		t.Errorf("there is room, and yet: %v", c.failed[r])
+	}
+}
+
 // A version that is busy without a pause leaves for an older request.
 func TestNobodyWaitsForEver(t *testing.T) {
 	c := newCrowd(t, 2, 150, simpleNeed, time.Millisecond, func(*run) time.Duration { return 10 * time.Millisecond })

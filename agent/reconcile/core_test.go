@@ -379,6 +379,20 @@ func TestCoreSteps(t *testing.T) {
 			w.desire(&dunlinv1.DesiredDocument{Versions: []*dunlinv1.DesiredVersion{two}, Routes: []*dunlinv1.DesiredRoute{r}})
 			w.settle()
 		}, "fetch m:2, check m:2, load m:2, serve m:2"},
+		{"a version that a fallback or a shadow names stays, and its route is ready without", func(w *world) {
+			one, two, n1, n2 := wantVersion("m", 1, "1"), wantVersion("m", 2, "2"), wantVersion("n", 1, "3"), wantVersion("n", 2, "4")
+			r := route("r", target("m", 0))
+			r.Fallback = []*dunlinv1.RouteFallback{{Model: "m", Version: 1}, {Model: "gone"}}
+			r.Shadow = &dunlinv1.RouteShadow{Model: "n", Version: 1, Rate: 1}
+			w.desire(&dunlinv1.DesiredDocument{Versions: []*dunlinv1.DesiredVersion{one, n1}, Routes: []*dunlinv1.DesiredRoute{r}})
+			w.settle()
+			if why := w.core.missing(w.core.routes["r"]); why != "" {
+				t.Errorf("missing: %q", why)
+			}
+			w.log = nil
+			w.desire(&dunlinv1.DesiredDocument{Versions: []*dunlinv1.DesiredVersion{two, n2}, Routes: []*dunlinv1.DesiredRoute{r}})
+			w.settle()
+		}, "fetch m:2, fetch n:2, check m:2, load m:2, check n:2, serve m:2, load n:2, serve n:2"},
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {

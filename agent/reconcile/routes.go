@@ -27,6 +27,41 @@ func targets(r *dunlinv1.DesiredRoute) iter.Seq[*dunlinv1.RouteTarget] {
 	}
 }
 
+// uses gives every version that requests to a route can be run by.
+func uses(r *dunlinv1.DesiredRoute) iter.Seq[used] {
+	return func(yield func(used) bool) {
+		for t := range targets(r) {
+			if !yield(t) {
+				return
+			}
+		}
+		for _, f := range r.Fallback {
+			if !yield(f) {
+				return
+			}
+		}
+		if r.Shadow != nil && !yield(r.Shadow) {
+			return
+		}
+		for _, rule := range r.Rules {
+			if rule.Shadow != nil && !yield(rule.Shadow) {
+				return
+			}
+			for _, f := range rule.Fallback {
+				if !yield(f) {
+					return
+				}
+			}
+		}
+	}
+}
+
+// used is what a route names.
+type used interface {
+	GetModel() string
+	GetVersion() int64
+}
+
 // missing says what a route lacks to be answered, and "" where it can be.
 func (c *core) missing(r *dunlinv1.DesiredRoute) string {
 	for t := range targets(r) {
@@ -70,8 +105,8 @@ func (c *core) settleRoutes() bool {
 // then, even when its model is answered by another.
 func (c *core) pinned(id engine.VersionID) bool {
 	for _, r := range c.inForce {
-		for t := range targets(r) {
-			if t.Model == id.Model && t.Version == id.Version {
+		for t := range uses(r) {
+			if t.GetModel() == id.Model && t.GetVersion() == id.Version {
 				return true
 			}
 		}
@@ -86,8 +121,8 @@ func (c *core) held(model string) bool {
 		if r == c.routes[name] {
 			continue
 		}
-		for t := range targets(r) {
-			if t.Model == model {
+		for t := range uses(r) {
+			if t.GetModel() == model {
 				return true
 			}
 		}

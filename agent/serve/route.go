@@ -20,10 +20,12 @@ type route struct {
 
 // ruleCounts count the requests that a rule decided on.
 type ruleCounts struct {
-	rule     string
-	targets  []policy.Target
-	requests []*atomic.Uint64 // of each target
-	faults   *atomic.Uint64
+	rule      string
+	targets   []policy.Target
+	requests  []*atomic.Uint64 // of each target
+	fallbacks []*fallbackCounts
+	shadow    *shadowCounts // nil: there is none
+	faults    *atomic.Uint64
 }
 
 func newRoute(r *dunlinv1.DesiredRoute) *route {
@@ -49,6 +51,12 @@ func newRoute(r *dunlinv1.DesiredRoute) *route {
 		for range n.targets {
 			n.requests = append(n.requests, new(atomic.Uint64))
 		}
+		for range p.Fallbacks(i) {
+			n.fallbacks = append(n.fallbacks, new(fallbackCounts))
+		}
+		if shadow := p.Shadow(i); shadow != nil {
+			n.shadow = &shadowCounts{ShadowFigures: ShadowFigures{Target: shadow.Target}}
+		}
 		c.counts = append(c.counts, n)
 	}
 	return c
@@ -73,6 +81,15 @@ func (r *route) resume(before *route) {
 				n.requests[k] = old.requests[l]
 			}
 		}
+		if n.shadow != nil && old.shadow != nil && n.shadow.Target == old.shadow.Target {
+			n.shadow = old.shadow
+		}
+		had := before.policy.Fallbacks(j - 1)
+		for k, f := range r.policy.Fallbacks(i - 1) {
+			if l := slices.IndexFunc(had, func(o policy.Fallback) bool { return o.Target == f.Target }); l >= 0 {
+				n.fallbacks[k] = old.fallbacks[l]
+			}
+		}
 	}
 }
 
@@ -80,6 +97,8 @@ func (r *route) resume(before *route) {
 type choice struct {
 	route    *route // nil: it asks for a model
 	decision policy.Decision
+	mirrored *mirrored // nil: no shadow runs it
+	fallback string    // why the target does not answer; "": it is asked
 }
 
 // rule names the rule that matched; "" where no route was asked.
@@ -121,7 +140,9 @@ func (s *Server) figures() policy.Figures {
 type RuleFigures struct {
 	Route, Rule string // policy.DefaultRule: those that no rule matched
 	Targets     []TargetFigures
-	Faults      uint64 // requests for which the match could not be evaluated
+	Fallbacks   []FallbackFigures
+	Shadow      *ShadowFigures // nil: there is none
+	Faults      uint64         // requests for which the match could not be evaluated
 }
 
 // TargetFigures count the requests that were sent to a target, also those that
@@ -140,6 +161,17 @@ func (s *Server) Rules() []RuleFigures {
 			f := RuleFigures{Route: name, Rule: n.rule, Faults: n.faults.Load()}
 			for j, t := range n.targets {
 				f.Targets = append(f.Targets, TargetFigures{t, n.requests[j].Load()})
+			}
+			for j, fallback := range r.policy.Fallbacks(i - 1) {
+				g := FallbackFigures{Fallback: fallback}
+				for why := range g.Requests {
+					g.Requests[why] = n.fallbacks[j][why].Load()
+				}
+				f.Fallbacks = append(f.Fallbacks, g)
+			}
+			if n.shadow != nil {
+				figures := n.shadow.get()
+				f.Shadow = &figures
 			}
 			all = append(all, f)
 		}

@@ -23,9 +23,10 @@ import (
 
 // The headers of an answer.
 const (
-	HeaderVersion    = "Dunlin-Model-Version" // what answered: "digits:2"
-	HeaderGeneration = "Dunlin-Generation"    // of the routes that it was found by
-	HeaderRule       = "Dunlin-Route-Rule"    // of a route, the rule that matched
+	HeaderVersion    = "Dunlin-Model-Version"  // what answered: "digits:2"
+	HeaderGeneration = "Dunlin-Generation"     // of the routes that it was found by
+	HeaderRule       = "Dunlin-Route-Rule"     // of a route, the rule that matched
+	HeaderFallback   = "Dunlin-Route-Fallback" // where a fallback has answered, why the target did not
 )
 
 // maxResolves bounds how often a request is resolved again because the
@@ -62,6 +63,7 @@ type Server struct {
 	change sync.Mutex                           // held to replace the table
 	table  atomic.Pointer[table]
 	places chan struct{} // holds one for each request that waits for a version
+	mirror mirror
 }
 
 // table says where requests go. It never changes, but for what it remembers.
@@ -82,6 +84,8 @@ type table struct {
 type answered struct {
 	id   engine.VersionID
 	rule string // "": it was not found by a route
+	// fallback is why its target did not answer; "": it did.
+	fallback string
 }
 
 // header gives the headers of an answer.
@@ -96,6 +100,9 @@ func (t *table) header(a answered) map[string]string {
 	if a.rule != "" {
 		h[HeaderRule] = a.rule
 	}
+	if a.fallback != "" {
+		h[HeaderFallback] = a.fallback
+	}
 	t.headers.Store(a, h)
 	return h
 }
@@ -103,7 +110,7 @@ func (t *table) header(a answered) map[string]string {
 // New gives a server that knows no names yet. Heat gives the temperature of
 // the device in degrees Celsius, and must be quick; it may be nil.
 func New(e Engine, heat func() (celsius float64, known bool)) *Server {
-	s := &Server{engine: e, heat: heat, places: make(chan struct{}, maxWaiting)}
+	s := &Server{engine: e, heat: heat, places: make(chan struct{}, maxWaiting), mirror: newMirror()}
 	s.table.Store(&table{changed: make(chan struct{}), headers: new(sync.Map), live: s.figures})
 	return s
 }
@@ -130,6 +137,14 @@ func (s *Server) SetRoutes(generation string, routes []*dunlinv1.DesiredRoute, l
 		c := newRoute(r)
 		for _, t := range c.targets {
 			models[t.Model] = true
+		}
+		for i := range c.counts {
+			for _, f := range c.policy.Fallbacks(i - 1) {
+				models[f.Model] = true
+			}
+			if shadow := c.policy.Shadow(i - 1); shadow != nil {
+				models[shadow.Model] = true
+			}
 		}
 		compiled[r.GetName()] = c
 	}
@@ -296,51 +311,80 @@ func missing(t *table, id engine.VersionID) error {
 // Infer runs a request on the version that its name resolves to. Where that
 // version has just left, the request is resolved again, and where one is on its
 // way, it waits for that: a switch to another version fails no request. Nor does
-// a version that another one stands by for.
+// a version that another one stands by for. What its target does not answer
+// goes to the fallbacks of its route.
 func (s *Server) Infer(ctx context.Context, c oip.Call) (oip.Answer, error) {
+	s.mirror.enters()
+	defer s.mirror.leaves()
 	var by choice
 	a, err := s.infer(ctx, c, &by)
 	by.count()
+	if m := by.mirrored; m != nil {
+		<-m.copied
+		id, _ := s.table.Load().version(m.target)
+		if err == nil && id != (engine.VersionID{Model: a.Model, Version: a.Version}) {
+			s.mirror.follows(m, &a)
+		} else {
+			s.mirror.drop(m)
+		}
+	}
 	return a, err
 }
 
 // infer tells by which choice the request was answered, or refused at last.
 func (s *Server) infer(ctx context.Context, c oip.Call, by *choice) (oip.Answer, error) {
 	random := rand.Uint64()
-	waited := time.Now()
+	began := time.Now()
 	for try := 1; ; try++ {
 		t := s.table.Load()
+		m := by.mirrored
 		id, err := t.resolve(c, random, by)
-		if errors.Is(err, errNoVersion) && t.changing[id.Model] {
-			if err := s.wait(ctx, t, id.Model, waited.Add(maxWait)); err != nil {
-				return oip.Answer{}, err
+		if by.mirrored = m; err == nil {
+			if m == nil {
+				by.mirrored = s.mirror.take(by, c, random)
 			}
-			try--
-			continue
+			var a oip.Answer
+			if a, err = s.run(ctx, t, c, id, takesCold(by.fallbacks(), 0), by); err == nil {
+				return a, nil
+			}
+			left := errors.Is(err, engine.ErrDraining) || errors.Is(err, engine.ErrNotLoaded)
+			if left && try < maxResolves && s.table.Load() != t {
+				continue
+			}
 		}
-		if err != nil {
+		changing := errors.Is(err, errNoVersion) && t.changing[id.Model]
+		a, err := s.fallBack(ctx, t, c, began, by, id, err)
+		if err == nil || !changing {
+			return a, err
+		}
+		if err := s.wait(ctx, t, id.Model, began.Add(maxWait)); err != nil {
 			return oip.Answer{}, err
 		}
-		r, err := s.engine.Infer(ctx, id, engine.Request{Inputs: c.Inputs, Outputs: c.Outputs, Priority: c.Priority, Timeout: c.Timeout})
-		if err == nil {
-			return t.answer(id, r, by), nil
-		}
-		if back := t.standby(c, id); back != id && broken(err) && ctx.Err() == nil {
-			if r, err := s.engine.Infer(ctx, back, engine.Request{Inputs: c.Inputs, Outputs: c.Outputs, Priority: c.Priority, Timeout: c.Timeout}); err == nil {
-				return t.answer(back, r, by), nil
-			}
-		}
-		left := errors.Is(err, engine.ErrDraining) || errors.Is(err, engine.ErrNotLoaded)
-		if !left || try == maxResolves || s.table.Load() == t {
-			return oip.Answer{}, classify(t, c, id, err)
+		try--
+	}
+}
+
+// run runs a request on a version, and where the version is broken on the one
+// that stands by for it.
+func (s *Server) run(ctx context.Context, t *table, c oip.Call, id engine.VersionID, resident bool, by *choice) (oip.Answer, error) {
+	q := engine.Request{Inputs: c.Inputs, Outputs: c.Outputs, Priority: c.Priority, Timeout: c.Timeout, Resident: resident}
+	r, err := s.engine.Infer(ctx, id, q)
+	if err == nil {
+		return t.answer(id, r, by), nil
+	}
+	if back := t.standby(c, id); back != id && broken(err) && ctx.Err() == nil {
+		q.Resident = false
+		if r, err := s.engine.Infer(ctx, back, q); err == nil {
+			return t.answer(back, r, by), nil
 		}
 	}
+	return oip.Answer{}, err
 }
 
 func (t *table) answer(id engine.VersionID, r engine.Result, by *choice) oip.Answer {
 	return oip.Answer{
 		Model: id.Model, Version: id.Version, Outputs: r.Outputs, Labels: r.Labels,
-		Header:  t.header(answered{id, by.rule()}),
+		Header:  t.header(answered{id, by.rule(), by.fallback}),
 		Times:   oip.Times{Queue: r.Queue, Input: r.Input, Infer: r.Infer, Output: r.Output},
 		Release: r.Release,
 	}
@@ -361,7 +405,7 @@ func broken(err error) bool {
 	if _, refused := errors.AsType[*engine.RefusedError](err); refused {
 		return false
 	}
-	return !errors.Is(err, engine.ErrInvalidInput) && !errors.Is(err, engine.ErrDraining) && !errors.Is(err, engine.ErrStopped) &&
+	return !errors.Is(err, engine.ErrInvalidInput) && !errors.Is(err, engine.ErrNotResident) && !errors.Is(err, engine.ErrDraining) && !errors.Is(err, engine.ErrStopped) &&
 		!errors.Is(err, context.Canceled) && !errors.Is(err, context.DeadlineExceeded)
 }
 
@@ -397,7 +441,7 @@ func (t *table) resolve(r oip.Call, random uint64, by *choice) (engine.VersionID
 		if route.broken != nil {
 			return engine.VersionID{}, oip.Errorf(oip.Unavailable, "%w", route.broken)
 		}
-		*by = choice{route, route.policy.Decide(&policy.Request{
+		*by = choice{route: route, decision: route.policy.Decide(&policy.Request{
 			Parameters: r.Parameters, Headers: r.Headers, Inputs: r.Inputs, Labels: t.labels, Live: t.live,
 		}, random)}
 		target = by.decision.Target

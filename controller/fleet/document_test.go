@@ -80,6 +80,10 @@ const wholeRoute = `  sticky: {parameter: session}
         cel: device.live.queue_depth > 3
       targets: [{model: large, version: 2, weight: 1}]
       sticky: {header: x-user}
+      fallback: [{model: m, on: [not-resident, overload]}, {model: large, version: 1}]
+      shadow: {model: next, rate: 1}
+  fallback: [{model: small}]
+  shadow: {model: m, version: 9, rate: 0.05}
 `
 
 func TestParseRules(t *testing.T) {
@@ -88,7 +92,8 @@ func TestParseRules(t *testing.T) {
 		t.Fatal(err)
 	}
 	want := &Route{
-		Name: "r", Targets: []Target{{"m", 0, 1}}, Sticky: &dunlinv1.RouteSticky{Parameter: "session"},
+		Name: "r", Targets: []Target{{"m", 0, 1}}, Sticky: &dunlinv1.RouteSticky{Parameter: "session"}, Fallback: []Fallback{{Model: "small"}},
+		Shadow: &dunlinv1.RouteShadow{Model: "m", Version: 9, Rate: 0.05},
 		Rules: []Rule{{
 			Name: "large", Targets: []Target{{"large", 2, 1}}, Sticky: &dunlinv1.RouteSticky{Header: "x-user"},
 			Match: &dunlinv1.RouteMatch{
@@ -98,6 +103,8 @@ func TestParseRules(t *testing.T) {
 				Inputs:     []*dunlinv1.RouteInput{{Name: "image", MinRows: 2, MaxRows: 8}, {Name: "mask"}},
 				Cel:        "device.live.queue_depth > 3",
 			},
+			Fallback: []Fallback{{Model: "m", On: []string{"not-resident", "overload"}}, {Model: "large", Version: 1}},
+			Shadow:   &dunlinv1.RouteShadow{Model: "next", Rate: 1},
 		}},
 	}
 	if diff := cmp.Diff(want, got[0].Route, protocmp.Transform()); diff != "" {
@@ -110,7 +117,7 @@ func TestParseRules(t *testing.T) {
 	for field, target := range got[0].Route.All() {
 		fields = append(fields, field+" "+target.Model)
 	}
-	if all := strings.Join(fields, ", "); all != "spec.targets[0] m, spec.rules[0].targets[0] large" {
+	if all := strings.Join(fields, ", "); all != "spec.targets[0] m, spec.fallback[0] small, spec.shadow m, spec.rules[0].targets[0] large, spec.rules[0].fallback[0] m, spec.rules[0].fallback[1] large, spec.rules[0].shadow next" {
 		t.Error(all)
 	}
 	const canonical = `apiVersion: dunlin/v1
@@ -123,6 +130,12 @@ spec:
       weight: 1
   sticky:
     parameter: session
+  fallback:
+    - model: small
+  shadow:
+    model: m
+    version: 9
+    rate: 0.05
   rules:
     - name: large
       match:
@@ -146,6 +159,16 @@ spec:
           weight: 1
       sticky:
         header: x-user
+      fallback:
+        - model: m
+          "on":
+            - not-resident
+            - overload
+        - model: large
+          version: 1
+      shadow:
+        model: next
+        rate: 1.0
 `
 	if diff := cmp.Diff(canonical, got[0].YAML()); diff != "" {
 		t.Error(diff)
@@ -416,6 +439,49 @@ func TestParseFaults(t *testing.T) {
       match: {cel: "request.headers.all(a, request.headers.all(b, request.headers.all(c, a == b)))"}
       targets: [{model: m, weight: 1}]
 `), []string{`document 1, line 8:15: spec.rules[0].match.cel: the expression may cost `}},
+		{"fallbacks", rulesDoc(`  fallback: [{model: n}, {model: m}, {version: 2, on: [heat, error, error]}, {model: n, on: []}, {model: n}]
+  rules:
+    - name: a
+      match: {cel: 'true'}
+      targets: [{model: m, weight: 1}, {model: n, weight: 0}, {model: o, version: 3, weight: 1}]
+      fallback: [{model: m}, {model: o, version: 3}, {model: n}, {model: dunlin-agent}]
+    - name: b
+      match: {cel: 'true'}
+      targets: [{model: m, weight: 1}, {model: n, weight: 0}]
+      fallback: [{model: m}]
+    - name: c
+      match: {cel: 'true'}
+      targets: [{model: m, weight: 1}]
+      fallback: [` + many(9, "{model: n%d}") + `]
+`), []string{
+			`document 1, line 6:27: spec.fallback[1]: is circular: it is the only target that gets requests`,
+			`document 1, line 6:39: spec.fallback[2].model: is missing`,
+			`document 1, line 6:56: spec.fallback[2].on[0]: "heat" is not known, known are overload, error, deadline, not-resident`,
+			`document 1, line 6:69: spec.fallback[2].on[2]: error is there twice`,
+			`document 1, line 6:89: spec.fallback[3].on: has 0 entries, allowed are 1 to 4`,
+			`document 1, line 6:99: spec.fallback[4]: the same model and version as fallback[0]`,
+			`document 1, line 11:67: spec.rules[0].fallback[3].model: dunlin-agent is the agent program`,
+			`document 1, line 15:19: spec.rules[1].fallback[0]: is circular`,
+			`document 1, line 19:7: spec.rules[2].fallback: has 9 entries, allowed are 0 to 8`,
+		}},
+		{"shadows", rulesDoc(`  shadow: {model: m, rate: 0.5}
+  rules:
+    - name: a
+      match: {cel: 'true'}
+      targets: [{model: m, weight: 1}]
+      shadow: {model: dunlin-agent, version: 0, rate: 1.5}
+    - name: b
+      match: {cel: 'true'}
+      targets: [{model: m, weight: 1}]
+      shadow: {rate: 0}
+`), []string{
+			`document 1, line 6:3: spec.shadow: is the only target that gets requests`,
+			`document 1, line 11:16: spec.rules[0].shadow.model: dunlin-agent is the agent program`,
+			`document 1, line 11:37: spec.rules[0].shadow.version: is 0, allowed are 1 to`,
+			`document 1, line 11:49: spec.rules[0].shadow.rate: is 1.5, allowed are 0.0001 to 1`,
+			`document 1, line 15:16: spec.rules[1].shadow.model: is missing`,
+			`document 1, line 15:16: spec.rules[1].shadow.rate: is 0, allowed are 0.0001 to 1`,
+		}},
 		{"too many rules", "apiVersion: dunlin/v1\nkind: Route\nmetadata: {name: r}\nspec:\n  targets: []\n  sticky: {}\n  rules: [" + many(65, "{name: r%d}") + "]\n", []string{
 			"document 1, line 5:3: spec.targets: has 0 entries", "document 1, line 6:3: spec.sticky: must have one of header and parameter", "document 1, line 7:3: spec.rules: has 65 entries, allowed are 0 to 64"}},
 		{"targets of no kind hide no fault of rules", "apiVersion: dunlin/v1\nkind: Route\nmetadata: {name: r}\nspec: {targets: 7, rules: [{name: a, match: {cel: '1'}, targets: [{model: m, weight: 1}]}]}", []string{
@@ -557,9 +623,9 @@ func drawObject(t *rapid.T) Object {
 		zone := rapid.SampledFrom([]string{"UTC", "Europe/Berlin", "America/St_Johns"}).Draw(t, "zone")
 		return Object{Maintenance: &Maintenance{Name: drawName(t, "name"), Selector: drawLabels(t), Windows: drawWindows(t, 1), TimeZone: zone}}
 	}
-	r := &Route{Name: drawName(t, "name"), Targets: drawTargets(t), Sticky: drawSticky(t)}
+	r := &Route{Name: drawName(t, "name"), Targets: drawTargets(t), Sticky: drawSticky(t), Fallback: drawFallback(t)}
 	for i := range rapid.IntRange(0, 4).Draw(t, "rules") {
-		r.Rules = append(r.Rules, Rule{Name: fmt.Sprintf("r%d", i), Match: drawMatch(t), Targets: drawTargets(t), Sticky: drawSticky(t)})
+		r.Rules = append(r.Rules, Rule{Name: fmt.Sprintf("r%d", i), Match: drawMatch(t), Targets: drawTargets(t), Sticky: drawSticky(t), Fallback: drawFallback(t)})
 	}
 	return Object{Route: r}
 }
@@ -569,6 +635,14 @@ func drawTargets(t *rapid.T) (targets []Target) {
 		targets = append(targets, Target{drawName(t, "model"), int64(i), rapid.Uint32Range(1, 10000).Draw(t, "weight")})
 	}
 	return targets
+}
+
+func drawFallback(t *rapid.T) (fallback []Fallback) {
+	for i := range rapid.IntRange(0, 3).Draw(t, "fallback") {
+		on := rapid.SampledFrom([][]string{nil, {"overload"}, {"error", "not-resident", "deadline"}}).Draw(t, "on")
+		fallback = append(fallback, Fallback{drawName(t, "model"), int64(i + 10), on}) // versions that are no targets
+	}
+	return fallback
 }
 
 func drawSticky(t *rapid.T) *dunlinv1.RouteSticky {

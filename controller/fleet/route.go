@@ -19,18 +19,30 @@ import (
 // Route is a served name and where its requests go: by the first rule that
 // matches, and where none does to the targets.
 type Route struct {
-	Name    string
-	Targets []Target
-	Sticky  *dunlinv1.RouteSticky // nil: by chance
-	Rules   []Rule
+	Name     string
+	Targets  []Target
+	Sticky   *dunlinv1.RouteSticky // nil: by chance
+	Rules    []Rule
+	Fallback []Fallback
+	Shadow   *dunlinv1.RouteShadow // nil: none
 }
 
 // Rule says where the requests go that it matches.
 type Rule struct {
-	Name    string
-	Match   *dunlinv1.RouteMatch // its conditions by name
-	Targets []Target
-	Sticky  *dunlinv1.RouteSticky
+	Name     string
+	Match    *dunlinv1.RouteMatch // its conditions by name
+	Targets  []Target
+	Sticky   *dunlinv1.RouteSticky
+	Fallback []Fallback
+	Shadow   *dunlinv1.RouteShadow // nil: none
+}
+
+// Fallback answers instead of a target that does not, for the reasons that it
+// names; none: the usual ones.
+type Fallback struct {
+	Model   string
+	Version int64 // as a target's
+	On      []string
 }
 
 // Target is where a share of a route's requests goes. Version 0 is the
@@ -41,27 +53,46 @@ type Target struct {
 	Weight  uint32
 }
 
-// All gives every target, those of rules too, with its field in the document.
+// All gives all that requests can go to, of rules too, with its field in the
+// document; what is not a target has no weight.
 func (r *Route) All() iter.Seq2[string, Target] {
 	return func(yield func(string, Target) bool) {
-		for i, t := range r.Targets {
-			if !yield(fmt.Sprintf("spec.targets[%d]", i), t) {
-				return
-			}
+		if !yieldAll(yield, "spec", r.Targets, r.Fallback, r.Shadow) {
+			return
 		}
 		for j := range r.Rules {
-			for i, t := range r.Rules[j].Targets {
-				if !yield(fmt.Sprintf("spec.rules[%d].targets[%d]", j, i), t) {
-					return
-				}
+			if !yieldAll(yield, fmt.Sprintf("spec.rules[%d]", j), r.Rules[j].Targets, r.Rules[j].Fallback, r.Rules[j].Shadow) {
+				return
 			}
 		}
 	}
 }
 
+func yieldAll(yield func(string, Target) bool, at string, targets []Target, fallback []Fallback, shadow *dunlinv1.RouteShadow) bool {
+	for i, t := range targets {
+		if !yield(fmt.Sprintf("%s.targets[%d]", at, i), t) {
+			return false
+		}
+	}
+	for i, f := range fallback {
+		if !yield(fmt.Sprintf("%s.fallback[%d]", at, i), Target{f.Model, f.Version, 0}) {
+			return false
+		}
+	}
+	return shadow == nil || yield(at+".shadow", Target{shadow.GetModel(), shadow.GetVersion(), 0})
+}
+
+// chooses says whether a target is of one of the models.
+func (r *Route) chooses(models map[string]bool) bool {
+	has := func(targets []Target) bool {
+		return slices.ContainsFunc(targets, func(t Target) bool { return models[t.Model] })
+	}
+	return has(r.Targets) || slices.ContainsFunc(r.Rules, func(rule Rule) bool { return has(rule.Targets) })
+}
+
 // Desired gives the route as devices get it, with all of its rules.
 func (r *Route) Desired() *dunlinv1.DesiredRoute {
-	d := &dunlinv1.DesiredRoute{Name: r.Name, Targets: desiredTargets(r.Targets), Sticky: r.Sticky}
+	d := &dunlinv1.DesiredRoute{Name: r.Name, Targets: desiredTargets(r.Targets), Sticky: r.Sticky, Fallback: desiredFallback(r.Fallback), Shadow: r.Shadow}
 	for i := range r.Rules {
 		d.Rules = append(d.Rules, r.Rules[i].desired())
 	}
@@ -69,13 +100,21 @@ func (r *Route) Desired() *dunlinv1.DesiredRoute {
 }
 
 func (r *Rule) desired() *dunlinv1.RouteRule {
-	return &dunlinv1.RouteRule{Name: r.Name, Match: r.Match, Targets: desiredTargets(r.Targets), Sticky: r.Sticky}
+	return &dunlinv1.RouteRule{Name: r.Name, Match: r.Match, Targets: desiredTargets(r.Targets), Sticky: r.Sticky, Fallback: desiredFallback(r.Fallback), Shadow: r.Shadow}
 }
 
 func desiredTargets(targets []Target) []*dunlinv1.RouteTarget {
 	var desired []*dunlinv1.RouteTarget
 	for _, t := range targets {
 		desired = append(desired, &dunlinv1.RouteTarget{Model: t.Model, Version: t.Version, Weight: t.Weight})
+	}
+	return desired
+}
+
+func desiredFallback(fallback []Fallback) []*dunlinv1.RouteFallback {
+	var desired []*dunlinv1.RouteFallback
+	for _, f := range fallback {
+		desired = append(desired, &dunlinv1.RouteFallback{Model: f.Model, Version: f.Version, On: f.On})
 	}
 	return desired
 }
@@ -104,11 +143,7 @@ func (c *Compiler) addRoutes(doc *dunlinv1.DesiredDocument, d Device, here map[s
 	for i := range c.routes {
 		r := c.routes[i]
 		r.Rules = slices.DeleteFunc(slices.Clone(r.Rules), func(rule Rule) bool { return !rule.reaches(d.Labels) })
-		found := false
-		for _, t := range r.All() {
-			found = found || here[t.Model]
-		}
-		if !found {
+		if !r.chooses(here) {
 			continue
 		}
 		doc.Routes = append(doc.Routes, r.Desired())
@@ -124,9 +159,23 @@ func (c *Compiler) addRoutes(doc *dunlinv1.DesiredDocument, d Device, here map[s
 }
 
 type yamlRoute struct {
-	Targets []yamlTarget  `yaml:"targets"`
-	Sticky  yaml.MapSlice `yaml:"sticky,omitempty"`
-	Rules   []yamlRule    `yaml:"rules,omitempty"`
+	Targets  []yamlTarget   `yaml:"targets"`
+	Sticky   yaml.MapSlice  `yaml:"sticky,omitempty"`
+	Fallback []yamlFallback `yaml:"fallback,omitempty"`
+	Shadow   *yamlShadow    `yaml:"shadow,omitempty"`
+	Rules    []yamlRule     `yaml:"rules,omitempty"`
+}
+
+type yamlShadow struct {
+	Model   string  `yaml:"model"`
+	Version int64   `yaml:"version,omitempty"`
+	Rate    float64 `yaml:"rate"`
+}
+
+type yamlFallback struct {
+	Model   string   `yaml:"model"`
+	Version int64    `yaml:"version,omitempty"`
+	On      []string `yaml:"on,omitempty"`
 }
 
 type yamlTarget struct {
@@ -136,10 +185,12 @@ type yamlTarget struct {
 }
 
 type yamlRule struct {
-	Name    string        `yaml:"name"`
-	Match   yamlMatch     `yaml:"match"`
-	Targets []yamlTarget  `yaml:"targets"`
-	Sticky  yaml.MapSlice `yaml:"sticky,omitempty"`
+	Name     string         `yaml:"name"`
+	Match    yamlMatch      `yaml:"match"`
+	Targets  []yamlTarget   `yaml:"targets"`
+	Sticky   yaml.MapSlice  `yaml:"sticky,omitempty"`
+	Fallback []yamlFallback `yaml:"fallback,omitempty"`
+	Shadow   *yamlShadow    `yaml:"shadow,omitempty"`
 }
 
 type yamlMatch struct {
@@ -156,14 +207,14 @@ type yamlInput struct {
 }
 
 func routeYAML(r *Route) yamlRoute {
-	y := yamlRoute{Targets: targetsYAML(r.Targets), Sticky: stickyYAML(r.Sticky)}
+	y := yamlRoute{Targets: targetsYAML(r.Targets), Sticky: stickyYAML(r.Sticky), Fallback: fallbackYAML(r.Fallback), Shadow: shadowYAML(r.Shadow)}
 	for _, rule := range r.Rules {
 		m := rule.Match
 		match := yamlMatch{conditionsYAML(m.GetParameters()), conditionsYAML(m.GetHeaders()), conditionsYAML(m.GetLabels()), nil, m.GetCel()}
 		for _, in := range m.GetInputs() {
 			match.Inputs = append(match.Inputs, yaml.MapItem{Key: in.GetName(), Value: yamlInput{in.GetMinRows(), in.GetMaxRows()}})
 		}
-		y.Rules = append(y.Rules, yamlRule{rule.Name, match, targetsYAML(rule.Targets), stickyYAML(rule.Sticky)})
+		y.Rules = append(y.Rules, yamlRule{rule.Name, match, targetsYAML(rule.Targets), stickyYAML(rule.Sticky), fallbackYAML(rule.Fallback), shadowYAML(rule.Shadow)})
 	}
 	return y
 }
@@ -174,6 +225,21 @@ func targetsYAML(targets []Target) []yamlTarget {
 		y = append(y, yamlTarget(t))
 	}
 	return y
+}
+
+func fallbackYAML(fallback []Fallback) []yamlFallback {
+	var y []yamlFallback
+	for _, f := range fallback {
+		y = append(y, yamlFallback(f))
+	}
+	return y
+}
+
+func shadowYAML(s *dunlinv1.RouteShadow) *yamlShadow {
+	if s == nil {
+		return nil
+	}
+	return &yamlShadow{s.GetModel(), s.GetVersion(), s.GetRate()}
 }
 
 func stickyYAML(s *dunlinv1.RouteSticky) yaml.MapSlice {
@@ -200,9 +266,11 @@ func conditionsYAML(conditions []*dunlinv1.RouteCondition) yaml.MapSlice {
 
 func (r *reader) route(spec node) *Route {
 	route := &Route{}
-	fields := r.mapping(spec, "spec", "targets", "sticky", "rules")
+	fields := r.mapping(spec, "spec", "targets", "sticky", "fallback", "shadow", "rules")
 	route.Targets = r.targets(fields, "spec.targets")
 	route.Sticky = r.sticky(fields, "spec.sticky")
+	route.Fallback = r.fallback(fields, "spec.fallback")
+	route.Shadow = r.shadow(fields, "spec.shadow")
 	if n, ok := fields["spec.rules"]; ok {
 		items, _ := r.sequence(n, "spec.rules")
 		if len(items) > policy.MaxRules {
@@ -321,8 +389,69 @@ func (r *reader) sticky(fields map[string]node, at string) *dunlinv1.RouteSticky
 	return s
 }
 
+// fallback reads what answers instead of a target. Compiling the policy finds
+// what cannot be.
+func (r *reader) fallback(fields map[string]node, at string) []Fallback {
+	n, ok := fields[at]
+	if !ok {
+		return nil
+	}
+	items, _ := r.sequence(n, at)
+	if len(items) > policy.MaxFallbacks {
+		r.fault(at, "has %d entries, allowed are 0 to %d", len(items), policy.MaxFallbacks)
+		return nil
+	}
+	var all []Fallback
+	for i, item := range items {
+		path := fmt.Sprintf("%s[%d]", at, i)
+		fields := r.mapping(item, path, "model", "version", "on")
+		var f Fallback
+		f.Model, _ = r.name(fields, path+".model")
+		if f.Model == AgentModel {
+			r.fault(path+".model", "%s is the agent program, which answers no requests", AgentModel)
+		}
+		if n, ok := fields[path+".version"]; ok {
+			f.Version = r.integer(n, path+".version", 1, models.MaxVersion)
+		}
+		if n, ok := fields[path+".on"]; ok {
+			reasons, ok := r.sequence(n, path+".on")
+			if ok && (len(reasons) < 1 || len(reasons) > int(policy.Reasons)) {
+				r.fault(path+".on", "has %d entries, allowed are 1 to %d", len(reasons), policy.Reasons)
+				reasons = nil
+			}
+			for j, reason := range reasons {
+				why, _ := r.scalar(reason, fmt.Sprintf("%s.on[%d]", path, j))
+				f.On = append(f.On, why)
+			}
+		}
+		all = append(all, f)
+	}
+	return all
+}
+
+// shadow reads what requests are mirrored to.
+func (r *reader) shadow(fields map[string]node, at string) *dunlinv1.RouteShadow {
+	n, ok := fields[at]
+	if !ok {
+		return nil
+	}
+	s := &dunlinv1.RouteShadow{}
+	inner := r.mapping(n, at, "model", "version", "rate")
+	s.Model, _ = r.name(inner, at+".model")
+	if s.Model == AgentModel {
+		r.fault(at+".model", "%s is the agent program, which answers no requests", AgentModel)
+	}
+	if n, ok := inner[at+".version"]; ok {
+		s.Version = r.integer(n, at+".version", 1, models.MaxVersion)
+	}
+	if n, ok := r.required(inner, at+".rate"); ok {
+		s.Rate = r.number(n, at+".rate", 0.0001, 1)
+	}
+	return s
+}
+
 func (r *reader) rule(n node, at string) Rule {
-	fields := r.mapping(n, at, "name", "match", "targets", "sticky")
+	fields := r.mapping(n, at, "name", "match", "targets", "sticky", "fallback", "shadow")
 	rule := Rule{Match: &dunlinv1.RouteMatch{}}
 	rule.Name, _ = r.name(fields, at+".name")
 	if n, ok := r.required(fields, at+".match"); ok {
@@ -330,6 +459,8 @@ func (r *reader) rule(n node, at string) Rule {
 	}
 	rule.Targets = r.targets(fields, at+".targets")
 	rule.Sticky = r.sticky(fields, at+".sticky")
+	rule.Fallback = r.fallback(fields, at+".fallback")
+	rule.Shadow = r.shadow(fields, at+".shadow")
 	return rule
 }
 

@@ -27,7 +27,9 @@ func (c *compiler) fault(field, format string, args ...any) {
 
 func (c *compiler) route(route *dunlinv1.DesiredRoute) {
 	p := c.policy
-	c.choice(&p.fallback, "", route.GetTargets(), route.GetSticky())
+	c.choice(&p.unmatched, "", route.GetTargets(), route.GetSticky())
+	c.fallbacks(&p.unmatched, "fallback", route.GetFallback())
+	c.shadow(&p.unmatched, "shadow", route.GetShadow())
 	rules := route.GetRules()
 	if len(rules) > MaxRules {
 		c.fault("rules", "has %d entries, allowed are 0 to %d", len(rules), MaxRules)
@@ -53,6 +55,8 @@ func (c *compiler) route(route *dunlinv1.DesiredRoute) {
 		}
 		c.match(&p.rules[i].match, at+"match", r.GetMatch())
 		c.choice(&p.rules[i].choice, at, r.GetTargets(), r.GetSticky())
+		c.fallbacks(&p.rules[i].choice, at+"fallback", r.GetFallback())
+		c.shadow(&p.rules[i].choice, at+"shadow", r.GetShadow())
 	}
 	for _, slot := range c.pending {
 		*slot += len(p.parameters)

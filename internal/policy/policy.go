@@ -1,10 +1,11 @@
 // Package policy decides which version of which model answers a request to a
 // route: the first rule that matches it, and among the rule's targets a weight
-// or a key.
+// or a key; and which one answers where that one does not.
 package policy
 
 import (
 	"fmt"
+	"strconv"
 	"strings"
 
 	"github.com/dunlin/dunlin/models"
@@ -49,6 +50,14 @@ type Target struct {
 	Version int64 // 0: the one that the device serves of the model
 }
 
+// String writes "digits:1", or "digits" where it means what is served.
+func (t Target) String() string {
+	if t.Version == 0 {
+		return t.Model
+	}
+	return t.Model + ":" + strconv.FormatInt(t.Version, 10)
+}
+
 // Fault is one thing that is wrong with a route.
 type Fault struct {
 	Field   string // "rules[2].match.cel"
@@ -70,9 +79,9 @@ func (f Faults) Error() string {
 
 // Policy is a compiled route. It never changes and may be used concurrently.
 type Policy struct {
-	seed     uint64
-	rules    []rule
-	fallback choice
+	seed      uint64
+	rules     []rule
+	unmatched choice
 	// The names that conditions and keys look at; a slot is an index, first of
 	// the parameters, then of the headers.
 	parameters, headers []string
@@ -87,11 +96,13 @@ type rule struct {
 
 // choice picks one of its targets.
 type choice struct {
-	targets []Target
-	ends    []uint64  // sum of the weights up to and including each target
-	hashes  []uint64  // of each target
-	weights []float64 // of each target
-	key     int       // slot of what is sticky; -1: nothing is
+	targets   []Target
+	ends      []uint64  // sum of the weights up to and including each target
+	hashes    []uint64  // of each target
+	weights   []float64 // of each target
+	key       int       // slot of what is sticky; -1: nothing is
+	fallbacks []Fallback
+	shadow    *Shadow // nil: none
 }
 
 // Decision is what a policy says of a request.
@@ -133,7 +144,7 @@ func (p *Policy) Rules() int { return len(p.rules) }
 // matches, that can get requests. They must not be changed.
 func (p *Policy) Targets(i int) []Target {
 	if i < 0 {
-		return p.fallback.targets
+		return p.unmatched.targets
 	}
 	return p.rules[i].choice.targets
 }
@@ -142,8 +153,8 @@ func (p *Policy) Targets(i int) []Target {
 // the same target. It does not allocate where no rule has an expression and
 // the request's Values do not.
 func (p *Policy) Decide(q *Request, random uint64) Decision {
-	if len(p.rules) == 0 && p.fallback.key < 0 {
-		return Decision{Rule: -1, Target: p.fallback.pick(random)}
+	if len(p.rules) == 0 && p.unmatched.key < 0 {
+		return Decision{Rule: -1, Target: p.unmatched.pick(random)}
 	}
 	s := sight{policy: p, request: *q} // a copy, so that the caller's need not be on the heap
 	return s.decide(random)
@@ -153,7 +164,7 @@ func (p *Policy) Decide(q *Request, random uint64) Decision {
 func (s *sight) decide(random uint64) Decision {
 	p := s.policy
 	d := Decision{Rule: -1}
-	taken := &p.fallback
+	taken := &p.unmatched
 	for i := range p.rules {
 		s.rule(i)
 		matches, faulted := s.matches(&p.rules[i].match)

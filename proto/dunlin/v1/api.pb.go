@@ -3840,6 +3840,8 @@ type Route struct {
 	Yaml          string                 `protobuf:"bytes,4,opt,name=yaml,proto3" json:"yaml,omitempty"`
 	Rules         []*RouteRule           `protobuf:"bytes,5,rep,name=rules,proto3" json:"rules,omitempty"`
 	Sticky        *RouteSticky           `protobuf:"bytes,6,opt,name=sticky,proto3" json:"sticky,omitempty"`
+	Fallback      []*RouteFallback       `protobuf:"bytes,7,rep,name=fallback,proto3" json:"fallback,omitempty"`
+	Shadow        *RouteShadow           `protobuf:"bytes,8,opt,name=shadow,proto3" json:"shadow,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -3912,6 +3914,20 @@ func (x *Route) GetRules() []*RouteRule {
 func (x *Route) GetSticky() *RouteSticky {
 	if x != nil {
 		return x.Sticky
+	}
+	return nil
+}
+
+func (x *Route) GetFallback() []*RouteFallback {
+	if x != nil {
+		return x.Fallback
+	}
+	return nil
+}
+
+func (x *Route) GetShadow() *RouteShadow {
+	if x != nil {
+		return x.Shadow
 	}
 	return nil
 }
@@ -6662,7 +6678,7 @@ const file_dunlin_v1_api_proto_rawDesc = "" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\x13\n" +
 	"\x11ListRoutesRequest\">\n" +
 	"\x12ListRoutesResponse\x12(\n" +
-	"\x06routes\x18\x01 \x03(\v2\x10.dunlin.v1.RouteR\x06routes\"\xf8\x01\n" +
+	"\x06routes\x18\x01 \x03(\v2\x10.dunlin.v1.RouteR\x06routes\"\xde\x02\n" +
 	"\x05Route\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x120\n" +
 	"\atargets\x18\x02 \x03(\v2\x16.dunlin.v1.RouteTargetR\atargets\x129\n" +
@@ -6670,7 +6686,9 @@ const file_dunlin_v1_api_proto_rawDesc = "" +
 	"updated_at\x18\x03 \x01(\v2\x1a.google.protobuf.TimestampR\tupdatedAt\x12\x12\n" +
 	"\x04yaml\x18\x04 \x01(\tR\x04yaml\x12*\n" +
 	"\x05rules\x18\x05 \x03(\v2\x14.dunlin.v1.RouteRuleR\x05rules\x12.\n" +
-	"\x06sticky\x18\x06 \x01(\v2\x16.dunlin.v1.RouteStickyR\x06sticky\"\x88\x01\n" +
+	"\x06sticky\x18\x06 \x01(\v2\x16.dunlin.v1.RouteStickyR\x06sticky\x124\n" +
+	"\bfallback\x18\a \x03(\v2\x18.dunlin.v1.RouteFallbackR\bfallback\x12.\n" +
+	"\x06shadow\x18\b \x01(\v2\x16.dunlin.v1.RouteShadowR\x06shadow\"\x88\x01\n" +
 	"\x13ListProfilesRequest\x12\x14\n" +
 	"\x05model\x18\x01 \x01(\tR\x05model\x12\x18\n" +
 	"\aversion\x18\x02 \x01(\x03R\aversion\x12\x16\n" +
@@ -7136,19 +7154,21 @@ var file_dunlin_v1_api_proto_goTypes = []any{
 	(*RouteTarget)(nil),               // 125: dunlin.v1.RouteTarget
 	(*RouteRule)(nil),                 // 126: dunlin.v1.RouteRule
 	(*RouteSticky)(nil),               // 127: dunlin.v1.RouteSticky
-	(*ModelProfile)(nil),              // 128: dunlin.v1.ModelProfile
-	(*Drift)(nil),                     // 129: dunlin.v1.Drift
-	(*Telemetry)(nil),                 // 130: dunlin.v1.Telemetry
-	(*DeviceInfo)(nil),                // 131: dunlin.v1.DeviceInfo
-	(*Generation)(nil),                // 132: dunlin.v1.Generation
-	(*Reported)(nil),                  // 133: dunlin.v1.Reported
-	(*Event)(nil),                     // 134: dunlin.v1.Event
-	(*JoinRequest)(nil),               // 135: dunlin.v1.JoinRequest
-	(*RenewRequest)(nil),              // 136: dunlin.v1.RenewRequest
-	(*GetTimeRequest)(nil),            // 137: dunlin.v1.GetTimeRequest
-	(*JoinResponse)(nil),              // 138: dunlin.v1.JoinResponse
-	(*RenewResponse)(nil),             // 139: dunlin.v1.RenewResponse
-	(*GetTimeResponse)(nil),           // 140: dunlin.v1.GetTimeResponse
+	(*RouteFallback)(nil),             // 128: dunlin.v1.RouteFallback
+	(*RouteShadow)(nil),               // 129: dunlin.v1.RouteShadow
+	(*ModelProfile)(nil),              // 130: dunlin.v1.ModelProfile
+	(*Drift)(nil),                     // 131: dunlin.v1.Drift
+	(*Telemetry)(nil),                 // 132: dunlin.v1.Telemetry
+	(*DeviceInfo)(nil),                // 133: dunlin.v1.DeviceInfo
+	(*Generation)(nil),                // 134: dunlin.v1.Generation
+	(*Reported)(nil),                  // 135: dunlin.v1.Reported
+	(*Event)(nil),                     // 136: dunlin.v1.Event
+	(*JoinRequest)(nil),               // 137: dunlin.v1.JoinRequest
+	(*RenewRequest)(nil),              // 138: dunlin.v1.RenewRequest
+	(*GetTimeRequest)(nil),            // 139: dunlin.v1.GetTimeRequest
+	(*JoinResponse)(nil),              // 140: dunlin.v1.JoinResponse
+	(*RenewResponse)(nil),             // 141: dunlin.v1.RenewResponse
+	(*GetTimeResponse)(nil),           // 142: dunlin.v1.GetTimeResponse
 }
 var file_dunlin_v1_api_proto_depIdxs = []int32{
 	121, // 0: dunlin.v1.LoginResponse.expires_at:type_name -> google.protobuf.Timestamp
@@ -7199,146 +7219,148 @@ var file_dunlin_v1_api_proto_depIdxs = []int32{
 	121, // 45: dunlin.v1.Route.updated_at:type_name -> google.protobuf.Timestamp
 	126, // 46: dunlin.v1.Route.rules:type_name -> dunlin.v1.RouteRule
 	127, // 47: dunlin.v1.Route.sticky:type_name -> dunlin.v1.RouteSticky
-	72,  // 48: dunlin.v1.ListProfilesResponse.profiles:type_name -> dunlin.v1.DeviceProfile
-	128, // 49: dunlin.v1.DeviceProfile.profile:type_name -> dunlin.v1.ModelProfile
-	75,  // 50: dunlin.v1.PlanResponse.devices:type_name -> dunlin.v1.DevicePlan
-	2,   // 51: dunlin.v1.DevicePlan.verdict:type_name -> dunlin.v1.DevicePlan.Verdict
-	3,   // 52: dunlin.v1.DevicePlan.memory_source:type_name -> dunlin.v1.DevicePlan.Source
-	3,   // 53: dunlin.v1.DevicePlan.latency_source:type_name -> dunlin.v1.DevicePlan.Source
-	3,   // 54: dunlin.v1.DevicePlan.energy_source:type_name -> dunlin.v1.DevicePlan.Source
-	4,   // 55: dunlin.v1.ControlRolloutRequest.action:type_name -> dunlin.v1.ControlRolloutRequest.Action
-	88,  // 56: dunlin.v1.ControlRolloutResponse.rollout:type_name -> dunlin.v1.Rollout
-	80,  // 57: dunlin.v1.ListDecisionsResponse.decisions:type_name -> dunlin.v1.Decision
-	121, // 58: dunlin.v1.Decision.at:type_name -> google.protobuf.Timestamp
-	81,  // 59: dunlin.v1.Decision.gates:type_name -> dunlin.v1.GateResult
-	5,   // 60: dunlin.v1.GateResult.verdict:type_name -> dunlin.v1.GateResult.Verdict
-	88,  // 61: dunlin.v1.ListRolloutsResponse.rollouts:type_name -> dunlin.v1.Rollout
-	88,  // 62: dunlin.v1.GetRolloutResponse.rollout:type_name -> dunlin.v1.Rollout
-	88,  // 63: dunlin.v1.WatchRolloutResponse.rollout:type_name -> dunlin.v1.Rollout
-	0,   // 64: dunlin.v1.Rollout.state:type_name -> dunlin.v1.RolloutState
-	121, // 65: dunlin.v1.Rollout.started_at:type_name -> google.protobuf.Timestamp
-	121, // 66: dunlin.v1.Rollout.ended_at:type_name -> google.protobuf.Timestamp
-	90,  // 67: dunlin.v1.Rollout.devices:type_name -> dunlin.v1.RolloutDevice
-	89,  // 68: dunlin.v1.Rollout.waves:type_name -> dunlin.v1.RolloutWave
-	81,  // 69: dunlin.v1.Rollout.gates:type_name -> dunlin.v1.GateResult
-	121, // 70: dunlin.v1.Rollout.soaks_until:type_name -> google.protobuf.Timestamp
-	121, // 71: dunlin.v1.RolloutWave.started_at:type_name -> google.protobuf.Timestamp
-	6,   // 72: dunlin.v1.RolloutDevice.phase:type_name -> dunlin.v1.RolloutDevice.Phase
-	121, // 73: dunlin.v1.RolloutDevice.ready_at:type_name -> google.protobuf.Timestamp
-	118, // 74: dunlin.v1.ListDriftRequest.selector:type_name -> dunlin.v1.ListDriftRequest.SelectorEntry
-	93,  // 75: dunlin.v1.ListDriftResponse.drifts:type_name -> dunlin.v1.DeviceDrift
-	129, // 76: dunlin.v1.DeviceDrift.drift:type_name -> dunlin.v1.Drift
-	121, // 77: dunlin.v1.ListTelemetryRequest.from:type_name -> google.protobuf.Timestamp
-	121, // 78: dunlin.v1.ListTelemetryRequest.until:type_name -> google.protobuf.Timestamp
-	130, // 79: dunlin.v1.ListTelemetryResponse.samples:type_name -> dunlin.v1.Telemetry
-	119, // 80: dunlin.v1.ListDevicesRequest.selector:type_name -> dunlin.v1.ListDevicesRequest.SelectorEntry
-	98,  // 81: dunlin.v1.ListDevicesResponse.devices:type_name -> dunlin.v1.Device
-	120, // 82: dunlin.v1.Device.labels:type_name -> dunlin.v1.Device.LabelsEntry
-	131, // 83: dunlin.v1.Device.info:type_name -> dunlin.v1.DeviceInfo
-	121, // 84: dunlin.v1.Device.last_heard_at:type_name -> google.protobuf.Timestamp
-	121, // 85: dunlin.v1.Device.joined_at:type_name -> google.protobuf.Timestamp
-	132, // 86: dunlin.v1.Device.desired:type_name -> dunlin.v1.Generation
-	133, // 87: dunlin.v1.Device.reported:type_name -> dunlin.v1.Reported
-	130, // 88: dunlin.v1.Device.telemetry:type_name -> dunlin.v1.Telemetry
-	99,  // 89: dunlin.v1.Device.identity:type_name -> dunlin.v1.DeviceIdentity
-	121, // 90: dunlin.v1.DeviceIdentity.not_after:type_name -> google.protobuf.Timestamp
-	121, // 91: dunlin.v1.DeviceIdentity.revoked_at:type_name -> google.protobuf.Timestamp
-	100, // 92: dunlin.v1.DeviceIdentity.twins:type_name -> dunlin.v1.Twin
-	121, // 93: dunlin.v1.Twin.last_heard_at:type_name -> google.protobuf.Timestamp
-	107, // 94: dunlin.v1.ListEventsResponse.events:type_name -> dunlin.v1.DeviceEvent
-	134, // 95: dunlin.v1.DeviceEvent.event:type_name -> dunlin.v1.Event
-	121, // 96: dunlin.v1.DeviceEvent.received_at:type_name -> google.protobuf.Timestamp
-	11,  // 97: dunlin.v1.AuthService.WhoAmI:input_type -> dunlin.v1.WhoAmIRequest
-	7,   // 98: dunlin.v1.AuthService.Login:input_type -> dunlin.v1.LoginRequest
-	9,   // 99: dunlin.v1.AuthService.GetLoginMethods:input_type -> dunlin.v1.GetLoginMethodsRequest
-	14,  // 100: dunlin.v1.UserService.CreateUser:input_type -> dunlin.v1.CreateUserRequest
-	16,  // 101: dunlin.v1.UserService.UpdateUser:input_type -> dunlin.v1.UpdateUserRequest
-	18,  // 102: dunlin.v1.UserService.DeleteUser:input_type -> dunlin.v1.DeleteUserRequest
-	20,  // 103: dunlin.v1.UserService.ListUsers:input_type -> dunlin.v1.ListUsersRequest
-	23,  // 104: dunlin.v1.UserService.CreateToken:input_type -> dunlin.v1.CreateTokenRequest
-	25,  // 105: dunlin.v1.UserService.ListTokens:input_type -> dunlin.v1.ListTokensRequest
-	27,  // 106: dunlin.v1.UserService.DeleteToken:input_type -> dunlin.v1.DeleteTokenRequest
-	29,  // 107: dunlin.v1.AuditService.ListAudit:input_type -> dunlin.v1.ListAuditRequest
-	31,  // 108: dunlin.v1.TrustService.GetTrust:input_type -> dunlin.v1.GetTrustRequest
-	33,  // 109: dunlin.v1.TrustService.PutTrust:input_type -> dunlin.v1.PutTrustRequest
-	35,  // 110: dunlin.v1.TrustService.GetAuthorities:input_type -> dunlin.v1.GetAuthoritiesRequest
-	38,  // 111: dunlin.v1.TrustService.RotateAuthority:input_type -> dunlin.v1.RotateAuthorityRequest
-	40,  // 112: dunlin.v1.TrustService.RetireAuthority:input_type -> dunlin.v1.RetireAuthorityRequest
-	135, // 113: dunlin.v1.EnrollmentService.Join:input_type -> dunlin.v1.JoinRequest
-	136, // 114: dunlin.v1.EnrollmentService.Renew:input_type -> dunlin.v1.RenewRequest
-	137, // 115: dunlin.v1.EnrollmentService.GetTime:input_type -> dunlin.v1.GetTimeRequest
-	44,  // 116: dunlin.v1.EnrollmentService.CreateJoinToken:input_type -> dunlin.v1.CreateJoinTokenRequest
-	46,  // 117: dunlin.v1.EnrollmentService.ListJoinTokens:input_type -> dunlin.v1.ListJoinTokensRequest
-	42,  // 118: dunlin.v1.EnrollmentService.DeleteJoinToken:input_type -> dunlin.v1.DeleteJoinTokenRequest
-	51,  // 119: dunlin.v1.ModelService.CreateVersion:input_type -> dunlin.v1.CreateVersionRequest
-	53,  // 120: dunlin.v1.ModelService.ListModels:input_type -> dunlin.v1.ListModelsRequest
-	49,  // 121: dunlin.v1.ModelService.DeleteVersion:input_type -> dunlin.v1.DeleteVersionRequest
-	59,  // 122: dunlin.v1.ObjectService.Apply:input_type -> dunlin.v1.ApplyRequest
-	62,  // 123: dunlin.v1.ObjectService.Delete:input_type -> dunlin.v1.DeleteRequest
-	64,  // 124: dunlin.v1.ObjectService.ListDeployments:input_type -> dunlin.v1.ListDeploymentsRequest
-	67,  // 125: dunlin.v1.ObjectService.ListRoutes:input_type -> dunlin.v1.ListRoutesRequest
-	56,  // 126: dunlin.v1.ObjectService.ListObjects:input_type -> dunlin.v1.ListObjectsRequest
-	70,  // 127: dunlin.v1.ProfileService.ListProfiles:input_type -> dunlin.v1.ListProfilesRequest
-	73,  // 128: dunlin.v1.ProfileService.Plan:input_type -> dunlin.v1.PlanRequest
-	82,  // 129: dunlin.v1.RolloutService.ListRollouts:input_type -> dunlin.v1.ListRolloutsRequest
-	84,  // 130: dunlin.v1.RolloutService.GetRollout:input_type -> dunlin.v1.GetRolloutRequest
-	86,  // 131: dunlin.v1.RolloutService.WatchRollout:input_type -> dunlin.v1.WatchRolloutRequest
-	76,  // 132: dunlin.v1.RolloutService.ControlRollout:input_type -> dunlin.v1.ControlRolloutRequest
-	78,  // 133: dunlin.v1.RolloutService.ListDecisions:input_type -> dunlin.v1.ListDecisionsRequest
-	96,  // 134: dunlin.v1.DeviceService.ListDevices:input_type -> dunlin.v1.ListDevicesRequest
-	103, // 135: dunlin.v1.DeviceService.RemoveDevice:input_type -> dunlin.v1.RemoveDeviceRequest
-	101, // 136: dunlin.v1.DeviceService.RevokeDevice:input_type -> dunlin.v1.RevokeDeviceRequest
-	105, // 137: dunlin.v1.DeviceService.ListEvents:input_type -> dunlin.v1.ListEventsRequest
-	91,  // 138: dunlin.v1.DeviceService.ListDrift:input_type -> dunlin.v1.ListDriftRequest
-	94,  // 139: dunlin.v1.DeviceService.ListTelemetry:input_type -> dunlin.v1.ListTelemetryRequest
-	12,  // 140: dunlin.v1.AuthService.WhoAmI:output_type -> dunlin.v1.WhoAmIResponse
-	8,   // 141: dunlin.v1.AuthService.Login:output_type -> dunlin.v1.LoginResponse
-	10,  // 142: dunlin.v1.AuthService.GetLoginMethods:output_type -> dunlin.v1.GetLoginMethodsResponse
-	15,  // 143: dunlin.v1.UserService.CreateUser:output_type -> dunlin.v1.CreateUserResponse
-	17,  // 144: dunlin.v1.UserService.UpdateUser:output_type -> dunlin.v1.UpdateUserResponse
-	19,  // 145: dunlin.v1.UserService.DeleteUser:output_type -> dunlin.v1.DeleteUserResponse
-	21,  // 146: dunlin.v1.UserService.ListUsers:output_type -> dunlin.v1.ListUsersResponse
-	24,  // 147: dunlin.v1.UserService.CreateToken:output_type -> dunlin.v1.CreateTokenResponse
-	26,  // 148: dunlin.v1.UserService.ListTokens:output_type -> dunlin.v1.ListTokensResponse
-	28,  // 149: dunlin.v1.UserService.DeleteToken:output_type -> dunlin.v1.DeleteTokenResponse
-	30,  // 150: dunlin.v1.AuditService.ListAudit:output_type -> dunlin.v1.ListAuditResponse
-	32,  // 151: dunlin.v1.TrustService.GetTrust:output_type -> dunlin.v1.GetTrustResponse
-	34,  // 152: dunlin.v1.TrustService.PutTrust:output_type -> dunlin.v1.PutTrustResponse
-	36,  // 153: dunlin.v1.TrustService.GetAuthorities:output_type -> dunlin.v1.GetAuthoritiesResponse
-	39,  // 154: dunlin.v1.TrustService.RotateAuthority:output_type -> dunlin.v1.RotateAuthorityResponse
-	41,  // 155: dunlin.v1.TrustService.RetireAuthority:output_type -> dunlin.v1.RetireAuthorityResponse
-	138, // 156: dunlin.v1.EnrollmentService.Join:output_type -> dunlin.v1.JoinResponse
-	139, // 157: dunlin.v1.EnrollmentService.Renew:output_type -> dunlin.v1.RenewResponse
-	140, // 158: dunlin.v1.EnrollmentService.GetTime:output_type -> dunlin.v1.GetTimeResponse
-	45,  // 159: dunlin.v1.EnrollmentService.CreateJoinToken:output_type -> dunlin.v1.CreateJoinTokenResponse
-	47,  // 160: dunlin.v1.EnrollmentService.ListJoinTokens:output_type -> dunlin.v1.ListJoinTokensResponse
-	43,  // 161: dunlin.v1.EnrollmentService.DeleteJoinToken:output_type -> dunlin.v1.DeleteJoinTokenResponse
-	52,  // 162: dunlin.v1.ModelService.CreateVersion:output_type -> dunlin.v1.CreateVersionResponse
-	54,  // 163: dunlin.v1.ModelService.ListModels:output_type -> dunlin.v1.ListModelsResponse
-	50,  // 164: dunlin.v1.ModelService.DeleteVersion:output_type -> dunlin.v1.DeleteVersionResponse
-	60,  // 165: dunlin.v1.ObjectService.Apply:output_type -> dunlin.v1.ApplyResponse
-	63,  // 166: dunlin.v1.ObjectService.Delete:output_type -> dunlin.v1.DeleteResponse
-	65,  // 167: dunlin.v1.ObjectService.ListDeployments:output_type -> dunlin.v1.ListDeploymentsResponse
-	68,  // 168: dunlin.v1.ObjectService.ListRoutes:output_type -> dunlin.v1.ListRoutesResponse
-	57,  // 169: dunlin.v1.ObjectService.ListObjects:output_type -> dunlin.v1.ListObjectsResponse
-	71,  // 170: dunlin.v1.ProfileService.ListProfiles:output_type -> dunlin.v1.ListProfilesResponse
-	74,  // 171: dunlin.v1.ProfileService.Plan:output_type -> dunlin.v1.PlanResponse
-	83,  // 172: dunlin.v1.RolloutService.ListRollouts:output_type -> dunlin.v1.ListRolloutsResponse
-	85,  // 173: dunlin.v1.RolloutService.GetRollout:output_type -> dunlin.v1.GetRolloutResponse
-	87,  // 174: dunlin.v1.RolloutService.WatchRollout:output_type -> dunlin.v1.WatchRolloutResponse
-	77,  // 175: dunlin.v1.RolloutService.ControlRollout:output_type -> dunlin.v1.ControlRolloutResponse
-	79,  // 176: dunlin.v1.RolloutService.ListDecisions:output_type -> dunlin.v1.ListDecisionsResponse
-	97,  // 177: dunlin.v1.DeviceService.ListDevices:output_type -> dunlin.v1.ListDevicesResponse
-	104, // 178: dunlin.v1.DeviceService.RemoveDevice:output_type -> dunlin.v1.RemoveDeviceResponse
-	102, // 179: dunlin.v1.DeviceService.RevokeDevice:output_type -> dunlin.v1.RevokeDeviceResponse
-	106, // 180: dunlin.v1.DeviceService.ListEvents:output_type -> dunlin.v1.ListEventsResponse
-	92,  // 181: dunlin.v1.DeviceService.ListDrift:output_type -> dunlin.v1.ListDriftResponse
-	95,  // 182: dunlin.v1.DeviceService.ListTelemetry:output_type -> dunlin.v1.ListTelemetryResponse
-	140, // [140:183] is the sub-list for method output_type
-	97,  // [97:140] is the sub-list for method input_type
-	97,  // [97:97] is the sub-list for extension type_name
-	97,  // [97:97] is the sub-list for extension extendee
-	0,   // [0:97] is the sub-list for field type_name
+	128, // 48: dunlin.v1.Route.fallback:type_name -> dunlin.v1.RouteFallback
+	129, // 49: dunlin.v1.Route.shadow:type_name -> dunlin.v1.RouteShadow
+	72,  // 50: dunlin.v1.ListProfilesResponse.profiles:type_name -> dunlin.v1.DeviceProfile
+	130, // 51: dunlin.v1.DeviceProfile.profile:type_name -> dunlin.v1.ModelProfile
+	75,  // 52: dunlin.v1.PlanResponse.devices:type_name -> dunlin.v1.DevicePlan
+	2,   // 53: dunlin.v1.DevicePlan.verdict:type_name -> dunlin.v1.DevicePlan.Verdict
+	3,   // 54: dunlin.v1.DevicePlan.memory_source:type_name -> dunlin.v1.DevicePlan.Source
+	3,   // 55: dunlin.v1.DevicePlan.latency_source:type_name -> dunlin.v1.DevicePlan.Source
+	3,   // 56: dunlin.v1.DevicePlan.energy_source:type_name -> dunlin.v1.DevicePlan.Source
+	4,   // 57: dunlin.v1.ControlRolloutRequest.action:type_name -> dunlin.v1.ControlRolloutRequest.Action
+	88,  // 58: dunlin.v1.ControlRolloutResponse.rollout:type_name -> dunlin.v1.Rollout
+	80,  // 59: dunlin.v1.ListDecisionsResponse.decisions:type_name -> dunlin.v1.Decision
+	121, // 60: dunlin.v1.Decision.at:type_name -> google.protobuf.Timestamp
+	81,  // 61: dunlin.v1.Decision.gates:type_name -> dunlin.v1.GateResult
+	5,   // 62: dunlin.v1.GateResult.verdict:type_name -> dunlin.v1.GateResult.Verdict
+	88,  // 63: dunlin.v1.ListRolloutsResponse.rollouts:type_name -> dunlin.v1.Rollout
+	88,  // 64: dunlin.v1.GetRolloutResponse.rollout:type_name -> dunlin.v1.Rollout
+	88,  // 65: dunlin.v1.WatchRolloutResponse.rollout:type_name -> dunlin.v1.Rollout
+	0,   // 66: dunlin.v1.Rollout.state:type_name -> dunlin.v1.RolloutState
+	121, // 67: dunlin.v1.Rollout.started_at:type_name -> google.protobuf.Timestamp
+	121, // 68: dunlin.v1.Rollout.ended_at:type_name -> google.protobuf.Timestamp
+	90,  // 69: dunlin.v1.Rollout.devices:type_name -> dunlin.v1.RolloutDevice
+	89,  // 70: dunlin.v1.Rollout.waves:type_name -> dunlin.v1.RolloutWave
+	81,  // 71: dunlin.v1.Rollout.gates:type_name -> dunlin.v1.GateResult
+	121, // 72: dunlin.v1.Rollout.soaks_until:type_name -> google.protobuf.Timestamp
+	121, // 73: dunlin.v1.RolloutWave.started_at:type_name -> google.protobuf.Timestamp
+	6,   // 74: dunlin.v1.RolloutDevice.phase:type_name -> dunlin.v1.RolloutDevice.Phase
+	121, // 75: dunlin.v1.RolloutDevice.ready_at:type_name -> google.protobuf.Timestamp
+	118, // 76: dunlin.v1.ListDriftRequest.selector:type_name -> dunlin.v1.ListDriftRequest.SelectorEntry
+	93,  // 77: dunlin.v1.ListDriftResponse.drifts:type_name -> dunlin.v1.DeviceDrift
+	131, // 78: dunlin.v1.DeviceDrift.drift:type_name -> dunlin.v1.Drift
+	121, // 79: dunlin.v1.ListTelemetryRequest.from:type_name -> google.protobuf.Timestamp
+	121, // 80: dunlin.v1.ListTelemetryRequest.until:type_name -> google.protobuf.Timestamp
+	132, // 81: dunlin.v1.ListTelemetryResponse.samples:type_name -> dunlin.v1.Telemetry
+	119, // 82: dunlin.v1.ListDevicesRequest.selector:type_name -> dunlin.v1.ListDevicesRequest.SelectorEntry
+	98,  // 83: dunlin.v1.ListDevicesResponse.devices:type_name -> dunlin.v1.Device
+	120, // 84: dunlin.v1.Device.labels:type_name -> dunlin.v1.Device.LabelsEntry
+	133, // 85: dunlin.v1.Device.info:type_name -> dunlin.v1.DeviceInfo
+	121, // 86: dunlin.v1.Device.last_heard_at:type_name -> google.protobuf.Timestamp
+	121, // 87: dunlin.v1.Device.joined_at:type_name -> google.protobuf.Timestamp
+	134, // 88: dunlin.v1.Device.desired:type_name -> dunlin.v1.Generation
+	135, // 89: dunlin.v1.Device.reported:type_name -> dunlin.v1.Reported
+	132, // 90: dunlin.v1.Device.telemetry:type_name -> dunlin.v1.Telemetry
+	99,  // 91: dunlin.v1.Device.identity:type_name -> dunlin.v1.DeviceIdentity
+	121, // 92: dunlin.v1.DeviceIdentity.not_after:type_name -> google.protobuf.Timestamp
+	121, // 93: dunlin.v1.DeviceIdentity.revoked_at:type_name -> google.protobuf.Timestamp
+	100, // 94: dunlin.v1.DeviceIdentity.twins:type_name -> dunlin.v1.Twin
+	121, // 95: dunlin.v1.Twin.last_heard_at:type_name -> google.protobuf.Timestamp
+	107, // 96: dunlin.v1.ListEventsResponse.events:type_name -> dunlin.v1.DeviceEvent
+	136, // 97: dunlin.v1.DeviceEvent.event:type_name -> dunlin.v1.Event
+	121, // 98: dunlin.v1.DeviceEvent.received_at:type_name -> google.protobuf.Timestamp
+	11,  // 99: dunlin.v1.AuthService.WhoAmI:input_type -> dunlin.v1.WhoAmIRequest
+	7,   // 100: dunlin.v1.AuthService.Login:input_type -> dunlin.v1.LoginRequest
+	9,   // 101: dunlin.v1.AuthService.GetLoginMethods:input_type -> dunlin.v1.GetLoginMethodsRequest
+	14,  // 102: dunlin.v1.UserService.CreateUser:input_type -> dunlin.v1.CreateUserRequest
+	16,  // 103: dunlin.v1.UserService.UpdateUser:input_type -> dunlin.v1.UpdateUserRequest
+	18,  // 104: dunlin.v1.UserService.DeleteUser:input_type -> dunlin.v1.DeleteUserRequest
+	20,  // 105: dunlin.v1.UserService.ListUsers:input_type -> dunlin.v1.ListUsersRequest
+	23,  // 106: dunlin.v1.UserService.CreateToken:input_type -> dunlin.v1.CreateTokenRequest
+	25,  // 107: dunlin.v1.UserService.ListTokens:input_type -> dunlin.v1.ListTokensRequest
+	27,  // 108: dunlin.v1.UserService.DeleteToken:input_type -> dunlin.v1.DeleteTokenRequest
+	29,  // 109: dunlin.v1.AuditService.ListAudit:input_type -> dunlin.v1.ListAuditRequest
+	31,  // 110: dunlin.v1.TrustService.GetTrust:input_type -> dunlin.v1.GetTrustRequest
+	33,  // 111: dunlin.v1.TrustService.PutTrust:input_type -> dunlin.v1.PutTrustRequest
+	35,  // 112: dunlin.v1.TrustService.GetAuthorities:input_type -> dunlin.v1.GetAuthoritiesRequest
+	38,  // 113: dunlin.v1.TrustService.RotateAuthority:input_type -> dunlin.v1.RotateAuthorityRequest
+	40,  // 114: dunlin.v1.TrustService.RetireAuthority:input_type -> dunlin.v1.RetireAuthorityRequest
+	137, // 115: dunlin.v1.EnrollmentService.Join:input_type -> dunlin.v1.JoinRequest
+	138, // 116: dunlin.v1.EnrollmentService.Renew:input_type -> dunlin.v1.RenewRequest
+	139, // 117: dunlin.v1.EnrollmentService.GetTime:input_type -> dunlin.v1.GetTimeRequest
+	44,  // 118: dunlin.v1.EnrollmentService.CreateJoinToken:input_type -> dunlin.v1.CreateJoinTokenRequest
+	46,  // 119: dunlin.v1.EnrollmentService.ListJoinTokens:input_type -> dunlin.v1.ListJoinTokensRequest
+	42,  // 120: dunlin.v1.EnrollmentService.DeleteJoinToken:input_type -> dunlin.v1.DeleteJoinTokenRequest
+	51,  // 121: dunlin.v1.ModelService.CreateVersion:input_type -> dunlin.v1.CreateVersionRequest
+	53,  // 122: dunlin.v1.ModelService.ListModels:input_type -> dunlin.v1.ListModelsRequest
+	49,  // 123: dunlin.v1.ModelService.DeleteVersion:input_type -> dunlin.v1.DeleteVersionRequest
+	59,  // 124: dunlin.v1.ObjectService.Apply:input_type -> dunlin.v1.ApplyRequest
+	62,  // 125: dunlin.v1.ObjectService.Delete:input_type -> dunlin.v1.DeleteRequest
+	64,  // 126: dunlin.v1.ObjectService.ListDeployments:input_type -> dunlin.v1.ListDeploymentsRequest
+	67,  // 127: dunlin.v1.ObjectService.ListRoutes:input_type -> dunlin.v1.ListRoutesRequest
+	56,  // 128: dunlin.v1.ObjectService.ListObjects:input_type -> dunlin.v1.ListObjectsRequest
+	70,  // 129: dunlin.v1.ProfileService.ListProfiles:input_type -> dunlin.v1.ListProfilesRequest
+	73,  // 130: dunlin.v1.ProfileService.Plan:input_type -> dunlin.v1.PlanRequest
+	82,  // 131: dunlin.v1.RolloutService.ListRollouts:input_type -> dunlin.v1.ListRolloutsRequest
+	84,  // 132: dunlin.v1.RolloutService.GetRollout:input_type -> dunlin.v1.GetRolloutRequest
+	86,  // 133: dunlin.v1.RolloutService.WatchRollout:input_type -> dunlin.v1.WatchRolloutRequest
+	76,  // 134: dunlin.v1.RolloutService.ControlRollout:input_type -> dunlin.v1.ControlRolloutRequest
+	78,  // 135: dunlin.v1.RolloutService.ListDecisions:input_type -> dunlin.v1.ListDecisionsRequest
+	96,  // 136: dunlin.v1.DeviceService.ListDevices:input_type -> dunlin.v1.ListDevicesRequest
+	103, // 137: dunlin.v1.DeviceService.RemoveDevice:input_type -> dunlin.v1.RemoveDeviceRequest
+	101, // 138: dunlin.v1.DeviceService.RevokeDevice:input_type -> dunlin.v1.RevokeDeviceRequest
+	105, // 139: dunlin.v1.DeviceService.ListEvents:input_type -> dunlin.v1.ListEventsRequest
+	91,  // 140: dunlin.v1.DeviceService.ListDrift:input_type -> dunlin.v1.ListDriftRequest
+	94,  // 141: dunlin.v1.DeviceService.ListTelemetry:input_type -> dunlin.v1.ListTelemetryRequest
+	12,  // 142: dunlin.v1.AuthService.WhoAmI:output_type -> dunlin.v1.WhoAmIResponse
+	8,   // 143: dunlin.v1.AuthService.Login:output_type -> dunlin.v1.LoginResponse
+	10,  // 144: dunlin.v1.AuthService.GetLoginMethods:output_type -> dunlin.v1.GetLoginMethodsResponse
+	15,  // 145: dunlin.v1.UserService.CreateUser:output_type -> dunlin.v1.CreateUserResponse
+	17,  // 146: dunlin.v1.UserService.UpdateUser:output_type -> dunlin.v1.UpdateUserResponse
+	19,  // 147: dunlin.v1.UserService.DeleteUser:output_type -> dunlin.v1.DeleteUserResponse
+	21,  // 148: dunlin.v1.UserService.ListUsers:output_type -> dunlin.v1.ListUsersResponse
+	24,  // 149: dunlin.v1.UserService.CreateToken:output_type -> dunlin.v1.CreateTokenResponse
+	26,  // 150: dunlin.v1.UserService.ListTokens:output_type -> dunlin.v1.ListTokensResponse
+	28,  // 151: dunlin.v1.UserService.DeleteToken:output_type -> dunlin.v1.DeleteTokenResponse
+	30,  // 152: dunlin.v1.AuditService.ListAudit:output_type -> dunlin.v1.ListAuditResponse
+	32,  // 153: dunlin.v1.TrustService.GetTrust:output_type -> dunlin.v1.GetTrustResponse
+	34,  // 154: dunlin.v1.TrustService.PutTrust:output_type -> dunlin.v1.PutTrustResponse
+	36,  // 155: dunlin.v1.TrustService.GetAuthorities:output_type -> dunlin.v1.GetAuthoritiesResponse
+	39,  // 156: dunlin.v1.TrustService.RotateAuthority:output_type -> dunlin.v1.RotateAuthorityResponse
+	41,  // 157: dunlin.v1.TrustService.RetireAuthority:output_type -> dunlin.v1.RetireAuthorityResponse
+	140, // 158: dunlin.v1.EnrollmentService.Join:output_type -> dunlin.v1.JoinResponse
+	141, // 159: dunlin.v1.EnrollmentService.Renew:output_type -> dunlin.v1.RenewResponse
+	142, // 160: dunlin.v1.EnrollmentService.GetTime:output_type -> dunlin.v1.GetTimeResponse
+	45,  // 161: dunlin.v1.EnrollmentService.CreateJoinToken:output_type -> dunlin.v1.CreateJoinTokenResponse
+	47,  // 162: dunlin.v1.EnrollmentService.ListJoinTokens:output_type -> dunlin.v1.ListJoinTokensResponse
+	43,  // 163: dunlin.v1.EnrollmentService.DeleteJoinToken:output_type -> dunlin.v1.DeleteJoinTokenResponse
+	52,  // 164: dunlin.v1.ModelService.CreateVersion:output_type -> dunlin.v1.CreateVersionResponse
+	54,  // 165: dunlin.v1.ModelService.ListModels:output_type -> dunlin.v1.ListModelsResponse
+	50,  // 166: dunlin.v1.ModelService.DeleteVersion:output_type -> dunlin.v1.DeleteVersionResponse
+	60,  // 167: dunlin.v1.ObjectService.Apply:output_type -> dunlin.v1.ApplyResponse
+	63,  // 168: dunlin.v1.ObjectService.Delete:output_type -> dunlin.v1.DeleteResponse
+	65,  // 169: dunlin.v1.ObjectService.ListDeployments:output_type -> dunlin.v1.ListDeploymentsResponse
+	68,  // 170: dunlin.v1.ObjectService.ListRoutes:output_type -> dunlin.v1.ListRoutesResponse
+	57,  // 171: dunlin.v1.ObjectService.ListObjects:output_type -> dunlin.v1.ListObjectsResponse
+	71,  // 172: dunlin.v1.ProfileService.ListProfiles:output_type -> dunlin.v1.ListProfilesResponse
+	74,  // 173: dunlin.v1.ProfileService.Plan:output_type -> dunlin.v1.PlanResponse
+	83,  // 174: dunlin.v1.RolloutService.ListRollouts:output_type -> dunlin.v1.ListRolloutsResponse
+	85,  // 175: dunlin.v1.RolloutService.GetRollout:output_type -> dunlin.v1.GetRolloutResponse
+	87,  // 176: dunlin.v1.RolloutService.WatchRollout:output_type -> dunlin.v1.WatchRolloutResponse
+	77,  // 177: dunlin.v1.RolloutService.ControlRollout:output_type -> dunlin.v1.ControlRolloutResponse
+	79,  // 178: dunlin.v1.RolloutService.ListDecisions:output_type -> dunlin.v1.ListDecisionsResponse
+	97,  // 179: dunlin.v1.DeviceService.ListDevices:output_type -> dunlin.v1.ListDevicesResponse
+	104, // 180: dunlin.v1.DeviceService.RemoveDevice:output_type -> dunlin.v1.RemoveDeviceResponse
+	102, // 181: dunlin.v1.DeviceService.RevokeDevice:output_type -> dunlin.v1.RevokeDeviceResponse
+	106, // 182: dunlin.v1.DeviceService.ListEvents:output_type -> dunlin.v1.ListEventsResponse
+	92,  // 183: dunlin.v1.DeviceService.ListDrift:output_type -> dunlin.v1.ListDriftResponse
+	95,  // 184: dunlin.v1.DeviceService.ListTelemetry:output_type -> dunlin.v1.ListTelemetryResponse
+	142, // [142:185] is the sub-list for method output_type
+	99,  // [99:142] is the sub-list for method input_type
+	99,  // [99:99] is the sub-list for extension type_name
+	99,  // [99:99] is the sub-list for extension extendee
+	0,   // [0:99] is the sub-list for field type_name
 }
 
 func init() { file_dunlin_v1_api_proto_init() }

@@ -226,7 +226,7 @@ func (x AgentStatus_State) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use AgentStatus_State.Descriptor instead.
 func (AgentStatus_State) EnumDescriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{24, 0}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{26, 0}
 }
 
 // Generation numbers the desired documents of one device. Documents of
@@ -1483,7 +1483,12 @@ type DesiredRoute struct {
 	// The first that matches decides.
 	Rules []*RouteRule `protobuf:"bytes,3,rep,name=rules,proto3" json:"rules,omitempty"`
 	// Unset: a request goes to one of the targets by chance.
-	Sticky        *RouteSticky `protobuf:"bytes,4,opt,name=sticky,proto3" json:"sticky,omitempty"`
+	Sticky *RouteSticky `protobuf:"bytes,4,opt,name=sticky,proto3" json:"sticky,omitempty"`
+	// Where the requests of targets go that the chosen one does not answer; the
+	// first that takes the reason is tried, then the next.
+	Fallback []*RouteFallback `protobuf:"bytes,5,rep,name=fallback,proto3" json:"fallback,omitempty"`
+	// Unset: none. Of the requests of targets.
+	Shadow        *RouteShadow `protobuf:"bytes,6,opt,name=shadow,proto3" json:"shadow,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1546,13 +1551,31 @@ func (x *DesiredRoute) GetSticky() *RouteSticky {
 	return nil
 }
 
+func (x *DesiredRoute) GetFallback() []*RouteFallback {
+	if x != nil {
+		return x.Fallback
+	}
+	return nil
+}
+
+func (x *DesiredRoute) GetShadow() *RouteShadow {
+	if x != nil {
+		return x.Shadow
+	}
+	return nil
+}
+
 // RouteRule says where the requests go that it matches.
 type RouteRule struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
-	Match         *RouteMatch            `protobuf:"bytes,2,opt,name=match,proto3" json:"match,omitempty"`
-	Targets       []*RouteTarget         `protobuf:"bytes,3,rep,name=targets,proto3" json:"targets,omitempty"`
-	Sticky        *RouteSticky           `protobuf:"bytes,4,opt,name=sticky,proto3" json:"sticky,omitempty"`
+	state   protoimpl.MessageState `protogen:"open.v1"`
+	Name    string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	Match   *RouteMatch            `protobuf:"bytes,2,opt,name=match,proto3" json:"match,omitempty"`
+	Targets []*RouteTarget         `protobuf:"bytes,3,rep,name=targets,proto3" json:"targets,omitempty"`
+	Sticky  *RouteSticky           `protobuf:"bytes,4,opt,name=sticky,proto3" json:"sticky,omitempty"`
+	// Of the rule's own targets.
+	Fallback []*RouteFallback `protobuf:"bytes,5,rep,name=fallback,proto3" json:"fallback,omitempty"`
+	// Unset: none. Of the requests of targets.
+	Shadow        *RouteShadow `protobuf:"bytes,6,opt,name=shadow,proto3" json:"shadow,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1611,6 +1634,20 @@ func (x *RouteRule) GetTargets() []*RouteTarget {
 func (x *RouteRule) GetSticky() *RouteSticky {
 	if x != nil {
 		return x.Sticky
+	}
+	return nil
+}
+
+func (x *RouteRule) GetFallback() []*RouteFallback {
+	if x != nil {
+		return x.Fallback
+	}
+	return nil
+}
+
+func (x *RouteRule) GetShadow() *RouteShadow {
+	if x != nil {
+		return x.Shadow
 	}
 	return nil
 }
@@ -1928,6 +1965,134 @@ func (x *RouteTarget) GetWeight() uint32 {
 	return 0
 }
 
+// RouteFallback is a version that answers instead of another one.
+type RouteFallback struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Model string                 `protobuf:"bytes,1,opt,name=model,proto3" json:"model,omitempty"`
+	// 0: as in RouteTarget.
+	Version int64 `protobuf:"varint,2,opt,name=version,proto3" json:"version,omitempty"`
+	// Why the one before did not answer: "overload", "error", "deadline",
+	// "not-resident". None: the first three.
+	On            []string `protobuf:"bytes,3,rep,name=on,proto3" json:"on,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RouteFallback) Reset() {
+	*x = RouteFallback{}
+	mi := &file_dunlin_v1_wire_proto_msgTypes[20]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RouteFallback) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RouteFallback) ProtoMessage() {}
+
+func (x *RouteFallback) ProtoReflect() protoreflect.Message {
+	mi := &file_dunlin_v1_wire_proto_msgTypes[20]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RouteFallback.ProtoReflect.Descriptor instead.
+func (*RouteFallback) Descriptor() ([]byte, []int) {
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{20}
+}
+
+func (x *RouteFallback) GetModel() string {
+	if x != nil {
+		return x.Model
+	}
+	return ""
+}
+
+func (x *RouteFallback) GetVersion() int64 {
+	if x != nil {
+		return x.Version
+	}
+	return 0
+}
+
+func (x *RouteFallback) GetOn() []string {
+	if x != nil {
+		return x.On
+	}
+	return nil
+}
+
+// RouteShadow is a version that runs requests once more, after they have been
+// answered, so that its outputs can be compared. It answers nobody.
+type RouteShadow struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Model string                 `protobuf:"bytes,1,opt,name=model,proto3" json:"model,omitempty"`
+	// 0: as in RouteTarget.
+	Version int64 `protobuf:"varint,2,opt,name=version,proto3" json:"version,omitempty"`
+	// Share of the requests, above 0 and up to 1.
+	Rate          float64 `protobuf:"fixed64,3,opt,name=rate,proto3" json:"rate,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RouteShadow) Reset() {
+	*x = RouteShadow{}
+	mi := &file_dunlin_v1_wire_proto_msgTypes[21]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RouteShadow) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RouteShadow) ProtoMessage() {}
+
+func (x *RouteShadow) ProtoReflect() protoreflect.Message {
+	mi := &file_dunlin_v1_wire_proto_msgTypes[21]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RouteShadow.ProtoReflect.Descriptor instead.
+func (*RouteShadow) Descriptor() ([]byte, []int) {
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{21}
+}
+
+func (x *RouteShadow) GetModel() string {
+	if x != nil {
+		return x.Model
+	}
+	return ""
+}
+
+func (x *RouteShadow) GetVersion() int64 {
+	if x != nil {
+		return x.Version
+	}
+	return 0
+}
+
+func (x *RouteShadow) GetRate() float64 {
+	if x != nil {
+		return x.Rate
+	}
+	return 0
+}
+
 // VersionStatus is the state of one version on a device.
 type VersionStatus struct {
 	state   protoimpl.MessageState `protogen:"open.v1"`
@@ -1956,7 +2121,7 @@ type VersionStatus struct {
 
 func (x *VersionStatus) Reset() {
 	*x = VersionStatus{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[20]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1968,7 +2133,7 @@ func (x *VersionStatus) String() string {
 func (*VersionStatus) ProtoMessage() {}
 
 func (x *VersionStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[20]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1981,7 +2146,7 @@ func (x *VersionStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VersionStatus.ProtoReflect.Descriptor instead.
 func (*VersionStatus) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{20}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *VersionStatus) GetModel() string {
@@ -2087,7 +2252,7 @@ type RouteStatus struct {
 
 func (x *RouteStatus) Reset() {
 	*x = RouteStatus{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[21]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2099,7 +2264,7 @@ func (x *RouteStatus) String() string {
 func (*RouteStatus) ProtoMessage() {}
 
 func (x *RouteStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[21]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2112,7 +2277,7 @@ func (x *RouteStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RouteStatus.ProtoReflect.Descriptor instead.
 func (*RouteStatus) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{21}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *RouteStatus) GetName() string {
@@ -2160,7 +2325,7 @@ type Reported struct {
 
 func (x *Reported) Reset() {
 	*x = Reported{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[22]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2172,7 +2337,7 @@ func (x *Reported) String() string {
 func (*Reported) ProtoMessage() {}
 
 func (x *Reported) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[22]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2185,7 +2350,7 @@ func (x *Reported) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Reported.ProtoReflect.Descriptor instead.
 func (*Reported) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{22}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *Reported) GetSession() string {
@@ -2264,7 +2429,7 @@ type DesiredRefusal struct {
 
 func (x *DesiredRefusal) Reset() {
 	*x = DesiredRefusal{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[23]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2276,7 +2441,7 @@ func (x *DesiredRefusal) String() string {
 func (*DesiredRefusal) ProtoMessage() {}
 
 func (x *DesiredRefusal) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[23]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2289,7 +2454,7 @@ func (x *DesiredRefusal) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DesiredRefusal.ProtoReflect.Descriptor instead.
 func (*DesiredRefusal) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{23}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *DesiredRefusal) GetGeneration() *Generation {
@@ -2331,7 +2496,7 @@ type AgentStatus struct {
 
 func (x *AgentStatus) Reset() {
 	*x = AgentStatus{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[24]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2343,7 +2508,7 @@ func (x *AgentStatus) String() string {
 func (*AgentStatus) ProtoMessage() {}
 
 func (x *AgentStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[24]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2356,7 +2521,7 @@ func (x *AgentStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentStatus.ProtoReflect.Descriptor instead.
 func (*AgentStatus) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{24}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *AgentStatus) GetAgentVersion() string {
@@ -2426,7 +2591,7 @@ type Drift struct {
 
 func (x *Drift) Reset() {
 	*x = Drift{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[25]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2438,7 +2603,7 @@ func (x *Drift) String() string {
 func (*Drift) ProtoMessage() {}
 
 func (x *Drift) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[25]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2451,7 +2616,7 @@ func (x *Drift) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Drift.ProtoReflect.Descriptor instead.
 func (*Drift) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{25}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *Drift) GetKind() string {
@@ -2518,7 +2683,7 @@ type Event struct {
 
 func (x *Event) Reset() {
 	*x = Event{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[26]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2530,7 +2695,7 @@ func (x *Event) String() string {
 func (*Event) ProtoMessage() {}
 
 func (x *Event) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[26]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2543,7 +2708,7 @@ func (x *Event) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Event.ProtoReflect.Descriptor instead.
 func (*Event) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{26}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *Event) GetSequence() uint64 {
@@ -2624,7 +2789,7 @@ type EventBatch struct {
 
 func (x *EventBatch) Reset() {
 	*x = EventBatch{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[27]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2636,7 +2801,7 @@ func (x *EventBatch) String() string {
 func (*EventBatch) ProtoMessage() {}
 
 func (x *EventBatch) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[27]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2649,7 +2814,7 @@ func (x *EventBatch) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EventBatch.ProtoReflect.Descriptor instead.
 func (*EventBatch) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{27}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *EventBatch) GetOutboxId() string {
@@ -2677,7 +2842,7 @@ type EventAck struct {
 
 func (x *EventAck) Reset() {
 	*x = EventAck{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[28]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2689,7 +2854,7 @@ func (x *EventAck) String() string {
 func (*EventAck) ProtoMessage() {}
 
 func (x *EventAck) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[28]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2702,7 +2867,7 @@ func (x *EventAck) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EventAck.ProtoReflect.Descriptor instead.
 func (*EventAck) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{28}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *EventAck) GetOutboxId() string {
@@ -2737,7 +2902,7 @@ type Command struct {
 
 func (x *Command) Reset() {
 	*x = Command{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[29]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2749,7 +2914,7 @@ func (x *Command) String() string {
 func (*Command) ProtoMessage() {}
 
 func (x *Command) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[29]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2762,7 +2927,7 @@ func (x *Command) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Command.ProtoReflect.Descriptor instead.
 func (*Command) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{29}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *Command) GetCommand() isCommand_Command {
@@ -2884,7 +3049,7 @@ type TelemetryLease struct {
 
 func (x *TelemetryLease) Reset() {
 	*x = TelemetryLease{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[30]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2896,7 +3061,7 @@ func (x *TelemetryLease) String() string {
 func (*TelemetryLease) ProtoMessage() {}
 
 func (x *TelemetryLease) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[30]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2909,7 +3074,7 @@ func (x *TelemetryLease) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TelemetryLease.ProtoReflect.Descriptor instead.
 func (*TelemetryLease) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{30}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *TelemetryLease) GetEveryMs() uint32 {
@@ -2938,7 +3103,7 @@ type SourcesRequest struct {
 
 func (x *SourcesRequest) Reset() {
 	*x = SourcesRequest{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[31]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2950,7 +3115,7 @@ func (x *SourcesRequest) String() string {
 func (*SourcesRequest) ProtoMessage() {}
 
 func (x *SourcesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[31]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2963,7 +3128,7 @@ func (x *SourcesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SourcesRequest.ProtoReflect.Descriptor instead.
 func (*SourcesRequest) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{31}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *SourcesRequest) GetModel() string {
@@ -2991,7 +3156,7 @@ type Sources struct {
 
 func (x *Sources) Reset() {
 	*x = Sources{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[32]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3003,7 +3168,7 @@ func (x *Sources) String() string {
 func (*Sources) ProtoMessage() {}
 
 func (x *Sources) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[32]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3016,7 +3181,7 @@ func (x *Sources) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Sources.ProtoReflect.Descriptor instead.
 func (*Sources) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{32}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *Sources) GetDigest() string {
@@ -3047,7 +3212,7 @@ type Source struct {
 
 func (x *Source) Reset() {
 	*x = Source{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[33]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3059,7 +3224,7 @@ func (x *Source) String() string {
 func (*Source) ProtoMessage() {}
 
 func (x *Source) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[33]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3072,7 +3237,7 @@ func (x *Source) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Source.ProtoReflect.Descriptor instead.
 func (*Source) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{33}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *Source) GetDevice() string {
@@ -3109,7 +3274,7 @@ type StandDown struct {
 
 func (x *StandDown) Reset() {
 	*x = StandDown{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[34]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3121,7 +3286,7 @@ func (x *StandDown) String() string {
 func (*StandDown) ProtoMessage() {}
 
 func (x *StandDown) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[34]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3134,7 +3299,7 @@ func (x *StandDown) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StandDown.ProtoReflect.Descriptor instead.
 func (*StandDown) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{34}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *StandDown) GetBootId() string {
@@ -3161,7 +3326,7 @@ type RenewNow struct {
 
 func (x *RenewNow) Reset() {
 	*x = RenewNow{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[35]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3173,7 +3338,7 @@ func (x *RenewNow) String() string {
 func (*RenewNow) ProtoMessage() {}
 
 func (x *RenewNow) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[35]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3186,7 +3351,7 @@ func (x *RenewNow) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RenewNow.ProtoReflect.Descriptor instead.
 func (*RenewNow) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{35}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *RenewNow) GetWithinMs() uint32 {
@@ -3205,7 +3370,7 @@ type HelloAgain struct {
 
 func (x *HelloAgain) Reset() {
 	*x = HelloAgain{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[36]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3217,7 +3382,7 @@ func (x *HelloAgain) String() string {
 func (*HelloAgain) ProtoMessage() {}
 
 func (x *HelloAgain) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[36]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3230,7 +3395,7 @@ func (x *HelloAgain) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HelloAgain.ProtoReflect.Descriptor instead.
 func (*HelloAgain) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{36}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{38}
 }
 
 // Telemetry is one sample of a device's figures. A figure that the device
@@ -3279,7 +3444,7 @@ type Telemetry struct {
 
 func (x *Telemetry) Reset() {
 	*x = Telemetry{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[37]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3291,7 +3456,7 @@ func (x *Telemetry) String() string {
 func (*Telemetry) ProtoMessage() {}
 
 func (x *Telemetry) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[37]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3304,7 +3469,7 @@ func (x *Telemetry) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Telemetry.ProtoReflect.Descriptor instead.
 func (*Telemetry) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{37}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *Telemetry) GetAt() *timestamppb.Timestamp {
@@ -3473,7 +3638,7 @@ type Temperature struct {
 
 func (x *Temperature) Reset() {
 	*x = Temperature{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[38]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3485,7 +3650,7 @@ func (x *Temperature) String() string {
 func (*Temperature) ProtoMessage() {}
 
 func (x *Temperature) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[38]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3498,7 +3663,7 @@ func (x *Temperature) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Temperature.ProtoReflect.Descriptor instead.
 func (*Temperature) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{38}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *Temperature) GetSensor() string {
@@ -3557,7 +3722,7 @@ type GpuTelemetry struct {
 
 func (x *GpuTelemetry) Reset() {
 	*x = GpuTelemetry{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[39]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3569,7 +3734,7 @@ func (x *GpuTelemetry) String() string {
 func (*GpuTelemetry) ProtoMessage() {}
 
 func (x *GpuTelemetry) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[39]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3582,7 +3747,7 @@ func (x *GpuTelemetry) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GpuTelemetry.ProtoReflect.Descriptor instead.
 func (*GpuTelemetry) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{39}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{41}
 }
 
 func (x *GpuTelemetry) GetIndex() uint32 {
@@ -3792,7 +3957,7 @@ type GpuProcess struct {
 
 func (x *GpuProcess) Reset() {
 	*x = GpuProcess{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[40]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3804,7 +3969,7 @@ func (x *GpuProcess) String() string {
 func (*GpuProcess) ProtoMessage() {}
 
 func (x *GpuProcess) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[40]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3817,7 +3982,7 @@ func (x *GpuProcess) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GpuProcess.ProtoReflect.Descriptor instead.
 func (*GpuProcess) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{40}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{42}
 }
 
 func (x *GpuProcess) GetPid() uint32 {
@@ -3867,7 +4032,7 @@ type Alarm struct {
 
 func (x *Alarm) Reset() {
 	*x = Alarm{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[41]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[43]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3879,7 +4044,7 @@ func (x *Alarm) String() string {
 func (*Alarm) ProtoMessage() {}
 
 func (x *Alarm) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[41]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[43]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3892,7 +4057,7 @@ func (x *Alarm) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Alarm.ProtoReflect.Descriptor instead.
 func (*Alarm) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{41}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{43}
 }
 
 func (x *Alarm) GetKind() string {
@@ -3996,7 +4161,7 @@ type AlarmSample struct {
 
 func (x *AlarmSample) Reset() {
 	*x = AlarmSample{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[42]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[44]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4008,7 +4173,7 @@ func (x *AlarmSample) String() string {
 func (*AlarmSample) ProtoMessage() {}
 
 func (x *AlarmSample) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[42]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[44]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4021,7 +4186,7 @@ func (x *AlarmSample) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AlarmSample.ProtoReflect.Descriptor instead.
 func (*AlarmSample) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{42}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{44}
 }
 
 func (x *AlarmSample) GetAt() *timestamppb.Timestamp {
@@ -4079,7 +4244,7 @@ type ModelProfile struct {
 
 func (x *ModelProfile) Reset() {
 	*x = ModelProfile{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[43]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[45]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4091,7 +4256,7 @@ func (x *ModelProfile) String() string {
 func (*ModelProfile) ProtoMessage() {}
 
 func (x *ModelProfile) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[43]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[45]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4104,7 +4269,7 @@ func (x *ModelProfile) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ModelProfile.ProtoReflect.Descriptor instead.
 func (*ModelProfile) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{43}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{45}
 }
 
 func (x *ModelProfile) GetModel() string {
@@ -4285,7 +4450,7 @@ type ModelSetting struct {
 
 func (x *ModelSetting) Reset() {
 	*x = ModelSetting{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[44]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[46]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4297,7 +4462,7 @@ func (x *ModelSetting) String() string {
 func (*ModelSetting) ProtoMessage() {}
 
 func (x *ModelSetting) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[44]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[46]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4310,7 +4475,7 @@ func (x *ModelSetting) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ModelSetting.ProtoReflect.Descriptor instead.
 func (*ModelSetting) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{44}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{46}
 }
 
 func (x *ModelSetting) GetProvider() string {
@@ -4366,7 +4531,7 @@ type ProfilePoint struct {
 
 func (x *ProfilePoint) Reset() {
 	*x = ProfilePoint{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[45]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[47]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4378,7 +4543,7 @@ func (x *ProfilePoint) String() string {
 func (*ProfilePoint) ProtoMessage() {}
 
 func (x *ProfilePoint) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[45]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[47]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4391,7 +4556,7 @@ func (x *ProfilePoint) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProfilePoint.ProtoReflect.Descriptor instead.
 func (*ProfilePoint) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{45}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{47}
 }
 
 func (x *ProfilePoint) GetSetting() *ModelSetting {
@@ -4460,7 +4625,7 @@ type LatencyPoint struct {
 
 func (x *LatencyPoint) Reset() {
 	*x = LatencyPoint{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[46]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[48]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4472,7 +4637,7 @@ func (x *LatencyPoint) String() string {
 func (*LatencyPoint) ProtoMessage() {}
 
 func (x *LatencyPoint) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[46]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[48]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4485,7 +4650,7 @@ func (x *LatencyPoint) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LatencyPoint.ProtoReflect.Descriptor instead.
 func (*LatencyPoint) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{46}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{48}
 }
 
 func (x *LatencyPoint) GetRows() uint32 {
@@ -4517,7 +4682,7 @@ type ProviderCheck struct {
 
 func (x *ProviderCheck) Reset() {
 	*x = ProviderCheck{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[47]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[49]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4529,7 +4694,7 @@ func (x *ProviderCheck) String() string {
 func (*ProviderCheck) ProtoMessage() {}
 
 func (x *ProviderCheck) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[47]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[49]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4542,7 +4707,7 @@ func (x *ProviderCheck) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProviderCheck.ProtoReflect.Descriptor instead.
 func (*ProviderCheck) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{47}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{49}
 }
 
 func (x *ProviderCheck) GetProvider() string {
@@ -4608,7 +4773,7 @@ type ModelTelemetry struct {
 
 func (x *ModelTelemetry) Reset() {
 	*x = ModelTelemetry{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[48]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[50]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4620,7 +4785,7 @@ func (x *ModelTelemetry) String() string {
 func (*ModelTelemetry) ProtoMessage() {}
 
 func (x *ModelTelemetry) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[48]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[50]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4633,7 +4798,7 @@ func (x *ModelTelemetry) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ModelTelemetry.ProtoReflect.Descriptor instead.
 func (*ModelTelemetry) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{48}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{50}
 }
 
 func (x *ModelTelemetry) GetModel() string {
@@ -4739,7 +4904,7 @@ type VersionFigures struct {
 
 func (x *VersionFigures) Reset() {
 	*x = VersionFigures{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[49]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[51]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4751,7 +4916,7 @@ func (x *VersionFigures) String() string {
 func (*VersionFigures) ProtoMessage() {}
 
 func (x *VersionFigures) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[49]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[51]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4764,7 +4929,7 @@ func (x *VersionFigures) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VersionFigures.ProtoReflect.Descriptor instead.
 func (*VersionFigures) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{49}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{51}
 }
 
 func (x *VersionFigures) GetRows() uint64 {
@@ -4806,7 +4971,7 @@ type Buckets struct {
 
 func (x *Buckets) Reset() {
 	*x = Buckets{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[50]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[52]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4818,7 +4983,7 @@ func (x *Buckets) String() string {
 func (*Buckets) ProtoMessage() {}
 
 func (x *Buckets) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[50]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[52]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4831,7 +4996,7 @@ func (x *Buckets) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Buckets.ProtoReflect.Descriptor instead.
 func (*Buckets) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{50}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{52}
 }
 
 func (x *Buckets) GetFirst() uint32 {
@@ -4862,7 +5027,7 @@ type SwapCount struct {
 
 func (x *SwapCount) Reset() {
 	*x = SwapCount{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[51]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[53]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4874,7 +5039,7 @@ func (x *SwapCount) String() string {
 func (*SwapCount) ProtoMessage() {}
 
 func (x *SwapCount) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[51]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[53]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4887,7 +5052,7 @@ func (x *SwapCount) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SwapCount.ProtoReflect.Descriptor instead.
 func (*SwapCount) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{51}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{53}
 }
 
 func (x *SwapCount) GetReason() string {
@@ -4924,7 +5089,7 @@ type BlockRequest struct {
 
 func (x *BlockRequest) Reset() {
 	*x = BlockRequest{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[52]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[54]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4936,7 +5101,7 @@ func (x *BlockRequest) String() string {
 func (*BlockRequest) ProtoMessage() {}
 
 func (x *BlockRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[52]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[54]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4949,7 +5114,7 @@ func (x *BlockRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BlockRequest.ProtoReflect.Descriptor instead.
 func (*BlockRequest) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{52}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{54}
 }
 
 func (x *BlockRequest) GetSha256() []byte {
@@ -4985,7 +5150,7 @@ type Block struct {
 
 func (x *Block) Reset() {
 	*x = Block{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[53]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[55]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4997,7 +5162,7 @@ func (x *Block) String() string {
 func (*Block) ProtoMessage() {}
 
 func (x *Block) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[53]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[55]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5010,7 +5175,7 @@ func (x *Block) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Block.ProtoReflect.Descriptor instead.
 func (*Block) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{53}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{55}
 }
 
 func (x *Block) GetSha256() []byte {
@@ -5057,7 +5222,7 @@ type FetchRequest struct {
 
 func (x *FetchRequest) Reset() {
 	*x = FetchRequest{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[54]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[56]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5069,7 +5234,7 @@ func (x *FetchRequest) String() string {
 func (*FetchRequest) ProtoMessage() {}
 
 func (x *FetchRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[54]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[56]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5082,7 +5247,7 @@ func (x *FetchRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FetchRequest.ProtoReflect.Descriptor instead.
 func (*FetchRequest) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{54}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{56}
 }
 
 func (x *FetchRequest) GetId() uint64 {
@@ -5156,7 +5321,7 @@ type FetchData struct {
 
 func (x *FetchData) Reset() {
 	*x = FetchData{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[55]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[57]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5168,7 +5333,7 @@ func (x *FetchData) String() string {
 func (*FetchData) ProtoMessage() {}
 
 func (x *FetchData) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[55]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[57]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5181,7 +5346,7 @@ func (x *FetchData) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FetchData.ProtoReflect.Descriptor instead.
 func (*FetchData) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{55}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{57}
 }
 
 func (x *FetchData) GetId() uint64 {
@@ -5248,7 +5413,7 @@ type Epoch struct {
 
 func (x *Epoch) Reset() {
 	*x = Epoch{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[56]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[58]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5260,7 +5425,7 @@ func (x *Epoch) String() string {
 func (*Epoch) ProtoMessage() {}
 
 func (x *Epoch) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[56]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[58]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5273,7 +5438,7 @@ func (x *Epoch) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Epoch.ProtoReflect.Descriptor instead.
 func (*Epoch) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{56}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{58}
 }
 
 func (x *Epoch) GetIncarnation() string {
@@ -5432,17 +5597,21 @@ const file_dunlin_v1_wire_proto_rawDesc = "" +
 	"signatures\x18\x06 \x03(\tR\n" +
 	"signatures\x12/\n" +
 	"\bdelivery\x18\a \x01(\v2\x13.dunlin.v1.DeliveryR\bdelivery\x12\x19\n" +
-	"\bin_place\x18\b \x01(\bR\ainPlace\"\xb0\x01\n" +
+	"\bin_place\x18\b \x01(\bR\ainPlace\"\x96\x02\n" +
 	"\fDesiredRoute\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x120\n" +
 	"\atargets\x18\x02 \x03(\v2\x16.dunlin.v1.RouteTargetR\atargets\x12*\n" +
 	"\x05rules\x18\x03 \x03(\v2\x14.dunlin.v1.RouteRuleR\x05rules\x12.\n" +
-	"\x06sticky\x18\x04 \x01(\v2\x16.dunlin.v1.RouteStickyR\x06sticky\"\xae\x01\n" +
+	"\x06sticky\x18\x04 \x01(\v2\x16.dunlin.v1.RouteStickyR\x06sticky\x124\n" +
+	"\bfallback\x18\x05 \x03(\v2\x18.dunlin.v1.RouteFallbackR\bfallback\x12.\n" +
+	"\x06shadow\x18\x06 \x01(\v2\x16.dunlin.v1.RouteShadowR\x06shadow\"\x94\x02\n" +
 	"\tRouteRule\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12+\n" +
 	"\x05match\x18\x02 \x01(\v2\x15.dunlin.v1.RouteMatchR\x05match\x120\n" +
 	"\atargets\x18\x03 \x03(\v2\x16.dunlin.v1.RouteTargetR\atargets\x12.\n" +
-	"\x06sticky\x18\x04 \x01(\v2\x16.dunlin.v1.RouteStickyR\x06sticky\"\xf0\x01\n" +
+	"\x06sticky\x18\x04 \x01(\v2\x16.dunlin.v1.RouteStickyR\x06sticky\x124\n" +
+	"\bfallback\x18\x05 \x03(\v2\x18.dunlin.v1.RouteFallbackR\bfallback\x12.\n" +
+	"\x06shadow\x18\x06 \x01(\v2\x16.dunlin.v1.RouteShadowR\x06shadow\"\xf0\x01\n" +
 	"\n" +
 	"RouteMatch\x129\n" +
 	"\n" +
@@ -5466,7 +5635,15 @@ const file_dunlin_v1_wire_proto_rawDesc = "" +
 	"\vRouteTarget\x12\x14\n" +
 	"\x05model\x18\x01 \x01(\tR\x05model\x12\x18\n" +
 	"\aversion\x18\x02 \x01(\x03R\aversion\x12\x16\n" +
-	"\x06weight\x18\x03 \x01(\rR\x06weight\"\xae\x03\n" +
+	"\x06weight\x18\x03 \x01(\rR\x06weight\"O\n" +
+	"\rRouteFallback\x12\x14\n" +
+	"\x05model\x18\x01 \x01(\tR\x05model\x12\x18\n" +
+	"\aversion\x18\x02 \x01(\x03R\aversion\x12\x0e\n" +
+	"\x02on\x18\x03 \x03(\tR\x02on\"Q\n" +
+	"\vRouteShadow\x12\x14\n" +
+	"\x05model\x18\x01 \x01(\tR\x05model\x12\x18\n" +
+	"\aversion\x18\x02 \x01(\x03R\aversion\x12\x12\n" +
+	"\x04rate\x18\x03 \x01(\x01R\x04rate\"\xae\x03\n" +
 	"\rVersionStatus\x12\x14\n" +
 	"\x05model\x18\x01 \x01(\tR\x05model\x12\x18\n" +
 	"\aversion\x18\x02 \x01(\x03R\aversion\x12\x16\n" +
@@ -5851,7 +6028,7 @@ func file_dunlin_v1_wire_proto_rawDescGZIP() []byte {
 }
 
 var file_dunlin_v1_wire_proto_enumTypes = make([]protoimpl.EnumInfo, 3)
-var file_dunlin_v1_wire_proto_msgTypes = make([]protoimpl.MessageInfo, 58)
+var file_dunlin_v1_wire_proto_msgTypes = make([]protoimpl.MessageInfo, 60)
 var file_dunlin_v1_wire_proto_goTypes = []any{
 	(VersionState)(0),             // 0: dunlin.v1.VersionState
 	(Severity)(0),                 // 1: dunlin.v1.Severity
@@ -5876,52 +6053,54 @@ var file_dunlin_v1_wire_proto_goTypes = []any{
 	(*RouteInput)(nil),            // 20: dunlin.v1.RouteInput
 	(*RouteSticky)(nil),           // 21: dunlin.v1.RouteSticky
 	(*RouteTarget)(nil),           // 22: dunlin.v1.RouteTarget
-	(*VersionStatus)(nil),         // 23: dunlin.v1.VersionStatus
-	(*RouteStatus)(nil),           // 24: dunlin.v1.RouteStatus
-	(*Reported)(nil),              // 25: dunlin.v1.Reported
-	(*DesiredRefusal)(nil),        // 26: dunlin.v1.DesiredRefusal
-	(*AgentStatus)(nil),           // 27: dunlin.v1.AgentStatus
-	(*Drift)(nil),                 // 28: dunlin.v1.Drift
-	(*Event)(nil),                 // 29: dunlin.v1.Event
-	(*EventBatch)(nil),            // 30: dunlin.v1.EventBatch
-	(*EventAck)(nil),              // 31: dunlin.v1.EventAck
-	(*Command)(nil),               // 32: dunlin.v1.Command
-	(*TelemetryLease)(nil),        // 33: dunlin.v1.TelemetryLease
-	(*SourcesRequest)(nil),        // 34: dunlin.v1.SourcesRequest
-	(*Sources)(nil),               // 35: dunlin.v1.Sources
-	(*Source)(nil),                // 36: dunlin.v1.Source
-	(*StandDown)(nil),             // 37: dunlin.v1.StandDown
-	(*RenewNow)(nil),              // 38: dunlin.v1.RenewNow
-	(*HelloAgain)(nil),            // 39: dunlin.v1.HelloAgain
-	(*Telemetry)(nil),             // 40: dunlin.v1.Telemetry
-	(*Temperature)(nil),           // 41: dunlin.v1.Temperature
-	(*GpuTelemetry)(nil),          // 42: dunlin.v1.GpuTelemetry
-	(*GpuProcess)(nil),            // 43: dunlin.v1.GpuProcess
-	(*Alarm)(nil),                 // 44: dunlin.v1.Alarm
-	(*AlarmSample)(nil),           // 45: dunlin.v1.AlarmSample
-	(*ModelProfile)(nil),          // 46: dunlin.v1.ModelProfile
-	(*ModelSetting)(nil),          // 47: dunlin.v1.ModelSetting
-	(*ProfilePoint)(nil),          // 48: dunlin.v1.ProfilePoint
-	(*LatencyPoint)(nil),          // 49: dunlin.v1.LatencyPoint
-	(*ProviderCheck)(nil),         // 50: dunlin.v1.ProviderCheck
-	(*ModelTelemetry)(nil),        // 51: dunlin.v1.ModelTelemetry
-	(*VersionFigures)(nil),        // 52: dunlin.v1.VersionFigures
-	(*Buckets)(nil),               // 53: dunlin.v1.Buckets
-	(*SwapCount)(nil),             // 54: dunlin.v1.SwapCount
-	(*BlockRequest)(nil),          // 55: dunlin.v1.BlockRequest
-	(*Block)(nil),                 // 56: dunlin.v1.Block
-	(*FetchRequest)(nil),          // 57: dunlin.v1.FetchRequest
-	(*FetchData)(nil),             // 58: dunlin.v1.FetchData
-	(*Epoch)(nil),                 // 59: dunlin.v1.Epoch
-	nil,                           // 60: dunlin.v1.Hello.LabelsEntry
-	(*timestamppb.Timestamp)(nil), // 61: google.protobuf.Timestamp
+	(*RouteFallback)(nil),         // 23: dunlin.v1.RouteFallback
+	(*RouteShadow)(nil),           // 24: dunlin.v1.RouteShadow
+	(*VersionStatus)(nil),         // 25: dunlin.v1.VersionStatus
+	(*RouteStatus)(nil),           // 26: dunlin.v1.RouteStatus
+	(*Reported)(nil),              // 27: dunlin.v1.Reported
+	(*DesiredRefusal)(nil),        // 28: dunlin.v1.DesiredRefusal
+	(*AgentStatus)(nil),           // 29: dunlin.v1.AgentStatus
+	(*Drift)(nil),                 // 30: dunlin.v1.Drift
+	(*Event)(nil),                 // 31: dunlin.v1.Event
+	(*EventBatch)(nil),            // 32: dunlin.v1.EventBatch
+	(*EventAck)(nil),              // 33: dunlin.v1.EventAck
+	(*Command)(nil),               // 34: dunlin.v1.Command
+	(*TelemetryLease)(nil),        // 35: dunlin.v1.TelemetryLease
+	(*SourcesRequest)(nil),        // 36: dunlin.v1.SourcesRequest
+	(*Sources)(nil),               // 37: dunlin.v1.Sources
+	(*Source)(nil),                // 38: dunlin.v1.Source
+	(*StandDown)(nil),             // 39: dunlin.v1.StandDown
+	(*RenewNow)(nil),              // 40: dunlin.v1.RenewNow
+	(*HelloAgain)(nil),            // 41: dunlin.v1.HelloAgain
+	(*Telemetry)(nil),             // 42: dunlin.v1.Telemetry
+	(*Temperature)(nil),           // 43: dunlin.v1.Temperature
+	(*GpuTelemetry)(nil),          // 44: dunlin.v1.GpuTelemetry
+	(*GpuProcess)(nil),            // 45: dunlin.v1.GpuProcess
+	(*Alarm)(nil),                 // 46: dunlin.v1.Alarm
+	(*AlarmSample)(nil),           // 47: dunlin.v1.AlarmSample
+	(*ModelProfile)(nil),          // 48: dunlin.v1.ModelProfile
+	(*ModelSetting)(nil),          // 49: dunlin.v1.ModelSetting
+	(*ProfilePoint)(nil),          // 50: dunlin.v1.ProfilePoint
+	(*LatencyPoint)(nil),          // 51: dunlin.v1.LatencyPoint
+	(*ProviderCheck)(nil),         // 52: dunlin.v1.ProviderCheck
+	(*ModelTelemetry)(nil),        // 53: dunlin.v1.ModelTelemetry
+	(*VersionFigures)(nil),        // 54: dunlin.v1.VersionFigures
+	(*Buckets)(nil),               // 55: dunlin.v1.Buckets
+	(*SwapCount)(nil),             // 56: dunlin.v1.SwapCount
+	(*BlockRequest)(nil),          // 57: dunlin.v1.BlockRequest
+	(*Block)(nil),                 // 58: dunlin.v1.Block
+	(*FetchRequest)(nil),          // 59: dunlin.v1.FetchRequest
+	(*FetchData)(nil),             // 60: dunlin.v1.FetchData
+	(*Epoch)(nil),                 // 61: dunlin.v1.Epoch
+	nil,                           // 62: dunlin.v1.Hello.LabelsEntry
+	(*timestamppb.Timestamp)(nil), // 63: google.protobuf.Timestamp
 }
 var file_dunlin_v1_wire_proto_depIdxs = []int32{
 	5,  // 0: dunlin.v1.DeviceInfo.gpus:type_name -> dunlin.v1.GpuInfo
 	6,  // 1: dunlin.v1.DeviceInfo.limits:type_name -> dunlin.v1.DeviceLimits
 	3,  // 2: dunlin.v1.Hello.have_generation:type_name -> dunlin.v1.Generation
 	4,  // 3: dunlin.v1.Hello.info:type_name -> dunlin.v1.DeviceInfo
-	60, // 4: dunlin.v1.Hello.labels:type_name -> dunlin.v1.Hello.LabelsEntry
+	62, // 4: dunlin.v1.Hello.labels:type_name -> dunlin.v1.Hello.LabelsEntry
 	3,  // 5: dunlin.v1.Desired.generation:type_name -> dunlin.v1.Generation
 	15, // 6: dunlin.v1.DesiredDocument.versions:type_name -> dunlin.v1.DesiredVersion
 	16, // 7: dunlin.v1.DesiredDocument.routes:type_name -> dunlin.v1.DesiredRoute
@@ -5933,65 +6112,69 @@ var file_dunlin_v1_wire_proto_depIdxs = []int32{
 	22, // 13: dunlin.v1.DesiredRoute.targets:type_name -> dunlin.v1.RouteTarget
 	17, // 14: dunlin.v1.DesiredRoute.rules:type_name -> dunlin.v1.RouteRule
 	21, // 15: dunlin.v1.DesiredRoute.sticky:type_name -> dunlin.v1.RouteSticky
-	18, // 16: dunlin.v1.RouteRule.match:type_name -> dunlin.v1.RouteMatch
-	22, // 17: dunlin.v1.RouteRule.targets:type_name -> dunlin.v1.RouteTarget
-	21, // 18: dunlin.v1.RouteRule.sticky:type_name -> dunlin.v1.RouteSticky
-	19, // 19: dunlin.v1.RouteMatch.parameters:type_name -> dunlin.v1.RouteCondition
-	19, // 20: dunlin.v1.RouteMatch.headers:type_name -> dunlin.v1.RouteCondition
-	19, // 21: dunlin.v1.RouteMatch.labels:type_name -> dunlin.v1.RouteCondition
-	20, // 22: dunlin.v1.RouteMatch.inputs:type_name -> dunlin.v1.RouteInput
-	0,  // 23: dunlin.v1.VersionStatus.state:type_name -> dunlin.v1.VersionState
-	61, // 24: dunlin.v1.VersionStatus.since:type_name -> google.protobuf.Timestamp
-	3,  // 25: dunlin.v1.Reported.observed:type_name -> dunlin.v1.Generation
-	61, // 26: dunlin.v1.Reported.at:type_name -> google.protobuf.Timestamp
-	23, // 27: dunlin.v1.Reported.versions:type_name -> dunlin.v1.VersionStatus
-	24, // 28: dunlin.v1.Reported.routes:type_name -> dunlin.v1.RouteStatus
-	27, // 29: dunlin.v1.Reported.agent:type_name -> dunlin.v1.AgentStatus
-	28, // 30: dunlin.v1.Reported.drifts:type_name -> dunlin.v1.Drift
-	26, // 31: dunlin.v1.Reported.refused:type_name -> dunlin.v1.DesiredRefusal
-	3,  // 32: dunlin.v1.DesiredRefusal.generation:type_name -> dunlin.v1.Generation
-	61, // 33: dunlin.v1.DesiredRefusal.since:type_name -> google.protobuf.Timestamp
-	2,  // 34: dunlin.v1.AgentStatus.state:type_name -> dunlin.v1.AgentStatus.State
-	61, // 35: dunlin.v1.Drift.since:type_name -> google.protobuf.Timestamp
-	61, // 36: dunlin.v1.Event.at:type_name -> google.protobuf.Timestamp
-	1,  // 37: dunlin.v1.Event.severity:type_name -> dunlin.v1.Severity
-	46, // 38: dunlin.v1.Event.profile:type_name -> dunlin.v1.ModelProfile
-	44, // 39: dunlin.v1.Event.alarm:type_name -> dunlin.v1.Alarm
-	29, // 40: dunlin.v1.EventBatch.events:type_name -> dunlin.v1.Event
-	31, // 41: dunlin.v1.Command.event_ack:type_name -> dunlin.v1.EventAck
-	39, // 42: dunlin.v1.Command.hello_again:type_name -> dunlin.v1.HelloAgain
-	37, // 43: dunlin.v1.Command.stand_down:type_name -> dunlin.v1.StandDown
-	38, // 44: dunlin.v1.Command.renew_now:type_name -> dunlin.v1.RenewNow
-	33, // 45: dunlin.v1.Command.telemetry_lease:type_name -> dunlin.v1.TelemetryLease
-	35, // 46: dunlin.v1.Command.sources:type_name -> dunlin.v1.Sources
-	36, // 47: dunlin.v1.Sources.sources:type_name -> dunlin.v1.Source
-	61, // 48: dunlin.v1.Telemetry.at:type_name -> google.protobuf.Timestamp
-	51, // 49: dunlin.v1.Telemetry.models:type_name -> dunlin.v1.ModelTelemetry
-	42, // 50: dunlin.v1.Telemetry.gpus:type_name -> dunlin.v1.GpuTelemetry
-	41, // 51: dunlin.v1.Telemetry.temperatures:type_name -> dunlin.v1.Temperature
-	44, // 52: dunlin.v1.Telemetry.alarms:type_name -> dunlin.v1.Alarm
-	43, // 53: dunlin.v1.GpuTelemetry.processes:type_name -> dunlin.v1.GpuProcess
-	1,  // 54: dunlin.v1.Alarm.severity:type_name -> dunlin.v1.Severity
-	61, // 55: dunlin.v1.Alarm.raised_at:type_name -> google.protobuf.Timestamp
-	61, // 56: dunlin.v1.Alarm.cleared_at:type_name -> google.protobuf.Timestamp
-	45, // 57: dunlin.v1.Alarm.samples:type_name -> dunlin.v1.AlarmSample
-	61, // 58: dunlin.v1.AlarmSample.at:type_name -> google.protobuf.Timestamp
-	61, // 59: dunlin.v1.ModelProfile.measured_at:type_name -> google.protobuf.Timestamp
-	48, // 60: dunlin.v1.ModelProfile.points:type_name -> dunlin.v1.ProfilePoint
-	47, // 61: dunlin.v1.ModelProfile.recommended:type_name -> dunlin.v1.ModelSetting
-	49, // 62: dunlin.v1.ModelProfile.latency:type_name -> dunlin.v1.LatencyPoint
-	50, // 63: dunlin.v1.ModelProfile.providers:type_name -> dunlin.v1.ProviderCheck
-	47, // 64: dunlin.v1.ProfilePoint.setting:type_name -> dunlin.v1.ModelSetting
-	54, // 65: dunlin.v1.ModelTelemetry.activations:type_name -> dunlin.v1.SwapCount
-	54, // 66: dunlin.v1.ModelTelemetry.evictions:type_name -> dunlin.v1.SwapCount
-	52, // 67: dunlin.v1.ModelTelemetry.figures:type_name -> dunlin.v1.VersionFigures
-	53, // 68: dunlin.v1.VersionFigures.latency:type_name -> dunlin.v1.Buckets
-	53, // 69: dunlin.v1.VersionFigures.confidence:type_name -> dunlin.v1.Buckets
-	70, // [70:70] is the sub-list for method output_type
-	70, // [70:70] is the sub-list for method input_type
-	70, // [70:70] is the sub-list for extension type_name
-	70, // [70:70] is the sub-list for extension extendee
-	0,  // [0:70] is the sub-list for field type_name
+	23, // 16: dunlin.v1.DesiredRoute.fallback:type_name -> dunlin.v1.RouteFallback
+	24, // 17: dunlin.v1.DesiredRoute.shadow:type_name -> dunlin.v1.RouteShadow
+	18, // 18: dunlin.v1.RouteRule.match:type_name -> dunlin.v1.RouteMatch
+	22, // 19: dunlin.v1.RouteRule.targets:type_name -> dunlin.v1.RouteTarget
+	21, // 20: dunlin.v1.RouteRule.sticky:type_name -> dunlin.v1.RouteSticky
+	23, // 21: dunlin.v1.RouteRule.fallback:type_name -> dunlin.v1.RouteFallback
+	24, // 22: dunlin.v1.RouteRule.shadow:type_name -> dunlin.v1.RouteShadow
+	19, // 23: dunlin.v1.RouteMatch.parameters:type_name -> dunlin.v1.RouteCondition
+	19, // 24: dunlin.v1.RouteMatch.headers:type_name -> dunlin.v1.RouteCondition
+	19, // 25: dunlin.v1.RouteMatch.labels:type_name -> dunlin.v1.RouteCondition
+	20, // 26: dunlin.v1.RouteMatch.inputs:type_name -> dunlin.v1.RouteInput
+	0,  // 27: dunlin.v1.VersionStatus.state:type_name -> dunlin.v1.VersionState
+	63, // 28: dunlin.v1.VersionStatus.since:type_name -> google.protobuf.Timestamp
+	3,  // 29: dunlin.v1.Reported.observed:type_name -> dunlin.v1.Generation
+	63, // 30: dunlin.v1.Reported.at:type_name -> google.protobuf.Timestamp
+	25, // 31: dunlin.v1.Reported.versions:type_name -> dunlin.v1.VersionStatus
+	26, // 32: dunlin.v1.Reported.routes:type_name -> dunlin.v1.RouteStatus
+	29, // 33: dunlin.v1.Reported.agent:type_name -> dunlin.v1.AgentStatus
+	30, // 34: dunlin.v1.Reported.drifts:type_name -> dunlin.v1.Drift
+	28, // 35: dunlin.v1.Reported.refused:type_name -> dunlin.v1.DesiredRefusal
+	3,  // 36: dunlin.v1.DesiredRefusal.generation:type_name -> dunlin.v1.Generation
+	63, // 37: dunlin.v1.DesiredRefusal.since:type_name -> google.protobuf.Timestamp
+	2,  // 38: dunlin.v1.AgentStatus.state:type_name -> dunlin.v1.AgentStatus.State
+	63, // 39: dunlin.v1.Drift.since:type_name -> google.protobuf.Timestamp
+	63, // 40: dunlin.v1.Event.at:type_name -> google.protobuf.Timestamp
+	1,  // 41: dunlin.v1.Event.severity:type_name -> dunlin.v1.Severity
+	48, // 42: dunlin.v1.Event.profile:type_name -> dunlin.v1.ModelProfile
+	46, // 43: dunlin.v1.Event.alarm:type_name -> dunlin.v1.Alarm
+	31, // 44: dunlin.v1.EventBatch.events:type_name -> dunlin.v1.Event
+	33, // 45: dunlin.v1.Command.event_ack:type_name -> dunlin.v1.EventAck
+	41, // 46: dunlin.v1.Command.hello_again:type_name -> dunlin.v1.HelloAgain
+	39, // 47: dunlin.v1.Command.stand_down:type_name -> dunlin.v1.StandDown
+	40, // 48: dunlin.v1.Command.renew_now:type_name -> dunlin.v1.RenewNow
+	35, // 49: dunlin.v1.Command.telemetry_lease:type_name -> dunlin.v1.TelemetryLease
+	37, // 50: dunlin.v1.Command.sources:type_name -> dunlin.v1.Sources
+	38, // 51: dunlin.v1.Sources.sources:type_name -> dunlin.v1.Source
+	63, // 52: dunlin.v1.Telemetry.at:type_name -> google.protobuf.Timestamp
+	53, // 53: dunlin.v1.Telemetry.models:type_name -> dunlin.v1.ModelTelemetry
+	44, // 54: dunlin.v1.Telemetry.gpus:type_name -> dunlin.v1.GpuTelemetry
+	43, // 55: dunlin.v1.Telemetry.temperatures:type_name -> dunlin.v1.Temperature
+	46, // 56: dunlin.v1.Telemetry.alarms:type_name -> dunlin.v1.Alarm
+	45, // 57: dunlin.v1.GpuTelemetry.processes:type_name -> dunlin.v1.GpuProcess
+	1,  // 58: dunlin.v1.Alarm.severity:type_name -> dunlin.v1.Severity
+	63, // 59: dunlin.v1.Alarm.raised_at:type_name -> google.protobuf.Timestamp
+	63, // 60: dunlin.v1.Alarm.cleared_at:type_name -> google.protobuf.Timestamp
+	47, // 61: dunlin.v1.Alarm.samples:type_name -> dunlin.v1.AlarmSample
+	63, // 62: dunlin.v1.AlarmSample.at:type_name -> google.protobuf.Timestamp
+	63, // 63: dunlin.v1.ModelProfile.measured_at:type_name -> google.protobuf.Timestamp
+	50, // 64: dunlin.v1.ModelProfile.points:type_name -> dunlin.v1.ProfilePoint
+	49, // 65: dunlin.v1.ModelProfile.recommended:type_name -> dunlin.v1.ModelSetting
+	51, // 66: dunlin.v1.ModelProfile.latency:type_name -> dunlin.v1.LatencyPoint
+	52, // 67: dunlin.v1.ModelProfile.providers:type_name -> dunlin.v1.ProviderCheck
+	49, // 68: dunlin.v1.ProfilePoint.setting:type_name -> dunlin.v1.ModelSetting
+	56, // 69: dunlin.v1.ModelTelemetry.activations:type_name -> dunlin.v1.SwapCount
+	56, // 70: dunlin.v1.ModelTelemetry.evictions:type_name -> dunlin.v1.SwapCount
+	54, // 71: dunlin.v1.ModelTelemetry.figures:type_name -> dunlin.v1.VersionFigures
+	55, // 72: dunlin.v1.VersionFigures.latency:type_name -> dunlin.v1.Buckets
+	55, // 73: dunlin.v1.VersionFigures.confidence:type_name -> dunlin.v1.Buckets
+	74, // [74:74] is the sub-list for method output_type
+	74, // [74:74] is the sub-list for method input_type
+	74, // [74:74] is the sub-list for extension type_name
+	74, // [74:74] is the sub-list for extension extendee
+	0,  // [0:74] is the sub-list for field type_name
 }
 
 func init() { file_dunlin_v1_wire_proto_init() }
@@ -5999,7 +6182,7 @@ func file_dunlin_v1_wire_proto_init() {
 	if File_dunlin_v1_wire_proto != nil {
 		return
 	}
-	file_dunlin_v1_wire_proto_msgTypes[29].OneofWrappers = []any{
+	file_dunlin_v1_wire_proto_msgTypes[31].OneofWrappers = []any{
 		(*Command_EventAck)(nil),
 		(*Command_HelloAgain)(nil),
 		(*Command_StandDown)(nil),
@@ -6007,18 +6190,18 @@ func file_dunlin_v1_wire_proto_init() {
 		(*Command_TelemetryLease)(nil),
 		(*Command_Sources)(nil),
 	}
-	file_dunlin_v1_wire_proto_msgTypes[37].OneofWrappers = []any{}
 	file_dunlin_v1_wire_proto_msgTypes[39].OneofWrappers = []any{}
 	file_dunlin_v1_wire_proto_msgTypes[41].OneofWrappers = []any{}
-	file_dunlin_v1_wire_proto_msgTypes[45].OneofWrappers = []any{}
-	file_dunlin_v1_wire_proto_msgTypes[49].OneofWrappers = []any{}
+	file_dunlin_v1_wire_proto_msgTypes[43].OneofWrappers = []any{}
+	file_dunlin_v1_wire_proto_msgTypes[47].OneofWrappers = []any{}
+	file_dunlin_v1_wire_proto_msgTypes[51].OneofWrappers = []any{}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_dunlin_v1_wire_proto_rawDesc), len(file_dunlin_v1_wire_proto_rawDesc)),
 			NumEnums:      3,
-			NumMessages:   58,
+			NumMessages:   60,
 			NumExtensions: 0,
 			NumServices:   0,
 		},
