@@ -5789,19 +5789,21 @@ func (x *ListDevicesResponse) GetDevices() []*Device {
 }
 
 type Device struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
-	Labels        map[string]string      `protobuf:"bytes,2,rep,name=labels,proto3" json:"labels,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
-	Info          *DeviceInfo            `protobuf:"bytes,3,opt,name=info,proto3" json:"info,omitempty"`
-	Connected     bool                   `protobuf:"varint,4,opt,name=connected,proto3" json:"connected,omitempty"`
-	LastHeardAt   *timestamppb.Timestamp `protobuf:"bytes,5,opt,name=last_heard_at,json=lastHeardAt,proto3" json:"last_heard_at,omitempty"`
-	JoinedAt      *timestamppb.Timestamp `protobuf:"bytes,6,opt,name=joined_at,json=joinedAt,proto3" json:"joined_at,omitempty"`
-	Desired       *Generation            `protobuf:"bytes,7,opt,name=desired,proto3" json:"desired,omitempty"`
-	Reported      *Reported              `protobuf:"bytes,8,opt,name=reported,proto3" json:"reported,omitempty"`
-	Telemetry     *Telemetry             `protobuf:"bytes,9,opt,name=telemetry,proto3" json:"telemetry,omitempty"`
-	Identity      *DeviceIdentity        `protobuf:"bytes,10,opt,name=identity,proto3" json:"identity,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	state       protoimpl.MessageState `protogen:"open.v1"`
+	Name        string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	Labels      map[string]string      `protobuf:"bytes,2,rep,name=labels,proto3" json:"labels,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
+	Info        *DeviceInfo            `protobuf:"bytes,3,opt,name=info,proto3" json:"info,omitempty"`
+	Connected   bool                   `protobuf:"varint,4,opt,name=connected,proto3" json:"connected,omitempty"`
+	LastHeardAt *timestamppb.Timestamp `protobuf:"bytes,5,opt,name=last_heard_at,json=lastHeardAt,proto3" json:"last_heard_at,omitempty"`
+	JoinedAt    *timestamppb.Timestamp `protobuf:"bytes,6,opt,name=joined_at,json=joinedAt,proto3" json:"joined_at,omitempty"`
+	Desired     *Generation            `protobuf:"bytes,7,opt,name=desired,proto3" json:"desired,omitempty"`
+	Reported    *Reported              `protobuf:"bytes,8,opt,name=reported,proto3" json:"reported,omitempty"`
+	Telemetry   *Telemetry             `protobuf:"bytes,9,opt,name=telemetry,proto3" json:"telemetry,omitempty"`
+	Identity    *DeviceIdentity        `protobuf:"bytes,10,opt,name=identity,proto3" json:"identity,omitempty"`
+	// What it should have; only where one device was asked for by its name.
+	DesiredDocument *DesiredDocument `protobuf:"bytes,11,opt,name=desired_document,json=desiredDocument,proto3" json:"desired_document,omitempty"`
+	unknownFields   protoimpl.UnknownFields
+	sizeCache       protoimpl.SizeCache
 }
 
 func (x *Device) Reset() {
@@ -5900,6 +5902,13 @@ func (x *Device) GetTelemetry() *Telemetry {
 func (x *Device) GetIdentity() *DeviceIdentity {
 	if x != nil {
 		return x.Identity
+	}
+	return nil
+}
+
+func (x *Device) GetDesiredDocument() *DesiredDocument {
+	if x != nil {
+		return x.DesiredDocument
 	}
 	return nil
 }
@@ -6873,7 +6882,7 @@ const file_dunlin_v1_api_proto_rawDesc = "" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"B\n" +
 	"\x13ListDevicesResponse\x12+\n" +
-	"\adevices\x18\x01 \x03(\v2\x11.dunlin.v1.DeviceR\adevices\"\x9d\x04\n" +
+	"\adevices\x18\x01 \x03(\v2\x11.dunlin.v1.DeviceR\adevices\"\xe4\x04\n" +
 	"\x06Device\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x125\n" +
 	"\x06labels\x18\x02 \x03(\v2\x1d.dunlin.v1.Device.LabelsEntryR\x06labels\x12)\n" +
@@ -6885,7 +6894,8 @@ const file_dunlin_v1_api_proto_rawDesc = "" +
 	"\breported\x18\b \x01(\v2\x13.dunlin.v1.ReportedR\breported\x122\n" +
 	"\ttelemetry\x18\t \x01(\v2\x14.dunlin.v1.TelemetryR\ttelemetry\x125\n" +
 	"\bidentity\x18\n" +
-	" \x01(\v2\x19.dunlin.v1.DeviceIdentityR\bidentity\x1a9\n" +
+	" \x01(\v2\x19.dunlin.v1.DeviceIdentityR\bidentity\x12E\n" +
+	"\x10desired_document\x18\v \x01(\v2\x1a.dunlin.v1.DesiredDocumentR\x0fdesiredDocument\x1a9\n" +
 	"\vLabelsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\x88\x02\n" +
@@ -7142,13 +7152,14 @@ var file_dunlin_v1_api_proto_goTypes = []any{
 	(*DeviceInfo)(nil),                // 131: dunlin.v1.DeviceInfo
 	(*Generation)(nil),                // 132: dunlin.v1.Generation
 	(*Reported)(nil),                  // 133: dunlin.v1.Reported
-	(*Event)(nil),                     // 134: dunlin.v1.Event
-	(*JoinRequest)(nil),               // 135: dunlin.v1.JoinRequest
-	(*RenewRequest)(nil),              // 136: dunlin.v1.RenewRequest
-	(*GetTimeRequest)(nil),            // 137: dunlin.v1.GetTimeRequest
-	(*JoinResponse)(nil),              // 138: dunlin.v1.JoinResponse
-	(*RenewResponse)(nil),             // 139: dunlin.v1.RenewResponse
-	(*GetTimeResponse)(nil),           // 140: dunlin.v1.GetTimeResponse
+	(*DesiredDocument)(nil),           // 134: dunlin.v1.DesiredDocument
+	(*Event)(nil),                     // 135: dunlin.v1.Event
+	(*JoinRequest)(nil),               // 136: dunlin.v1.JoinRequest
+	(*RenewRequest)(nil),              // 137: dunlin.v1.RenewRequest
+	(*GetTimeRequest)(nil),            // 138: dunlin.v1.GetTimeRequest
+	(*JoinResponse)(nil),              // 139: dunlin.v1.JoinResponse
+	(*RenewResponse)(nil),             // 140: dunlin.v1.RenewResponse
+	(*GetTimeResponse)(nil),           // 141: dunlin.v1.GetTimeResponse
 }
 var file_dunlin_v1_api_proto_depIdxs = []int32{
 	121, // 0: dunlin.v1.LoginResponse.expires_at:type_name -> google.protobuf.Timestamp
@@ -7241,104 +7252,105 @@ var file_dunlin_v1_api_proto_depIdxs = []int32{
 	133, // 87: dunlin.v1.Device.reported:type_name -> dunlin.v1.Reported
 	130, // 88: dunlin.v1.Device.telemetry:type_name -> dunlin.v1.Telemetry
 	99,  // 89: dunlin.v1.Device.identity:type_name -> dunlin.v1.DeviceIdentity
-	121, // 90: dunlin.v1.DeviceIdentity.not_after:type_name -> google.protobuf.Timestamp
-	121, // 91: dunlin.v1.DeviceIdentity.revoked_at:type_name -> google.protobuf.Timestamp
-	100, // 92: dunlin.v1.DeviceIdentity.twins:type_name -> dunlin.v1.Twin
-	121, // 93: dunlin.v1.Twin.last_heard_at:type_name -> google.protobuf.Timestamp
-	107, // 94: dunlin.v1.ListEventsResponse.events:type_name -> dunlin.v1.DeviceEvent
-	134, // 95: dunlin.v1.DeviceEvent.event:type_name -> dunlin.v1.Event
-	121, // 96: dunlin.v1.DeviceEvent.received_at:type_name -> google.protobuf.Timestamp
-	11,  // 97: dunlin.v1.AuthService.WhoAmI:input_type -> dunlin.v1.WhoAmIRequest
-	7,   // 98: dunlin.v1.AuthService.Login:input_type -> dunlin.v1.LoginRequest
-	9,   // 99: dunlin.v1.AuthService.GetLoginMethods:input_type -> dunlin.v1.GetLoginMethodsRequest
-	14,  // 100: dunlin.v1.UserService.CreateUser:input_type -> dunlin.v1.CreateUserRequest
-	16,  // 101: dunlin.v1.UserService.UpdateUser:input_type -> dunlin.v1.UpdateUserRequest
-	18,  // 102: dunlin.v1.UserService.DeleteUser:input_type -> dunlin.v1.DeleteUserRequest
-	20,  // 103: dunlin.v1.UserService.ListUsers:input_type -> dunlin.v1.ListUsersRequest
-	23,  // 104: dunlin.v1.UserService.CreateToken:input_type -> dunlin.v1.CreateTokenRequest
-	25,  // 105: dunlin.v1.UserService.ListTokens:input_type -> dunlin.v1.ListTokensRequest
-	27,  // 106: dunlin.v1.UserService.DeleteToken:input_type -> dunlin.v1.DeleteTokenRequest
-	29,  // 107: dunlin.v1.AuditService.ListAudit:input_type -> dunlin.v1.ListAuditRequest
-	31,  // 108: dunlin.v1.TrustService.GetTrust:input_type -> dunlin.v1.GetTrustRequest
-	33,  // 109: dunlin.v1.TrustService.PutTrust:input_type -> dunlin.v1.PutTrustRequest
-	35,  // 110: dunlin.v1.TrustService.GetAuthorities:input_type -> dunlin.v1.GetAuthoritiesRequest
-	38,  // 111: dunlin.v1.TrustService.RotateAuthority:input_type -> dunlin.v1.RotateAuthorityRequest
-	40,  // 112: dunlin.v1.TrustService.RetireAuthority:input_type -> dunlin.v1.RetireAuthorityRequest
-	135, // 113: dunlin.v1.EnrollmentService.Join:input_type -> dunlin.v1.JoinRequest
-	136, // 114: dunlin.v1.EnrollmentService.Renew:input_type -> dunlin.v1.RenewRequest
-	137, // 115: dunlin.v1.EnrollmentService.GetTime:input_type -> dunlin.v1.GetTimeRequest
-	44,  // 116: dunlin.v1.EnrollmentService.CreateJoinToken:input_type -> dunlin.v1.CreateJoinTokenRequest
-	46,  // 117: dunlin.v1.EnrollmentService.ListJoinTokens:input_type -> dunlin.v1.ListJoinTokensRequest
-	42,  // 118: dunlin.v1.EnrollmentService.DeleteJoinToken:input_type -> dunlin.v1.DeleteJoinTokenRequest
-	51,  // 119: dunlin.v1.ModelService.CreateVersion:input_type -> dunlin.v1.CreateVersionRequest
-	53,  // 120: dunlin.v1.ModelService.ListModels:input_type -> dunlin.v1.ListModelsRequest
-	49,  // 121: dunlin.v1.ModelService.DeleteVersion:input_type -> dunlin.v1.DeleteVersionRequest
-	59,  // 122: dunlin.v1.ObjectService.Apply:input_type -> dunlin.v1.ApplyRequest
-	62,  // 123: dunlin.v1.ObjectService.Delete:input_type -> dunlin.v1.DeleteRequest
-	64,  // 124: dunlin.v1.ObjectService.ListDeployments:input_type -> dunlin.v1.ListDeploymentsRequest
-	67,  // 125: dunlin.v1.ObjectService.ListRoutes:input_type -> dunlin.v1.ListRoutesRequest
-	56,  // 126: dunlin.v1.ObjectService.ListObjects:input_type -> dunlin.v1.ListObjectsRequest
-	70,  // 127: dunlin.v1.ProfileService.ListProfiles:input_type -> dunlin.v1.ListProfilesRequest
-	73,  // 128: dunlin.v1.ProfileService.Plan:input_type -> dunlin.v1.PlanRequest
-	82,  // 129: dunlin.v1.RolloutService.ListRollouts:input_type -> dunlin.v1.ListRolloutsRequest
-	84,  // 130: dunlin.v1.RolloutService.GetRollout:input_type -> dunlin.v1.GetRolloutRequest
-	86,  // 131: dunlin.v1.RolloutService.WatchRollout:input_type -> dunlin.v1.WatchRolloutRequest
-	76,  // 132: dunlin.v1.RolloutService.ControlRollout:input_type -> dunlin.v1.ControlRolloutRequest
-	78,  // 133: dunlin.v1.RolloutService.ListDecisions:input_type -> dunlin.v1.ListDecisionsRequest
-	96,  // 134: dunlin.v1.DeviceService.ListDevices:input_type -> dunlin.v1.ListDevicesRequest
-	103, // 135: dunlin.v1.DeviceService.RemoveDevice:input_type -> dunlin.v1.RemoveDeviceRequest
-	101, // 136: dunlin.v1.DeviceService.RevokeDevice:input_type -> dunlin.v1.RevokeDeviceRequest
-	105, // 137: dunlin.v1.DeviceService.ListEvents:input_type -> dunlin.v1.ListEventsRequest
-	91,  // 138: dunlin.v1.DeviceService.ListDrift:input_type -> dunlin.v1.ListDriftRequest
-	94,  // 139: dunlin.v1.DeviceService.ListTelemetry:input_type -> dunlin.v1.ListTelemetryRequest
-	12,  // 140: dunlin.v1.AuthService.WhoAmI:output_type -> dunlin.v1.WhoAmIResponse
-	8,   // 141: dunlin.v1.AuthService.Login:output_type -> dunlin.v1.LoginResponse
-	10,  // 142: dunlin.v1.AuthService.GetLoginMethods:output_type -> dunlin.v1.GetLoginMethodsResponse
-	15,  // 143: dunlin.v1.UserService.CreateUser:output_type -> dunlin.v1.CreateUserResponse
-	17,  // 144: dunlin.v1.UserService.UpdateUser:output_type -> dunlin.v1.UpdateUserResponse
-	19,  // 145: dunlin.v1.UserService.DeleteUser:output_type -> dunlin.v1.DeleteUserResponse
-	21,  // 146: dunlin.v1.UserService.ListUsers:output_type -> dunlin.v1.ListUsersResponse
-	24,  // 147: dunlin.v1.UserService.CreateToken:output_type -> dunlin.v1.CreateTokenResponse
-	26,  // 148: dunlin.v1.UserService.ListTokens:output_type -> dunlin.v1.ListTokensResponse
-	28,  // 149: dunlin.v1.UserService.DeleteToken:output_type -> dunlin.v1.DeleteTokenResponse
-	30,  // 150: dunlin.v1.AuditService.ListAudit:output_type -> dunlin.v1.ListAuditResponse
-	32,  // 151: dunlin.v1.TrustService.GetTrust:output_type -> dunlin.v1.GetTrustResponse
-	34,  // 152: dunlin.v1.TrustService.PutTrust:output_type -> dunlin.v1.PutTrustResponse
-	36,  // 153: dunlin.v1.TrustService.GetAuthorities:output_type -> dunlin.v1.GetAuthoritiesResponse
-	39,  // 154: dunlin.v1.TrustService.RotateAuthority:output_type -> dunlin.v1.RotateAuthorityResponse
-	41,  // 155: dunlin.v1.TrustService.RetireAuthority:output_type -> dunlin.v1.RetireAuthorityResponse
-	138, // 156: dunlin.v1.EnrollmentService.Join:output_type -> dunlin.v1.JoinResponse
-	139, // 157: dunlin.v1.EnrollmentService.Renew:output_type -> dunlin.v1.RenewResponse
-	140, // 158: dunlin.v1.EnrollmentService.GetTime:output_type -> dunlin.v1.GetTimeResponse
-	45,  // 159: dunlin.v1.EnrollmentService.CreateJoinToken:output_type -> dunlin.v1.CreateJoinTokenResponse
-	47,  // 160: dunlin.v1.EnrollmentService.ListJoinTokens:output_type -> dunlin.v1.ListJoinTokensResponse
-	43,  // 161: dunlin.v1.EnrollmentService.DeleteJoinToken:output_type -> dunlin.v1.DeleteJoinTokenResponse
-	52,  // 162: dunlin.v1.ModelService.CreateVersion:output_type -> dunlin.v1.CreateVersionResponse
-	54,  // 163: dunlin.v1.ModelService.ListModels:output_type -> dunlin.v1.ListModelsResponse
-	50,  // 164: dunlin.v1.ModelService.DeleteVersion:output_type -> dunlin.v1.DeleteVersionResponse
-	60,  // 165: dunlin.v1.ObjectService.Apply:output_type -> dunlin.v1.ApplyResponse
-	63,  // 166: dunlin.v1.ObjectService.Delete:output_type -> dunlin.v1.DeleteResponse
-	65,  // 167: dunlin.v1.ObjectService.ListDeployments:output_type -> dunlin.v1.ListDeploymentsResponse
-	68,  // 168: dunlin.v1.ObjectService.ListRoutes:output_type -> dunlin.v1.ListRoutesResponse
-	57,  // 169: dunlin.v1.ObjectService.ListObjects:output_type -> dunlin.v1.ListObjectsResponse
-	71,  // 170: dunlin.v1.ProfileService.ListProfiles:output_type -> dunlin.v1.ListProfilesResponse
-	74,  // 171: dunlin.v1.ProfileService.Plan:output_type -> dunlin.v1.PlanResponse
-	83,  // 172: dunlin.v1.RolloutService.ListRollouts:output_type -> dunlin.v1.ListRolloutsResponse
-	85,  // 173: dunlin.v1.RolloutService.GetRollout:output_type -> dunlin.v1.GetRolloutResponse
-	87,  // 174: dunlin.v1.RolloutService.WatchRollout:output_type -> dunlin.v1.WatchRolloutResponse
-	77,  // 175: dunlin.v1.RolloutService.ControlRollout:output_type -> dunlin.v1.ControlRolloutResponse
-	79,  // 176: dunlin.v1.RolloutService.ListDecisions:output_type -> dunlin.v1.ListDecisionsResponse
-	97,  // 177: dunlin.v1.DeviceService.ListDevices:output_type -> dunlin.v1.ListDevicesResponse
-	104, // 178: dunlin.v1.DeviceService.RemoveDevice:output_type -> dunlin.v1.RemoveDeviceResponse
-	102, // 179: dunlin.v1.DeviceService.RevokeDevice:output_type -> dunlin.v1.RevokeDeviceResponse
-	106, // 180: dunlin.v1.DeviceService.ListEvents:output_type -> dunlin.v1.ListEventsResponse
-	92,  // 181: dunlin.v1.DeviceService.ListDrift:output_type -> dunlin.v1.ListDriftResponse
-	95,  // 182: dunlin.v1.DeviceService.ListTelemetry:output_type -> dunlin.v1.ListTelemetryResponse
-	140, // [140:183] is the sub-list for method output_type
-	97,  // [97:140] is the sub-list for method input_type
-	97,  // [97:97] is the sub-list for extension type_name
-	97,  // [97:97] is the sub-list for extension extendee
-	0,   // [0:97] is the sub-list for field type_name
+	134, // 90: dunlin.v1.Device.desired_document:type_name -> dunlin.v1.DesiredDocument
+	121, // 91: dunlin.v1.DeviceIdentity.not_after:type_name -> google.protobuf.Timestamp
+	121, // 92: dunlin.v1.DeviceIdentity.revoked_at:type_name -> google.protobuf.Timestamp
+	100, // 93: dunlin.v1.DeviceIdentity.twins:type_name -> dunlin.v1.Twin
+	121, // 94: dunlin.v1.Twin.last_heard_at:type_name -> google.protobuf.Timestamp
+	107, // 95: dunlin.v1.ListEventsResponse.events:type_name -> dunlin.v1.DeviceEvent
+	135, // 96: dunlin.v1.DeviceEvent.event:type_name -> dunlin.v1.Event
+	121, // 97: dunlin.v1.DeviceEvent.received_at:type_name -> google.protobuf.Timestamp
+	11,  // 98: dunlin.v1.AuthService.WhoAmI:input_type -> dunlin.v1.WhoAmIRequest
+	7,   // 99: dunlin.v1.AuthService.Login:input_type -> dunlin.v1.LoginRequest
+	9,   // 100: dunlin.v1.AuthService.GetLoginMethods:input_type -> dunlin.v1.GetLoginMethodsRequest
+	14,  // 101: dunlin.v1.UserService.CreateUser:input_type -> dunlin.v1.CreateUserRequest
+	16,  // 102: dunlin.v1.UserService.UpdateUser:input_type -> dunlin.v1.UpdateUserRequest
+	18,  // 103: dunlin.v1.UserService.DeleteUser:input_type -> dunlin.v1.DeleteUserRequest
+	20,  // 104: dunlin.v1.UserService.ListUsers:input_type -> dunlin.v1.ListUsersRequest
+	23,  // 105: dunlin.v1.UserService.CreateToken:input_type -> dunlin.v1.CreateTokenRequest
+	25,  // 106: dunlin.v1.UserService.ListTokens:input_type -> dunlin.v1.ListTokensRequest
+	27,  // 107: dunlin.v1.UserService.DeleteToken:input_type -> dunlin.v1.DeleteTokenRequest
+	29,  // 108: dunlin.v1.AuditService.ListAudit:input_type -> dunlin.v1.ListAuditRequest
+	31,  // 109: dunlin.v1.TrustService.GetTrust:input_type -> dunlin.v1.GetTrustRequest
+	33,  // 110: dunlin.v1.TrustService.PutTrust:input_type -> dunlin.v1.PutTrustRequest
+	35,  // 111: dunlin.v1.TrustService.GetAuthorities:input_type -> dunlin.v1.GetAuthoritiesRequest
+	38,  // 112: dunlin.v1.TrustService.RotateAuthority:input_type -> dunlin.v1.RotateAuthorityRequest
+	40,  // 113: dunlin.v1.TrustService.RetireAuthority:input_type -> dunlin.v1.RetireAuthorityRequest
+	136, // 114: dunlin.v1.EnrollmentService.Join:input_type -> dunlin.v1.JoinRequest
+	137, // 115: dunlin.v1.EnrollmentService.Renew:input_type -> dunlin.v1.RenewRequest
+	138, // 116: dunlin.v1.EnrollmentService.GetTime:input_type -> dunlin.v1.GetTimeRequest
+	44,  // 117: dunlin.v1.EnrollmentService.CreateJoinToken:input_type -> dunlin.v1.CreateJoinTokenRequest
+	46,  // 118: dunlin.v1.EnrollmentService.ListJoinTokens:input_type -> dunlin.v1.ListJoinTokensRequest
+	42,  // 119: dunlin.v1.EnrollmentService.DeleteJoinToken:input_type -> dunlin.v1.DeleteJoinTokenRequest
+	51,  // 120: dunlin.v1.ModelService.CreateVersion:input_type -> dunlin.v1.CreateVersionRequest
+	53,  // 121: dunlin.v1.ModelService.ListModels:input_type -> dunlin.v1.ListModelsRequest
+	49,  // 122: dunlin.v1.ModelService.DeleteVersion:input_type -> dunlin.v1.DeleteVersionRequest
+	59,  // 123: dunlin.v1.ObjectService.Apply:input_type -> dunlin.v1.ApplyRequest
+	62,  // 124: dunlin.v1.ObjectService.Delete:input_type -> dunlin.v1.DeleteRequest
+	64,  // 125: dunlin.v1.ObjectService.ListDeployments:input_type -> dunlin.v1.ListDeploymentsRequest
+	67,  // 126: dunlin.v1.ObjectService.ListRoutes:input_type -> dunlin.v1.ListRoutesRequest
+	56,  // 127: dunlin.v1.ObjectService.ListObjects:input_type -> dunlin.v1.ListObjectsRequest
+	70,  // 128: dunlin.v1.ProfileService.ListProfiles:input_type -> dunlin.v1.ListProfilesRequest
+	73,  // 129: dunlin.v1.ProfileService.Plan:input_type -> dunlin.v1.PlanRequest
+	82,  // 130: dunlin.v1.RolloutService.ListRollouts:input_type -> dunlin.v1.ListRolloutsRequest
+	84,  // 131: dunlin.v1.RolloutService.GetRollout:input_type -> dunlin.v1.GetRolloutRequest
+	86,  // 132: dunlin.v1.RolloutService.WatchRollout:input_type -> dunlin.v1.WatchRolloutRequest
+	76,  // 133: dunlin.v1.RolloutService.ControlRollout:input_type -> dunlin.v1.ControlRolloutRequest
+	78,  // 134: dunlin.v1.RolloutService.ListDecisions:input_type -> dunlin.v1.ListDecisionsRequest
+	96,  // 135: dunlin.v1.DeviceService.ListDevices:input_type -> dunlin.v1.ListDevicesRequest
+	103, // 136: dunlin.v1.DeviceService.RemoveDevice:input_type -> dunlin.v1.RemoveDeviceRequest
+	101, // 137: dunlin.v1.DeviceService.RevokeDevice:input_type -> dunlin.v1.RevokeDeviceRequest
+	105, // 138: dunlin.v1.DeviceService.ListEvents:input_type -> dunlin.v1.ListEventsRequest
+	91,  // 139: dunlin.v1.DeviceService.ListDrift:input_type -> dunlin.v1.ListDriftRequest
+	94,  // 140: dunlin.v1.DeviceService.ListTelemetry:input_type -> dunlin.v1.ListTelemetryRequest
+	12,  // 141: dunlin.v1.AuthService.WhoAmI:output_type -> dunlin.v1.WhoAmIResponse
+	8,   // 142: dunlin.v1.AuthService.Login:output_type -> dunlin.v1.LoginResponse
+	10,  // 143: dunlin.v1.AuthService.GetLoginMethods:output_type -> dunlin.v1.GetLoginMethodsResponse
+	15,  // 144: dunlin.v1.UserService.CreateUser:output_type -> dunlin.v1.CreateUserResponse
+	17,  // 145: dunlin.v1.UserService.UpdateUser:output_type -> dunlin.v1.UpdateUserResponse
+	19,  // 146: dunlin.v1.UserService.DeleteUser:output_type -> dunlin.v1.DeleteUserResponse
+	21,  // 147: dunlin.v1.UserService.ListUsers:output_type -> dunlin.v1.ListUsersResponse
+	24,  // 148: dunlin.v1.UserService.CreateToken:output_type -> dunlin.v1.CreateTokenResponse
+	26,  // 149: dunlin.v1.UserService.ListTokens:output_type -> dunlin.v1.ListTokensResponse
+	28,  // 150: dunlin.v1.UserService.DeleteToken:output_type -> dunlin.v1.DeleteTokenResponse
+	30,  // 151: dunlin.v1.AuditService.ListAudit:output_type -> dunlin.v1.ListAuditResponse
+	32,  // 152: dunlin.v1.TrustService.GetTrust:output_type -> dunlin.v1.GetTrustResponse
+	34,  // 153: dunlin.v1.TrustService.PutTrust:output_type -> dunlin.v1.PutTrustResponse
+	36,  // 154: dunlin.v1.TrustService.GetAuthorities:output_type -> dunlin.v1.GetAuthoritiesResponse
+	39,  // 155: dunlin.v1.TrustService.RotateAuthority:output_type -> dunlin.v1.RotateAuthorityResponse
+	41,  // 156: dunlin.v1.TrustService.RetireAuthority:output_type -> dunlin.v1.RetireAuthorityResponse
+	139, // 157: dunlin.v1.EnrollmentService.Join:output_type -> dunlin.v1.JoinResponse
+	140, // 158: dunlin.v1.EnrollmentService.Renew:output_type -> dunlin.v1.RenewResponse
+	141, // 159: dunlin.v1.EnrollmentService.GetTime:output_type -> dunlin.v1.GetTimeResponse
+	45,  // 160: dunlin.v1.EnrollmentService.CreateJoinToken:output_type -> dunlin.v1.CreateJoinTokenResponse
+	47,  // 161: dunlin.v1.EnrollmentService.ListJoinTokens:output_type -> dunlin.v1.ListJoinTokensResponse
+	43,  // 162: dunlin.v1.EnrollmentService.DeleteJoinToken:output_type -> dunlin.v1.DeleteJoinTokenResponse
+	52,  // 163: dunlin.v1.ModelService.CreateVersion:output_type -> dunlin.v1.CreateVersionResponse
+	54,  // 164: dunlin.v1.ModelService.ListModels:output_type -> dunlin.v1.ListModelsResponse
+	50,  // 165: dunlin.v1.ModelService.DeleteVersion:output_type -> dunlin.v1.DeleteVersionResponse
+	60,  // 166: dunlin.v1.ObjectService.Apply:output_type -> dunlin.v1.ApplyResponse
+	63,  // 167: dunlin.v1.ObjectService.Delete:output_type -> dunlin.v1.DeleteResponse
+	65,  // 168: dunlin.v1.ObjectService.ListDeployments:output_type -> dunlin.v1.ListDeploymentsResponse
+	68,  // 169: dunlin.v1.ObjectService.ListRoutes:output_type -> dunlin.v1.ListRoutesResponse
+	57,  // 170: dunlin.v1.ObjectService.ListObjects:output_type -> dunlin.v1.ListObjectsResponse
+	71,  // 171: dunlin.v1.ProfileService.ListProfiles:output_type -> dunlin.v1.ListProfilesResponse
+	74,  // 172: dunlin.v1.ProfileService.Plan:output_type -> dunlin.v1.PlanResponse
+	83,  // 173: dunlin.v1.RolloutService.ListRollouts:output_type -> dunlin.v1.ListRolloutsResponse
+	85,  // 174: dunlin.v1.RolloutService.GetRollout:output_type -> dunlin.v1.GetRolloutResponse
+	87,  // 175: dunlin.v1.RolloutService.WatchRollout:output_type -> dunlin.v1.WatchRolloutResponse
+	77,  // 176: dunlin.v1.RolloutService.ControlRollout:output_type -> dunlin.v1.ControlRolloutResponse
+	79,  // 177: dunlin.v1.RolloutService.ListDecisions:output_type -> dunlin.v1.ListDecisionsResponse
+	97,  // 178: dunlin.v1.DeviceService.ListDevices:output_type -> dunlin.v1.ListDevicesResponse
+	104, // 179: dunlin.v1.DeviceService.RemoveDevice:output_type -> dunlin.v1.RemoveDeviceResponse
+	102, // 180: dunlin.v1.DeviceService.RevokeDevice:output_type -> dunlin.v1.RevokeDeviceResponse
+	106, // 181: dunlin.v1.DeviceService.ListEvents:output_type -> dunlin.v1.ListEventsResponse
+	92,  // 182: dunlin.v1.DeviceService.ListDrift:output_type -> dunlin.v1.ListDriftResponse
+	95,  // 183: dunlin.v1.DeviceService.ListTelemetry:output_type -> dunlin.v1.ListTelemetryResponse
+	141, // [141:184] is the sub-list for method output_type
+	98,  // [98:141] is the sub-list for method input_type
+	98,  // [98:98] is the sub-list for extension type_name
+	98,  // [98:98] is the sub-list for extension extendee
+	0,   // [0:98] is the sub-list for field type_name
 }
 
 func init() { file_dunlin_v1_api_proto_init() }
