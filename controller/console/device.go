@@ -145,10 +145,9 @@ func barsOf(d *v1.Device) []memoryBar {
 			continue
 		}
 		name := fmt.Sprintf("GPU %d", g.GetIndex())
-		for _, i := range d.GetInfo().GetGpus() {
-			if i.GetIndex() == g.GetIndex() && i.GetName() != "" {
-				name += ", " + i.GetName()
-			}
+		same := func(i *v1.GpuInfo) bool { return i.GetIndex() == g.GetIndex() && i.GetName() != "" }
+		if at := slices.IndexFunc(d.GetInfo().GetGpus(), same); at >= 0 {
+			name += ", " + d.GetInfo().GetGpus()[at].GetName()
 		}
 		var inside []*v1.ModelTelemetry
 		if int(g.GetIndex()) == pool {
