@@ -18,6 +18,7 @@ import (
 	"github.com/opencontainers/go-digest"
 
 	"github.com/dunlin/dunlin/controller/api"
+	"github.com/dunlin/dunlin/controller/console"
 	"github.com/dunlin/dunlin/controller/dispatch"
 	"github.com/dunlin/dunlin/controller/enrol"
 	"github.com/dunlin/dunlin/controller/fleet"
@@ -48,6 +49,9 @@ const stopGrace = 5 * time.Second
 // bodyOfNobody is how long the body of a request may take of which it is not
 // known whose it is.
 const bodyOfNobody = 30 * time.Second
+
+// servicesPrefix begins the names of all services.
+const servicesPrefix = "dunlin.v1."
 
 // Run runs the controller until ctx is done or a part of it fails.
 func Run(ctx context.Context, c Config) (err error) {
@@ -162,10 +166,18 @@ func Run(ctx context.Context, c Config) (err error) {
 	mux.Handle("/v2/", reg)
 	mux.Handle("/metrics", api.Protect(auth, log, identity.Metrics, telemetry.Handler(metrics)))
 	mux.HandleFunc("/healthz", func(w http.ResponseWriter, r *http.Request) { _, _ = io.WriteString(w, "ok\n") })
-	mux.Handle("/", api.New(api.Config{
+	services := api.New(api.Config{
 		Store: st, Dispatch: dispatcher, Registry: reg, Auth: auth, Log: log, Enrol: enrolment, Authorities: t.Authorities,
 		Version: program.Version(), SigningKey: signer.id, AccountsChanged: func(ctx context.Context) error { return t.changed(ctx, bus) }, Stopping: stopping,
-	}))
+	})
+	pages := console.New(console.Config{API: services, Log: log, Stopping: stopping})
+	mux.HandleFunc("/", func(w http.ResponseWriter, r *http.Request) {
+		if strings.HasPrefix(r.URL.Path, "/"+servicesPrefix) {
+			services.ServeHTTP(w, r)
+			return
+		}
+		pages.ServeHTTP(w, r)
+	})
 	server := newServer(mux, log)
 	server.RegisterOnShutdown(func() { close(stopping) })
 

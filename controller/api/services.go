@@ -582,8 +582,19 @@ func (s *server) ListDevices(ctx context.Context, req *connect.Request[v1.ListDe
 	resp := &v1.ListDevicesResponse{}
 	for _, d := range all {
 		if p.Covers(d.Labels) && fleet.Matches(req.Msg.GetSelector(), d.Fleet()) {
-			resp.Devices = append(resp.Devices, device(d, s.Store.Incarnation(), s.Dispatch.Telemetry(d.Name), known[d.Name]))
+			m := device(d, s.Store.Incarnation(), s.Dispatch.Telemetry(d.Name), known[d.Name])
+			if heard := s.Dispatch.Heard(d.Name); heard.After(d.LastHeardAt) {
+				m.LastHeardAt = timestamp(heard)
+			}
+			resp.Devices = append(resp.Devices, m)
 		}
+	}
+	if req.Msg.GetDevice() != "" && len(resp.Devices) > 0 {
+		documents, err := s.Store.Documents(ctx, []string{req.Msg.GetDevice()})
+		if err != nil {
+			return nil, err
+		}
+		resp.Devices[0].DesiredDocument = documents[req.Msg.GetDevice()]
 	}
 	return connect.NewResponse(resp), nil
 }

@@ -289,6 +289,17 @@ func (d *Dispatcher) Telemetry(device string) *dunlinv1.Telemetry {
 	return nil
 }
 
+// Heard says when a device was last heard, where the store was not told of it
+// yet; zero: what the store has is the newest.
+func (d *Dispatcher) Heard(device string) time.Time {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if l := d.live[device]; l != nil && l.heard.After(l.saved) {
+		return l.heard
+	}
+	return time.Time{}
+}
+
 // Refused gives the versions that a device is not given because they do not
 // fit, as of the newest desired documents.
 func (d *Dispatcher) Refused(device string) []fleet.Refusal {

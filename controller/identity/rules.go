@@ -28,6 +28,8 @@ const (
 	RegistryPush = "registry: push"
 	Health       = "GET /healthz"
 	Metrics      = "GET /metrics, not from this machine itself"
+	ConsoleDoor  = "console: signing in and out, theme, files of the pages"
+	ConsolePages = "console: pages and live streams"
 
 	ApplyRoute        = v1connect.ObjectServiceApplyProcedure + ": a Route"
 	DeleteRoute       = v1connect.ObjectServiceDeleteProcedure + ": a Route"
@@ -111,6 +113,9 @@ var rules = map[string]Rule{
 
 	Health:  {},
 	Metrics: {Least: Viewer, Scoping: Whole},
+
+	ConsoleDoor:  {},
+	ConsolePages: {Least: Viewer, Scoping: Within, Note: "they show and do what the calls they make answer"},
 }
 
 // Actions gives every action that there is a rule for, by name.

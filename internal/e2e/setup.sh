@@ -1,6 +1,6 @@
 #!/bin/sh
 # Sets up what the tests need beyond Go: a C compiler, the MQTT broker
-# Mosquitto, the simulated TPM swtpm, Python, and clients for it; on other machines than arm64, QEMU's
+# Mosquitto, the simulated TPM swtpm, the browser Chromium, Python, and clients for it; on other machines than arm64, QEMU's
 # emulation of a program of it, and the libraries that such a program needs. Installs missing Debian packages when
 # it may, else lists what to do.
 set -eu
@@ -11,6 +11,7 @@ missing() {
 	command -v "$(go env CC)" >/dev/null || echo gcc libc6-dev
 	command -v mosquitto >/dev/null || [ -x /usr/sbin/mosquitto ] || echo mosquitto
 	command -v swtpm >/dev/null || echo swtpm
+	command -v chromium >/dev/null || echo chromium
 	command -v python3 >/dev/null || echo python3 python3-venv
 	case $(uname -m) in aarch64 | arm64) return ;; esac
 	command -v qemu-aarch64 >/dev/null || echo qemu-user

@@ -72,6 +72,7 @@ type caller struct {
 	// dead says that its certificate ends every connection.
 	dead   bool
 	client *http.Client
+	token  string           // "": it has none
 	device *tls.Certificate // nil: it is a user
 }
 
@@ -136,7 +137,7 @@ func people(ctx context.Context, c Controller) (*world, error) {
 	// Each has an address of its own: wrong credentials count against the one
 	// that they come from.
 	add := func(name string, p identity.Principal, token string, own *tls.Certificate, dead bool) {
-		w.callers = append(w.callers, &caller{name: name, principal: p, dead: dead, device: own, client: byhand.UserFrom(net.IPv4(127, 0, 1, byte(1+len(w.callers))), token, byhand.TLS(w.roots, own, host))})
+		w.callers = append(w.callers, &caller{name: name, principal: p, dead: dead, device: own, token: token, client: byhand.UserFrom(net.IPv4(127, 0, 1, byte(1+len(w.callers))), token, byhand.TLS(w.roots, own, host))})
 	}
 	wrong, _ := identity.NewToken("dunlin_")
 	add("nobody", identity.Principal{}, "", nil, false)

@@ -17,6 +17,7 @@ import (
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/reflect/protoreflect"
 
+	"github.com/dunlin/dunlin/controller/console"
 	"github.com/dunlin/dunlin/controller/identity"
 	"github.com/dunlin/dunlin/internal/e2e/byhand"
 	"github.com/dunlin/dunlin/internal/link"
@@ -41,6 +42,8 @@ type probe struct {
 	// A request to another route.
 	method, path, body string
 	header             http.Header
+	// session says that a token is shown as that of a session of the console.
+	session bool
 }
 
 // calls tries every procedure of the API, and the controller's other routes.
@@ -243,7 +246,14 @@ func (w *world) routes(ctx context.Context) ([]probe, error) {
 	return append(all,
 		probe{action: identity.Health, what: "GET /healthz", method: http.MethodGet, path: "/healthz"},
 		probe{action: identity.Metrics, what: "GET /metrics from elsewhere", method: http.MethodGet, path: "/metrics", header: elsewhere},
-		probe{what: "GET /", method: http.MethodGet, path: "/"},
+		probe{action: identity.ConsoleDoor, what: "console: the sign-in", method: http.MethodGet, path: "/sign-in"},
+		probe{action: identity.ConsoleDoor, what: "console: the theme", method: http.MethodPost, path: "/theme", body: "theme=dark&next=/sign-in",
+			header: http.Header{"Content-Type": {"application/x-www-form-urlencoded"}}},
+		probe{action: identity.ConsolePages, what: "console: the fleet", method: http.MethodGet, path: "/", session: true},
+		probe{action: identity.ConsolePages, what: "console: a device that is not there", method: http.MethodGet, path: "/devices/none", session: true},
+		probe{action: identity.ConsolePages, what: "console: a live stream with a faulty filter", method: http.MethodGet, path: "/live/fleet?page=x", session: true},
+		probe{what: "console: the fleet, without a session", method: http.MethodGet, path: "/"},
+		probe{what: "console: no page", method: http.MethodGet, path: "/none", session: true},
 		probe{what: "GET /dunlin.v1.Nothing/There", method: http.MethodGet, path: "/dunlin.v1.Nothing/There"},
 	), nil
 }
@@ -283,6 +293,9 @@ func (w *world) try(ctx context.Context, c *caller, p probe) (allowed bool, deta
 		return false, "", err
 	}
 	req.Header = header
+	if p.session && c.token != "" {
+		req.AddCookie(console.SessionCookie("id", c.token, true))
+	}
 	resp, err := c.client.Do(req)
 	if err != nil {
 		if ctx.Err() != nil {

@@ -1,0 +1,2 @@
+// Package console tries the web console in a real browser.
+package console
