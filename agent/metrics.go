@@ -201,7 +201,7 @@ func (m ruleMetrics) Collect(ch chan<- prometheus.Metric) {
 			ch <- prometheus.MustNewConstMetric(routeRequests, prometheus.CounterValue, float64(t.Requests), r.Route, r.Rule, t.Target.String())
 		}
 		for _, f := range r.Fallbacks {
-			for why := policy.Reason(0); why < policy.Reasons; why++ {
+			for why := range policy.Reasons {
 				if f.Takes(why) {
 					ch <- prometheus.MustNewConstMetric(routeFallbacks, prometheus.CounterValue, float64(f.Requests[why]), r.Route, r.Rule, f.Target.String(), why.String())
 				}

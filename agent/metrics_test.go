@@ -119,6 +119,7 @@ func TestMetricsPage(t *testing.T) {
 	front.SetServing(map[string]int64{"m": 1})
 	front.SetRoutes("g", []*dunlinv1.DesiredRoute{{
 		Name: "live", Targets: []*dunlinv1.RouteTarget{{Model: "m", Weight: 1}},
+		Fallback: []*dunlinv1.RouteFallback{{Model: "n"}}, Shadow: &dunlinv1.RouteShadow{Model: "n", Rate: 1},
 		Rules: []*dunlinv1.RouteRule{{Name: "gold", Match: &dunlinv1.RouteMatch{Cel: "true"}, Targets: []*dunlinv1.RouteTarget{{Model: "m", Weight: 1}}}},
 	}}, nil)
 	guard, err := access.New(access.Config{})

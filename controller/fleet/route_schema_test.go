@@ -52,6 +52,8 @@ spec:
     - {model: detector, weight: 90}
     - {model: detector, version: 8, weight: 10}
   sticky: {header: x-session}
+  fallback: [{model: detector, version: 7, on: [overload, not-resident]}]
+  shadow: {model: detector, version: 9, rate: 0.05}
   rules:
     - name: gold
       match:
@@ -62,6 +64,8 @@ spec:
         cel: device.live.queue_depth > 50
       targets: [{model: detector-large, weight: 1}]
       sticky: {parameter: user}
+      fallback: [{model: detector-small}]
+      shadow: {model: detector, rate: 1}
 `
 
 func TestRouteSchemaHasTheFieldsOfTheDocument(t *testing.T) {
@@ -167,6 +171,7 @@ func TestRouteSchemaRefusesWhatTheReaderDoes(t *testing.T) {
 	const cel = "cel: device.live.queue_depth > 50"
 	const site = "{site: berlin}"
 	const image = "{image: {minRows: 2, maxRows: 8}}"
+	const small = "[{model: detector-small}]"
 	rule := func(i int) string {
 		return fmt.Sprintf("    - {name: r%d, match: {labels: {a: b}}, targets: [{model: m, weight: 1}]}\n", i)
 	}
@@ -201,6 +206,11 @@ func TestRouteSchemaRefusesWhatTheReaderDoes(t *testing.T) {
 		{"{header: x-session}", "{header: X-Session}", true}, {"{header: x-session}", "{header: cookie}", true}, {"{header: x-session}", "{cookie: a}", true},
 		{"{header: x-session}", "x-session", true}, {"{header: x-session}", `{header: ""}`, true}, {"{header: x-session}", "null", true}, {"{parameter: user}", "{parameter: User}", false},
 		{"{header: x-session}", "{header: " + strings.Repeat("a", policy.MaxNameBytes) + "}", false}, {"{header: x-session}", "{header: " + strings.Repeat("a", policy.MaxNameBytes+1) + "}", true},
+
+		{small, "[" + items(policy.MaxFallbacks, "{model: m%d}") + "]", false}, {small, "[" + items(policy.MaxFallbacks+1, "{model: m%d}") + "]", true}, {small, "[]", false}, {small, "{model: m}", true},
+		{small, "[{model: m, on: [error, deadline]}]", false}, {small, "[{model: m, on: []}]", true}, {small, "[{model: m, on: [error, error]}]", true}, {small, "[{model: m, on: [luck]}]", true}, {small, "[{model: m, on: error}]", true},
+		{small, "[{model: dunlin-agent}]", true}, {small, "[{model: m, weight: 1}]", true}, {small, "[{on: [error]}]", true},
+		{"rate: 0.05", "rate: 0.0001", false}, {"rate: 0.05", "rate: 0.00009", true}, {"rate: 0.05", "rate: 1", false}, {"rate: 0.05", "rate: 1.01", true}, {"rate: 0.05", `rate: "1"`, true}, {", rate: 0.05", "", true}, {"version: 9, ", "version: 0, ", true},
 
 		{"    - name: gold", rules(policy.MaxRules - 1), false}, {"    - name: gold", rules(policy.MaxRules), true},
 		{"- name: gold", "- name: default", true}, {"- name: gold", "- name: Gold", true}, {"- name: gold", "- nam: gold", true},
