@@ -119,7 +119,7 @@ type hook struct {
 
 func (*hook) ID() string { return "devices" }
 func (*hook) Provides(b byte) bool {
-	return b == mochi.OnConnectAuthenticate || b == mochi.OnACLCheck
+	return b == mochi.OnConnectAuthenticate || b == mochi.OnACLCheck || b == mochi.OnSessionEstablished
 }
 func (h *hook) OnConnectAuthenticate(cl *mochi.Client, p packets.Packet) bool {
 	s := cl.Net.Conn.(*tls.Conn).ConnectionState()
@@ -127,6 +127,17 @@ func (h *hook) OnConnectAuthenticate(cl *mochi.Client, p packets.Packet) bool {
 	return ok && device == string(p.Connect.Username)
 }
 func (*hook) OnACLCheck(*mochi.Client, string, bool) bool { return true }
+
+// OnSessionEstablished ends a session that begins while its broker ends: after
+// stopBroker has looked, nobody else would.
+func (h *hook) OnSessionEstablished(cl *mochi.Client, _ packets.Packet) {
+	h.c.mu.Lock()
+	ends := h.c.broker == nil
+	h.c.mu.Unlock()
+	if ends {
+		cl.Stop(packets.ErrServerShuttingDown)
+	}
+}
 
 const (
 	brokerAddress = "127.0.0.1:8883"
@@ -184,6 +195,9 @@ func newCloud(t testing.TB) *cloud {
 func (c *cloud) startBroker() {
 	c.t.Helper()
 	b := mochi.New(&mochi.Options{InlineClient: true, Logger: slog.New(slog.DiscardHandler)})
+	c.mu.Lock()
+	c.broker = b
+	c.mu.Unlock()
 	for _, err := range []error{
 		b.AddHook(&hook{c: c}, nil), b.AddListener(listeners.NewNet("memory", tls.NewListener(c.net.listen(brokerAddress), c.TLS()))),
 		b.Subscribe(link.UpFilter, 1, func(_ *mochi.Client, _ packets.Subscription, p packets.Packet) { c.heard(b, p.TopicName, p.Payload) }),
@@ -193,9 +207,6 @@ func (c *cloud) startBroker() {
 			c.t.Fatal(err)
 		}
 	}
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	c.broker = b
 }
 
 func (c *cloud) stopBroker() {
