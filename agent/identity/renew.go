@@ -54,7 +54,11 @@ func (d *Device) Run(ctx context.Context) {
 	for {
 		wait := lookEvery
 		if lost := d.lost(); lost {
-			if err := d.learnTime(ctx); err != nil && ctx.Err() == nil {
+			err := d.learnTime(ctx)
+			if ctx.Err() != nil {
+				return
+			}
+			if err != nil {
 				wait = mathrand.N(timeWait)
 				timeWait = min(2*timeWait, lookEvery)
 				d.cfg.Log.Warn("cannot learn the time yet; trying on", "error", messageOf(err), "in", wait.Round(time.Millisecond))

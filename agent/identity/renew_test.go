@@ -317,6 +317,30 @@ func TestClockOf1970(t *testing.T) {
 	}
 }
 
+// A device that does not know the time, and has nobody to ask, ends when it is
+// told to.
+func TestEndsWithoutTheTime(t *testing.T) {
+	w, own := &watch{at: time.Now()}, &watch{at: time.Now()}
+	c := serveAt(t, w)
+	cfg := newConfig(t, c)
+	cfg.Now = own.now
+	join(t, cfg)
+	own.set(time.Unix(0, 0))
+	d := open(t, cfg)
+	if !d.lost() {
+		t.Fatal("1970 is believed")
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	ended := make(chan struct{})
+	go func() { d.Run(ctx); close(ended) }()
+	select {
+	case <-ended:
+	case <-time.After(10 * time.Second):
+		t.Error("it runs on")
+	}
+}
+
 // Answers about the time that are forged, replayed, or out of bounds are
 // refused, and the device does not join by them.
 func TestTimeIsRefused(t *testing.T) {
