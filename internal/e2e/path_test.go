@@ -572,7 +572,7 @@ func TestDowngradedAgent(t *testing.T) {
 		t.Fatal(err)
 	}
 	cli(t, f, "trust", "sign", file("next.json"), "--key", filepath.Join(f.controllerData(), "keys", "trust-root.pem"))
-	cli(t, f, "trust", "apply", file("next.json"))
+	cli(t, f, "trust", "apply", "--yes", file("next.json"))
 	a := startAgent(t, f, "device-1")
 	eventually(t, func() string { return online(t, f, a) })
 	verify := func(version string) error {

@@ -46,7 +46,7 @@ func agentKey(t *testing.T, f *Fleet) string {
 		t.Fatal(err)
 	}
 	cli(t, f, "trust", "sign", next, "--key", filepath.Join(f.controllerData(), "keys", "trust-root.pem"))
-	cli(t, f, "trust", "apply", next)
+	cli(t, f, "trust", "apply", "--yes", next)
 	return key
 }
 
