@@ -9,9 +9,11 @@ import (
 	"encoding/hex"
 	"fmt"
 	"html/template"
+	"io/fs"
 	"log/slog"
 	"net/http"
 	"net/url"
+	"path"
 	"strings"
 	"time"
 
@@ -31,6 +33,14 @@ type page struct {
 	Data    any
 }
 
+// section is a part of the console that the bar at the top leads to. The page
+// at its address has its name as the title.
+type section struct{ Name, URL string }
+
+var sections = []section{
+	{"Fleet", "/"},
+}
+
 type pages struct {
 	named map[string]*template.Template
 	log   *slog.Logger
@@ -40,11 +50,15 @@ func newPages(a *assets, log *slog.Logger) *pages {
 	funcs := template.FuncMap{
 		"asset": func(name string) string { return a.urls[name] },
 		"ago":   ago, "stamp": stamp, "bytes": bytesText, "escape": escape, "percent": percent,
+		"sections": func() []section { return sections },
 	}
 	base := template.Must(template.New("").Funcs(funcs).ParseFS(templateFiles, "templates/base.html"))
 	p := &pages{named: map[string]*template.Template{}, log: log}
-	for _, name := range []string{"fleet", "device", "signin", "error"} {
-		p.named[name] = template.Must(template.Must(base.Clone()).ParseFS(templateFiles, "templates/"+name+".html"))
+	files, _ := fs.Glob(templateFiles, "templates/*.html") // the pattern is valid
+	for _, file := range files {
+		if name := strings.TrimSuffix(path.Base(file), ".html"); name != "base" {
+			p.named[name] = template.Must(template.Must(base.Clone()).ParseFS(templateFiles, file))
+		}
 	}
 	return p
 }
