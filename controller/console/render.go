@@ -40,10 +40,12 @@ func newPages(a *assets, log *slog.Logger) *pages {
 	funcs := template.FuncMap{
 		"asset": func(name string) string { return a.urls[name] },
 		"ago":   ago, "stamp": stamp, "bytes": bytesText, "escape": escape, "percent": percent,
+		"seconds": secondsText, "labels": labelText,
 	}
 	base := template.Must(template.New("").Funcs(funcs).ParseFS(templateFiles, "templates/base.html"))
 	p := &pages{named: map[string]*template.Template{}, log: log}
-	for _, name := range []string{"fleet", "device", "signin", "error"} {
+	for _, name := range []string{"fleet", "device", "signin", "error",
+		"models", "model"} {
 		p.named[name] = template.Must(template.Must(base.Clone()).ParseFS(templateFiles, "templates/"+name+".html"))
 	}
 	return p
