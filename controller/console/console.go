@@ -51,6 +51,7 @@ func New(c Config) http.Handler {
 	mux.HandleFunc("POST /sign-in", s.signIn)
 	mux.HandleFunc("POST /sign-out", s.signOut)
 	mux.HandleFunc("POST /theme", s.setTheme)
+	s.inventory(mux)
 	mux.Handle("GET /assets/{name}", s.assets)
 	mux.HandleFunc("/", func(w http.ResponseWriter, r *http.Request) {
 		s.fail(w, r, session{}, http.StatusNotFound, "There is no such page.")

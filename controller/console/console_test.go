@@ -254,7 +254,7 @@ func TestFleetPage(t *testing.T) {
 	w := start(t)
 	ada := w.browser().signIn("ada")
 	_, body := ada.do("GET", "/", nil)
-	has(t, body, "No device yet", "dunlin join-token create --label site=demo")
+	has(t, body, "No device yet", "dunlin join-token create --label site=demo", "dunlin-agent --controller https://dunlin.example.com:8080 --join-token @join-token")
 	digits := &v1.VersionStatus{Model: "digits", Version: 2, State: v1.VersionState_VERSION_STATE_RESIDENT, Serving: true}
 	broken := &v1.VersionStatus{Model: "faces", Version: 1, State: v1.VersionState_VERSION_STATE_QUARANTINED, Reason: script}
 	w.join("cam-1", map[string]string{"site": "berlin", "note": script}, &v1.Reported{Versions: []*v1.VersionStatus{digits}})

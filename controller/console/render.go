@@ -39,6 +39,7 @@ type section struct{ Name, URL string }
 
 var sections = []section{
 	{"Fleet", "/"},
+	{"Models", "/models"},
 }
 
 type pages struct {
@@ -50,6 +51,7 @@ func newPages(a *assets, log *slog.Logger) *pages {
 	funcs := template.FuncMap{
 		"asset": func(name string) string { return a.urls[name] },
 		"ago":   ago, "stamp": stamp, "bytes": bytesText, "escape": escape, "percent": percent,
+		"seconds": secondsText, "labels": labelText,
 		"sections": func() []section { return sections },
 	}
 	base := template.Must(template.New("").Funcs(funcs).ParseFS(templateFiles, "templates/base.html"))
