@@ -8,6 +8,8 @@ import (
 	"strings"
 	"testing"
 
+	"pgregory.net/rapid"
+
 	"github.com/dunlin/dunlin/agent/engine"
 	"github.com/dunlin/dunlin/models/tensor"
 	dunlinv1 "github.com/dunlin/dunlin/proto/dunlin/v1"
@@ -105,4 +107,70 @@ func TestCascade(t *testing.T) {
 			}
 		})
 	}
+}
+
+// Random policies on versions that fail at random: each request ends once, by
+// the larger model only where the target was not sure, by a fallback only where
+// the target has failed, and no version runs it twice.
+func TestRandomCascades(t *testing.T) {
+	rapid.Check(t, func(rt *rapid.T) {
+		models := []string{"m0", "m1", "m2", "m3"}
+		live := r("live", "m0=2", "m1=1")
+		live.Fallback = fallbacks(rapid.SliceOfNDistinct(rapid.SampledFrom(models), 0, 3, rapid.ID[string]).Draw(rt, "fallback")...)
+		live.Cascade = &dunlinv1.RouteCascade{
+			Model: rapid.SampledFrom(models).Draw(rt, "larger"),
+			When:  rapid.SampledFrom([]string{"max(output) < 0.5", `max(outputs["gone"]) < 0.5`}).Draw(rt, "when"),
+		}
+		fails := map[string]bool{}
+		for _, m := range models {
+			fails[m] = rapid.Bool().Draw(rt, m+" fails")
+		}
+		sure := rapid.Bool().Draw(rt, "sure")
+		e := &unsure{sure: map[int64]float32{1: 0.1}}
+		if sure {
+			e.sure[1] = 0.9
+		}
+		e.infer = func(_ context.Context, id engine.VersionID, _ engine.Request) error {
+			if fails[id.Model] {
+				return errors.New("broken")
+			}
+			return nil
+		}
+		s := New(e, nil)
+		s.SetServing(map[string]int64{"m0": 1, "m1": 1, "m2": 1, "m3": 1})
+		s.SetRoutes("g", []*dunlinv1.DesiredRoute{live}, nil)
+		q := request("live", 0)
+		a, err := s.Infer(t.Context(), q)
+		ran := map[string]int{}
+		for _, id := range e.ran {
+			if ran[id]++; ran[id] > 1 {
+				rt.Fatalf("%v ran", e.ran)
+			}
+		}
+		target := strings.TrimSuffix(e.ran[0], ":1")
+		fault := strings.Contains(live.Cascade.When, "gone")
+		var want, outcome string
+		switch larger := live.Cascade.Model; {
+		case fails[target]:
+			for _, f := range live.Fallback {
+				if !fails[f.Model] {
+					want = f.Model
+					break
+				}
+			}
+		case larger == target:
+			want = target
+		case fault:
+			want, outcome = target, "fault"
+		case sure:
+			want, outcome = target, "small"
+		case fails[larger]:
+			want, outcome = target, "failed"
+		default:
+			want, outcome = larger, "large"
+		}
+		if (err == nil) != (want != "") || err == nil && (a.Model != want || a.Header[HeaderCascade] != outcome) {
+			rt.Fatalf("%s has answered, %v, %v; want %s, %s; %v ran", a.Model, a.Header, err, want, outcome, e.ran)
+		}
+	})
 }
