@@ -92,8 +92,8 @@ demo: ## Show the whole path: push, deploy, classify, roll out; then clean up
 bench-alarms: ## Measure how well trouble is predicted, on generated telemetry of which the truth is known
 	@go run ./bench/alarms
 .PHONY: bench-route
-bench-route: ## Measure what it costs to decide where a request goes
-	@go run ./bench/route
+bench-route: ## Measure what it costs to decide where a request goes, and what a cascade gives
+	@$(WITH_RUNTIME) go build -o bin/route ./bench/route && bin/route
 .PHONY: bench-profile
 bench-profile: ## Hold the search for how a model runs best against measuring everything, and profile beside live traffic
 	@$(WITH_RUNTIME) go build -o bin/profile ./bench/profile && bin/profile

@@ -156,6 +156,14 @@ var (
 	routeFaults    = prometheus.NewDesc("dunlin_route_match_faults_total", "Requests for which the match of a rule could not be evaluated, and so did not match.", []string{"route", "rule"}, nil)
 )
 
+var routeCascades = prometheus.NewDesc("dunlin_route_cascade_requests_total", "Answers of targets that a cascade has looked at, by what came of it: the small model's stands, the large one has answered, it has failed, or the expression could not be evaluated.", []string{"route", "rule", "target", "outcome"}, nil)
+
+func collectCascade(ch chan<- prometheus.Metric, route, rule string, f *serve.CascadeFigures) {
+	for outcome, n := range f.Requests {
+		ch <- prometheus.MustNewConstMetric(routeCascades, prometheus.CounterValue, float64(n), route, rule, f.Target.String(), serve.CascadeOutcome(outcome).String())
+	}
+}
+
 // What is exported of each shadow.
 var (
 	shadowLabels   = []string{"route", "rule", "target"}
@@ -188,6 +196,7 @@ func (ruleMetrics) Describe(ch chan<- *prometheus.Desc) {
 	ch <- routeRequests
 	ch <- routeFaults
 	ch <- routeFallbacks
+	ch <- routeCascades
 	ch <- shadowRequests
 	ch <- shadowAgreed
 	ch <- shadowDistance
@@ -206,6 +215,9 @@ func (m ruleMetrics) Collect(ch chan<- prometheus.Metric) {
 					ch <- prometheus.MustNewConstMetric(routeFallbacks, prometheus.CounterValue, float64(f.Requests[why]), r.Route, r.Rule, f.Target.String(), why.String())
 				}
 			}
+		}
+		if r.Cascade != nil {
+			collectCascade(ch, r.Route, r.Rule, r.Cascade)
 		}
 		if r.Shadow != nil {
 			collectShadow(ch, r.Route, r.Rule, r.Shadow)

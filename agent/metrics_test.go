@@ -33,6 +33,7 @@ func TestRuleMetrics(t *testing.T) {
 		Name: "live", Targets: []*dunlinv1.RouteTarget{{Model: "m", Weight: 1}},
 		Fallback: []*dunlinv1.RouteFallback{{Model: "n", Version: 3, On: []string{"overload", "error"}}},
 		Shadow:   &dunlinv1.RouteShadow{Model: "n", Rate: 1},
+		Cascade:  &dunlinv1.RouteCascade{Model: "n", Version: 4, When: "max(output) < 0.5"},
 		Rules: []*dunlinv1.RouteRule{{
 			Name: "gold", Match: &dunlinv1.RouteMatch{Cel: `device.labels["tier"] == "gold"`},
 			Targets: []*dunlinv1.RouteTarget{{Model: "m", Version: 2, Weight: 1}, {Model: "m", Version: 3}},
@@ -47,7 +48,13 @@ func TestRuleMetrics(t *testing.T) {
 	r.MustRegister(ruleMetrics{front})
 	answer := httptest.NewRecorder()
 	telemetry.Handler(r).ServeHTTP(answer, httptest.NewRequest("GET", "/metrics", nil))
-	const want = `# HELP dunlin_route_fallbacks_total Requests that were sent on to a fallback, also those that failed there, by the reason for which the one before did not answer.
+	const want = `# HELP dunlin_route_cascade_requests_total Answers of targets that a cascade has looked at, by what came of it: the small model's stands, the large one has answered, it has failed, or the expression could not be evaluated.
+# TYPE dunlin_route_cascade_requests_total counter
+dunlin_route_cascade_requests_total{outcome="failed",route="live",rule="default",target="n:4"} 0
+dunlin_route_cascade_requests_total{outcome="fault",route="live",rule="default",target="n:4"} 0
+dunlin_route_cascade_requests_total{outcome="large",route="live",rule="default",target="n:4"} 0
+dunlin_route_cascade_requests_total{outcome="small",route="live",rule="default",target="n:4"} 0
+# HELP dunlin_route_fallbacks_total Requests that were sent on to a fallback, also those that failed there, by the reason for which the one before did not answer.
 # TYPE dunlin_route_fallbacks_total counter
 dunlin_route_fallbacks_total{reason="error",route="live",rule="default",target="n:3"} 2
 dunlin_route_fallbacks_total{reason="overload",route="live",rule="default",target="n:3"} 0
@@ -120,7 +127,8 @@ func TestMetricsPage(t *testing.T) {
 	front.SetRoutes("g", []*dunlinv1.DesiredRoute{{
 		Name: "live", Targets: []*dunlinv1.RouteTarget{{Model: "m", Weight: 1}},
 		Fallback: []*dunlinv1.RouteFallback{{Model: "n"}}, Shadow: &dunlinv1.RouteShadow{Model: "n", Rate: 1},
-		Rules: []*dunlinv1.RouteRule{{Name: "gold", Match: &dunlinv1.RouteMatch{Cel: "true"}, Targets: []*dunlinv1.RouteTarget{{Model: "m", Weight: 1}}}},
+		Cascade: &dunlinv1.RouteCascade{Model: "n", When: "max(output) < 0.5"},
+		Rules:   []*dunlinv1.RouteRule{{Name: "gold", Match: &dunlinv1.RouteMatch{Cel: "true"}, Targets: []*dunlinv1.RouteTarget{{Model: "m", Weight: 1}}}},
 	}}, nil)
 	guard, err := access.New(access.Config{})
 	if err != nil {

@@ -40,11 +40,11 @@ func uses(r *dunlinv1.DesiredRoute) iter.Seq[used] {
 				return
 			}
 		}
-		if r.Shadow != nil && !yield(r.Shadow) {
+		if r.Shadow != nil && !yield(r.Shadow) || r.Cascade != nil && !yield(r.Cascade) {
 			return
 		}
 		for _, rule := range r.Rules {
-			if rule.Shadow != nil && !yield(rule.Shadow) {
+			if rule.Shadow != nil && !yield(rule.Shadow) || rule.Cascade != nil && !yield(rule.Cascade) {
 				return
 			}
 			for _, f := range rule.Fallback {

@@ -24,7 +24,8 @@ type ruleCounts struct {
 	targets   []policy.Target
 	requests  []*atomic.Uint64 // of each target
 	fallbacks []*fallbackCounts
-	shadow    *shadowCounts // nil: there is none
+	shadow    *shadowCounts  // nil: there is none
+	cascade   *cascadeCounts // nil: there is none
 	faults    *atomic.Uint64
 }
 
@@ -57,6 +58,9 @@ func newRoute(r *dunlinv1.DesiredRoute) *route {
 		if shadow := p.Shadow(i); shadow != nil {
 			n.shadow = &shadowCounts{ShadowFigures: ShadowFigures{Target: shadow.Target}}
 		}
+		if p.Cascade(i) != nil {
+			n.cascade = new(cascadeCounts)
+		}
 		c.counts = append(c.counts, n)
 	}
 	return c
@@ -84,6 +88,9 @@ func (r *route) resume(before *route) {
 		if n.shadow != nil && old.shadow != nil && n.shadow.Target == old.shadow.Target {
 			n.shadow = old.shadow
 		}
+		if was, is := before.policy.Cascade(j-1), r.policy.Cascade(i-1); was != nil && is != nil && was.Target == is.Target {
+			n.cascade = old.cascade
+		}
 		had := before.policy.Fallbacks(j - 1)
 		for k, f := range r.policy.Fallbacks(i - 1) {
 			if l := slices.IndexFunc(had, func(o policy.Fallback) bool { return o.Target == f.Target }); l >= 0 {
@@ -99,6 +106,7 @@ type choice struct {
 	decision policy.Decision
 	mirrored *mirrored // nil: no shadow runs it
 	fallback string    // why the target does not answer; "": it is asked
+	cascade  string    // what came of the cascade; "": there was none
 }
 
 // rule names the rule that matched; "" where no route was asked.
@@ -141,8 +149,9 @@ type RuleFigures struct {
 	Route, Rule string // policy.DefaultRule: those that no rule matched
 	Targets     []TargetFigures
 	Fallbacks   []FallbackFigures
-	Shadow      *ShadowFigures // nil: there is none
-	Faults      uint64         // requests for which the match could not be evaluated
+	Shadow      *ShadowFigures  // nil: there is none
+	Cascade     *CascadeFigures // nil: there is none
+	Faults      uint64          // requests for which the match could not be evaluated
 }
 
 // TargetFigures count the requests that were sent to a target, also those that
@@ -172,6 +181,9 @@ func (s *Server) Rules() []RuleFigures {
 			if n.shadow != nil {
 				figures := n.shadow.get()
 				f.Shadow = &figures
+			}
+			if n.cascade != nil {
+				f.Cascade = n.cascade.get(r.policy.Cascade(i - 1))
 			}
 			all = append(all, f)
 		}

@@ -27,6 +27,7 @@ const (
 	HeaderGeneration = "Dunlin-Generation"     // of the routes that it was found by
 	HeaderRule       = "Dunlin-Route-Rule"     // of a route, the rule that matched
 	HeaderFallback   = "Dunlin-Route-Fallback" // where a fallback has answered, why the target did not
+	HeaderCascade    = "Dunlin-Route-Cascade"  // where the route has a cascade, what came of it: "small", "large", "failed", "fault"
 )
 
 // maxResolves bounds how often a request is resolved again because the
@@ -86,6 +87,7 @@ type answered struct {
 	rule string // "": it was not found by a route
 	// fallback is why its target did not answer; "": it did.
 	fallback string
+	cascade  string // what came of the cascade; "": there was none
 }
 
 // header gives the headers of an answer.
@@ -102,6 +104,9 @@ func (t *table) header(a answered) map[string]string {
 	}
 	if a.fallback != "" {
 		h[HeaderFallback] = a.fallback
+	}
+	if a.cascade != "" {
+		h[HeaderCascade] = a.cascade
 	}
 	t.headers.Store(a, h)
 	return h
@@ -144,6 +149,9 @@ func (s *Server) SetRoutes(generation string, routes []*dunlinv1.DesiredRoute, l
 			}
 			if shadow := c.policy.Shadow(i - 1); shadow != nil {
 				models[shadow.Model] = true
+			}
+			if cascade := c.policy.Cascade(i - 1); cascade != nil {
+				models[cascade.Model] = true
 			}
 		}
 		compiled[r.GetName()] = c
@@ -344,7 +352,7 @@ func (s *Server) infer(ctx context.Context, c oip.Call, by *choice) (oip.Answer,
 				by.mirrored = s.mirror.take(by, c, random)
 			}
 			var a oip.Answer
-			if a, err = s.run(ctx, t, c, id, takesCold(by.fallbacks(), 0), by); err == nil {
+			if a, err = s.runTarget(ctx, t, c, id, began, by); err == nil {
 				return a, nil
 			}
 			left := errors.Is(err, engine.ErrDraining) || errors.Is(err, engine.ErrNotLoaded)
@@ -384,7 +392,7 @@ func (s *Server) run(ctx context.Context, t *table, c oip.Call, id engine.Versio
 func (t *table) answer(id engine.VersionID, r engine.Result, by *choice) oip.Answer {
 	return oip.Answer{
 		Model: id.Model, Version: id.Version, Outputs: r.Outputs, Labels: r.Labels,
-		Header:  t.header(answered{id, by.rule(), by.fallback}),
+		Header:  t.header(answered{id, by.rule(), by.fallback, by.cascade}),
 		Times:   oip.Times{Queue: r.Queue, Input: r.Input, Infer: r.Infer, Output: r.Output},
 		Release: r.Release,
 	}

@@ -1,6 +1,6 @@
 // Command route measures what it costs a device to decide where a request
 // goes: by 20 rules with expressions, by 20 rules of equality and membership,
-// by weights alone, and by a sticky key. In each policy the last rule matches,
+// by weights alone, and by a sticky key; and what a cascade on the digits gives. In each policy the last rule matches,
 // so that all are looked at; the request has the headers of a usual client.
 //
 // Decisions are timed one by one where they take microseconds, and in runs of
@@ -8,6 +8,7 @@
 package main
 
 import (
+	"context"
 	"flag"
 	"fmt"
 	"iter"
@@ -18,6 +19,7 @@ import (
 	"slices"
 	"time"
 
+	"github.com/dunlin/dunlin/agent/worker"
 	"github.com/dunlin/dunlin/internal/policy"
 	"github.com/dunlin/dunlin/models/tensor"
 	dunlinv1 "github.com/dunlin/dunlin/proto/dunlin/v1"
@@ -33,6 +35,9 @@ const (
 const rules = 20
 
 func main() {
+	if len(os.Args) > 1 && os.Args[1] == "worker" {
+		os.Exit(worker.Child())
+	}
 	n := flag.Int("n", 20000, "`number` of measurements of each policy")
 	flag.Parse()
 	if *n < 1 {
@@ -105,7 +110,11 @@ func run(n int) error {
 	if ns["cel"] > goalCEL || ns["native"] > goalNative || ns["weights"] > goalWeights {
 		fmt.Printf("the goals are %d ns for cel, %d for native and %d for weights\n", goalCEL, goalNative, goalWeights)
 	}
-	fmt.Printf("route: cel_ns=%.0f native_ns=%.0f native_allocs=%.2f\n", ns["cel"], ns["native"], allocs["native"])
+	share, ratio, err := cascade(context.Background())
+	if err != nil {
+		return err
+	}
+	fmt.Printf("route: cel_ns=%.0f native_ns=%.0f native_allocs=%.2f cascade_share=%.3f cascade_acc_ratio=%.4f\n", ns["cel"], ns["native"], allocs["native"], share, ratio)
 	return nil
 }
 

@@ -277,7 +277,7 @@ func listRoutes(ctx context.Context, ctl *client, q query) (view, error) {
 }
 
 func routesTable(now time.Time, routes []*dunlinv1.Route) *table {
-	t := &table{header: []string{"NAME", "TARGETS", "UPDATED"}}
+	t := &table{header: []string{"NAME", "TARGETS", "UPDATED"}, wide: []string{"FALLBACK", "SHADOW", "CASCADE"}}
 	for _, r := range routes {
 		var targets []string
 		for _, target := range r.GetTargets() {
@@ -295,9 +295,47 @@ func routesTable(now time.Time, routes []*dunlinv1.Route) *table {
 		default:
 			text += fmt.Sprintf(" after %d rules", n)
 		}
-		t.add(r.GetName(), text, ago(now, r.GetUpdatedAt()))
+		fallback, shadow, cascade := companions(r)
+		for _, rule := range r.GetRules() {
+			f, s, c := companions(rule)
+			for _, more := range []struct{ to, of *string }{{&fallback, &f}, {&shadow, &s}, {&cascade, &c}} {
+				if *more.of != "" {
+					*more.to = strings.TrimPrefix(*more.to+"; "+rule.GetName()+" "+*more.of, "; ")
+				}
+			}
+		}
+		t.add(r.GetName(), text, ago(now, r.GetUpdatedAt()), fallback, shadow, cascade)
 	}
 	return t
+}
+
+// companions says what a route, or a rule, has beside its targets: its fallbacks in
+// their order, its shadow with the share, its cascade with the expression.
+func companions(r interface {
+	GetFallback() []*dunlinv1.RouteFallback
+	GetShadow() *dunlinv1.RouteShadow
+	GetCascade() *dunlinv1.RouteCascade
+}) (fallback, shadow, cascade string) {
+	name := func(t interface {
+		GetModel() string
+		GetVersion() int64
+	}) string {
+		if t.GetVersion() == 0 {
+			return t.GetModel()
+		}
+		return fmt.Sprintf("%s:%d", t.GetModel(), t.GetVersion())
+	}
+	var names []string
+	for _, f := range r.GetFallback() {
+		names = append(names, name(f))
+	}
+	if s := r.GetShadow(); s != nil {
+		shadow = fmt.Sprintf("%s at %.4g", name(s), s.GetRate())
+	}
+	if c := r.GetCascade(); c != nil {
+		cascade = fmt.Sprintf("%s when %s", name(c), c.GetWhen())
+	}
+	return strings.Join(names, ","), shadow, cascade
 }
 
 // objectsLister lists the objects of a kind.

@@ -100,6 +100,15 @@ func TestTables(t *testing.T) {
 			{Name: "faces", Targets: []*dunlinv1.RouteTarget{{Model: "faces", Weight: 1}}, Rules: make([]*dunlinv1.RouteRule, 1)},
 			{Name: "words", Targets: []*dunlinv1.RouteTarget{{Model: "words", Weight: 1}}, Rules: make([]*dunlinv1.RouteRule, 3)},
 		}),
+		"routes-wide": routesTable(now, []*dunlinv1.Route{
+			{Name: "digits", Targets: []*dunlinv1.RouteTarget{{Model: "digits", Weight: 1}},
+				Fallback: []*dunlinv1.RouteFallback{{Model: "digits", Version: 2}, {Model: "small"}}, Shadow: &dunlinv1.RouteShadow{Model: "digits", Version: 3, Rate: 0.05},
+				Rules: []*dunlinv1.RouteRule{
+					{Name: "gold", Fallback: []*dunlinv1.RouteFallback{{Model: "small"}}, Cascade: &dunlinv1.RouteCascade{Model: "large", When: "max(output) < 0.95"}},
+					{Name: "tin"},
+				}},
+			{Name: "faces", Targets: []*dunlinv1.RouteTarget{{Model: "faces", Weight: 1}}},
+		}).widened(),
 		"freezes": freezesTable(now, []*dunlinv1.Object{
 			{Name: "fleet", Reason: "end of the year", Until: before(-36 * time.Hour), UpdatedAt: before(time.Hour)},
 			{Name: "site-demo", Selector: map[string]string{"site": "demo"}, Reason: "stock\ntaking", Until: before(time.Hour)},

@@ -58,7 +58,7 @@ func deployment(o store.StoredObject) *v1.Deployment {
 
 func route(o store.StoredObject) *v1.Route {
 	r := o.Route.Desired()
-	return &v1.Route{Name: r.Name, Targets: r.Targets, UpdatedAt: timestamp(o.UpdatedAt), Yaml: o.YAML(), Rules: r.Rules, Sticky: r.Sticky, Fallback: r.Fallback, Shadow: r.Shadow}
+	return &v1.Route{Name: r.Name, Targets: r.Targets, UpdatedAt: timestamp(o.UpdatedAt), Yaml: o.YAML(), Rules: r.Rules, Sticky: r.Sticky, Fallback: r.Fallback, Shadow: r.Shadow, Cascade: r.Cascade}
 }
 
 var rolloutStates = map[fleet.State]v1.RolloutState{

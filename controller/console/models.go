@@ -93,7 +93,7 @@ func usesOf(devices []*v1.Device, deployments []*v1.Deployment, routes []*v1.Rou
 func namedBy(r *v1.Route) map[string][]int64 {
 	named := map[string][]int64{}
 	add := func(model string, version int64) { named[model] = append(named[model], version) }
-	part := func(targets []*v1.RouteTarget, fallback []*v1.RouteFallback, shadow *v1.RouteShadow) {
+	part := func(targets []*v1.RouteTarget, fallback []*v1.RouteFallback, shadow *v1.RouteShadow, cascade *v1.RouteCascade) {
 		for _, t := range targets {
 			add(t.GetModel(), t.GetVersion())
 		}
@@ -103,10 +103,13 @@ func namedBy(r *v1.Route) map[string][]int64 {
 		if shadow != nil {
 			add(shadow.GetModel(), shadow.GetVersion())
 		}
+		if cascade != nil {
+			add(cascade.GetModel(), cascade.GetVersion())
+		}
 	}
-	part(r.GetTargets(), r.GetFallback(), r.GetShadow())
+	part(r.GetTargets(), r.GetFallback(), r.GetShadow(), r.GetCascade())
 	for _, rule := range r.GetRules() {
-		part(rule.GetTargets(), rule.GetFallback(), rule.GetShadow())
+		part(rule.GetTargets(), rule.GetFallback(), rule.GetShadow(), rule.GetCascade())
 	}
 	return named
 }

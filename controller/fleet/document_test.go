@@ -82,8 +82,10 @@ const wholeRoute = `  sticky: {parameter: session}
       sticky: {header: x-user}
       fallback: [{model: m, on: [not-resident, overload]}, {model: large, version: 1}]
       shadow: {model: next, rate: 1}
+      cascade: {model: huge, when: max(output) < 0.9}
   fallback: [{model: small}]
   shadow: {model: m, version: 9, rate: 0.05}
+  cascade: {model: huge, version: 3, when: max(output) < 0.8}
 `
 
 func TestParseRules(t *testing.T) {
@@ -93,7 +95,7 @@ func TestParseRules(t *testing.T) {
 	}
 	want := &Route{
 		Name: "r", Targets: []Target{{"m", 0, 1}}, Sticky: &dunlinv1.RouteSticky{Parameter: "session"}, Fallback: []Fallback{{Model: "small"}},
-		Shadow: &dunlinv1.RouteShadow{Model: "m", Version: 9, Rate: 0.05},
+		Shadow: &dunlinv1.RouteShadow{Model: "m", Version: 9, Rate: 0.05}, Cascade: &dunlinv1.RouteCascade{Model: "huge", Version: 3, When: "max(output) < 0.8"},
 		Rules: []Rule{{
 			Name: "large", Targets: []Target{{"large", 2, 1}}, Sticky: &dunlinv1.RouteSticky{Header: "x-user"},
 			Match: &dunlinv1.RouteMatch{
@@ -105,6 +107,7 @@ func TestParseRules(t *testing.T) {
 			},
 			Fallback: []Fallback{{Model: "m", On: []string{"not-resident", "overload"}}, {Model: "large", Version: 1}},
 			Shadow:   &dunlinv1.RouteShadow{Model: "next", Rate: 1},
+			Cascade:  &dunlinv1.RouteCascade{Model: "huge", When: "max(output) < 0.9"},
 		}},
 	}
 	if diff := cmp.Diff(want, got[0].Route, protocmp.Transform()); diff != "" {
@@ -117,7 +120,7 @@ func TestParseRules(t *testing.T) {
 	for field, target := range got[0].Route.All() {
 		fields = append(fields, field+" "+target.Model)
 	}
-	if all := strings.Join(fields, ", "); all != "spec.targets[0] m, spec.fallback[0] small, spec.shadow m, spec.rules[0].targets[0] large, spec.rules[0].fallback[0] m, spec.rules[0].fallback[1] large, spec.rules[0].shadow next" {
+	if all := strings.Join(fields, ", "); all != "spec.targets[0] m, spec.fallback[0] small, spec.shadow m, spec.cascade huge, spec.rules[0].targets[0] large, spec.rules[0].fallback[0] m, spec.rules[0].fallback[1] large, spec.rules[0].shadow next, spec.rules[0].cascade huge" {
 		t.Error(all)
 	}
 	const canonical = `apiVersion: dunlin/v1
@@ -136,6 +139,10 @@ spec:
     model: m
     version: 9
     rate: 0.05
+  cascade:
+    model: huge
+    version: 3
+    when: max(output) < 0.8
   rules:
     - name: large
       match:
@@ -169,6 +176,9 @@ spec:
       shadow:
         model: next
         rate: 1.0
+      cascade:
+        model: huge
+        when: max(output) < 0.9
 `
 	if diff := cmp.Diff(canonical, got[0].YAML()); diff != "" {
 		t.Error(diff)
@@ -481,6 +491,28 @@ func TestParseFaults(t *testing.T) {
 			`document 1, line 11:49: spec.rules[0].shadow.rate: is 1.5, allowed are 0.0001 to 1`,
 			`document 1, line 15:16: spec.rules[1].shadow.model: is missing`,
 			`document 1, line 15:16: spec.rules[1].shadow.rate: is 0, allowed are 0.0001 to 1`,
+		}},
+		{"cascades", rulesDoc(`  cascade: {model: m, when: max(output) < 0.5}
+  rules:
+    - name: a
+      match: {cel: 'true'}
+      targets: [{model: m, weight: 1}]
+      cascade: {model: dunlin-agent, version: 0, when: max(output) < 0.5}
+    - name: b
+      match: {cel: 'true'}
+      targets: [{model: m, weight: 1}]
+      cascade: {model: n, when: max(output)}
+    - name: c
+      match: {cel: 'true'}
+      targets: [{model: m, weight: 1}]
+      cascade: {version: 1}
+`), []string{
+			`document 1, line 6:3: spec.cascade: is circular: it is the only target that gets requests`,
+			`document 1, line 11:17: spec.rules[0].cascade.model: dunlin-agent is the agent program`,
+			`document 1, line 11:38: spec.rules[0].cascade.version: is 0, allowed are 1 to`,
+			`document 1, line 15:27: spec.rules[1].cascade.when: the expression is of type double, it must be a bool`,
+			`document 1, line 19:17: spec.rules[2].cascade.model: is missing`,
+			`document 1, line 19:17: spec.rules[2].cascade.when: is missing`,
 		}},
 		{"too many rules", "apiVersion: dunlin/v1\nkind: Route\nmetadata: {name: r}\nspec:\n  targets: []\n  sticky: {}\n  rules: [" + many(65, "{name: r%d}") + "]\n", []string{
 			"document 1, line 5:3: spec.targets: has 0 entries", "document 1, line 6:3: spec.sticky: must have one of header and parameter", "document 1, line 7:3: spec.rules: has 65 entries, allowed are 0 to 64"}},

@@ -24,7 +24,8 @@ type Route struct {
 	Sticky   *dunlinv1.RouteSticky // nil: by chance
 	Rules    []Rule
 	Fallback []Fallback
-	Shadow   *dunlinv1.RouteShadow // nil: none
+	Shadow   *dunlinv1.RouteShadow  // nil: none
+	Cascade  *dunlinv1.RouteCascade // nil: none
 }
 
 // Rule says where the requests go that it matches.
@@ -34,7 +35,8 @@ type Rule struct {
 	Targets  []Target
 	Sticky   *dunlinv1.RouteSticky
 	Fallback []Fallback
-	Shadow   *dunlinv1.RouteShadow // nil: none
+	Shadow   *dunlinv1.RouteShadow  // nil: none
+	Cascade  *dunlinv1.RouteCascade // nil: none
 }
 
 // Fallback answers instead of a target that does not, for the reasons that it
@@ -57,18 +59,18 @@ type Target struct {
 // document; what is not a target has no weight.
 func (r *Route) All() iter.Seq2[string, Target] {
 	return func(yield func(string, Target) bool) {
-		if !yieldAll(yield, "spec", r.Targets, r.Fallback, r.Shadow) {
+		if !yieldAll(yield, "spec", r.Targets, r.Fallback, r.Shadow, r.Cascade) {
 			return
 		}
 		for j := range r.Rules {
-			if !yieldAll(yield, fmt.Sprintf("spec.rules[%d]", j), r.Rules[j].Targets, r.Rules[j].Fallback, r.Rules[j].Shadow) {
+			if rule := &r.Rules[j]; !yieldAll(yield, fmt.Sprintf("spec.rules[%d]", j), rule.Targets, rule.Fallback, rule.Shadow, rule.Cascade) {
 				return
 			}
 		}
 	}
 }
 
-func yieldAll(yield func(string, Target) bool, at string, targets []Target, fallback []Fallback, shadow *dunlinv1.RouteShadow) bool {
+func yieldAll(yield func(string, Target) bool, at string, targets []Target, fallback []Fallback, shadow *dunlinv1.RouteShadow, cascade *dunlinv1.RouteCascade) bool {
 	for i, t := range targets {
 		if !yield(fmt.Sprintf("%s.targets[%d]", at, i), t) {
 			return false
@@ -79,7 +81,10 @@ func yieldAll(yield func(string, Target) bool, at string, targets []Target, fall
 			return false
 		}
 	}
-	return shadow == nil || yield(at+".shadow", Target{shadow.GetModel(), shadow.GetVersion(), 0})
+	if shadow != nil && !yield(at+".shadow", Target{shadow.GetModel(), shadow.GetVersion(), 0}) {
+		return false
+	}
+	return cascade == nil || yield(at+".cascade", Target{cascade.GetModel(), cascade.GetVersion(), 0})
 }
 
 // chooses says whether a target is of one of the models.
@@ -92,7 +97,7 @@ func (r *Route) chooses(models map[string]bool) bool {
 
 // Desired gives the route as devices get it, with all of its rules.
 func (r *Route) Desired() *dunlinv1.DesiredRoute {
-	d := &dunlinv1.DesiredRoute{Name: r.Name, Targets: desiredTargets(r.Targets), Sticky: r.Sticky, Fallback: desiredFallback(r.Fallback), Shadow: r.Shadow}
+	d := &dunlinv1.DesiredRoute{Name: r.Name, Targets: desiredTargets(r.Targets), Sticky: r.Sticky, Fallback: desiredFallback(r.Fallback), Shadow: r.Shadow, Cascade: r.Cascade}
 	for i := range r.Rules {
 		d.Rules = append(d.Rules, r.Rules[i].desired())
 	}
@@ -100,7 +105,7 @@ func (r *Route) Desired() *dunlinv1.DesiredRoute {
 }
 
 func (r *Rule) desired() *dunlinv1.RouteRule {
-	return &dunlinv1.RouteRule{Name: r.Name, Match: r.Match, Targets: desiredTargets(r.Targets), Sticky: r.Sticky, Fallback: desiredFallback(r.Fallback), Shadow: r.Shadow}
+	return &dunlinv1.RouteRule{Name: r.Name, Match: r.Match, Targets: desiredTargets(r.Targets), Sticky: r.Sticky, Fallback: desiredFallback(r.Fallback), Shadow: r.Shadow, Cascade: r.Cascade}
 }
 
 func desiredTargets(targets []Target) []*dunlinv1.RouteTarget {
@@ -163,6 +168,7 @@ type yamlRoute struct {
 	Sticky   yaml.MapSlice  `yaml:"sticky,omitempty"`
 	Fallback []yamlFallback `yaml:"fallback,omitempty"`
 	Shadow   *yamlShadow    `yaml:"shadow,omitempty"`
+	Cascade  *yamlCascade   `yaml:"cascade,omitempty"`
 	Rules    []yamlRule     `yaml:"rules,omitempty"`
 }
 
@@ -170,6 +176,12 @@ type yamlShadow struct {
 	Model   string  `yaml:"model"`
 	Version int64   `yaml:"version,omitempty"`
 	Rate    float64 `yaml:"rate"`
+}
+
+type yamlCascade struct {
+	Model   string `yaml:"model"`
+	Version int64  `yaml:"version,omitempty"`
+	When    string `yaml:"when"`
 }
 
 type yamlFallback struct {
@@ -191,6 +203,7 @@ type yamlRule struct {
 	Sticky   yaml.MapSlice  `yaml:"sticky,omitempty"`
 	Fallback []yamlFallback `yaml:"fallback,omitempty"`
 	Shadow   *yamlShadow    `yaml:"shadow,omitempty"`
+	Cascade  *yamlCascade   `yaml:"cascade,omitempty"`
 }
 
 type yamlMatch struct {
@@ -207,14 +220,14 @@ type yamlInput struct {
 }
 
 func routeYAML(r *Route) yamlRoute {
-	y := yamlRoute{Targets: targetsYAML(r.Targets), Sticky: stickyYAML(r.Sticky), Fallback: fallbackYAML(r.Fallback), Shadow: shadowYAML(r.Shadow)}
+	y := yamlRoute{Targets: targetsYAML(r.Targets), Sticky: stickyYAML(r.Sticky), Fallback: fallbackYAML(r.Fallback), Shadow: shadowYAML(r.Shadow), Cascade: cascadeYAML(r.Cascade)}
 	for _, rule := range r.Rules {
 		m := rule.Match
 		match := yamlMatch{conditionsYAML(m.GetParameters()), conditionsYAML(m.GetHeaders()), conditionsYAML(m.GetLabels()), nil, m.GetCel()}
 		for _, in := range m.GetInputs() {
 			match.Inputs = append(match.Inputs, yaml.MapItem{Key: in.GetName(), Value: yamlInput{in.GetMinRows(), in.GetMaxRows()}})
 		}
-		y.Rules = append(y.Rules, yamlRule{rule.Name, match, targetsYAML(rule.Targets), stickyYAML(rule.Sticky), fallbackYAML(rule.Fallback), shadowYAML(rule.Shadow)})
+		y.Rules = append(y.Rules, yamlRule{rule.Name, match, targetsYAML(rule.Targets), stickyYAML(rule.Sticky), fallbackYAML(rule.Fallback), shadowYAML(rule.Shadow), cascadeYAML(rule.Cascade)})
 	}
 	return y
 }
@@ -242,6 +255,13 @@ func shadowYAML(s *dunlinv1.RouteShadow) *yamlShadow {
 	return &yamlShadow{s.GetModel(), s.GetVersion(), s.GetRate()}
 }
 
+func cascadeYAML(c *dunlinv1.RouteCascade) *yamlCascade {
+	if c == nil {
+		return nil
+	}
+	return &yamlCascade{c.GetModel(), c.GetVersion(), c.GetWhen()}
+}
+
 func stickyYAML(s *dunlinv1.RouteSticky) yaml.MapSlice {
 	switch {
 	case s == nil:
@@ -266,11 +286,12 @@ func conditionsYAML(conditions []*dunlinv1.RouteCondition) yaml.MapSlice {
 
 func (r *reader) route(spec node) *Route {
 	route := &Route{}
-	fields := r.mapping(spec, "spec", "targets", "sticky", "fallback", "shadow", "rules")
+	fields := r.mapping(spec, "spec", "targets", "sticky", "fallback", "shadow", "cascade", "rules")
 	route.Targets = r.targets(fields, "spec.targets")
 	route.Sticky = r.sticky(fields, "spec.sticky")
 	route.Fallback = r.fallback(fields, "spec.fallback")
 	route.Shadow = r.shadow(fields, "spec.shadow")
+	route.Cascade = r.cascade(fields, "spec.cascade")
 	if n, ok := fields["spec.rules"]; ok {
 		items, _ := r.sequence(n, "spec.rules")
 		if len(items) > policy.MaxRules {
@@ -450,8 +471,27 @@ func (r *reader) shadow(fields map[string]node, at string) *dunlinv1.RouteShadow
 	return s
 }
 
+// cascade reads where requests go on to.
+func (r *reader) cascade(fields map[string]node, at string) *dunlinv1.RouteCascade {
+	n, ok := fields[at]
+	if !ok {
+		return nil
+	}
+	c := &dunlinv1.RouteCascade{}
+	inner := r.mapping(n, at, "model", "version", "when")
+	c.Model, _ = r.name(inner, at+".model")
+	if c.Model == AgentModel {
+		r.fault(at+".model", "%s is the agent program, which answers no requests", AgentModel)
+	}
+	if n, ok := inner[at+".version"]; ok {
+		c.Version = r.integer(n, at+".version", 1, models.MaxVersion)
+	}
+	c.When, _ = r.text(inner, at+".when")
+	return c
+}
+
 func (r *reader) rule(n node, at string) Rule {
-	fields := r.mapping(n, at, "name", "match", "targets", "sticky", "fallback", "shadow")
+	fields := r.mapping(n, at, "name", "match", "targets", "sticky", "fallback", "shadow", "cascade")
 	rule := Rule{Match: &dunlinv1.RouteMatch{}}
 	rule.Name, _ = r.name(fields, at+".name")
 	if n, ok := r.required(fields, at+".match"); ok {
@@ -461,6 +501,7 @@ func (r *reader) rule(n node, at string) Rule {
 	rule.Sticky = r.sticky(fields, at+".sticky")
 	rule.Fallback = r.fallback(fields, at+".fallback")
 	rule.Shadow = r.shadow(fields, at+".shadow")
+	rule.Cascade = r.cascade(fields, at+".cascade")
 	return rule
 }
 

@@ -54,6 +54,7 @@ spec:
   sticky: {header: x-session}
   fallback: [{model: detector, version: 7, on: [overload, not-resident]}]
   shadow: {model: detector, version: 9, rate: 0.05}
+  cascade: {model: detector-huge, version: 3, when: softmax_max(output) < 0.8}
   rules:
     - name: gold
       match:
@@ -66,6 +67,7 @@ spec:
       sticky: {parameter: user}
       fallback: [{model: detector-small}]
       shadow: {model: detector, rate: 1}
+      cascade: {model: detector-huge, when: 'max(outputs["p"]) < 0.8'}
 `
 
 func TestRouteSchemaHasTheFieldsOfTheDocument(t *testing.T) {
@@ -211,6 +213,8 @@ func TestRouteSchemaRefusesWhatTheReaderDoes(t *testing.T) {
 		{small, "[{model: m, on: [error, deadline]}]", false}, {small, "[{model: m, on: []}]", true}, {small, "[{model: m, on: [error, error]}]", true}, {small, "[{model: m, on: [luck]}]", true}, {small, "[{model: m, on: error}]", true},
 		{small, "[{model: dunlin-agent}]", true}, {small, "[{model: m, weight: 1}]", true}, {small, "[{on: [error]}]", true},
 		{"rate: 0.05", "rate: 0.0001", false}, {"rate: 0.05", "rate: 0.00009", true}, {"rate: 0.05", "rate: 1", false}, {"rate: 0.05", "rate: 1.01", true}, {"rate: 0.05", `rate: "1"`, true}, {", rate: 0.05", "", true}, {"version: 9, ", "version: 0, ", true},
+		{"when: softmax_max(output) < 0.8", "when: ''", true}, {"when: softmax_max(output) < 0.8", "when: 1", true}, {", when: softmax_max(output) < 0.8", "", true}, {"version: 3", "version: 0", true},
+		{"{model: detector-huge, version: 3", "{model: dunlin-agent", true}, {"{model: detector-huge, version: 3", "{version: 3", true}, {"{model: detector-huge, version: 3", "{weight: 1, model: m", true},
 
 		{"    - name: gold", rules(policy.MaxRules - 1), false}, {"    - name: gold", rules(policy.MaxRules), true},
 		{"- name: gold", "- name: default", true}, {"- name: gold", "- name: Gold", true}, {"- name: gold", "- nam: gold", true},
@@ -267,7 +271,7 @@ func disagree(s *jsonschema.Schema, text string) string {
 func TestRouteSchemaIsNotStricter(t *testing.T) {
 	s := compileRouteSchema(t)
 	for _, tt := range [][2]string{
-		{"maxRows: 8", "maxRows: 1"}, {"device.live.queue_depth > 50", "nobody"}, {"device.live.queue_depth > 50", "1 + 1"},
+		{"maxRows: 8", "maxRows: 1"}, {"device.live.queue_depth > 50", "nobody"}, {"device.live.queue_depth > 50", "1 + 1"}, {"softmax_max(output) < 0.8", "softmax_max(output)"},
 		{"{model: detector, version: 8, weight: 10}", "{model: detector, weight: 10}"},
 	} {
 		text := strings.Replace(everyField, tt[0], tt[1], 1)

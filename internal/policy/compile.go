@@ -30,6 +30,7 @@ func (c *compiler) route(route *dunlinv1.DesiredRoute) {
 	c.choice(&p.unmatched, "", route.GetTargets(), route.GetSticky())
 	c.fallbacks(&p.unmatched, "fallback", route.GetFallback())
 	c.shadow(&p.unmatched, "shadow", route.GetShadow())
+	c.cascade(&p.unmatched, "cascade", route.GetCascade())
 	rules := route.GetRules()
 	if len(rules) > MaxRules {
 		c.fault("rules", "has %d entries, allowed are 0 to %d", len(rules), MaxRules)
@@ -57,6 +58,7 @@ func (c *compiler) route(route *dunlinv1.DesiredRoute) {
 		c.choice(&p.rules[i].choice, at, r.GetTargets(), r.GetSticky())
 		c.fallbacks(&p.rules[i].choice, at+"fallback", r.GetFallback())
 		c.shadow(&p.rules[i].choice, at+"shadow", r.GetShadow())
+		c.cascade(&p.rules[i].choice, at+"cascade", r.GetCascade())
 	}
 	for _, slot := range c.pending {
 		*slot += len(p.parameters)

@@ -15,6 +15,8 @@ import (
 	"cel.dev/cel-go/common/types"
 	"cel.dev/cel-go/common/types/ref"
 	"cel.dev/cel-go/interpreter"
+
+	"github.com/dunlin/dunlin/models/tensor"
 )
 
 // secretHeaders are not shown to rules, so that no credential gets into a
@@ -128,8 +130,8 @@ var environment = sync.OnceValues(func() (*cel.Env, error) {
 // its cost.
 type sizes struct{}
 
-func (sizes) EstimateCallCost(string, string, *cost.AstNode, []cost.AstNode) *cost.CallEstimate {
-	return nil
+func (sizes) EstimateCallCost(function, _ string, _ *cost.AstNode, _ []cost.AstNode) *cost.CallEstimate {
+	return lookCost(function)
 }
 
 func (sizes) EstimateSize(n cost.AstNode) *cost.SizeEstimate {
@@ -152,12 +154,16 @@ const untracked = MaxCost / 10
 
 // compileExpression gives an expression that is a bool and costs little.
 func compileExpression(text string) (*expression, error) {
-	if len(text) > MaxExpression {
-		return nil, fmt.Errorf("has %d bytes, the limit is %d", len(text), MaxExpression)
-	}
 	env, err := environment()
 	if err != nil {
 		return nil, err
+	}
+	return compileIn(env, text)
+}
+
+func compileIn(env *cel.Env, text string) (*expression, error) {
+	if len(text) > MaxExpression {
+		return nil, fmt.Errorf("has %d bytes, the limit is %d", len(text), MaxExpression)
 	}
 	checked, issues := env.Compile(text)
 	if issues.Err() != nil {
@@ -236,6 +242,7 @@ type activation struct {
 	request                             Request
 	parameters, headers, inputs, labels ref.Val
 	live                                *Figures
+	outputs                             []tensor.Tensor // of an answer, for a cascade
 }
 
 var _ interpreter.Activation = (*activation)(nil)
@@ -276,6 +283,10 @@ func (a *activation) ResolveName(name string) (any, bool) {
 			}
 		}
 		return a.live, true
+	case outputName:
+		return a.output(), true
+	case outputsName:
+		return a.allOutputs(), true
 	}
 	return nil, false
 }

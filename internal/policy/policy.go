@@ -102,7 +102,8 @@ type choice struct {
 	weights   []float64 // of each target
 	key       int       // slot of what is sticky; -1: nothing is
 	fallbacks []Fallback
-	shadow    *Shadow // nil: none
+	shadow    *Shadow  // nil: none
+	cascade   *Cascade // nil: none
 }
 
 // Decision is what a policy says of a request.

@@ -12,6 +12,10 @@ import (
 //go:embed v1.onnx v2.onnx v3-bad.onnx
 var Models embed.FS
 
+// CascadeBound is how sure v1 must be, by the largest of its probabilities, to
+// answer instead of v2. train.py chooses it on the training images.
+const CascadeBound = 0.95
+
 var (
 	//go:embed heldout-images.npy
 	heldOutImages []byte

@@ -3842,6 +3842,7 @@ type Route struct {
 	Sticky        *RouteSticky           `protobuf:"bytes,6,opt,name=sticky,proto3" json:"sticky,omitempty"`
 	Fallback      []*RouteFallback       `protobuf:"bytes,7,rep,name=fallback,proto3" json:"fallback,omitempty"`
 	Shadow        *RouteShadow           `protobuf:"bytes,8,opt,name=shadow,proto3" json:"shadow,omitempty"`
+	Cascade       *RouteCascade          `protobuf:"bytes,9,opt,name=cascade,proto3" json:"cascade,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -3928,6 +3929,13 @@ func (x *Route) GetFallback() []*RouteFallback {
 func (x *Route) GetShadow() *RouteShadow {
 	if x != nil {
 		return x.Shadow
+	}
+	return nil
+}
+
+func (x *Route) GetCascade() *RouteCascade {
+	if x != nil {
+		return x.Cascade
 	}
 	return nil
 }
@@ -6687,7 +6695,7 @@ const file_dunlin_v1_api_proto_rawDesc = "" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\x13\n" +
 	"\x11ListRoutesRequest\">\n" +
 	"\x12ListRoutesResponse\x12(\n" +
-	"\x06routes\x18\x01 \x03(\v2\x10.dunlin.v1.RouteR\x06routes\"\xde\x02\n" +
+	"\x06routes\x18\x01 \x03(\v2\x10.dunlin.v1.RouteR\x06routes\"\x91\x03\n" +
 	"\x05Route\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x120\n" +
 	"\atargets\x18\x02 \x03(\v2\x16.dunlin.v1.RouteTargetR\atargets\x129\n" +
@@ -6697,7 +6705,8 @@ const file_dunlin_v1_api_proto_rawDesc = "" +
 	"\x05rules\x18\x05 \x03(\v2\x14.dunlin.v1.RouteRuleR\x05rules\x12.\n" +
 	"\x06sticky\x18\x06 \x01(\v2\x16.dunlin.v1.RouteStickyR\x06sticky\x124\n" +
 	"\bfallback\x18\a \x03(\v2\x18.dunlin.v1.RouteFallbackR\bfallback\x12.\n" +
-	"\x06shadow\x18\b \x01(\v2\x16.dunlin.v1.RouteShadowR\x06shadow\"\x88\x01\n" +
+	"\x06shadow\x18\b \x01(\v2\x16.dunlin.v1.RouteShadowR\x06shadow\x121\n" +
+	"\acascade\x18\t \x01(\v2\x17.dunlin.v1.RouteCascadeR\acascade\"\x88\x01\n" +
 	"\x13ListProfilesRequest\x12\x14\n" +
 	"\x05model\x18\x01 \x01(\tR\x05model\x12\x18\n" +
 	"\aversion\x18\x02 \x01(\x03R\aversion\x12\x16\n" +
@@ -7166,20 +7175,21 @@ var file_dunlin_v1_api_proto_goTypes = []any{
 	(*RouteSticky)(nil),               // 127: dunlin.v1.RouteSticky
 	(*RouteFallback)(nil),             // 128: dunlin.v1.RouteFallback
 	(*RouteShadow)(nil),               // 129: dunlin.v1.RouteShadow
-	(*ModelProfile)(nil),              // 130: dunlin.v1.ModelProfile
-	(*Drift)(nil),                     // 131: dunlin.v1.Drift
-	(*Telemetry)(nil),                 // 132: dunlin.v1.Telemetry
-	(*DeviceInfo)(nil),                // 133: dunlin.v1.DeviceInfo
-	(*Generation)(nil),                // 134: dunlin.v1.Generation
-	(*Reported)(nil),                  // 135: dunlin.v1.Reported
-	(*DesiredDocument)(nil),           // 136: dunlin.v1.DesiredDocument
-	(*Event)(nil),                     // 137: dunlin.v1.Event
-	(*JoinRequest)(nil),               // 138: dunlin.v1.JoinRequest
-	(*RenewRequest)(nil),              // 139: dunlin.v1.RenewRequest
-	(*GetTimeRequest)(nil),            // 140: dunlin.v1.GetTimeRequest
-	(*JoinResponse)(nil),              // 141: dunlin.v1.JoinResponse
-	(*RenewResponse)(nil),             // 142: dunlin.v1.RenewResponse
-	(*GetTimeResponse)(nil),           // 143: dunlin.v1.GetTimeResponse
+	(*RouteCascade)(nil),              // 130: dunlin.v1.RouteCascade
+	(*ModelProfile)(nil),              // 131: dunlin.v1.ModelProfile
+	(*Drift)(nil),                     // 132: dunlin.v1.Drift
+	(*Telemetry)(nil),                 // 133: dunlin.v1.Telemetry
+	(*DeviceInfo)(nil),                // 134: dunlin.v1.DeviceInfo
+	(*Generation)(nil),                // 135: dunlin.v1.Generation
+	(*Reported)(nil),                  // 136: dunlin.v1.Reported
+	(*DesiredDocument)(nil),           // 137: dunlin.v1.DesiredDocument
+	(*Event)(nil),                     // 138: dunlin.v1.Event
+	(*JoinRequest)(nil),               // 139: dunlin.v1.JoinRequest
+	(*RenewRequest)(nil),              // 140: dunlin.v1.RenewRequest
+	(*GetTimeRequest)(nil),            // 141: dunlin.v1.GetTimeRequest
+	(*JoinResponse)(nil),              // 142: dunlin.v1.JoinResponse
+	(*RenewResponse)(nil),             // 143: dunlin.v1.RenewResponse
+	(*GetTimeResponse)(nil),           // 144: dunlin.v1.GetTimeResponse
 }
 var file_dunlin_v1_api_proto_depIdxs = []int32{
 	121, // 0: dunlin.v1.LoginResponse.expires_at:type_name -> google.protobuf.Timestamp
@@ -7232,147 +7242,148 @@ var file_dunlin_v1_api_proto_depIdxs = []int32{
 	127, // 47: dunlin.v1.Route.sticky:type_name -> dunlin.v1.RouteSticky
 	128, // 48: dunlin.v1.Route.fallback:type_name -> dunlin.v1.RouteFallback
 	129, // 49: dunlin.v1.Route.shadow:type_name -> dunlin.v1.RouteShadow
-	72,  // 50: dunlin.v1.ListProfilesResponse.profiles:type_name -> dunlin.v1.DeviceProfile
-	130, // 51: dunlin.v1.DeviceProfile.profile:type_name -> dunlin.v1.ModelProfile
-	75,  // 52: dunlin.v1.PlanResponse.devices:type_name -> dunlin.v1.DevicePlan
-	2,   // 53: dunlin.v1.DevicePlan.verdict:type_name -> dunlin.v1.DevicePlan.Verdict
-	3,   // 54: dunlin.v1.DevicePlan.memory_source:type_name -> dunlin.v1.DevicePlan.Source
-	3,   // 55: dunlin.v1.DevicePlan.latency_source:type_name -> dunlin.v1.DevicePlan.Source
-	3,   // 56: dunlin.v1.DevicePlan.energy_source:type_name -> dunlin.v1.DevicePlan.Source
-	4,   // 57: dunlin.v1.ControlRolloutRequest.action:type_name -> dunlin.v1.ControlRolloutRequest.Action
-	88,  // 58: dunlin.v1.ControlRolloutResponse.rollout:type_name -> dunlin.v1.Rollout
-	80,  // 59: dunlin.v1.ListDecisionsResponse.decisions:type_name -> dunlin.v1.Decision
-	121, // 60: dunlin.v1.Decision.at:type_name -> google.protobuf.Timestamp
-	81,  // 61: dunlin.v1.Decision.gates:type_name -> dunlin.v1.GateResult
-	5,   // 62: dunlin.v1.GateResult.verdict:type_name -> dunlin.v1.GateResult.Verdict
-	88,  // 63: dunlin.v1.ListRolloutsResponse.rollouts:type_name -> dunlin.v1.Rollout
-	88,  // 64: dunlin.v1.GetRolloutResponse.rollout:type_name -> dunlin.v1.Rollout
-	88,  // 65: dunlin.v1.WatchRolloutResponse.rollout:type_name -> dunlin.v1.Rollout
-	0,   // 66: dunlin.v1.Rollout.state:type_name -> dunlin.v1.RolloutState
-	121, // 67: dunlin.v1.Rollout.started_at:type_name -> google.protobuf.Timestamp
-	121, // 68: dunlin.v1.Rollout.ended_at:type_name -> google.protobuf.Timestamp
-	90,  // 69: dunlin.v1.Rollout.devices:type_name -> dunlin.v1.RolloutDevice
-	89,  // 70: dunlin.v1.Rollout.waves:type_name -> dunlin.v1.RolloutWave
-	81,  // 71: dunlin.v1.Rollout.gates:type_name -> dunlin.v1.GateResult
-	121, // 72: dunlin.v1.Rollout.soaks_until:type_name -> google.protobuf.Timestamp
-	121, // 73: dunlin.v1.RolloutWave.started_at:type_name -> google.protobuf.Timestamp
-	6,   // 74: dunlin.v1.RolloutDevice.phase:type_name -> dunlin.v1.RolloutDevice.Phase
-	121, // 75: dunlin.v1.RolloutDevice.ready_at:type_name -> google.protobuf.Timestamp
-	118, // 76: dunlin.v1.ListDriftRequest.selector:type_name -> dunlin.v1.ListDriftRequest.SelectorEntry
-	93,  // 77: dunlin.v1.ListDriftResponse.drifts:type_name -> dunlin.v1.DeviceDrift
-	131, // 78: dunlin.v1.DeviceDrift.drift:type_name -> dunlin.v1.Drift
-	121, // 79: dunlin.v1.ListTelemetryRequest.from:type_name -> google.protobuf.Timestamp
-	121, // 80: dunlin.v1.ListTelemetryRequest.until:type_name -> google.protobuf.Timestamp
-	132, // 81: dunlin.v1.ListTelemetryResponse.samples:type_name -> dunlin.v1.Telemetry
-	119, // 82: dunlin.v1.ListDevicesRequest.selector:type_name -> dunlin.v1.ListDevicesRequest.SelectorEntry
-	98,  // 83: dunlin.v1.ListDevicesResponse.devices:type_name -> dunlin.v1.Device
-	120, // 84: dunlin.v1.Device.labels:type_name -> dunlin.v1.Device.LabelsEntry
-	133, // 85: dunlin.v1.Device.info:type_name -> dunlin.v1.DeviceInfo
-	121, // 86: dunlin.v1.Device.last_heard_at:type_name -> google.protobuf.Timestamp
-	121, // 87: dunlin.v1.Device.joined_at:type_name -> google.protobuf.Timestamp
-	134, // 88: dunlin.v1.Device.desired:type_name -> dunlin.v1.Generation
-	135, // 89: dunlin.v1.Device.reported:type_name -> dunlin.v1.Reported
-	132, // 90: dunlin.v1.Device.telemetry:type_name -> dunlin.v1.Telemetry
-	99,  // 91: dunlin.v1.Device.identity:type_name -> dunlin.v1.DeviceIdentity
-	136, // 92: dunlin.v1.Device.desired_document:type_name -> dunlin.v1.DesiredDocument
-	121, // 93: dunlin.v1.DeviceIdentity.not_after:type_name -> google.protobuf.Timestamp
-	121, // 94: dunlin.v1.DeviceIdentity.revoked_at:type_name -> google.protobuf.Timestamp
-	100, // 95: dunlin.v1.DeviceIdentity.twins:type_name -> dunlin.v1.Twin
-	121, // 96: dunlin.v1.Twin.last_heard_at:type_name -> google.protobuf.Timestamp
-	107, // 97: dunlin.v1.ListEventsResponse.events:type_name -> dunlin.v1.DeviceEvent
-	137, // 98: dunlin.v1.DeviceEvent.event:type_name -> dunlin.v1.Event
-	121, // 99: dunlin.v1.DeviceEvent.received_at:type_name -> google.protobuf.Timestamp
-	11,  // 100: dunlin.v1.AuthService.WhoAmI:input_type -> dunlin.v1.WhoAmIRequest
-	7,   // 101: dunlin.v1.AuthService.Login:input_type -> dunlin.v1.LoginRequest
-	9,   // 102: dunlin.v1.AuthService.GetLoginMethods:input_type -> dunlin.v1.GetLoginMethodsRequest
-	14,  // 103: dunlin.v1.UserService.CreateUser:input_type -> dunlin.v1.CreateUserRequest
-	16,  // 104: dunlin.v1.UserService.UpdateUser:input_type -> dunlin.v1.UpdateUserRequest
-	18,  // 105: dunlin.v1.UserService.DeleteUser:input_type -> dunlin.v1.DeleteUserRequest
-	20,  // 106: dunlin.v1.UserService.ListUsers:input_type -> dunlin.v1.ListUsersRequest
-	23,  // 107: dunlin.v1.UserService.CreateToken:input_type -> dunlin.v1.CreateTokenRequest
-	25,  // 108: dunlin.v1.UserService.ListTokens:input_type -> dunlin.v1.ListTokensRequest
-	27,  // 109: dunlin.v1.UserService.DeleteToken:input_type -> dunlin.v1.DeleteTokenRequest
-	29,  // 110: dunlin.v1.AuditService.ListAudit:input_type -> dunlin.v1.ListAuditRequest
-	31,  // 111: dunlin.v1.TrustService.GetTrust:input_type -> dunlin.v1.GetTrustRequest
-	33,  // 112: dunlin.v1.TrustService.PutTrust:input_type -> dunlin.v1.PutTrustRequest
-	35,  // 113: dunlin.v1.TrustService.GetAuthorities:input_type -> dunlin.v1.GetAuthoritiesRequest
-	38,  // 114: dunlin.v1.TrustService.RotateAuthority:input_type -> dunlin.v1.RotateAuthorityRequest
-	40,  // 115: dunlin.v1.TrustService.RetireAuthority:input_type -> dunlin.v1.RetireAuthorityRequest
-	138, // 116: dunlin.v1.EnrollmentService.Join:input_type -> dunlin.v1.JoinRequest
-	139, // 117: dunlin.v1.EnrollmentService.Renew:input_type -> dunlin.v1.RenewRequest
-	140, // 118: dunlin.v1.EnrollmentService.GetTime:input_type -> dunlin.v1.GetTimeRequest
-	44,  // 119: dunlin.v1.EnrollmentService.CreateJoinToken:input_type -> dunlin.v1.CreateJoinTokenRequest
-	46,  // 120: dunlin.v1.EnrollmentService.ListJoinTokens:input_type -> dunlin.v1.ListJoinTokensRequest
-	42,  // 121: dunlin.v1.EnrollmentService.DeleteJoinToken:input_type -> dunlin.v1.DeleteJoinTokenRequest
-	51,  // 122: dunlin.v1.ModelService.CreateVersion:input_type -> dunlin.v1.CreateVersionRequest
-	53,  // 123: dunlin.v1.ModelService.ListModels:input_type -> dunlin.v1.ListModelsRequest
-	49,  // 124: dunlin.v1.ModelService.DeleteVersion:input_type -> dunlin.v1.DeleteVersionRequest
-	59,  // 125: dunlin.v1.ObjectService.Apply:input_type -> dunlin.v1.ApplyRequest
-	62,  // 126: dunlin.v1.ObjectService.Delete:input_type -> dunlin.v1.DeleteRequest
-	64,  // 127: dunlin.v1.ObjectService.ListDeployments:input_type -> dunlin.v1.ListDeploymentsRequest
-	67,  // 128: dunlin.v1.ObjectService.ListRoutes:input_type -> dunlin.v1.ListRoutesRequest
-	56,  // 129: dunlin.v1.ObjectService.ListObjects:input_type -> dunlin.v1.ListObjectsRequest
-	70,  // 130: dunlin.v1.ProfileService.ListProfiles:input_type -> dunlin.v1.ListProfilesRequest
-	73,  // 131: dunlin.v1.ProfileService.Plan:input_type -> dunlin.v1.PlanRequest
-	82,  // 132: dunlin.v1.RolloutService.ListRollouts:input_type -> dunlin.v1.ListRolloutsRequest
-	84,  // 133: dunlin.v1.RolloutService.GetRollout:input_type -> dunlin.v1.GetRolloutRequest
-	86,  // 134: dunlin.v1.RolloutService.WatchRollout:input_type -> dunlin.v1.WatchRolloutRequest
-	76,  // 135: dunlin.v1.RolloutService.ControlRollout:input_type -> dunlin.v1.ControlRolloutRequest
-	78,  // 136: dunlin.v1.RolloutService.ListDecisions:input_type -> dunlin.v1.ListDecisionsRequest
-	96,  // 137: dunlin.v1.DeviceService.ListDevices:input_type -> dunlin.v1.ListDevicesRequest
-	103, // 138: dunlin.v1.DeviceService.RemoveDevice:input_type -> dunlin.v1.RemoveDeviceRequest
-	101, // 139: dunlin.v1.DeviceService.RevokeDevice:input_type -> dunlin.v1.RevokeDeviceRequest
-	105, // 140: dunlin.v1.DeviceService.ListEvents:input_type -> dunlin.v1.ListEventsRequest
-	91,  // 141: dunlin.v1.DeviceService.ListDrift:input_type -> dunlin.v1.ListDriftRequest
-	94,  // 142: dunlin.v1.DeviceService.ListTelemetry:input_type -> dunlin.v1.ListTelemetryRequest
-	12,  // 143: dunlin.v1.AuthService.WhoAmI:output_type -> dunlin.v1.WhoAmIResponse
-	8,   // 144: dunlin.v1.AuthService.Login:output_type -> dunlin.v1.LoginResponse
-	10,  // 145: dunlin.v1.AuthService.GetLoginMethods:output_type -> dunlin.v1.GetLoginMethodsResponse
-	15,  // 146: dunlin.v1.UserService.CreateUser:output_type -> dunlin.v1.CreateUserResponse
-	17,  // 147: dunlin.v1.UserService.UpdateUser:output_type -> dunlin.v1.UpdateUserResponse
-	19,  // 148: dunlin.v1.UserService.DeleteUser:output_type -> dunlin.v1.DeleteUserResponse
-	21,  // 149: dunlin.v1.UserService.ListUsers:output_type -> dunlin.v1.ListUsersResponse
-	24,  // 150: dunlin.v1.UserService.CreateToken:output_type -> dunlin.v1.CreateTokenResponse
-	26,  // 151: dunlin.v1.UserService.ListTokens:output_type -> dunlin.v1.ListTokensResponse
-	28,  // 152: dunlin.v1.UserService.DeleteToken:output_type -> dunlin.v1.DeleteTokenResponse
-	30,  // 153: dunlin.v1.AuditService.ListAudit:output_type -> dunlin.v1.ListAuditResponse
-	32,  // 154: dunlin.v1.TrustService.GetTrust:output_type -> dunlin.v1.GetTrustResponse
-	34,  // 155: dunlin.v1.TrustService.PutTrust:output_type -> dunlin.v1.PutTrustResponse
-	36,  // 156: dunlin.v1.TrustService.GetAuthorities:output_type -> dunlin.v1.GetAuthoritiesResponse
-	39,  // 157: dunlin.v1.TrustService.RotateAuthority:output_type -> dunlin.v1.RotateAuthorityResponse
-	41,  // 158: dunlin.v1.TrustService.RetireAuthority:output_type -> dunlin.v1.RetireAuthorityResponse
-	141, // 159: dunlin.v1.EnrollmentService.Join:output_type -> dunlin.v1.JoinResponse
-	142, // 160: dunlin.v1.EnrollmentService.Renew:output_type -> dunlin.v1.RenewResponse
-	143, // 161: dunlin.v1.EnrollmentService.GetTime:output_type -> dunlin.v1.GetTimeResponse
-	45,  // 162: dunlin.v1.EnrollmentService.CreateJoinToken:output_type -> dunlin.v1.CreateJoinTokenResponse
-	47,  // 163: dunlin.v1.EnrollmentService.ListJoinTokens:output_type -> dunlin.v1.ListJoinTokensResponse
-	43,  // 164: dunlin.v1.EnrollmentService.DeleteJoinToken:output_type -> dunlin.v1.DeleteJoinTokenResponse
-	52,  // 165: dunlin.v1.ModelService.CreateVersion:output_type -> dunlin.v1.CreateVersionResponse
-	54,  // 166: dunlin.v1.ModelService.ListModels:output_type -> dunlin.v1.ListModelsResponse
-	50,  // 167: dunlin.v1.ModelService.DeleteVersion:output_type -> dunlin.v1.DeleteVersionResponse
-	60,  // 168: dunlin.v1.ObjectService.Apply:output_type -> dunlin.v1.ApplyResponse
-	63,  // 169: dunlin.v1.ObjectService.Delete:output_type -> dunlin.v1.DeleteResponse
-	65,  // 170: dunlin.v1.ObjectService.ListDeployments:output_type -> dunlin.v1.ListDeploymentsResponse
-	68,  // 171: dunlin.v1.ObjectService.ListRoutes:output_type -> dunlin.v1.ListRoutesResponse
-	57,  // 172: dunlin.v1.ObjectService.ListObjects:output_type -> dunlin.v1.ListObjectsResponse
-	71,  // 173: dunlin.v1.ProfileService.ListProfiles:output_type -> dunlin.v1.ListProfilesResponse
-	74,  // 174: dunlin.v1.ProfileService.Plan:output_type -> dunlin.v1.PlanResponse
-	83,  // 175: dunlin.v1.RolloutService.ListRollouts:output_type -> dunlin.v1.ListRolloutsResponse
-	85,  // 176: dunlin.v1.RolloutService.GetRollout:output_type -> dunlin.v1.GetRolloutResponse
-	87,  // 177: dunlin.v1.RolloutService.WatchRollout:output_type -> dunlin.v1.WatchRolloutResponse
-	77,  // 178: dunlin.v1.RolloutService.ControlRollout:output_type -> dunlin.v1.ControlRolloutResponse
-	79,  // 179: dunlin.v1.RolloutService.ListDecisions:output_type -> dunlin.v1.ListDecisionsResponse
-	97,  // 180: dunlin.v1.DeviceService.ListDevices:output_type -> dunlin.v1.ListDevicesResponse
-	104, // 181: dunlin.v1.DeviceService.RemoveDevice:output_type -> dunlin.v1.RemoveDeviceResponse
-	102, // 182: dunlin.v1.DeviceService.RevokeDevice:output_type -> dunlin.v1.RevokeDeviceResponse
-	106, // 183: dunlin.v1.DeviceService.ListEvents:output_type -> dunlin.v1.ListEventsResponse
-	92,  // 184: dunlin.v1.DeviceService.ListDrift:output_type -> dunlin.v1.ListDriftResponse
-	95,  // 185: dunlin.v1.DeviceService.ListTelemetry:output_type -> dunlin.v1.ListTelemetryResponse
-	143, // [143:186] is the sub-list for method output_type
-	100, // [100:143] is the sub-list for method input_type
-	100, // [100:100] is the sub-list for extension type_name
-	100, // [100:100] is the sub-list for extension extendee
-	0,   // [0:100] is the sub-list for field type_name
+	130, // 50: dunlin.v1.Route.cascade:type_name -> dunlin.v1.RouteCascade
+	72,  // 51: dunlin.v1.ListProfilesResponse.profiles:type_name -> dunlin.v1.DeviceProfile
+	131, // 52: dunlin.v1.DeviceProfile.profile:type_name -> dunlin.v1.ModelProfile
+	75,  // 53: dunlin.v1.PlanResponse.devices:type_name -> dunlin.v1.DevicePlan
+	2,   // 54: dunlin.v1.DevicePlan.verdict:type_name -> dunlin.v1.DevicePlan.Verdict
+	3,   // 55: dunlin.v1.DevicePlan.memory_source:type_name -> dunlin.v1.DevicePlan.Source
+	3,   // 56: dunlin.v1.DevicePlan.latency_source:type_name -> dunlin.v1.DevicePlan.Source
+	3,   // 57: dunlin.v1.DevicePlan.energy_source:type_name -> dunlin.v1.DevicePlan.Source
+	4,   // 58: dunlin.v1.ControlRolloutRequest.action:type_name -> dunlin.v1.ControlRolloutRequest.Action
+	88,  // 59: dunlin.v1.ControlRolloutResponse.rollout:type_name -> dunlin.v1.Rollout
+	80,  // 60: dunlin.v1.ListDecisionsResponse.decisions:type_name -> dunlin.v1.Decision
+	121, // 61: dunlin.v1.Decision.at:type_name -> google.protobuf.Timestamp
+	81,  // 62: dunlin.v1.Decision.gates:type_name -> dunlin.v1.GateResult
+	5,   // 63: dunlin.v1.GateResult.verdict:type_name -> dunlin.v1.GateResult.Verdict
+	88,  // 64: dunlin.v1.ListRolloutsResponse.rollouts:type_name -> dunlin.v1.Rollout
+	88,  // 65: dunlin.v1.GetRolloutResponse.rollout:type_name -> dunlin.v1.Rollout
+	88,  // 66: dunlin.v1.WatchRolloutResponse.rollout:type_name -> dunlin.v1.Rollout
+	0,   // 67: dunlin.v1.Rollout.state:type_name -> dunlin.v1.RolloutState
+	121, // 68: dunlin.v1.Rollout.started_at:type_name -> google.protobuf.Timestamp
+	121, // 69: dunlin.v1.Rollout.ended_at:type_name -> google.protobuf.Timestamp
+	90,  // 70: dunlin.v1.Rollout.devices:type_name -> dunlin.v1.RolloutDevice
+	89,  // 71: dunlin.v1.Rollout.waves:type_name -> dunlin.v1.RolloutWave
+	81,  // 72: dunlin.v1.Rollout.gates:type_name -> dunlin.v1.GateResult
+	121, // 73: dunlin.v1.Rollout.soaks_until:type_name -> google.protobuf.Timestamp
+	121, // 74: dunlin.v1.RolloutWave.started_at:type_name -> google.protobuf.Timestamp
+	6,   // 75: dunlin.v1.RolloutDevice.phase:type_name -> dunlin.v1.RolloutDevice.Phase
+	121, // 76: dunlin.v1.RolloutDevice.ready_at:type_name -> google.protobuf.Timestamp
+	118, // 77: dunlin.v1.ListDriftRequest.selector:type_name -> dunlin.v1.ListDriftRequest.SelectorEntry
+	93,  // 78: dunlin.v1.ListDriftResponse.drifts:type_name -> dunlin.v1.DeviceDrift
+	132, // 79: dunlin.v1.DeviceDrift.drift:type_name -> dunlin.v1.Drift
+	121, // 80: dunlin.v1.ListTelemetryRequest.from:type_name -> google.protobuf.Timestamp
+	121, // 81: dunlin.v1.ListTelemetryRequest.until:type_name -> google.protobuf.Timestamp
+	133, // 82: dunlin.v1.ListTelemetryResponse.samples:type_name -> dunlin.v1.Telemetry
+	119, // 83: dunlin.v1.ListDevicesRequest.selector:type_name -> dunlin.v1.ListDevicesRequest.SelectorEntry
+	98,  // 84: dunlin.v1.ListDevicesResponse.devices:type_name -> dunlin.v1.Device
+	120, // 85: dunlin.v1.Device.labels:type_name -> dunlin.v1.Device.LabelsEntry
+	134, // 86: dunlin.v1.Device.info:type_name -> dunlin.v1.DeviceInfo
+	121, // 87: dunlin.v1.Device.last_heard_at:type_name -> google.protobuf.Timestamp
+	121, // 88: dunlin.v1.Device.joined_at:type_name -> google.protobuf.Timestamp
+	135, // 89: dunlin.v1.Device.desired:type_name -> dunlin.v1.Generation
+	136, // 90: dunlin.v1.Device.reported:type_name -> dunlin.v1.Reported
+	133, // 91: dunlin.v1.Device.telemetry:type_name -> dunlin.v1.Telemetry
+	99,  // 92: dunlin.v1.Device.identity:type_name -> dunlin.v1.DeviceIdentity
+	137, // 93: dunlin.v1.Device.desired_document:type_name -> dunlin.v1.DesiredDocument
+	121, // 94: dunlin.v1.DeviceIdentity.not_after:type_name -> google.protobuf.Timestamp
+	121, // 95: dunlin.v1.DeviceIdentity.revoked_at:type_name -> google.protobuf.Timestamp
+	100, // 96: dunlin.v1.DeviceIdentity.twins:type_name -> dunlin.v1.Twin
+	121, // 97: dunlin.v1.Twin.last_heard_at:type_name -> google.protobuf.Timestamp
+	107, // 98: dunlin.v1.ListEventsResponse.events:type_name -> dunlin.v1.DeviceEvent
+	138, // 99: dunlin.v1.DeviceEvent.event:type_name -> dunlin.v1.Event
+	121, // 100: dunlin.v1.DeviceEvent.received_at:type_name -> google.protobuf.Timestamp
+	11,  // 101: dunlin.v1.AuthService.WhoAmI:input_type -> dunlin.v1.WhoAmIRequest
+	7,   // 102: dunlin.v1.AuthService.Login:input_type -> dunlin.v1.LoginRequest
+	9,   // 103: dunlin.v1.AuthService.GetLoginMethods:input_type -> dunlin.v1.GetLoginMethodsRequest
+	14,  // 104: dunlin.v1.UserService.CreateUser:input_type -> dunlin.v1.CreateUserRequest
+	16,  // 105: dunlin.v1.UserService.UpdateUser:input_type -> dunlin.v1.UpdateUserRequest
+	18,  // 106: dunlin.v1.UserService.DeleteUser:input_type -> dunlin.v1.DeleteUserRequest
+	20,  // 107: dunlin.v1.UserService.ListUsers:input_type -> dunlin.v1.ListUsersRequest
+	23,  // 108: dunlin.v1.UserService.CreateToken:input_type -> dunlin.v1.CreateTokenRequest
+	25,  // 109: dunlin.v1.UserService.ListTokens:input_type -> dunlin.v1.ListTokensRequest
+	27,  // 110: dunlin.v1.UserService.DeleteToken:input_type -> dunlin.v1.DeleteTokenRequest
+	29,  // 111: dunlin.v1.AuditService.ListAudit:input_type -> dunlin.v1.ListAuditRequest
+	31,  // 112: dunlin.v1.TrustService.GetTrust:input_type -> dunlin.v1.GetTrustRequest
+	33,  // 113: dunlin.v1.TrustService.PutTrust:input_type -> dunlin.v1.PutTrustRequest
+	35,  // 114: dunlin.v1.TrustService.GetAuthorities:input_type -> dunlin.v1.GetAuthoritiesRequest
+	38,  // 115: dunlin.v1.TrustService.RotateAuthority:input_type -> dunlin.v1.RotateAuthorityRequest
+	40,  // 116: dunlin.v1.TrustService.RetireAuthority:input_type -> dunlin.v1.RetireAuthorityRequest
+	139, // 117: dunlin.v1.EnrollmentService.Join:input_type -> dunlin.v1.JoinRequest
+	140, // 118: dunlin.v1.EnrollmentService.Renew:input_type -> dunlin.v1.RenewRequest
+	141, // 119: dunlin.v1.EnrollmentService.GetTime:input_type -> dunlin.v1.GetTimeRequest
+	44,  // 120: dunlin.v1.EnrollmentService.CreateJoinToken:input_type -> dunlin.v1.CreateJoinTokenRequest
+	46,  // 121: dunlin.v1.EnrollmentService.ListJoinTokens:input_type -> dunlin.v1.ListJoinTokensRequest
+	42,  // 122: dunlin.v1.EnrollmentService.DeleteJoinToken:input_type -> dunlin.v1.DeleteJoinTokenRequest
+	51,  // 123: dunlin.v1.ModelService.CreateVersion:input_type -> dunlin.v1.CreateVersionRequest
+	53,  // 124: dunlin.v1.ModelService.ListModels:input_type -> dunlin.v1.ListModelsRequest
+	49,  // 125: dunlin.v1.ModelService.DeleteVersion:input_type -> dunlin.v1.DeleteVersionRequest
+	59,  // 126: dunlin.v1.ObjectService.Apply:input_type -> dunlin.v1.ApplyRequest
+	62,  // 127: dunlin.v1.ObjectService.Delete:input_type -> dunlin.v1.DeleteRequest
+	64,  // 128: dunlin.v1.ObjectService.ListDeployments:input_type -> dunlin.v1.ListDeploymentsRequest
+	67,  // 129: dunlin.v1.ObjectService.ListRoutes:input_type -> dunlin.v1.ListRoutesRequest
+	56,  // 130: dunlin.v1.ObjectService.ListObjects:input_type -> dunlin.v1.ListObjectsRequest
+	70,  // 131: dunlin.v1.ProfileService.ListProfiles:input_type -> dunlin.v1.ListProfilesRequest
+	73,  // 132: dunlin.v1.ProfileService.Plan:input_type -> dunlin.v1.PlanRequest
+	82,  // 133: dunlin.v1.RolloutService.ListRollouts:input_type -> dunlin.v1.ListRolloutsRequest
+	84,  // 134: dunlin.v1.RolloutService.GetRollout:input_type -> dunlin.v1.GetRolloutRequest
+	86,  // 135: dunlin.v1.RolloutService.WatchRollout:input_type -> dunlin.v1.WatchRolloutRequest
+	76,  // 136: dunlin.v1.RolloutService.ControlRollout:input_type -> dunlin.v1.ControlRolloutRequest
+	78,  // 137: dunlin.v1.RolloutService.ListDecisions:input_type -> dunlin.v1.ListDecisionsRequest
+	96,  // 138: dunlin.v1.DeviceService.ListDevices:input_type -> dunlin.v1.ListDevicesRequest
+	103, // 139: dunlin.v1.DeviceService.RemoveDevice:input_type -> dunlin.v1.RemoveDeviceRequest
+	101, // 140: dunlin.v1.DeviceService.RevokeDevice:input_type -> dunlin.v1.RevokeDeviceRequest
+	105, // 141: dunlin.v1.DeviceService.ListEvents:input_type -> dunlin.v1.ListEventsRequest
+	91,  // 142: dunlin.v1.DeviceService.ListDrift:input_type -> dunlin.v1.ListDriftRequest
+	94,  // 143: dunlin.v1.DeviceService.ListTelemetry:input_type -> dunlin.v1.ListTelemetryRequest
+	12,  // 144: dunlin.v1.AuthService.WhoAmI:output_type -> dunlin.v1.WhoAmIResponse
+	8,   // 145: dunlin.v1.AuthService.Login:output_type -> dunlin.v1.LoginResponse
+	10,  // 146: dunlin.v1.AuthService.GetLoginMethods:output_type -> dunlin.v1.GetLoginMethodsResponse
+	15,  // 147: dunlin.v1.UserService.CreateUser:output_type -> dunlin.v1.CreateUserResponse
+	17,  // 148: dunlin.v1.UserService.UpdateUser:output_type -> dunlin.v1.UpdateUserResponse
+	19,  // 149: dunlin.v1.UserService.DeleteUser:output_type -> dunlin.v1.DeleteUserResponse
+	21,  // 150: dunlin.v1.UserService.ListUsers:output_type -> dunlin.v1.ListUsersResponse
+	24,  // 151: dunlin.v1.UserService.CreateToken:output_type -> dunlin.v1.CreateTokenResponse
+	26,  // 152: dunlin.v1.UserService.ListTokens:output_type -> dunlin.v1.ListTokensResponse
+	28,  // 153: dunlin.v1.UserService.DeleteToken:output_type -> dunlin.v1.DeleteTokenResponse
+	30,  // 154: dunlin.v1.AuditService.ListAudit:output_type -> dunlin.v1.ListAuditResponse
+	32,  // 155: dunlin.v1.TrustService.GetTrust:output_type -> dunlin.v1.GetTrustResponse
+	34,  // 156: dunlin.v1.TrustService.PutTrust:output_type -> dunlin.v1.PutTrustResponse
+	36,  // 157: dunlin.v1.TrustService.GetAuthorities:output_type -> dunlin.v1.GetAuthoritiesResponse
+	39,  // 158: dunlin.v1.TrustService.RotateAuthority:output_type -> dunlin.v1.RotateAuthorityResponse
+	41,  // 159: dunlin.v1.TrustService.RetireAuthority:output_type -> dunlin.v1.RetireAuthorityResponse
+	142, // 160: dunlin.v1.EnrollmentService.Join:output_type -> dunlin.v1.JoinResponse
+	143, // 161: dunlin.v1.EnrollmentService.Renew:output_type -> dunlin.v1.RenewResponse
+	144, // 162: dunlin.v1.EnrollmentService.GetTime:output_type -> dunlin.v1.GetTimeResponse
+	45,  // 163: dunlin.v1.EnrollmentService.CreateJoinToken:output_type -> dunlin.v1.CreateJoinTokenResponse
+	47,  // 164: dunlin.v1.EnrollmentService.ListJoinTokens:output_type -> dunlin.v1.ListJoinTokensResponse
+	43,  // 165: dunlin.v1.EnrollmentService.DeleteJoinToken:output_type -> dunlin.v1.DeleteJoinTokenResponse
+	52,  // 166: dunlin.v1.ModelService.CreateVersion:output_type -> dunlin.v1.CreateVersionResponse
+	54,  // 167: dunlin.v1.ModelService.ListModels:output_type -> dunlin.v1.ListModelsResponse
+	50,  // 168: dunlin.v1.ModelService.DeleteVersion:output_type -> dunlin.v1.DeleteVersionResponse
+	60,  // 169: dunlin.v1.ObjectService.Apply:output_type -> dunlin.v1.ApplyResponse
+	63,  // 170: dunlin.v1.ObjectService.Delete:output_type -> dunlin.v1.DeleteResponse
+	65,  // 171: dunlin.v1.ObjectService.ListDeployments:output_type -> dunlin.v1.ListDeploymentsResponse
+	68,  // 172: dunlin.v1.ObjectService.ListRoutes:output_type -> dunlin.v1.ListRoutesResponse
+	57,  // 173: dunlin.v1.ObjectService.ListObjects:output_type -> dunlin.v1.ListObjectsResponse
+	71,  // 174: dunlin.v1.ProfileService.ListProfiles:output_type -> dunlin.v1.ListProfilesResponse
+	74,  // 175: dunlin.v1.ProfileService.Plan:output_type -> dunlin.v1.PlanResponse
+	83,  // 176: dunlin.v1.RolloutService.ListRollouts:output_type -> dunlin.v1.ListRolloutsResponse
+	85,  // 177: dunlin.v1.RolloutService.GetRollout:output_type -> dunlin.v1.GetRolloutResponse
+	87,  // 178: dunlin.v1.RolloutService.WatchRollout:output_type -> dunlin.v1.WatchRolloutResponse
+	77,  // 179: dunlin.v1.RolloutService.ControlRollout:output_type -> dunlin.v1.ControlRolloutResponse
+	79,  // 180: dunlin.v1.RolloutService.ListDecisions:output_type -> dunlin.v1.ListDecisionsResponse
+	97,  // 181: dunlin.v1.DeviceService.ListDevices:output_type -> dunlin.v1.ListDevicesResponse
+	104, // 182: dunlin.v1.DeviceService.RemoveDevice:output_type -> dunlin.v1.RemoveDeviceResponse
+	102, // 183: dunlin.v1.DeviceService.RevokeDevice:output_type -> dunlin.v1.RevokeDeviceResponse
+	106, // 184: dunlin.v1.DeviceService.ListEvents:output_type -> dunlin.v1.ListEventsResponse
+	92,  // 185: dunlin.v1.DeviceService.ListDrift:output_type -> dunlin.v1.ListDriftResponse
+	95,  // 186: dunlin.v1.DeviceService.ListTelemetry:output_type -> dunlin.v1.ListTelemetryResponse
+	144, // [144:187] is the sub-list for method output_type
+	101, // [101:144] is the sub-list for method input_type
+	101, // [101:101] is the sub-list for extension type_name
+	101, // [101:101] is the sub-list for extension extendee
+	0,   // [0:101] is the sub-list for field type_name
 }
 
 func init() { file_dunlin_v1_api_proto_init() }

@@ -226,7 +226,7 @@ func (x AgentStatus_State) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use AgentStatus_State.Descriptor instead.
 func (AgentStatus_State) EnumDescriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{26, 0}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{27, 0}
 }
 
 // Generation numbers the desired documents of one device. Documents of
@@ -1488,7 +1488,9 @@ type DesiredRoute struct {
 	// first that takes the reason is tried, then the next.
 	Fallback []*RouteFallback `protobuf:"bytes,5,rep,name=fallback,proto3" json:"fallback,omitempty"`
 	// Unset: none. Of the requests of targets.
-	Shadow        *RouteShadow `protobuf:"bytes,6,opt,name=shadow,proto3" json:"shadow,omitempty"`
+	Shadow *RouteShadow `protobuf:"bytes,6,opt,name=shadow,proto3" json:"shadow,omitempty"`
+	// Unset: none. Of the answers of targets.
+	Cascade       *RouteCascade `protobuf:"bytes,7,opt,name=cascade,proto3" json:"cascade,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1565,6 +1567,13 @@ func (x *DesiredRoute) GetShadow() *RouteShadow {
 	return nil
 }
 
+func (x *DesiredRoute) GetCascade() *RouteCascade {
+	if x != nil {
+		return x.Cascade
+	}
+	return nil
+}
+
 // RouteRule says where the requests go that it matches.
 type RouteRule struct {
 	state   protoimpl.MessageState `protogen:"open.v1"`
@@ -1575,7 +1584,9 @@ type RouteRule struct {
 	// Of the rule's own targets.
 	Fallback []*RouteFallback `protobuf:"bytes,5,rep,name=fallback,proto3" json:"fallback,omitempty"`
 	// Unset: none. Of the requests of targets.
-	Shadow        *RouteShadow `protobuf:"bytes,6,opt,name=shadow,proto3" json:"shadow,omitempty"`
+	Shadow *RouteShadow `protobuf:"bytes,6,opt,name=shadow,proto3" json:"shadow,omitempty"`
+	// Unset: none. Of the answers of targets.
+	Cascade       *RouteCascade `protobuf:"bytes,7,opt,name=cascade,proto3" json:"cascade,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1648,6 +1659,13 @@ func (x *RouteRule) GetFallback() []*RouteFallback {
 func (x *RouteRule) GetShadow() *RouteShadow {
 	if x != nil {
 		return x.Shadow
+	}
+	return nil
+}
+
+func (x *RouteRule) GetCascade() *RouteCascade {
+	if x != nil {
+		return x.Cascade
 	}
 	return nil
 }
@@ -2093,6 +2111,70 @@ func (x *RouteShadow) GetRate() float64 {
 	return 0
 }
 
+// RouteCascade is a larger model, to which a request goes on where the output
+// of its target is not sure enough.
+type RouteCascade struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Model string                 `protobuf:"bytes,1,opt,name=model,proto3" json:"model,omitempty"`
+	// 0: as in RouteTarget.
+	Version int64 `protobuf:"varint,2,opt,name=version,proto3" json:"version,omitempty"`
+	// An expression over the output that is a bool: true sends the request on.
+	When          string `protobuf:"bytes,3,opt,name=when,proto3" json:"when,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RouteCascade) Reset() {
+	*x = RouteCascade{}
+	mi := &file_dunlin_v1_wire_proto_msgTypes[22]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RouteCascade) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RouteCascade) ProtoMessage() {}
+
+func (x *RouteCascade) ProtoReflect() protoreflect.Message {
+	mi := &file_dunlin_v1_wire_proto_msgTypes[22]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RouteCascade.ProtoReflect.Descriptor instead.
+func (*RouteCascade) Descriptor() ([]byte, []int) {
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{22}
+}
+
+func (x *RouteCascade) GetModel() string {
+	if x != nil {
+		return x.Model
+	}
+	return ""
+}
+
+func (x *RouteCascade) GetVersion() int64 {
+	if x != nil {
+		return x.Version
+	}
+	return 0
+}
+
+func (x *RouteCascade) GetWhen() string {
+	if x != nil {
+		return x.When
+	}
+	return ""
+}
+
 // VersionStatus is the state of one version on a device.
 type VersionStatus struct {
 	state   protoimpl.MessageState `protogen:"open.v1"`
@@ -2121,7 +2203,7 @@ type VersionStatus struct {
 
 func (x *VersionStatus) Reset() {
 	*x = VersionStatus{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[22]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2133,7 +2215,7 @@ func (x *VersionStatus) String() string {
 func (*VersionStatus) ProtoMessage() {}
 
 func (x *VersionStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[22]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2146,7 +2228,7 @@ func (x *VersionStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VersionStatus.ProtoReflect.Descriptor instead.
 func (*VersionStatus) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{22}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *VersionStatus) GetModel() string {
@@ -2252,7 +2334,7 @@ type RouteStatus struct {
 
 func (x *RouteStatus) Reset() {
 	*x = RouteStatus{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[23]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2264,7 +2346,7 @@ func (x *RouteStatus) String() string {
 func (*RouteStatus) ProtoMessage() {}
 
 func (x *RouteStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[23]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2277,7 +2359,7 @@ func (x *RouteStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RouteStatus.ProtoReflect.Descriptor instead.
 func (*RouteStatus) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{23}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *RouteStatus) GetName() string {
@@ -2325,7 +2407,7 @@ type Reported struct {
 
 func (x *Reported) Reset() {
 	*x = Reported{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[24]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2337,7 +2419,7 @@ func (x *Reported) String() string {
 func (*Reported) ProtoMessage() {}
 
 func (x *Reported) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[24]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2350,7 +2432,7 @@ func (x *Reported) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Reported.ProtoReflect.Descriptor instead.
 func (*Reported) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{24}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *Reported) GetSession() string {
@@ -2429,7 +2511,7 @@ type DesiredRefusal struct {
 
 func (x *DesiredRefusal) Reset() {
 	*x = DesiredRefusal{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[25]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2441,7 +2523,7 @@ func (x *DesiredRefusal) String() string {
 func (*DesiredRefusal) ProtoMessage() {}
 
 func (x *DesiredRefusal) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[25]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2454,7 +2536,7 @@ func (x *DesiredRefusal) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DesiredRefusal.ProtoReflect.Descriptor instead.
 func (*DesiredRefusal) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{25}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *DesiredRefusal) GetGeneration() *Generation {
@@ -2496,7 +2578,7 @@ type AgentStatus struct {
 
 func (x *AgentStatus) Reset() {
 	*x = AgentStatus{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[26]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2508,7 +2590,7 @@ func (x *AgentStatus) String() string {
 func (*AgentStatus) ProtoMessage() {}
 
 func (x *AgentStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[26]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2521,7 +2603,7 @@ func (x *AgentStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentStatus.ProtoReflect.Descriptor instead.
 func (*AgentStatus) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{26}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *AgentStatus) GetAgentVersion() string {
@@ -2591,7 +2673,7 @@ type Drift struct {
 
 func (x *Drift) Reset() {
 	*x = Drift{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[27]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2603,7 +2685,7 @@ func (x *Drift) String() string {
 func (*Drift) ProtoMessage() {}
 
 func (x *Drift) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[27]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2616,7 +2698,7 @@ func (x *Drift) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Drift.ProtoReflect.Descriptor instead.
 func (*Drift) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{27}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *Drift) GetKind() string {
@@ -2683,7 +2765,7 @@ type Event struct {
 
 func (x *Event) Reset() {
 	*x = Event{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[28]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2695,7 +2777,7 @@ func (x *Event) String() string {
 func (*Event) ProtoMessage() {}
 
 func (x *Event) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[28]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2708,7 +2790,7 @@ func (x *Event) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Event.ProtoReflect.Descriptor instead.
 func (*Event) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{28}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *Event) GetSequence() uint64 {
@@ -2789,7 +2871,7 @@ type EventBatch struct {
 
 func (x *EventBatch) Reset() {
 	*x = EventBatch{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[29]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2801,7 +2883,7 @@ func (x *EventBatch) String() string {
 func (*EventBatch) ProtoMessage() {}
 
 func (x *EventBatch) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[29]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2814,7 +2896,7 @@ func (x *EventBatch) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EventBatch.ProtoReflect.Descriptor instead.
 func (*EventBatch) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{29}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *EventBatch) GetOutboxId() string {
@@ -2842,7 +2924,7 @@ type EventAck struct {
 
 func (x *EventAck) Reset() {
 	*x = EventAck{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[30]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2854,7 +2936,7 @@ func (x *EventAck) String() string {
 func (*EventAck) ProtoMessage() {}
 
 func (x *EventAck) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[30]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2867,7 +2949,7 @@ func (x *EventAck) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EventAck.ProtoReflect.Descriptor instead.
 func (*EventAck) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{30}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *EventAck) GetOutboxId() string {
@@ -2902,7 +2984,7 @@ type Command struct {
 
 func (x *Command) Reset() {
 	*x = Command{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[31]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2914,7 +2996,7 @@ func (x *Command) String() string {
 func (*Command) ProtoMessage() {}
 
 func (x *Command) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[31]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2927,7 +3009,7 @@ func (x *Command) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Command.ProtoReflect.Descriptor instead.
 func (*Command) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{31}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *Command) GetCommand() isCommand_Command {
@@ -3049,7 +3131,7 @@ type TelemetryLease struct {
 
 func (x *TelemetryLease) Reset() {
 	*x = TelemetryLease{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[32]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3061,7 +3143,7 @@ func (x *TelemetryLease) String() string {
 func (*TelemetryLease) ProtoMessage() {}
 
 func (x *TelemetryLease) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[32]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3074,7 +3156,7 @@ func (x *TelemetryLease) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TelemetryLease.ProtoReflect.Descriptor instead.
 func (*TelemetryLease) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{32}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *TelemetryLease) GetEveryMs() uint32 {
@@ -3103,7 +3185,7 @@ type SourcesRequest struct {
 
 func (x *SourcesRequest) Reset() {
 	*x = SourcesRequest{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[33]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3115,7 +3197,7 @@ func (x *SourcesRequest) String() string {
 func (*SourcesRequest) ProtoMessage() {}
 
 func (x *SourcesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[33]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3128,7 +3210,7 @@ func (x *SourcesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SourcesRequest.ProtoReflect.Descriptor instead.
 func (*SourcesRequest) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{33}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *SourcesRequest) GetModel() string {
@@ -3156,7 +3238,7 @@ type Sources struct {
 
 func (x *Sources) Reset() {
 	*x = Sources{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[34]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3168,7 +3250,7 @@ func (x *Sources) String() string {
 func (*Sources) ProtoMessage() {}
 
 func (x *Sources) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[34]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3181,7 +3263,7 @@ func (x *Sources) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Sources.ProtoReflect.Descriptor instead.
 func (*Sources) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{34}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *Sources) GetDigest() string {
@@ -3212,7 +3294,7 @@ type Source struct {
 
 func (x *Source) Reset() {
 	*x = Source{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[35]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3224,7 +3306,7 @@ func (x *Source) String() string {
 func (*Source) ProtoMessage() {}
 
 func (x *Source) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[35]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3237,7 +3319,7 @@ func (x *Source) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Source.ProtoReflect.Descriptor instead.
 func (*Source) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{35}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *Source) GetDevice() string {
@@ -3274,7 +3356,7 @@ type StandDown struct {
 
 func (x *StandDown) Reset() {
 	*x = StandDown{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[36]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3286,7 +3368,7 @@ func (x *StandDown) String() string {
 func (*StandDown) ProtoMessage() {}
 
 func (x *StandDown) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[36]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3299,7 +3381,7 @@ func (x *StandDown) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StandDown.ProtoReflect.Descriptor instead.
 func (*StandDown) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{36}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *StandDown) GetBootId() string {
@@ -3326,7 +3408,7 @@ type RenewNow struct {
 
 func (x *RenewNow) Reset() {
 	*x = RenewNow{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[37]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3338,7 +3420,7 @@ func (x *RenewNow) String() string {
 func (*RenewNow) ProtoMessage() {}
 
 func (x *RenewNow) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[37]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3351,7 +3433,7 @@ func (x *RenewNow) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RenewNow.ProtoReflect.Descriptor instead.
 func (*RenewNow) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{37}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *RenewNow) GetWithinMs() uint32 {
@@ -3370,7 +3452,7 @@ type HelloAgain struct {
 
 func (x *HelloAgain) Reset() {
 	*x = HelloAgain{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[38]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3382,7 +3464,7 @@ func (x *HelloAgain) String() string {
 func (*HelloAgain) ProtoMessage() {}
 
 func (x *HelloAgain) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[38]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3395,7 +3477,7 @@ func (x *HelloAgain) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HelloAgain.ProtoReflect.Descriptor instead.
 func (*HelloAgain) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{38}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{39}
 }
 
 // Telemetry is one sample of a device's figures. A figure that the device
@@ -3444,7 +3526,7 @@ type Telemetry struct {
 
 func (x *Telemetry) Reset() {
 	*x = Telemetry{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[39]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3456,7 +3538,7 @@ func (x *Telemetry) String() string {
 func (*Telemetry) ProtoMessage() {}
 
 func (x *Telemetry) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[39]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3469,7 +3551,7 @@ func (x *Telemetry) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Telemetry.ProtoReflect.Descriptor instead.
 func (*Telemetry) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{39}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *Telemetry) GetAt() *timestamppb.Timestamp {
@@ -3638,7 +3720,7 @@ type Temperature struct {
 
 func (x *Temperature) Reset() {
 	*x = Temperature{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[40]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3650,7 +3732,7 @@ func (x *Temperature) String() string {
 func (*Temperature) ProtoMessage() {}
 
 func (x *Temperature) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[40]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3663,7 +3745,7 @@ func (x *Temperature) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Temperature.ProtoReflect.Descriptor instead.
 func (*Temperature) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{40}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{41}
 }
 
 func (x *Temperature) GetSensor() string {
@@ -3722,7 +3804,7 @@ type GpuTelemetry struct {
 
 func (x *GpuTelemetry) Reset() {
 	*x = GpuTelemetry{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[41]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3734,7 +3816,7 @@ func (x *GpuTelemetry) String() string {
 func (*GpuTelemetry) ProtoMessage() {}
 
 func (x *GpuTelemetry) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[41]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3747,7 +3829,7 @@ func (x *GpuTelemetry) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GpuTelemetry.ProtoReflect.Descriptor instead.
 func (*GpuTelemetry) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{41}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{42}
 }
 
 func (x *GpuTelemetry) GetIndex() uint32 {
@@ -3957,7 +4039,7 @@ type GpuProcess struct {
 
 func (x *GpuProcess) Reset() {
 	*x = GpuProcess{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[42]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[43]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3969,7 +4051,7 @@ func (x *GpuProcess) String() string {
 func (*GpuProcess) ProtoMessage() {}
 
 func (x *GpuProcess) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[42]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[43]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3982,7 +4064,7 @@ func (x *GpuProcess) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GpuProcess.ProtoReflect.Descriptor instead.
 func (*GpuProcess) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{42}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{43}
 }
 
 func (x *GpuProcess) GetPid() uint32 {
@@ -4032,7 +4114,7 @@ type Alarm struct {
 
 func (x *Alarm) Reset() {
 	*x = Alarm{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[43]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[44]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4044,7 +4126,7 @@ func (x *Alarm) String() string {
 func (*Alarm) ProtoMessage() {}
 
 func (x *Alarm) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[43]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[44]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4057,7 +4139,7 @@ func (x *Alarm) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Alarm.ProtoReflect.Descriptor instead.
 func (*Alarm) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{43}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{44}
 }
 
 func (x *Alarm) GetKind() string {
@@ -4161,7 +4243,7 @@ type AlarmSample struct {
 
 func (x *AlarmSample) Reset() {
 	*x = AlarmSample{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[44]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[45]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4173,7 +4255,7 @@ func (x *AlarmSample) String() string {
 func (*AlarmSample) ProtoMessage() {}
 
 func (x *AlarmSample) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[44]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[45]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4186,7 +4268,7 @@ func (x *AlarmSample) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AlarmSample.ProtoReflect.Descriptor instead.
 func (*AlarmSample) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{44}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{45}
 }
 
 func (x *AlarmSample) GetAt() *timestamppb.Timestamp {
@@ -4244,7 +4326,7 @@ type ModelProfile struct {
 
 func (x *ModelProfile) Reset() {
 	*x = ModelProfile{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[45]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[46]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4256,7 +4338,7 @@ func (x *ModelProfile) String() string {
 func (*ModelProfile) ProtoMessage() {}
 
 func (x *ModelProfile) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[45]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[46]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4269,7 +4351,7 @@ func (x *ModelProfile) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ModelProfile.ProtoReflect.Descriptor instead.
 func (*ModelProfile) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{45}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{46}
 }
 
 func (x *ModelProfile) GetModel() string {
@@ -4450,7 +4532,7 @@ type ModelSetting struct {
 
 func (x *ModelSetting) Reset() {
 	*x = ModelSetting{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[46]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[47]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4462,7 +4544,7 @@ func (x *ModelSetting) String() string {
 func (*ModelSetting) ProtoMessage() {}
 
 func (x *ModelSetting) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[46]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[47]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4475,7 +4557,7 @@ func (x *ModelSetting) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ModelSetting.ProtoReflect.Descriptor instead.
 func (*ModelSetting) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{46}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{47}
 }
 
 func (x *ModelSetting) GetProvider() string {
@@ -4531,7 +4613,7 @@ type ProfilePoint struct {
 
 func (x *ProfilePoint) Reset() {
 	*x = ProfilePoint{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[47]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[48]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4543,7 +4625,7 @@ func (x *ProfilePoint) String() string {
 func (*ProfilePoint) ProtoMessage() {}
 
 func (x *ProfilePoint) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[47]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[48]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4556,7 +4638,7 @@ func (x *ProfilePoint) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProfilePoint.ProtoReflect.Descriptor instead.
 func (*ProfilePoint) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{47}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{48}
 }
 
 func (x *ProfilePoint) GetSetting() *ModelSetting {
@@ -4625,7 +4707,7 @@ type LatencyPoint struct {
 
 func (x *LatencyPoint) Reset() {
 	*x = LatencyPoint{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[48]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[49]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4637,7 +4719,7 @@ func (x *LatencyPoint) String() string {
 func (*LatencyPoint) ProtoMessage() {}
 
 func (x *LatencyPoint) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[48]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[49]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4650,7 +4732,7 @@ func (x *LatencyPoint) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LatencyPoint.ProtoReflect.Descriptor instead.
 func (*LatencyPoint) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{48}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{49}
 }
 
 func (x *LatencyPoint) GetRows() uint32 {
@@ -4682,7 +4764,7 @@ type ProviderCheck struct {
 
 func (x *ProviderCheck) Reset() {
 	*x = ProviderCheck{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[49]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[50]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4694,7 +4776,7 @@ func (x *ProviderCheck) String() string {
 func (*ProviderCheck) ProtoMessage() {}
 
 func (x *ProviderCheck) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[49]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[50]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4707,7 +4789,7 @@ func (x *ProviderCheck) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProviderCheck.ProtoReflect.Descriptor instead.
 func (*ProviderCheck) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{49}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{50}
 }
 
 func (x *ProviderCheck) GetProvider() string {
@@ -4773,7 +4855,7 @@ type ModelTelemetry struct {
 
 func (x *ModelTelemetry) Reset() {
 	*x = ModelTelemetry{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[50]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[51]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4785,7 +4867,7 @@ func (x *ModelTelemetry) String() string {
 func (*ModelTelemetry) ProtoMessage() {}
 
 func (x *ModelTelemetry) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[50]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[51]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4798,7 +4880,7 @@ func (x *ModelTelemetry) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ModelTelemetry.ProtoReflect.Descriptor instead.
 func (*ModelTelemetry) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{50}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{51}
 }
 
 func (x *ModelTelemetry) GetModel() string {
@@ -4904,7 +4986,7 @@ type VersionFigures struct {
 
 func (x *VersionFigures) Reset() {
 	*x = VersionFigures{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[51]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[52]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4916,7 +4998,7 @@ func (x *VersionFigures) String() string {
 func (*VersionFigures) ProtoMessage() {}
 
 func (x *VersionFigures) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[51]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[52]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4929,7 +5011,7 @@ func (x *VersionFigures) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VersionFigures.ProtoReflect.Descriptor instead.
 func (*VersionFigures) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{51}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{52}
 }
 
 func (x *VersionFigures) GetRows() uint64 {
@@ -4971,7 +5053,7 @@ type Buckets struct {
 
 func (x *Buckets) Reset() {
 	*x = Buckets{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[52]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[53]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4983,7 +5065,7 @@ func (x *Buckets) String() string {
 func (*Buckets) ProtoMessage() {}
 
 func (x *Buckets) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[52]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[53]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4996,7 +5078,7 @@ func (x *Buckets) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Buckets.ProtoReflect.Descriptor instead.
 func (*Buckets) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{52}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{53}
 }
 
 func (x *Buckets) GetFirst() uint32 {
@@ -5027,7 +5109,7 @@ type SwapCount struct {
 
 func (x *SwapCount) Reset() {
 	*x = SwapCount{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[53]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[54]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5039,7 +5121,7 @@ func (x *SwapCount) String() string {
 func (*SwapCount) ProtoMessage() {}
 
 func (x *SwapCount) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[53]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[54]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5052,7 +5134,7 @@ func (x *SwapCount) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SwapCount.ProtoReflect.Descriptor instead.
 func (*SwapCount) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{53}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{54}
 }
 
 func (x *SwapCount) GetReason() string {
@@ -5089,7 +5171,7 @@ type BlockRequest struct {
 
 func (x *BlockRequest) Reset() {
 	*x = BlockRequest{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[54]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[55]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5101,7 +5183,7 @@ func (x *BlockRequest) String() string {
 func (*BlockRequest) ProtoMessage() {}
 
 func (x *BlockRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[54]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[55]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5114,7 +5196,7 @@ func (x *BlockRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BlockRequest.ProtoReflect.Descriptor instead.
 func (*BlockRequest) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{54}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{55}
 }
 
 func (x *BlockRequest) GetSha256() []byte {
@@ -5150,7 +5232,7 @@ type Block struct {
 
 func (x *Block) Reset() {
 	*x = Block{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[55]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[56]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5162,7 +5244,7 @@ func (x *Block) String() string {
 func (*Block) ProtoMessage() {}
 
 func (x *Block) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[55]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[56]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5175,7 +5257,7 @@ func (x *Block) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Block.ProtoReflect.Descriptor instead.
 func (*Block) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{55}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{56}
 }
 
 func (x *Block) GetSha256() []byte {
@@ -5222,7 +5304,7 @@ type FetchRequest struct {
 
 func (x *FetchRequest) Reset() {
 	*x = FetchRequest{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[56]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[57]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5234,7 +5316,7 @@ func (x *FetchRequest) String() string {
 func (*FetchRequest) ProtoMessage() {}
 
 func (x *FetchRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[56]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[57]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5247,7 +5329,7 @@ func (x *FetchRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FetchRequest.ProtoReflect.Descriptor instead.
 func (*FetchRequest) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{56}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{57}
 }
 
 func (x *FetchRequest) GetId() uint64 {
@@ -5321,7 +5403,7 @@ type FetchData struct {
 
 func (x *FetchData) Reset() {
 	*x = FetchData{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[57]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[58]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5333,7 +5415,7 @@ func (x *FetchData) String() string {
 func (*FetchData) ProtoMessage() {}
 
 func (x *FetchData) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[57]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[58]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5346,7 +5428,7 @@ func (x *FetchData) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FetchData.ProtoReflect.Descriptor instead.
 func (*FetchData) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{57}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{58}
 }
 
 func (x *FetchData) GetId() uint64 {
@@ -5413,7 +5495,7 @@ type Epoch struct {
 
 func (x *Epoch) Reset() {
 	*x = Epoch{}
-	mi := &file_dunlin_v1_wire_proto_msgTypes[58]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[59]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5425,7 +5507,7 @@ func (x *Epoch) String() string {
 func (*Epoch) ProtoMessage() {}
 
 func (x *Epoch) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_wire_proto_msgTypes[58]
+	mi := &file_dunlin_v1_wire_proto_msgTypes[59]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5438,7 +5520,7 @@ func (x *Epoch) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Epoch.ProtoReflect.Descriptor instead.
 func (*Epoch) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{58}
+	return file_dunlin_v1_wire_proto_rawDescGZIP(), []int{59}
 }
 
 func (x *Epoch) GetIncarnation() string {
@@ -5597,21 +5679,23 @@ const file_dunlin_v1_wire_proto_rawDesc = "" +
 	"signatures\x18\x06 \x03(\tR\n" +
 	"signatures\x12/\n" +
 	"\bdelivery\x18\a \x01(\v2\x13.dunlin.v1.DeliveryR\bdelivery\x12\x19\n" +
-	"\bin_place\x18\b \x01(\bR\ainPlace\"\x96\x02\n" +
+	"\bin_place\x18\b \x01(\bR\ainPlace\"\xc9\x02\n" +
 	"\fDesiredRoute\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x120\n" +
 	"\atargets\x18\x02 \x03(\v2\x16.dunlin.v1.RouteTargetR\atargets\x12*\n" +
 	"\x05rules\x18\x03 \x03(\v2\x14.dunlin.v1.RouteRuleR\x05rules\x12.\n" +
 	"\x06sticky\x18\x04 \x01(\v2\x16.dunlin.v1.RouteStickyR\x06sticky\x124\n" +
 	"\bfallback\x18\x05 \x03(\v2\x18.dunlin.v1.RouteFallbackR\bfallback\x12.\n" +
-	"\x06shadow\x18\x06 \x01(\v2\x16.dunlin.v1.RouteShadowR\x06shadow\"\x94\x02\n" +
+	"\x06shadow\x18\x06 \x01(\v2\x16.dunlin.v1.RouteShadowR\x06shadow\x121\n" +
+	"\acascade\x18\a \x01(\v2\x17.dunlin.v1.RouteCascadeR\acascade\"\xc7\x02\n" +
 	"\tRouteRule\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12+\n" +
 	"\x05match\x18\x02 \x01(\v2\x15.dunlin.v1.RouteMatchR\x05match\x120\n" +
 	"\atargets\x18\x03 \x03(\v2\x16.dunlin.v1.RouteTargetR\atargets\x12.\n" +
 	"\x06sticky\x18\x04 \x01(\v2\x16.dunlin.v1.RouteStickyR\x06sticky\x124\n" +
 	"\bfallback\x18\x05 \x03(\v2\x18.dunlin.v1.RouteFallbackR\bfallback\x12.\n" +
-	"\x06shadow\x18\x06 \x01(\v2\x16.dunlin.v1.RouteShadowR\x06shadow\"\xf0\x01\n" +
+	"\x06shadow\x18\x06 \x01(\v2\x16.dunlin.v1.RouteShadowR\x06shadow\x121\n" +
+	"\acascade\x18\a \x01(\v2\x17.dunlin.v1.RouteCascadeR\acascade\"\xf0\x01\n" +
 	"\n" +
 	"RouteMatch\x129\n" +
 	"\n" +
@@ -5643,7 +5727,11 @@ const file_dunlin_v1_wire_proto_rawDesc = "" +
 	"\vRouteShadow\x12\x14\n" +
 	"\x05model\x18\x01 \x01(\tR\x05model\x12\x18\n" +
 	"\aversion\x18\x02 \x01(\x03R\aversion\x12\x12\n" +
-	"\x04rate\x18\x03 \x01(\x01R\x04rate\"\xae\x03\n" +
+	"\x04rate\x18\x03 \x01(\x01R\x04rate\"R\n" +
+	"\fRouteCascade\x12\x14\n" +
+	"\x05model\x18\x01 \x01(\tR\x05model\x12\x18\n" +
+	"\aversion\x18\x02 \x01(\x03R\aversion\x12\x12\n" +
+	"\x04when\x18\x03 \x01(\tR\x04when\"\xae\x03\n" +
 	"\rVersionStatus\x12\x14\n" +
 	"\x05model\x18\x01 \x01(\tR\x05model\x12\x18\n" +
 	"\aversion\x18\x02 \x01(\x03R\aversion\x12\x16\n" +
@@ -6028,7 +6116,7 @@ func file_dunlin_v1_wire_proto_rawDescGZIP() []byte {
 }
 
 var file_dunlin_v1_wire_proto_enumTypes = make([]protoimpl.EnumInfo, 3)
-var file_dunlin_v1_wire_proto_msgTypes = make([]protoimpl.MessageInfo, 60)
+var file_dunlin_v1_wire_proto_msgTypes = make([]protoimpl.MessageInfo, 61)
 var file_dunlin_v1_wire_proto_goTypes = []any{
 	(VersionState)(0),             // 0: dunlin.v1.VersionState
 	(Severity)(0),                 // 1: dunlin.v1.Severity
@@ -6055,52 +6143,53 @@ var file_dunlin_v1_wire_proto_goTypes = []any{
 	(*RouteTarget)(nil),           // 22: dunlin.v1.RouteTarget
 	(*RouteFallback)(nil),         // 23: dunlin.v1.RouteFallback
 	(*RouteShadow)(nil),           // 24: dunlin.v1.RouteShadow
-	(*VersionStatus)(nil),         // 25: dunlin.v1.VersionStatus
-	(*RouteStatus)(nil),           // 26: dunlin.v1.RouteStatus
-	(*Reported)(nil),              // 27: dunlin.v1.Reported
-	(*DesiredRefusal)(nil),        // 28: dunlin.v1.DesiredRefusal
-	(*AgentStatus)(nil),           // 29: dunlin.v1.AgentStatus
-	(*Drift)(nil),                 // 30: dunlin.v1.Drift
-	(*Event)(nil),                 // 31: dunlin.v1.Event
-	(*EventBatch)(nil),            // 32: dunlin.v1.EventBatch
-	(*EventAck)(nil),              // 33: dunlin.v1.EventAck
-	(*Command)(nil),               // 34: dunlin.v1.Command
-	(*TelemetryLease)(nil),        // 35: dunlin.v1.TelemetryLease
-	(*SourcesRequest)(nil),        // 36: dunlin.v1.SourcesRequest
-	(*Sources)(nil),               // 37: dunlin.v1.Sources
-	(*Source)(nil),                // 38: dunlin.v1.Source
-	(*StandDown)(nil),             // 39: dunlin.v1.StandDown
-	(*RenewNow)(nil),              // 40: dunlin.v1.RenewNow
-	(*HelloAgain)(nil),            // 41: dunlin.v1.HelloAgain
-	(*Telemetry)(nil),             // 42: dunlin.v1.Telemetry
-	(*Temperature)(nil),           // 43: dunlin.v1.Temperature
-	(*GpuTelemetry)(nil),          // 44: dunlin.v1.GpuTelemetry
-	(*GpuProcess)(nil),            // 45: dunlin.v1.GpuProcess
-	(*Alarm)(nil),                 // 46: dunlin.v1.Alarm
-	(*AlarmSample)(nil),           // 47: dunlin.v1.AlarmSample
-	(*ModelProfile)(nil),          // 48: dunlin.v1.ModelProfile
-	(*ModelSetting)(nil),          // 49: dunlin.v1.ModelSetting
-	(*ProfilePoint)(nil),          // 50: dunlin.v1.ProfilePoint
-	(*LatencyPoint)(nil),          // 51: dunlin.v1.LatencyPoint
-	(*ProviderCheck)(nil),         // 52: dunlin.v1.ProviderCheck
-	(*ModelTelemetry)(nil),        // 53: dunlin.v1.ModelTelemetry
-	(*VersionFigures)(nil),        // 54: dunlin.v1.VersionFigures
-	(*Buckets)(nil),               // 55: dunlin.v1.Buckets
-	(*SwapCount)(nil),             // 56: dunlin.v1.SwapCount
-	(*BlockRequest)(nil),          // 57: dunlin.v1.BlockRequest
-	(*Block)(nil),                 // 58: dunlin.v1.Block
-	(*FetchRequest)(nil),          // 59: dunlin.v1.FetchRequest
-	(*FetchData)(nil),             // 60: dunlin.v1.FetchData
-	(*Epoch)(nil),                 // 61: dunlin.v1.Epoch
-	nil,                           // 62: dunlin.v1.Hello.LabelsEntry
-	(*timestamppb.Timestamp)(nil), // 63: google.protobuf.Timestamp
+	(*RouteCascade)(nil),          // 25: dunlin.v1.RouteCascade
+	(*VersionStatus)(nil),         // 26: dunlin.v1.VersionStatus
+	(*RouteStatus)(nil),           // 27: dunlin.v1.RouteStatus
+	(*Reported)(nil),              // 28: dunlin.v1.Reported
+	(*DesiredRefusal)(nil),        // 29: dunlin.v1.DesiredRefusal
+	(*AgentStatus)(nil),           // 30: dunlin.v1.AgentStatus
+	(*Drift)(nil),                 // 31: dunlin.v1.Drift
+	(*Event)(nil),                 // 32: dunlin.v1.Event
+	(*EventBatch)(nil),            // 33: dunlin.v1.EventBatch
+	(*EventAck)(nil),              // 34: dunlin.v1.EventAck
+	(*Command)(nil),               // 35: dunlin.v1.Command
+	(*TelemetryLease)(nil),        // 36: dunlin.v1.TelemetryLease
+	(*SourcesRequest)(nil),        // 37: dunlin.v1.SourcesRequest
+	(*Sources)(nil),               // 38: dunlin.v1.Sources
+	(*Source)(nil),                // 39: dunlin.v1.Source
+	(*StandDown)(nil),             // 40: dunlin.v1.StandDown
+	(*RenewNow)(nil),              // 41: dunlin.v1.RenewNow
+	(*HelloAgain)(nil),            // 42: dunlin.v1.HelloAgain
+	(*Telemetry)(nil),             // 43: dunlin.v1.Telemetry
+	(*Temperature)(nil),           // 44: dunlin.v1.Temperature
+	(*GpuTelemetry)(nil),          // 45: dunlin.v1.GpuTelemetry
+	(*GpuProcess)(nil),            // 46: dunlin.v1.GpuProcess
+	(*Alarm)(nil),                 // 47: dunlin.v1.Alarm
+	(*AlarmSample)(nil),           // 48: dunlin.v1.AlarmSample
+	(*ModelProfile)(nil),          // 49: dunlin.v1.ModelProfile
+	(*ModelSetting)(nil),          // 50: dunlin.v1.ModelSetting
+	(*ProfilePoint)(nil),          // 51: dunlin.v1.ProfilePoint
+	(*LatencyPoint)(nil),          // 52: dunlin.v1.LatencyPoint
+	(*ProviderCheck)(nil),         // 53: dunlin.v1.ProviderCheck
+	(*ModelTelemetry)(nil),        // 54: dunlin.v1.ModelTelemetry
+	(*VersionFigures)(nil),        // 55: dunlin.v1.VersionFigures
+	(*Buckets)(nil),               // 56: dunlin.v1.Buckets
+	(*SwapCount)(nil),             // 57: dunlin.v1.SwapCount
+	(*BlockRequest)(nil),          // 58: dunlin.v1.BlockRequest
+	(*Block)(nil),                 // 59: dunlin.v1.Block
+	(*FetchRequest)(nil),          // 60: dunlin.v1.FetchRequest
+	(*FetchData)(nil),             // 61: dunlin.v1.FetchData
+	(*Epoch)(nil),                 // 62: dunlin.v1.Epoch
+	nil,                           // 63: dunlin.v1.Hello.LabelsEntry
+	(*timestamppb.Timestamp)(nil), // 64: google.protobuf.Timestamp
 }
 var file_dunlin_v1_wire_proto_depIdxs = []int32{
 	5,  // 0: dunlin.v1.DeviceInfo.gpus:type_name -> dunlin.v1.GpuInfo
 	6,  // 1: dunlin.v1.DeviceInfo.limits:type_name -> dunlin.v1.DeviceLimits
 	3,  // 2: dunlin.v1.Hello.have_generation:type_name -> dunlin.v1.Generation
 	4,  // 3: dunlin.v1.Hello.info:type_name -> dunlin.v1.DeviceInfo
-	62, // 4: dunlin.v1.Hello.labels:type_name -> dunlin.v1.Hello.LabelsEntry
+	63, // 4: dunlin.v1.Hello.labels:type_name -> dunlin.v1.Hello.LabelsEntry
 	3,  // 5: dunlin.v1.Desired.generation:type_name -> dunlin.v1.Generation
 	15, // 6: dunlin.v1.DesiredDocument.versions:type_name -> dunlin.v1.DesiredVersion
 	16, // 7: dunlin.v1.DesiredDocument.routes:type_name -> dunlin.v1.DesiredRoute
@@ -6114,67 +6203,69 @@ var file_dunlin_v1_wire_proto_depIdxs = []int32{
 	21, // 15: dunlin.v1.DesiredRoute.sticky:type_name -> dunlin.v1.RouteSticky
 	23, // 16: dunlin.v1.DesiredRoute.fallback:type_name -> dunlin.v1.RouteFallback
 	24, // 17: dunlin.v1.DesiredRoute.shadow:type_name -> dunlin.v1.RouteShadow
-	18, // 18: dunlin.v1.RouteRule.match:type_name -> dunlin.v1.RouteMatch
-	22, // 19: dunlin.v1.RouteRule.targets:type_name -> dunlin.v1.RouteTarget
-	21, // 20: dunlin.v1.RouteRule.sticky:type_name -> dunlin.v1.RouteSticky
-	23, // 21: dunlin.v1.RouteRule.fallback:type_name -> dunlin.v1.RouteFallback
-	24, // 22: dunlin.v1.RouteRule.shadow:type_name -> dunlin.v1.RouteShadow
-	19, // 23: dunlin.v1.RouteMatch.parameters:type_name -> dunlin.v1.RouteCondition
-	19, // 24: dunlin.v1.RouteMatch.headers:type_name -> dunlin.v1.RouteCondition
-	19, // 25: dunlin.v1.RouteMatch.labels:type_name -> dunlin.v1.RouteCondition
-	20, // 26: dunlin.v1.RouteMatch.inputs:type_name -> dunlin.v1.RouteInput
-	0,  // 27: dunlin.v1.VersionStatus.state:type_name -> dunlin.v1.VersionState
-	63, // 28: dunlin.v1.VersionStatus.since:type_name -> google.protobuf.Timestamp
-	3,  // 29: dunlin.v1.Reported.observed:type_name -> dunlin.v1.Generation
-	63, // 30: dunlin.v1.Reported.at:type_name -> google.protobuf.Timestamp
-	25, // 31: dunlin.v1.Reported.versions:type_name -> dunlin.v1.VersionStatus
-	26, // 32: dunlin.v1.Reported.routes:type_name -> dunlin.v1.RouteStatus
-	29, // 33: dunlin.v1.Reported.agent:type_name -> dunlin.v1.AgentStatus
-	30, // 34: dunlin.v1.Reported.drifts:type_name -> dunlin.v1.Drift
-	28, // 35: dunlin.v1.Reported.refused:type_name -> dunlin.v1.DesiredRefusal
-	3,  // 36: dunlin.v1.DesiredRefusal.generation:type_name -> dunlin.v1.Generation
-	63, // 37: dunlin.v1.DesiredRefusal.since:type_name -> google.protobuf.Timestamp
-	2,  // 38: dunlin.v1.AgentStatus.state:type_name -> dunlin.v1.AgentStatus.State
-	63, // 39: dunlin.v1.Drift.since:type_name -> google.protobuf.Timestamp
-	63, // 40: dunlin.v1.Event.at:type_name -> google.protobuf.Timestamp
-	1,  // 41: dunlin.v1.Event.severity:type_name -> dunlin.v1.Severity
-	48, // 42: dunlin.v1.Event.profile:type_name -> dunlin.v1.ModelProfile
-	46, // 43: dunlin.v1.Event.alarm:type_name -> dunlin.v1.Alarm
-	31, // 44: dunlin.v1.EventBatch.events:type_name -> dunlin.v1.Event
-	33, // 45: dunlin.v1.Command.event_ack:type_name -> dunlin.v1.EventAck
-	41, // 46: dunlin.v1.Command.hello_again:type_name -> dunlin.v1.HelloAgain
-	39, // 47: dunlin.v1.Command.stand_down:type_name -> dunlin.v1.StandDown
-	40, // 48: dunlin.v1.Command.renew_now:type_name -> dunlin.v1.RenewNow
-	35, // 49: dunlin.v1.Command.telemetry_lease:type_name -> dunlin.v1.TelemetryLease
-	37, // 50: dunlin.v1.Command.sources:type_name -> dunlin.v1.Sources
-	38, // 51: dunlin.v1.Sources.sources:type_name -> dunlin.v1.Source
-	63, // 52: dunlin.v1.Telemetry.at:type_name -> google.protobuf.Timestamp
-	53, // 53: dunlin.v1.Telemetry.models:type_name -> dunlin.v1.ModelTelemetry
-	44, // 54: dunlin.v1.Telemetry.gpus:type_name -> dunlin.v1.GpuTelemetry
-	43, // 55: dunlin.v1.Telemetry.temperatures:type_name -> dunlin.v1.Temperature
-	46, // 56: dunlin.v1.Telemetry.alarms:type_name -> dunlin.v1.Alarm
-	45, // 57: dunlin.v1.GpuTelemetry.processes:type_name -> dunlin.v1.GpuProcess
-	1,  // 58: dunlin.v1.Alarm.severity:type_name -> dunlin.v1.Severity
-	63, // 59: dunlin.v1.Alarm.raised_at:type_name -> google.protobuf.Timestamp
-	63, // 60: dunlin.v1.Alarm.cleared_at:type_name -> google.protobuf.Timestamp
-	47, // 61: dunlin.v1.Alarm.samples:type_name -> dunlin.v1.AlarmSample
-	63, // 62: dunlin.v1.AlarmSample.at:type_name -> google.protobuf.Timestamp
-	63, // 63: dunlin.v1.ModelProfile.measured_at:type_name -> google.protobuf.Timestamp
-	50, // 64: dunlin.v1.ModelProfile.points:type_name -> dunlin.v1.ProfilePoint
-	49, // 65: dunlin.v1.ModelProfile.recommended:type_name -> dunlin.v1.ModelSetting
-	51, // 66: dunlin.v1.ModelProfile.latency:type_name -> dunlin.v1.LatencyPoint
-	52, // 67: dunlin.v1.ModelProfile.providers:type_name -> dunlin.v1.ProviderCheck
-	49, // 68: dunlin.v1.ProfilePoint.setting:type_name -> dunlin.v1.ModelSetting
-	56, // 69: dunlin.v1.ModelTelemetry.activations:type_name -> dunlin.v1.SwapCount
-	56, // 70: dunlin.v1.ModelTelemetry.evictions:type_name -> dunlin.v1.SwapCount
-	54, // 71: dunlin.v1.ModelTelemetry.figures:type_name -> dunlin.v1.VersionFigures
-	55, // 72: dunlin.v1.VersionFigures.latency:type_name -> dunlin.v1.Buckets
-	55, // 73: dunlin.v1.VersionFigures.confidence:type_name -> dunlin.v1.Buckets
-	74, // [74:74] is the sub-list for method output_type
-	74, // [74:74] is the sub-list for method input_type
-	74, // [74:74] is the sub-list for extension type_name
-	74, // [74:74] is the sub-list for extension extendee
-	0,  // [0:74] is the sub-list for field type_name
+	25, // 18: dunlin.v1.DesiredRoute.cascade:type_name -> dunlin.v1.RouteCascade
+	18, // 19: dunlin.v1.RouteRule.match:type_name -> dunlin.v1.RouteMatch
+	22, // 20: dunlin.v1.RouteRule.targets:type_name -> dunlin.v1.RouteTarget
+	21, // 21: dunlin.v1.RouteRule.sticky:type_name -> dunlin.v1.RouteSticky
+	23, // 22: dunlin.v1.RouteRule.fallback:type_name -> dunlin.v1.RouteFallback
+	24, // 23: dunlin.v1.RouteRule.shadow:type_name -> dunlin.v1.RouteShadow
+	25, // 24: dunlin.v1.RouteRule.cascade:type_name -> dunlin.v1.RouteCascade
+	19, // 25: dunlin.v1.RouteMatch.parameters:type_name -> dunlin.v1.RouteCondition
+	19, // 26: dunlin.v1.RouteMatch.headers:type_name -> dunlin.v1.RouteCondition
+	19, // 27: dunlin.v1.RouteMatch.labels:type_name -> dunlin.v1.RouteCondition
+	20, // 28: dunlin.v1.RouteMatch.inputs:type_name -> dunlin.v1.RouteInput
+	0,  // 29: dunlin.v1.VersionStatus.state:type_name -> dunlin.v1.VersionState
+	64, // 30: dunlin.v1.VersionStatus.since:type_name -> google.protobuf.Timestamp
+	3,  // 31: dunlin.v1.Reported.observed:type_name -> dunlin.v1.Generation
+	64, // 32: dunlin.v1.Reported.at:type_name -> google.protobuf.Timestamp
+	26, // 33: dunlin.v1.Reported.versions:type_name -> dunlin.v1.VersionStatus
+	27, // 34: dunlin.v1.Reported.routes:type_name -> dunlin.v1.RouteStatus
+	30, // 35: dunlin.v1.Reported.agent:type_name -> dunlin.v1.AgentStatus
+	31, // 36: dunlin.v1.Reported.drifts:type_name -> dunlin.v1.Drift
+	29, // 37: dunlin.v1.Reported.refused:type_name -> dunlin.v1.DesiredRefusal
+	3,  // 38: dunlin.v1.DesiredRefusal.generation:type_name -> dunlin.v1.Generation
+	64, // 39: dunlin.v1.DesiredRefusal.since:type_name -> google.protobuf.Timestamp
+	2,  // 40: dunlin.v1.AgentStatus.state:type_name -> dunlin.v1.AgentStatus.State
+	64, // 41: dunlin.v1.Drift.since:type_name -> google.protobuf.Timestamp
+	64, // 42: dunlin.v1.Event.at:type_name -> google.protobuf.Timestamp
+	1,  // 43: dunlin.v1.Event.severity:type_name -> dunlin.v1.Severity
+	49, // 44: dunlin.v1.Event.profile:type_name -> dunlin.v1.ModelProfile
+	47, // 45: dunlin.v1.Event.alarm:type_name -> dunlin.v1.Alarm
+	32, // 46: dunlin.v1.EventBatch.events:type_name -> dunlin.v1.Event
+	34, // 47: dunlin.v1.Command.event_ack:type_name -> dunlin.v1.EventAck
+	42, // 48: dunlin.v1.Command.hello_again:type_name -> dunlin.v1.HelloAgain
+	40, // 49: dunlin.v1.Command.stand_down:type_name -> dunlin.v1.StandDown
+	41, // 50: dunlin.v1.Command.renew_now:type_name -> dunlin.v1.RenewNow
+	36, // 51: dunlin.v1.Command.telemetry_lease:type_name -> dunlin.v1.TelemetryLease
+	38, // 52: dunlin.v1.Command.sources:type_name -> dunlin.v1.Sources
+	39, // 53: dunlin.v1.Sources.sources:type_name -> dunlin.v1.Source
+	64, // 54: dunlin.v1.Telemetry.at:type_name -> google.protobuf.Timestamp
+	54, // 55: dunlin.v1.Telemetry.models:type_name -> dunlin.v1.ModelTelemetry
+	45, // 56: dunlin.v1.Telemetry.gpus:type_name -> dunlin.v1.GpuTelemetry
+	44, // 57: dunlin.v1.Telemetry.temperatures:type_name -> dunlin.v1.Temperature
+	47, // 58: dunlin.v1.Telemetry.alarms:type_name -> dunlin.v1.Alarm
+	46, // 59: dunlin.v1.GpuTelemetry.processes:type_name -> dunlin.v1.GpuProcess
+	1,  // 60: dunlin.v1.Alarm.severity:type_name -> dunlin.v1.Severity
+	64, // 61: dunlin.v1.Alarm.raised_at:type_name -> google.protobuf.Timestamp
+	64, // 62: dunlin.v1.Alarm.cleared_at:type_name -> google.protobuf.Timestamp
+	48, // 63: dunlin.v1.Alarm.samples:type_name -> dunlin.v1.AlarmSample
+	64, // 64: dunlin.v1.AlarmSample.at:type_name -> google.protobuf.Timestamp
+	64, // 65: dunlin.v1.ModelProfile.measured_at:type_name -> google.protobuf.Timestamp
+	51, // 66: dunlin.v1.ModelProfile.points:type_name -> dunlin.v1.ProfilePoint
+	50, // 67: dunlin.v1.ModelProfile.recommended:type_name -> dunlin.v1.ModelSetting
+	52, // 68: dunlin.v1.ModelProfile.latency:type_name -> dunlin.v1.LatencyPoint
+	53, // 69: dunlin.v1.ModelProfile.providers:type_name -> dunlin.v1.ProviderCheck
+	50, // 70: dunlin.v1.ProfilePoint.setting:type_name -> dunlin.v1.ModelSetting
+	57, // 71: dunlin.v1.ModelTelemetry.activations:type_name -> dunlin.v1.SwapCount
+	57, // 72: dunlin.v1.ModelTelemetry.evictions:type_name -> dunlin.v1.SwapCount
+	55, // 73: dunlin.v1.ModelTelemetry.figures:type_name -> dunlin.v1.VersionFigures
+	56, // 74: dunlin.v1.VersionFigures.latency:type_name -> dunlin.v1.Buckets
+	56, // 75: dunlin.v1.VersionFigures.confidence:type_name -> dunlin.v1.Buckets
+	76, // [76:76] is the sub-list for method output_type
+	76, // [76:76] is the sub-list for method input_type
+	76, // [76:76] is the sub-list for extension type_name
+	76, // [76:76] is the sub-list for extension extendee
+	0,  // [0:76] is the sub-list for field type_name
 }
 
 func init() { file_dunlin_v1_wire_proto_init() }
@@ -6182,7 +6273,7 @@ func file_dunlin_v1_wire_proto_init() {
 	if File_dunlin_v1_wire_proto != nil {
 		return
 	}
-	file_dunlin_v1_wire_proto_msgTypes[31].OneofWrappers = []any{
+	file_dunlin_v1_wire_proto_msgTypes[32].OneofWrappers = []any{
 		(*Command_EventAck)(nil),
 		(*Command_HelloAgain)(nil),
 		(*Command_StandDown)(nil),
@@ -6190,18 +6281,18 @@ func file_dunlin_v1_wire_proto_init() {
 		(*Command_TelemetryLease)(nil),
 		(*Command_Sources)(nil),
 	}
-	file_dunlin_v1_wire_proto_msgTypes[39].OneofWrappers = []any{}
-	file_dunlin_v1_wire_proto_msgTypes[41].OneofWrappers = []any{}
-	file_dunlin_v1_wire_proto_msgTypes[43].OneofWrappers = []any{}
-	file_dunlin_v1_wire_proto_msgTypes[47].OneofWrappers = []any{}
-	file_dunlin_v1_wire_proto_msgTypes[51].OneofWrappers = []any{}
+	file_dunlin_v1_wire_proto_msgTypes[40].OneofWrappers = []any{}
+	file_dunlin_v1_wire_proto_msgTypes[42].OneofWrappers = []any{}
+	file_dunlin_v1_wire_proto_msgTypes[44].OneofWrappers = []any{}
+	file_dunlin_v1_wire_proto_msgTypes[48].OneofWrappers = []any{}
+	file_dunlin_v1_wire_proto_msgTypes[52].OneofWrappers = []any{}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_dunlin_v1_wire_proto_rawDesc), len(file_dunlin_v1_wire_proto_rawDesc)),
 			NumEnums:      3,
-			NumMessages:   60,
+			NumMessages:   61,
 			NumExtensions: 0,
 			NumServices:   0,
 		},
