@@ -361,7 +361,7 @@ func TestPagesKeepThePolicy(t *testing.T) {
 	}
 	check("/sign-in")
 	b.signIn("ada")
-	for _, path := range []string{"/", "/devices/cam-1", "/none", "/?label=site%3Drome"} {
+	for _, path := range []string{"/", "/devices/cam-1", "/none", "/?label=site%3Drome", "/alarms"} {
 		check(path)
 	}
 	// The theme is kept, and the page says it.
