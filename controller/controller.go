@@ -170,7 +170,7 @@ func Run(ctx context.Context, c Config) (err error) {
 		Store: st, Dispatch: dispatcher, Registry: reg, Auth: auth, Log: log, Enrol: enrolment, Authorities: t.Authorities,
 		Version: program.Version(), SigningKey: signer.id, AccountsChanged: func(ctx context.Context) error { return t.changed(ctx, bus) }, Stopping: stopping,
 	})
-	pages := console.New(console.Config{API: services, Log: log, Stopping: stopping})
+	pages := console.New(console.Config{API: services, Log: log, DeviceURL: told, Stopping: stopping})
 	mux.HandleFunc("/", func(w http.ResponseWriter, r *http.Request) {
 		if strings.HasPrefix(r.URL.Path, "/"+servicesPrefix) {
 			services.ServeHTTP(w, r)

@@ -24,6 +24,8 @@ type Config struct {
 	API http.Handler
 	Log *slog.Logger
 	Now func() time.Time // nil: time.Now
+	// DeviceURL is what devices are told that the controller is at.
+	DeviceURL string
 	// Stopping is closed when streams are to end.
 	Stopping <-chan struct{}
 }

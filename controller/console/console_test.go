@@ -69,7 +69,7 @@ func start(t *testing.T) *world {
 	go func() { done <- w.dispatch.Run(ctx) }()
 	stopping := make(chan struct{})
 	services := api.New(api.Config{Store: st, Dispatch: w.dispatch, Auth: auth, Log: log, Stopping: stopping})
-	server := httptest.NewServer(New(Config{API: services, Log: log, Stopping: stopping}))
+	server := httptest.NewServer(New(Config{API: services, Log: log, DeviceURL: "https://dunlin.example.com:8080", Stopping: stopping}))
 	w.url = server.URL
 	t.Cleanup(func() {
 		close(stopping)
@@ -361,7 +361,7 @@ func TestPagesKeepThePolicy(t *testing.T) {
 	}
 	check("/sign-in")
 	b.signIn("ada")
-	for _, path := range []string{"/", "/devices/cam-1", "/none", "/?label=site%3Drome"} {
+	for _, path := range []string{"/", "/devices/cam-1", "/none", "/?label=site%3Drome", "/alarms"} {
 		check(path)
 	}
 	// The theme is kept, and the page says it.

@@ -242,6 +242,7 @@ type fleetView struct {
 	ByName      string
 	Live        string // URL of the stream
 	Admin       bool
+	Controller  string // URL for devices
 	Scope       string
 	Now         time.Time
 }
@@ -451,7 +452,7 @@ func (s *console) fleet(w http.ResponseWriter, r *http.Request, in session) {
 
 func (s *console) fleetFor(in session, devices []*v1.Device, f filter) fleetView {
 	v := viewOf(devices, f, s.Now())
-	v.Admin, v.Scope = in.Who.Role == "admin", labelText(in.Who.Scope)
+	v.Admin, v.Scope, v.Controller = in.Who.Role == "admin", labelText(in.Who.Scope), s.DeviceURL
 	return v
 }
 

@@ -22,6 +22,7 @@ const (
 // form is sent to the page that shows it.
 func (s *console) inventory(mux *http.ServeMux) {
 	for path, h := range map[string]func(http.ResponseWriter, *http.Request, session){
+		"GET /alarms": s.alarms,
 		"GET /models": s.models, "GET /models/{model}": s.model, "POST /models/{model}": s.changeModel,
 	} {
 		mux.HandleFunc(path, s.signedIn(h))

@@ -40,6 +40,7 @@ type section struct{ Name, URL string }
 var sections = []section{
 	{"Fleet", "/"},
 	{"Models", "/models"},
+	{"Alarms", "/alarms"},
 }
 
 type pages struct {
