@@ -88,7 +88,7 @@ func TestModelPages(t *testing.T) {
 
 	resp, body := fresh.do("GET", "/models/digits", nil)
 	has(t, body, "2 versions", fmt.Sprintf("sha256:%064x", 2), "&#43;512 KiB", "other outputs", "opset 17 before", "no publisher", `href="/?model=digits%3A2"`,
-		`<code dir="auto">&lt;script&gt;`, "مرحبا 🐦", "dunlin model delete digits:2", "dunlin get profiles digits")
+		`<code dir="ltr"><bdi>&lt;script&gt;`, `<bdi>مرحبا 🐦</bdi>:FP32[n,10]`, "dunlin model delete digits:2", "dunlin get profiles digits")
 	if strings.Index(body, `id="v2"`) > strings.Index(body, `id="v1"`) {
 		t.Error("the newest version is not the first")
 	}
@@ -180,6 +180,14 @@ func TestProfilesOf(t *testing.T) {
 	// What was not measured is not made up.
 	if r := profilesOf([]*v1.DeviceProfile{{Profile: &v1.ModelProfile{}}})[0]; r.Run != "" || r.Setting != "" || r.Energy != "" {
 		t.Errorf("got %+v", r)
+	}
+}
+
+func TestSignatureOf(t *testing.T) {
+	for text, want := range map[string]signature{"x:FP32[-1,2]": {"x", ":FP32[-1,2]"}, "a:b:INT8[]": {"a:b", ":INT8[]"}, "x": {"x", ""}, "": {}, "مرحبا:BOOL[1]": {"مرحبا", ":BOOL[1]"}} {
+		if got := signatureOf(text); got != want {
+			t.Errorf("%q: got %q, want %q", text, got, want)
+		}
 	}
 }
 
