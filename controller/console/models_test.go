@@ -2,6 +2,7 @@ package console
 
 import (
 	"fmt"
+	"log/slog"
 	"net/url"
 	"strings"
 	"testing"
@@ -9,6 +10,7 @@ import (
 
 	"google.golang.org/protobuf/types/known/timestamppb"
 
+	"github.com/dunlin/dunlin/controller/identity"
 	"github.com/dunlin/dunlin/controller/store"
 	"github.com/dunlin/dunlin/internal/pki/pkitest"
 	"github.com/dunlin/dunlin/models/signing"
@@ -134,6 +136,86 @@ func TestDeleteVersionRefused(t *testing.T) {
 	if _, err := w.store.Version(t.Context(), "digits", 1); err != nil {
 		t.Error(err)
 	}
+}
+
+// Who may not delete versions is offered no form for it, and is refused.
+func TestViewerDeletesNothing(t *testing.T) {
+	w := start(t)
+	w.trust()
+	w.version(store.Version{Model: "digits", Version: 1, CreatedBy: "user:ada"})
+	must(t, w.store.AddToken(t.Context(), "eve", identity.Viewer, identity.Hash("eve-token")))
+	eve := w.browser()
+	eve.do("POST", "/sign-in", url.Values{"token": {"eve-token"}})
+	resp, body := eve.do("GET", "/models/digits", nil)
+	if resp.StatusCode != 200 || strings.Contains(body, "Delete") || !strings.Contains(body, `id="v1"`) {
+		t.Errorf("got %s %s", resp.Status, body)
+	}
+	if resp, body := eve.do("POST", "/models/digits", url.Values{"version": {"1"}}); resp.StatusCode != 403 {
+		t.Errorf("got %s %s", resp.Status, body)
+	}
+	if _, err := w.store.Version(t.Context(), "digits", 1); err != nil {
+		t.Error(err)
+	}
+}
+
+// FuzzModelText puts a text wherever somebody else chose one: it makes no
+// element that is not there with a plain word.
+func FuzzModelText(f *testing.F) {
+	for _, s := range []string{script, `" onclick="x`, "'><b>", "\u202Emodel", "👩‍👩‍👧", "{{.}}", "\x00\xff", "javascript:x", "</code></dd>", strings.Repeat("x", 5000)} {
+		f.Add(s)
+	}
+	p := newPages(newAssets(), slog.New(slog.DiscardHandler))
+	made := func(t *testing.T, name, s string) string {
+		v := &v1.ModelVersion{Model: "m", Version: 2, Digest: s, CreatedBy: s, Inputs: []string{s}, Outputs: []string{s, s}, Signers: []string{s}}
+		u := use{Deployments: []string{s}, Routes: []string{s}, Resident: 1, Bad: 1, URL: filter{Model: s, Page: 1}.URL()}
+		var data any = modelsView{Text: "x" + s, All: 1, Rows: []modelRow{{Name: s, Newest: v, Use: u}}}
+		if name == "model" {
+			profile := &v1.DeviceProfile{Device: s, Profile: &v1.ModelProfile{FirmwareProfile: s, Unmeasured: "x" + s, Recommended: &v1.ModelSetting{Provider: s}}}
+			data = modelView{Name: s, Fault: "x" + s, Deletes: true, Versions: []versionView{{V: v, Use: u}}, Profiles: profilesOf([]*v1.DeviceProfile{profile})}
+		}
+		b, err := p.render(name, "content", page{Data: data})
+		must(t, err)
+		return string(b)
+	}
+	f.Fuzz(func(t *testing.T, s string) {
+		for _, name := range []string{"models", "model"} {
+			plain, body := made(t, name, "word"), made(t, name, s)
+			for _, mark := range []string{"<", ">", `"`} {
+				if got, want := strings.Count(body, mark), strings.Count(plain, mark); got != want {
+					t.Errorf("%s with %q has %d %s, with a word %d:\n%s", name, s, got, mark, want, body)
+				}
+			}
+			if strings.Contains(body, "ZgotmplZ") != strings.Contains(s, "ZgotmplZ") {
+				t.Errorf("%s with %q: a value is refused", name, s)
+			}
+		}
+	})
+}
+
+// FuzzForms reads the fields of forms: whatever comes, it is a value within
+// its limits or an error that is short.
+func FuzzForms(f *testing.F) {
+	for _, s := range []string{"1", " 7 ", "-1", "1e3", "a=b, c=d", "a=b a=c", "=", script, "مرحبا=🐦", strings.Repeat("9", 400)} {
+		f.Add(s)
+	}
+	f.Fuzz(func(t *testing.T, s string) {
+		n, err := numberOf("version", s, 1, 1, 9)
+		if err == nil && (n < 1 || n > 9) {
+			t.Errorf("%q: got %d", s, n)
+		}
+		labels, lerr := labelsOf("labels", s)
+		if _, empty := labels[""]; empty {
+			t.Errorf("%q: got a label without a key", s)
+		}
+		for _, err := range []error{err, lerr} {
+			if err != nil && len(err.Error()) > 1000 {
+				t.Errorf("an error of %d bytes", len(err.Error()))
+			}
+		}
+		if words, err := wordsOf(url.Values{"q": {s}}, "q"); err == nil && len([]rune(words["q"])) > maxFilter {
+			t.Errorf("%q is taken", s)
+		}
+	})
 }
 
 func TestUsesOf(t *testing.T) {
