@@ -361,7 +361,9 @@ func TestPagesKeepThePolicy(t *testing.T) {
 	}
 	check("/sign-in")
 	b.signIn("ada")
-	for _, path := range []string{"/", "/devices/cam-1", "/none", "/?label=site%3Drome", "/alarms"} {
+	w.trust()
+	w.version(store.Version{Model: "digits", Version: 1, Inputs: []string{script}, CreatedBy: "user:ada"})
+	for _, path := range []string{"/", "/devices/cam-1", "/none", "/?label=site%3Drome", "/models", "/models?q=none", "/models/digits", "/alarms"} {
 		check(path)
 	}
 	// The theme is kept, and the page says it.

@@ -233,6 +233,19 @@ type modelView struct {
 	Now      time.Time
 }
 
+// signature is an input or output. Its name may be written from right to left;
+// what comes after it is not.
+type signature struct{ Name, Type string }
+
+// signatureOf takes "name:TYPE[dims]" apart, before the colon of the type.
+func signatureOf(text string) signature {
+	at := strings.LastIndexByte(text, ':')
+	if at < 0 {
+		return signature{Name: text}
+	}
+	return signature{text[:at], text[at:]}
+}
+
 // growth says how much larger a version is than the one before.
 func growth(now, before uint64) string {
 	switch {

@@ -52,7 +52,7 @@ func newPages(a *assets, log *slog.Logger) *pages {
 	funcs := template.FuncMap{
 		"asset": func(name string) string { return a.urls[name] },
 		"ago":   ago, "stamp": stamp, "bytes": bytesText, "escape": escape, "percent": percent,
-		"seconds": secondsText, "labels": labelText,
+		"seconds": secondsText, "labels": labelText, "signature": signatureOf,
 		"sections": func() []section { return sections },
 	}
 	base := template.Must(template.New("").Funcs(funcs).ParseFS(templateFiles, "templates/base.html"))
