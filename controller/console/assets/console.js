@@ -38,6 +38,29 @@
     if (e.detail.type === 'message') location.reload(); // it leads to the sign-in
   });
 
+  // A command beside a button of data-copy is copied. Pages of plain HTTP have no
+  // clipboard; the text is then selected, and copied as by hand.
+  document.documentElement.classList.add('js');
+  document.addEventListener('click', function (e) {
+    var button = e.target.closest('[data-copy]');
+    if (!button) return;
+    var code = button.parentNode.querySelector('code');
+    function said(word) {
+      button.textContent = word;
+      button.parentNode.querySelector('[role=status]').textContent = word;
+      setTimeout(function () { button.textContent = 'Copy'; }, 2000);
+    }
+    function select() {
+      var range = document.createRange();
+      range.selectNodeContents(code);
+      getSelection().removeAllRanges();
+      getSelection().addRange(range);
+      said(document.execCommand('copy') ? 'Copied' : 'Selected');
+    }
+    if (!navigator.clipboard) return select();
+    navigator.clipboard.writeText(code.textContent).then(function () { said('Copied'); }, select);
+  });
+
   document.addEventListener('keydown', function (e) {
     var q = document.getElementById('q');
     var at = document.activeElement;
