@@ -213,7 +213,7 @@ func generation(g *v1.Generation) string {
 func deviceViewOf(d *v1.Device, drifts []*v1.DeviceDrift, now time.Time) deviceView {
 	t := d.GetTelemetry()
 	v := deviceView{
-		D: d, State: stateOf(d, now), Heard: timeOf(d.GetLastHeardAt()), Desired: generation(d.GetDesired()), Observed: generation(d.GetReported().GetObserved()),
+		D: d, State: stateOf(d), Heard: timeOf(d.GetLastHeardAt()), Desired: generation(d.GetDesired()), Observed: generation(d.GetReported().GetObserved()),
 		Behind:   d.GetDesired() != nil && (d.GetDesired().GetNumber() != d.GetReported().GetObserved().GetNumber() || d.GetDesired().GetIncarnation() != d.GetReported().GetObserved().GetIncarnation()),
 		Versions: versionsOf(d), Routes: d.GetReported().GetRoutes(), Agent: d.GetReported().GetAgent(), Bars: barsOf(d), Now: now, Sampled: timeOf(t.GetAt()),
 		Cpu: percent(nil), Power: "not known", Disk: "not known", P99: "not known",
