@@ -109,13 +109,21 @@ func newList(c Config) *list {
 // listed is one device; it is never changed.
 type listed struct {
 	dispatch.Seen
-	known  *v1.DeviceIdentity
-	text   string // what is searched, in lower case
-	fresh  string // its state, while it is not stale
-	class  int32
-	labels []int32 // "key=value"
-	refs   []int32 // "model:version"
+	known *v1.DeviceIdentity
+	text  string // what is searched, in lower case
+	fresh int    // its state, while it is not stale; in states
+	// Numbers of texts, beside each other, as looking through 10,000 devices
+	// waits for memory: its class or noClass, its labels as "key=value", its
+	// versions as "model:version".
+	marks  []int32
+	labels int // how many
 }
+
+const noClass = -1
+
+func (e *listed) class() int32        { return e.marks[0] }
+func (e *listed) labelMarks() []int32 { return e.marks[1 : 1+e.labels] }
+func (e *listed) modelMarks() []int32 { return e.marks[1+e.labels:] }
 
 // interned gives texts numbers from 0, which counting goes by.
 type interned struct {
@@ -204,31 +212,35 @@ func (l *list) entry(s dispatch.Seen, before *listed) *listed {
 	if s.Desired > 0 {
 		desired = &v1.Generation{Incarnation: l.incarnation, Number: s.Desired}
 	}
-	e.fresh = stateOf(s.Connected, s.Heard, e.known, desired, s.Reported, s.Telemetry, s.Heard)
+	e.fresh = slices.Index(states, stateOf(s.Connected, s.Heard, e.known, desired, s.Reported, s.Telemetry, s.Heard))
 	if before != nil && before.Device == s.Device {
-		e.text, e.class, e.labels, e.refs = before.text, before.class, before.labels, before.refs
+		e.text, e.marks, e.labels = before.text, before.marks, before.labels
 		return e
+	}
+	e.marks = []int32{noClass}
+	if c := s.Info.GetFirmwareProfile(); c != "" {
+		e.marks[0] = l.texts.number(c)
 	}
 	var text strings.Builder
 	text.WriteString(strings.ToLower(s.Name + "\n" + s.Info.GetHostname()))
 	for k, v := range s.Labels {
 		label := k + "=" + v
 		text.WriteString("\n" + strings.ToLower(label))
-		e.labels = append(e.labels, l.texts.number(label))
+		e.marks = append(e.marks, l.texts.number(label))
 	}
-	e.text, e.class = text.String(), -1
-	if c := s.Info.GetFirmwareProfile(); c != "" {
-		e.class = l.texts.number(c)
-	}
+	e.text, e.labels = text.String(), len(s.Labels)
 	for _, v := range s.Reported.GetVersions() {
-		e.refs = append(e.refs, l.texts.number(reference(v)))
+		e.marks = append(e.marks, l.texts.number(reference(v)))
 	}
 	return e
 }
 
-func (e *listed) state(now time.Time) string {
-	if e.fresh != "revoked" && e.Connected && now.Sub(e.Heard) > staleAfter {
-		return "stale"
+var stale, revoked, offline = slices.Index(states, "stale"), slices.Index(states, "revoked"), slices.Index(states, "offline")
+
+// state gives it in states.
+func (e *listed) state(now time.Time) int {
+	if e.fresh != revoked && e.fresh != offline && now.Sub(e.Heard) > staleAfter {
+		return stale
 	}
 	return e.fresh
 }
@@ -280,34 +292,66 @@ const (
 
 var facetNames = [facets]string{"state", "model", "class", "label"}
 
+// wanted is a filter by the numbers of texts.
+type wanted struct {
+	text   string
+	state  int     // -1: any
+	class  []int32 // nil: any; else one of these
+	models []int32
+	labels [][]int32 // one of each
+}
+
+// wanted looks up what a filter names.
+func (l look) wanted(f *v1.DeviceFilter) wanted {
+	w := wanted{text: strings.ToLower(f.GetText()), state: slices.Index(states, f.GetState())}
+	those := func(is func(text string) bool) []int32 {
+		found := []int32{}
+		for i, t := range l.texts {
+			if is(t) {
+				found = append(found, int32(i))
+			}
+		}
+		return found
+	}
+	if c := f.GetClass(); c != "" {
+		w.class = those(func(t string) bool { return t == c })
+	}
+	if m := f.GetModel(); m != "" {
+		w.models = those(func(t string) bool {
+			at := strings.LastIndexByte(t, ':')
+			return t == m || at >= 0 && t[:at] == m
+		})
+	}
+	for _, label := range f.GetLabels() {
+		k, _, exact := strings.Cut(label, "=")
+		w.labels = append(w.labels, those(func(t string) bool { return t == label || !exact && strings.HasPrefix(t, k+"=") }))
+	}
+	return w
+}
+
 // matches says for each facet whether a device matches its part of a filter;
 // rest: whether it matches what is no facet.
-func (e *listed) matches(f *v1.DeviceFilter, text, state string) (each [facets]bool, rest bool) {
-	each[byState] = f.GetState() == "" || f.GetState() == state
-	each[byClass] = f.GetClass() == "" || f.GetClass() == e.Info.GetFirmwareProfile()
-	each[byModel] = f.GetModel() == "" || slices.ContainsFunc(e.Reported.GetVersions(), func(v *v1.VersionStatus) bool {
-		rest, ok := strings.CutPrefix(f.GetModel(), v.GetModel())
-		return ok && (rest == "" || rest == ":"+strconv.FormatInt(v.GetVersion(), 10))
-	})
+func (e *listed) matches(w *wanted, state int) (each [facets]bool, rest bool) {
+	each[byState] = w.state < 0 || w.state == state
+	each[byClass] = w.class == nil || slices.Contains(w.class, e.class())
+	each[byModel] = w.models == nil || slices.ContainsFunc(e.modelMarks(), func(n int32) bool { return slices.Contains(w.models, n) })
 	each[byLabel] = true
-	for _, l := range f.GetLabels() {
-		k, want, exact := strings.Cut(l, "=")
-		have, has := e.Labels[k]
-		each[byLabel] = each[byLabel] && has && (!exact || have == want)
+	for _, l := range w.labels {
+		each[byLabel] = each[byLabel] && slices.ContainsFunc(e.labelMarks(), func(n int32) bool { return slices.Contains(l, n) })
 	}
-	return each, strings.Contains(e.text, text)
+	return each, w.text == "" || strings.Contains(e.text, w.text)
 }
 
 // page gives one page of the devices within the caller's scope.
 func (l look) page(m *v1.ListDevicesRequest, p identity.Principal) (*v1.ListDevicesResponse, []*listed) {
 	resp := &v1.ListDevicesResponse{}
 	f := m.GetFilter()
-	text := strings.ToLower(f.GetText())
+	w := l.wanted(f)
 	selected := func(e *listed) bool {
-		return p.Covers(e.Labels) && (len(m.GetSelector()) == 0 || fleet.Matches(m.GetSelector(), fleet.Device{Name: e.Name, Labels: e.Labels}))
+		return (len(p.Scope) == 0 || p.Covers(e.Labels)) && (len(m.GetSelector()) == 0 || fleet.Matches(m.GetSelector(), fleet.Device{Name: e.Name, Labels: e.Labels}))
 	}
 	counts := make([][facets]uint32, len(l.texts))
-	inState := map[string]uint32{}
+	inState := make([]uint32, len(states))
 	uses := map[int32]*v1.VersionUse{}
 	var found []*listed
 	for _, e := range l.all {
@@ -319,7 +363,7 @@ func (l look) page(m *v1.ListDevicesRequest, p identity.Principal) (*v1.ListDevi
 			e.use(uses)
 		}
 		state := e.state(l.now)
-		each, rest := e.matches(f, text, state)
+		each, rest := e.matches(&w, state)
 		if !rest {
 			continue
 		}
@@ -334,16 +378,16 @@ func (l look) page(m *v1.ListDevicesRequest, p identity.Principal) (*v1.ListDevi
 		if others(byState) {
 			inState[state]++
 		}
-		if e.class >= 0 && others(byClass) {
-			counts[e.class][byClass]++
+		if c := e.class(); c != noClass && others(byClass) {
+			counts[c][byClass]++
 		}
 		if others(byModel) {
-			for _, r := range e.refs {
+			for _, r := range e.modelMarks() {
 				counts[r][byModel]++
 			}
 		}
 		if missed == 0 { // labels narrow further
-			for _, label := range e.labels {
+			for _, label := range e.labelMarks() {
 				counts[label][byLabel]++
 			}
 			found = append(found, e)
@@ -354,7 +398,7 @@ func (l look) page(m *v1.ListDevicesRequest, p identity.Principal) (*v1.ListDevi
 		slices.SortStableFunc(found, func(a, b *listed) int { return b.Heard.Compare(a.Heard) })
 	case "state":
 		slices.SortStableFunc(found, func(a, b *listed) int {
-			return cmp.Compare(slices.Index(states, a.state(l.now)), slices.Index(states, b.state(l.now)))
+			return cmp.Compare(a.state(l.now), b.state(l.now))
 		})
 	}
 	resp.Found = uint32(len(found))
@@ -374,10 +418,10 @@ func (l look) page(m *v1.ListDevicesRequest, p identity.Principal) (*v1.ListDevi
 // use counts the versions that a device has.
 func (e *listed) use(uses map[int32]*v1.VersionUse) {
 	for i, v := range e.Reported.GetVersions() {
-		u := uses[e.refs[i]]
+		u := uses[e.modelMarks()[i]]
 		if u == nil {
 			u = &v1.VersionUse{Model: v.GetModel(), Version: v.GetVersion()}
-			uses[e.refs[i]] = u
+			uses[e.modelMarks()[i]] = u
 		}
 		switch v.GetState() {
 		case v1.VersionState_VERSION_STATE_RESIDENT:
@@ -393,12 +437,14 @@ func (e *listed) use(uses map[int32]*v1.VersionUse) {
 	}
 }
 
-func (l look) facets(f *v1.DeviceFilter, inState map[string]uint32, counts [][facets]uint32) (all []*v1.Facet) {
+func (l look) facets(f *v1.DeviceFilter, inState []uint32, counts [][facets]uint32) (all []*v1.Facet) {
 	for facet, name := range facetNames {
 		var values []*v1.FacetValue
 		if facet == byState {
-			for s, n := range inState {
-				values = append(values, &v1.FacetValue{Value: s, Count: n})
+			for i, n := range inState {
+				if n > 0 {
+					values = append(values, &v1.FacetValue{Value: states[i], Count: n})
+				}
 			}
 		}
 		for number, n := range counts {
@@ -426,7 +472,7 @@ func (l look) facets(f *v1.DeviceFilter, inState map[string]uint32, counts [][fa
 // brief gives what lists show of a device.
 func (e *listed) brief(now time.Time) *v1.Device {
 	d := &v1.Device{
-		Name: e.Name, Labels: e.Labels, Connected: e.Connected, LastHeardAt: timestamp(e.Heard), State: e.state(now), Alarms: uint32(len(e.Telemetry.GetAlarms())),
+		Name: e.Name, Labels: e.Labels, Connected: e.Connected, LastHeardAt: timestamp(e.Heard), State: states[e.state(now)], Alarms: uint32(len(e.Telemetry.GetAlarms())),
 		Info: &v1.DeviceInfo{Hostname: e.Info.GetHostname(), FirmwareProfile: e.Info.GetFirmwareProfile(), Simulated: e.Info.GetSimulated()},
 	}
 	if len(e.Reported.GetVersions()) > 0 {

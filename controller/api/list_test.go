@@ -1,6 +1,7 @@
 package api
 
 import (
+	"context"
 	"fmt"
 	"strings"
 	"testing"
@@ -10,6 +11,9 @@ import (
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
+	"github.com/dunlin/dunlin/controller/dispatch"
+	"github.com/dunlin/dunlin/controller/identity"
+	"github.com/dunlin/dunlin/controller/store"
 	"github.com/dunlin/dunlin/internal/link"
 	v1 "github.com/dunlin/dunlin/proto/dunlin/v1"
 )
@@ -118,5 +122,38 @@ func TestPagesOfDevices(t *testing.T) {
 		"with a limit it must be em": {Limit: 1, Device: "cam-1"},
 	} {
 		refused(t, c.ListDevices, q, connect.CodeInvalidArgument, message)
+	}
+}
+
+func BenchmarkPage(b *testing.B) {
+	var seen []dispatch.Seen
+	now := time.Now()
+	for i := range 10000 {
+		seen = append(seen, dispatch.Seen{Heard: now, Device: &store.Device{
+			Name: fmt.Sprintf("cam-%05d", i), Connected: true, Labels: map[string]string{"site": fmt.Sprint(i % 40), "line": fmt.Sprint(i % 100)}, Info: &v1.DeviceInfo{FirmwareProfile: "board"},
+			Reported: &v1.Reported{Versions: []*v1.VersionStatus{{Model: fmt.Sprint("m", i%200), Version: 1, State: v1.VersionState_VERSION_STATE_RESIDENT}}},
+		}})
+	}
+	l := &list{
+		now: func() time.Time { now = now.Add(time.Second / 4); return now }, fleet: func(context.Context) ([]dispatch.Seen, error) { return seen, nil },
+		suspects: func(context.Context) (map[string]*v1.DeviceIdentity, error) {
+			return map[string]*v1.DeviceIdentity{}, nil
+		},
+	}
+	state, err := l.look(b.Context())
+	if err != nil {
+		b.Fatal(err)
+	}
+	b.Run("look", func(b *testing.B) {
+		for b.Loop() {
+			_, _ = l.look(b.Context())
+		}
+	})
+	for name, f := range map[string]*v1.DeviceFilter{"all": nil, "label": {Labels: []string{"line=3"}}} {
+		b.Run(name, func(b *testing.B) {
+			for b.Loop() {
+				state.page(&v1.ListDevicesRequest{Limit: 50, Facets: true, Brief: true, Filter: f}, identity.Principal{})
+			}
+		})
 	}
 }

@@ -327,7 +327,7 @@ func (s *server) ListDeployments(ctx context.Context, _ *connect.Request[v1.List
 	if err != nil {
 		return nil, err
 	}
-	devices, err := s.Store.Devices(ctx)
+	devices, err := s.list.fleet(ctx)
 	if err != nil {
 		return nil, err
 	}

@@ -5598,7 +5598,11 @@ type ListTelemetryRequest struct {
 	// Unset: now.
 	Until *timestamppb.Timestamp `protobuf:"bytes,3,opt,name=until,proto3" json:"until,omitempty"`
 	// At most so many, thinned out evenly; 1 to 2000, 0 means 500.
-	Limit         uint32 `protobuf:"varint,4,opt,name=limit,proto3" json:"limit,omitempty"`
+	Limit uint32 `protobuf:"varint,4,opt,name=limit,proto3" json:"limit,omitempty"`
+	// The caller looks at the device: for the next 15 s it sends a sample each
+	// second, of which ListDevices has the newest. At most 64 devices do so at a
+	// time; those that are looked at beyond go on as before.
+	Look          bool `protobuf:"varint,5,opt,name=look,proto3" json:"look,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -5659,6 +5663,13 @@ func (x *ListTelemetryRequest) GetLimit() uint32 {
 		return x.Limit
 	}
 	return 0
+}
+
+func (x *ListTelemetryRequest) GetLook() bool {
+	if x != nil {
+		return x.Look
+	}
+	return false
 }
 
 type ListTelemetryResponse struct {
@@ -7290,12 +7301,13 @@ const file_dunlin_v1_api_proto_rawDesc = "" +
 	"\x06drifts\x18\x01 \x03(\v2\x16.dunlin.v1.DeviceDriftR\x06drifts\"M\n" +
 	"\vDeviceDrift\x12\x16\n" +
 	"\x06device\x18\x01 \x01(\tR\x06device\x12&\n" +
-	"\x05drift\x18\x02 \x01(\v2\x10.dunlin.v1.DriftR\x05drift\"\xa6\x01\n" +
+	"\x05drift\x18\x02 \x01(\v2\x10.dunlin.v1.DriftR\x05drift\"\xba\x01\n" +
 	"\x14ListTelemetryRequest\x12\x16\n" +
 	"\x06device\x18\x01 \x01(\tR\x06device\x12.\n" +
 	"\x04from\x18\x02 \x01(\v2\x1a.google.protobuf.TimestampR\x04from\x120\n" +
 	"\x05until\x18\x03 \x01(\v2\x1a.google.protobuf.TimestampR\x05until\x12\x14\n" +
-	"\x05limit\x18\x04 \x01(\rR\x05limit\"G\n" +
+	"\x05limit\x18\x04 \x01(\rR\x05limit\x12\x12\n" +
+	"\x04look\x18\x05 \x01(\bR\x04look\"G\n" +
 	"\x15ListTelemetryResponse\x12.\n" +
 	"\asamples\x18\x01 \x03(\v2\x14.dunlin.v1.TelemetryR\asamples\"\xe9\x02\n" +
 	"\x12ListDevicesRequest\x12\x16\n" +
