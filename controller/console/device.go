@@ -2,6 +2,7 @@ package console
 
 import (
 	"cmp"
+	"errors"
 	"fmt"
 	"maps"
 	"net/http"
@@ -9,8 +10,6 @@ import (
 	"strconv"
 	"strings"
 	"time"
-
-	"connectrpc.com/connect"
 
 	v1 "github.com/dunlin/dunlin/proto/dunlin/v1"
 )
@@ -243,22 +242,15 @@ func deviceViewOf(d *v1.Device, drifts []*v1.DeviceDrift, now time.Time) deviceV
 	return v
 }
 
+var errNoDevice = errors.New("there is no such device")
+
 func (s *console) device(w http.ResponseWriter, r *http.Request, in session) {
 	name := r.PathValue("device")
-	devices, err := in.list(r.Context(), name)
-	if err != nil {
-		s.failed(w, r, in, err)
-		return
-	}
-	if len(devices) == 0 {
-		s.fail(w, r, in, http.StatusNotFound, "There is no such device.")
-		return
-	}
-	drift, err := in.calls.devices().ListDrift(r.Context(), connect.NewRequest(&v1.ListDriftRequest{Device: name}))
+	d, drifts, err := in.deviceNow(r.Context(), name)
 	if err != nil {
 		s.failed(w, r, in, err)
 		return
 	}
 	now := s.Now()
-	s.pages.write(w, r, http.StatusOK, "device", page{Session: in, Title: name, Data: deviceViewOf(devices[0], drift.Msg.GetDrifts(), now), Now: now})
+	s.pages.write(w, r, http.StatusOK, "device", page{Session: in, Title: name, Data: deviceViewOf(d, drifts, now), Now: now})
 }

@@ -112,14 +112,34 @@ func (l *live) leave(user string) {
 	}
 }
 
-// liveFleet streams the rows of the fleet's page that change. At each look it
-// asks anew whose session it is: one that was taken back ends the stream.
+// liveFleet streams the rows of the fleet's page that change.
 func (s *console) liveFleet(w http.ResponseWriter, r *http.Request, in session) {
 	f, err := parseFilter(r.URL.Query())
 	if err != nil {
 		http.Error(w, err.Error(), http.StatusBadRequest)
 		return
 	}
+	last := fleetParts{sum: r.URL.Query().Get("seen")}
+	s.follow(w, r, in, func(ctx context.Context, out func(name string, data []byte)) error {
+		shared, err := s.fleetOf(ctx, in, f)
+		if err != nil {
+			return err
+		}
+		switch parts := shared.parts; {
+		case parts.sum != last.sum:
+			out("fleet", changes(last, parts))
+			last = parts
+		case last.rows == nil:
+			last = parts
+		}
+		return nil
+	})
+}
+
+// follow streams what step gives out, which is asked every liveEvery. Before
+// each time it asks anew whose session it is: one that was taken back ends the
+// stream.
+func (s *console) follow(w http.ResponseWriter, r *http.Request, in session, step func(ctx context.Context, out func(name string, data []byte)) error) {
 	user := in.Who.Name
 	if !s.live.enter(user) {
 		w.Header().Set("Retry-After", "30")
@@ -128,32 +148,27 @@ func (s *console) liveFleet(w http.ResponseWriter, r *http.Request, in session) 
 	}
 	defer s.live.leave(user)
 	w.Header().Set("Content-Type", "text/event-stream")
-	out := stream{w, http.NewResponseController(w)}
-	if out.send("", nil) != nil {
+	to := stream{w, http.NewResponseController(w)}
+	if to.send("", nil) != nil {
 		return
 	}
-	last := fleetParts{sum: r.URL.Query().Get("seen")}
 	beat := s.Now()
 	for {
-		shared, err := s.fleetOf(r.Context(), in, f)
+		var sent error
+		err := step(r.Context(), func(name string, data []byte) {
+			if sent == nil {
+				sent, beat = to.send(name, data), s.Now()
+			}
+		})
 		if err != nil {
 			s.Log.Debug("a live page ends", "error", err)
 			return
 		}
-		parts := shared.parts
-		switch now := s.Now(); {
-		case parts.sum != last.sum:
-			if out.send("fleet", changes(last, parts)) != nil {
-				return
-			}
-			last, beat = parts, now
-		case last.rows == nil:
-			last = parts
-		case now.Sub(beat) >= beatEvery:
-			if out.send("", nil) != nil {
-				return
-			}
-			beat = now
+		if now := s.Now(); sent == nil && now.Sub(beat) >= beatEvery {
+			sent, beat = to.send("", nil), now
+		}
+		if sent != nil {
+			return
 		}
 		next := time.NewTimer(liveEvery)
 		select {
@@ -166,7 +181,7 @@ func (s *console) liveFleet(w http.ResponseWriter, r *http.Request, in session) 
 		case <-next.C:
 		}
 		if err := in.who(r.Context()); err != nil {
-			_ = out.send("bye", []byte("signed out"))
+			_ = to.send("bye", []byte("signed out"))
 			return
 		}
 	}
