@@ -20,11 +20,12 @@
   var data = [[]].concat(columns.map(function () { return []; }));
   var charts = [];
 
-  function ink(name) {
-    return window.matchMedia && getComputedStyle(document.body).color && name === 'ink' ? getComputedStyle(document.body).color : name;
-  }
-  var soft = getComputedStyle(document.querySelector('.soft') || document.body).color;
-  var strokes = [getComputedStyle(document.querySelector('a')).color, ink('ink')];
+  function colour(of) { return getComputedStyle(document.querySelector(of)).color; }
+  var soft = colour('.plots .soft');
+  var strokes = [colour('main a'), colour('body')];
+
+  // A minute at least: one sample is a point at its end.
+  function span(u, low, high) { return low === null ? [null, null] : [Math.min(low, high - 60), high]; }
 
   function clock(s) { return new Date(s * 1000).toLocaleTimeString(); }
   function text(v, unit) { return v === null || v === undefined ? 'not known' : (Math.round(v * 10) / 10) + ' ' + unit; }
@@ -37,19 +38,24 @@
     if (names.join() === charts.map(function (c) { return c.name; }).join()) return;
     charts.forEach(function (c) { c.u.destroy(); });
     plots.replaceChildren();
-    charts = names.map(function (name) {
-      var of = [];
-      columns.forEach(function (c, i) { if (c.plot === name && data[i + 1].some(function (v) { return v !== null; })) of.push(i); });
+    // All boxes first: how wide one is depends on how many there are.
+    var boxes = names.map(function (name) {
       var box = document.createElement('div');
       var title = document.createElement('h3');
       title.textContent = name;
       box.append(title);
       plots.append(box);
+      return box;
+    });
+    charts = names.map(function (name, at) {
+      var box = boxes[at];
+      var of = [];
+      columns.forEach(function (c, i) { if (c.plot === name && data[i + 1].some(function (v) { return v !== null; })) of.push(i); });
       var u = new uPlot({
         width: Math.max(box.clientWidth, 240), height: 150, cursor: { sync: { key: 'device' } },
-        scales: { x: { time: true } },
+        scales: { x: { time: true, range: span } },
         series: [{ label: 'Time', value: function (_, v) { return v === null ? '' : clock(v); } }].concat(of.map(function (i, k) {
-          return { label: columns[i].name, stroke: strokes[k % 2], dash: k ? [5, 4] : undefined, width: 1.5, spanGaps: true, value: function (_, v) { return text(v, columns[i].unit); } };
+          return { label: columns[i].name, stroke: strokes[k % 2], dash: k ? [5, 4] : undefined, width: 1.5, spanGaps: true, value: function (_, v, __, at) { return at === null ? '' : text(v, columns[i].unit); } };
         })),
         axes: [{ stroke: soft, grid: { show: false } }, { stroke: soft, size: 46, grid: { stroke: 'rgba(128,128,128,.18)', width: 1 } }]
       }, pick(of), box);

@@ -33,6 +33,7 @@ func TestLiveDevice(t *testing.T) {
 		var rows int
 		b.do(t, chromedp.Poll(`document.querySelectorAll('#samples-table tbody tr').length > `+string(rune('0'+min(i, 9)))+` && document.querySelectorAll('#samples-table tbody tr').length`, &rows))
 	}
+	b.picture(t, "live-device")
 	var plots int
 	b.do(t, chromedp.Evaluate(`document.querySelectorAll('#plots canvas').length`, &plots))
 	if plots != 5 {
@@ -45,4 +46,14 @@ func TestLiveDevice(t *testing.T) {
 		b.clean(t, "live device, "+theme)
 		b.picture(t, "live-device-"+theme)
 	}
+}
+
+// The first device of an empty fleet is there without a reload.
+func TestFirstDevice(t *testing.T) {
+	w := start(t)
+	b := open(t)
+	b.do(t, chromedp.Navigate(w.URL+"/"), chromedp.WaitVisible("#password"), chromedp.SendKeys("#name", "ada"), chromedp.SendKeys("#password", password+"\r"), chromedp.WaitVisible(".empty"), chromedp.WaitVisible(`#live[data-state=live]`))
+	w.device(t, "cam-01", map[string]string{"site": "berlin"}, &v1.Reported{}, &v1.Telemetry{})
+	b.do(t, chromedp.WaitVisible("#row-cam-01"), chromedp.WaitVisible(`#live[data-state=live]`))
+	b.clean(t, "first device")
 }
