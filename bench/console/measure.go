@@ -19,14 +19,14 @@ import (
 )
 
 type figures struct {
-	ttfb, live     []time.Duration
-	worst          string // page with the slowest first byte
-	missed         int
-	first, next    int // bytes
-	cpu            float64
-	rss            int64
-	axe, policy    int
-	messages, took float64
+	ttfb, live  []time.Duration
+	worst       string // page with the slowest first byte
+	missed      int
+	first, next int // bytes
+	cpu         float64
+	rss         int64
+	axe, policy int
+	messages    float64
 }
 
 func percentile(d []time.Duration, p int) time.Duration {
