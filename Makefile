@@ -143,6 +143,10 @@ DEVICES ?= 10000
 bench-fleet: ## One controller with DEVICES (default 10000) simulated devices: connect, change, restart; against a bare broker
 	@go build -o bin/bench-fleet ./bench/fleet && bin/bench-fleet --devices $(DEVICES)
 
+.PHONY: bench-console
+bench-console: ## The web console with DEVICES (default 10000) simulated devices, 200 models and 50 viewers: first byte, live updates, weight, axe
+	@go build -o bin/bench-console ./bench/console && bin/bench-console --devices $(DEVICES)
+
 .PHONY: bench-idle
 MINUTES ?= 60
 bench-idle: ## Count for MINUTES (default 60) what devices say and hear while nothing changes, after three minutes in which all settles

@@ -53,11 +53,14 @@ type Config struct {
 	Stopping <-chan struct{}
 }
 
-type server struct{ Config }
+type server struct {
+	Config
+	list *list
+}
 
 // New gives the handler of all services.
 func New(c Config) http.Handler {
-	s := &server{Config: c}
+	s := &server{Config: c, list: newList(c)}
 	options := connect.WithHandlerOptions(connect.WithInterceptors(gate{c.Log, c.Store}), connect.WithReadMaxBytes(maxRequest))
 	mux := http.NewServeMux()
 	mux.Handle(v1connect.NewAuthServiceHandler(s, options))

@@ -77,5 +77,6 @@ func (s *server) RevokeDevice(ctx context.Context, req *connect.Request[v1.Revok
 	}
 	err := s.accountsChanged(ctx)
 	s.Dispatch.CutOff(device)
+	s.list.forget()
 	return connect.NewResponse(&v1.RevokeDeviceResponse{}), err
 }

@@ -327,7 +327,7 @@ func (s *server) ListDeployments(ctx context.Context, _ *connect.Request[v1.List
 	if err != nil {
 		return nil, err
 	}
-	devices, err := s.Store.Devices(ctx)
+	devices, err := s.list.fleet(ctx)
 	if err != nil {
 		return nil, err
 	}
@@ -561,6 +561,16 @@ func (s *server) ListDecisions(ctx context.Context, req *connect.Request[v1.List
 }
 
 func (s *server) ListDevices(ctx context.Context, req *connect.Request[v1.ListDevicesRequest]) (*connect.Response[v1.ListDevicesResponse], error) {
+	if err := checkPage(req.Msg); err != nil {
+		return nil, err
+	}
+	if req.Msg.GetLimit() > 0 {
+		resp, err := s.pageOf(ctx, req.Msg)
+		if err != nil {
+			return nil, err
+		}
+		return connect.NewResponse(resp), nil
+	}
 	var all []*store.Device
 	if name := req.Msg.GetDevice(); name != "" {
 		d, err := s.seen(ctx, name)
@@ -582,11 +592,7 @@ func (s *server) ListDevices(ctx context.Context, req *connect.Request[v1.ListDe
 	resp := &v1.ListDevicesResponse{}
 	for _, d := range all {
 		if p.Covers(d.Labels) && fleet.Matches(req.Msg.GetSelector(), d.Fleet()) {
-			m := device(d, s.Store.Incarnation(), s.Dispatch.Telemetry(d.Name), known[d.Name])
-			if heard := s.Dispatch.Heard(d.Name); heard.After(d.LastHeardAt) {
-				m.LastHeardAt = timestamp(heard)
-			}
-			resp.Devices = append(resp.Devices, m)
+			resp.Devices = append(resp.Devices, s.deviceOf(d, known[d.Name], time.Now()))
 		}
 	}
 	if req.Msg.GetDevice() != "" && len(resp.Devices) > 0 {

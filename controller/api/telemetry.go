@@ -43,5 +43,8 @@ func (s *server) ListTelemetry(ctx context.Context, req *connect.Request[v1.List
 	if err != nil {
 		return nil, err
 	}
+	if m.GetLook() {
+		s.Dispatch.Look(m.GetDevice())
+	}
 	return connect.NewResponse(&v1.ListTelemetryResponse{Samples: samples}), nil
 }

@@ -8,6 +8,8 @@ import (
 	"strings"
 	"time"
 
+	"connectrpc.com/connect"
+
 	v1 "github.com/dunlin/dunlin/proto/dunlin/v1"
 )
 
@@ -58,7 +60,7 @@ func alarmsOf(devices []*v1.Device, words map[string]string, now time.Time) alar
 				byKind[a.GetKind()]++
 			}
 			if severe && kind {
-				v.Rows = append(v.Rows, openAlarm{alarmOf(a), d.GetName(), stateOf(d, now), timeOf(d.GetLastHeardAt())})
+				v.Rows = append(v.Rows, openAlarm{alarmOf(a), d.GetName(), stateOf(d), timeOf(d.GetLastHeardAt())})
 			}
 		}
 	}
@@ -91,6 +93,23 @@ func alarmsOf(devices []*v1.Device, words map[string]string, now time.Time) alar
 	return v
 }
 
+// alarmed asks for the devices that raise alarms.
+func (s *console) alarmed(r *http.Request, in session) (all []*v1.Device, err error) {
+	const most = 1000 // in an answer
+	for {
+		resp, err := in.calls.devices().ListDevices(r.Context(), connect.NewRequest(&v1.ListDevicesRequest{
+			Limit: most, Offset: uint32(len(all)), Filter: &v1.DeviceFilter{Alarmed: true},
+		}))
+		if err != nil {
+			return nil, err
+		}
+		all = append(all, resp.Msg.GetDevices()...)
+		if len(resp.Msg.GetDevices()) < most {
+			return all, nil
+		}
+	}
+}
+
 func (s *console) alarms(w http.ResponseWriter, r *http.Request, in session) {
 	q := r.URL.Query()
 	words, err := wordsOf(q, "q", "severity", "kind")
@@ -102,7 +121,7 @@ func (s *console) alarms(w http.ResponseWriter, r *http.Request, in session) {
 		s.fail(w, r, in, http.StatusBadRequest, "severity "+clip(v, 20)+" is none of error, warning")
 		return
 	}
-	devices, err := s.live.devices(r.Context(), in)
+	devices, err := s.alarmed(r, in)
 	if err != nil {
 		s.failed(w, r, in, err)
 		return

@@ -49,6 +49,7 @@ func New(c Config) http.Handler {
 	mux.HandleFunc("GET /{$}", s.signedIn(s.fleet))
 	mux.HandleFunc("GET /devices/{device}", s.signedIn(s.device))
 	mux.HandleFunc("GET /live/fleet", s.signedIn(s.liveFleet))
+	mux.HandleFunc("GET /live/devices/{device}", s.signedIn(s.liveDevice))
 	mux.HandleFunc("GET /sign-in", s.signInPage)
 	mux.HandleFunc("POST /sign-in", s.signIn)
 	mux.HandleFunc("POST /sign-out", s.signOut)

@@ -102,6 +102,7 @@ func (w *world) join(name string, labels map[string]string, reported *v1.Reporte
 		return w.issuer.IssueDevice(name, key.Public(), time.Now(), 365*24*time.Hour)
 	}})
 	must(w.t, err)
+	w.dispatch.Joined(name)
 	if reported == nil {
 		return
 	}
@@ -497,24 +498,5 @@ func TestStreamsAreBounded(t *testing.T) {
 	l.leave("ada")
 	if !l.enter("eve") {
 		t.Error("one that was closed still counts")
-	}
-}
-
-func TestStateOf(t *testing.T) {
-	now := time.Now()
-	ago := func(d time.Duration) *timestamppb.Timestamp { return timestamppb.New(now.Add(-d)) }
-	generation := &v1.Generation{Incarnation: "i", Number: 3}
-	resident := []*v1.VersionStatus{{State: v1.VersionState_VERSION_STATE_RESIDENT}}
-	for want, d := range map[state]*v1.Device{
-		ok:      {Connected: true, LastHeardAt: ago(staleAfter), Desired: generation, Reported: &v1.Reported{Observed: generation, Versions: resident}},
-		stale:   {Connected: true, LastHeardAt: ago(staleAfter + time.Second), Reported: &v1.Reported{Versions: resident}},
-		offline: {LastHeardAt: ago(0), Reported: &v1.Reported{Versions: resident}},
-		revoked: {Connected: true, LastHeardAt: ago(0), Identity: &v1.DeviceIdentity{RevokedAt: ago(0)}},
-		working: {Connected: true, LastHeardAt: ago(0), Desired: generation, Reported: &v1.Reported{Versions: resident}},
-		trouble: {Connected: true, LastHeardAt: ago(0), Reported: &v1.Reported{Versions: []*v1.VersionStatus{{State: v1.VersionState_VERSION_STATE_STORED}, {State: v1.VersionState_VERSION_STATE_QUARANTINED}}}},
-	} {
-		if got := stateOf(d, now); got != want {
-			t.Errorf("got %s, want %s for %v", got, want, d)
-		}
 	}
 }

@@ -2,6 +2,7 @@ package console
 
 import (
 	"cmp"
+	"errors"
 	"fmt"
 	"maps"
 	"net/http"
@@ -9,8 +10,6 @@ import (
 	"strconv"
 	"strings"
 	"time"
-
-	"connectrpc.com/connect"
 
 	v1 "github.com/dunlin/dunlin/proto/dunlin/v1"
 )
@@ -213,7 +212,7 @@ func generation(g *v1.Generation) string {
 func deviceViewOf(d *v1.Device, drifts []*v1.DeviceDrift, now time.Time) deviceView {
 	t := d.GetTelemetry()
 	v := deviceView{
-		D: d, State: stateOf(d, now), Heard: timeOf(d.GetLastHeardAt()), Desired: generation(d.GetDesired()), Observed: generation(d.GetReported().GetObserved()),
+		D: d, State: stateOf(d), Heard: timeOf(d.GetLastHeardAt()), Desired: generation(d.GetDesired()), Observed: generation(d.GetReported().GetObserved()),
 		Behind:   d.GetDesired() != nil && (d.GetDesired().GetNumber() != d.GetReported().GetObserved().GetNumber() || d.GetDesired().GetIncarnation() != d.GetReported().GetObserved().GetIncarnation()),
 		Versions: versionsOf(d), Routes: d.GetReported().GetRoutes(), Agent: d.GetReported().GetAgent(), Bars: barsOf(d), Now: now, Sampled: timeOf(t.GetAt()),
 		Cpu: percent(nil), Power: "not known", Disk: "not known", P99: "not known",
@@ -243,22 +242,15 @@ func deviceViewOf(d *v1.Device, drifts []*v1.DeviceDrift, now time.Time) deviceV
 	return v
 }
 
+var errNoDevice = errors.New("there is no such device")
+
 func (s *console) device(w http.ResponseWriter, r *http.Request, in session) {
 	name := r.PathValue("device")
-	devices, err := in.list(r.Context(), name)
-	if err != nil {
-		s.failed(w, r, in, err)
-		return
-	}
-	if len(devices) == 0 {
-		s.fail(w, r, in, http.StatusNotFound, "There is no such device.")
-		return
-	}
-	drift, err := in.calls.devices().ListDrift(r.Context(), connect.NewRequest(&v1.ListDriftRequest{Device: name}))
+	d, drifts, err := in.deviceNow(r.Context(), name)
 	if err != nil {
 		s.failed(w, r, in, err)
 		return
 	}
 	now := s.Now()
-	s.pages.write(w, r, http.StatusOK, "device", page{Session: in, Title: name, Data: deviceViewOf(devices[0], drift.Msg.GetDrifts(), now), Now: now})
+	s.pages.write(w, r, http.StatusOK, "device", page{Session: in, Title: name, Data: deviceViewOf(d, drifts, now), Now: now})
 }

@@ -15,17 +15,16 @@ import (
 	"time"
 
 	"connectrpc.com/connect"
+	"google.golang.org/protobuf/proto"
 
 	v1 "github.com/dunlin/dunlin/proto/dunlin/v1"
 )
 
 // The limits of the fleet's page.
 const (
-	pageRows   = 50
-	maxFilter  = 200 // characters of one value
-	maxLabels  = 8   // that are filtered by
-	facetTop   = 8   // values that a facet lists
-	staleAfter = 90 * time.Second
+	pageRows  = 50
+	maxFilter = 200 // characters of one value
+	maxLabels = 8   // that are filtered by
 )
 
 // state is how a device is, worst things first.
@@ -47,41 +46,8 @@ var stateNames = map[state]string{ok: "OK", working: "Working", trouble: "Troubl
 // Name is what people read.
 func (s state) Name() string { return stateNames[s] }
 
-func stateOf(d *v1.Device, now time.Time) state {
-	switch {
-	case d.GetIdentity().GetRevokedAt() != nil:
-		return revoked
-	case !d.GetConnected():
-		return offline
-	case now.Sub(d.GetLastHeardAt().AsTime()) > staleAfter:
-		return stale
-	case len(d.GetIdentity().GetTwins()) > 0:
-		return trouble
-	}
-	for _, a := range d.GetTelemetry().GetAlarms() {
-		if a.GetSeverity() == v1.Severity_SEVERITY_ERROR {
-			return trouble
-		}
-	}
-	how := ok
-	for _, v := range d.GetReported().GetVersions() {
-		switch {
-		case v.GetState() == v1.VersionState_VERSION_STATE_QUARANTINED:
-			return trouble
-		case v.GetState() != v1.VersionState_VERSION_STATE_RESIDENT:
-			how = working
-		}
-	}
-	for _, r := range d.GetReported().GetRoutes() {
-		if !r.GetReady() {
-			return trouble
-		}
-	}
-	if g := d.GetDesired(); g != nil && (g.GetIncarnation() != d.GetReported().GetObserved().GetIncarnation() || g.GetNumber() != d.GetReported().GetObserved().GetNumber()) {
-		return working
-	}
-	return how
-}
+// stateOf gives the state that the API says.
+func stateOf(d *v1.Device) state { return state(d.GetState()) }
 
 // filter is which devices are shown; the URL has it.
 type filter struct {
@@ -158,39 +124,6 @@ func (f filter) Empty() bool {
 	return f.Text == "" && len(f.Labels) == 0 && f.State == "" && f.Model == "" && f.Class == ""
 }
 
-// The facets by which devices are counted.
-const (
-	byState = iota
-	byModel
-	byClass
-	byLabel
-	facets
-)
-
-// matches says for each facet whether a device matches its part of the filter;
-// text: whether it matches the rest.
-func (f filter) matches(d *v1.Device, s state) (each [facets]bool, text bool) {
-	each[byState] = f.State == "" || f.State == string(s)
-	each[byClass] = f.Class == "" || f.Class == d.GetInfo().GetFirmwareProfile()
-	each[byModel] = f.Model == "" || slices.ContainsFunc(d.GetReported().GetVersions(), func(v *v1.VersionStatus) bool {
-		return f.Model == v.GetModel() || f.Model == reference(v)
-	})
-	each[byLabel] = !slices.ContainsFunc(f.Labels, func(l string) bool {
-		k, want, exact := strings.Cut(l, "=")
-		have, has := d.GetLabels()[k]
-		return !has || exact && have != want
-	})
-	if text = f.Text == ""; !text {
-		part := strings.ToLower(f.Text)
-		has := func(s string) bool { return strings.Contains(strings.ToLower(s), part) }
-		text = has(d.GetName()) || has(d.GetInfo().GetHostname())
-		for k, v := range d.GetLabels() {
-			text = text || has(k+"="+v)
-		}
-	}
-	return each, text
-}
-
 func reference(v *v1.VersionStatus) string {
 	return v.GetModel() + ":" + strconv.FormatInt(v.GetVersion(), 10)
 }
@@ -247,75 +180,25 @@ type fleetView struct {
 	Now         time.Time
 }
 
-// viewOf gives what a filter shows of devices.
-func viewOf(devices []*v1.Device, f filter, now time.Time) fleetView {
-	v := fleetView{Filter: f, All: len(devices), Now: now}
-	type found struct {
-		d *v1.Device
-		s state
+// request asks for the page that a filter shows.
+func (f filter) request() *v1.ListDevicesRequest {
+	return &v1.ListDevicesRequest{
+		Limit: pageRows, Offset: uint32((f.Page - 1) * pageRows), Order: f.Sort, Facets: true, Brief: true,
+		Filter: &v1.DeviceFilter{Text: f.Text, Labels: f.Labels, State: f.State, Model: f.Model, Class: f.Class},
 	}
-	var all []found
-	var counts [facets]map[string]int
-	for i := range counts {
-		counts[i] = map[string]int{}
-	}
-	for _, d := range devices {
-		s := stateOf(d, now)
-		each, text := f.matches(d, s)
-		if !text {
-			continue
-		}
-		// What a facet counts is what would be found if it alone were changed.
-		others := func(but int) bool {
-			for i, m := range each {
-				if i != but && !m {
-					return false
-				}
-			}
-			return true
-		}
-		if others(byState) {
-			counts[byState][string(s)]++
-		}
-		if others(byClass) {
-			if c := d.GetInfo().GetFirmwareProfile(); c != "" {
-				counts[byClass][c]++
-			}
-		}
-		if others(byModel) {
-			for _, one := range d.GetReported().GetVersions() {
-				counts[byModel][reference(one)]++
-			}
-		}
-		if others(-1) { // labels narrow further
-			for k, l := range d.GetLabels() {
-				counts[byLabel][k+"="+l]++
-			}
-			all = append(all, found{d, s})
-		}
-	}
-	v.Found = len(all)
-	slices.SortStableFunc(all, func(a, b found) int {
-		switch f.Sort {
-		case "heard":
-			if c := b.d.GetLastHeardAt().AsTime().Compare(a.d.GetLastHeardAt().AsTime()); c != 0 {
-				return c
-			}
-		case "state":
-			if c := cmp.Compare(slices.Index(states, a.s), slices.Index(states, b.s)); c != 0 {
-				return c
-			}
-		}
-		return strings.Compare(a.d.GetName(), b.d.GetName())
-	})
+}
+
+// viewOf gives what a filter shows, of the answer to its request.
+func viewOf(m *v1.ListDevicesResponse, f filter, now time.Time) fleetView {
+	v := fleetView{All: int(m.GetAll()), Found: int(m.GetFound()), Now: now}
 	v.Pages = max(1, (v.Found+pageRows-1)/pageRows)
-	f.Page = min(f.Page, v.Pages)
 	v.Filter = f
-	from, to := (f.Page-1)*pageRows, min(f.Page*pageRows, v.Found)
-	for _, one := range all[from:to] {
-		v.Rows = append(v.Rows, rowOf(one.d, one.s, f, now))
+	for _, d := range m.GetDevices() {
+		v.Rows = append(v.Rows, rowOf(d, stateOf(d), now))
 	}
-	v.First, v.Last = min(from+1, to), to
+	from := (f.Page - 1) * pageRows
+	v.Last = from + len(v.Rows)
+	v.First = min(from+1, v.Last)
 	at := func(change func(*filter)) string {
 		g := f
 		g.Labels = slices.Clone(f.Labels)
@@ -330,16 +213,24 @@ func viewOf(devices []*v1.Device, f filter, now time.Time) fleetView {
 		v.Next = at(func(g *filter) { g.Page = f.Page + 1 })
 	}
 	v.ByName, v.ByHeard, v.ByState = at(func(g *filter) { g.Sort = "" }), at(func(g *filter) { g.Sort = "heard" }), at(func(g *filter) { g.Sort = "state" })
-	v.Facets = facetsOf(f, counts, at)
+	v.Facets = facetsOf(f, m.GetFacets(), at)
 	return v
 }
 
-func facetsOf(f filter, counts [facets]map[string]int, at func(func(*filter)) string) []facet {
+func facetsOf(f filter, facets []*v1.Facet, at func(func(*filter)) string) []facet {
 	var all []facet
+	counts, hidden := map[string]map[string]int{}, map[string]int{}
+	for _, one := range facets {
+		n := map[string]int{}
+		for _, v := range one.GetValues() {
+			n[v.GetValue()] = int(v.GetCount())
+		}
+		counts[one.GetName()], hidden[one.GetName()] = n, int(one.GetMore())
+	}
 	one := facet{Name: "State"}
 	for _, s := range states {
 		on := f.State == string(s)
-		if n := counts[byState][string(s)]; n > 0 || on {
+		if n := counts["state"][string(s)]; n > 0 || on {
 			c := choice{Name: s.Name(), State: s, Count: n, On: on, URL: at(func(g *filter) { g.State = string(s) })}
 			if on {
 				c.URL = at(func(g *filter) { g.State = "" })
@@ -350,13 +241,13 @@ func facetsOf(f filter, counts [facets]map[string]int, at func(func(*filter)) st
 	all = append(all, one)
 	for _, kind := range []struct {
 		name string
-		by   int
+		by   string
 		is   func(string) bool
 		set  func(*filter, string, bool)
 	}{
-		{"Model", byModel, func(s string) bool { return f.Model == s }, func(g *filter, s string, on bool) { g.Model = either(on, s) }},
-		{"Class", byClass, func(s string) bool { return f.Class == s }, func(g *filter, s string, on bool) { g.Class = either(on, s) }},
-		{"Label", byLabel, func(s string) bool { return slices.Contains(f.Labels, s) }, func(g *filter, s string, on bool) {
+		{"Model", "model", func(s string) bool { return f.Model == s }, func(g *filter, s string, on bool) { g.Model = either(on, s) }},
+		{"Class", "class", func(s string) bool { return f.Class == s }, func(g *filter, s string, on bool) { g.Class = either(on, s) }},
+		{"Label", "label", func(s string) bool { return slices.Contains(f.Labels, s) }, func(g *filter, s string, on bool) {
 			g.Labels = slices.DeleteFunc(g.Labels, func(l string) bool { return l == s })
 			if on {
 				g.Labels = append(g.Labels, s)
@@ -369,16 +260,16 @@ func facetsOf(f filter, counts [facets]map[string]int, at func(func(*filter)) st
 		})
 		// What is chosen is always there, so that it can be taken back.
 		chosen := []string{f.Model, f.Class}
-		if kind.by == byLabel {
+		if kind.by == "label" {
 			chosen = f.Labels
 		}
 		for _, c := range chosen {
-			if c != "" && kind.is(c) && !slices.Contains(names[:min(len(names), facetTop)], c) {
-				names = append([]string{c}, slices.DeleteFunc(names, func(n string) bool { return n == c })...)
+			if c != "" && kind.is(c) && !slices.Contains(names, c) {
+				names = append([]string{c}, names...)
 			}
 		}
-		one := facet{Name: kind.name, Hidden: max(0, len(names)-facetTop)}
-		for _, n := range names[:min(len(names), facetTop)] {
+		one := facet{Name: kind.name, Hidden: hidden[kind.by]}
+		for _, n := range names {
 			on := kind.is(n)
 			one.Choices = append(one.Choices, choice{Name: n, Count: counts[kind.by][n], On: on, URL: at(func(g *filter) { kind.set(g, n, !on) })})
 		}
@@ -396,10 +287,10 @@ func either(on bool, s string) string {
 	return ""
 }
 
-func rowOf(d *v1.Device, s state, f filter, now time.Time) row {
+func rowOf(d *v1.Device, s state, now time.Time) row {
 	r := row{
 		Name: d.GetName(), Hostname: d.GetInfo().GetHostname(), Class: d.GetInfo().GetFirmwareProfile(), State: s, Simulated: d.GetInfo().GetSimulated(),
-		Heard: d.GetLastHeardAt().AsTime(), Alarms: len(d.GetTelemetry().GetAlarms()), Now: now,
+		Heard: d.GetLastHeardAt().AsTime(), Alarms: int(d.GetAlarms()), Now: now,
 	}
 	if r.Heard.Unix() == 0 {
 		r.Heard = time.Time{}
@@ -432,17 +323,13 @@ func (s *console) fleet(w http.ResponseWriter, r *http.Request, in session) {
 		s.fail(w, r, in, http.StatusBadRequest, err.Error())
 		return
 	}
-	devices, err := s.live.devices(r.Context(), in)
+	shared, err := s.fleetOf(r.Context(), in, f)
 	if err != nil {
 		s.failed(w, r, in, err)
 		return
 	}
-	v := s.fleetFor(in, devices, f)
-	parts, err := s.partsOf(v)
-	if err != nil {
-		s.failed(w, r, in, err)
-		return
-	}
+	v, parts := shared.view, shared.parts
+	v.Admin, v.Controller = in.Who.Role == "admin", s.DeviceURL
 	v.Live = "/live/fleet?" + v.Filter.query() + "&seen=" + parts.sum
 	if r.Header.Get("HX-Request") != "" {
 		w.Header().Set("HX-Push-Url", v.Filter.URL())
@@ -450,10 +337,24 @@ func (s *console) fleet(w http.ResponseWriter, r *http.Request, in session) {
 	s.pages.write(w, r, http.StatusOK, "fleet", page{Session: in, Title: "Fleet", Data: v, Now: v.Now})
 }
 
-func (s *console) fleetFor(in session, devices []*v1.Device, f filter) fleetView {
-	v := viewOf(devices, f, s.Now())
-	v.Admin, v.Scope, v.Controller = in.Who.Role == "admin", labelText(in.Who.Scope), s.DeviceURL
-	return v
+// fleetOf gives what a filter shows to a session, and what of it changes.
+func (s *console) fleetOf(ctx context.Context, in session, f filter) (*shared, error) {
+	return s.live.share(ctx, labelText(in.Who.Scope)+"\n"+f.query(), func(ctx context.Context, before *shared) (*shared, error) {
+		resp, err := in.calls.devices().ListDevices(ctx, connect.NewRequest(f.request()))
+		if err != nil {
+			return nil, err
+		}
+		if pages := max(1, (int(resp.Msg.GetFound())+pageRows-1)/pageRows); f.Page > pages { // the last one
+			f.Page = pages
+			if resp, err = in.calls.devices().ListDevices(ctx, connect.NewRequest(f.request())); err != nil {
+				return nil, err
+			}
+		}
+		v := viewOf(resp.Msg, f, s.Now())
+		v.Scope = labelText(in.Who.Scope)
+		parts, err := s.partsOf(v, resp.Msg.GetDevices(), before)
+		return &shared{view: v, parts: parts}, err
+	})
 }
 
 func labelText(l map[string]string) string {
@@ -477,23 +378,34 @@ func (in session) list(ctx context.Context, name string) ([]*v1.Device, error) {
 type fleetParts struct {
 	names  []string
 	rows   map[string]string
+	of     map[string]*v1.Device // that the rows show
 	around string
 	sum    string // of all
 }
 
-func (s *console) partsOf(v fleetView) (fleetParts, error) {
-	p := fleetParts{rows: map[string]string{}}
+// partsOf renders them. Rows of devices that are as they were are those from
+// before.
+func (s *console) partsOf(v fleetView, devices []*v1.Device, before *shared) (fleetParts, error) {
+	p := fleetParts{rows: map[string]string{}, of: map[string]*v1.Device{}}
 	sum := sha256.New()
-	for _, r := range v.Rows {
-		quiet := r
-		quiet.Now = r.Heard // how long ago is not news: the page counts by itself
-		b, err := s.pages.render("fleet", "row", quiet)
-		if err != nil {
-			return p, err
+	for i, r := range v.Rows {
+		d := devices[i]
+		text, same := "", false
+		if before != nil && proto.Equal(before.parts.of[r.Name], d) {
+			text, same = before.parts.rows[r.Name]
+		}
+		if !same {
+			quiet := r
+			quiet.Now = r.Heard // how long ago is not news: the page counts by itself
+			b, err := s.pages.render("fleet", "row", quiet)
+			if err != nil {
+				return p, err
+			}
+			text = string(b)
 		}
 		p.names = append(p.names, r.Name)
-		p.rows[r.Name] = string(b)
-		sum.Write(b)
+		p.rows[r.Name], p.of[r.Name] = text, d
+		sum.Write([]byte(text))
 	}
 	b, err := s.pages.render("fleet", "around", v)
 	p.around = string(b)

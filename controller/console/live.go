@@ -9,76 +9,82 @@ import (
 	"slices"
 	"sync"
 	"time"
-
-	v1 "github.com/dunlin/dunlin/proto/dunlin/v1"
 )
 
 // The limits of live streams.
 const (
 	liveEvery  = 250 * time.Millisecond // between two updates at least
-	maxShare   = 4                      // asking for the fleet takes a fourth of the time at most
+	maxShare   = 4                      // making a page takes a fourth of the time at most,
+	slowest    = 500 * time.Millisecond // unless it is older than that
 	maxStreams = 256
 	maxOfUser  = 16
 	writeFor   = 10 * time.Second // until a viewer who takes nothing is let go
 	beatEvery  = 15 * time.Second
 )
 
-// live has the newest list of devices for those who look. The answer of the
-// API depends on nothing of the caller but the scope, so that all who have the
-// same scope share one; who they are is asked of the API each time before.
+// live has what live pages show, rendered once for all who look at the same.
+// The answer of the API depends on nothing of the caller but the scope, so that
+// all who have the same scope and filter share one; who they are is asked of the
+// API each time before.
 type live struct {
 	now func() time.Time
 
 	mu      sync.Mutex // guards what follows
-	fleets  map[string]*snapshot
+	shares  map[string]*share
 	streams map[string]int // by user
 	all     int
 }
 
-// snapshot is one list of devices. Its mutex is held while it is asked for: who
-// comes meanwhile waits for that answer.
-type snapshot struct {
-	mu      sync.Mutex
-	at      time.Time // of the answer
-	took    time.Duration
-	devices []*v1.Device
+// share is one page. Its mutex is held while it is made: who comes meanwhile
+// waits for that.
+type share struct {
+	mu   sync.Mutex
+	at   time.Time // when it was made
+	took time.Duration
+	made *shared
+}
+
+// shared is one state of a page of the fleet; it is never changed.
+type shared struct {
+	view  fleetView
+	parts fleetParts
 }
 
 func newLive(now func() time.Time) *live {
-	return &live{now: now, fleets: map[string]*snapshot{}, streams: map[string]int{}}
+	return &live{now: now, shares: map[string]*share{}, streams: map[string]int{}}
 }
 
-// maxScopes bounds the lists that are kept.
-const maxScopes = 16
+// maxShares bounds the pages that are kept, of some 100 kB each: one for each
+// stream, and some that are looked at without one.
+const maxShares = maxStreams + 32
 
-// devices gives what a session sees, not older than what the limits make it. The
-// caller has asked who it is.
-func (l *live) devices(ctx context.Context, in session) ([]*v1.Device, error) {
-	key := labelText(in.Who.Scope)
+// share gives the page that key stands for, not older than what the limits make
+// it. The caller has asked who it is.
+func (l *live) share(ctx context.Context, key string, do func(context.Context, *shared) (*shared, error)) (*shared, error) {
 	l.mu.Lock()
-	s := l.fleets[key]
+	s := l.shares[key]
 	if s == nil {
-		if len(l.fleets) >= maxScopes {
-			clear(l.fleets)
+		if len(l.shares) >= maxShares {
+			clear(l.shares)
 		}
-		s = &snapshot{}
-		l.fleets[key] = s
+		s = &share{}
+		l.shares[key] = s
 	}
 	l.mu.Unlock()
 
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	began := l.now()
-	if !s.at.IsZero() && began.Sub(s.at) < max(liveEvery, maxShare*s.took) {
-		return s.devices, nil
+	if s.made != nil && began.Sub(s.at) < max(liveEvery, min(maxShare*s.took, slowest)) {
+		return s.made, nil
 	}
-	devices, err := in.list(ctx, "")
+	made, err := do(ctx, s.made)
 	if err != nil {
 		return nil, err
 	}
-	s.at, s.devices = l.now(), devices
+	s.at, s.made = l.now(), made
 	s.took = s.at.Sub(began)
-	return devices, nil
+	return made, nil
 }
 
 // enter counts a stream of a user; false: there are too many.
@@ -93,7 +99,7 @@ func (l *live) enter(user string) bool {
 	return true
 }
 
-// leave forgets the lists with the last viewer.
+// leave forgets the pages with the last viewer.
 func (l *live) leave(user string) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -102,18 +108,38 @@ func (l *live) leave(user string) {
 		delete(l.streams, user)
 	}
 	if l.all == 0 {
-		clear(l.fleets)
+		clear(l.shares)
 	}
 }
 
-// liveFleet streams the rows of the fleet's page that change. At each look it
-// asks anew whose session it is: one that was taken back ends the stream.
+// liveFleet streams the rows of the fleet's page that change.
 func (s *console) liveFleet(w http.ResponseWriter, r *http.Request, in session) {
 	f, err := parseFilter(r.URL.Query())
 	if err != nil {
 		http.Error(w, err.Error(), http.StatusBadRequest)
 		return
 	}
+	last := fleetParts{sum: r.URL.Query().Get("seen")}
+	s.follow(w, r, in, func(ctx context.Context, out func(name string, data []byte)) error {
+		shared, err := s.fleetOf(ctx, in, f)
+		if err != nil {
+			return err
+		}
+		switch parts := shared.parts; {
+		case parts.sum != last.sum:
+			out("fleet", changes(last, parts))
+			last = parts
+		case last.rows == nil:
+			last = parts
+		}
+		return nil
+	})
+}
+
+// follow streams what step gives out, which is asked every liveEvery. Before
+// each time it asks anew whose session it is: one that was taken back ends the
+// stream.
+func (s *console) follow(w http.ResponseWriter, r *http.Request, in session, step func(ctx context.Context, out func(name string, data []byte)) error) {
 	user := in.Who.Name
 	if !s.live.enter(user) {
 		w.Header().Set("Retry-After", "30")
@@ -122,36 +148,27 @@ func (s *console) liveFleet(w http.ResponseWriter, r *http.Request, in session) 
 	}
 	defer s.live.leave(user)
 	w.Header().Set("Content-Type", "text/event-stream")
-	out := stream{w, http.NewResponseController(w)}
-	if out.send("", nil) != nil {
+	to := stream{w, http.NewResponseController(w)}
+	if to.send("", nil) != nil {
 		return
 	}
-	last := fleetParts{sum: r.URL.Query().Get("seen")}
 	beat := s.Now()
 	for {
-		devices, err := s.live.devices(r.Context(), in)
+		var sent error
+		err := step(r.Context(), func(name string, data []byte) {
+			if sent == nil {
+				sent, beat = to.send(name, data), s.Now()
+			}
+		})
 		if err != nil {
+			s.Log.Debug("a live page ends", "error", err)
 			return
 		}
-		v := s.fleetFor(in, devices, f)
-		parts, err := s.partsOf(v)
-		if err != nil {
-			s.Log.Error("cannot make a live page", "error", err)
-			return
+		if now := s.Now(); sent == nil && now.Sub(beat) >= beatEvery {
+			sent, beat = to.send("", nil), now
 		}
-		switch now := s.Now(); {
-		case parts.sum != last.sum:
-			if out.send("fleet", changes(last, parts)) != nil {
-				return
-			}
-			last, beat = parts, now
-		case last.rows == nil:
-			last = parts
-		case now.Sub(beat) >= beatEvery:
-			if out.send("", nil) != nil {
-				return
-			}
-			beat = now
+		if sent != nil {
+			return
 		}
 		next := time.NewTimer(liveEvery)
 		select {
@@ -164,7 +181,7 @@ func (s *console) liveFleet(w http.ResponseWriter, r *http.Request, in session) 
 		case <-next.C:
 		}
 		if err := in.who(r.Context()); err != nil {
-			_ = out.send("bye", []byte("signed out"))
+			_ = to.send("bye", []byte("signed out"))
 			return
 		}
 	}

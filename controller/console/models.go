@@ -32,23 +32,16 @@ type use struct {
 // Devices is how many say something of it.
 func (u use) Devices() int { return u.Resident + u.Waits + u.Bad }
 
-func (u *use) add(v *v1.VersionStatus) {
-	switch v.GetState() {
-	case v1.VersionState_VERSION_STATE_RESIDENT:
-		u.Resident++
-	case v1.VersionState_VERSION_STATE_QUARANTINED:
-		u.Bad++
-	default:
-		u.Waits++
-	}
-	if v.GetServing() {
-		u.Serving++
-	}
+func (u *use) add(v *v1.VersionUse) {
+	u.Resident += int(v.GetResident())
+	u.Bad += int(v.GetQuarantined())
+	u.Waits += int(v.GetWaiting())
+	u.Serving += int(v.GetServing())
 }
 
 // usesOf gives the uses of each model, and of each "model:version". Devices
 // that have several versions of a model count once for each.
-func usesOf(devices []*v1.Device, deployments []*v1.Deployment, routes []*v1.Route) map[string]*use {
+func usesOf(versions []*v1.VersionUse, deployments []*v1.Deployment, routes []*v1.Route) map[string]*use {
 	uses := map[string]*use{}
 	of := func(ref string) *use {
 		u := uses[ref]
@@ -58,11 +51,9 @@ func usesOf(devices []*v1.Device, deployments []*v1.Deployment, routes []*v1.Rou
 		}
 		return u
 	}
-	for _, d := range devices {
-		for _, v := range d.GetReported().GetVersions() {
-			of(v.GetModel()).add(v)
-			of(reference(v)).add(v)
-		}
+	for _, v := range versions {
+		of(v.GetModel()).add(v)
+		of(versionRef(v.GetModel(), v.GetVersion())).add(v)
 	}
 	for _, d := range deployments {
 		for _, ref := range []string{d.GetModel(), versionRef(d.GetModel(), d.GetVersion())} {
@@ -174,11 +165,11 @@ func (s *console) stock(r *http.Request, in session, model string) ([]*v1.ModelV
 	if err != nil {
 		return nil, nil, err
 	}
-	devices, err := s.live.devices(r.Context(), in)
+	devices, err := in.calls.devices().ListDevices(r.Context(), connect.NewRequest(&v1.ListDevicesRequest{Limit: 1, Uses: true, Brief: true}))
 	if err != nil {
 		return nil, nil, err
 	}
-	return versions.Msg.GetVersions(), usesOf(devices, deployments.Msg.GetDeployments(), routes.Msg.GetRoutes()), nil
+	return versions.Msg.GetVersions(), usesOf(devices.Msg.GetUses(), deployments.Msg.GetDeployments(), routes.Msg.GetRoutes()), nil
 }
 
 func (s *console) models(w http.ResponseWriter, r *http.Request, in session) {

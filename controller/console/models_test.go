@@ -220,8 +220,7 @@ func FuzzForms(f *testing.F) {
 
 func TestUsesOf(t *testing.T) {
 	uses := usesOf(
-		[]*v1.Device{{Reported: &v1.Reported{Versions: []*v1.VersionStatus{
-			{Model: "a", Version: 1, State: v1.VersionState_VERSION_STATE_RESIDENT, Serving: true}, {Model: "a", Version: 2, State: v1.VersionState_VERSION_STATE_ABSENT}}}}, {}},
+		[]*v1.VersionUse{{Model: "a", Version: 1, Resident: 1, Serving: 1}, {Model: "a", Version: 2, Waiting: 1}},
 		[]*v1.Deployment{{Name: "all", Model: "a", Version: 2}},
 		[]*v1.Route{{Name: "r", Targets: []*v1.RouteTarget{{Model: "a", Version: 1}, {Model: "a", Version: 1}, {Model: "b"}}, Shadow: &v1.RouteShadow{Model: "c", Version: 3},
 			Rules: []*v1.RouteRule{{Fallback: []*v1.RouteFallback{{Model: "d", Version: 4}}}}}})

@@ -130,6 +130,7 @@ type live struct {
 	kept      *dunlinv1.Telemetry // that Samples gave last
 	free      *uint64             // bytes on its disk as the store has it; nil: not saved yet
 	leased    time.Time           // until when it sends telemetry with figures
+	looked    time.Time           // until when it sends telemetry each second, because somebody looks
 	sent      uint64              // number of the generation that was sent since it last said hello; 0: none
 	// A generation that the device has not reported as observed.
 	pending uint64 // 0: none

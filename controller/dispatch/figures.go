@@ -29,6 +29,12 @@ const (
 	leaseSlow  = 5 * time.Second
 	maxFast    = 50 // devices of a rollout that send every leaseFast; more send every leaseSlow
 	maxCounted = 1 << 53
+
+	// While somebody looks at a device:
+	lookEvery = time.Second
+	lookFor   = 15 * time.Second
+	lookRenew = 10 * time.Second // what must be left
+	maxLooked = 64               // devices at a time
 )
 
 // watched is a rollout whose figures are counted.
@@ -101,7 +107,7 @@ func (d *Dispatcher) watch(r fleet.Rollout, devices []string) {
 		every = leaseSlow
 	}
 	now := d.now()
-	var due []string
+	due := map[string]time.Duration{}
 	d.mu.Lock()
 	w := d.figures[r.Number]
 	for _, device := range devices {
@@ -119,15 +125,45 @@ func (d *Dispatcher) watch(r fleet.Rollout, devices []string) {
 		}
 		if l.leased.Sub(now) < leaseRenew {
 			l.leased = now.Add(leaseFor)
-			due = append(due, device)
+			due[device] = every
+			if l.looked.After(now) {
+				due[device] = min(every, lookEvery)
+			}
 		}
 	}
 	d.mu.Unlock()
-	for _, device := range due {
-		d.command(device, &dunlinv1.Command{Command: &dunlinv1.Command_TelemetryLease{TelemetryLease: &dunlinv1.TelemetryLease{
-			EveryMs: uint32(every.Milliseconds()), ForMs: uint32(leaseFor.Milliseconds()),
-		}}})
+	for device, every := range due {
+		d.lease(device, every, leaseFor)
 	}
+}
+
+func (d *Dispatcher) lease(device string, every, lasts time.Duration) {
+	d.command(device, &dunlinv1.Command{Command: &dunlinv1.Command_TelemetryLease{TelemetryLease: &dunlinv1.TelemetryLease{
+		EveryMs: uint32(every.Milliseconds()), ForMs: uint32(lasts.Milliseconds()),
+	}}})
+}
+
+// Look has a connected device send telemetry each second for lookFor: who goes
+// on looking calls it again. It does not shorten what a rollout has leased.
+// Beyond maxLooked devices nothing changes.
+func (d *Dispatcher) Look(device string) {
+	now := d.now()
+	d.mu.Lock()
+	l := d.live[device]
+	looked := 0
+	for _, one := range d.live {
+		if one.looked.After(now) {
+			looked++
+		}
+	}
+	if l == nil || l.looked.Sub(now) > lookRenew || looked >= maxLooked && !l.looked.After(now) {
+		d.mu.Unlock()
+		return
+	}
+	l.looked = now.Add(lookFor)
+	lasts := max(lookFor, l.leased.Sub(now))
+	d.mu.Unlock()
+	d.lease(device, lookEvery, lasts)
 }
 
 // count takes the figures of a sample in; d.mu is held.

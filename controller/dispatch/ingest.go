@@ -281,7 +281,7 @@ func (d *Dispatcher) take(ctx context.Context, in []message) {
 		case *dunlinv1.Hello:
 			// Live first: a generation that the planner makes while the store is
 			// asked is then published by the planner.
-			d.touch(m.device, func(l *live) { l.sent, l.leased = 0, time.Time{} })
+			d.touch(m.device, func(l *live) { l.sent, l.leased, l.looked = 0, time.Time{}, time.Time{} })
 			keep(store.Inbound{Hello: v}, func(t store.Taken) error { return d.hello(ctx, m.device, v, t, who[v]) })
 		case *dunlinv1.Reported:
 			keep(store.Inbound{Report: v}, func(t store.Taken) error { return d.reported(ctx, m.device, v, t) })

@@ -1,6 +1,7 @@
 package dispatch
 
 import (
+	"fmt"
 	"slices"
 	"testing"
 	"time"
@@ -82,5 +83,64 @@ func TestAlarmsKeepTheirEvidence(t *testing.T) {
 		if !slices.Equal(values, tt.want) {
 			t.Errorf("%s: rests on %v, want %v", tt.message, values, tt.want)
 		}
+	}
+}
+
+// Who looks at a device has it send a sample each second, until nobody does,
+// and does not shorten what a rollout has leased.
+func TestLook(t *testing.T) {
+	w := fresh(t, defaultTiming)
+	for i := range maxLooked + 2 {
+		w.join(fmt.Sprint("d", i))
+		w.hello(fmt.Sprint("d", i), "s", nil)
+	}
+	waitFor(t, func() bool {
+		w.d.mu.Lock()
+		defer w.d.mu.Unlock()
+		return len(w.d.live) == maxLooked+2
+	}, "all devices")
+	lease := func(device string, from int) (*dunlinv1.TelemetryLease, int) {
+		var got *dunlinv1.TelemetryLease
+		_, at := w.bus.wait(t, "lease of "+device, from, func(m message) bool {
+			return isCommand(m, device, func(c *dunlinv1.Command) bool {
+				got = c.GetTelemetryLease()
+				return got != nil
+			})
+		})
+		return got, at
+	}
+	w.d.mu.Lock()
+	w.d.live["d1"].leased = w.d.now().Add(40 * time.Second)
+	w.d.mu.Unlock()
+	w.d.Look("d0")
+	w.d.Look("d0") // it has most of its time left
+	w.d.Look("d1")
+	first, at := lease("d0", 0)
+	if first.GetEveryMs() != 1000 || first.GetForMs() != 15000 {
+		t.Errorf("got %v", first)
+	}
+	if second, _ := lease("d1", 0); second.GetEveryMs() != 1000 || second.GetForMs() < 35000 {
+		t.Errorf("a rollout's lease became %v", second)
+	}
+	w.bus.mu.Lock()
+	for _, m := range w.bus.sent[at:] {
+		if isCommand(m, "d0", func(c *dunlinv1.Command) bool { return c.GetTelemetryLease() != nil }) {
+			t.Error("d0 was told again at once")
+		}
+	}
+	w.bus.mu.Unlock()
+	for i := range maxLooked + 2 {
+		w.d.Look(fmt.Sprint("d", i))
+	}
+	w.d.mu.Lock()
+	defer w.d.mu.Unlock()
+	looked := 0
+	for _, l := range w.d.live {
+		if !l.looked.IsZero() {
+			looked++
+		}
+	}
+	if looked != maxLooked {
+		t.Errorf("%d devices are looked at, the limit is %d", looked, maxLooked)
 	}
 }

@@ -7,6 +7,7 @@ import (
 	"time"
 
 	"github.com/dunlin/dunlin/controller/store"
+	dunlinv1 "github.com/dunlin/dunlin/proto/dunlin/v1"
 )
 
 // view is what the store has of the devices, kept in memory so that nobody
@@ -18,6 +19,7 @@ type view struct {
 	clock   uint64                   // counts changes
 	changed map[string]uint64        // by device: the clock at its last change
 	news    map[string]news          // since they were taken last
+	known   bool                     // all devices were read once
 }
 
 // news is what of a device changed.
@@ -163,6 +165,7 @@ func (v *view) read(devices []*store.Device, names []string, since uint64) {
 		v.devices[d.Name] = d
 	}
 	if names == nil {
+		v.known = true
 		names = slices.Collect(maps.Keys(v.devices))
 	}
 	for _, name := range names {
@@ -205,4 +208,35 @@ func (v *view) some(names []string) []*store.Device {
 		}
 	}
 	return devices
+}
+
+// Seen is a device as the dispatcher has it in memory.
+type Seen struct {
+	*store.Device // not to be changed
+	// Of a connected device; nil: none has come.
+	Telemetry *dunlinv1.Telemetry
+	Heard     time.Time // zero: never
+}
+
+// Fleet gives all devices, in no order. Where one is as it was, so are the
+// pointers. Not known: the dispatcher has not read the store yet.
+func (d *Dispatcher) Fleet() (fleet []Seen, known bool) {
+	d.view.mu.Lock()
+	known = d.view.known
+	fleet = make([]Seen, 0, len(d.view.devices))
+	for _, dev := range d.view.devices {
+		fleet = append(fleet, Seen{Device: dev, Heard: dev.LastHeardAt})
+	}
+	d.view.mu.Unlock()
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	for i := range fleet {
+		if l := d.live[fleet[i].Name]; l != nil {
+			fleet[i].Telemetry = l.telemetry
+			if l.heard.After(l.saved) && l.heard.After(fleet[i].Heard) {
+				fleet[i].Heard = l.heard
+			}
+		}
+	}
+	return fleet, known
 }

@@ -324,15 +324,9 @@ func (s *Store) Identities(ctx context.Context, device string) (map[string]*dunl
 			if err := scan(&name, &revoked, &reason, &twins); err != nil {
 				return err
 			}
-			i := &dunlinv1.DeviceIdentity{}
-			if err := proto.Unmarshal(twins, i); err != nil {
-				return fmt.Errorf("twins of device %s: %w", name, err)
-			}
-			if i.RevokedReason = reason; revoked != 0 {
-				i.RevokedAt = timestamppb.New(instant(revoked))
-			}
+			i, err := identityOf(name, revoked, reason, twins)
 			all[name] = i
-			return nil
+			return err
 		})
 		if err != nil {
 			return err
@@ -352,6 +346,37 @@ func (s *Store) Identities(ctx context.Context, device string) (map[string]*dunl
 		})
 	})
 	return all, err
+}
+
+// Suspects gives how those devices are known that are revoked, or are more
+// than one agent.
+func (s *Store) Suspects(ctx context.Context) (map[string]*dunlinv1.DeviceIdentity, error) {
+	all := map[string]*dunlinv1.DeviceIdentity{}
+	err := s.read(ctx, func(tx *sql.Tx) error {
+		return each(ctx, tx, "SELECT name, revoked_at, revoked_reason, twins FROM devices WHERE revoked_at <> 0 OR length(twins) > 0", nil, func(scan func(...any) error) error {
+			var name, reason string
+			var revoked int64
+			var twins []byte
+			if err := scan(&name, &revoked, &reason, &twins); err != nil {
+				return err
+			}
+			i, err := identityOf(name, revoked, reason, twins)
+			all[name] = i
+			return err
+		})
+	})
+	return all, err
+}
+
+func identityOf(name string, revoked int64, reason string, twins []byte) (*dunlinv1.DeviceIdentity, error) {
+	i := &dunlinv1.DeviceIdentity{}
+	if err := proto.Unmarshal(twins, i); err != nil {
+		return nil, fmt.Errorf("twins of device %s: %w", name, err)
+	}
+	if i.RevokedReason = reason; revoked != 0 {
+		i.RevokedAt = timestamppb.New(instant(revoked))
+	}
+	return i, nil
 }
 
 func (s *Store) revokeCertificates(ctx context.Context, tx *sql.Tx, device, reason string) error {

@@ -22,6 +22,15 @@
       var text = at > 0 ? ago(now - at) : 'never';
       if (t.textContent !== text) t.textContent = text;
     });
+    first();
+  }
+
+  // The first device of an empty fleet: its row has come, where nobody sees it.
+  var asked = false;
+  function first() {
+    if (asked || !document.querySelector('.empty') || !document.querySelector('#rows tr')) return;
+    asked = true;
+    htmx.ajax('GET', location.href, { target: '#fleet', select: '#fleet', swap: 'outerHTML' }).finally(function () { asked = false; });
   }
   setInterval(count, 1000);
 

@@ -5606,7 +5606,11 @@ type ListTelemetryRequest struct {
 	// Unset: now.
 	Until *timestamppb.Timestamp `protobuf:"bytes,3,opt,name=until,proto3" json:"until,omitempty"`
 	// At most so many, thinned out evenly; 1 to 2000, 0 means 500.
-	Limit         uint32 `protobuf:"varint,4,opt,name=limit,proto3" json:"limit,omitempty"`
+	Limit uint32 `protobuf:"varint,4,opt,name=limit,proto3" json:"limit,omitempty"`
+	// The caller looks at the device: for the next 15 s it sends a sample each
+	// second, of which ListDevices has the newest. At most 64 devices do so at a
+	// time; those that are looked at beyond go on as before.
+	Look          bool `protobuf:"varint,5,opt,name=look,proto3" json:"look,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -5669,6 +5673,13 @@ func (x *ListTelemetryRequest) GetLimit() uint32 {
 	return 0
 }
 
+func (x *ListTelemetryRequest) GetLook() bool {
+	if x != nil {
+		return x.Look
+	}
+	return false
+}
+
 type ListTelemetryResponse struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Samples       []*Telemetry           `protobuf:"bytes,1,rep,name=samples,proto3" json:"samples,omitempty"`
@@ -5718,7 +5729,24 @@ type ListDevicesRequest struct {
 	// Only the device of this name, where set.
 	Device string `protobuf:"bytes,1,opt,name=device,proto3" json:"device,omitempty"`
 	// Only devices that have all these labels.
-	Selector      map[string]string `protobuf:"bytes,2,rep,name=selector,proto3" json:"selector,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
+	Selector map[string]string `protobuf:"bytes,2,rep,name=selector,proto3" json:"selector,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
+	// With a limit, the answer is one page of the devices that the filter finds,
+	// as they were up to half a second ago; device must be empty. 1 to 1000; 0:
+	// all devices, without a filter.
+	Limit uint32 `protobuf:"varint,3,opt,name=limit,proto3" json:"limit,omitempty"`
+	// How many of those that are found come before the page.
+	Offset uint32        `protobuf:"varint,4,opt,name=offset,proto3" json:"offset,omitempty"`
+	Filter *DeviceFilter `protobuf:"bytes,5,opt,name=filter,proto3" json:"filter,omitempty"`
+	// "name", the default; "heard": the one heard last first; "state": the worst
+	// first.
+	Order string `protobuf:"bytes,6,opt,name=order,proto3" json:"order,omitempty"`
+	// What the answer has besides: how many devices have which property.
+	Facets bool `protobuf:"varint,7,opt,name=facets,proto3" json:"facets,omitempty"`
+	// And how many have each version, whatever the filter.
+	Uses bool `protobuf:"varint,8,opt,name=uses,proto3" json:"uses,omitempty"`
+	// Devices come with what lists show of them only: name, labels, state, class,
+	// host name, the state of their versions, how many alarms are raised.
+	Brief         bool `protobuf:"varint,9,opt,name=brief,proto3" json:"brief,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -5767,17 +5795,164 @@ func (x *ListDevicesRequest) GetSelector() map[string]string {
 	return nil
 }
 
+func (x *ListDevicesRequest) GetLimit() uint32 {
+	if x != nil {
+		return x.Limit
+	}
+	return 0
+}
+
+func (x *ListDevicesRequest) GetOffset() uint32 {
+	if x != nil {
+		return x.Offset
+	}
+	return 0
+}
+
+func (x *ListDevicesRequest) GetFilter() *DeviceFilter {
+	if x != nil {
+		return x.Filter
+	}
+	return nil
+}
+
+func (x *ListDevicesRequest) GetOrder() string {
+	if x != nil {
+		return x.Order
+	}
+	return ""
+}
+
+func (x *ListDevicesRequest) GetFacets() bool {
+	if x != nil {
+		return x.Facets
+	}
+	return false
+}
+
+func (x *ListDevicesRequest) GetUses() bool {
+	if x != nil {
+		return x.Uses
+	}
+	return false
+}
+
+func (x *ListDevicesRequest) GetBrief() bool {
+	if x != nil {
+		return x.Brief
+	}
+	return false
+}
+
+// DeviceFilter finds devices that match all that is set.
+type DeviceFilter struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Part of the name, the host name or "key=value" of a label, in any case.
+	Text string `protobuf:"bytes,1,opt,name=text,proto3" json:"text,omitempty"`
+	// "key=value", or "key".
+	Labels []string `protobuf:"bytes,2,rep,name=labels,proto3" json:"labels,omitempty"`
+	// As Device.state.
+	State string `protobuf:"bytes,3,opt,name=state,proto3" json:"state,omitempty"`
+	// "model" or "model:version" that the device reports.
+	Model string `protobuf:"bytes,4,opt,name=model,proto3" json:"model,omitempty"`
+	// The firmware profile.
+	Class string `protobuf:"bytes,5,opt,name=class,proto3" json:"class,omitempty"`
+	// Only devices that raise an alarm.
+	Alarmed       bool `protobuf:"varint,6,opt,name=alarmed,proto3" json:"alarmed,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DeviceFilter) Reset() {
+	*x = DeviceFilter{}
+	mi := &file_dunlin_v1_api_proto_msgTypes[90]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DeviceFilter) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DeviceFilter) ProtoMessage() {}
+
+func (x *DeviceFilter) ProtoReflect() protoreflect.Message {
+	mi := &file_dunlin_v1_api_proto_msgTypes[90]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DeviceFilter.ProtoReflect.Descriptor instead.
+func (*DeviceFilter) Descriptor() ([]byte, []int) {
+	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{90}
+}
+
+func (x *DeviceFilter) GetText() string {
+	if x != nil {
+		return x.Text
+	}
+	return ""
+}
+
+func (x *DeviceFilter) GetLabels() []string {
+	if x != nil {
+		return x.Labels
+	}
+	return nil
+}
+
+func (x *DeviceFilter) GetState() string {
+	if x != nil {
+		return x.State
+	}
+	return ""
+}
+
+func (x *DeviceFilter) GetModel() string {
+	if x != nil {
+		return x.Model
+	}
+	return ""
+}
+
+func (x *DeviceFilter) GetClass() string {
+	if x != nil {
+		return x.Class
+	}
+	return ""
+}
+
+func (x *DeviceFilter) GetAlarmed() bool {
+	if x != nil {
+		return x.Alarmed
+	}
+	return false
+}
+
 type ListDevicesResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// By name.
-	Devices       []*Device `protobuf:"bytes,1,rep,name=devices,proto3" json:"devices,omitempty"`
+	Devices []*Device `protobuf:"bytes,1,rep,name=devices,proto3" json:"devices,omitempty"`
+	// With a limit: how many the filter finds, and how many the caller sees.
+	Found uint32 `protobuf:"varint,2,opt,name=found,proto3" json:"found,omitempty"`
+	All   uint32 `protobuf:"varint,3,opt,name=all,proto3" json:"all,omitempty"`
+	// "state", "model", "class", "label".
+	Facets []*Facet `protobuf:"bytes,4,rep,name=facets,proto3" json:"facets,omitempty"`
+	// By model, then version.
+	Uses          []*VersionUse `protobuf:"bytes,5,rep,name=uses,proto3" json:"uses,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *ListDevicesResponse) Reset() {
 	*x = ListDevicesResponse{}
-	mi := &file_dunlin_v1_api_proto_msgTypes[90]
+	mi := &file_dunlin_v1_api_proto_msgTypes[91]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5789,7 +5964,7 @@ func (x *ListDevicesResponse) String() string {
 func (*ListDevicesResponse) ProtoMessage() {}
 
 func (x *ListDevicesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_api_proto_msgTypes[90]
+	mi := &file_dunlin_v1_api_proto_msgTypes[91]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5802,7 +5977,7 @@ func (x *ListDevicesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListDevicesResponse.ProtoReflect.Descriptor instead.
 func (*ListDevicesResponse) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{90}
+	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{91}
 }
 
 func (x *ListDevicesResponse) GetDevices() []*Device {
@@ -5810,6 +5985,236 @@ func (x *ListDevicesResponse) GetDevices() []*Device {
 		return x.Devices
 	}
 	return nil
+}
+
+func (x *ListDevicesResponse) GetFound() uint32 {
+	if x != nil {
+		return x.Found
+	}
+	return 0
+}
+
+func (x *ListDevicesResponse) GetAll() uint32 {
+	if x != nil {
+		return x.All
+	}
+	return 0
+}
+
+func (x *ListDevicesResponse) GetFacets() []*Facet {
+	if x != nil {
+		return x.Facets
+	}
+	return nil
+}
+
+func (x *ListDevicesResponse) GetUses() []*VersionUse {
+	if x != nil {
+		return x.Uses
+	}
+	return nil
+}
+
+// Facet counts devices by one property: of those that the rest of the filter
+// finds; by label, of those that all of it finds.
+type Facet struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Name  string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	// The 8 that most have, and those that the filter names.
+	Values []*FacetValue `protobuf:"bytes,2,rep,name=values,proto3" json:"values,omitempty"`
+	// How many others there are.
+	More          uint32 `protobuf:"varint,3,opt,name=more,proto3" json:"more,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Facet) Reset() {
+	*x = Facet{}
+	mi := &file_dunlin_v1_api_proto_msgTypes[92]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Facet) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Facet) ProtoMessage() {}
+
+func (x *Facet) ProtoReflect() protoreflect.Message {
+	mi := &file_dunlin_v1_api_proto_msgTypes[92]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Facet.ProtoReflect.Descriptor instead.
+func (*Facet) Descriptor() ([]byte, []int) {
+	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{92}
+}
+
+func (x *Facet) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *Facet) GetValues() []*FacetValue {
+	if x != nil {
+		return x.Values
+	}
+	return nil
+}
+
+func (x *Facet) GetMore() uint32 {
+	if x != nil {
+		return x.More
+	}
+	return 0
+}
+
+type FacetValue struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Value         string                 `protobuf:"bytes,1,opt,name=value,proto3" json:"value,omitempty"`
+	Count         uint32                 `protobuf:"varint,2,opt,name=count,proto3" json:"count,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *FacetValue) Reset() {
+	*x = FacetValue{}
+	mi := &file_dunlin_v1_api_proto_msgTypes[93]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *FacetValue) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*FacetValue) ProtoMessage() {}
+
+func (x *FacetValue) ProtoReflect() protoreflect.Message {
+	mi := &file_dunlin_v1_api_proto_msgTypes[93]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use FacetValue.ProtoReflect.Descriptor instead.
+func (*FacetValue) Descriptor() ([]byte, []int) {
+	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{93}
+}
+
+func (x *FacetValue) GetValue() string {
+	if x != nil {
+		return x.Value
+	}
+	return ""
+}
+
+func (x *FacetValue) GetCount() uint32 {
+	if x != nil {
+		return x.Count
+	}
+	return 0
+}
+
+// VersionUse counts the devices that have a version.
+type VersionUse struct {
+	state       protoimpl.MessageState `protogen:"open.v1"`
+	Model       string                 `protobuf:"bytes,1,opt,name=model,proto3" json:"model,omitempty"`
+	Version     int64                  `protobuf:"varint,2,opt,name=version,proto3" json:"version,omitempty"`
+	Resident    uint32                 `protobuf:"varint,3,opt,name=resident,proto3" json:"resident,omitempty"`
+	Quarantined uint32                 `protobuf:"varint,4,opt,name=quarantined,proto3" json:"quarantined,omitempty"`
+	// Neither of these.
+	Waiting       uint32 `protobuf:"varint,5,opt,name=waiting,proto3" json:"waiting,omitempty"`
+	Serving       uint32 `protobuf:"varint,6,opt,name=serving,proto3" json:"serving,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *VersionUse) Reset() {
+	*x = VersionUse{}
+	mi := &file_dunlin_v1_api_proto_msgTypes[94]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *VersionUse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*VersionUse) ProtoMessage() {}
+
+func (x *VersionUse) ProtoReflect() protoreflect.Message {
+	mi := &file_dunlin_v1_api_proto_msgTypes[94]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use VersionUse.ProtoReflect.Descriptor instead.
+func (*VersionUse) Descriptor() ([]byte, []int) {
+	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{94}
+}
+
+func (x *VersionUse) GetModel() string {
+	if x != nil {
+		return x.Model
+	}
+	return ""
+}
+
+func (x *VersionUse) GetVersion() int64 {
+	if x != nil {
+		return x.Version
+	}
+	return 0
+}
+
+func (x *VersionUse) GetResident() uint32 {
+	if x != nil {
+		return x.Resident
+	}
+	return 0
+}
+
+func (x *VersionUse) GetQuarantined() uint32 {
+	if x != nil {
+		return x.Quarantined
+	}
+	return 0
+}
+
+func (x *VersionUse) GetWaiting() uint32 {
+	if x != nil {
+		return x.Waiting
+	}
+	return 0
+}
+
+func (x *VersionUse) GetServing() uint32 {
+	if x != nil {
+		return x.Serving
+	}
+	return 0
 }
 
 type Device struct {
@@ -5826,13 +6231,19 @@ type Device struct {
 	Identity    *DeviceIdentity        `protobuf:"bytes,10,opt,name=identity,proto3" json:"identity,omitempty"`
 	// What it should have; only where one device was asked for by its name.
 	DesiredDocument *DesiredDocument `protobuf:"bytes,11,opt,name=desired_document,json=desiredDocument,proto3" json:"desired_document,omitempty"`
-	unknownFields   protoimpl.UnknownFields
-	sizeCache       protoimpl.SizeCache
+	// "ok"; "working": on its way to what it should have; "trouble": a version is
+	// quarantined, a route is not ready, an alarm is an error, or two agents are
+	// it; "stale": connected, and not heard for 90 s; "offline"; "revoked".
+	State string `protobuf:"bytes,12,opt,name=state,proto3" json:"state,omitempty"`
+	// Of a brief device: how many alarms are raised.
+	Alarms        uint32 `protobuf:"varint,13,opt,name=alarms,proto3" json:"alarms,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
 }
 
 func (x *Device) Reset() {
 	*x = Device{}
-	mi := &file_dunlin_v1_api_proto_msgTypes[91]
+	mi := &file_dunlin_v1_api_proto_msgTypes[95]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5844,7 +6255,7 @@ func (x *Device) String() string {
 func (*Device) ProtoMessage() {}
 
 func (x *Device) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_api_proto_msgTypes[91]
+	mi := &file_dunlin_v1_api_proto_msgTypes[95]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5857,7 +6268,7 @@ func (x *Device) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Device.ProtoReflect.Descriptor instead.
 func (*Device) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{91}
+	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{95}
 }
 
 func (x *Device) GetName() string {
@@ -5937,6 +6348,20 @@ func (x *Device) GetDesiredDocument() *DesiredDocument {
 	return nil
 }
 
+func (x *Device) GetState() string {
+	if x != nil {
+		return x.State
+	}
+	return ""
+}
+
+func (x *Device) GetAlarms() uint32 {
+	if x != nil {
+		return x.Alarms
+	}
+	return 0
+}
+
 // DeviceIdentity is how a device is known.
 type DeviceIdentity struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -5956,7 +6381,7 @@ type DeviceIdentity struct {
 
 func (x *DeviceIdentity) Reset() {
 	*x = DeviceIdentity{}
-	mi := &file_dunlin_v1_api_proto_msgTypes[92]
+	mi := &file_dunlin_v1_api_proto_msgTypes[96]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5968,7 +6393,7 @@ func (x *DeviceIdentity) String() string {
 func (*DeviceIdentity) ProtoMessage() {}
 
 func (x *DeviceIdentity) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_api_proto_msgTypes[92]
+	mi := &file_dunlin_v1_api_proto_msgTypes[96]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5981,7 +6406,7 @@ func (x *DeviceIdentity) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeviceIdentity.ProtoReflect.Descriptor instead.
 func (*DeviceIdentity) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{92}
+	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{96}
 }
 
 func (x *DeviceIdentity) GetSerial() string {
@@ -6040,7 +6465,7 @@ type Twin struct {
 
 func (x *Twin) Reset() {
 	*x = Twin{}
-	mi := &file_dunlin_v1_api_proto_msgTypes[93]
+	mi := &file_dunlin_v1_api_proto_msgTypes[97]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6052,7 +6477,7 @@ func (x *Twin) String() string {
 func (*Twin) ProtoMessage() {}
 
 func (x *Twin) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_api_proto_msgTypes[93]
+	mi := &file_dunlin_v1_api_proto_msgTypes[97]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6065,7 +6490,7 @@ func (x *Twin) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Twin.ProtoReflect.Descriptor instead.
 func (*Twin) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{93}
+	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{97}
 }
 
 func (x *Twin) GetBootId() string {
@@ -6106,7 +6531,7 @@ type RevokeDeviceRequest struct {
 
 func (x *RevokeDeviceRequest) Reset() {
 	*x = RevokeDeviceRequest{}
-	mi := &file_dunlin_v1_api_proto_msgTypes[94]
+	mi := &file_dunlin_v1_api_proto_msgTypes[98]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6118,7 +6543,7 @@ func (x *RevokeDeviceRequest) String() string {
 func (*RevokeDeviceRequest) ProtoMessage() {}
 
 func (x *RevokeDeviceRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_api_proto_msgTypes[94]
+	mi := &file_dunlin_v1_api_proto_msgTypes[98]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6131,7 +6556,7 @@ func (x *RevokeDeviceRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RevokeDeviceRequest.ProtoReflect.Descriptor instead.
 func (*RevokeDeviceRequest) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{94}
+	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{98}
 }
 
 func (x *RevokeDeviceRequest) GetDevice() string {
@@ -6156,7 +6581,7 @@ type RevokeDeviceResponse struct {
 
 func (x *RevokeDeviceResponse) Reset() {
 	*x = RevokeDeviceResponse{}
-	mi := &file_dunlin_v1_api_proto_msgTypes[95]
+	mi := &file_dunlin_v1_api_proto_msgTypes[99]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6168,7 +6593,7 @@ func (x *RevokeDeviceResponse) String() string {
 func (*RevokeDeviceResponse) ProtoMessage() {}
 
 func (x *RevokeDeviceResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_api_proto_msgTypes[95]
+	mi := &file_dunlin_v1_api_proto_msgTypes[99]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6181,7 +6606,7 @@ func (x *RevokeDeviceResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RevokeDeviceResponse.ProtoReflect.Descriptor instead.
 func (*RevokeDeviceResponse) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{95}
+	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{99}
 }
 
 type RemoveDeviceRequest struct {
@@ -6193,7 +6618,7 @@ type RemoveDeviceRequest struct {
 
 func (x *RemoveDeviceRequest) Reset() {
 	*x = RemoveDeviceRequest{}
-	mi := &file_dunlin_v1_api_proto_msgTypes[96]
+	mi := &file_dunlin_v1_api_proto_msgTypes[100]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6205,7 +6630,7 @@ func (x *RemoveDeviceRequest) String() string {
 func (*RemoveDeviceRequest) ProtoMessage() {}
 
 func (x *RemoveDeviceRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_api_proto_msgTypes[96]
+	mi := &file_dunlin_v1_api_proto_msgTypes[100]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6218,7 +6643,7 @@ func (x *RemoveDeviceRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveDeviceRequest.ProtoReflect.Descriptor instead.
 func (*RemoveDeviceRequest) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{96}
+	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{100}
 }
 
 func (x *RemoveDeviceRequest) GetDevice() string {
@@ -6236,7 +6661,7 @@ type RemoveDeviceResponse struct {
 
 func (x *RemoveDeviceResponse) Reset() {
 	*x = RemoveDeviceResponse{}
-	mi := &file_dunlin_v1_api_proto_msgTypes[97]
+	mi := &file_dunlin_v1_api_proto_msgTypes[101]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6248,7 +6673,7 @@ func (x *RemoveDeviceResponse) String() string {
 func (*RemoveDeviceResponse) ProtoMessage() {}
 
 func (x *RemoveDeviceResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_api_proto_msgTypes[97]
+	mi := &file_dunlin_v1_api_proto_msgTypes[101]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6261,7 +6686,7 @@ func (x *RemoveDeviceResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveDeviceResponse.ProtoReflect.Descriptor instead.
 func (*RemoveDeviceResponse) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{97}
+	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{101}
 }
 
 type ListEventsRequest struct {
@@ -6276,7 +6701,7 @@ type ListEventsRequest struct {
 
 func (x *ListEventsRequest) Reset() {
 	*x = ListEventsRequest{}
-	mi := &file_dunlin_v1_api_proto_msgTypes[98]
+	mi := &file_dunlin_v1_api_proto_msgTypes[102]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6288,7 +6713,7 @@ func (x *ListEventsRequest) String() string {
 func (*ListEventsRequest) ProtoMessage() {}
 
 func (x *ListEventsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_api_proto_msgTypes[98]
+	mi := &file_dunlin_v1_api_proto_msgTypes[102]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6301,7 +6726,7 @@ func (x *ListEventsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListEventsRequest.ProtoReflect.Descriptor instead.
 func (*ListEventsRequest) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{98}
+	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{102}
 }
 
 func (x *ListEventsRequest) GetDevice() string {
@@ -6327,7 +6752,7 @@ type ListEventsResponse struct {
 
 func (x *ListEventsResponse) Reset() {
 	*x = ListEventsResponse{}
-	mi := &file_dunlin_v1_api_proto_msgTypes[99]
+	mi := &file_dunlin_v1_api_proto_msgTypes[103]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6339,7 +6764,7 @@ func (x *ListEventsResponse) String() string {
 func (*ListEventsResponse) ProtoMessage() {}
 
 func (x *ListEventsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_api_proto_msgTypes[99]
+	mi := &file_dunlin_v1_api_proto_msgTypes[103]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6352,7 +6777,7 @@ func (x *ListEventsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListEventsResponse.ProtoReflect.Descriptor instead.
 func (*ListEventsResponse) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{99}
+	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{103}
 }
 
 func (x *ListEventsResponse) GetEvents() []*DeviceEvent {
@@ -6374,7 +6799,7 @@ type DeviceEvent struct {
 
 func (x *DeviceEvent) Reset() {
 	*x = DeviceEvent{}
-	mi := &file_dunlin_v1_api_proto_msgTypes[100]
+	mi := &file_dunlin_v1_api_proto_msgTypes[104]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6386,7 +6811,7 @@ func (x *DeviceEvent) String() string {
 func (*DeviceEvent) ProtoMessage() {}
 
 func (x *DeviceEvent) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_api_proto_msgTypes[100]
+	mi := &file_dunlin_v1_api_proto_msgTypes[104]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6399,7 +6824,7 @@ func (x *DeviceEvent) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeviceEvent.ProtoReflect.Descriptor instead.
 func (*DeviceEvent) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{100}
+	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{104}
 }
 
 func (x *DeviceEvent) GetDevice() string {
@@ -6894,22 +7319,57 @@ const file_dunlin_v1_api_proto_rawDesc = "" +
 	"\x06drifts\x18\x01 \x03(\v2\x16.dunlin.v1.DeviceDriftR\x06drifts\"M\n" +
 	"\vDeviceDrift\x12\x16\n" +
 	"\x06device\x18\x01 \x01(\tR\x06device\x12&\n" +
-	"\x05drift\x18\x02 \x01(\v2\x10.dunlin.v1.DriftR\x05drift\"\xa6\x01\n" +
+	"\x05drift\x18\x02 \x01(\v2\x10.dunlin.v1.DriftR\x05drift\"\xba\x01\n" +
 	"\x14ListTelemetryRequest\x12\x16\n" +
 	"\x06device\x18\x01 \x01(\tR\x06device\x12.\n" +
 	"\x04from\x18\x02 \x01(\v2\x1a.google.protobuf.TimestampR\x04from\x120\n" +
 	"\x05until\x18\x03 \x01(\v2\x1a.google.protobuf.TimestampR\x05until\x12\x14\n" +
-	"\x05limit\x18\x04 \x01(\rR\x05limit\"G\n" +
+	"\x05limit\x18\x04 \x01(\rR\x05limit\x12\x12\n" +
+	"\x04look\x18\x05 \x01(\bR\x04look\"G\n" +
 	"\x15ListTelemetryResponse\x12.\n" +
-	"\asamples\x18\x01 \x03(\v2\x14.dunlin.v1.TelemetryR\asamples\"\xb2\x01\n" +
+	"\asamples\x18\x01 \x03(\v2\x14.dunlin.v1.TelemetryR\asamples\"\xe9\x02\n" +
 	"\x12ListDevicesRequest\x12\x16\n" +
 	"\x06device\x18\x01 \x01(\tR\x06device\x12G\n" +
-	"\bselector\x18\x02 \x03(\v2+.dunlin.v1.ListDevicesRequest.SelectorEntryR\bselector\x1a;\n" +
+	"\bselector\x18\x02 \x03(\v2+.dunlin.v1.ListDevicesRequest.SelectorEntryR\bselector\x12\x14\n" +
+	"\x05limit\x18\x03 \x01(\rR\x05limit\x12\x16\n" +
+	"\x06offset\x18\x04 \x01(\rR\x06offset\x12/\n" +
+	"\x06filter\x18\x05 \x01(\v2\x17.dunlin.v1.DeviceFilterR\x06filter\x12\x14\n" +
+	"\x05order\x18\x06 \x01(\tR\x05order\x12\x16\n" +
+	"\x06facets\x18\a \x01(\bR\x06facets\x12\x12\n" +
+	"\x04uses\x18\b \x01(\bR\x04uses\x12\x14\n" +
+	"\x05brief\x18\t \x01(\bR\x05brief\x1a;\n" +
 	"\rSelectorEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
-	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"B\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\x96\x01\n" +
+	"\fDeviceFilter\x12\x12\n" +
+	"\x04text\x18\x01 \x01(\tR\x04text\x12\x16\n" +
+	"\x06labels\x18\x02 \x03(\tR\x06labels\x12\x14\n" +
+	"\x05state\x18\x03 \x01(\tR\x05state\x12\x14\n" +
+	"\x05model\x18\x04 \x01(\tR\x05model\x12\x14\n" +
+	"\x05class\x18\x05 \x01(\tR\x05class\x12\x18\n" +
+	"\aalarmed\x18\x06 \x01(\bR\aalarmed\"\xbf\x01\n" +
 	"\x13ListDevicesResponse\x12+\n" +
-	"\adevices\x18\x01 \x03(\v2\x11.dunlin.v1.DeviceR\adevices\"\xe4\x04\n" +
+	"\adevices\x18\x01 \x03(\v2\x11.dunlin.v1.DeviceR\adevices\x12\x14\n" +
+	"\x05found\x18\x02 \x01(\rR\x05found\x12\x10\n" +
+	"\x03all\x18\x03 \x01(\rR\x03all\x12(\n" +
+	"\x06facets\x18\x04 \x03(\v2\x10.dunlin.v1.FacetR\x06facets\x12)\n" +
+	"\x04uses\x18\x05 \x03(\v2\x15.dunlin.v1.VersionUseR\x04uses\"^\n" +
+	"\x05Facet\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12-\n" +
+	"\x06values\x18\x02 \x03(\v2\x15.dunlin.v1.FacetValueR\x06values\x12\x12\n" +
+	"\x04more\x18\x03 \x01(\rR\x04more\"8\n" +
+	"\n" +
+	"FacetValue\x12\x14\n" +
+	"\x05value\x18\x01 \x01(\tR\x05value\x12\x14\n" +
+	"\x05count\x18\x02 \x01(\rR\x05count\"\xae\x01\n" +
+	"\n" +
+	"VersionUse\x12\x14\n" +
+	"\x05model\x18\x01 \x01(\tR\x05model\x12\x18\n" +
+	"\aversion\x18\x02 \x01(\x03R\aversion\x12\x1a\n" +
+	"\bresident\x18\x03 \x01(\rR\bresident\x12 \n" +
+	"\vquarantined\x18\x04 \x01(\rR\vquarantined\x12\x18\n" +
+	"\awaiting\x18\x05 \x01(\rR\awaiting\x12\x18\n" +
+	"\aserving\x18\x06 \x01(\rR\aserving\"\x92\x05\n" +
 	"\x06Device\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x125\n" +
 	"\x06labels\x18\x02 \x03(\v2\x1d.dunlin.v1.Device.LabelsEntryR\x06labels\x12)\n" +
@@ -6922,7 +7382,9 @@ const file_dunlin_v1_api_proto_rawDesc = "" +
 	"\ttelemetry\x18\t \x01(\v2\x14.dunlin.v1.TelemetryR\ttelemetry\x125\n" +
 	"\bidentity\x18\n" +
 	" \x01(\v2\x19.dunlin.v1.DeviceIdentityR\bidentity\x12E\n" +
-	"\x10desired_document\x18\v \x01(\v2\x1a.dunlin.v1.DesiredDocumentR\x0fdesiredDocument\x1a9\n" +
+	"\x10desired_document\x18\v \x01(\v2\x1a.dunlin.v1.DesiredDocumentR\x0fdesiredDocument\x12\x14\n" +
+	"\x05state\x18\f \x01(\tR\x05state\x12\x16\n" +
+	"\x06alarms\x18\r \x01(\rR\x06alarms\x1a9\n" +
 	"\vLabelsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\x88\x02\n" +
@@ -7043,7 +7505,7 @@ func file_dunlin_v1_api_proto_rawDescGZIP() []byte {
 }
 
 var file_dunlin_v1_api_proto_enumTypes = make([]protoimpl.EnumInfo, 7)
-var file_dunlin_v1_api_proto_msgTypes = make([]protoimpl.MessageInfo, 114)
+var file_dunlin_v1_api_proto_msgTypes = make([]protoimpl.MessageInfo, 118)
 var file_dunlin_v1_api_proto_goTypes = []any{
 	(RolloutState)(0),                 // 0: dunlin.v1.RolloutState
 	(ObjectChange_Action)(0),          // 1: dunlin.v1.ObjectChange.Action
@@ -7142,109 +7604,113 @@ var file_dunlin_v1_api_proto_goTypes = []any{
 	(*ListTelemetryRequest)(nil),      // 94: dunlin.v1.ListTelemetryRequest
 	(*ListTelemetryResponse)(nil),     // 95: dunlin.v1.ListTelemetryResponse
 	(*ListDevicesRequest)(nil),        // 96: dunlin.v1.ListDevicesRequest
-	(*ListDevicesResponse)(nil),       // 97: dunlin.v1.ListDevicesResponse
-	(*Device)(nil),                    // 98: dunlin.v1.Device
-	(*DeviceIdentity)(nil),            // 99: dunlin.v1.DeviceIdentity
-	(*Twin)(nil),                      // 100: dunlin.v1.Twin
-	(*RevokeDeviceRequest)(nil),       // 101: dunlin.v1.RevokeDeviceRequest
-	(*RevokeDeviceResponse)(nil),      // 102: dunlin.v1.RevokeDeviceResponse
-	(*RemoveDeviceRequest)(nil),       // 103: dunlin.v1.RemoveDeviceRequest
-	(*RemoveDeviceResponse)(nil),      // 104: dunlin.v1.RemoveDeviceResponse
-	(*ListEventsRequest)(nil),         // 105: dunlin.v1.ListEventsRequest
-	(*ListEventsResponse)(nil),        // 106: dunlin.v1.ListEventsResponse
-	(*DeviceEvent)(nil),               // 107: dunlin.v1.DeviceEvent
-	nil,                               // 108: dunlin.v1.WhoAmIResponse.ScopeEntry
-	nil,                               // 109: dunlin.v1.User.ScopeEntry
-	nil,                               // 110: dunlin.v1.CreateUserRequest.ScopeEntry
-	nil,                               // 111: dunlin.v1.UpdateUserRequest.ScopeEntry
-	nil,                               // 112: dunlin.v1.Token.ScopeEntry
-	nil,                               // 113: dunlin.v1.CreateTokenRequest.ScopeEntry
-	nil,                               // 114: dunlin.v1.CreateJoinTokenRequest.LabelsEntry
-	nil,                               // 115: dunlin.v1.JoinToken.LabelsEntry
-	nil,                               // 116: dunlin.v1.Object.SelectorEntry
-	nil,                               // 117: dunlin.v1.Deployment.SelectorEntry
-	nil,                               // 118: dunlin.v1.ListDriftRequest.SelectorEntry
-	nil,                               // 119: dunlin.v1.ListDevicesRequest.SelectorEntry
-	nil,                               // 120: dunlin.v1.Device.LabelsEntry
-	(*timestamppb.Timestamp)(nil),     // 121: google.protobuf.Timestamp
-	(*durationpb.Duration)(nil),       // 122: google.protobuf.Duration
-	(*AuditRecord)(nil),               // 123: dunlin.v1.AuditRecord
-	(*SignedTrust)(nil),               // 124: dunlin.v1.SignedTrust
-	(*RouteTarget)(nil),               // 125: dunlin.v1.RouteTarget
-	(*RouteRule)(nil),                 // 126: dunlin.v1.RouteRule
-	(*RouteSticky)(nil),               // 127: dunlin.v1.RouteSticky
-	(*RouteFallback)(nil),             // 128: dunlin.v1.RouteFallback
-	(*RouteShadow)(nil),               // 129: dunlin.v1.RouteShadow
-	(*RouteCascade)(nil),              // 130: dunlin.v1.RouteCascade
-	(*ModelProfile)(nil),              // 131: dunlin.v1.ModelProfile
-	(*Drift)(nil),                     // 132: dunlin.v1.Drift
-	(*Telemetry)(nil),                 // 133: dunlin.v1.Telemetry
-	(*DeviceInfo)(nil),                // 134: dunlin.v1.DeviceInfo
-	(*Generation)(nil),                // 135: dunlin.v1.Generation
-	(*Reported)(nil),                  // 136: dunlin.v1.Reported
-	(*DesiredDocument)(nil),           // 137: dunlin.v1.DesiredDocument
-	(*Event)(nil),                     // 138: dunlin.v1.Event
-	(*JoinRequest)(nil),               // 139: dunlin.v1.JoinRequest
-	(*RenewRequest)(nil),              // 140: dunlin.v1.RenewRequest
-	(*GetTimeRequest)(nil),            // 141: dunlin.v1.GetTimeRequest
-	(*JoinResponse)(nil),              // 142: dunlin.v1.JoinResponse
-	(*RenewResponse)(nil),             // 143: dunlin.v1.RenewResponse
-	(*GetTimeResponse)(nil),           // 144: dunlin.v1.GetTimeResponse
+	(*DeviceFilter)(nil),              // 97: dunlin.v1.DeviceFilter
+	(*ListDevicesResponse)(nil),       // 98: dunlin.v1.ListDevicesResponse
+	(*Facet)(nil),                     // 99: dunlin.v1.Facet
+	(*FacetValue)(nil),                // 100: dunlin.v1.FacetValue
+	(*VersionUse)(nil),                // 101: dunlin.v1.VersionUse
+	(*Device)(nil),                    // 102: dunlin.v1.Device
+	(*DeviceIdentity)(nil),            // 103: dunlin.v1.DeviceIdentity
+	(*Twin)(nil),                      // 104: dunlin.v1.Twin
+	(*RevokeDeviceRequest)(nil),       // 105: dunlin.v1.RevokeDeviceRequest
+	(*RevokeDeviceResponse)(nil),      // 106: dunlin.v1.RevokeDeviceResponse
+	(*RemoveDeviceRequest)(nil),       // 107: dunlin.v1.RemoveDeviceRequest
+	(*RemoveDeviceResponse)(nil),      // 108: dunlin.v1.RemoveDeviceResponse
+	(*ListEventsRequest)(nil),         // 109: dunlin.v1.ListEventsRequest
+	(*ListEventsResponse)(nil),        // 110: dunlin.v1.ListEventsResponse
+	(*DeviceEvent)(nil),               // 111: dunlin.v1.DeviceEvent
+	nil,                               // 112: dunlin.v1.WhoAmIResponse.ScopeEntry
+	nil,                               // 113: dunlin.v1.User.ScopeEntry
+	nil,                               // 114: dunlin.v1.CreateUserRequest.ScopeEntry
+	nil,                               // 115: dunlin.v1.UpdateUserRequest.ScopeEntry
+	nil,                               // 116: dunlin.v1.Token.ScopeEntry
+	nil,                               // 117: dunlin.v1.CreateTokenRequest.ScopeEntry
+	nil,                               // 118: dunlin.v1.CreateJoinTokenRequest.LabelsEntry
+	nil,                               // 119: dunlin.v1.JoinToken.LabelsEntry
+	nil,                               // 120: dunlin.v1.Object.SelectorEntry
+	nil,                               // 121: dunlin.v1.Deployment.SelectorEntry
+	nil,                               // 122: dunlin.v1.ListDriftRequest.SelectorEntry
+	nil,                               // 123: dunlin.v1.ListDevicesRequest.SelectorEntry
+	nil,                               // 124: dunlin.v1.Device.LabelsEntry
+	(*timestamppb.Timestamp)(nil),     // 125: google.protobuf.Timestamp
+	(*durationpb.Duration)(nil),       // 126: google.protobuf.Duration
+	(*AuditRecord)(nil),               // 127: dunlin.v1.AuditRecord
+	(*SignedTrust)(nil),               // 128: dunlin.v1.SignedTrust
+	(*RouteTarget)(nil),               // 129: dunlin.v1.RouteTarget
+	(*RouteRule)(nil),                 // 130: dunlin.v1.RouteRule
+	(*RouteSticky)(nil),               // 131: dunlin.v1.RouteSticky
+	(*RouteFallback)(nil),             // 132: dunlin.v1.RouteFallback
+	(*RouteShadow)(nil),               // 133: dunlin.v1.RouteShadow
+	(*RouteCascade)(nil),              // 134: dunlin.v1.RouteCascade
+	(*ModelProfile)(nil),              // 135: dunlin.v1.ModelProfile
+	(*Drift)(nil),                     // 136: dunlin.v1.Drift
+	(*Telemetry)(nil),                 // 137: dunlin.v1.Telemetry
+	(*DeviceInfo)(nil),                // 138: dunlin.v1.DeviceInfo
+	(*Generation)(nil),                // 139: dunlin.v1.Generation
+	(*Reported)(nil),                  // 140: dunlin.v1.Reported
+	(*DesiredDocument)(nil),           // 141: dunlin.v1.DesiredDocument
+	(*Event)(nil),                     // 142: dunlin.v1.Event
+	(*JoinRequest)(nil),               // 143: dunlin.v1.JoinRequest
+	(*RenewRequest)(nil),              // 144: dunlin.v1.RenewRequest
+	(*GetTimeRequest)(nil),            // 145: dunlin.v1.GetTimeRequest
+	(*JoinResponse)(nil),              // 146: dunlin.v1.JoinResponse
+	(*RenewResponse)(nil),             // 147: dunlin.v1.RenewResponse
+	(*GetTimeResponse)(nil),           // 148: dunlin.v1.GetTimeResponse
 }
 var file_dunlin_v1_api_proto_depIdxs = []int32{
-	121, // 0: dunlin.v1.LoginResponse.expires_at:type_name -> google.protobuf.Timestamp
-	108, // 1: dunlin.v1.WhoAmIResponse.scope:type_name -> dunlin.v1.WhoAmIResponse.ScopeEntry
-	121, // 2: dunlin.v1.WhoAmIResponse.expires_at:type_name -> google.protobuf.Timestamp
-	109, // 3: dunlin.v1.User.scope:type_name -> dunlin.v1.User.ScopeEntry
-	121, // 4: dunlin.v1.User.created_at:type_name -> google.protobuf.Timestamp
-	110, // 5: dunlin.v1.CreateUserRequest.scope:type_name -> dunlin.v1.CreateUserRequest.ScopeEntry
+	125, // 0: dunlin.v1.LoginResponse.expires_at:type_name -> google.protobuf.Timestamp
+	112, // 1: dunlin.v1.WhoAmIResponse.scope:type_name -> dunlin.v1.WhoAmIResponse.ScopeEntry
+	125, // 2: dunlin.v1.WhoAmIResponse.expires_at:type_name -> google.protobuf.Timestamp
+	113, // 3: dunlin.v1.User.scope:type_name -> dunlin.v1.User.ScopeEntry
+	125, // 4: dunlin.v1.User.created_at:type_name -> google.protobuf.Timestamp
+	114, // 5: dunlin.v1.CreateUserRequest.scope:type_name -> dunlin.v1.CreateUserRequest.ScopeEntry
 	13,  // 6: dunlin.v1.CreateUserResponse.user:type_name -> dunlin.v1.User
-	111, // 7: dunlin.v1.UpdateUserRequest.scope:type_name -> dunlin.v1.UpdateUserRequest.ScopeEntry
+	115, // 7: dunlin.v1.UpdateUserRequest.scope:type_name -> dunlin.v1.UpdateUserRequest.ScopeEntry
 	13,  // 8: dunlin.v1.UpdateUserResponse.user:type_name -> dunlin.v1.User
 	13,  // 9: dunlin.v1.ListUsersResponse.users:type_name -> dunlin.v1.User
-	112, // 10: dunlin.v1.Token.scope:type_name -> dunlin.v1.Token.ScopeEntry
-	121, // 11: dunlin.v1.Token.created_at:type_name -> google.protobuf.Timestamp
-	121, // 12: dunlin.v1.Token.expires_at:type_name -> google.protobuf.Timestamp
-	121, // 13: dunlin.v1.Token.last_used_at:type_name -> google.protobuf.Timestamp
-	113, // 14: dunlin.v1.CreateTokenRequest.scope:type_name -> dunlin.v1.CreateTokenRequest.ScopeEntry
-	122, // 15: dunlin.v1.CreateTokenRequest.valid_for:type_name -> google.protobuf.Duration
+	116, // 10: dunlin.v1.Token.scope:type_name -> dunlin.v1.Token.ScopeEntry
+	125, // 11: dunlin.v1.Token.created_at:type_name -> google.protobuf.Timestamp
+	125, // 12: dunlin.v1.Token.expires_at:type_name -> google.protobuf.Timestamp
+	125, // 13: dunlin.v1.Token.last_used_at:type_name -> google.protobuf.Timestamp
+	117, // 14: dunlin.v1.CreateTokenRequest.scope:type_name -> dunlin.v1.CreateTokenRequest.ScopeEntry
+	126, // 15: dunlin.v1.CreateTokenRequest.valid_for:type_name -> google.protobuf.Duration
 	22,  // 16: dunlin.v1.CreateTokenResponse.info:type_name -> dunlin.v1.Token
 	22,  // 17: dunlin.v1.ListTokensResponse.tokens:type_name -> dunlin.v1.Token
-	123, // 18: dunlin.v1.ListAuditResponse.records:type_name -> dunlin.v1.AuditRecord
-	124, // 19: dunlin.v1.GetTrustResponse.trust:type_name -> dunlin.v1.SignedTrust
-	124, // 20: dunlin.v1.PutTrustRequest.trust:type_name -> dunlin.v1.SignedTrust
+	127, // 18: dunlin.v1.ListAuditResponse.records:type_name -> dunlin.v1.AuditRecord
+	128, // 19: dunlin.v1.GetTrustResponse.trust:type_name -> dunlin.v1.SignedTrust
+	128, // 20: dunlin.v1.PutTrustRequest.trust:type_name -> dunlin.v1.SignedTrust
 	37,  // 21: dunlin.v1.GetAuthoritiesResponse.authorities:type_name -> dunlin.v1.Authority
 	37,  // 22: dunlin.v1.RotateAuthorityResponse.authority:type_name -> dunlin.v1.Authority
-	122, // 23: dunlin.v1.CreateJoinTokenRequest.valid_for:type_name -> google.protobuf.Duration
-	114, // 24: dunlin.v1.CreateJoinTokenRequest.labels:type_name -> dunlin.v1.CreateJoinTokenRequest.LabelsEntry
+	126, // 23: dunlin.v1.CreateJoinTokenRequest.valid_for:type_name -> google.protobuf.Duration
+	118, // 24: dunlin.v1.CreateJoinTokenRequest.labels:type_name -> dunlin.v1.CreateJoinTokenRequest.LabelsEntry
 	48,  // 25: dunlin.v1.CreateJoinTokenResponse.info:type_name -> dunlin.v1.JoinToken
 	48,  // 26: dunlin.v1.ListJoinTokensResponse.join_tokens:type_name -> dunlin.v1.JoinToken
-	121, // 27: dunlin.v1.JoinToken.expires_at:type_name -> google.protobuf.Timestamp
-	115, // 28: dunlin.v1.JoinToken.labels:type_name -> dunlin.v1.JoinToken.LabelsEntry
+	125, // 27: dunlin.v1.JoinToken.expires_at:type_name -> google.protobuf.Timestamp
+	119, // 28: dunlin.v1.JoinToken.labels:type_name -> dunlin.v1.JoinToken.LabelsEntry
 	55,  // 29: dunlin.v1.CreateVersionResponse.version:type_name -> dunlin.v1.ModelVersion
 	55,  // 30: dunlin.v1.ListModelsResponse.versions:type_name -> dunlin.v1.ModelVersion
-	121, // 31: dunlin.v1.ModelVersion.created_at:type_name -> google.protobuf.Timestamp
+	125, // 31: dunlin.v1.ModelVersion.created_at:type_name -> google.protobuf.Timestamp
 	58,  // 32: dunlin.v1.ListObjectsResponse.objects:type_name -> dunlin.v1.Object
-	121, // 33: dunlin.v1.Object.updated_at:type_name -> google.protobuf.Timestamp
-	116, // 34: dunlin.v1.Object.selector:type_name -> dunlin.v1.Object.SelectorEntry
-	121, // 35: dunlin.v1.Object.until:type_name -> google.protobuf.Timestamp
+	125, // 33: dunlin.v1.Object.updated_at:type_name -> google.protobuf.Timestamp
+	120, // 34: dunlin.v1.Object.selector:type_name -> dunlin.v1.Object.SelectorEntry
+	125, // 35: dunlin.v1.Object.until:type_name -> google.protobuf.Timestamp
 	61,  // 36: dunlin.v1.ApplyResponse.changes:type_name -> dunlin.v1.ObjectChange
 	75,  // 37: dunlin.v1.ApplyResponse.refused:type_name -> dunlin.v1.DevicePlan
 	1,   // 38: dunlin.v1.ObjectChange.action:type_name -> dunlin.v1.ObjectChange.Action
 	61,  // 39: dunlin.v1.DeleteResponse.change:type_name -> dunlin.v1.ObjectChange
 	66,  // 40: dunlin.v1.ListDeploymentsResponse.deployments:type_name -> dunlin.v1.Deployment
-	117, // 41: dunlin.v1.Deployment.selector:type_name -> dunlin.v1.Deployment.SelectorEntry
-	121, // 42: dunlin.v1.Deployment.updated_at:type_name -> google.protobuf.Timestamp
+	121, // 41: dunlin.v1.Deployment.selector:type_name -> dunlin.v1.Deployment.SelectorEntry
+	125, // 42: dunlin.v1.Deployment.updated_at:type_name -> google.protobuf.Timestamp
 	69,  // 43: dunlin.v1.ListRoutesResponse.routes:type_name -> dunlin.v1.Route
-	125, // 44: dunlin.v1.Route.targets:type_name -> dunlin.v1.RouteTarget
-	121, // 45: dunlin.v1.Route.updated_at:type_name -> google.protobuf.Timestamp
-	126, // 46: dunlin.v1.Route.rules:type_name -> dunlin.v1.RouteRule
-	127, // 47: dunlin.v1.Route.sticky:type_name -> dunlin.v1.RouteSticky
-	128, // 48: dunlin.v1.Route.fallback:type_name -> dunlin.v1.RouteFallback
-	129, // 49: dunlin.v1.Route.shadow:type_name -> dunlin.v1.RouteShadow
-	130, // 50: dunlin.v1.Route.cascade:type_name -> dunlin.v1.RouteCascade
+	129, // 44: dunlin.v1.Route.targets:type_name -> dunlin.v1.RouteTarget
+	125, // 45: dunlin.v1.Route.updated_at:type_name -> google.protobuf.Timestamp
+	130, // 46: dunlin.v1.Route.rules:type_name -> dunlin.v1.RouteRule
+	131, // 47: dunlin.v1.Route.sticky:type_name -> dunlin.v1.RouteSticky
+	132, // 48: dunlin.v1.Route.fallback:type_name -> dunlin.v1.RouteFallback
+	133, // 49: dunlin.v1.Route.shadow:type_name -> dunlin.v1.RouteShadow
+	134, // 50: dunlin.v1.Route.cascade:type_name -> dunlin.v1.RouteCascade
 	72,  // 51: dunlin.v1.ListProfilesResponse.profiles:type_name -> dunlin.v1.DeviceProfile
-	131, // 52: dunlin.v1.DeviceProfile.profile:type_name -> dunlin.v1.ModelProfile
+	135, // 52: dunlin.v1.DeviceProfile.profile:type_name -> dunlin.v1.ModelProfile
 	75,  // 53: dunlin.v1.PlanResponse.devices:type_name -> dunlin.v1.DevicePlan
 	2,   // 54: dunlin.v1.DevicePlan.verdict:type_name -> dunlin.v1.DevicePlan.Verdict
 	3,   // 55: dunlin.v1.DevicePlan.memory_source:type_name -> dunlin.v1.DevicePlan.Source
@@ -7253,137 +7719,141 @@ var file_dunlin_v1_api_proto_depIdxs = []int32{
 	4,   // 58: dunlin.v1.ControlRolloutRequest.action:type_name -> dunlin.v1.ControlRolloutRequest.Action
 	88,  // 59: dunlin.v1.ControlRolloutResponse.rollout:type_name -> dunlin.v1.Rollout
 	80,  // 60: dunlin.v1.ListDecisionsResponse.decisions:type_name -> dunlin.v1.Decision
-	121, // 61: dunlin.v1.Decision.at:type_name -> google.protobuf.Timestamp
+	125, // 61: dunlin.v1.Decision.at:type_name -> google.protobuf.Timestamp
 	81,  // 62: dunlin.v1.Decision.gates:type_name -> dunlin.v1.GateResult
 	5,   // 63: dunlin.v1.GateResult.verdict:type_name -> dunlin.v1.GateResult.Verdict
 	88,  // 64: dunlin.v1.ListRolloutsResponse.rollouts:type_name -> dunlin.v1.Rollout
 	88,  // 65: dunlin.v1.GetRolloutResponse.rollout:type_name -> dunlin.v1.Rollout
 	88,  // 66: dunlin.v1.WatchRolloutResponse.rollout:type_name -> dunlin.v1.Rollout
 	0,   // 67: dunlin.v1.Rollout.state:type_name -> dunlin.v1.RolloutState
-	121, // 68: dunlin.v1.Rollout.started_at:type_name -> google.protobuf.Timestamp
-	121, // 69: dunlin.v1.Rollout.ended_at:type_name -> google.protobuf.Timestamp
+	125, // 68: dunlin.v1.Rollout.started_at:type_name -> google.protobuf.Timestamp
+	125, // 69: dunlin.v1.Rollout.ended_at:type_name -> google.protobuf.Timestamp
 	90,  // 70: dunlin.v1.Rollout.devices:type_name -> dunlin.v1.RolloutDevice
 	89,  // 71: dunlin.v1.Rollout.waves:type_name -> dunlin.v1.RolloutWave
 	81,  // 72: dunlin.v1.Rollout.gates:type_name -> dunlin.v1.GateResult
-	121, // 73: dunlin.v1.Rollout.soaks_until:type_name -> google.protobuf.Timestamp
-	121, // 74: dunlin.v1.RolloutWave.started_at:type_name -> google.protobuf.Timestamp
+	125, // 73: dunlin.v1.Rollout.soaks_until:type_name -> google.protobuf.Timestamp
+	125, // 74: dunlin.v1.RolloutWave.started_at:type_name -> google.protobuf.Timestamp
 	6,   // 75: dunlin.v1.RolloutDevice.phase:type_name -> dunlin.v1.RolloutDevice.Phase
-	121, // 76: dunlin.v1.RolloutDevice.ready_at:type_name -> google.protobuf.Timestamp
-	118, // 77: dunlin.v1.ListDriftRequest.selector:type_name -> dunlin.v1.ListDriftRequest.SelectorEntry
+	125, // 76: dunlin.v1.RolloutDevice.ready_at:type_name -> google.protobuf.Timestamp
+	122, // 77: dunlin.v1.ListDriftRequest.selector:type_name -> dunlin.v1.ListDriftRequest.SelectorEntry
 	93,  // 78: dunlin.v1.ListDriftResponse.drifts:type_name -> dunlin.v1.DeviceDrift
-	132, // 79: dunlin.v1.DeviceDrift.drift:type_name -> dunlin.v1.Drift
-	121, // 80: dunlin.v1.ListTelemetryRequest.from:type_name -> google.protobuf.Timestamp
-	121, // 81: dunlin.v1.ListTelemetryRequest.until:type_name -> google.protobuf.Timestamp
-	133, // 82: dunlin.v1.ListTelemetryResponse.samples:type_name -> dunlin.v1.Telemetry
-	119, // 83: dunlin.v1.ListDevicesRequest.selector:type_name -> dunlin.v1.ListDevicesRequest.SelectorEntry
-	98,  // 84: dunlin.v1.ListDevicesResponse.devices:type_name -> dunlin.v1.Device
-	120, // 85: dunlin.v1.Device.labels:type_name -> dunlin.v1.Device.LabelsEntry
-	134, // 86: dunlin.v1.Device.info:type_name -> dunlin.v1.DeviceInfo
-	121, // 87: dunlin.v1.Device.last_heard_at:type_name -> google.protobuf.Timestamp
-	121, // 88: dunlin.v1.Device.joined_at:type_name -> google.protobuf.Timestamp
-	135, // 89: dunlin.v1.Device.desired:type_name -> dunlin.v1.Generation
-	136, // 90: dunlin.v1.Device.reported:type_name -> dunlin.v1.Reported
-	133, // 91: dunlin.v1.Device.telemetry:type_name -> dunlin.v1.Telemetry
-	99,  // 92: dunlin.v1.Device.identity:type_name -> dunlin.v1.DeviceIdentity
-	137, // 93: dunlin.v1.Device.desired_document:type_name -> dunlin.v1.DesiredDocument
-	121, // 94: dunlin.v1.DeviceIdentity.not_after:type_name -> google.protobuf.Timestamp
-	121, // 95: dunlin.v1.DeviceIdentity.revoked_at:type_name -> google.protobuf.Timestamp
-	100, // 96: dunlin.v1.DeviceIdentity.twins:type_name -> dunlin.v1.Twin
-	121, // 97: dunlin.v1.Twin.last_heard_at:type_name -> google.protobuf.Timestamp
-	107, // 98: dunlin.v1.ListEventsResponse.events:type_name -> dunlin.v1.DeviceEvent
-	138, // 99: dunlin.v1.DeviceEvent.event:type_name -> dunlin.v1.Event
-	121, // 100: dunlin.v1.DeviceEvent.received_at:type_name -> google.protobuf.Timestamp
-	11,  // 101: dunlin.v1.AuthService.WhoAmI:input_type -> dunlin.v1.WhoAmIRequest
-	7,   // 102: dunlin.v1.AuthService.Login:input_type -> dunlin.v1.LoginRequest
-	9,   // 103: dunlin.v1.AuthService.GetLoginMethods:input_type -> dunlin.v1.GetLoginMethodsRequest
-	14,  // 104: dunlin.v1.UserService.CreateUser:input_type -> dunlin.v1.CreateUserRequest
-	16,  // 105: dunlin.v1.UserService.UpdateUser:input_type -> dunlin.v1.UpdateUserRequest
-	18,  // 106: dunlin.v1.UserService.DeleteUser:input_type -> dunlin.v1.DeleteUserRequest
-	20,  // 107: dunlin.v1.UserService.ListUsers:input_type -> dunlin.v1.ListUsersRequest
-	23,  // 108: dunlin.v1.UserService.CreateToken:input_type -> dunlin.v1.CreateTokenRequest
-	25,  // 109: dunlin.v1.UserService.ListTokens:input_type -> dunlin.v1.ListTokensRequest
-	27,  // 110: dunlin.v1.UserService.DeleteToken:input_type -> dunlin.v1.DeleteTokenRequest
-	29,  // 111: dunlin.v1.AuditService.ListAudit:input_type -> dunlin.v1.ListAuditRequest
-	31,  // 112: dunlin.v1.TrustService.GetTrust:input_type -> dunlin.v1.GetTrustRequest
-	33,  // 113: dunlin.v1.TrustService.PutTrust:input_type -> dunlin.v1.PutTrustRequest
-	35,  // 114: dunlin.v1.TrustService.GetAuthorities:input_type -> dunlin.v1.GetAuthoritiesRequest
-	38,  // 115: dunlin.v1.TrustService.RotateAuthority:input_type -> dunlin.v1.RotateAuthorityRequest
-	40,  // 116: dunlin.v1.TrustService.RetireAuthority:input_type -> dunlin.v1.RetireAuthorityRequest
-	139, // 117: dunlin.v1.EnrollmentService.Join:input_type -> dunlin.v1.JoinRequest
-	140, // 118: dunlin.v1.EnrollmentService.Renew:input_type -> dunlin.v1.RenewRequest
-	141, // 119: dunlin.v1.EnrollmentService.GetTime:input_type -> dunlin.v1.GetTimeRequest
-	44,  // 120: dunlin.v1.EnrollmentService.CreateJoinToken:input_type -> dunlin.v1.CreateJoinTokenRequest
-	46,  // 121: dunlin.v1.EnrollmentService.ListJoinTokens:input_type -> dunlin.v1.ListJoinTokensRequest
-	42,  // 122: dunlin.v1.EnrollmentService.DeleteJoinToken:input_type -> dunlin.v1.DeleteJoinTokenRequest
-	51,  // 123: dunlin.v1.ModelService.CreateVersion:input_type -> dunlin.v1.CreateVersionRequest
-	53,  // 124: dunlin.v1.ModelService.ListModels:input_type -> dunlin.v1.ListModelsRequest
-	49,  // 125: dunlin.v1.ModelService.DeleteVersion:input_type -> dunlin.v1.DeleteVersionRequest
-	59,  // 126: dunlin.v1.ObjectService.Apply:input_type -> dunlin.v1.ApplyRequest
-	62,  // 127: dunlin.v1.ObjectService.Delete:input_type -> dunlin.v1.DeleteRequest
-	64,  // 128: dunlin.v1.ObjectService.ListDeployments:input_type -> dunlin.v1.ListDeploymentsRequest
-	67,  // 129: dunlin.v1.ObjectService.ListRoutes:input_type -> dunlin.v1.ListRoutesRequest
-	56,  // 130: dunlin.v1.ObjectService.ListObjects:input_type -> dunlin.v1.ListObjectsRequest
-	70,  // 131: dunlin.v1.ProfileService.ListProfiles:input_type -> dunlin.v1.ListProfilesRequest
-	73,  // 132: dunlin.v1.ProfileService.Plan:input_type -> dunlin.v1.PlanRequest
-	82,  // 133: dunlin.v1.RolloutService.ListRollouts:input_type -> dunlin.v1.ListRolloutsRequest
-	84,  // 134: dunlin.v1.RolloutService.GetRollout:input_type -> dunlin.v1.GetRolloutRequest
-	86,  // 135: dunlin.v1.RolloutService.WatchRollout:input_type -> dunlin.v1.WatchRolloutRequest
-	76,  // 136: dunlin.v1.RolloutService.ControlRollout:input_type -> dunlin.v1.ControlRolloutRequest
-	78,  // 137: dunlin.v1.RolloutService.ListDecisions:input_type -> dunlin.v1.ListDecisionsRequest
-	96,  // 138: dunlin.v1.DeviceService.ListDevices:input_type -> dunlin.v1.ListDevicesRequest
-	103, // 139: dunlin.v1.DeviceService.RemoveDevice:input_type -> dunlin.v1.RemoveDeviceRequest
-	101, // 140: dunlin.v1.DeviceService.RevokeDevice:input_type -> dunlin.v1.RevokeDeviceRequest
-	105, // 141: dunlin.v1.DeviceService.ListEvents:input_type -> dunlin.v1.ListEventsRequest
-	91,  // 142: dunlin.v1.DeviceService.ListDrift:input_type -> dunlin.v1.ListDriftRequest
-	94,  // 143: dunlin.v1.DeviceService.ListTelemetry:input_type -> dunlin.v1.ListTelemetryRequest
-	12,  // 144: dunlin.v1.AuthService.WhoAmI:output_type -> dunlin.v1.WhoAmIResponse
-	8,   // 145: dunlin.v1.AuthService.Login:output_type -> dunlin.v1.LoginResponse
-	10,  // 146: dunlin.v1.AuthService.GetLoginMethods:output_type -> dunlin.v1.GetLoginMethodsResponse
-	15,  // 147: dunlin.v1.UserService.CreateUser:output_type -> dunlin.v1.CreateUserResponse
-	17,  // 148: dunlin.v1.UserService.UpdateUser:output_type -> dunlin.v1.UpdateUserResponse
-	19,  // 149: dunlin.v1.UserService.DeleteUser:output_type -> dunlin.v1.DeleteUserResponse
-	21,  // 150: dunlin.v1.UserService.ListUsers:output_type -> dunlin.v1.ListUsersResponse
-	24,  // 151: dunlin.v1.UserService.CreateToken:output_type -> dunlin.v1.CreateTokenResponse
-	26,  // 152: dunlin.v1.UserService.ListTokens:output_type -> dunlin.v1.ListTokensResponse
-	28,  // 153: dunlin.v1.UserService.DeleteToken:output_type -> dunlin.v1.DeleteTokenResponse
-	30,  // 154: dunlin.v1.AuditService.ListAudit:output_type -> dunlin.v1.ListAuditResponse
-	32,  // 155: dunlin.v1.TrustService.GetTrust:output_type -> dunlin.v1.GetTrustResponse
-	34,  // 156: dunlin.v1.TrustService.PutTrust:output_type -> dunlin.v1.PutTrustResponse
-	36,  // 157: dunlin.v1.TrustService.GetAuthorities:output_type -> dunlin.v1.GetAuthoritiesResponse
-	39,  // 158: dunlin.v1.TrustService.RotateAuthority:output_type -> dunlin.v1.RotateAuthorityResponse
-	41,  // 159: dunlin.v1.TrustService.RetireAuthority:output_type -> dunlin.v1.RetireAuthorityResponse
-	142, // 160: dunlin.v1.EnrollmentService.Join:output_type -> dunlin.v1.JoinResponse
-	143, // 161: dunlin.v1.EnrollmentService.Renew:output_type -> dunlin.v1.RenewResponse
-	144, // 162: dunlin.v1.EnrollmentService.GetTime:output_type -> dunlin.v1.GetTimeResponse
-	45,  // 163: dunlin.v1.EnrollmentService.CreateJoinToken:output_type -> dunlin.v1.CreateJoinTokenResponse
-	47,  // 164: dunlin.v1.EnrollmentService.ListJoinTokens:output_type -> dunlin.v1.ListJoinTokensResponse
-	43,  // 165: dunlin.v1.EnrollmentService.DeleteJoinToken:output_type -> dunlin.v1.DeleteJoinTokenResponse
-	52,  // 166: dunlin.v1.ModelService.CreateVersion:output_type -> dunlin.v1.CreateVersionResponse
-	54,  // 167: dunlin.v1.ModelService.ListModels:output_type -> dunlin.v1.ListModelsResponse
-	50,  // 168: dunlin.v1.ModelService.DeleteVersion:output_type -> dunlin.v1.DeleteVersionResponse
-	60,  // 169: dunlin.v1.ObjectService.Apply:output_type -> dunlin.v1.ApplyResponse
-	63,  // 170: dunlin.v1.ObjectService.Delete:output_type -> dunlin.v1.DeleteResponse
-	65,  // 171: dunlin.v1.ObjectService.ListDeployments:output_type -> dunlin.v1.ListDeploymentsResponse
-	68,  // 172: dunlin.v1.ObjectService.ListRoutes:output_type -> dunlin.v1.ListRoutesResponse
-	57,  // 173: dunlin.v1.ObjectService.ListObjects:output_type -> dunlin.v1.ListObjectsResponse
-	71,  // 174: dunlin.v1.ProfileService.ListProfiles:output_type -> dunlin.v1.ListProfilesResponse
-	74,  // 175: dunlin.v1.ProfileService.Plan:output_type -> dunlin.v1.PlanResponse
-	83,  // 176: dunlin.v1.RolloutService.ListRollouts:output_type -> dunlin.v1.ListRolloutsResponse
-	85,  // 177: dunlin.v1.RolloutService.GetRollout:output_type -> dunlin.v1.GetRolloutResponse
-	87,  // 178: dunlin.v1.RolloutService.WatchRollout:output_type -> dunlin.v1.WatchRolloutResponse
-	77,  // 179: dunlin.v1.RolloutService.ControlRollout:output_type -> dunlin.v1.ControlRolloutResponse
-	79,  // 180: dunlin.v1.RolloutService.ListDecisions:output_type -> dunlin.v1.ListDecisionsResponse
-	97,  // 181: dunlin.v1.DeviceService.ListDevices:output_type -> dunlin.v1.ListDevicesResponse
-	104, // 182: dunlin.v1.DeviceService.RemoveDevice:output_type -> dunlin.v1.RemoveDeviceResponse
-	102, // 183: dunlin.v1.DeviceService.RevokeDevice:output_type -> dunlin.v1.RevokeDeviceResponse
-	106, // 184: dunlin.v1.DeviceService.ListEvents:output_type -> dunlin.v1.ListEventsResponse
-	92,  // 185: dunlin.v1.DeviceService.ListDrift:output_type -> dunlin.v1.ListDriftResponse
-	95,  // 186: dunlin.v1.DeviceService.ListTelemetry:output_type -> dunlin.v1.ListTelemetryResponse
-	144, // [144:187] is the sub-list for method output_type
-	101, // [101:144] is the sub-list for method input_type
-	101, // [101:101] is the sub-list for extension type_name
-	101, // [101:101] is the sub-list for extension extendee
-	0,   // [0:101] is the sub-list for field type_name
+	136, // 79: dunlin.v1.DeviceDrift.drift:type_name -> dunlin.v1.Drift
+	125, // 80: dunlin.v1.ListTelemetryRequest.from:type_name -> google.protobuf.Timestamp
+	125, // 81: dunlin.v1.ListTelemetryRequest.until:type_name -> google.protobuf.Timestamp
+	137, // 82: dunlin.v1.ListTelemetryResponse.samples:type_name -> dunlin.v1.Telemetry
+	123, // 83: dunlin.v1.ListDevicesRequest.selector:type_name -> dunlin.v1.ListDevicesRequest.SelectorEntry
+	97,  // 84: dunlin.v1.ListDevicesRequest.filter:type_name -> dunlin.v1.DeviceFilter
+	102, // 85: dunlin.v1.ListDevicesResponse.devices:type_name -> dunlin.v1.Device
+	99,  // 86: dunlin.v1.ListDevicesResponse.facets:type_name -> dunlin.v1.Facet
+	101, // 87: dunlin.v1.ListDevicesResponse.uses:type_name -> dunlin.v1.VersionUse
+	100, // 88: dunlin.v1.Facet.values:type_name -> dunlin.v1.FacetValue
+	124, // 89: dunlin.v1.Device.labels:type_name -> dunlin.v1.Device.LabelsEntry
+	138, // 90: dunlin.v1.Device.info:type_name -> dunlin.v1.DeviceInfo
+	125, // 91: dunlin.v1.Device.last_heard_at:type_name -> google.protobuf.Timestamp
+	125, // 92: dunlin.v1.Device.joined_at:type_name -> google.protobuf.Timestamp
+	139, // 93: dunlin.v1.Device.desired:type_name -> dunlin.v1.Generation
+	140, // 94: dunlin.v1.Device.reported:type_name -> dunlin.v1.Reported
+	137, // 95: dunlin.v1.Device.telemetry:type_name -> dunlin.v1.Telemetry
+	103, // 96: dunlin.v1.Device.identity:type_name -> dunlin.v1.DeviceIdentity
+	141, // 97: dunlin.v1.Device.desired_document:type_name -> dunlin.v1.DesiredDocument
+	125, // 98: dunlin.v1.DeviceIdentity.not_after:type_name -> google.protobuf.Timestamp
+	125, // 99: dunlin.v1.DeviceIdentity.revoked_at:type_name -> google.protobuf.Timestamp
+	104, // 100: dunlin.v1.DeviceIdentity.twins:type_name -> dunlin.v1.Twin
+	125, // 101: dunlin.v1.Twin.last_heard_at:type_name -> google.protobuf.Timestamp
+	111, // 102: dunlin.v1.ListEventsResponse.events:type_name -> dunlin.v1.DeviceEvent
+	142, // 103: dunlin.v1.DeviceEvent.event:type_name -> dunlin.v1.Event
+	125, // 104: dunlin.v1.DeviceEvent.received_at:type_name -> google.protobuf.Timestamp
+	11,  // 105: dunlin.v1.AuthService.WhoAmI:input_type -> dunlin.v1.WhoAmIRequest
+	7,   // 106: dunlin.v1.AuthService.Login:input_type -> dunlin.v1.LoginRequest
+	9,   // 107: dunlin.v1.AuthService.GetLoginMethods:input_type -> dunlin.v1.GetLoginMethodsRequest
+	14,  // 108: dunlin.v1.UserService.CreateUser:input_type -> dunlin.v1.CreateUserRequest
+	16,  // 109: dunlin.v1.UserService.UpdateUser:input_type -> dunlin.v1.UpdateUserRequest
+	18,  // 110: dunlin.v1.UserService.DeleteUser:input_type -> dunlin.v1.DeleteUserRequest
+	20,  // 111: dunlin.v1.UserService.ListUsers:input_type -> dunlin.v1.ListUsersRequest
+	23,  // 112: dunlin.v1.UserService.CreateToken:input_type -> dunlin.v1.CreateTokenRequest
+	25,  // 113: dunlin.v1.UserService.ListTokens:input_type -> dunlin.v1.ListTokensRequest
+	27,  // 114: dunlin.v1.UserService.DeleteToken:input_type -> dunlin.v1.DeleteTokenRequest
+	29,  // 115: dunlin.v1.AuditService.ListAudit:input_type -> dunlin.v1.ListAuditRequest
+	31,  // 116: dunlin.v1.TrustService.GetTrust:input_type -> dunlin.v1.GetTrustRequest
+	33,  // 117: dunlin.v1.TrustService.PutTrust:input_type -> dunlin.v1.PutTrustRequest
+	35,  // 118: dunlin.v1.TrustService.GetAuthorities:input_type -> dunlin.v1.GetAuthoritiesRequest
+	38,  // 119: dunlin.v1.TrustService.RotateAuthority:input_type -> dunlin.v1.RotateAuthorityRequest
+	40,  // 120: dunlin.v1.TrustService.RetireAuthority:input_type -> dunlin.v1.RetireAuthorityRequest
+	143, // 121: dunlin.v1.EnrollmentService.Join:input_type -> dunlin.v1.JoinRequest
+	144, // 122: dunlin.v1.EnrollmentService.Renew:input_type -> dunlin.v1.RenewRequest
+	145, // 123: dunlin.v1.EnrollmentService.GetTime:input_type -> dunlin.v1.GetTimeRequest
+	44,  // 124: dunlin.v1.EnrollmentService.CreateJoinToken:input_type -> dunlin.v1.CreateJoinTokenRequest
+	46,  // 125: dunlin.v1.EnrollmentService.ListJoinTokens:input_type -> dunlin.v1.ListJoinTokensRequest
+	42,  // 126: dunlin.v1.EnrollmentService.DeleteJoinToken:input_type -> dunlin.v1.DeleteJoinTokenRequest
+	51,  // 127: dunlin.v1.ModelService.CreateVersion:input_type -> dunlin.v1.CreateVersionRequest
+	53,  // 128: dunlin.v1.ModelService.ListModels:input_type -> dunlin.v1.ListModelsRequest
+	49,  // 129: dunlin.v1.ModelService.DeleteVersion:input_type -> dunlin.v1.DeleteVersionRequest
+	59,  // 130: dunlin.v1.ObjectService.Apply:input_type -> dunlin.v1.ApplyRequest
+	62,  // 131: dunlin.v1.ObjectService.Delete:input_type -> dunlin.v1.DeleteRequest
+	64,  // 132: dunlin.v1.ObjectService.ListDeployments:input_type -> dunlin.v1.ListDeploymentsRequest
+	67,  // 133: dunlin.v1.ObjectService.ListRoutes:input_type -> dunlin.v1.ListRoutesRequest
+	56,  // 134: dunlin.v1.ObjectService.ListObjects:input_type -> dunlin.v1.ListObjectsRequest
+	70,  // 135: dunlin.v1.ProfileService.ListProfiles:input_type -> dunlin.v1.ListProfilesRequest
+	73,  // 136: dunlin.v1.ProfileService.Plan:input_type -> dunlin.v1.PlanRequest
+	82,  // 137: dunlin.v1.RolloutService.ListRollouts:input_type -> dunlin.v1.ListRolloutsRequest
+	84,  // 138: dunlin.v1.RolloutService.GetRollout:input_type -> dunlin.v1.GetRolloutRequest
+	86,  // 139: dunlin.v1.RolloutService.WatchRollout:input_type -> dunlin.v1.WatchRolloutRequest
+	76,  // 140: dunlin.v1.RolloutService.ControlRollout:input_type -> dunlin.v1.ControlRolloutRequest
+	78,  // 141: dunlin.v1.RolloutService.ListDecisions:input_type -> dunlin.v1.ListDecisionsRequest
+	96,  // 142: dunlin.v1.DeviceService.ListDevices:input_type -> dunlin.v1.ListDevicesRequest
+	107, // 143: dunlin.v1.DeviceService.RemoveDevice:input_type -> dunlin.v1.RemoveDeviceRequest
+	105, // 144: dunlin.v1.DeviceService.RevokeDevice:input_type -> dunlin.v1.RevokeDeviceRequest
+	109, // 145: dunlin.v1.DeviceService.ListEvents:input_type -> dunlin.v1.ListEventsRequest
+	91,  // 146: dunlin.v1.DeviceService.ListDrift:input_type -> dunlin.v1.ListDriftRequest
+	94,  // 147: dunlin.v1.DeviceService.ListTelemetry:input_type -> dunlin.v1.ListTelemetryRequest
+	12,  // 148: dunlin.v1.AuthService.WhoAmI:output_type -> dunlin.v1.WhoAmIResponse
+	8,   // 149: dunlin.v1.AuthService.Login:output_type -> dunlin.v1.LoginResponse
+	10,  // 150: dunlin.v1.AuthService.GetLoginMethods:output_type -> dunlin.v1.GetLoginMethodsResponse
+	15,  // 151: dunlin.v1.UserService.CreateUser:output_type -> dunlin.v1.CreateUserResponse
+	17,  // 152: dunlin.v1.UserService.UpdateUser:output_type -> dunlin.v1.UpdateUserResponse
+	19,  // 153: dunlin.v1.UserService.DeleteUser:output_type -> dunlin.v1.DeleteUserResponse
+	21,  // 154: dunlin.v1.UserService.ListUsers:output_type -> dunlin.v1.ListUsersResponse
+	24,  // 155: dunlin.v1.UserService.CreateToken:output_type -> dunlin.v1.CreateTokenResponse
+	26,  // 156: dunlin.v1.UserService.ListTokens:output_type -> dunlin.v1.ListTokensResponse
+	28,  // 157: dunlin.v1.UserService.DeleteToken:output_type -> dunlin.v1.DeleteTokenResponse
+	30,  // 158: dunlin.v1.AuditService.ListAudit:output_type -> dunlin.v1.ListAuditResponse
+	32,  // 159: dunlin.v1.TrustService.GetTrust:output_type -> dunlin.v1.GetTrustResponse
+	34,  // 160: dunlin.v1.TrustService.PutTrust:output_type -> dunlin.v1.PutTrustResponse
+	36,  // 161: dunlin.v1.TrustService.GetAuthorities:output_type -> dunlin.v1.GetAuthoritiesResponse
+	39,  // 162: dunlin.v1.TrustService.RotateAuthority:output_type -> dunlin.v1.RotateAuthorityResponse
+	41,  // 163: dunlin.v1.TrustService.RetireAuthority:output_type -> dunlin.v1.RetireAuthorityResponse
+	146, // 164: dunlin.v1.EnrollmentService.Join:output_type -> dunlin.v1.JoinResponse
+	147, // 165: dunlin.v1.EnrollmentService.Renew:output_type -> dunlin.v1.RenewResponse
+	148, // 166: dunlin.v1.EnrollmentService.GetTime:output_type -> dunlin.v1.GetTimeResponse
+	45,  // 167: dunlin.v1.EnrollmentService.CreateJoinToken:output_type -> dunlin.v1.CreateJoinTokenResponse
+	47,  // 168: dunlin.v1.EnrollmentService.ListJoinTokens:output_type -> dunlin.v1.ListJoinTokensResponse
+	43,  // 169: dunlin.v1.EnrollmentService.DeleteJoinToken:output_type -> dunlin.v1.DeleteJoinTokenResponse
+	52,  // 170: dunlin.v1.ModelService.CreateVersion:output_type -> dunlin.v1.CreateVersionResponse
+	54,  // 171: dunlin.v1.ModelService.ListModels:output_type -> dunlin.v1.ListModelsResponse
+	50,  // 172: dunlin.v1.ModelService.DeleteVersion:output_type -> dunlin.v1.DeleteVersionResponse
+	60,  // 173: dunlin.v1.ObjectService.Apply:output_type -> dunlin.v1.ApplyResponse
+	63,  // 174: dunlin.v1.ObjectService.Delete:output_type -> dunlin.v1.DeleteResponse
+	65,  // 175: dunlin.v1.ObjectService.ListDeployments:output_type -> dunlin.v1.ListDeploymentsResponse
+	68,  // 176: dunlin.v1.ObjectService.ListRoutes:output_type -> dunlin.v1.ListRoutesResponse
+	57,  // 177: dunlin.v1.ObjectService.ListObjects:output_type -> dunlin.v1.ListObjectsResponse
+	71,  // 178: dunlin.v1.ProfileService.ListProfiles:output_type -> dunlin.v1.ListProfilesResponse
+	74,  // 179: dunlin.v1.ProfileService.Plan:output_type -> dunlin.v1.PlanResponse
+	83,  // 180: dunlin.v1.RolloutService.ListRollouts:output_type -> dunlin.v1.ListRolloutsResponse
+	85,  // 181: dunlin.v1.RolloutService.GetRollout:output_type -> dunlin.v1.GetRolloutResponse
+	87,  // 182: dunlin.v1.RolloutService.WatchRollout:output_type -> dunlin.v1.WatchRolloutResponse
+	77,  // 183: dunlin.v1.RolloutService.ControlRollout:output_type -> dunlin.v1.ControlRolloutResponse
+	79,  // 184: dunlin.v1.RolloutService.ListDecisions:output_type -> dunlin.v1.ListDecisionsResponse
+	98,  // 185: dunlin.v1.DeviceService.ListDevices:output_type -> dunlin.v1.ListDevicesResponse
+	108, // 186: dunlin.v1.DeviceService.RemoveDevice:output_type -> dunlin.v1.RemoveDeviceResponse
+	106, // 187: dunlin.v1.DeviceService.RevokeDevice:output_type -> dunlin.v1.RevokeDeviceResponse
+	110, // 188: dunlin.v1.DeviceService.ListEvents:output_type -> dunlin.v1.ListEventsResponse
+	92,  // 189: dunlin.v1.DeviceService.ListDrift:output_type -> dunlin.v1.ListDriftResponse
+	95,  // 190: dunlin.v1.DeviceService.ListTelemetry:output_type -> dunlin.v1.ListTelemetryResponse
+	148, // [148:191] is the sub-list for method output_type
+	105, // [105:148] is the sub-list for method input_type
+	105, // [105:105] is the sub-list for extension type_name
+	105, // [105:105] is the sub-list for extension extendee
+	0,   // [0:105] is the sub-list for field type_name
 }
 
 func init() { file_dunlin_v1_api_proto_init() }
@@ -7402,7 +7872,7 @@ func file_dunlin_v1_api_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_dunlin_v1_api_proto_rawDesc), len(file_dunlin_v1_api_proto_rawDesc)),
 			NumEnums:      7,
-			NumMessages:   114,
+			NumMessages:   118,
 			NumExtensions: 0,
 			NumServices:   10,
 		},
