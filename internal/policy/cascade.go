@@ -230,7 +230,7 @@ func lookCost(function string) *cost.CallEstimate {
 	if _, ok := looks[function]; !ok {
 		return nil
 	}
-	return &cost.CallEstimate{CostEstimate: cost.CostEstimate{Min: 1, Max: outputCost}}
+	return &cost.CallEstimate{CostEstimate: cost.Estimate{Min: 1, Max: outputCost}}
 }
 
 // output shows the first output of floating-point numbers.

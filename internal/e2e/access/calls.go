@@ -252,6 +252,8 @@ func (w *world) routes(ctx context.Context) ([]probe, error) {
 		probe{action: identity.ConsolePages, what: "console: the fleet", method: http.MethodGet, path: "/", session: true},
 		probe{action: identity.ConsolePages, what: "console: a device that is not there", method: http.MethodGet, path: "/devices/none", session: true},
 		probe{action: identity.ConsolePages, what: "console: alarms", method: http.MethodGet, path: "/alarms", session: true},
+		probe{action: identity.ConsolePages, what: "console: models", method: http.MethodGet, path: "/models", session: true},
+		probe{action: identity.ConsolePages, what: "console: the live page of a device that is not there", method: http.MethodGet, path: "/live/devices/none", session: true},
 		probe{action: identity.ConsolePages, what: "console: a live stream with a faulty filter", method: http.MethodGet, path: "/live/fleet?page=x", session: true},
 		probe{what: "console: the fleet, without a session", method: http.MethodGet, path: "/"},
 		probe{what: "console: no page", method: http.MethodGet, path: "/none", session: true},
