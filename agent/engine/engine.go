@@ -219,8 +219,8 @@ func (e *Engine) Run(ctx context.Context) error {
 	defer e.tick.Stop()
 	c := newCore(time.Now())
 	c.ledger = e.ledger
+	close(e.running) // before anybody has the core: who was answered finds it running
 	e.core <- c
-	close(e.running)
 	for {
 		select {
 		case <-e.tick.C:
