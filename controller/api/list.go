@@ -345,7 +345,7 @@ func (e *listed) matches(w *wanted, state int) (each [facets]bool, rest bool) {
 
 // page gives one page of the devices within the caller's scope.
 func (l look) page(m *v1.ListDevicesRequest, p identity.Principal) (*v1.ListDevicesResponse, []*listed) {
-	resp := &v1.ListDevicesResponse{}
+	resp := &v1.ListDevicesResponse{Counts: &v1.DeviceCounts{}}
 	f := m.GetFilter()
 	w := l.wanted(f)
 	selected := func(e *listed) bool {
@@ -359,7 +359,7 @@ func (l look) page(m *v1.ListDevicesRequest, p identity.Principal) (*v1.ListDevi
 		if !selected(e) {
 			continue
 		}
-		resp.All++
+		resp.Counts.All++
 		if m.GetUses() {
 			e.use(uses)
 		}
@@ -402,14 +402,14 @@ func (l look) page(m *v1.ListDevicesRequest, p identity.Principal) (*v1.ListDevi
 			return cmp.Compare(a.state(l.now), b.state(l.now))
 		})
 	}
-	resp.Found = uint32(len(found))
+	resp.Counts.Found = uint32(len(found))
 	if m.GetFacets() {
-		resp.Facets = l.facets(f, inState, counts)
+		resp.Counts.Facets = l.facets(f, inState, counts)
 	}
 	for _, u := range uses {
-		resp.Uses = append(resp.Uses, u)
+		resp.Counts.Uses = append(resp.Counts.Uses, u)
 	}
-	slices.SortFunc(resp.Uses, func(a, b *v1.VersionUse) int {
+	slices.SortFunc(resp.Counts.Uses, func(a, b *v1.VersionUse) int {
 		return cmp.Or(strings.Compare(a.GetModel(), b.GetModel()), cmp.Compare(a.GetVersion(), b.GetVersion()))
 	})
 	from := min(int(m.GetOffset()), len(found))

@@ -77,9 +77,9 @@ func TestPagesOfDevices(t *testing.T) {
 	}
 	for end := time.Now().Add(20 * time.Second); ; {
 		ask(&v1.ListDevicesRequest{Limit: 10, Filter: &v1.DeviceFilter{Model: "digits"}})
-		faces := resp.GetFound()
+		faces := resp.GetCounts().GetFound()
 		ask(&v1.ListDevicesRequest{Limit: 10, Filter: &v1.DeviceFilter{Model: "faces:2"}})
-		if resp.GetAll() == 5 && faces == 3 && resp.GetFound() == 2 {
+		if resp.GetCounts().GetAll() == 5 && faces == 3 && resp.GetCounts().GetFound() == 2 {
 			break
 		}
 		if time.Now().After(end) {
@@ -102,10 +102,10 @@ func TestPagesOfDevices(t *testing.T) {
 	}
 	// A facet counts what would be found if it alone were changed.
 	ask(&v1.ListDevicesRequest{Limit: 1, Facets: true, Uses: true, Brief: true, Filter: &v1.DeviceFilter{Model: "faces:2", State: "offline"}})
-	if got, want := fmt.Sprint(resp.GetFacets()), []string{`name:"model"`, `name:"state"`}; resp.GetFound() != 0 || !strings.Contains(strings.ReplaceAll(got, "  ", " "), `value:"trouble" count:1`) {
+	if got, want := fmt.Sprint(resp.GetCounts().GetFacets()), []string{`name:"model"`, `name:"state"`}; resp.GetCounts().GetFound() != 0 || !strings.Contains(strings.ReplaceAll(got, "  ", " "), `value:"trouble" count:1`) {
 		t.Errorf("got %s, want %v", got, want)
 	}
-	if u := resp.GetUses(); len(u) != 2 || u[0].GetModel() != "digits" || u[0].GetResident() != 1 || u[0].GetQuarantined() != 1 || u[0].GetWaiting() != 1 || u[0].GetServing() != 1 || u[1].GetResident() != 2 {
+	if u := resp.GetCounts().GetUses(); len(u) != 2 || u[0].GetModel() != "digits" || u[0].GetResident() != 1 || u[0].GetQuarantined() != 1 || u[0].GetWaiting() != 1 || u[0].GetServing() != 1 || u[1].GetResident() != 2 {
 		t.Errorf("got %v", u)
 	}
 	if got := ask(&v1.ListDevicesRequest{Limit: 1, Brief: true, Filter: &v1.DeviceFilter{Text: "cam-1"}}); got != "cam-1" || resp.GetDevices()[0].GetState() != "trouble" || resp.GetDevices()[0].GetIdentity() != nil {

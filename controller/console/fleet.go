@@ -190,7 +190,7 @@ func (f filter) request() *v1.ListDevicesRequest {
 
 // viewOf gives what a filter shows, of the answer to its request.
 func viewOf(m *v1.ListDevicesResponse, f filter, now time.Time) fleetView {
-	v := fleetView{All: int(m.GetAll()), Found: int(m.GetFound()), Now: now}
+	v := fleetView{All: int(m.GetCounts().GetAll()), Found: int(m.GetCounts().GetFound()), Now: now}
 	v.Pages = max(1, (v.Found+pageRows-1)/pageRows)
 	v.Filter = f
 	for _, d := range m.GetDevices() {
@@ -213,7 +213,7 @@ func viewOf(m *v1.ListDevicesResponse, f filter, now time.Time) fleetView {
 		v.Next = at(func(g *filter) { g.Page = f.Page + 1 })
 	}
 	v.ByName, v.ByHeard, v.ByState = at(func(g *filter) { g.Sort = "" }), at(func(g *filter) { g.Sort = "heard" }), at(func(g *filter) { g.Sort = "state" })
-	v.Facets = facetsOf(f, m.GetFacets(), at)
+	v.Facets = facetsOf(f, m.GetCounts().GetFacets(), at)
 	return v
 }
 
@@ -344,7 +344,7 @@ func (s *console) fleetOf(ctx context.Context, in session, f filter) (*shared, e
 		if err != nil {
 			return nil, err
 		}
-		if pages := max(1, (int(resp.Msg.GetFound())+pageRows-1)/pageRows); f.Page > pages { // the last one
+		if pages := max(1, (int(resp.Msg.GetCounts().GetFound())+pageRows-1)/pageRows); f.Page > pages { // the last one
 			f.Page = pages
 			if resp, err = in.calls.devices().ListDevices(ctx, connect.NewRequest(f.request())); err != nil {
 				return nil, err

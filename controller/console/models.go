@@ -169,7 +169,7 @@ func (s *console) stock(r *http.Request, in session, model string) ([]*v1.ModelV
 	if err != nil {
 		return nil, nil, err
 	}
-	return versions.Msg.GetVersions(), usesOf(devices.Msg.GetUses(), deployments.Msg.GetDeployments(), routes.Msg.GetRoutes()), nil
+	return versions.Msg.GetVersions(), usesOf(devices.Msg.GetCounts().GetUses(), deployments.Msg.GetDeployments(), routes.Msg.GetRoutes()), nil
 }
 
 func (s *console) models(w http.ResponseWriter, r *http.Request, in session) {

@@ -5939,13 +5939,8 @@ type ListDevicesResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// By name.
 	Devices []*Device `protobuf:"bytes,1,rep,name=devices,proto3" json:"devices,omitempty"`
-	// With a limit: how many the filter finds, and how many the caller sees.
-	Found uint32 `protobuf:"varint,2,opt,name=found,proto3" json:"found,omitempty"`
-	All   uint32 `protobuf:"varint,3,opt,name=all,proto3" json:"all,omitempty"`
-	// "state", "model", "class", "label".
-	Facets []*Facet `protobuf:"bytes,4,rep,name=facets,proto3" json:"facets,omitempty"`
-	// By model, then version.
-	Uses          []*VersionUse `protobuf:"bytes,5,rep,name=uses,proto3" json:"uses,omitempty"`
+	// With a limit.
+	Counts        *DeviceCounts `protobuf:"bytes,2,opt,name=counts,proto3,oneof" json:"counts,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -5987,28 +5982,78 @@ func (x *ListDevicesResponse) GetDevices() []*Device {
 	return nil
 }
 
-func (x *ListDevicesResponse) GetFound() uint32 {
+func (x *ListDevicesResponse) GetCounts() *DeviceCounts {
+	if x != nil {
+		return x.Counts
+	}
+	return nil
+}
+
+type DeviceCounts struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// How many the filter finds, and how many the caller sees.
+	Found uint32 `protobuf:"varint,1,opt,name=found,proto3" json:"found,omitempty"`
+	All   uint32 `protobuf:"varint,2,opt,name=all,proto3" json:"all,omitempty"`
+	// "state", "model", "class", "label".
+	Facets []*Facet `protobuf:"bytes,3,rep,name=facets,proto3" json:"facets,omitempty"`
+	// By model, then version.
+	Uses          []*VersionUse `protobuf:"bytes,4,rep,name=uses,proto3" json:"uses,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DeviceCounts) Reset() {
+	*x = DeviceCounts{}
+	mi := &file_dunlin_v1_api_proto_msgTypes[92]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DeviceCounts) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DeviceCounts) ProtoMessage() {}
+
+func (x *DeviceCounts) ProtoReflect() protoreflect.Message {
+	mi := &file_dunlin_v1_api_proto_msgTypes[92]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DeviceCounts.ProtoReflect.Descriptor instead.
+func (*DeviceCounts) Descriptor() ([]byte, []int) {
+	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{92}
+}
+
+func (x *DeviceCounts) GetFound() uint32 {
 	if x != nil {
 		return x.Found
 	}
 	return 0
 }
 
-func (x *ListDevicesResponse) GetAll() uint32 {
+func (x *DeviceCounts) GetAll() uint32 {
 	if x != nil {
 		return x.All
 	}
 	return 0
 }
 
-func (x *ListDevicesResponse) GetFacets() []*Facet {
+func (x *DeviceCounts) GetFacets() []*Facet {
 	if x != nil {
 		return x.Facets
 	}
 	return nil
 }
 
-func (x *ListDevicesResponse) GetUses() []*VersionUse {
+func (x *DeviceCounts) GetUses() []*VersionUse {
 	if x != nil {
 		return x.Uses
 	}
@@ -6030,7 +6075,7 @@ type Facet struct {
 
 func (x *Facet) Reset() {
 	*x = Facet{}
-	mi := &file_dunlin_v1_api_proto_msgTypes[92]
+	mi := &file_dunlin_v1_api_proto_msgTypes[93]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6042,7 +6087,7 @@ func (x *Facet) String() string {
 func (*Facet) ProtoMessage() {}
 
 func (x *Facet) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_api_proto_msgTypes[92]
+	mi := &file_dunlin_v1_api_proto_msgTypes[93]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6055,7 +6100,7 @@ func (x *Facet) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Facet.ProtoReflect.Descriptor instead.
 func (*Facet) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{92}
+	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{93}
 }
 
 func (x *Facet) GetName() string {
@@ -6089,7 +6134,7 @@ type FacetValue struct {
 
 func (x *FacetValue) Reset() {
 	*x = FacetValue{}
-	mi := &file_dunlin_v1_api_proto_msgTypes[93]
+	mi := &file_dunlin_v1_api_proto_msgTypes[94]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6101,7 +6146,7 @@ func (x *FacetValue) String() string {
 func (*FacetValue) ProtoMessage() {}
 
 func (x *FacetValue) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_api_proto_msgTypes[93]
+	mi := &file_dunlin_v1_api_proto_msgTypes[94]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6114,7 +6159,7 @@ func (x *FacetValue) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FacetValue.ProtoReflect.Descriptor instead.
 func (*FacetValue) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{93}
+	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{94}
 }
 
 func (x *FacetValue) GetValue() string {
@@ -6147,7 +6192,7 @@ type VersionUse struct {
 
 func (x *VersionUse) Reset() {
 	*x = VersionUse{}
-	mi := &file_dunlin_v1_api_proto_msgTypes[94]
+	mi := &file_dunlin_v1_api_proto_msgTypes[95]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6159,7 +6204,7 @@ func (x *VersionUse) String() string {
 func (*VersionUse) ProtoMessage() {}
 
 func (x *VersionUse) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_api_proto_msgTypes[94]
+	mi := &file_dunlin_v1_api_proto_msgTypes[95]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6172,7 +6217,7 @@ func (x *VersionUse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VersionUse.ProtoReflect.Descriptor instead.
 func (*VersionUse) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{94}
+	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{95}
 }
 
 func (x *VersionUse) GetModel() string {
@@ -6243,7 +6288,7 @@ type Device struct {
 
 func (x *Device) Reset() {
 	*x = Device{}
-	mi := &file_dunlin_v1_api_proto_msgTypes[95]
+	mi := &file_dunlin_v1_api_proto_msgTypes[96]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6255,7 +6300,7 @@ func (x *Device) String() string {
 func (*Device) ProtoMessage() {}
 
 func (x *Device) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_api_proto_msgTypes[95]
+	mi := &file_dunlin_v1_api_proto_msgTypes[96]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6268,7 +6313,7 @@ func (x *Device) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Device.ProtoReflect.Descriptor instead.
 func (*Device) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{95}
+	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{96}
 }
 
 func (x *Device) GetName() string {
@@ -6381,7 +6426,7 @@ type DeviceIdentity struct {
 
 func (x *DeviceIdentity) Reset() {
 	*x = DeviceIdentity{}
-	mi := &file_dunlin_v1_api_proto_msgTypes[96]
+	mi := &file_dunlin_v1_api_proto_msgTypes[97]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6393,7 +6438,7 @@ func (x *DeviceIdentity) String() string {
 func (*DeviceIdentity) ProtoMessage() {}
 
 func (x *DeviceIdentity) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_api_proto_msgTypes[96]
+	mi := &file_dunlin_v1_api_proto_msgTypes[97]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6406,7 +6451,7 @@ func (x *DeviceIdentity) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeviceIdentity.ProtoReflect.Descriptor instead.
 func (*DeviceIdentity) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{96}
+	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{97}
 }
 
 func (x *DeviceIdentity) GetSerial() string {
@@ -6465,7 +6510,7 @@ type Twin struct {
 
 func (x *Twin) Reset() {
 	*x = Twin{}
-	mi := &file_dunlin_v1_api_proto_msgTypes[97]
+	mi := &file_dunlin_v1_api_proto_msgTypes[98]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6477,7 +6522,7 @@ func (x *Twin) String() string {
 func (*Twin) ProtoMessage() {}
 
 func (x *Twin) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_api_proto_msgTypes[97]
+	mi := &file_dunlin_v1_api_proto_msgTypes[98]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6490,7 +6535,7 @@ func (x *Twin) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Twin.ProtoReflect.Descriptor instead.
 func (*Twin) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{97}
+	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{98}
 }
 
 func (x *Twin) GetBootId() string {
@@ -6531,7 +6576,7 @@ type RevokeDeviceRequest struct {
 
 func (x *RevokeDeviceRequest) Reset() {
 	*x = RevokeDeviceRequest{}
-	mi := &file_dunlin_v1_api_proto_msgTypes[98]
+	mi := &file_dunlin_v1_api_proto_msgTypes[99]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6543,7 +6588,7 @@ func (x *RevokeDeviceRequest) String() string {
 func (*RevokeDeviceRequest) ProtoMessage() {}
 
 func (x *RevokeDeviceRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_api_proto_msgTypes[98]
+	mi := &file_dunlin_v1_api_proto_msgTypes[99]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6556,7 +6601,7 @@ func (x *RevokeDeviceRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RevokeDeviceRequest.ProtoReflect.Descriptor instead.
 func (*RevokeDeviceRequest) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{98}
+	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{99}
 }
 
 func (x *RevokeDeviceRequest) GetDevice() string {
@@ -6581,7 +6626,7 @@ type RevokeDeviceResponse struct {
 
 func (x *RevokeDeviceResponse) Reset() {
 	*x = RevokeDeviceResponse{}
-	mi := &file_dunlin_v1_api_proto_msgTypes[99]
+	mi := &file_dunlin_v1_api_proto_msgTypes[100]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6593,7 +6638,7 @@ func (x *RevokeDeviceResponse) String() string {
 func (*RevokeDeviceResponse) ProtoMessage() {}
 
 func (x *RevokeDeviceResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_api_proto_msgTypes[99]
+	mi := &file_dunlin_v1_api_proto_msgTypes[100]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6606,7 +6651,7 @@ func (x *RevokeDeviceResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RevokeDeviceResponse.ProtoReflect.Descriptor instead.
 func (*RevokeDeviceResponse) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{99}
+	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{100}
 }
 
 type RemoveDeviceRequest struct {
@@ -6618,7 +6663,7 @@ type RemoveDeviceRequest struct {
 
 func (x *RemoveDeviceRequest) Reset() {
 	*x = RemoveDeviceRequest{}
-	mi := &file_dunlin_v1_api_proto_msgTypes[100]
+	mi := &file_dunlin_v1_api_proto_msgTypes[101]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6630,7 +6675,7 @@ func (x *RemoveDeviceRequest) String() string {
 func (*RemoveDeviceRequest) ProtoMessage() {}
 
 func (x *RemoveDeviceRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_api_proto_msgTypes[100]
+	mi := &file_dunlin_v1_api_proto_msgTypes[101]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6643,7 +6688,7 @@ func (x *RemoveDeviceRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveDeviceRequest.ProtoReflect.Descriptor instead.
 func (*RemoveDeviceRequest) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{100}
+	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{101}
 }
 
 func (x *RemoveDeviceRequest) GetDevice() string {
@@ -6661,7 +6706,7 @@ type RemoveDeviceResponse struct {
 
 func (x *RemoveDeviceResponse) Reset() {
 	*x = RemoveDeviceResponse{}
-	mi := &file_dunlin_v1_api_proto_msgTypes[101]
+	mi := &file_dunlin_v1_api_proto_msgTypes[102]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6673,7 +6718,7 @@ func (x *RemoveDeviceResponse) String() string {
 func (*RemoveDeviceResponse) ProtoMessage() {}
 
 func (x *RemoveDeviceResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_api_proto_msgTypes[101]
+	mi := &file_dunlin_v1_api_proto_msgTypes[102]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6686,7 +6731,7 @@ func (x *RemoveDeviceResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveDeviceResponse.ProtoReflect.Descriptor instead.
 func (*RemoveDeviceResponse) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{101}
+	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{102}
 }
 
 type ListEventsRequest struct {
@@ -6701,7 +6746,7 @@ type ListEventsRequest struct {
 
 func (x *ListEventsRequest) Reset() {
 	*x = ListEventsRequest{}
-	mi := &file_dunlin_v1_api_proto_msgTypes[102]
+	mi := &file_dunlin_v1_api_proto_msgTypes[103]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6713,7 +6758,7 @@ func (x *ListEventsRequest) String() string {
 func (*ListEventsRequest) ProtoMessage() {}
 
 func (x *ListEventsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_api_proto_msgTypes[102]
+	mi := &file_dunlin_v1_api_proto_msgTypes[103]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6726,7 +6771,7 @@ func (x *ListEventsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListEventsRequest.ProtoReflect.Descriptor instead.
 func (*ListEventsRequest) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{102}
+	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{103}
 }
 
 func (x *ListEventsRequest) GetDevice() string {
@@ -6752,7 +6797,7 @@ type ListEventsResponse struct {
 
 func (x *ListEventsResponse) Reset() {
 	*x = ListEventsResponse{}
-	mi := &file_dunlin_v1_api_proto_msgTypes[103]
+	mi := &file_dunlin_v1_api_proto_msgTypes[104]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6764,7 +6809,7 @@ func (x *ListEventsResponse) String() string {
 func (*ListEventsResponse) ProtoMessage() {}
 
 func (x *ListEventsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_api_proto_msgTypes[103]
+	mi := &file_dunlin_v1_api_proto_msgTypes[104]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6777,7 +6822,7 @@ func (x *ListEventsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListEventsResponse.ProtoReflect.Descriptor instead.
 func (*ListEventsResponse) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{103}
+	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{104}
 }
 
 func (x *ListEventsResponse) GetEvents() []*DeviceEvent {
@@ -6799,7 +6844,7 @@ type DeviceEvent struct {
 
 func (x *DeviceEvent) Reset() {
 	*x = DeviceEvent{}
-	mi := &file_dunlin_v1_api_proto_msgTypes[104]
+	mi := &file_dunlin_v1_api_proto_msgTypes[105]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6811,7 +6856,7 @@ func (x *DeviceEvent) String() string {
 func (*DeviceEvent) ProtoMessage() {}
 
 func (x *DeviceEvent) ProtoReflect() protoreflect.Message {
-	mi := &file_dunlin_v1_api_proto_msgTypes[104]
+	mi := &file_dunlin_v1_api_proto_msgTypes[105]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6824,7 +6869,7 @@ func (x *DeviceEvent) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeviceEvent.ProtoReflect.Descriptor instead.
 func (*DeviceEvent) Descriptor() ([]byte, []int) {
-	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{104}
+	return file_dunlin_v1_api_proto_rawDescGZIP(), []int{105}
 }
 
 func (x *DeviceEvent) GetDevice() string {
@@ -7347,13 +7392,16 @@ const file_dunlin_v1_api_proto_rawDesc = "" +
 	"\x05state\x18\x03 \x01(\tR\x05state\x12\x14\n" +
 	"\x05model\x18\x04 \x01(\tR\x05model\x12\x14\n" +
 	"\x05class\x18\x05 \x01(\tR\x05class\x12\x18\n" +
-	"\aalarmed\x18\x06 \x01(\bR\aalarmed\"\xbf\x01\n" +
+	"\aalarmed\x18\x06 \x01(\bR\aalarmed\"\x83\x01\n" +
 	"\x13ListDevicesResponse\x12+\n" +
-	"\adevices\x18\x01 \x03(\v2\x11.dunlin.v1.DeviceR\adevices\x12\x14\n" +
-	"\x05found\x18\x02 \x01(\rR\x05found\x12\x10\n" +
-	"\x03all\x18\x03 \x01(\rR\x03all\x12(\n" +
-	"\x06facets\x18\x04 \x03(\v2\x10.dunlin.v1.FacetR\x06facets\x12)\n" +
-	"\x04uses\x18\x05 \x03(\v2\x15.dunlin.v1.VersionUseR\x04uses\"^\n" +
+	"\adevices\x18\x01 \x03(\v2\x11.dunlin.v1.DeviceR\adevices\x124\n" +
+	"\x06counts\x18\x02 \x01(\v2\x17.dunlin.v1.DeviceCountsH\x00R\x06counts\x88\x01\x01B\t\n" +
+	"\a_counts\"\x8b\x01\n" +
+	"\fDeviceCounts\x12\x14\n" +
+	"\x05found\x18\x01 \x01(\rR\x05found\x12\x10\n" +
+	"\x03all\x18\x02 \x01(\rR\x03all\x12(\n" +
+	"\x06facets\x18\x03 \x03(\v2\x10.dunlin.v1.FacetR\x06facets\x12)\n" +
+	"\x04uses\x18\x04 \x03(\v2\x15.dunlin.v1.VersionUseR\x04uses\"^\n" +
 	"\x05Facet\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12-\n" +
 	"\x06values\x18\x02 \x03(\v2\x15.dunlin.v1.FacetValueR\x06values\x12\x12\n" +
@@ -7505,7 +7553,7 @@ func file_dunlin_v1_api_proto_rawDescGZIP() []byte {
 }
 
 var file_dunlin_v1_api_proto_enumTypes = make([]protoimpl.EnumInfo, 7)
-var file_dunlin_v1_api_proto_msgTypes = make([]protoimpl.MessageInfo, 118)
+var file_dunlin_v1_api_proto_msgTypes = make([]protoimpl.MessageInfo, 119)
 var file_dunlin_v1_api_proto_goTypes = []any{
 	(RolloutState)(0),                 // 0: dunlin.v1.RolloutState
 	(ObjectChange_Action)(0),          // 1: dunlin.v1.ObjectChange.Action
@@ -7606,111 +7654,112 @@ var file_dunlin_v1_api_proto_goTypes = []any{
 	(*ListDevicesRequest)(nil),        // 96: dunlin.v1.ListDevicesRequest
 	(*DeviceFilter)(nil),              // 97: dunlin.v1.DeviceFilter
 	(*ListDevicesResponse)(nil),       // 98: dunlin.v1.ListDevicesResponse
-	(*Facet)(nil),                     // 99: dunlin.v1.Facet
-	(*FacetValue)(nil),                // 100: dunlin.v1.FacetValue
-	(*VersionUse)(nil),                // 101: dunlin.v1.VersionUse
-	(*Device)(nil),                    // 102: dunlin.v1.Device
-	(*DeviceIdentity)(nil),            // 103: dunlin.v1.DeviceIdentity
-	(*Twin)(nil),                      // 104: dunlin.v1.Twin
-	(*RevokeDeviceRequest)(nil),       // 105: dunlin.v1.RevokeDeviceRequest
-	(*RevokeDeviceResponse)(nil),      // 106: dunlin.v1.RevokeDeviceResponse
-	(*RemoveDeviceRequest)(nil),       // 107: dunlin.v1.RemoveDeviceRequest
-	(*RemoveDeviceResponse)(nil),      // 108: dunlin.v1.RemoveDeviceResponse
-	(*ListEventsRequest)(nil),         // 109: dunlin.v1.ListEventsRequest
-	(*ListEventsResponse)(nil),        // 110: dunlin.v1.ListEventsResponse
-	(*DeviceEvent)(nil),               // 111: dunlin.v1.DeviceEvent
-	nil,                               // 112: dunlin.v1.WhoAmIResponse.ScopeEntry
-	nil,                               // 113: dunlin.v1.User.ScopeEntry
-	nil,                               // 114: dunlin.v1.CreateUserRequest.ScopeEntry
-	nil,                               // 115: dunlin.v1.UpdateUserRequest.ScopeEntry
-	nil,                               // 116: dunlin.v1.Token.ScopeEntry
-	nil,                               // 117: dunlin.v1.CreateTokenRequest.ScopeEntry
-	nil,                               // 118: dunlin.v1.CreateJoinTokenRequest.LabelsEntry
-	nil,                               // 119: dunlin.v1.JoinToken.LabelsEntry
-	nil,                               // 120: dunlin.v1.Object.SelectorEntry
-	nil,                               // 121: dunlin.v1.Deployment.SelectorEntry
-	nil,                               // 122: dunlin.v1.ListDriftRequest.SelectorEntry
-	nil,                               // 123: dunlin.v1.ListDevicesRequest.SelectorEntry
-	nil,                               // 124: dunlin.v1.Device.LabelsEntry
-	(*timestamppb.Timestamp)(nil),     // 125: google.protobuf.Timestamp
-	(*durationpb.Duration)(nil),       // 126: google.protobuf.Duration
-	(*AuditRecord)(nil),               // 127: dunlin.v1.AuditRecord
-	(*SignedTrust)(nil),               // 128: dunlin.v1.SignedTrust
-	(*RouteTarget)(nil),               // 129: dunlin.v1.RouteTarget
-	(*RouteRule)(nil),                 // 130: dunlin.v1.RouteRule
-	(*RouteSticky)(nil),               // 131: dunlin.v1.RouteSticky
-	(*RouteFallback)(nil),             // 132: dunlin.v1.RouteFallback
-	(*RouteShadow)(nil),               // 133: dunlin.v1.RouteShadow
-	(*RouteCascade)(nil),              // 134: dunlin.v1.RouteCascade
-	(*ModelProfile)(nil),              // 135: dunlin.v1.ModelProfile
-	(*Drift)(nil),                     // 136: dunlin.v1.Drift
-	(*Telemetry)(nil),                 // 137: dunlin.v1.Telemetry
-	(*DeviceInfo)(nil),                // 138: dunlin.v1.DeviceInfo
-	(*Generation)(nil),                // 139: dunlin.v1.Generation
-	(*Reported)(nil),                  // 140: dunlin.v1.Reported
-	(*DesiredDocument)(nil),           // 141: dunlin.v1.DesiredDocument
-	(*Event)(nil),                     // 142: dunlin.v1.Event
-	(*JoinRequest)(nil),               // 143: dunlin.v1.JoinRequest
-	(*RenewRequest)(nil),              // 144: dunlin.v1.RenewRequest
-	(*GetTimeRequest)(nil),            // 145: dunlin.v1.GetTimeRequest
-	(*JoinResponse)(nil),              // 146: dunlin.v1.JoinResponse
-	(*RenewResponse)(nil),             // 147: dunlin.v1.RenewResponse
-	(*GetTimeResponse)(nil),           // 148: dunlin.v1.GetTimeResponse
+	(*DeviceCounts)(nil),              // 99: dunlin.v1.DeviceCounts
+	(*Facet)(nil),                     // 100: dunlin.v1.Facet
+	(*FacetValue)(nil),                // 101: dunlin.v1.FacetValue
+	(*VersionUse)(nil),                // 102: dunlin.v1.VersionUse
+	(*Device)(nil),                    // 103: dunlin.v1.Device
+	(*DeviceIdentity)(nil),            // 104: dunlin.v1.DeviceIdentity
+	(*Twin)(nil),                      // 105: dunlin.v1.Twin
+	(*RevokeDeviceRequest)(nil),       // 106: dunlin.v1.RevokeDeviceRequest
+	(*RevokeDeviceResponse)(nil),      // 107: dunlin.v1.RevokeDeviceResponse
+	(*RemoveDeviceRequest)(nil),       // 108: dunlin.v1.RemoveDeviceRequest
+	(*RemoveDeviceResponse)(nil),      // 109: dunlin.v1.RemoveDeviceResponse
+	(*ListEventsRequest)(nil),         // 110: dunlin.v1.ListEventsRequest
+	(*ListEventsResponse)(nil),        // 111: dunlin.v1.ListEventsResponse
+	(*DeviceEvent)(nil),               // 112: dunlin.v1.DeviceEvent
+	nil,                               // 113: dunlin.v1.WhoAmIResponse.ScopeEntry
+	nil,                               // 114: dunlin.v1.User.ScopeEntry
+	nil,                               // 115: dunlin.v1.CreateUserRequest.ScopeEntry
+	nil,                               // 116: dunlin.v1.UpdateUserRequest.ScopeEntry
+	nil,                               // 117: dunlin.v1.Token.ScopeEntry
+	nil,                               // 118: dunlin.v1.CreateTokenRequest.ScopeEntry
+	nil,                               // 119: dunlin.v1.CreateJoinTokenRequest.LabelsEntry
+	nil,                               // 120: dunlin.v1.JoinToken.LabelsEntry
+	nil,                               // 121: dunlin.v1.Object.SelectorEntry
+	nil,                               // 122: dunlin.v1.Deployment.SelectorEntry
+	nil,                               // 123: dunlin.v1.ListDriftRequest.SelectorEntry
+	nil,                               // 124: dunlin.v1.ListDevicesRequest.SelectorEntry
+	nil,                               // 125: dunlin.v1.Device.LabelsEntry
+	(*timestamppb.Timestamp)(nil),     // 126: google.protobuf.Timestamp
+	(*durationpb.Duration)(nil),       // 127: google.protobuf.Duration
+	(*AuditRecord)(nil),               // 128: dunlin.v1.AuditRecord
+	(*SignedTrust)(nil),               // 129: dunlin.v1.SignedTrust
+	(*RouteTarget)(nil),               // 130: dunlin.v1.RouteTarget
+	(*RouteRule)(nil),                 // 131: dunlin.v1.RouteRule
+	(*RouteSticky)(nil),               // 132: dunlin.v1.RouteSticky
+	(*RouteFallback)(nil),             // 133: dunlin.v1.RouteFallback
+	(*RouteShadow)(nil),               // 134: dunlin.v1.RouteShadow
+	(*RouteCascade)(nil),              // 135: dunlin.v1.RouteCascade
+	(*ModelProfile)(nil),              // 136: dunlin.v1.ModelProfile
+	(*Drift)(nil),                     // 137: dunlin.v1.Drift
+	(*Telemetry)(nil),                 // 138: dunlin.v1.Telemetry
+	(*DeviceInfo)(nil),                // 139: dunlin.v1.DeviceInfo
+	(*Generation)(nil),                // 140: dunlin.v1.Generation
+	(*Reported)(nil),                  // 141: dunlin.v1.Reported
+	(*DesiredDocument)(nil),           // 142: dunlin.v1.DesiredDocument
+	(*Event)(nil),                     // 143: dunlin.v1.Event
+	(*JoinRequest)(nil),               // 144: dunlin.v1.JoinRequest
+	(*RenewRequest)(nil),              // 145: dunlin.v1.RenewRequest
+	(*GetTimeRequest)(nil),            // 146: dunlin.v1.GetTimeRequest
+	(*JoinResponse)(nil),              // 147: dunlin.v1.JoinResponse
+	(*RenewResponse)(nil),             // 148: dunlin.v1.RenewResponse
+	(*GetTimeResponse)(nil),           // 149: dunlin.v1.GetTimeResponse
 }
 var file_dunlin_v1_api_proto_depIdxs = []int32{
-	125, // 0: dunlin.v1.LoginResponse.expires_at:type_name -> google.protobuf.Timestamp
-	112, // 1: dunlin.v1.WhoAmIResponse.scope:type_name -> dunlin.v1.WhoAmIResponse.ScopeEntry
-	125, // 2: dunlin.v1.WhoAmIResponse.expires_at:type_name -> google.protobuf.Timestamp
-	113, // 3: dunlin.v1.User.scope:type_name -> dunlin.v1.User.ScopeEntry
-	125, // 4: dunlin.v1.User.created_at:type_name -> google.protobuf.Timestamp
-	114, // 5: dunlin.v1.CreateUserRequest.scope:type_name -> dunlin.v1.CreateUserRequest.ScopeEntry
+	126, // 0: dunlin.v1.LoginResponse.expires_at:type_name -> google.protobuf.Timestamp
+	113, // 1: dunlin.v1.WhoAmIResponse.scope:type_name -> dunlin.v1.WhoAmIResponse.ScopeEntry
+	126, // 2: dunlin.v1.WhoAmIResponse.expires_at:type_name -> google.protobuf.Timestamp
+	114, // 3: dunlin.v1.User.scope:type_name -> dunlin.v1.User.ScopeEntry
+	126, // 4: dunlin.v1.User.created_at:type_name -> google.protobuf.Timestamp
+	115, // 5: dunlin.v1.CreateUserRequest.scope:type_name -> dunlin.v1.CreateUserRequest.ScopeEntry
 	13,  // 6: dunlin.v1.CreateUserResponse.user:type_name -> dunlin.v1.User
-	115, // 7: dunlin.v1.UpdateUserRequest.scope:type_name -> dunlin.v1.UpdateUserRequest.ScopeEntry
+	116, // 7: dunlin.v1.UpdateUserRequest.scope:type_name -> dunlin.v1.UpdateUserRequest.ScopeEntry
 	13,  // 8: dunlin.v1.UpdateUserResponse.user:type_name -> dunlin.v1.User
 	13,  // 9: dunlin.v1.ListUsersResponse.users:type_name -> dunlin.v1.User
-	116, // 10: dunlin.v1.Token.scope:type_name -> dunlin.v1.Token.ScopeEntry
-	125, // 11: dunlin.v1.Token.created_at:type_name -> google.protobuf.Timestamp
-	125, // 12: dunlin.v1.Token.expires_at:type_name -> google.protobuf.Timestamp
-	125, // 13: dunlin.v1.Token.last_used_at:type_name -> google.protobuf.Timestamp
-	117, // 14: dunlin.v1.CreateTokenRequest.scope:type_name -> dunlin.v1.CreateTokenRequest.ScopeEntry
-	126, // 15: dunlin.v1.CreateTokenRequest.valid_for:type_name -> google.protobuf.Duration
+	117, // 10: dunlin.v1.Token.scope:type_name -> dunlin.v1.Token.ScopeEntry
+	126, // 11: dunlin.v1.Token.created_at:type_name -> google.protobuf.Timestamp
+	126, // 12: dunlin.v1.Token.expires_at:type_name -> google.protobuf.Timestamp
+	126, // 13: dunlin.v1.Token.last_used_at:type_name -> google.protobuf.Timestamp
+	118, // 14: dunlin.v1.CreateTokenRequest.scope:type_name -> dunlin.v1.CreateTokenRequest.ScopeEntry
+	127, // 15: dunlin.v1.CreateTokenRequest.valid_for:type_name -> google.protobuf.Duration
 	22,  // 16: dunlin.v1.CreateTokenResponse.info:type_name -> dunlin.v1.Token
 	22,  // 17: dunlin.v1.ListTokensResponse.tokens:type_name -> dunlin.v1.Token
-	127, // 18: dunlin.v1.ListAuditResponse.records:type_name -> dunlin.v1.AuditRecord
-	128, // 19: dunlin.v1.GetTrustResponse.trust:type_name -> dunlin.v1.SignedTrust
-	128, // 20: dunlin.v1.PutTrustRequest.trust:type_name -> dunlin.v1.SignedTrust
+	128, // 18: dunlin.v1.ListAuditResponse.records:type_name -> dunlin.v1.AuditRecord
+	129, // 19: dunlin.v1.GetTrustResponse.trust:type_name -> dunlin.v1.SignedTrust
+	129, // 20: dunlin.v1.PutTrustRequest.trust:type_name -> dunlin.v1.SignedTrust
 	37,  // 21: dunlin.v1.GetAuthoritiesResponse.authorities:type_name -> dunlin.v1.Authority
 	37,  // 22: dunlin.v1.RotateAuthorityResponse.authority:type_name -> dunlin.v1.Authority
-	126, // 23: dunlin.v1.CreateJoinTokenRequest.valid_for:type_name -> google.protobuf.Duration
-	118, // 24: dunlin.v1.CreateJoinTokenRequest.labels:type_name -> dunlin.v1.CreateJoinTokenRequest.LabelsEntry
+	127, // 23: dunlin.v1.CreateJoinTokenRequest.valid_for:type_name -> google.protobuf.Duration
+	119, // 24: dunlin.v1.CreateJoinTokenRequest.labels:type_name -> dunlin.v1.CreateJoinTokenRequest.LabelsEntry
 	48,  // 25: dunlin.v1.CreateJoinTokenResponse.info:type_name -> dunlin.v1.JoinToken
 	48,  // 26: dunlin.v1.ListJoinTokensResponse.join_tokens:type_name -> dunlin.v1.JoinToken
-	125, // 27: dunlin.v1.JoinToken.expires_at:type_name -> google.protobuf.Timestamp
-	119, // 28: dunlin.v1.JoinToken.labels:type_name -> dunlin.v1.JoinToken.LabelsEntry
+	126, // 27: dunlin.v1.JoinToken.expires_at:type_name -> google.protobuf.Timestamp
+	120, // 28: dunlin.v1.JoinToken.labels:type_name -> dunlin.v1.JoinToken.LabelsEntry
 	55,  // 29: dunlin.v1.CreateVersionResponse.version:type_name -> dunlin.v1.ModelVersion
 	55,  // 30: dunlin.v1.ListModelsResponse.versions:type_name -> dunlin.v1.ModelVersion
-	125, // 31: dunlin.v1.ModelVersion.created_at:type_name -> google.protobuf.Timestamp
+	126, // 31: dunlin.v1.ModelVersion.created_at:type_name -> google.protobuf.Timestamp
 	58,  // 32: dunlin.v1.ListObjectsResponse.objects:type_name -> dunlin.v1.Object
-	125, // 33: dunlin.v1.Object.updated_at:type_name -> google.protobuf.Timestamp
-	120, // 34: dunlin.v1.Object.selector:type_name -> dunlin.v1.Object.SelectorEntry
-	125, // 35: dunlin.v1.Object.until:type_name -> google.protobuf.Timestamp
+	126, // 33: dunlin.v1.Object.updated_at:type_name -> google.protobuf.Timestamp
+	121, // 34: dunlin.v1.Object.selector:type_name -> dunlin.v1.Object.SelectorEntry
+	126, // 35: dunlin.v1.Object.until:type_name -> google.protobuf.Timestamp
 	61,  // 36: dunlin.v1.ApplyResponse.changes:type_name -> dunlin.v1.ObjectChange
 	75,  // 37: dunlin.v1.ApplyResponse.refused:type_name -> dunlin.v1.DevicePlan
 	1,   // 38: dunlin.v1.ObjectChange.action:type_name -> dunlin.v1.ObjectChange.Action
 	61,  // 39: dunlin.v1.DeleteResponse.change:type_name -> dunlin.v1.ObjectChange
 	66,  // 40: dunlin.v1.ListDeploymentsResponse.deployments:type_name -> dunlin.v1.Deployment
-	121, // 41: dunlin.v1.Deployment.selector:type_name -> dunlin.v1.Deployment.SelectorEntry
-	125, // 42: dunlin.v1.Deployment.updated_at:type_name -> google.protobuf.Timestamp
+	122, // 41: dunlin.v1.Deployment.selector:type_name -> dunlin.v1.Deployment.SelectorEntry
+	126, // 42: dunlin.v1.Deployment.updated_at:type_name -> google.protobuf.Timestamp
 	69,  // 43: dunlin.v1.ListRoutesResponse.routes:type_name -> dunlin.v1.Route
-	129, // 44: dunlin.v1.Route.targets:type_name -> dunlin.v1.RouteTarget
-	125, // 45: dunlin.v1.Route.updated_at:type_name -> google.protobuf.Timestamp
-	130, // 46: dunlin.v1.Route.rules:type_name -> dunlin.v1.RouteRule
-	131, // 47: dunlin.v1.Route.sticky:type_name -> dunlin.v1.RouteSticky
-	132, // 48: dunlin.v1.Route.fallback:type_name -> dunlin.v1.RouteFallback
-	133, // 49: dunlin.v1.Route.shadow:type_name -> dunlin.v1.RouteShadow
-	134, // 50: dunlin.v1.Route.cascade:type_name -> dunlin.v1.RouteCascade
+	130, // 44: dunlin.v1.Route.targets:type_name -> dunlin.v1.RouteTarget
+	126, // 45: dunlin.v1.Route.updated_at:type_name -> google.protobuf.Timestamp
+	131, // 46: dunlin.v1.Route.rules:type_name -> dunlin.v1.RouteRule
+	132, // 47: dunlin.v1.Route.sticky:type_name -> dunlin.v1.RouteSticky
+	133, // 48: dunlin.v1.Route.fallback:type_name -> dunlin.v1.RouteFallback
+	134, // 49: dunlin.v1.Route.shadow:type_name -> dunlin.v1.RouteShadow
+	135, // 50: dunlin.v1.Route.cascade:type_name -> dunlin.v1.RouteCascade
 	72,  // 51: dunlin.v1.ListProfilesResponse.profiles:type_name -> dunlin.v1.DeviceProfile
-	135, // 52: dunlin.v1.DeviceProfile.profile:type_name -> dunlin.v1.ModelProfile
+	136, // 52: dunlin.v1.DeviceProfile.profile:type_name -> dunlin.v1.ModelProfile
 	75,  // 53: dunlin.v1.PlanResponse.devices:type_name -> dunlin.v1.DevicePlan
 	2,   // 54: dunlin.v1.DevicePlan.verdict:type_name -> dunlin.v1.DevicePlan.Verdict
 	3,   // 55: dunlin.v1.DevicePlan.memory_source:type_name -> dunlin.v1.DevicePlan.Source
@@ -7719,141 +7768,142 @@ var file_dunlin_v1_api_proto_depIdxs = []int32{
 	4,   // 58: dunlin.v1.ControlRolloutRequest.action:type_name -> dunlin.v1.ControlRolloutRequest.Action
 	88,  // 59: dunlin.v1.ControlRolloutResponse.rollout:type_name -> dunlin.v1.Rollout
 	80,  // 60: dunlin.v1.ListDecisionsResponse.decisions:type_name -> dunlin.v1.Decision
-	125, // 61: dunlin.v1.Decision.at:type_name -> google.protobuf.Timestamp
+	126, // 61: dunlin.v1.Decision.at:type_name -> google.protobuf.Timestamp
 	81,  // 62: dunlin.v1.Decision.gates:type_name -> dunlin.v1.GateResult
 	5,   // 63: dunlin.v1.GateResult.verdict:type_name -> dunlin.v1.GateResult.Verdict
 	88,  // 64: dunlin.v1.ListRolloutsResponse.rollouts:type_name -> dunlin.v1.Rollout
 	88,  // 65: dunlin.v1.GetRolloutResponse.rollout:type_name -> dunlin.v1.Rollout
 	88,  // 66: dunlin.v1.WatchRolloutResponse.rollout:type_name -> dunlin.v1.Rollout
 	0,   // 67: dunlin.v1.Rollout.state:type_name -> dunlin.v1.RolloutState
-	125, // 68: dunlin.v1.Rollout.started_at:type_name -> google.protobuf.Timestamp
-	125, // 69: dunlin.v1.Rollout.ended_at:type_name -> google.protobuf.Timestamp
+	126, // 68: dunlin.v1.Rollout.started_at:type_name -> google.protobuf.Timestamp
+	126, // 69: dunlin.v1.Rollout.ended_at:type_name -> google.protobuf.Timestamp
 	90,  // 70: dunlin.v1.Rollout.devices:type_name -> dunlin.v1.RolloutDevice
 	89,  // 71: dunlin.v1.Rollout.waves:type_name -> dunlin.v1.RolloutWave
 	81,  // 72: dunlin.v1.Rollout.gates:type_name -> dunlin.v1.GateResult
-	125, // 73: dunlin.v1.Rollout.soaks_until:type_name -> google.protobuf.Timestamp
-	125, // 74: dunlin.v1.RolloutWave.started_at:type_name -> google.protobuf.Timestamp
+	126, // 73: dunlin.v1.Rollout.soaks_until:type_name -> google.protobuf.Timestamp
+	126, // 74: dunlin.v1.RolloutWave.started_at:type_name -> google.protobuf.Timestamp
 	6,   // 75: dunlin.v1.RolloutDevice.phase:type_name -> dunlin.v1.RolloutDevice.Phase
-	125, // 76: dunlin.v1.RolloutDevice.ready_at:type_name -> google.protobuf.Timestamp
-	122, // 77: dunlin.v1.ListDriftRequest.selector:type_name -> dunlin.v1.ListDriftRequest.SelectorEntry
+	126, // 76: dunlin.v1.RolloutDevice.ready_at:type_name -> google.protobuf.Timestamp
+	123, // 77: dunlin.v1.ListDriftRequest.selector:type_name -> dunlin.v1.ListDriftRequest.SelectorEntry
 	93,  // 78: dunlin.v1.ListDriftResponse.drifts:type_name -> dunlin.v1.DeviceDrift
-	136, // 79: dunlin.v1.DeviceDrift.drift:type_name -> dunlin.v1.Drift
-	125, // 80: dunlin.v1.ListTelemetryRequest.from:type_name -> google.protobuf.Timestamp
-	125, // 81: dunlin.v1.ListTelemetryRequest.until:type_name -> google.protobuf.Timestamp
-	137, // 82: dunlin.v1.ListTelemetryResponse.samples:type_name -> dunlin.v1.Telemetry
-	123, // 83: dunlin.v1.ListDevicesRequest.selector:type_name -> dunlin.v1.ListDevicesRequest.SelectorEntry
+	137, // 79: dunlin.v1.DeviceDrift.drift:type_name -> dunlin.v1.Drift
+	126, // 80: dunlin.v1.ListTelemetryRequest.from:type_name -> google.protobuf.Timestamp
+	126, // 81: dunlin.v1.ListTelemetryRequest.until:type_name -> google.protobuf.Timestamp
+	138, // 82: dunlin.v1.ListTelemetryResponse.samples:type_name -> dunlin.v1.Telemetry
+	124, // 83: dunlin.v1.ListDevicesRequest.selector:type_name -> dunlin.v1.ListDevicesRequest.SelectorEntry
 	97,  // 84: dunlin.v1.ListDevicesRequest.filter:type_name -> dunlin.v1.DeviceFilter
-	102, // 85: dunlin.v1.ListDevicesResponse.devices:type_name -> dunlin.v1.Device
-	99,  // 86: dunlin.v1.ListDevicesResponse.facets:type_name -> dunlin.v1.Facet
-	101, // 87: dunlin.v1.ListDevicesResponse.uses:type_name -> dunlin.v1.VersionUse
-	100, // 88: dunlin.v1.Facet.values:type_name -> dunlin.v1.FacetValue
-	124, // 89: dunlin.v1.Device.labels:type_name -> dunlin.v1.Device.LabelsEntry
-	138, // 90: dunlin.v1.Device.info:type_name -> dunlin.v1.DeviceInfo
-	125, // 91: dunlin.v1.Device.last_heard_at:type_name -> google.protobuf.Timestamp
-	125, // 92: dunlin.v1.Device.joined_at:type_name -> google.protobuf.Timestamp
-	139, // 93: dunlin.v1.Device.desired:type_name -> dunlin.v1.Generation
-	140, // 94: dunlin.v1.Device.reported:type_name -> dunlin.v1.Reported
-	137, // 95: dunlin.v1.Device.telemetry:type_name -> dunlin.v1.Telemetry
-	103, // 96: dunlin.v1.Device.identity:type_name -> dunlin.v1.DeviceIdentity
-	141, // 97: dunlin.v1.Device.desired_document:type_name -> dunlin.v1.DesiredDocument
-	125, // 98: dunlin.v1.DeviceIdentity.not_after:type_name -> google.protobuf.Timestamp
-	125, // 99: dunlin.v1.DeviceIdentity.revoked_at:type_name -> google.protobuf.Timestamp
-	104, // 100: dunlin.v1.DeviceIdentity.twins:type_name -> dunlin.v1.Twin
-	125, // 101: dunlin.v1.Twin.last_heard_at:type_name -> google.protobuf.Timestamp
-	111, // 102: dunlin.v1.ListEventsResponse.events:type_name -> dunlin.v1.DeviceEvent
-	142, // 103: dunlin.v1.DeviceEvent.event:type_name -> dunlin.v1.Event
-	125, // 104: dunlin.v1.DeviceEvent.received_at:type_name -> google.protobuf.Timestamp
-	11,  // 105: dunlin.v1.AuthService.WhoAmI:input_type -> dunlin.v1.WhoAmIRequest
-	7,   // 106: dunlin.v1.AuthService.Login:input_type -> dunlin.v1.LoginRequest
-	9,   // 107: dunlin.v1.AuthService.GetLoginMethods:input_type -> dunlin.v1.GetLoginMethodsRequest
-	14,  // 108: dunlin.v1.UserService.CreateUser:input_type -> dunlin.v1.CreateUserRequest
-	16,  // 109: dunlin.v1.UserService.UpdateUser:input_type -> dunlin.v1.UpdateUserRequest
-	18,  // 110: dunlin.v1.UserService.DeleteUser:input_type -> dunlin.v1.DeleteUserRequest
-	20,  // 111: dunlin.v1.UserService.ListUsers:input_type -> dunlin.v1.ListUsersRequest
-	23,  // 112: dunlin.v1.UserService.CreateToken:input_type -> dunlin.v1.CreateTokenRequest
-	25,  // 113: dunlin.v1.UserService.ListTokens:input_type -> dunlin.v1.ListTokensRequest
-	27,  // 114: dunlin.v1.UserService.DeleteToken:input_type -> dunlin.v1.DeleteTokenRequest
-	29,  // 115: dunlin.v1.AuditService.ListAudit:input_type -> dunlin.v1.ListAuditRequest
-	31,  // 116: dunlin.v1.TrustService.GetTrust:input_type -> dunlin.v1.GetTrustRequest
-	33,  // 117: dunlin.v1.TrustService.PutTrust:input_type -> dunlin.v1.PutTrustRequest
-	35,  // 118: dunlin.v1.TrustService.GetAuthorities:input_type -> dunlin.v1.GetAuthoritiesRequest
-	38,  // 119: dunlin.v1.TrustService.RotateAuthority:input_type -> dunlin.v1.RotateAuthorityRequest
-	40,  // 120: dunlin.v1.TrustService.RetireAuthority:input_type -> dunlin.v1.RetireAuthorityRequest
-	143, // 121: dunlin.v1.EnrollmentService.Join:input_type -> dunlin.v1.JoinRequest
-	144, // 122: dunlin.v1.EnrollmentService.Renew:input_type -> dunlin.v1.RenewRequest
-	145, // 123: dunlin.v1.EnrollmentService.GetTime:input_type -> dunlin.v1.GetTimeRequest
-	44,  // 124: dunlin.v1.EnrollmentService.CreateJoinToken:input_type -> dunlin.v1.CreateJoinTokenRequest
-	46,  // 125: dunlin.v1.EnrollmentService.ListJoinTokens:input_type -> dunlin.v1.ListJoinTokensRequest
-	42,  // 126: dunlin.v1.EnrollmentService.DeleteJoinToken:input_type -> dunlin.v1.DeleteJoinTokenRequest
-	51,  // 127: dunlin.v1.ModelService.CreateVersion:input_type -> dunlin.v1.CreateVersionRequest
-	53,  // 128: dunlin.v1.ModelService.ListModels:input_type -> dunlin.v1.ListModelsRequest
-	49,  // 129: dunlin.v1.ModelService.DeleteVersion:input_type -> dunlin.v1.DeleteVersionRequest
-	59,  // 130: dunlin.v1.ObjectService.Apply:input_type -> dunlin.v1.ApplyRequest
-	62,  // 131: dunlin.v1.ObjectService.Delete:input_type -> dunlin.v1.DeleteRequest
-	64,  // 132: dunlin.v1.ObjectService.ListDeployments:input_type -> dunlin.v1.ListDeploymentsRequest
-	67,  // 133: dunlin.v1.ObjectService.ListRoutes:input_type -> dunlin.v1.ListRoutesRequest
-	56,  // 134: dunlin.v1.ObjectService.ListObjects:input_type -> dunlin.v1.ListObjectsRequest
-	70,  // 135: dunlin.v1.ProfileService.ListProfiles:input_type -> dunlin.v1.ListProfilesRequest
-	73,  // 136: dunlin.v1.ProfileService.Plan:input_type -> dunlin.v1.PlanRequest
-	82,  // 137: dunlin.v1.RolloutService.ListRollouts:input_type -> dunlin.v1.ListRolloutsRequest
-	84,  // 138: dunlin.v1.RolloutService.GetRollout:input_type -> dunlin.v1.GetRolloutRequest
-	86,  // 139: dunlin.v1.RolloutService.WatchRollout:input_type -> dunlin.v1.WatchRolloutRequest
-	76,  // 140: dunlin.v1.RolloutService.ControlRollout:input_type -> dunlin.v1.ControlRolloutRequest
-	78,  // 141: dunlin.v1.RolloutService.ListDecisions:input_type -> dunlin.v1.ListDecisionsRequest
-	96,  // 142: dunlin.v1.DeviceService.ListDevices:input_type -> dunlin.v1.ListDevicesRequest
-	107, // 143: dunlin.v1.DeviceService.RemoveDevice:input_type -> dunlin.v1.RemoveDeviceRequest
-	105, // 144: dunlin.v1.DeviceService.RevokeDevice:input_type -> dunlin.v1.RevokeDeviceRequest
-	109, // 145: dunlin.v1.DeviceService.ListEvents:input_type -> dunlin.v1.ListEventsRequest
-	91,  // 146: dunlin.v1.DeviceService.ListDrift:input_type -> dunlin.v1.ListDriftRequest
-	94,  // 147: dunlin.v1.DeviceService.ListTelemetry:input_type -> dunlin.v1.ListTelemetryRequest
-	12,  // 148: dunlin.v1.AuthService.WhoAmI:output_type -> dunlin.v1.WhoAmIResponse
-	8,   // 149: dunlin.v1.AuthService.Login:output_type -> dunlin.v1.LoginResponse
-	10,  // 150: dunlin.v1.AuthService.GetLoginMethods:output_type -> dunlin.v1.GetLoginMethodsResponse
-	15,  // 151: dunlin.v1.UserService.CreateUser:output_type -> dunlin.v1.CreateUserResponse
-	17,  // 152: dunlin.v1.UserService.UpdateUser:output_type -> dunlin.v1.UpdateUserResponse
-	19,  // 153: dunlin.v1.UserService.DeleteUser:output_type -> dunlin.v1.DeleteUserResponse
-	21,  // 154: dunlin.v1.UserService.ListUsers:output_type -> dunlin.v1.ListUsersResponse
-	24,  // 155: dunlin.v1.UserService.CreateToken:output_type -> dunlin.v1.CreateTokenResponse
-	26,  // 156: dunlin.v1.UserService.ListTokens:output_type -> dunlin.v1.ListTokensResponse
-	28,  // 157: dunlin.v1.UserService.DeleteToken:output_type -> dunlin.v1.DeleteTokenResponse
-	30,  // 158: dunlin.v1.AuditService.ListAudit:output_type -> dunlin.v1.ListAuditResponse
-	32,  // 159: dunlin.v1.TrustService.GetTrust:output_type -> dunlin.v1.GetTrustResponse
-	34,  // 160: dunlin.v1.TrustService.PutTrust:output_type -> dunlin.v1.PutTrustResponse
-	36,  // 161: dunlin.v1.TrustService.GetAuthorities:output_type -> dunlin.v1.GetAuthoritiesResponse
-	39,  // 162: dunlin.v1.TrustService.RotateAuthority:output_type -> dunlin.v1.RotateAuthorityResponse
-	41,  // 163: dunlin.v1.TrustService.RetireAuthority:output_type -> dunlin.v1.RetireAuthorityResponse
-	146, // 164: dunlin.v1.EnrollmentService.Join:output_type -> dunlin.v1.JoinResponse
-	147, // 165: dunlin.v1.EnrollmentService.Renew:output_type -> dunlin.v1.RenewResponse
-	148, // 166: dunlin.v1.EnrollmentService.GetTime:output_type -> dunlin.v1.GetTimeResponse
-	45,  // 167: dunlin.v1.EnrollmentService.CreateJoinToken:output_type -> dunlin.v1.CreateJoinTokenResponse
-	47,  // 168: dunlin.v1.EnrollmentService.ListJoinTokens:output_type -> dunlin.v1.ListJoinTokensResponse
-	43,  // 169: dunlin.v1.EnrollmentService.DeleteJoinToken:output_type -> dunlin.v1.DeleteJoinTokenResponse
-	52,  // 170: dunlin.v1.ModelService.CreateVersion:output_type -> dunlin.v1.CreateVersionResponse
-	54,  // 171: dunlin.v1.ModelService.ListModels:output_type -> dunlin.v1.ListModelsResponse
-	50,  // 172: dunlin.v1.ModelService.DeleteVersion:output_type -> dunlin.v1.DeleteVersionResponse
-	60,  // 173: dunlin.v1.ObjectService.Apply:output_type -> dunlin.v1.ApplyResponse
-	63,  // 174: dunlin.v1.ObjectService.Delete:output_type -> dunlin.v1.DeleteResponse
-	65,  // 175: dunlin.v1.ObjectService.ListDeployments:output_type -> dunlin.v1.ListDeploymentsResponse
-	68,  // 176: dunlin.v1.ObjectService.ListRoutes:output_type -> dunlin.v1.ListRoutesResponse
-	57,  // 177: dunlin.v1.ObjectService.ListObjects:output_type -> dunlin.v1.ListObjectsResponse
-	71,  // 178: dunlin.v1.ProfileService.ListProfiles:output_type -> dunlin.v1.ListProfilesResponse
-	74,  // 179: dunlin.v1.ProfileService.Plan:output_type -> dunlin.v1.PlanResponse
-	83,  // 180: dunlin.v1.RolloutService.ListRollouts:output_type -> dunlin.v1.ListRolloutsResponse
-	85,  // 181: dunlin.v1.RolloutService.GetRollout:output_type -> dunlin.v1.GetRolloutResponse
-	87,  // 182: dunlin.v1.RolloutService.WatchRollout:output_type -> dunlin.v1.WatchRolloutResponse
-	77,  // 183: dunlin.v1.RolloutService.ControlRollout:output_type -> dunlin.v1.ControlRolloutResponse
-	79,  // 184: dunlin.v1.RolloutService.ListDecisions:output_type -> dunlin.v1.ListDecisionsResponse
-	98,  // 185: dunlin.v1.DeviceService.ListDevices:output_type -> dunlin.v1.ListDevicesResponse
-	108, // 186: dunlin.v1.DeviceService.RemoveDevice:output_type -> dunlin.v1.RemoveDeviceResponse
-	106, // 187: dunlin.v1.DeviceService.RevokeDevice:output_type -> dunlin.v1.RevokeDeviceResponse
-	110, // 188: dunlin.v1.DeviceService.ListEvents:output_type -> dunlin.v1.ListEventsResponse
-	92,  // 189: dunlin.v1.DeviceService.ListDrift:output_type -> dunlin.v1.ListDriftResponse
-	95,  // 190: dunlin.v1.DeviceService.ListTelemetry:output_type -> dunlin.v1.ListTelemetryResponse
-	148, // [148:191] is the sub-list for method output_type
-	105, // [105:148] is the sub-list for method input_type
-	105, // [105:105] is the sub-list for extension type_name
-	105, // [105:105] is the sub-list for extension extendee
-	0,   // [0:105] is the sub-list for field type_name
+	103, // 85: dunlin.v1.ListDevicesResponse.devices:type_name -> dunlin.v1.Device
+	99,  // 86: dunlin.v1.ListDevicesResponse.counts:type_name -> dunlin.v1.DeviceCounts
+	100, // 87: dunlin.v1.DeviceCounts.facets:type_name -> dunlin.v1.Facet
+	102, // 88: dunlin.v1.DeviceCounts.uses:type_name -> dunlin.v1.VersionUse
+	101, // 89: dunlin.v1.Facet.values:type_name -> dunlin.v1.FacetValue
+	125, // 90: dunlin.v1.Device.labels:type_name -> dunlin.v1.Device.LabelsEntry
+	139, // 91: dunlin.v1.Device.info:type_name -> dunlin.v1.DeviceInfo
+	126, // 92: dunlin.v1.Device.last_heard_at:type_name -> google.protobuf.Timestamp
+	126, // 93: dunlin.v1.Device.joined_at:type_name -> google.protobuf.Timestamp
+	140, // 94: dunlin.v1.Device.desired:type_name -> dunlin.v1.Generation
+	141, // 95: dunlin.v1.Device.reported:type_name -> dunlin.v1.Reported
+	138, // 96: dunlin.v1.Device.telemetry:type_name -> dunlin.v1.Telemetry
+	104, // 97: dunlin.v1.Device.identity:type_name -> dunlin.v1.DeviceIdentity
+	142, // 98: dunlin.v1.Device.desired_document:type_name -> dunlin.v1.DesiredDocument
+	126, // 99: dunlin.v1.DeviceIdentity.not_after:type_name -> google.protobuf.Timestamp
+	126, // 100: dunlin.v1.DeviceIdentity.revoked_at:type_name -> google.protobuf.Timestamp
+	105, // 101: dunlin.v1.DeviceIdentity.twins:type_name -> dunlin.v1.Twin
+	126, // 102: dunlin.v1.Twin.last_heard_at:type_name -> google.protobuf.Timestamp
+	112, // 103: dunlin.v1.ListEventsResponse.events:type_name -> dunlin.v1.DeviceEvent
+	143, // 104: dunlin.v1.DeviceEvent.event:type_name -> dunlin.v1.Event
+	126, // 105: dunlin.v1.DeviceEvent.received_at:type_name -> google.protobuf.Timestamp
+	11,  // 106: dunlin.v1.AuthService.WhoAmI:input_type -> dunlin.v1.WhoAmIRequest
+	7,   // 107: dunlin.v1.AuthService.Login:input_type -> dunlin.v1.LoginRequest
+	9,   // 108: dunlin.v1.AuthService.GetLoginMethods:input_type -> dunlin.v1.GetLoginMethodsRequest
+	14,  // 109: dunlin.v1.UserService.CreateUser:input_type -> dunlin.v1.CreateUserRequest
+	16,  // 110: dunlin.v1.UserService.UpdateUser:input_type -> dunlin.v1.UpdateUserRequest
+	18,  // 111: dunlin.v1.UserService.DeleteUser:input_type -> dunlin.v1.DeleteUserRequest
+	20,  // 112: dunlin.v1.UserService.ListUsers:input_type -> dunlin.v1.ListUsersRequest
+	23,  // 113: dunlin.v1.UserService.CreateToken:input_type -> dunlin.v1.CreateTokenRequest
+	25,  // 114: dunlin.v1.UserService.ListTokens:input_type -> dunlin.v1.ListTokensRequest
+	27,  // 115: dunlin.v1.UserService.DeleteToken:input_type -> dunlin.v1.DeleteTokenRequest
+	29,  // 116: dunlin.v1.AuditService.ListAudit:input_type -> dunlin.v1.ListAuditRequest
+	31,  // 117: dunlin.v1.TrustService.GetTrust:input_type -> dunlin.v1.GetTrustRequest
+	33,  // 118: dunlin.v1.TrustService.PutTrust:input_type -> dunlin.v1.PutTrustRequest
+	35,  // 119: dunlin.v1.TrustService.GetAuthorities:input_type -> dunlin.v1.GetAuthoritiesRequest
+	38,  // 120: dunlin.v1.TrustService.RotateAuthority:input_type -> dunlin.v1.RotateAuthorityRequest
+	40,  // 121: dunlin.v1.TrustService.RetireAuthority:input_type -> dunlin.v1.RetireAuthorityRequest
+	144, // 122: dunlin.v1.EnrollmentService.Join:input_type -> dunlin.v1.JoinRequest
+	145, // 123: dunlin.v1.EnrollmentService.Renew:input_type -> dunlin.v1.RenewRequest
+	146, // 124: dunlin.v1.EnrollmentService.GetTime:input_type -> dunlin.v1.GetTimeRequest
+	44,  // 125: dunlin.v1.EnrollmentService.CreateJoinToken:input_type -> dunlin.v1.CreateJoinTokenRequest
+	46,  // 126: dunlin.v1.EnrollmentService.ListJoinTokens:input_type -> dunlin.v1.ListJoinTokensRequest
+	42,  // 127: dunlin.v1.EnrollmentService.DeleteJoinToken:input_type -> dunlin.v1.DeleteJoinTokenRequest
+	51,  // 128: dunlin.v1.ModelService.CreateVersion:input_type -> dunlin.v1.CreateVersionRequest
+	53,  // 129: dunlin.v1.ModelService.ListModels:input_type -> dunlin.v1.ListModelsRequest
+	49,  // 130: dunlin.v1.ModelService.DeleteVersion:input_type -> dunlin.v1.DeleteVersionRequest
+	59,  // 131: dunlin.v1.ObjectService.Apply:input_type -> dunlin.v1.ApplyRequest
+	62,  // 132: dunlin.v1.ObjectService.Delete:input_type -> dunlin.v1.DeleteRequest
+	64,  // 133: dunlin.v1.ObjectService.ListDeployments:input_type -> dunlin.v1.ListDeploymentsRequest
+	67,  // 134: dunlin.v1.ObjectService.ListRoutes:input_type -> dunlin.v1.ListRoutesRequest
+	56,  // 135: dunlin.v1.ObjectService.ListObjects:input_type -> dunlin.v1.ListObjectsRequest
+	70,  // 136: dunlin.v1.ProfileService.ListProfiles:input_type -> dunlin.v1.ListProfilesRequest
+	73,  // 137: dunlin.v1.ProfileService.Plan:input_type -> dunlin.v1.PlanRequest
+	82,  // 138: dunlin.v1.RolloutService.ListRollouts:input_type -> dunlin.v1.ListRolloutsRequest
+	84,  // 139: dunlin.v1.RolloutService.GetRollout:input_type -> dunlin.v1.GetRolloutRequest
+	86,  // 140: dunlin.v1.RolloutService.WatchRollout:input_type -> dunlin.v1.WatchRolloutRequest
+	76,  // 141: dunlin.v1.RolloutService.ControlRollout:input_type -> dunlin.v1.ControlRolloutRequest
+	78,  // 142: dunlin.v1.RolloutService.ListDecisions:input_type -> dunlin.v1.ListDecisionsRequest
+	96,  // 143: dunlin.v1.DeviceService.ListDevices:input_type -> dunlin.v1.ListDevicesRequest
+	108, // 144: dunlin.v1.DeviceService.RemoveDevice:input_type -> dunlin.v1.RemoveDeviceRequest
+	106, // 145: dunlin.v1.DeviceService.RevokeDevice:input_type -> dunlin.v1.RevokeDeviceRequest
+	110, // 146: dunlin.v1.DeviceService.ListEvents:input_type -> dunlin.v1.ListEventsRequest
+	91,  // 147: dunlin.v1.DeviceService.ListDrift:input_type -> dunlin.v1.ListDriftRequest
+	94,  // 148: dunlin.v1.DeviceService.ListTelemetry:input_type -> dunlin.v1.ListTelemetryRequest
+	12,  // 149: dunlin.v1.AuthService.WhoAmI:output_type -> dunlin.v1.WhoAmIResponse
+	8,   // 150: dunlin.v1.AuthService.Login:output_type -> dunlin.v1.LoginResponse
+	10,  // 151: dunlin.v1.AuthService.GetLoginMethods:output_type -> dunlin.v1.GetLoginMethodsResponse
+	15,  // 152: dunlin.v1.UserService.CreateUser:output_type -> dunlin.v1.CreateUserResponse
+	17,  // 153: dunlin.v1.UserService.UpdateUser:output_type -> dunlin.v1.UpdateUserResponse
+	19,  // 154: dunlin.v1.UserService.DeleteUser:output_type -> dunlin.v1.DeleteUserResponse
+	21,  // 155: dunlin.v1.UserService.ListUsers:output_type -> dunlin.v1.ListUsersResponse
+	24,  // 156: dunlin.v1.UserService.CreateToken:output_type -> dunlin.v1.CreateTokenResponse
+	26,  // 157: dunlin.v1.UserService.ListTokens:output_type -> dunlin.v1.ListTokensResponse
+	28,  // 158: dunlin.v1.UserService.DeleteToken:output_type -> dunlin.v1.DeleteTokenResponse
+	30,  // 159: dunlin.v1.AuditService.ListAudit:output_type -> dunlin.v1.ListAuditResponse
+	32,  // 160: dunlin.v1.TrustService.GetTrust:output_type -> dunlin.v1.GetTrustResponse
+	34,  // 161: dunlin.v1.TrustService.PutTrust:output_type -> dunlin.v1.PutTrustResponse
+	36,  // 162: dunlin.v1.TrustService.GetAuthorities:output_type -> dunlin.v1.GetAuthoritiesResponse
+	39,  // 163: dunlin.v1.TrustService.RotateAuthority:output_type -> dunlin.v1.RotateAuthorityResponse
+	41,  // 164: dunlin.v1.TrustService.RetireAuthority:output_type -> dunlin.v1.RetireAuthorityResponse
+	147, // 165: dunlin.v1.EnrollmentService.Join:output_type -> dunlin.v1.JoinResponse
+	148, // 166: dunlin.v1.EnrollmentService.Renew:output_type -> dunlin.v1.RenewResponse
+	149, // 167: dunlin.v1.EnrollmentService.GetTime:output_type -> dunlin.v1.GetTimeResponse
+	45,  // 168: dunlin.v1.EnrollmentService.CreateJoinToken:output_type -> dunlin.v1.CreateJoinTokenResponse
+	47,  // 169: dunlin.v1.EnrollmentService.ListJoinTokens:output_type -> dunlin.v1.ListJoinTokensResponse
+	43,  // 170: dunlin.v1.EnrollmentService.DeleteJoinToken:output_type -> dunlin.v1.DeleteJoinTokenResponse
+	52,  // 171: dunlin.v1.ModelService.CreateVersion:output_type -> dunlin.v1.CreateVersionResponse
+	54,  // 172: dunlin.v1.ModelService.ListModels:output_type -> dunlin.v1.ListModelsResponse
+	50,  // 173: dunlin.v1.ModelService.DeleteVersion:output_type -> dunlin.v1.DeleteVersionResponse
+	60,  // 174: dunlin.v1.ObjectService.Apply:output_type -> dunlin.v1.ApplyResponse
+	63,  // 175: dunlin.v1.ObjectService.Delete:output_type -> dunlin.v1.DeleteResponse
+	65,  // 176: dunlin.v1.ObjectService.ListDeployments:output_type -> dunlin.v1.ListDeploymentsResponse
+	68,  // 177: dunlin.v1.ObjectService.ListRoutes:output_type -> dunlin.v1.ListRoutesResponse
+	57,  // 178: dunlin.v1.ObjectService.ListObjects:output_type -> dunlin.v1.ListObjectsResponse
+	71,  // 179: dunlin.v1.ProfileService.ListProfiles:output_type -> dunlin.v1.ListProfilesResponse
+	74,  // 180: dunlin.v1.ProfileService.Plan:output_type -> dunlin.v1.PlanResponse
+	83,  // 181: dunlin.v1.RolloutService.ListRollouts:output_type -> dunlin.v1.ListRolloutsResponse
+	85,  // 182: dunlin.v1.RolloutService.GetRollout:output_type -> dunlin.v1.GetRolloutResponse
+	87,  // 183: dunlin.v1.RolloutService.WatchRollout:output_type -> dunlin.v1.WatchRolloutResponse
+	77,  // 184: dunlin.v1.RolloutService.ControlRollout:output_type -> dunlin.v1.ControlRolloutResponse
+	79,  // 185: dunlin.v1.RolloutService.ListDecisions:output_type -> dunlin.v1.ListDecisionsResponse
+	98,  // 186: dunlin.v1.DeviceService.ListDevices:output_type -> dunlin.v1.ListDevicesResponse
+	109, // 187: dunlin.v1.DeviceService.RemoveDevice:output_type -> dunlin.v1.RemoveDeviceResponse
+	107, // 188: dunlin.v1.DeviceService.RevokeDevice:output_type -> dunlin.v1.RevokeDeviceResponse
+	111, // 189: dunlin.v1.DeviceService.ListEvents:output_type -> dunlin.v1.ListEventsResponse
+	92,  // 190: dunlin.v1.DeviceService.ListDrift:output_type -> dunlin.v1.ListDriftResponse
+	95,  // 191: dunlin.v1.DeviceService.ListTelemetry:output_type -> dunlin.v1.ListTelemetryResponse
+	149, // [149:192] is the sub-list for method output_type
+	106, // [106:149] is the sub-list for method input_type
+	106, // [106:106] is the sub-list for extension type_name
+	106, // [106:106] is the sub-list for extension extendee
+	0,   // [0:106] is the sub-list for field type_name
 }
 
 func init() { file_dunlin_v1_api_proto_init() }
@@ -7866,13 +7916,14 @@ func file_dunlin_v1_api_proto_init() {
 	file_dunlin_v1_api_proto_msgTypes[9].OneofWrappers = []any{}
 	file_dunlin_v1_api_proto_msgTypes[68].OneofWrappers = []any{}
 	file_dunlin_v1_api_proto_msgTypes[74].OneofWrappers = []any{}
+	file_dunlin_v1_api_proto_msgTypes[91].OneofWrappers = []any{}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_dunlin_v1_api_proto_rawDesc), len(file_dunlin_v1_api_proto_rawDesc)),
 			NumEnums:      7,
-			NumMessages:   118,
+			NumMessages:   119,
 			NumExtensions: 0,
 			NumServices:   10,
 		},
