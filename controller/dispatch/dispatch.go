@@ -48,10 +48,12 @@ type Config struct {
 
 const (
 	// workers take in messages; those of one device go to one worker, in order.
-	workers = 8
+	// The store has one writer: the fewer take turns at it, the more messages
+	// each takes in with one transaction, and the sooner it is the planner's turn.
+	workers = 2
 	// queueLimit bounds the messages that wait for a worker. When its queue
 	// is full, Handle blocks, and the broker stops reading from the device.
-	queueLimit = 256
+	queueLimit = 1024
 	// gather bounds the messages that a worker takes in with one transaction:
 	// those that have come while it was at the ones before.
 	gather = queueLimit
