@@ -212,7 +212,7 @@ func (w *world) measure(ctx context.Context) (f figures, err error) {
 			}
 		})
 	}
-	before, err := cpuTime(w.controller.PID())
+	before, err := w.controller.CPUTime()
 	if err != nil {
 		return f, err
 	}
@@ -258,7 +258,7 @@ func (w *world) measure(ctx context.Context) (f figures, err error) {
 	for end := time.Now().Add(10 * time.Second); slices.ContainsFunc(viewers, (*watching).waiting) && time.Now().Before(end); {
 		<-tick.C // what is on its way comes
 	}
-	after, err := cpuTime(w.controller.PID())
+	after, err := w.controller.CPUTime()
 	if err != nil {
 		return f, err
 	}
@@ -268,6 +268,6 @@ func (w *world) measure(ctx context.Context) (f figures, err error) {
 		f.live, f.missed = append(f.live, v.took...), f.missed+len(v.waits)
 		v.mu.Unlock()
 	}
-	f.rss, err = peakMemory(w.controller.PID())
+	f.rss, err = w.controller.PeakMemory()
 	return f, err
 }

@@ -288,7 +288,7 @@ func (b *bench) run(ctx context.Context, bareBroker *bare) (err error) {
 		return err
 	}
 	before := b.clone()
-	cpu, err := cpuTime(b.controller.Controller.PID())
+	cpu, err := b.controller.Controller.CPUTime()
 	if err != nil {
 		return err
 	}
@@ -301,7 +301,7 @@ func (b *bench) run(ctx context.Context, bareBroker *bare) (err error) {
 	if err := pause(ctx, b.quiet); err != nil {
 		return err
 	}
-	after, err := cpuTime(b.controller.Controller.PID())
+	after, err := b.controller.Controller.CPUTime()
 	if err != nil {
 		return err
 	}
@@ -318,7 +318,7 @@ func (b *bench) run(ctx context.Context, bareBroker *bare) (err error) {
 		sum, _, _ := b.traffic.since(before)
 		b.idleBytes = float64(sum.bytes()) / float64(b.devices) / b.idle.Hours()
 	}
-	if b.memory, err = peakMemory(b.controller.Controller.PID()); err != nil {
+	if b.memory, err = b.controller.Controller.PeakMemory(); err != nil {
 		return err
 	}
 	if err := b.restart(ctx); err != nil {

@@ -13,6 +13,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"runtime"
+	"strconv"
 	"strings"
 	"sync"
 	"syscall"
@@ -73,6 +74,41 @@ func Start(name, log string, env []string, program string, args ...string) (*Pro
 
 // PID gives the process's id.
 func (p *Process) PID() int { return p.cmd.Process.Pid }
+
+// CPUTime is what the process has had of the processors.
+func (p *Process) CPUTime() (time.Duration, error) {
+	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", p.PID()))
+	if err != nil {
+		return 0, err
+	}
+	// The second field is a name in parentheses, which may hold spaces.
+	fields := bytes.Fields(b[bytes.LastIndexByte(b, ')')+1:])
+	var ticks int64
+	for _, f := range fields[11:13] { // utime and stime, from the third field on
+		n, err := strconv.ParseInt(string(f), 10, 64)
+		if err != nil {
+			return 0, err
+		}
+		ticks += n
+	}
+	const perSecond = 100 // USER_HZ, on every architecture that Go runs on
+	return time.Duration(ticks) * time.Second / perSecond, nil
+}
+
+// PeakMemory is the most that the process has had in physical memory, in bytes.
+func (p *Process) PeakMemory() (int64, error) {
+	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", p.PID()))
+	if err != nil {
+		return 0, err
+	}
+	for line := range strings.Lines(string(b)) {
+		if text, ok := strings.CutPrefix(line, "VmHWM:"); ok {
+			kib, err := strconv.ParseInt(strings.TrimSpace(strings.TrimSuffix(strings.TrimSpace(text), "kB")), 10, 64)
+			return kib << 10, err
+		}
+	}
+	return 0, fmt.Errorf("/proc/%d/status has no VmHWM", p.PID())
+}
 
 // Done is closed when the process has ended.
 func (p *Process) Done() <-chan struct{} { return p.done }
