@@ -78,7 +78,10 @@ type world struct {
 	sent       atomic.Int64
 }
 
-const perUser = 12 // viewers
+const (
+	perUser  = 12 // viewers
+	patience = 30 * time.Second
+)
 
 func begin(ctx context.Context, s size, program, dir string) (w *world, err error) {
 	w = &world{size: s, byDesired: map[string]*device{}, stopLoad: func() {}}
@@ -279,9 +282,14 @@ func (w *world) telemetry(i int, d *device) error {
 // minute and a report of each every three.
 func (w *world) connect(load context.Context) error {
 	fmt.Fprintln(os.Stderr, "devices connect")
-	time.Sleep(2 * time.Second) // until the controller has subscribed
 	tick := time.NewTicker(time.Millisecond)
 	defer tick.Stop()
+	hello := link.Up(w.devices[0].name, link.Hello)
+	for end := time.Now().Add(patience); len(w.broker.Topics.Subscribers(hello).Subscriptions) == 0; <-tick.C {
+		if time.Now().After(end) {
+			return fmt.Errorf("the controller has not subscribed to %s after %v", hello, patience)
+		}
+	}
 	for i, d := range w.devices {
 		<-tick.C
 		info := &v1.DeviceInfo{Hostname: "host-" + d.name, FirmwareProfile: []string{"raspberry-pi-5", "jetson-orin-nano", "x86-64"}[i%3], Simulated: true, AgentVersion: "0.9.0"}
