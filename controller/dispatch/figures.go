@@ -150,13 +150,7 @@ func (d *Dispatcher) Look(device string) {
 	now := d.now()
 	d.mu.Lock()
 	l := d.live[device]
-	looked := 0
-	for _, one := range d.live {
-		if one.looked.After(now) {
-			looked++
-		}
-	}
-	if l == nil || l.looked.Sub(now) > lookRenew || looked >= maxLooked && !l.looked.After(now) {
+	if l == nil || l.looked.Sub(now) > lookRenew || !l.looked.After(now) && d.looked(now) >= maxLooked {
 		d.mu.Unlock()
 		return
 	}
@@ -164,6 +158,16 @@ func (d *Dispatcher) Look(device string) {
 	lasts := max(lookFor, l.leased.Sub(now))
 	d.mu.Unlock()
 	d.lease(device, lookEvery, lasts)
+}
+
+// looked counts the devices that somebody looks at; d.mu is held.
+func (d *Dispatcher) looked(now time.Time) (n int) {
+	for _, l := range d.live {
+		if l.looked.After(now) {
+			n++
+		}
+	}
+	return n
 }
 
 // count takes the figures of a sample in; d.mu is held.
