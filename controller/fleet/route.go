@@ -350,6 +350,18 @@ func (r *reader) place(field string) position {
 	}
 }
 
+// answers reads the model and version of what answers requests.
+func (r *reader) answers(fields map[string]node, at string) (model string, version int64) {
+	model, _ = r.name(fields, at+".model")
+	if model == AgentModel {
+		r.fault(at+".model", "%s is the agent program, which answers no requests", AgentModel)
+	}
+	if n, ok := fields[at+".version"]; ok {
+		version = r.integer(n, at+".version", 1, models.MaxVersion)
+	}
+	return model, version
+}
+
 func (r *reader) targets(fields map[string]node, at string) []Target {
 	n, ok := r.required(fields, at)
 	if !ok {
@@ -371,13 +383,7 @@ func (r *reader) targets(fields map[string]node, at string) []Target {
 		path := fmt.Sprintf("%s[%d]", at, i)
 		fields := r.mapping(item, path, "model", "version", "weight")
 		var t Target
-		t.Model, _ = r.name(fields, path+".model")
-		if t.Model == AgentModel {
-			r.fault(path+".model", "%s is the agent program, which answers no requests", AgentModel)
-		}
-		if n, ok := fields[path+".version"]; ok {
-			t.Version = r.integer(n, path+".version", 1, models.MaxVersion)
-		}
+		t.Model, t.Version = r.answers(fields, path)
 		if n, ok := r.required(fields, path+".weight"); ok {
 			t.Weight = uint32(r.integer(n, path+".weight", 0, policy.MaxWeight))
 		}
@@ -427,13 +433,7 @@ func (r *reader) fallback(fields map[string]node, at string) []Fallback {
 		path := fmt.Sprintf("%s[%d]", at, i)
 		fields := r.mapping(item, path, "model", "version", "on")
 		var f Fallback
-		f.Model, _ = r.name(fields, path+".model")
-		if f.Model == AgentModel {
-			r.fault(path+".model", "%s is the agent program, which answers no requests", AgentModel)
-		}
-		if n, ok := fields[path+".version"]; ok {
-			f.Version = r.integer(n, path+".version", 1, models.MaxVersion)
-		}
+		f.Model, f.Version = r.answers(fields, path)
 		if n, ok := fields[path+".on"]; ok {
 			reasons, ok := r.sequence(n, path+".on")
 			if ok && (len(reasons) < 1 || len(reasons) > int(policy.Reasons)) {
@@ -458,13 +458,7 @@ func (r *reader) shadow(fields map[string]node, at string) *dunlinv1.RouteShadow
 	}
 	s := &dunlinv1.RouteShadow{}
 	inner := r.mapping(n, at, "model", "version", "rate")
-	s.Model, _ = r.name(inner, at+".model")
-	if s.Model == AgentModel {
-		r.fault(at+".model", "%s is the agent program, which answers no requests", AgentModel)
-	}
-	if n, ok := inner[at+".version"]; ok {
-		s.Version = r.integer(n, at+".version", 1, models.MaxVersion)
-	}
+	s.Model, s.Version = r.answers(inner, at)
 	if n, ok := r.required(inner, at+".rate"); ok {
 		s.Rate = r.number(n, at+".rate", 0.0001, 1)
 	}
@@ -479,13 +473,7 @@ func (r *reader) cascade(fields map[string]node, at string) *dunlinv1.RouteCasca
 	}
 	c := &dunlinv1.RouteCascade{}
 	inner := r.mapping(n, at, "model", "version", "when")
-	c.Model, _ = r.name(inner, at+".model")
-	if c.Model == AgentModel {
-		r.fault(at+".model", "%s is the agent program, which answers no requests", AgentModel)
-	}
-	if n, ok := inner[at+".version"]; ok {
-		c.Version = r.integer(n, at+".version", 1, models.MaxVersion)
-	}
+	c.Model, c.Version = r.answers(inner, at)
 	c.When, _ = r.text(inner, at+".when")
 	return c
 }
