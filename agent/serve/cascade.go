@@ -61,8 +61,10 @@ func (s *Server) runTarget(ctx context.Context, t *table, c oip.Call, id engine.
 	if absent == nil && large == id {
 		return s.run(ctx, t, c, id, resident, by) // it is the larger one
 	}
-	look, all := c, s.outputs(id)
+	look := c
+	var all []string        // outputs that the model has, where the caller asks for some
 	if len(c.Outputs) > 0 { // what the expression looks at may not be among them
+		all = s.outputs(id)
 		look.Outputs = slices.Clone(c.Outputs)
 		for _, name := range all {
 			if !slices.Contains(look.Outputs, name) {
