@@ -492,14 +492,16 @@ func (s *server) pageOf(ctx context.Context, m *v1.ListDevicesRequest) (*v1.List
 		return nil, err
 	}
 	resp, page := l.page(m, identity.FromContext(ctx))
+	var known map[string]*v1.DeviceIdentity
+	if !m.GetBrief() && len(page) > 0 {
+		if known, err = s.Store.Identities(ctx, convert(page, func(e *listed) string { return e.Name })...); err != nil {
+			return nil, err
+		}
+	}
 	for _, e := range page {
 		if m.GetBrief() {
 			resp.Devices = append(resp.Devices, e.brief(l.now))
 			continue
-		}
-		known, err := s.Store.Identities(ctx, e.Name)
-		if err != nil {
-			return nil, err
 		}
 		resp.Devices = append(resp.Devices, s.deviceOf(e.Device, known[e.Name], l.now))
 	}

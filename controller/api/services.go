@@ -572,19 +572,20 @@ func (s *server) ListDevices(ctx context.Context, req *connect.Request[v1.ListDe
 		return connect.NewResponse(resp), nil
 	}
 	var all []*store.Device
+	var names []string // none: all
 	if name := req.Msg.GetDevice(); name != "" {
 		d, err := s.seen(ctx, name)
 		if err != nil {
 			return nil, err
 		}
-		all = append(all, d)
+		all, names = append(all, d), []string{name}
 	} else {
 		var err error
 		if all, err = s.Store.Devices(ctx); err != nil {
 			return nil, err
 		}
 	}
-	known, err := s.Store.Identities(ctx, req.Msg.GetDevice())
+	known, err := s.Store.Identities(ctx, names...)
 	if err != nil {
 		return nil, err
 	}

@@ -313,11 +313,18 @@ func (s *Store) SetTwins(ctx context.Context, device string, twins []*dunlinv1.T
 	})
 }
 
-// Identities gives how devices are known, of one device or, for "", of all.
-func (s *Store) Identities(ctx context.Context, device string) (map[string]*dunlinv1.DeviceIdentity, error) {
+// Identities gives how devices are known: some by their names or, without
+// names, all.
+func (s *Store) Identities(ctx context.Context, names ...string) (map[string]*dunlinv1.DeviceIdentity, error) {
 	all := map[string]*dunlinv1.DeviceIdentity{}
+	var args []any
+	named, certified := "", ""
+	if len(names) > 0 {
+		const in = "IN (SELECT value FROM json_each(?))"
+		args, named, certified = []any{jsonText(names)}, " WHERE name "+in, " WHERE device "+in
+	}
 	err := s.read(ctx, func(tx *sql.Tx) error {
-		err := each(ctx, tx, "SELECT name, revoked_at, revoked_reason, twins FROM devices WHERE ?1 = '' OR name = ?1", []any{device}, func(scan func(...any) error) error {
+		err := each(ctx, tx, "SELECT name, revoked_at, revoked_reason, twins FROM devices"+named, args, func(scan func(...any) error) error {
 			var name, reason string
 			var revoked int64
 			var twins []byte
@@ -332,7 +339,7 @@ func (s *Store) Identities(ctx context.Context, device string) (map[string]*dunl
 			return err
 		}
 		// The newest last.
-		return each(ctx, tx, "SELECT device, serial, authority, not_after FROM certificates WHERE ?1 = '' OR device = ?1 ORDER BY revoked_at = 0, used_at, not_after", []any{device}, func(scan func(...any) error) error {
+		return each(ctx, tx, "SELECT device, serial, authority, not_after FROM certificates"+certified+" ORDER BY revoked_at = 0, used_at, not_after", args, func(scan func(...any) error) error {
 			var name, authority string
 			var number []byte
 			var end int64
