@@ -54,10 +54,11 @@
     var button = e.target.closest('[data-copy]');
     if (!button) return;
     var code = button.parentNode.querySelector('code');
+    var shown = button.querySelector('.word');
     function said(word) {
-      button.textContent = word;
+      shown.textContent = word;
       button.parentNode.querySelector('[role=status]').textContent = word;
-      setTimeout(function () { button.textContent = 'Copy'; }, 2000);
+      setTimeout(function () { shown.textContent = 'Copy'; }, 2000);
     }
     function select() {
       var range = document.createRange();

@@ -19,7 +19,7 @@ func TestAlarms(t *testing.T) {
 	b := open(t)
 	var command string
 	b.do(t, chromedp.Navigate(w.URL+"/"), chromedp.SendKeys("#name", "ada"), chromedp.SendKeys("#password", password+"\r"), chromedp.WaitVisible(".empty"),
-		chromedp.Text(".empty pre:last-of-type", &command))
+		chromedp.Text(".empty .command:last-of-type code", &command))
 	_, port, _ := strings.Cut(strings.TrimPrefix(w.DeviceURL, "https://"), ":")
 	words := strings.Fields(command)
 	t.Chdir(t.TempDir())
